@@ -1,0 +1,70 @@
+"""Errors that are the user's to mend. Each says what is wrong, why it matters and what to do."""
+
+
+class MinimaError(ValueError):
+    """A mistake in a recipe, an input or the machine, told so that it can be mended.
+
+    Args:
+        what: what is wrong, with the value that was seen.
+        why: why it matters, that is, what would happen if it were let through.
+        do: what to do about it.
+    """
+
+    def __init__(self, what: str, why: str, do: str) -> None:
+        super().__init__(f"{what}\n  why it matters: {why}\n  what to do: {do}")
+        self.what, self.why, self.do = what, why, do
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.what, self.why, self.do)
+
+
+class RecipeError(MinimaError):
+    """A recipe that cannot be read, or that asks for something impossible."""
+
+
+class DataError(MinimaError):
+    """Input text that is missing, empty or unreadable."""
+
+
+class StoreCorrupted(MinimaError):
+    """A token store or checkpoint file whose bytes are not those that were written."""
+
+
+class TokenizerMismatch(MinimaError):
+    """A tokenizer and a model, or two tokenizers, that do not belong together."""
+
+
+class VocabularyMismatch(MinimaError):
+    """Two models whose vocabularies differ in size where they have to be the same."""
+
+
+class ShapeError(MinimaError):
+    """A model shape that cannot be built, or that cannot be cut from the model it should come from."""
+
+
+class UnsupportedFamily(MinimaError):
+    """A model family whose heads, neurons and norms are not known here."""
+
+
+class DeepSpeedConfigError(MinimaError):
+    """A DeepSpeed JSON that sets what the recipe owns, or a batch that its ranks cannot share."""
+
+
+class LauncherError(MinimaError):
+    """Rank, world size or master address that are missing, partial or impossible."""
+
+
+class StageError(MinimaError):
+    """A stage folder that belongs to another recipe, or an input that is missing or has changed."""
+
+
+class CheckpointError(MinimaError):
+    """A checkpoint that is missing, incomplete or not this model's."""
+
+
+class NotFinite(MinimaError):
+    """A loss or a gradient that is infinite or not a number."""
+
+
+class DiskFull(MinimaError):
+    """No space left where a stage writes."""

@@ -1,0 +1,21 @@
+"""What every loss returns: sums over tokens, never means."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossSum(NamedTuple):
+    """A loss as a sum over valid tokens of one micro-batch on one rank.
+
+    A NamedTuple of tensors because ZeRO-3 has to see the tensors that leave the root module.
+
+    Attributes:
+        total: scalar float32, differentiable; the sum of the loss over the valid tokens, in nats.
+        count: scalar int64; how many tokens are valid.
+        parts: named scalar float32 sums over the same tokens, detached, for the log.
+    """
+
+    total: Tensor
+    count: Tensor
+    parts: dict[str, Tensor]

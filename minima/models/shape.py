@@ -1,0 +1,221 @@
+"""The shape of a decoder-only model: parameters, FLOPs and bytes from a few integers, without torch."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minima.errors import ShapeError, UnsupportedFamily
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"]
+FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
+
+# What each family's config.json calls a field, where it is not the Llama name.
+_LLAMA_NAMES = {
+    "vocabulary_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "max_positions": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "attention_bias": "attention_bias",
+    "tied": "tie_word_embeddings",
+}
+_NEOX_NAMES = _LLAMA_NAMES | {"norm_epsilon": "layer_norm_eps"}
+_GPT2_NAMES = _LLAMA_NAMES | {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "max_positions": "n_positions",
+    "norm_epsilon": "layer_norm_epsilon",
+}
+_NAMES: dict[str, dict[str, str]] = {"gpt_neox": _NEOX_NAMES, "gpt2": _GPT2_NAMES}
+_TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gpt_neox": False, "gpt2": True}
+
+
+class ModelShape(BaseModel):
+    """Everything about a stock model that its parameters, FLOPs and bytes follow from.
+
+    Attributes:
+        family: the `model_type` of a stock transformers configuration.
+        vocabulary_size: rows of the embedding and of the output head.
+        hidden_size: width of the residual stream.
+        intermediate_size: neurons of one MLP.
+        num_layers: decoder layers.
+        num_heads: query heads of one layer.
+        num_key_value_heads: key-value heads of one layer; `num_heads` when not given (multi-head attention).
+        head_size: width of one head; `hidden_size / num_heads` when not given.
+        max_positions: the longest sequence, in tokens, that the model is made for.
+        tied: whether the output head is the embedding.
+        norm_epsilon: the epsilon of every norm.
+        rope_theta: the base of the rotary embedding.
+        attention_bias: whether the attention projections of a Llama carry biases (others have it fixed).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Family = "llama"
+    vocabulary_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_layers: int = Field(ge=0)
+    num_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(default=0, ge=0, validate_default=True)
+    head_size: int = Field(default=0, ge=0)
+    max_positions: int = Field(default=4096, gt=0)
+    tied: bool = False
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    attention_bias: bool = False
+
+    @model_validator(mode="after")
+    def _fill_and_check(self) -> Self:
+        set_field = object.__setattr__  # the model is frozen; filling in defaults is part of building it
+        if not self.num_key_value_heads:
+            set_field(self, "num_key_value_heads", self.num_heads)
+        if self.num_heads % self.num_key_value_heads:
+            raise ShapeError(
+                f"{self.num_heads} query heads over {self.num_key_value_heads} key-value heads",
+                "every key-value head serves the same number of query heads",
+                f"choose num_heads as a multiple of {self.num_key_value_heads}",
+            )
+        if self.family in ("llama", "gpt_neox", "gpt2") and self.hidden_size % self.num_heads:
+            raise ShapeError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads",
+                f"the stock {self.family} configuration refuses such a width, also with a head_size of its own",
+                "choose hidden_size as a multiple of num_heads",
+            )
+        if not self.head_size:
+            set_field(self, "head_size", self.hidden_size // self.num_heads)
+        if self.family in ("gpt_neox", "gpt2"):
+            if self.head_size * self.num_heads != self.hidden_size or self.num_key_value_heads != self.num_heads:
+                raise ShapeError(
+                    f"{self.num_heads} heads of {self.head_size} ({self.num_key_value_heads} key-value heads) "
+                    f"at width {self.hidden_size}",
+                    f"a stock {self.family} has multi-head attention whose heads fill the width exactly",
+                    "choose num_heads x head_size = hidden_size and leave num_key_value_heads out",
+                )
+        return self
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention, biases and query-key norms included."""
+        query, key_value = self.num_heads * self.head_size, self.num_key_value_heads * self.head_size
+        matrices = 2 * self.hidden_size * query + 2 * self.hidden_size * key_value
+        if self.family in ("gpt_neox", "gpt2"):
+            return matrices + query + 2 * key_value + self.hidden_size
+        if self.family == "qwen2":
+            return matrices + query + 2 * key_value
+        if self.family == "qwen3":
+            matrices += 2 * self.head_size
+        if self.attention_bias and self.family in ("llama", "qwen3"):
+            return matrices + query + 2 * key_value + self.hidden_size
+        return matrices
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one layer's MLP."""
+        if self.family in ("gpt_neox", "gpt2"):
+            return 2 * self.hidden_size * self.intermediate_size + self.intermediate_size + self.hidden_size
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm over the width: a LayerNorm has a bias, an RMSNorm has none."""
+        return (2 if self.family in ("gpt_neox", "gpt2") else 1) * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        return self.attention_parameters + self.mlp_parameters + 2 * self.norm_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of token (and learnt position) embeddings and of an untied head."""
+        positions = self.max_positions * self.hidden_size if self.family == "gpt2" else 0
+        return (1 if self.tied else 2) * self.vocabulary_size * self.hidden_size + positions
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Parameters of the layers and the final norm."""
+        return self.num_layers * self.layer_parameters + self.norm_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied head counts once."""
+        return self.embedding_parameters + self.non_embedding_parameters
+
+    # -- arithmetic ---------------------------------------------------------------------------------------------
+
+    def forward_flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of one forward pass for one token: two per weight of each matrix product, attention included.
+
+        Attention counts scores and values over half of the sequence, the mean length of a causal context.
+        """
+        matrices = self.num_layers * (self.attention_parameters + self.mlp_parameters)
+        head = self.vocabulary_size * self.hidden_size
+        attention = self.num_layers * self.num_heads * self.head_size * sequence_length
+        return 2.0 * (matrices + head) + 2.0 * attention
+
+    def training_flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of forward and backward for one token: the backward pass does the work of two forward passes."""
+        return 3.0 * self.forward_flops_per_token(sequence_length)
+
+    # -- stock configurations -----------------------------------------------------------------------------------
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields of a stock `config.json` that has this shape (without dtype and token ids)."""
+        names = _NAMES.get(self.family, _LLAMA_NAMES)
+        config: dict[str, Any] = {"model_type": self.family}
+        skip = {"gpt_neox": {"num_key_value_heads", "head_size", "attention_bias"}, "qwen2": {"attention_bias"}}
+        skip["gpt2"] = skip["gpt_neox"] | {"rope_theta"}
+        skip["mistral"] = {"attention_bias"}
+        for field, name in names.items():
+            if field not in skip.get(self.family, set()):
+                config[name] = getattr(self, field)
+        if self.family == "qwen2":  # its configuration has no head_dim of its own
+            config.pop("head_dim", None)
+        if self.family in ("gpt_neox", "gpt2"):  # the pre-training recipes of both drop nothing out any more
+            dropouts = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+            config |= dict.fromkeys(dropouts.get(self.family, ("attention_dropout", "hidden_dropout")), 0.0)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ModelShape":
+        """The shape that a stock `config.json` describes.
+
+        Raises:
+            UnsupportedFamily: the `model_type` is not one whose parts are known here.
+        """
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise UnsupportedFamily(
+                f"model_type {family!r}",
+                "which of its tensors are heads, neurons and norms is not known, so it cannot be counted or pruned",
+                f"use one of {', '.join(FAMILIES)}",
+            )
+        names = _NAMES.get(family, _LLAMA_NAMES)
+        values = {field: config[name] for field, name in names.items() if config.get(name) is not None}
+        values.setdefault("tied", _TIED_BY_DEFAULT[family])
+        if family == "gpt2":
+            values.setdefault("intermediate_size", 4 * config["n_embd"])
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        if family in ("gpt_neox", "gpt2"):
+            for field in ("num_key_value_heads", "head_size", "attention_bias"):
+                values.pop(field, None)
+        return cls(family=family, **values)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelShape":
+        """The shape in `folder/config.json`."""
+        return cls.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))

@@ -1,0 +1,75 @@
+"""Where text comes from, and how a tokenizer is made from it."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minima.errors import RecipeError
+
+
+class Source(BaseModel):
+    """Documents of one origin. Exactly one of `path`, `hub` and `embedded` is given.
+
+    Attributes:
+        name: what reports call it; made from the origin when not given.
+        path: a file, a folder, or a pattern with `*`; relative to where the command runs. Read in sorted order.
+        hub: a Hugging Face dataset: a Hub id, or a folder that `datasets` saved.
+        embedded: a text that minima ships: `sotu` (English) or `poems` (Chinese).
+        config: configuration of the dataset.
+        split: split of the dataset.
+        revision: revision of the dataset.
+        streaming: read the dataset without downloading it first.
+        format: of the files; by their names when `auto`. One plain text file is one document.
+        field: of a record, the one that holds the text.
+        weight: share of the training tokens, relative to the other sources' weights. All weights equal to their
+            default means every token once; a source that runs out before its share is read again from its start,
+            and the report counts the epochs.
+        max_documents: read at most so many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = None
+    path: str | None = None
+    hub: str | None = None
+    embedded: Literal["sotu", "poems"] | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    field: str = "text"
+    weight: float | None = Field(default=None, gt=0)
+    max_documents: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [name for name in ("path", "hub", "embedded") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                f"a source that gives {' and '.join(given) or 'none of path, hub and embedded'}",
+                "documents come from one place",
+                "give exactly one of `path`, `hub` and `embedded`",
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name or self.embedded or self.hub or str(self.path)
+
+
+class TokenizerTraining(BaseModel):
+    """A SentencePiece BPE to be trained on the training documents of the stage's own sources.
+
+    Attributes:
+        vocabulary_size: pieces, byte fallback and control pieces included.
+        sources: labels of the sources to train on; all when not given.
+        max_characters: text that training sees at most; documents are taken in a seeded random order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocabulary_size: int = Field(gt=259, description="three control pieces and 256 bytes come first")
+    sources: list[str] | None = None
+    max_characters: int = Field(default=100_000_000, gt=0)

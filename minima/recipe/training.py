@@ -1,0 +1,109 @@
+"""What every training stage owns: batch, length, optimiser, schedule, precision, checkpoints."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minima.errors import RecipeError
+
+
+class Training(BaseModel):
+    """The one owner of batch size, accumulation, clipping, precision, optimiser and schedule.
+
+    Attributes:
+        batch_sequences: sequences of one optimiser step, over all ranks and micro-batches.
+        micro_batch_sequences: sequences that one rank runs at once. Does not change the result, only memory and speed.
+        steps: optimiser steps; exactly one of `steps`, `tokens` and `epochs` is given.
+        tokens: training tokens, counted as whole blocks; the last step is filled with masked sequences.
+        epochs: passes over the training blocks.
+        learning_rate: peak.
+        warmup_steps: steps of linear warm-up; instead of `warmup_fraction`.
+        warmup_fraction: share of all steps. 1 % as published.
+        schedule: from the peak to the end: `cosine`, `linear`, or `constant`.
+        final_learning_rate_fraction: share of the peak that the schedule ends at.
+        weight_decay: AdamW's, on matrices only: norms and biases have none.
+        betas: AdamW's.
+        epsilon: AdamW's.
+        gradient_clip: largest global gradient norm; 0 clips nothing.
+        precision: of weights and activations. Master weights, optimiser and accumulated gradients are float32 always.
+        activation_checkpointing: `full` recomputes each layer in the backward pass instead of keeping its activations.
+        deterministic: on a GPU, the same run gives the same bits, at some cost in speed. A CPU always does.
+        checkpoint_every_steps: steps between checkpoints; one is written at the end in any case.
+        keep_checkpoints: how many of the newest are kept; 0 keeps all.
+        evaluate_every_steps: steps between held-out losses; 0 for none.
+        evaluate_sequences: held-out blocks of one such loss; all when not given.
+        log_every_steps: steps between log lines.
+        tensorboard: also write TensorBoard events.
+        wandb_project: also log to this Weights & Biases project, if `wandb` is installed.
+        deepspeed: DeepSpeed JSON for the trained model; beside the recipe, or one that minima ships.
+        seed: of the blocks' order and of any random weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_sequences: int = Field(gt=0)
+    micro_batch_sequences: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_fraction: float = Field(default=0.01, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(default=1e-8, gt=0)
+    gradient_clip: float = Field(default=1.0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    deterministic: bool = False
+    checkpoint_every_steps: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=2, ge=0)
+    evaluate_every_steps: int = Field(default=0, ge=0)
+    evaluate_sequences: int | None = Field(default=None, gt=0)
+    log_every_steps: int = Field(default=10, gt=0)
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    deepspeed: str = "student_zero3.json"
+    seed: int = 776
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                f"a training stage that gives {' and '.join(given) or 'none of steps, tokens and epochs'}",
+                "the length of the run, and with it the schedule, follows from exactly one of them",
+                "give one of `steps`, `tokens` and `epochs`",
+            )
+        if self.batch_sequences % self.micro_batch_sequences:
+            raise RecipeError(
+                f"batch_sequences {self.batch_sequences} is no multiple of "
+                f"micro_batch_sequences {self.micro_batch_sequences}",
+                "a step is made of whole micro-batches",
+                "change one of them so that they divide",
+            )
+        return self
+
+    def total_steps(self, sequence_length: int, blocks: int) -> int:
+        """Optimiser steps of the whole stage.
+
+        Args:
+            sequence_length: tokens of one block.
+            blocks: training blocks of the store; only read for `epochs`.
+        """
+        return -(-self.total_sequences(sequence_length, blocks) // self.batch_sequences)
+
+    def total_sequences(self, sequence_length: int, blocks: int) -> int:
+        """Sequences of the whole stage; the last step may hold fewer than `batch_sequences` of them."""
+        if self.steps is not None:
+            return self.steps * self.batch_sequences
+        if self.tokens is not None:
+            return self.tokens // sequence_length
+        assert self.epochs is not None
+        return round(self.epochs * blocks)
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of linear warm-up."""
+        return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_fraction * total_steps)
