@@ -1,0 +1,273 @@
+"""Weights by name, read lazily: no reader here ever holds more than one tensor, no writer more than one file."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minima.errors import CheckpointError
+from minima.models.legacy_config import with_4x_names
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class WeightSource(Protocol):
+    """Tensors of one stock model by their parameter names; a tied head is not listed beside its embedding."""
+
+    config: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Parameter names, in the model's order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor on the CPU, in its stored dtype."""
+        ...
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of one flattened tensor: what one ZeRO-3 rank needs of it."""
+        ...
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
+    from minima.models.causal_lm import build_empty
+
+    with torch.device("meta"):
+        model = build_empty(json.loads(config_json))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the stock model that `config` describes, in its order."""
+    return _parameter_shapes(json.dumps(config, sort_keys=True, default=str))
+
+
+class MemorySource:
+    """Weights that are already in memory: for tests and small models."""
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.config = config
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name].reshape(-1)[start:stop]
+
+
+class RandomSource:
+    """Fresh weights whose values follow from the seed and each tensor's name alone, on any number of ranks.
+
+    Matrices are normal with the configuration's `initializer_range` (0.02 where it has none), norm weights one and
+    biases zero: what the stock models' own initialisation gives Llama.
+    """
+
+    def __init__(self, config: dict[str, Any], seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self._shapes = parameter_shapes(config)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.empty(shape).normal_(0.0, self.config.get("initializer_range", 0.02), generator=generator)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(name).reshape(-1)[start:stop]
+
+
+class FolderSource:
+    """A folder in Hugging Face's layout, one or many safetensors files.
+
+    Raises:
+        CheckpointError: no config, no safetensors files, a tensor that is missing or has another shape, or a file
+            that is cut off.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config_path = folder / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(
+                f"no config.json in {folder}",
+                "without it the model's shape is not known",
+                "give a folder in Hugging Face's layout, the name of a stage, or a Hub id",
+            )
+        self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+        self._shapes = parameter_shapes(self.config)
+        stored = self._stored_files()
+        prefix = self._prefix(set(stored))
+        self._where: dict[str, tuple[Path, str]] = {}
+        for name in self._shapes:
+            key = next((key for key in (name, name.removeprefix(prefix)) if key in stored), None)
+            if key is None:
+                raise CheckpointError(
+                    f"{folder} has no tensor {name!r}",
+                    "a model with a missing tensor would run on random numbers",
+                    "fetch or write the folder again",
+                )
+            self._where[name] = (stored[key], key)
+        self._check_shapes()
+
+    def _stored_files(self) -> dict[str, Path]:
+        index, single = self.folder / INDEX_NAME, self.folder / "model.safetensors"
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: self.folder / file for name, file in weight_map.items()}
+        if not single.is_file():
+            pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
+                path.name for path in self.folder.glob("*.pt*")
+            )
+            raise CheckpointError(
+                f"no safetensors file in {self.folder}" + (f", only {', '.join(pickles)}" if pickles else ""),
+                "a pickle runs code when it is loaded" if pickles else "there are no weights to load",
+                "convert it to safetensors (`save_pretrained` does)" if pickles else "check the path",
+            )
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def _prefix(self, stored: set[str]) -> str:
+        """The base model's prefix, which checkpoints written from a bare backbone lack."""
+        prefix = next(iter(self._shapes)).split(".")[0] + "."
+        return prefix if not any(name.startswith(prefix) for name in stored) else ""
+
+    def _check_shapes(self) -> None:
+        by_file: dict[Path, list[str]] = {}
+        for name, (path, _) in self._where.items():
+            by_file.setdefault(path, []).append(name)
+        for path, names in by_file.items():
+            with _open(path) as file:
+                for name in names:
+                    found = tuple(file.get_slice(self._where[name][1]).get_shape())
+                    if found != self._shapes[name]:
+                        raise CheckpointError(
+                            f"{name} in {path} has shape {found}, config.json says {self._shapes[name]}",
+                            "weights and configuration are of different models",
+                            "fetch or write the folder again",
+                        )
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        path, key = self._where[name]
+        with _open(path) as file:
+            return file.get_tensor(key)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        path, key = self._where[name]
+        shape = self._shapes[name]
+        row = 1
+        for size in shape[1:]:
+            row *= size
+        first, last = start // row, -(-stop // row)  # only the rows that hold the wanted elements are read
+        with _open(path) as file:
+            rows = file.get_slice(key)[first:last]
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {error}",
+            "the file is missing, cut off or damaged",
+            "fetch or write it again",
+        ) from error
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 4_000_000_000,
+) -> dict[str, str]:
+    """Write a model in Hugging Face's layout, holding one file's tensors at a time.
+
+    Args:
+        folder: made when it is not there.
+        config: `config.json`'s content; the dtype is set, and the names that transformers 4.x reads are added.
+        tensors: name and tensor, drawn one by one.
+        dtype: of the written tensors; each tensor's own when not given.
+        shard_bytes: a new file is begun when one would grow past this; a larger tensor gets a file of its own.
+
+    Returns:
+        SHA-256 of each written tensor's bytes, by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes: dict[str, str] = {}
+    shards: list[dict[str, Tensor]] = [{}]
+    files: list[tuple[Path, list[str]]] = []
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        path = folder / f"model-{len(files) + 1:05d}.safetensors.partial"
+        save_file(shards[0], path, metadata={"format": "pt"})
+        files.append((path, list(shards[0])))
+        shards[0] = {}
+        pending_bytes = 0
+
+    written_dtype = dtype
+    for name, tensor in tensors:
+        tensor = tensor.to(dtype=dtype or tensor.dtype).contiguous()
+        written_dtype = written_dtype or tensor.dtype
+        size = tensor.numel() * tensor.element_size()
+        if pending_bytes and pending_bytes + size > shard_bytes:
+            flush()
+        shards[0][name] = tensor.clone() if tensor._base is not None else tensor  # a view would drag its base along
+        hashes[name] = tensor_sha256(tensor)
+        pending_bytes += size
+        total_bytes += size
+    flush()
+    weight_map = {}
+    for number, (path, names) in enumerate(files, start=1):
+        final = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    full_config = with_4x_names(config | {"dtype": str(written_dtype).removeprefix("torch.")})
+    (folder / "config.json").write_text(json.dumps(full_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return hashes
