@@ -1,0 +1,181 @@
+"""Token blocks on disk: memory-mapped shards, an index, and a checksum for every file."""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minima.errors import DataError, StoreCorrupted
+
+FORMAT = "minima-tokens-1"
+INDEX = "index.json"
+STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
+_READ_BYTES = 1 << 24
+
+
+def token_dtype(vocabulary_size: int) -> str:
+    """Two bytes a token where every id fits, else four; little-endian."""
+    return "<u2" if vocabulary_size <= 1 << 16 else "<u4"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class TokenStore:
+    """Blocks of `sequence_length` tokens: one stream of documents, each closed by the end token, cut into blocks.
+
+    A shard is the raw tokens of whole blocks; beside it lie the positions at which its documents start. Nothing is
+    read before it is asked for, so 126e9 tokens (252 GB at two bytes a token) open at once.
+
+    Attributes:
+        folder: where it lies.
+        sequence_length: tokens of one block.
+        vocabulary_size: every id is below it.
+        end_token: the id that closes a document.
+        tokens: all tokens, end tokens included.
+        documents: documents that start in the store.
+        bytes: UTF-8 bytes of the text whose tokens these are; of a document that the last block cuts, its share.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder = folder
+        self.sequence_length: int = index["sequence_length"]
+        self.vocabulary_size: int = index["vocabulary_size"]
+        self.end_token: int = index["end_token"]
+        self.tokens: int = index["tokens"]
+        self.documents: int = index["documents"]
+        self.bytes: int = index["bytes"]
+        self._dtype = np.dtype(index["dtype"])
+        self._shards: list[dict[str, Any]] = index["shards"]
+        blocks = [shard["tokens"] // self.sequence_length for shard in self._shards]
+        self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
+        self._map = lru_cache(maxsize=None)(self._open_shard)
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenStore":
+        """The store in `folder`, after a look at every file's size (`verify` reads their content).
+
+        Raises:
+            DataError: there is no store.
+            StoreCorrupted: a file is missing, or not of the size that was written.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{folder} holds no token store: {INDEX} is missing",
+                "a store is complete only once its index is written",
+                "give the folder of a finished build_data stage, or run that stage again",
+            ) from None
+        except ValueError as error:
+            raise _damaged(folder / INDEX, f"is not valid JSON ({error})") from None
+        if index.get("format") != FORMAT:
+            raise _damaged(folder / INDEX, f"says format {index.get('format')!r}, expected {FORMAT!r}")
+        store = cls(folder, index)
+        for file in store._files():
+            path = folder / file["file"]
+            if not path.exists():
+                raise _damaged(path, "is missing")
+            if path.stat().st_size != file["bytes"]:
+                raise _damaged(path, f"has {path.stat().st_size} bytes, {file['bytes']} were written")
+        return store
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return int(self._first_block[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_map"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._map = lru_cache(maxsize=None)(self._open_shard)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for one token: nats a token / (ln 2 x this) are bits per byte."""
+        return self.bytes / self.tokens
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """Some blocks, in the order asked for.
+
+        Args:
+            indices: block numbers, int array [n]; one may come more than once.
+
+        Returns:
+            int64 array [n, sequence_length].
+
+        Raises:
+            IndexError: a number is negative or not below `len(store)`.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"blocks {indices.min()} to {indices.max()} of a store with {len(self)}")
+        out = np.empty((len(indices), self.sequence_length), dtype=np.int64)
+        shards = np.searchsorted(self._first_block, indices, side="right") - 1
+        for shard in np.unique(shards):
+            rows = shards == shard
+            out[rows] = self._map(int(shard))[indices[rows] - self._first_block[shard]]
+        return out
+
+    def document_starts(self, first_block: int = 0, last_block: int | None = None) -> np.ndarray:
+        """Where documents start in a run of blocks.
+
+        Args:
+            first_block: the first block.
+            last_block: one past the last; the store's end when not given.
+
+        Returns:
+            int64 positions in tokens from the store's first token, ascending. A block's own start is in it only if
+            a document begins there.
+        """
+        last_block = len(self) if last_block is None else last_block
+        low, high = first_block * self.sequence_length, last_block * self.sequence_length
+        found = [np.empty(0, dtype=np.int64)]
+        for number, shard in enumerate(self._shards):
+            first = int(self._first_block[number]) * self.sequence_length
+            if first < high and low < first + shard["tokens"] and shard["starts"]["bytes"]:
+                starts = np.memmap(self.folder / shard["starts"]["file"], dtype=STARTS_DTYPE, mode="r")
+                left, right = np.searchsorted(starts, [max(0, low - first), min(high - first, shard["tokens"])])
+                found.append(first + starts[left:right].astype(np.int64))
+        return np.concatenate(found)
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum.
+
+        Raises:
+            StoreCorrupted: names the first damaged file, the expected and the actual sha256.
+        """
+        for file in self._files():
+            actual = file_sha256(self.folder / file["file"])
+            if actual != file["sha256"]:
+                raise _damaged(self.folder / file["file"], f"has sha256 {actual}, {file['sha256']} was written")
+
+    def sha256(self) -> str:
+        """One checksum for the whole store: that of its index, which holds those of all files."""
+        return file_sha256(self.folder / INDEX)
+
+    def _files(self) -> list[dict[str, Any]]:
+        return [file for shard in self._shards for file in (shard, shard["starts"])]
+
+    def _open_shard(self, number: int) -> np.ndarray:
+        path = self.folder / self._shards[number]["file"]
+        return np.memmap(path, dtype=self._dtype, mode="r").reshape(-1, self.sequence_length)
+
+
+def _damaged(path: Path, how: str) -> StoreCorrupted:
+    return StoreCorrupted(
+        f"{path} {how}",
+        "a model would be trained or judged on tokens that are not the text's",
+        "run the build_data stage again (remove its folder first), or copy the file again from where it was made",
+    )
