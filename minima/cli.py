@@ -1,0 +1,120 @@
+"""The `minima` command. Every command imports what it needs when it runs, so help and dry runs know no torch."""
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+import minima
+from minima.errors import MinimaError
+
+USER_ERROR, OWN_ERROR = 2, 1
+_OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after the first one fails
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 a mistake that the user can mend, 1 one of our own."""
+    parser = _parser()
+    options, extra = parser.parse_known_args(arguments)
+    if any(text.startswith("-") for text in extra) or (extra and not hasattr(options, "overrides")):
+        parser.error(f"unknown arguments: {' '.join(extra)}")
+    if hasattr(options, "overrides"):
+        options.overrides += extra  # argparse gives up on positional arguments that follow an option
+    try:
+        return options.command(options)
+    except MinimaError as error:
+        _show(error)
+        return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minima", description="The best smaller model that a large one can become.")
+    parser.add_argument("--version", action="version", version=f"minima {minima.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the stages of a recipe that are not finished")
+    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    run.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    run.add_argument("--stages", metavar="A,B", help="only these; all when not given")
+    run.add_argument("--launcher", metavar="X", help="start the ranks by launch/X.sh instead of the recipe's")
+    run.add_argument("--ranks", type=int, metavar="N", help="processes on this machine instead of the recipe's")
+    run.add_argument("--dry-run", action="store_true", help="show what would happen, and the arithmetic; run nothing")
+    run.set_defaults(command=_run)
+
+    stage = commands.add_parser("stage", help="run stages in this process: what each rank does under any launcher")
+    stage.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    stage.add_argument("overrides", nargs="*", metavar="NAME|key.path=value", help="stages (A,B) and overrides")
+    stage.add_argument("--stages", metavar="A,B", help="only these; all that are not finished when not given")
+    stage.set_defaults(command=_stage)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from minima.stages import pipeline
+    from minima.stages.shipped import find_recipe
+
+    overrides = list(options.overrides)
+    overrides += [f"ranks={options.ranks}"] if options.ranks is not None else []
+    overrides += [f"launcher={options.launcher}"] if options.launcher is not None else []
+    path = find_recipe(options.recipe)
+    if options.dry_run:
+        from minima.recipe.loading import load_recipe
+        from minima.stages.preview import preview
+        from minima.stages.running import select
+
+        recipe = load_recipe(path, overrides)
+        _write(preview(recipe, path, select(recipe, _names(options.stages))))
+        return 0
+    return pipeline.run(path, overrides, _names(options.stages), _write)
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from minima.launcher import read_launch
+    from minima.recipe.loading import load_recipe
+    from minima.stages.running import run_alone
+    from minima.stages.shipped import find_recipe
+
+    names = _names(",".join(text for text in (options.stages, *options.overrides) if text and "=" not in text) or None)
+    overrides = [text for text in options.overrides if "=" in text]
+    launch = read_launch()
+    try:
+        path = find_recipe(options.recipe)
+        run_alone(load_recipe(path, overrides), path, names, launch, _write)
+    except MinimaError as error:
+        if launch.rank != 0:  # rank 0 says it, unless it alone fares well: then this rank lives long enough to speak
+            time.sleep(_OTHER_RANK_SECONDS)
+            sys.stderr.write(f"[rank {launch.rank}] ")
+        _show(error)
+        _leave(USER_ERROR, launch.world_size)
+        return USER_ERROR
+    except Exception:
+        sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
+        _leave(OWN_ERROR, launch.world_size)
+        return OWN_ERROR
+    return 0
+
+
+def _leave(code: int, world_size: int) -> None:
+    """End a failed rank at once: tearing down its process group would wait for ranks that wait for it."""
+    import os
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if world_size > 1:
+        os._exit(code)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _show(error: MinimaError) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")
+    sys.stderr.flush()

@@ -1,0 +1,257 @@
+"""Rank, world size and master address from the launcher's variables. The package's only reader of the environment."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from minima.errors import LauncherError
+
+_GENERIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+# What launchers tell their ranks. A child that inherited one of these would take itself for a rank of its parent's
+# launcher. The allocation (SLURM_JOB_ID, SLURM_JOB_NODELIST) and settings (OMPI_MCA_btl) stay.
+_FOREIGN = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|CROSS_RANK|CROSS_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
+    r"|(GROUP|ROLE)_(RANK|WORLD_SIZE|NAME)|TORCHELASTIC_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE"
+    r"|OMPI_MCA_(ess|orte|pmix|prte)_.*|PMI_.*|PMIX_.*|MPI_LOCAL.*|MV2_COMM_.*"
+    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|MINIMA_(RANKS|DRIVER|TERMINAL)"
+)
+_PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which begins at 32,768, so no client socket sits on one
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One rank's place in its process group.
+
+    Attributes:
+        rank: of this process, over all machines.
+        world_size: processes over all machines.
+        local_rank: of this process on its machine; chooses the GPU.
+        local_world_size: processes on this machine.
+        master_address: host of rank 0.
+        master_port: where rank 0 listens.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_address: str = "127.0.0.1"
+    master_port: int = 0
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """This process's place, as its launcher tells it.
+
+    `RANK`, `WORLD_SIZE` and `LOCAL_RANK` together come first, then Open MPI's variables, then Slurm's inside an `srun`
+    step with more than one task, so torchrun under srun is torchrun. With none of them this is a single process.
+
+    Args:
+        environment: read instead of the process's own.
+
+    Raises:
+        LauncherError: a set of variables is partial, not a number, or impossible.
+    """
+    environment = os.environ if environment is None else environment
+    generic = [name for name in _GENERIC if name in environment]
+    if len(generic) == len(_GENERIC):
+        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
+        return _launch(environment, _GENERIC, local_size, None)
+    if any(name in environment for name in _OPENMPI):
+        launch = _launch(environment, _OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE", _openmpi_master)
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        launch = _launch(environment, _SLURM, None, _slurm_master)
+    elif generic:
+        raise _partial(_GENERIC, environment)
+    else:
+        return Launch(master_port=free_port())
+    for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world_size), ("LOCAL_RANK", launch.local_rank)):
+        if _number(environment, name, value) != value:
+            raise LauncherError(
+                f"{name}={environment[name]} beside a launcher that says {value}",
+                "ranks that disagree about their group wait for each other for ever",
+                f"unset {name}, or set all of {', '.join(_GENERIC)}",
+            )
+    return launch
+
+
+def _launch(environment, names, local_size_name, master) -> Launch:
+    if any(name not in environment for name in names):
+        raise _partial(names, environment)
+    rank, world_size, local_rank = (_number(environment, name, 0) for name in names)
+    if local_size_name is None:
+        local_size = _slurm_local_size(environment, world_size)
+    else:
+        local_size = _number(environment, local_size_name, world_size)
+    if not 0 <= rank < world_size or not 0 <= local_rank < local_size <= world_size or local_rank > rank:
+        shown = ", ".join(f"{name}={environment[name]}" for name in (*names, local_size_name) if name in environment)
+        raise LauncherError(
+            f"impossible launcher variables: {shown}",
+            "a rank lies between 0 and its group's size, on its machine and over all of them",
+            "start the ranks through one of the launchers, or unset these variables to run one process",
+        )
+    address, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT", 0)
+    if (not address or not port) and world_size > 1:
+        found = master(environment, local_size == world_size) if master else (None, 0)
+        address, port = address or found[0], port or found[1]
+    if world_size > 1 and (not address or not 0 < port < 65536):
+        raise LauncherError(
+            f"{world_size} ranks with MASTER_ADDR={address or 'missing'} and MASTER_PORT={port or 'missing'}",
+            "the ranks find each other through rank 0's address",
+            "export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port there) for every rank",
+        )
+    return Launch(rank, world_size, local_rank, local_size, address or "127.0.0.1", port or free_port())
+
+
+def _partial(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
+    given = [f"{name}={environment[name]}" for name in names if name in environment]
+    missing = [name for name in names if name not in environment]
+    return LauncherError(
+        f"{' and '.join(given)} without {' and '.join(missing)}",
+        "a rank has to know its number, its group's size and its number on its machine; a guess could hang the group",
+        f"set {', '.join(missing)} too, or unset {', '.join(name for name in names if name in environment)}",
+    )
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise LauncherError(
+            f"{name}={text!r} is not a whole number",
+            "a rank's place in its group is counted",
+            f"unset {name}, or start the ranks through one of the launchers",
+        ) from None
+
+
+def _openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
+    job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or ""
+    return ("127.0.0.1", _derived_port(job)) if one_machine and job else (None, 0)
+
+
+def _slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    job = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
+    return ("127.0.0.1" if one_machine else first_host(nodes)), _derived_port(job)
+
+
+def _slurm_local_size(environment: Mapping[str, str], world_size: int) -> int:
+    counts: list[int] = []  # "4(x2),3" is four tasks on each of the first two nodes and three on the third
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    return counts[node] if 0 <= node < len(counts) else world_size
+
+
+def first_host(nodes: str) -> str | None:
+    """The first host of a Slurm node list: `gpu[03-05,9]-a,cpu1` gives `gpu03-a`."""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    return "".join(part or "" for part in match.groups()) or None if match else None
+
+
+def _derived_port(job: str) -> int:
+    first, last = _PORTS
+    return first + sum(ord(letter) * 31**index for index, letter in enumerate(job)) % (last - first)
+
+
+def num_accelerators() -> int:
+    """GPUs that this process may use, counted without torch; 0 where `DS_ACCELERATOR=cpu` is set."""
+    devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    if not devices or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(devices)
+    named = [part.strip() for part in visible.split(",")]
+    for index, part in enumerate(named):  # CUDA ignores everything from the first invalid entry on
+        if not part or part.startswith("-"):
+            return index
+    return len(named)
+
+
+def default_ranks() -> int:
+    """One rank for each GPU; two without one, so that sharding is real."""
+    return num_accelerators() or 2
+
+
+def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str]:
+    """The environment of a launcher that `minima run` starts.
+
+    Args:
+        ranks: processes that the launcher starts on this machine.
+        terminal_columns: width of the terminal that the output reaches in the end; 0 when it is none.
+    """
+    environment = {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
+    environment["MINIMA_RANKS"] = str(ranks)
+    environment["MINIMA_DRIVER"] = str(os.getpid())
+    if terminal_columns:
+        environment["MINIMA_TERMINAL"] = str(terminal_columns)
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    if not num_accelerators():
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
+    environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
+    if sys.prefix != sys.base_prefix:  # a private folder, so that no killed build elsewhere leaves its lock here
+        environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    return environment
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def started_by_driver() -> bool:
+    """Whether `minima run` started this process: it then holds the run folder's lock for it."""
+    return "MINIMA_DRIVER" in os.environ
+
+
+def terminal_columns() -> int:
+    """Width of the terminal behind the driver's pipe; 0 when there is none."""
+    text = os.environ.get("MINIMA_TERMINAL", "")
+    return int(text) if text.isdigit() else 0
+
+
+def export_launch(launch: Launch) -> None:
+    """Set the variables that DeepSpeed and torch read, for whichever launcher this rank was found through."""
+    os.environ |= {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_SIZE": str(launch.local_world_size),
+        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+        "MASTER_ADDR": launch.master_address,
+        "MASTER_PORT": str(launch.master_port),
+    }
+
+
+def free_port() -> int:
+    """A port on this machine that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def export_launch(launch: Launch) -> None:
+    """Tell the libraries of this process where it stands: DeepSpeed and torch read the environment only."""
+    os.environ |= {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+        "MASTER_ADDR": launch.master_address,
+        "MASTER_PORT": str(launch.master_port),
+    }
+    if sys.prefix != sys.base_prefix:
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

@@ -1,0 +1,163 @@
+"""A recipe file and overrides in, a checked `Recipe` out; every mistake named with its place."""
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from minima.errors import MinimaError, RecipeError
+from minima.recipe.overrides import RecipeLoader, apply_override, nearest
+from minima.recipe.references import check_references
+from minima.recipe.schema import Recipe
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path`, changed by `overrides`.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.path=value`, applied in order.
+
+    Raises:
+        RecipeError: the file is missing or broken, or asks for something that does not exist or cannot be.
+        MinimaError: another error that a field's own check raised.
+    """
+    raw = _read(path)
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(path, raw, error) from None
+    check_references(recipe)
+    return recipe
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; loads again to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"the recipe {path} cannot be read ({error})",
+            "a run is what its recipe says",
+            "give the path of a YAML file, or the name of a recipe that minima ships",
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{where}: {error.problem or error.context}",
+            "the file is not valid YAML, so nothing in it can be trusted",
+            "look at that line: indentation, a missing colon or bracket, a key given twice",
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {error}", "the file is not valid YAML", "mend or replace the file") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path} holds {'nothing' if raw is None else 'a ' + type(raw).__name__}, not keys and values",
+            "a recipe says at least `name` and `stages`",
+            "see the shipped recipes/quickstart.yaml",
+        )
+    return raw
+
+
+def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaError:
+    details = error.errors(include_url=False)
+    details = [detail for detail in details if not _other_branch(detail, details)]
+    own = [detail["ctx"]["error"] for detail in details if isinstance(detail.get("ctx", {}).get("error"), MinimaError)]
+    if len(details) == 1 and own:
+        place = _place(raw, details[0]["loc"])
+        return type(own[0])(f"{path.name}{': ' + place if place else ''}: {own[0].what}", own[0].why, own[0].do)
+    lines = [f"{_place(raw, detail['loc']) or 'recipe'}: {_problem(detail)}" for detail in details]
+    unknown = any(detail["type"] == "extra_forbidden" for detail in details)
+    return RecipeError(
+        f"{path.name}: " + (lines[0] if len(lines) == 1 else f"{len(lines)} problems\n    " + "\n    ".join(lines)),
+        "a key that nothing reads would be silently ignored" if unknown else "the run could not be what was meant",
+        "change " + ("it" if len(lines) == 1 else "them") + f" in {path}, or override on the command line",
+    )
+
+
+def _other_branch(detail: Any, details: list[Any]) -> bool:
+    """Whether this is a union's complaint that a block is not a plain value, where another one says what is wrong."""
+    union = detail["loc"][:-1]
+    plain = detail["type"] in ("string_type", "model_type", "model_attributes_type")
+    return plain and any(
+        other is not detail and other["loc"][: len(union)] == union and other["type"] not in ("string_type",)
+        for other in details
+        if len(other["loc"]) > len(union)
+        and other["loc"][len(union)] != detail["loc"][-1]
+        and (str(other["loc"][len(union)])[:1].isupper() and isinstance(detail["input"], dict))
+    )
+
+
+def _problem(detail: Any) -> str:
+    value = detail["input"]
+    if detail["type"] == "extra_forbidden":
+        key = str(detail["loc"][-1])
+        known = _known_names(detail["loc"][:-1])
+        return f"no such key{nearest(key, known) or '; known are ' + ', '.join(known)}"
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = detail["ctx"].get("tag")
+        kinds = [kind.strip(" '") for kind in detail["ctx"].get("expected_tags", "").split(",") if kind.strip()]
+        if tag is None:
+            return "the stage has no kind"
+        return f"kind {tag!r} is not known{nearest(tag, kinds)} (kinds are {', '.join(kinds)})"
+    if detail["type"] == "missing":
+        return "is missing"
+    inner = detail.get("ctx", {}).get("error")
+    if isinstance(inner, MinimaError):
+        return f"{inner.what} ({inner.why}; {inner.do})"
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{message[:1].lower() + message[1:]}, not {value!r}" if len(repr(value)) < 80 else message
+
+
+def _place(raw: dict[str, Any], location: Sequence[str | int]) -> str:
+    """A pydantic location as the user wrote it: stages by name, no union tags or class names."""
+    parts: list[str] = []
+    block: Any = raw
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(block, list) and isinstance(part, int):
+            block = block[part] if part < len(block) else None
+            named = parts == ["stages"] and isinstance(block, dict) and isinstance(block.get("name"), str)
+            parts.append(block["name"] if named else str(part))
+        elif isinstance(block, dict) and part in block:
+            parts.append(str(part))
+            block = block[part]
+        elif last and not str(part)[:1].isupper() and isinstance(block, dict):
+            parts.append(str(part))  # a key that is missing
+    return ".".join(parts)
+
+
+def _known_names(location: Sequence[str | int]) -> list[str]:
+    """The fields of the block at a pydantic location."""
+    blocks: list[type[BaseModel]] = [Recipe]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        holders = [block for block in blocks if part in block.model_fields]
+        tagged = [block for block in blocks if _kind(block) == part or block.__name__ == part]
+        if tagged:
+            blocks = tagged
+        elif holders:
+            blocks = [inner for block in holders for inner in _models(block.model_fields[part].annotation)]
+    return sorted({name for block in blocks for name in block.model_fields})
+
+
+def _kind(block: type[BaseModel]) -> str | None:
+    field = block.model_fields.get("kind")
+    return (typing.get_args(field.annotation) or (None,))[0] if field else None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in _models(inner)]

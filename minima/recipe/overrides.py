@@ -1,0 +1,116 @@
+"""`key.path=value` from the command line, and the numbers that YAML 1.1 takes for text."""
+
+import difflib
+import re
+from typing import Any
+
+import yaml
+
+from minima.errors import RecipeError
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that reads `3e-4` and `126e9` as numbers and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a point and a signed exponent in a float; YAML 1.2 (core schema, section 10.3.2) does not.
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the known name that is most like `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def apply_override(raw: dict[str, Any], text: str) -> None:
+    """Set one value of a recipe that is not checked yet, in place.
+
+    Args:
+        raw: the recipe as its YAML says it.
+        text: `key.path=value`. A stage is addressed by its name (`stages.student.steps=10`), an entry of another
+            list by its number from 0; the value is read as YAML.
+
+    Raises:
+        RecipeError: there is no `=`, no such stage or entry, or the value is broken YAML.
+    """
+    path, equals, value_text = text.partition("=")
+    path = path.strip()
+    if not equals or not all(path.split(".")):
+        raise RecipeError(
+            f"the override {text!r} is not of the form key.path=value",
+            "what to change and what to change it to have to be told apart",
+            "write for example stages.student.steps=10 or ranks=4",
+        )
+    try:
+        value = yaml.load(value_text, Loader=RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"the override {text!r} has a value that is not YAML",
+            "values are read as they are in a recipe",
+            f"quote the value: {' '.join(str(error).split())}",
+        ) from None
+    parts = path.split(".")
+    block: Any = raw
+    if parts[0] == "stages" and len(parts) > 1:
+        block, parts = _stage(raw, text, path.removeprefix("stages."))
+    for part in parts[:-1]:
+        block = _step(block, part, text)
+    last = parts[-1]
+    if isinstance(block, list):
+        _step(block, last, text)
+        block[int(last)] = value
+    else:
+        block[last] = value
+
+
+def _stage(raw: dict[str, Any], text: str, rest: str) -> tuple[dict[str, Any], list[str]]:
+    stages = [stage for stage in raw.get("stages") or [] if isinstance(stage, dict)]
+    by_name = {str(stage.get("name")): stage for stage in stages}
+    for name in sorted(by_name, key=len, reverse=True):  # a name may hold a point, so the longest match is meant
+        if rest.startswith(name + "."):
+            return by_name[name], rest.removeprefix(name + ".").split(".")
+    name = rest.split(".")[0]
+    raise RecipeError(
+        f"the override {text!r} names no stage of this recipe{nearest(name, list(by_name))}",
+        "it would change nothing",
+        f"write stages.NAME.key=value with one of {', '.join(by_name)}",
+    )
+
+
+def _step(block: Any, part: str, text: str) -> Any:
+    if isinstance(block, list):
+        if not part.isdigit() or int(part) >= len(block):
+            raise RecipeError(
+                f"the override {text!r} asks for entry {part!r} of a list of {len(block)}",
+                "it would change nothing",
+                f"give a number from 0 to {len(block) - 1}",
+            )
+        return block[int(part)]
+    if isinstance(block.get(part), str) and part in ("model", "teacher"):  # a plain string is a source
+        block[part] = {"source": block[part]}
+    if block.get(part) is None:
+        block[part] = {}
+    if not isinstance(block[part], dict | list):
+        raise RecipeError(
+            f"the override {text!r} goes into {part!r}, which is {block[part]!r}",
+            "a single value has no parts",
+            f"override {part!r} as a whole",
+        )
+    return block[part]

@@ -1,0 +1,117 @@
+"""Which earlier stages a stage reads: names are told from paths and Hub ids here, and nowhere else."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from minima.errors import RecipeError
+from minima.recipe.schema import AnyStage, BuildData, ModelInput, Recipe
+
+WEIGHTS = ("adapt", "prune", "distil", "export")  # kinds whose folder holds a model
+STEPPED = ("adapt", "distil")  # kinds that leave checkpoints, so that `name@step` means something
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One input of a stage, as the recipe writes it.
+
+    Attributes:
+        field: where in the stage it stands: `model`, `teacher`, `data`, `models.0`.
+        text: as written.
+        stage: the earlier stage that it names; none when it is a path or a Hub id.
+        step: the checkpoint of `name@step`; none for the newest.
+        what: `model`, `data`, `scores` or `tokenizer`.
+        revision: of a Hub id.
+    """
+
+    field: str
+    text: str
+    stage: str | None
+    step: int | None
+    what: str
+    revision: str | None = None
+
+
+def references(recipe: Recipe, stage: AnyStage) -> list[Reference]:
+    """The inputs that `stage` takes from other stages, folders or the Hub, in the order of its fields."""
+    names = {other.name for other in recipe.stages}
+    found = []
+    for field, value, what, revision in _fields(stage):
+        base, at, step = value.rpartition("@")
+        if value in names:
+            found.append(Reference(field, value, value, None, what))
+        elif at and base in names and step.isdigit():
+            found.append(Reference(field, value, base, int(step), what))
+        else:
+            found.append(Reference(field, value, None, None, what, revision))
+    return found
+
+
+def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
+    fields: list[tuple[str, str, str, str | None]] = []
+    if isinstance(stage, BuildData):
+        return [("tokenizer", stage.tokenizer, "tokenizer", None)] if isinstance(stage.tokenizer, str) else []
+    for name in ("model", "teacher", "models", "data", "scores"):
+        value: Any = getattr(stage, name, None)
+        what = name if name in ("data", "scores") else "model"
+        if isinstance(value, ModelInput):
+            if value.source is not None:
+                fields.append((name, value.source, what, value.revision))
+        elif isinstance(value, str):
+            fields.append((name, value, what, None))
+        elif value is not None:
+            fields += [(f"{name}.{index}", text, what, None) for index, text in enumerate(value)]
+    return fields
+
+
+def check_references(recipe: Recipe) -> None:
+    """Refuse inputs that cannot be there when their stage runs.
+
+    Raises:
+        RecipeError: a stage names itself, a later stage, or one of a kind that does not hold what it needs.
+    """
+    order = {stage.name: index for index, stage in enumerate(recipe.stages)}
+    accepted = {
+        "model": WEIGHTS,
+        "data": ("build_data",),
+        "scores": ("prune",),
+        "tokenizer": ("build_data", *WEIGHTS),
+    }
+    for index, stage in enumerate(recipe.stages):
+        for reference in references(recipe, stage):
+            if reference.stage is None:
+                continue
+            where = f"stages.{stage.name}.{reference.field}: {reference.text!r}"
+            if order[reference.stage] >= index:
+                raise RecipeError(
+                    f"{where} is {'the stage itself' if reference.stage == stage.name else 'a later stage'}",
+                    "stages run from top to bottom, so there would be nothing to read",
+                    "name an earlier stage, or move the stages",
+                )
+            kind = recipe.stage(reference.stage).kind
+            if kind not in accepted[reference.what]:
+                raise RecipeError(
+                    f"{where} is a {kind} stage",
+                    f"{reference.field} is read from a stage of kind {' or '.join(accepted[reference.what])}",
+                    "name one of those, or a folder",
+                )
+            if reference.step is not None and kind not in STEPPED:
+                raise RecipeError(
+                    f"{where} asks for a step of a {kind} stage",
+                    f"only stages of kind {' and '.join(STEPPED)} leave checkpoints",
+                    f"write {reference.stage!r} alone",
+                )
+    _check_summary(recipe, recipe.summary, "summary")
+
+
+def _check_summary(recipe: Recipe, value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_summary(recipe, inner, f"{where}.{key}")
+        return
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str) or not any(text.startswith(stage.name + ".") for stage in recipe.stages):
+            raise RecipeError(
+                f"{where}: {text!r} names no stage's metric",
+                "summary.json could not be written when the run is over",
+                "write STAGE.metric (for example teacher.parameters), or a list of them to average",
+            )

@@ -1,0 +1,162 @@
+"""What a stage is handed: its recipe and folder, and where its inputs lie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minima.errors import StageError
+from minima.launcher import Launch
+from minima.recipe.references import STEPPED, Reference, references
+from minima.recipe.schema import AnyStage, ModelInput, Recipe
+from minima.stages.manifest import is_finished
+from minima.stages.shipped import find_deepspeed_json
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on this machine.
+
+    Attributes:
+        name: as the recipe calls it: `student`, `student@12000`, a path or a Hub id.
+        folder: what `open_weights` is given: a stage's folder or a Hugging Face folder.
+        step: the checkpoint to take; none for the newest, or where there are no checkpoints.
+        tokenizer: the folder of its tokenizer; none when it has none.
+    """
+
+    name: str
+    folder: Path
+    step: int | None
+    tokenizer: Path | None
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage about to run on this rank.
+
+    Attributes:
+        recipe: the whole run.
+        recipe_path: the recipe's file.
+        stage: the stage to run.
+        folder: the stage's own; exists.
+        run_folder: holds all stages of the run.
+        launch: this rank's place in the process group.
+    """
+
+    recipe: Recipe
+    recipe_path: Path
+    stage: AnyStage
+    folder: Path
+    run_folder: Path
+    launch: Launch
+
+    def data(self, reference: str) -> Path:
+        """The folder of a build_data stage, or one given by its path.
+
+        Raises:
+            StageError: the stage has not finished, or there is no such folder.
+        """
+        found = self._reference(reference, "data")
+        if found.stage is not None:
+            return self._finished(found.stage)
+        path = Path(reference).expanduser()
+        if not (path / "train").is_dir():
+            raise StageError(
+                f"data {reference!r} is neither a stage of this recipe nor a folder that build_data wrote",
+                f"stage {self.stage.name!r} would have no text to read",
+                "name a build_data stage, or give the path of its folder (it holds train/ and tokenizer/)",
+            )
+        return path
+
+    def model(self, model: ModelInput | str) -> ResolvedModel:
+        """A stage, one of its checkpoints, a folder, or a Hub id as a folder on this machine.
+
+        A Hub id is downloaded when it is not in the cache yet. `ModelInput.random` has no folder: the caller makes it.
+
+        Raises:
+            StageError: the stage has not finished, or the model cannot be found.
+        """
+        text = model if isinstance(model, str) else model.source
+        assert text is not None, "random weights have no folder"
+        found = self._reference(text, "model")
+        if found.stage is not None:
+            folder = self._checkpoint(found) if found.step is not None else self._finished(found.stage)
+            stepped = self.recipe.stage(found.stage).kind in STEPPED
+            tokenizer = folder / ("tokenizer" if stepped else "model")
+            return ResolvedModel(text, folder, found.step, tokenizer if tokenizer.is_dir() else None)
+        path = Path(text).expanduser()
+        if not path.is_dir():
+            path = _snapshot(text, None if isinstance(model, str) else model.revision)
+        has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+        tokenizer = path if has_tokenizer else path / "tokenizer"
+        return ResolvedModel(text, path, None, tokenizer if tokenizer.is_dir() else None)
+
+    def scores(self, reference: str) -> Path:
+        """The folder of a prune stage, or one given by its path, whose `scores.safetensors` is read.
+
+        Raises:
+            StageError: the stage has not finished, or there are no scores.
+        """
+        found = self._reference(reference, "scores")
+        folder = self._finished(found.stage) if found.stage is not None else Path(reference).expanduser()
+        if not (folder / "scores.safetensors").is_file():
+            raise StageError(
+                f"scores {reference!r} name no folder with a scores.safetensors",
+                "there would be nothing to rank heads and neurons by",
+                "name a prune stage that has run, or leave `scores` out to measure them",
+            )
+        return folder
+
+    def deepspeed_json(self, name: str) -> Path:
+        """A DeepSpeed JSON beside the recipe, else the shipped one of that name."""
+        return find_deepspeed_json(name, self.recipe_path)
+
+    def _reference(self, text: str, what: str) -> Reference:
+        for reference in references(self.recipe, self.stage):
+            if reference.text == text:
+                return reference
+        names = {stage.name for stage in self.recipe.stages}
+        base, _, step = text.rpartition("@")
+        if text in names:
+            return Reference(what, text, text, None, what)
+        if base in names and step.isdigit():
+            return Reference(what, text, base, int(step), what)
+        return Reference(what, text, None, None, what)
+
+    def _finished(self, name: str) -> Path:
+        folder = self.run_folder / name
+        if not is_finished(folder):
+            raise StageError(
+                f"stage {name!r} has not finished in {folder}",
+                f"stage {self.stage.name!r} reads what it leaves",
+                f"run it first: minima run {self.recipe_path} --stages {name}",
+            )
+        return folder
+
+    def _checkpoint(self, reference: Reference) -> Path:
+        assert reference.stage is not None
+        folder = self.run_folder / reference.stage
+        if not (folder / "checkpoints" / f"step-{reference.step:08d}").is_dir():
+            steps = sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit())
+            raise StageError(
+                f"stage {reference.stage!r} has no checkpoint after step {reference.step}",
+                f"stage {self.stage.name!r} reads it",
+                f"choose among {', '.join(map(str, steps)) or 'none yet'}, or keep more with keep_checkpoints",
+            )
+        return folder
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StageError(
+            f"model {name!r} is neither a stage, nor a folder here, nor to be had from the Hub "
+            f"({str(error).strip().splitlines()[0]})",
+            "there are no weights to start from",
+            "check the name, give the path of a folder, or download it where there is a network",
+        ) from error

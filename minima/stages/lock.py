@@ -1,0 +1,58 @@
+"""One writer per run folder: a file lock that the kernel frees when its holder dies, and that names the holder."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minima.errors import StageError
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[int]:
+    """Hold the lock of a run folder.
+
+    The kernel frees it when the last process that holds it ends, however it ends, so a dead holder's lock is simply
+    taken over. Launchers inherit it from the driver: while they live, no second run starts beside them.
+
+    Args:
+        folder: the run's; made if it is missing.
+
+    Yields:
+        The file descriptor to hand to a launcher (`pass_fds`).
+
+    Raises:
+        StageError: another run holds it; the message names host, process and start time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(
+                f"{folder} is in use by {_holder(descriptor)}",
+                "two runs in one folder would overwrite each other's stages",
+                "wait for it, end it (or the ranks that it left behind), or take another folder with output=PATH",
+            ) from None
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        try:
+            yield descriptor
+        finally:
+            os.ftruncate(descriptor, 0)  # nobody is named by a lock that nobody holds
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return "another run that has not said which"

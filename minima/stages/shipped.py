@@ -1,0 +1,71 @@
+"""Where recipes, DeepSpeed JSONs and launchers are found: beside the recipe, in the clone, in the wheel."""
+
+from pathlib import Path
+
+import minima
+from minima.errors import RecipeError
+
+_PACKAGE = Path(minima.__file__).parent
+_CLONE = _PACKAGE.parent
+
+
+def shipped_folder(kind: str) -> Path:
+    """The folder of shipped `recipes`, `ds_configs` or `launch` files: the clone's, or the wheel's copy."""
+    return _CLONE / kind if (_CLONE / "pyproject.toml").is_file() else _PACKAGE / "bundled" / kind
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by its path, or by the bare name of one that minima ships.
+
+    Raises:
+        RecipeError: there is no such file and no such shipped recipe.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    folder = shipped_folder("recipes")
+    for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
+        if path.parent in (Path("."), Path("recipes")) and candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise RecipeError(
+        f"there is no recipe {name!r} here",
+        "a run is what its recipe says",
+        f"give the path of a YAML file, or the name of a shipped recipe: {shipped or 'none found'}",
+    )
+
+
+def find_deepspeed_json(name: str, recipe_path: Path) -> Path:
+    """A DeepSpeed JSON: a path, a file beside the recipe (also in its `ds_configs/`), or one that minima ships.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    beside = recipe_path.resolve().parent
+    shipped = shipped_folder("ds_configs")
+    for path in (beside / name, beside / "ds_configs" / name, shipped / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(file.name for file in shipped.glob("*.json")))
+    raise RecipeError(
+        f"there is no DeepSpeed JSON {name!r} beside {recipe_path} or among the shipped ones",
+        "it says how the model is sharded over the ranks",
+        f"write it beside the recipe, or choose a shipped one: {known or 'none found'}",
+    )
+
+
+def find_launcher(name: str) -> Path:
+    """The shell file `launch/NAME.sh`.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    path = shipped_folder("launch") / f"{name}.sh"
+    if path.is_file():
+        return path
+    known = ", ".join(sorted(file.stem for file in path.parent.glob("*.sh")))
+    raise RecipeError(
+        f"there is no launcher {name!r}",
+        "it would start the ranks of a stage",
+        f"choose among {known or 'none: the installation is incomplete'}",
+    )

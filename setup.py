@@ -1,0 +1,61 @@
+"""The wheel: the package, and beside it the DeepSpeed JSONs, launchers and recipes that a clone has at its root."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+BUNDLED = {f"minima.bundled.{folder}": folder for folder in ("ds_configs", "launch", "recipes")}
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "minima" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+README = ROOT / "README.md"
+
+setup(
+    name="minima",
+    version=VERSION,
+    description="Pruning and distilling language models on DeepSpeed: the best smaller model that a large one can become",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["minima", "minima.*"]), *BUNDLED],
+    package_dir=BUNDLED,
+    package_data={
+        "": ["*.json", "*.yaml", "*.sh", "*.md", "*.txt", "*.xz", "*.zst", "*.gz", "py.typed"],
+        "minima.assets": ["**/*"],
+    },
+    entry_points={"console_scripts": ["minima = minima.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.4",
+        "transformers>=4.57",
+        "datasets>=3.0",
+        "sentencepiece>=0.2",
+        "protobuf",
+        "pydantic>=2.8",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "tensorboard>=2.16",
+        "huggingface_hub",
+        "numpy",
+        "pyarrow",
+    ],
+    extras_require={
+        "wandb": ["wandb"],
+        "mpi": ["mpi4py"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit",
+            "wheel",
+            "setuptools>=68",
+            "ninja",
+        ],
+    },
+)
