@@ -52,3 +52,23 @@ def _rotary_names(config: dict[str, Any]) -> dict[str, Any]:
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         names["rope_scaling"] = {name: value for name, value in rope.items() if name not in _NOT_SCALING}
     return names | {"rope_parameters": rope}
+
+
+def tokenizer_with_4x_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 reads too.
+
+    transformers 5 names the class of a plain tokenizer.json `TokenizersBackend`, which the last 4.x does not know, and
+    lists further special tokens under a name that 4.x reads as a mapping.
+
+    Args:
+        config: the content of a tokenizer_config.json.
+
+    Returns:
+        A new dict; both generations load the same tokenizer from it.
+    """
+    both = {name: value for name, value in config.items() if name not in ("backend", "is_local", "local_files_only")}
+    if both.get("tokenizer_class") == "TokenizersBackend":
+        both["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(both.get("extra_special_tokens"), list):
+        both["additional_special_tokens"] = both.pop("extra_special_tokens")
+    return both

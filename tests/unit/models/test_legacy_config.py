@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from minima.models.legacy_config import with_4x_names
+from minima.models.legacy_config import tokenizer_with_4x_names, with_4x_names
 from minima.models.shape import FAMILIES
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -57,3 +57,10 @@ def test_transformers_5_reads_the_same_model(family):
     assert {name: after.get(name) for name in before} == before
     again = with_4x_names(with_4x_names(config))
     assert again == with_4x_names(config)
+
+
+def test_tokenizer_class_that_4x_knows():
+    config = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": ["<a>"]}
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
+    assert tokenizer_with_4x_names(config) == expected
+    assert tokenizer_with_4x_names({"tokenizer_class": "LlamaTokenizer"}) == {"tokenizer_class": "LlamaTokenizer"}
