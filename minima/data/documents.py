@@ -1,0 +1,119 @@
+"""Documents on their way to the tokenizer: rejected records, held-out split, order, batches."""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+_EXAMPLES = 3  # of each reason are shown
+_EXCERPT_CHARACTERS = 80
+# Documents wait here to be drawn at random: a source that fits is permuted as a whole, a larger one is shuffled
+# within a window. Two bytes a character for most scripts, so 128 MB at most; the sampler shuffles blocks anyway.
+SHUFFLE_CHARACTERS = 1 << 26
+# One task of a worker: some 60,000 tokens, tens of milliseconds, so that starting it costs nothing beside it.
+BATCH_CHARACTERS = 1 << 18
+BATCH_DOCUMENTS = 2048
+
+
+class Rejected:
+    """Records that gave no document, counted by reason, the first few of each kept to be shown."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[dict[str, str]]] = {}
+
+    def add(self, reason: str, where: str, content: object) -> None:
+        """Count one.
+
+        Args:
+            reason: `broken_json`, `not_a_record`, `missing_field`, `not_text`, `empty`, `not_utf8`, `unknown_suffix`.
+            where: file and line, or source and row.
+            content: what was there; an excerpt of it is kept.
+        """
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            if isinstance(content, bytes):
+                content = content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
+            excerpt = content if isinstance(content, str) else repr(content)
+            examples.append({"where": where, "excerpt": printable(excerpt)[:_EXCERPT_CHARACTERS]})
+
+    def describe(self) -> str:
+        """All of it in one sentence."""
+        if not self.counts:
+            return "no record was found"
+        return "; ".join(
+            f"{count} x {reason}, first at {self.examples[reason][0]['where']}: {self.examples[reason][0]['excerpt']!r}"
+            for reason, count in sorted(self.counts.items())
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Counts and examples, for the stage's report."""
+        return {"counts": dict(sorted(self.counts.items())), "examples": dict(sorted(self.examples.items()))}
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates escaped, so that it can be written anywhere."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class Document(NamedTuple):
+    """One text and which side of the split it is on."""
+
+    text: str
+    size: int  # UTF-8 bytes
+    held_out: bool
+
+
+def split(texts: Iterable[str], fraction: float, seed: int) -> Iterator[Document]:
+    """Set documents aside by a hash of their text, so that the same text is always on the same side.
+
+    Args:
+        texts: valid Unicode.
+        fraction: expected share of documents that are held out.
+        seed: keys the hash (blake2b): another seed holds out others.
+    """
+    key, limit = (seed % 2**64).to_bytes(8, "little"), round(fraction * 2.0**64)
+    for text in texts:
+        content = text.encode("utf-8")
+        held_out = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little") < limit
+        yield Document(text, len(content), held_out)
+
+
+def shuffled(texts: Iterable[str], seed: str, window_characters: int = SHUFFLE_CHARACTERS) -> Iterator[str]:
+    """Texts in a seeded random order.
+
+    Args:
+        texts: in any number.
+        seed: of the order.
+        window_characters: as much text waits to be drawn from. If all of it fits, the order is a permutation drawn
+            uniformly; else a text can come out early from anywhere but only as far ahead as the window reaches.
+    """
+    order, waiting, held = random.Random(seed), [], 0
+    for text in texts:
+        waiting.append(text)
+        held += len(text)
+        while held > window_characters and len(waiting) > 1:
+            drawn = order.randrange(len(waiting))
+            waiting[drawn], waiting[-1] = waiting[-1], waiting[drawn]
+            held -= len(waiting[-1])
+            yield waiting.pop()
+    order.shuffle(waiting)
+    waiting.reverse()
+    while waiting:
+        yield waiting.pop()
+
+
+def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Neighbouring documents in lists of about `BATCH_CHARACTERS`; cut by content alone, never by timing."""
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document.text)
+        if held >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

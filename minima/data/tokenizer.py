@@ -1,0 +1,192 @@
+"""Tokenizers: train a SentencePiece BPE, write it for transformers, load any, check that it fits a model."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minima.errors import DataError, TokenizerMismatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPACE = "\u2581"  # SentencePiece's visible space
+# The Llama layout: unknown, begin, end, then the 256 bytes, then what was learnt.
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+# SentencePiece skips lines longer than 4,192 bytes by default; an address of 30,000 words is one line.
+_LINE_CHARACTERS = 1000
+
+
+def train_sentencepiece(texts: Iterable[str], vocabulary_size: int) -> bytes:
+    """A SentencePiece BPE model in the layout of Llama's.
+
+    Byte fallback, identity normalisation, digits apart, a space put before the text. The same texts in the same
+    order give the same bytes. Unlike Llama's it has no pieces of several spaces: on those, the Rust twin that
+    transformers uses can merge in another order than SentencePiece does.
+
+    Args:
+        texts: documents; lines are learnt from one by one, so no piece holds a line break.
+        vocabulary_size: pieces, three control pieces and 256 bytes included.
+
+    Returns:
+        The content of a `tokenizer.model`.
+
+    Raises:
+        DataError: the texts do not give that many pieces, or have more characters than pieces.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocabulary_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=False,
+            character_coverage=0.99995,  # Llama's; what is rarer is spelt in bytes
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # the order of merges must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"SentencePiece could not learn {vocabulary_size} pieces: {str(error).strip().splitlines()[-1][-300:]}",
+            "too little text has too few different words, and a small vocabulary cannot hold many characters",
+            "give more text, or another `vocabulary_size`",
+        ) from error
+    return model.getvalue()
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """The texts' lines, cut at spaces where they are long."""
+    for text in texts:
+        for line in text.split("\n"):
+            begin = 0
+            while len(line) - begin > _LINE_CHARACTERS:
+                cut = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
+                cut = begin + _LINE_CHARACTERS if cut < 0 else cut
+                yield line[begin:cut]
+                begin = cut + (line[cut] == " ")
+            if begin < len(line):
+                yield line[begin:]
+
+
+def write_tokenizer(model: bytes, folder: Path) -> None:
+    """Write a SentencePiece BPE so that `AutoTokenizer.from_pretrained(folder)` gives the same ids.
+
+    `tokenizer.json` is the fast twin, `tokenizer.model` the model itself. No begin token is added: documents are
+    closed by the end token and have none, so a trained model has never seen it.
+
+    Args:
+        model: content of a `tokenizer.model` whose pieces hold a space only in front.
+        folder: is made.
+    """
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    learnt = [
+        piece for piece, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)
+    ]
+    assert not any(SPACE in piece[1:] for piece in learnt), "pieces of several spaces: see train_sentencepiece"
+    fast = Tokenizer(BPE(vocab=vocabulary, merges=_merges(pieces, learnt), unk_token=UNKNOWN, fuse_unk=True,
+                         byte_fallback=True))  # fmt: skip
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    # No piece goes across a space, so cutting there changes no id, and words can be cached: some 5 times the speed.
+    fast.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens([AddedToken(token, special=True) for token in (UNKNOWN, BEGIN, END)])
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").write_bytes(model)
+    special: dict[str, Any] = {"bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN}
+    settings = special | {
+        # the generic class takes tokenizer.json as it is; the Llama class rebuilds it with a pre-tokenizer of its own
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "model_max_length": 1 << 30,
+    }
+    for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _merges(pieces: Any, learnt: list[str]) -> list[tuple[str, str]]:
+    """Pairs whose union is a piece, best score first: the order in which SentencePiece merges."""
+    known = {piece: i for i, piece in enumerate(learnt)}
+    merges = []
+    for piece in sorted(learnt, key=lambda piece: -pieces.get_score(pieces.piece_to_id(piece))):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known_pairs = [pair for pair in pairs if pair[0] in known and pair[1] in known]
+        merges += sorted(known_pairs, key=lambda pair: (known[pair[0]], known[pair[1]]))
+    return merges
+
+
+def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder, or on the Hub.
+
+    Raises:
+        DataError: there is none, or it has no end token to close documents with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"no tokenizer can be loaded from {str(source)!r}: {str(error).strip().splitlines()[0][:300]}",
+            "text cannot be turned into tokens without it",
+            "give a folder that holds tokenizer.json or tokenizer.model, a Hub id that this machine can reach, or "
+            "`tokenizer: {vocabulary_size: N}` to train one",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer of {str(source)!r} has no end token",
+            "every document is closed by it; without it, documents run into each other",
+            "name one as `eos_token` in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, folder: Path) -> None:
+    """Write a loaded tokenizer into a folder, with its SentencePiece model where its source folder has one."""
+    tokenizer.save_pretrained(str(folder))
+    model = Path(source) / "tokenizer.model"
+    if model.is_file():
+        shutil.copyfile(model, folder / "tokenizer.model")
+
+
+def check_vocabulary(tokenizer_size: int, model_size: int, tokenizer: str, model: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for. (More rows than ids is common padding.)
+
+    Args:
+        tokenizer_size: one more than the tokenizer's highest id; `len(tokenizer)`.
+        model_size: rows of the model's embedding.
+        tokenizer: what to call the tokenizer in the message.
+        model: what to call the model.
+
+    Raises:
+        TokenizerMismatch: with both sizes.
+    """
+    if tokenizer_size > model_size:
+        raise TokenizerMismatch(
+            f"tokenizer {tokenizer} has {tokenizer_size} ids, but model {model} has {model_size} embedding rows",
+            f"an id of {model_size} or more would be looked up outside the embedding",
+            "use the tokenizer that belongs to the model, or expand the model's vocabulary first",
+        )
