@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 setup(
     name="minima",
     version=VERSION,
-    description="Pruning and distilling language models on DeepSpeed: the best smaller model that a large one can become",
+    description="Pruning and distilling language models: the best smaller model that a large one can become",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -24,8 +24,11 @@ setup(
     packages=[*find_packages(include=["minima", "minima.*"]), *BUNDLED],
     package_dir=BUNDLED,
     package_data={
-        "": ["*.json", "*.yaml", "*.sh", "*.md", "*.txt", "*.xz", "*.zst", "*.gz", "py.typed"],
+        "minima.bundled.ds_configs": ["*.json"],
+        "minima.bundled.launch": ["*.sh"],
+        "minima.bundled.recipes": ["*.yaml"],
         "minima.assets": ["**/*"],
+        "minima": ["py.typed"],
     },
     entry_points={"console_scripts": ["minima = minima.cli:main"]},
     install_requires=[

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -224,26 +223,6 @@ def terminal_columns() -> int:
 
 
 def export_launch(launch: Launch) -> None:
-    """Set the variables that DeepSpeed and torch read, for whichever launcher this rank was found through."""
-    os.environ |= {
-        "RANK": str(launch.rank),
-        "WORLD_SIZE": str(launch.world_size),
-        "LOCAL_RANK": str(launch.local_rank),
-        "LOCAL_SIZE": str(launch.local_world_size),
-        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
-        "MASTER_ADDR": launch.master_address,
-        "MASTER_PORT": str(launch.master_port),
-    }
-
-
-def free_port() -> int:
-    """A port on this machine that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def export_launch(launch: Launch) -> None:
     """Tell the libraries of this process where it stands: DeepSpeed and torch read the environment only."""
     os.environ |= {
         "RANK": str(launch.rank),
@@ -255,3 +234,10 @@ def export_launch(launch: Launch) -> None:
     }
     if sys.prefix != sys.base_prefix:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
+def free_port() -> int:
+    """A port on this machine that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

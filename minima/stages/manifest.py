@@ -21,7 +21,7 @@ _EDGE_BYTES = 1 << 20  # of a large file, so much is hashed at its start and at 
 # Keys that change how a stage is logged, saved or cut into pieces, but not what it computes. They may change between
 # two starts of a stage. `micro_batch_sequences` of a prune stage is not one: its score depends on it.
 FREE_KEYS = frozenset(
-    [
+    {
         "log_every_steps",
         "keep_checkpoints",
         "checkpoint_every_steps",
@@ -35,7 +35,7 @@ FREE_KEYS = frozenset(
         "chunk_tokens",
         "processes",
         "deterministic",
-    ]
+    }
 )
 
 

@@ -73,6 +73,7 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
     group_started = False
     try:
         for stage in [stage for stage in stages if not is_finished(run_folder / stage.name)]:
+            folder = run_folder / stage.name
             module = importlib.import_module(f"minima.stages.{stage.kind}")
             if module.RANKS and not group_started:
                 from minima.engine import distributed
@@ -80,11 +81,9 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
                 distributed.start(launch)
                 group_started = True
             if module.RANKS or launch.rank == 0:
-                _run(
-                    module, StageContext(recipe, recipe_path, stage, run_folder / stage.name, run_folder, launch), write
-                )
+                _run(module, StageContext(recipe, recipe_path, stage, folder, run_folder, launch), write)
             else:
-                _wait(run_folder / stage.name)
+                _wait(folder)
     finally:
         if group_started:
             distributed.stop()

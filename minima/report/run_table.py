@@ -1,0 +1,52 @@
+"""The table that ends a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SHOWN = 4  # metrics of one stage in its row; all of them are in its manifest
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first row being the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def run_table(stages: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
+    """What each stage came to and, once the run is over, its summary.
+
+    Args:
+        stages: `stage`, `kind`, `state`, `seconds` and `metrics` of each.
+        summary: content of `summary.json`; None while stages are left.
+    """
+    rows = [["stage", "kind", "state", "seconds", "result"]]
+    for stage in stages:
+        seconds = "" if stage["seconds"] is None else f"{stage['seconds']:.1f}"
+        plain = [(key, value) for key, value in stage["metrics"].items() if isinstance(value, int | float | str)]
+        result = ", ".join(f"{key} {number(value)}" for key, value in plain[:_SHOWN])
+        rows.append([stage["stage"], stage["kind"], stage["state"], seconds, result])
+    table = aligned(rows)
+    if summary is None:
+        return f"\n{table}\n"
+    return f"\n{table}\n\n{aligned([['summary', 'value'], *flat(summary)])}\n"
+
+
+def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Nested names and values as rows of `outer.inner` and a readable value."""
+    rows: list[list[str]] = []
+    for key, value in block.items():
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{prefix}{key}.")
+        else:
+            rows.append([f"{prefix}{key}", number(value)])
+    return rows
+
+
+def number(value: Any) -> str:
+    """A value for a person: thousands separated, four decimals, small numbers with an exponent."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
+        return f"{int(value):,}"
+    return f"{value:,.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"

@@ -1,0 +1,96 @@
+"""A launcher as a child process: its output to the terminal and to a log for each stage, signals passed on."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from minima.stages.running import HEADER
+
+
+class Log:
+    """Splits one stream into `FOLDER/STAGE.log` files, at the lines that say which stage starts.
+
+    Of a line that a progress bar rewrote with carriage returns, only its last state is kept.
+    """
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._rest = folder, b""
+        self._file = self._open(stage)
+
+    def _open(self, stage: str):
+        return open(self._folder / f"{stage}.log", "ab", buffering=0)  # a resumed stage goes on in its old log
+
+    def write(self, chunk: bytes) -> None:
+        """Take the next bytes of the stream."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(HEADER.encode()):
+                self._file.close()
+                self._file = self._open(line[len(HEADER) :].split()[0].decode())
+            self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rest:
+            self._file.write(self._rest + b"\n")
+        self._file.close()
+
+
+def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, lock: int) -> int:
+    """Run a command to its end in a session of its own, and give its exit code.
+
+    SIGINT and SIGTERM are passed on to the whole group, so that the ranks can save; the code is then at least 128.
+
+    Args:
+        command: what to run.
+        environment: its whole environment.
+        log: gets what the terminal gets.
+        lock: descriptor of the run's lock, which the command inherits.
+    """
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=[lock],
+    )
+    received: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        signal_group(child.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert child.stdout is not None
+        while chunk := os.read(child.stdout.fileno(), 65536):
+            log.write(chunk)
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+        code = child.wait()
+    except BaseException:
+        signal_group(child.pid, signal.SIGTERM)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = 128 - code if code < 0 else code
+    return 128 + received[0] if received and code else code
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to every process of a group, if it still has any."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return

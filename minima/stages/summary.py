@@ -1,0 +1,71 @@
+"""What a run came to: `summary.json` from the stages' manifests, as the recipe's `summary` block asks."""
+
+from pathlib import Path
+from typing import Any
+
+from minima.errors import RecipeError
+from minima.recipe.references import STEPPED
+from minima.recipe.schema import Recipe
+from minima.stages.manifest import STARTED, is_finished, read_manifest, write_json
+
+
+def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """Write `summary.json` once every stage is finished, and give its content; None before that.
+
+    Beside what the recipe asks for it holds `tokens` (trained on, over all training stages), `seconds` (of all
+    stages, starts of processes left out) and `export` (path of each export stage's model).
+
+    Raises:
+        RecipeError: the recipe asks for a metric that its stage did not measure.
+    """
+    if not all(is_finished(folder / stage.name) for stage in recipe.stages):
+        return None
+    manifests = {stage.name: read_manifest(folder / stage.name) for stage in recipe.stages}
+    metrics = {name: manifest.get("metrics") or {} for name, manifest in manifests.items()}
+    summary = {key: _resolve(value, metrics, key) for key, value in recipe.summary.items()}
+    trained = [metrics[stage.name].get("tokens", 0) for stage in recipe.stages if stage.kind in STEPPED]
+    summary["tokens"] = sum(trained)
+    summary["seconds"] = round(sum(manifest["seconds"] for manifest in manifests.values()), 1)
+    exports = {stage.name: str(folder / stage.name / "model") for stage in recipe.stages if stage.kind == "export"}
+    if exports:
+        summary["export"] = exports
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def stage_rows(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """One row for each stage: name, kind, state, and what its manifest says."""
+    rows = []
+    for stage in recipe.stages:
+        own = folder / stage.name
+        row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "seconds": None, "metrics": {}}
+        if is_finished(own):
+            manifest = read_manifest(own)
+            row |= {"state": "finished", "seconds": manifest["seconds"], "metrics": manifest.get("metrics") or {}}
+        else:
+            row["state"] = "begun" if (own / STARTED).is_file() else "not begun"
+        rows.append(row)
+    return rows
+
+
+def _resolve(value: Any, metrics: dict[str, Any], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve(inner, metrics, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        numbers = [_resolve(inner, metrics, where) for inner in value]
+        return sum(numbers) / len(numbers)
+    return _look_up(metrics, value, value, where)
+
+
+def _look_up(block: Any, path: str, whole: str, where: str) -> Any:
+    if not path:
+        return block
+    keys = sorted(block, key=len, reverse=True) if isinstance(block, dict) else []
+    for key in keys:  # a key may hold a point (a stage's name, a path), so the longest that fits is meant
+        if path == key or path.startswith(f"{key}."):
+            return _look_up(block[key], path[len(key) + 1 :], whole, where)
+    raise RecipeError(
+        f"summary.{where}: {whole!r} was not measured ({path!r} is not among {', '.join(keys) or 'any metrics'})",
+        "summary.json would lack what the recipe asks for",
+        "mend the recipe's summary block and run again; finished stages are not run again",
+    )
