@@ -67,12 +67,12 @@ def select(scores: Scores, plan: TargetPlan, *, depth: Literal["symmetric", "imp
     neuron_LI = normalised(scores.neuron_LI).index_select(0, layers)
     hidden = _best(scores.hidden_D, plan.student.hidden_size)
     if plan.selection == "local":
-        groups = [_best(row, plan.student.num_key_value_heads) for row in head_LK]
-        neurons = [_best(row, plan.student.intermediate_size) for row in neuron_LI]
+        groups = [_best(row, plan.num_groups) for row in head_LK]
+        neurons = [_best(row, plan.num_neurons) for row in neuron_LI]
         return Selection(plan.source, plan.student, layers, groups, neurons, hidden)
-    groups = _best_over_layers(head_LK, plan.student.num_key_value_heads)
-    neurons = _best_over_layers(neuron_LI, plan.student.intermediate_size)
-    padded_groups = padded_heads(plan, max(len(kept) for kept in groups))
+    groups = _best_over_layers(head_LK, plan.num_groups)
+    neurons = _best_over_layers(neuron_LI, plan.num_neurons)
+    padded_groups = padded_heads(plan.source, plan.student.hidden_size, max(len(kept) for kept in groups))
     queries_per_group = plan.source.num_heads // plan.source.num_key_value_heads
     student = resized(
         plan.student,

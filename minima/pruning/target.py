@@ -20,21 +20,20 @@ class TargetPlan:
 
     Attributes:
         source: the model that is cut.
-        student: the shape that is asked for. With `global` selection a layer may end up wider than this (and others
-            narrower): then these are the means over layers, and the checkpoint is padded.
+        student: the shape of the checkpoint. With `global` selection the widest that it can get: the ranking decides
+            how wide the widest layer is, to which all are padded.
+        num_groups: key-value groups that stay in a layer; their mean over layers, when `global`.
+        num_neurons: neurons that stay in a layer; their mean over layers, when `global`.
         selection: `local` or `global`.
         width_percent: p', the percent that each of heads, neurons and width was to lose; None for explicit counts.
     """
 
     source: ModelShape
     student: ModelShape
+    num_groups: int
+    num_neurons: int
     selection: Literal["local", "global"]
     width_percent: int | None
-
-    @property
-    def num_groups(self) -> int:
-        """Key-value groups that stay in a layer (their mean, when `global`)."""
-        return self.student.num_key_value_heads
 
     @property
     def layer_sparsity_percent(self) -> float:
@@ -119,31 +118,32 @@ def plan_target(
                 "pruning only removes; there is nothing to fill the rest with",
                 f"choose {what} of at most {present}",
             )
+    groups = _groups(shape, heads)
+    padded_groups, padded_neurons = groups, neurons
+    if selection == "global":
+        padded_groups, padded_neurons = padded_heads(shape, hidden, shape.num_key_value_heads), shape.intermediate_size
     student = resized(
         shape,
         num_layers=layers,
         hidden_size=hidden,
-        num_heads=heads,
-        num_key_value_heads=_groups(shape, heads),
-        intermediate_size=neurons,
+        num_heads=padded_groups * (shape.num_heads // shape.num_key_value_heads),
+        num_key_value_heads=padded_groups,
+        intermediate_size=padded_neurons,
     )
-    plan = TargetPlan(shape, student, selection, percent)
-    if selection == "global":
-        padded_heads(plan, shape.num_key_value_heads)  # the widest that any ranking can give
-    return plan
+    return TargetPlan(shape, student, groups, neurons, selection, percent)
 
 
-def padded_heads(plan: TargetPlan, widest_groups: int) -> int:
+def padded_heads(shape: ModelShape, hidden: int, widest_groups: int) -> int:
     """Key-value groups of a globally pruned checkpoint: the fewest that hold the widest layer and that load.
 
     Args:
-        plan: its student gives the width that the heads have to go with.
+        shape: of the model that is cut.
+        hidden: the width that stays, which the heads have to go with.
         widest_groups: key-value groups of the widest layer.
 
     Raises:
         ShapeError: no number of zero heads makes the shape one that the stock configuration takes.
     """
-    shape, hidden = plan.source, plan.student.hidden_size
     group = shape.num_heads // shape.num_key_value_heads
     if fills_width(shape):
         if hidden == shape.hidden_size:
