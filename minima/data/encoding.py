@@ -1,0 +1,147 @@
+"""Texts -> token ids, over worker processes."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from minima.data.store import token_dtype
+from minima.errors import DataError
+
+
+class Tokens(NamedTuple):
+    """Documents as ids, one after the other, each closed by the end token.
+
+    Attributes:
+        ids: unsigned int array, all documents.
+        lengths: int64 array; ids of each document, its end token included.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class Encoder:
+    """Encodes with the tokenizer of a folder. Names of special tokens in a text are text: none can be forged.
+
+    Args:
+        folder: holds `tokenizer.json`; else transformers loads what is there, which is slower.
+        end_token: the id put after each document.
+        vocabulary_size: decides two or four bytes an id.
+    """
+
+    def __init__(self, folder: Path, end_token: int, vocabulary_size: int) -> None:
+        self._end_token, self._dtype = end_token, np.dtype(token_dtype(vocabulary_size))
+        self._encode: Callable[[list[str]], list[list[int]]]
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer  # without transformers, a worker starts in a tenth of the time
+
+            fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            fast.encode_special_tokens = True
+            fast.no_truncation()
+            fast.no_padding()
+            self._encode = lambda texts: [
+                encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)
+            ]
+        else:
+            from minima.data.tokenizer import load_tokenizer
+
+            slow = load_tokenizer(folder)
+            self._encode = lambda texts: [
+                slow.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
+            ]
+
+    def __call__(self, texts: list[str]) -> Tokens:
+        """Encode documents."""
+        documents = self._encode(texts)
+        lengths = np.fromiter((len(document) + 1 for document in documents), dtype=np.int64, count=len(documents))
+        ids = np.empty(int(lengths.sum()), dtype=self._dtype)
+        begin = 0
+        for document, length in zip(documents, lengths.tolist(), strict=True):
+            ids[begin : begin + length - 1] = document
+            begin += length
+        ids[np.cumsum(lengths) - 1] = self._end_token
+        return Tokens(ids, lengths)
+
+
+_encoder: Encoder | None = None  # one for each worker process
+
+
+def _start_worker(folder: Path, end_token: int, vocabulary_size: int) -> None:
+    global _encoder
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # there is a process for each core; threads on top only contend
+    _encoder = Encoder(folder, end_token, vocabulary_size)
+
+
+def _encode_in_worker(texts: list[str]) -> Tokens:
+    assert _encoder is not None
+    return _encoder(texts)
+
+
+class EncodingPool:
+    """Worker processes that encode lists of texts; results come in the order asked for.
+
+    Args:
+        folder: of the tokenizer.
+        end_token: the id put after each document.
+        vocabulary_size: decides two or four bytes an id.
+        processes: workers. With one, this process encodes (and the tokenizer's own threads may help it).
+    """
+
+    def __init__(self, folder: Path, end_token: int, vocabulary_size: int, processes: int) -> None:
+        self.processes = processes
+        self._encoder = self._pool = None
+        if processes == 1:
+            self._encoder = Encoder(folder, end_token, vocabulary_size)
+        else:  # spawned, not forked: the tokenizer and pyarrow keep threads
+            self._pool = ProcessPoolExecutor(
+                processes,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(folder, end_token, vocabulary_size),
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, texts: list[str]) -> "Future[Tokens] | list[str]":
+        """Ask for some texts to be encoded; give what comes back to `result`."""
+        if self._pool is None:
+            return texts
+        try:
+            return self._pool.submit(_encode_in_worker, texts)
+        except BrokenProcessPool as error:
+            raise _worker_died(self.processes) from error
+
+    def result(self, task: Any) -> Tokens:
+        """Wait for it.
+
+        Raises:
+            DataError: a worker process died.
+        """
+        if self._encoder is not None:
+            return self._encoder(task)
+        try:
+            return task.result()
+        except BrokenProcessPool as error:
+            raise _worker_died(self.processes) from error
+
+
+def _worker_died(processes: int) -> DataError:
+    return DataError(
+        f"one of {processes} encoding processes ended by itself",
+        "its documents would be missing",
+        "look for an out-of-memory kill in the system's log; give fewer `processes`, or split very long documents",
+    )
