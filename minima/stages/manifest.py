@@ -148,7 +148,7 @@ def write_manifest(folder: Path, metrics: dict[str, Any], seconds: float) -> Non
     Args:
         folder: the stage's folder, with its `started.json`.
         metrics: what the stage measured.
-        seconds: of work, over all starts.
+        seconds: of work since the stage was last started.
     """
     started = read_manifest(folder, STARTED)
     write_json(

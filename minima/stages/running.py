@@ -71,22 +71,20 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
     if launch.rank == 0:
         claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
     group_started = False
-    try:
-        for stage in [stage for stage in stages if not is_finished(run_folder / stage.name)]:
-            folder = run_folder / stage.name
-            module = importlib.import_module(f"minima.stages.{stage.kind}")
-            if module.RANKS and not group_started:
-                from minima.engine import distributed
+    for stage in [stage for stage in stages if not is_finished(run_folder / stage.name)]:
+        folder = run_folder / stage.name
+        module = importlib.import_module(f"minima.stages.{stage.kind}")
+        if module.RANKS and not group_started:
+            from minima.engine import distributed
 
-                distributed.start(launch)
-                group_started = True
-            if module.RANKS or launch.rank == 0:
-                _run(module, StageContext(recipe, recipe_path, stage, folder, run_folder, launch), write)
-            else:
-                _wait(folder)
-    finally:
-        if group_started:
-            distributed.stop()
+            distributed.start(launch)
+            group_started = True
+        if module.RANKS or launch.rank == 0:
+            _run(module, StageContext(recipe, recipe_path, stage, folder, run_folder, launch), write)
+        else:
+            _wait(folder)
+    if group_started:  # after an error nothing is torn down: that would wait for ranks that wait for this one
+        distributed.stop()
 
 
 def _run(module, context: StageContext, write) -> None:

@@ -1,0 +1,90 @@
+"""Tokens, steps, parameters and FLOPs of a training stage, from shapes alone."""
+
+from dataclasses import dataclass
+
+from minima.models.shape import ModelShape
+from minima.recipe.training import Training
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training stage comes to.
+
+    Attributes:
+        steps: optimiser steps.
+        sequences: whole sequences that are trained on, over all steps.
+        sequence_length: tokens of one.
+        batch_sequences: of one step.
+        last_step_sequences: whole sequences of the last step; the rest of it is filled with fully masked ones.
+        leftover_tokens: of the tokens asked for, those that are less than a block.
+        warmup_steps: of linear warm-up.
+    """
+
+    steps: int
+    sequences: int
+    sequence_length: int
+    batch_sequences: int
+    last_step_sequences: int
+    leftover_tokens: int
+    warmup_steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are trained on, in whole blocks."""
+        return self.sequences * self.sequence_length
+
+    @property
+    def masked_sequences(self) -> int:
+        """Fully masked sequences that fill the last step, so that no rank does less than another."""
+        return self.batch_sequences - self.last_step_sequences
+
+
+def plan_training(training: Training, sequence_length: int, blocks: int | None) -> TrainingPlan | None:
+    """Steps and tokens of a training stage.
+
+    Args:
+        training: the stage.
+        sequence_length: tokens of one block of its data.
+        blocks: training blocks of its data; None when not known yet.
+
+    Returns:
+        The plan, or None where it takes the number of blocks (`epochs`) and that is not known.
+    """
+    if training.epochs is not None and blocks is None:
+        return None
+    sequences = training.total_sequences(sequence_length, blocks or 0)
+    steps = training.total_steps(sequence_length, blocks or 0)
+    return TrainingPlan(
+        steps=steps,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        batch_sequences=training.batch_sequences,
+        last_step_sequences=sequences - (steps - 1) * training.batch_sequences if steps else 0,
+        leftover_tokens=training.tokens % sequence_length if training.tokens is not None else 0,
+        warmup_steps=training.warmup(steps),
+    )
+
+
+def training_flops(plan: TrainingPlan, student: ModelShape, teacher: ModelShape | None = None) -> float:
+    """FLOPs of the whole stage: forward and backward of the student, forward of the frozen teacher.
+
+    Args:
+        plan: how many tokens.
+        student: the trained model.
+        teacher: the frozen one; none outside distillation.
+    """
+    per_token = student.training_flops_per_token(plan.sequence_length)
+    if teacher is not None:
+        per_token += teacher.forward_flops_per_token(plan.sequence_length)
+    return per_token * plan.tokens
+
+
+def describe_shape(shape: ModelShape) -> str:
+    """A shape in one line, its parameters first."""
+    key_value = f" ({shape.num_key_value_heads} key-value)" if shape.num_key_value_heads != shape.num_heads else ""
+    return (
+        f"{shape.parameters:,} parameters ({shape.non_embedding_parameters:,} without embeddings): {shape.family}, "
+        f"{shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads{key_value} of "
+        f"{shape.head_size}, {shape.intermediate_size} neurons, vocabulary {shape.vocabulary_size:,}"
+        f"{', tied' if shape.tied else ''}"
+    )

@@ -1,0 +1,63 @@
+"""How a dry run is shown: what each stage reads, writes and costs."""
+
+from dataclasses import dataclass, field
+
+from minima.planning.arithmetic import TrainingPlan
+
+
+@dataclass
+class StagePreview:
+    """What a dry run says about one stage.
+
+    Attributes:
+        name: of the stage.
+        kind: of the stage.
+        state: `finished`, `half-finished`, `not begun`.
+        reads: its inputs, each with what is known of it.
+        writes: its folder and what it leaves there.
+        facts: pairs of a short label and a line: shapes, tokens, steps, FLOPs.
+        notes: what is missing on this machine.
+    """
+
+    name: str
+    kind: str
+    state: str
+    reads: list[str] = field(default_factory=list)
+    writes: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -> list[tuple[str, str]]:
+    """The lines on tokens, steps and the batch of a training stage."""
+    batch_tokens = plan.batch_sequences * plan.sequence_length
+    accumulation = plan.batch_sequences // (micro_batch_sequences * ranks)
+    facts = [
+        ("tokens", f"{plan.tokens:,} in {plan.sequences:,} sequences of {plan.sequence_length:,}"),
+        ("steps", f"{plan.steps:,} of {plan.batch_sequences:,} sequences ({batch_tokens:,} tokens); "
+                  f"warm-up {plan.warmup_steps:,} steps"),
+        ("batch", f"{ranks} ranks x {micro_batch_sequences} sequences x {accumulation} micro-batches"),
+    ]  # fmt: skip
+    if plan.masked_sequences and plan.steps:
+        line = f"{plan.last_step_sequences:,} whole sequences, filled with {plan.masked_sequences:,} fully masked ones"
+        facts.append(("last step", line))
+    if plan.leftover_tokens:
+        facts.append(("left over", f"{plan.leftover_tokens:,} tokens: less than a block, so not trained on"))
+    return facts
+
+
+def flops_text(flops: float) -> str:
+    """FLOPs with the days that they take at a petaflop per second, a unit that needs no hardware named."""
+    return f"{flops:.3e} ({flops / 1e15 / 86400:,.2f} petaflop/s-days)"
+
+
+def render(recipe_yaml: str, previews: list[StagePreview]) -> str:
+    """The whole text of a dry run."""
+    lines = ["# the resolved recipe", recipe_yaml.rstrip(), "", "# what would run"]
+    for preview in previews:
+        lines.append(f"{preview.name} ({preview.kind}): {preview.state}")
+        lines += [f"  {'reads':<10} {text}" for text in preview.reads]
+        lines.append(f"  {'writes':<10} {preview.writes}")
+        lines += [f"  {label:<10} {text}" for label, text in preview.facts]
+        lines += [f"  {'note':<10} {text}" for text in preview.notes]
+    return "\n".join(lines)

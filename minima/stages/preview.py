@@ -1,0 +1,198 @@
+"""The dry run: shapes, tokens and steps of every stage, from the recipe and what lies on this machine. No torch."""
+
+import json
+from pathlib import Path
+
+from minima.errors import MinimaError, RecipeError
+from minima.launcher import default_ranks
+from minima.models.shape import ModelShape
+from minima.planning.arithmetic import describe_shape, plan_training, training_flops
+from minima.planning.dry_run import StagePreview, flops_text, render, training_facts
+from minima.pruning.target import plan_target
+from minima.recipe.loading import resolved_yaml
+from minima.recipe.references import Reference, references
+from minima.recipe.schema import Adapt, AnyStage, BuildData, Distil, ModelInput, Prune, Recipe
+from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
+from minima.stages.pipeline import check_batch
+from minima.stages.running import output_folder
+from minima.stages.shipped import find_deepspeed_json
+
+_LEAVES = {
+    "build_data": "tokenizer, train and held-out blocks",
+    "adapt": "checkpoints and metrics",
+    "distil": "checkpoints and metrics",
+    "prune": "model and scores",
+    "evaluate": "evaluation.json",
+    "export": "a model that plain transformers loads",
+}
+
+
+class _Preview:
+    """Walks the stages in order and remembers what each would leave for the later ones."""
+
+    def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
+        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
+        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks())
+        self.shapes: dict[str, ModelShape] = {}
+
+    def stage(self, stage: AnyStage) -> StagePreview:
+        own = self.folder / stage.name
+        state = "not begun"
+        if (own / FINISHED).is_file() or (own / STARTED).is_file():
+            state = "finished" if is_finished(own) else "half-finished"
+        preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
+        for reference in references(self.recipe, stage):
+            preview.reads.append(self._reads(reference, preview))
+        for key in ("deepspeed", "teacher_deepspeed"):
+            if name := getattr(stage, key, None):
+                try:
+                    find_deepspeed_json(name, self.recipe_path)
+                except RecipeError as error:
+                    preview.notes.append(error.what)
+        if isinstance(stage, BuildData):
+            self._build_data(stage, preview)
+        elif isinstance(stage, Prune):
+            self._prune(stage, preview)
+        elif isinstance(stage, Adapt | Distil):
+            self._training(stage, preview)
+        elif stage.kind == "export" and (found := self._shape(ModelInput(source=stage.model))):
+            self.shapes[stage.name] = found
+            preview.facts.append(("model", describe_shape(found)))
+        return preview
+
+    def _reads(self, reference: Reference, preview: StagePreview) -> str:
+        if reference.stage is not None:
+            return f"{reference.field}: {self.folder / reference.stage}" + (
+                f" after step {reference.step:,}" if reference.step is not None else ""
+            )
+        path = Path(reference.text).expanduser()
+        if not path.exists():
+            if reference.what in ("model", "tokenizer") and _cached_config(reference.text, reference.revision):
+                return f"{reference.field}: {reference.text} from the Hub's cache"
+            preview.notes.append(f"{reference.text} ({reference.field}) is not on this machine")
+        return f"{reference.field}: {reference.text}"
+
+    def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
+        for source in stage.sources:
+            preview.reads.append(f"source {source.label}" + (f", weight {source.weight:g}" if source.weight else ""))
+            path = Path(source.path).expanduser() if source.path else None
+            anchor = Path(path.anchor or ".") if path else None
+            if path and anchor and not path.exists() and not any(anchor.glob(str(path.relative_to(path.anchor)))):
+                preview.notes.append(f"{source.path} (source {source.label}) is not on this machine")
+        blocks = self._blocks(stage)
+        if blocks is None:
+            preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))
+            return
+        total = stage.tokens or blocks * stage.sequence_length
+        left = total - blocks * stage.sequence_length
+        line = f"{total:,} in {blocks:,} blocks of {stage.sequence_length:,}"
+        preview.facts.append(("tokens", line + (f"; {left:,} left over are less than a block" if left else "")))
+
+    def _prune(self, stage: Prune, preview: StagePreview) -> None:
+        shape = self._shape(stage.model)
+        if shape is None:
+            preview.notes.append("the model's shape is not known here, so neither is the pruned one's")
+            return
+        pruned = plan_target(shape, stage.target, selection=stage.selection).student
+        self.shapes[stage.name] = pruned
+        preview.facts += [("from", describe_shape(shape)), ("to", describe_shape(pruned))]
+        share = f"{pruned.parameters / shape.parameters:.4f} of the parameters stay"
+        preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
+        if stage.score == "gradient" and stage.scores is None:
+            length = stage.sequence_length or self._length(stage.data)
+            tokens = f", {stage.sequences * length:,} tokens" if length else ""
+            preview.facts.append(("importance", f"{stage.sequences:,} sequences{tokens}"))
+
+    def _training(self, stage: Adapt | Distil, preview: StagePreview) -> None:
+        check_batch(stage, self.ranks)
+        shape = self._shape(stage.model)
+        teacher = self._shape(stage.teacher) if isinstance(stage, Distil) else None
+        if shape is None:
+            preview.notes.append("the model's config.json is not on this machine, and no `shape:` says what it is")
+        else:
+            self.shapes[stage.name] = shape
+            preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
+        if teacher is not None:
+            preview.facts.append(("teacher", describe_shape(teacher)))
+        length = self._length(stage.data)
+        data = self._data_stage(stage.data)
+        plan = plan_training(stage, length, self._blocks(data) if data else None) if length else None
+        if length and shape and length > shape.max_positions:
+            raise RecipeError(
+                f"stages.{stage.name}: blocks of {length:,} tokens for a model of {shape.max_positions:,} positions",
+                "it has no positions for the rest of a block",
+                f"build the data with sequence_length of at most {shape.max_positions:,}",
+            )
+        if plan is None:
+            preview.notes.append("tokens and steps follow once the data is built")
+            return
+        preview.facts += training_facts(plan, self.ranks, stage.micro_batch_sequences)
+        if shape is not None and (teacher is not None or isinstance(stage, Adapt)):
+            preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
+
+    def _shape(self, model: ModelInput) -> ModelShape | None:
+        if model.random or model.shape:
+            return model.random or model.shape
+        assert model.source is not None
+        base = model.source.rpartition("@")[0] or model.source
+        name = model.source if model.source in {stage.name for stage in self.recipe.stages} else base
+        if name in self.shapes:
+            return self.shapes[name]
+        path = Path(model.source).expanduser()
+        config = path / "config.json" if path.is_dir() else _cached_config(model.source, model.revision)
+        return ModelShape.from_config(json.loads(config.read_text("utf-8"))) if config and config.is_file() else None
+
+    def _data_stage(self, reference: str) -> BuildData | None:
+        if reference in {stage.name for stage in self.recipe.stages}:
+            found = self.recipe.stage(reference)
+            return found if isinstance(found, BuildData) else None
+        folder = Path(reference).expanduser()
+        return BuildData.model_validate(read_manifest(folder)["stage"]) if is_finished(folder) else None
+
+    def _length(self, reference: str | None) -> int | None:
+        data = self._data_stage(reference) if reference is not None else None
+        return data.sequence_length if data else None
+
+    def _blocks(self, stage: BuildData) -> int | None:
+        folder = self.folder / stage.name
+        if is_finished(folder):
+            blocks = read_manifest(folder).get("metrics", {}).get("train_blocks")
+            if blocks is not None:
+                return int(blocks)
+        return stage.tokens // stage.sequence_length if stage.tokens is not None else None
+
+
+def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
+    """The text of `minima run --dry-run`.
+
+    Args:
+        recipe: the whole run; stages that are not shown are still walked for their shapes.
+        recipe_path: its file.
+        stages: those to show.
+
+    Raises:
+        MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
+    """
+    walk, shown = _Preview(recipe, recipe_path), {stage.name for stage in stages}
+    previews = []
+    for stage in recipe.stages:
+        try:
+            found = walk.stage(stage)
+        except MinimaError as error:
+            if stage.name in error.what:
+                raise
+            raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
+        previews += [found] if stage.name in shown else []
+    return render(resolved_yaml(recipe), previews)
+
+
+def _cached_config(name: str, revision: str | None) -> Path | None:
+    """The `config.json` of a Hub id where the Hub's cache on this machine has it; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
