@@ -48,7 +48,7 @@ def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -
 
 def flops_text(flops: float) -> str:
     """FLOPs with the days that they take at a petaflop per second, a unit that needs no hardware named."""
-    return f"{flops:.3e} ({flops / 1e15 / 86400:,.2f} petaflop/s-days)"
+    return f"{flops:.3e} ({flops / 1e15 / 86400:.3g} petaflop/s-days)"
 
 
 def render(recipe_yaml: str, previews: list[StagePreview]) -> str:

@@ -66,7 +66,14 @@ def _read(path: Path) -> dict[str, Any]:
             "a recipe says at least `name` and `stages`",
             "see the shipped recipes/quickstart.yaml",
         )
-    return raw
+    return _unshared(raw)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML anchors share nothing, so that an override of one stage leaves the others as they are."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaError:
