@@ -1,0 +1,184 @@
+"""A student's state in and out of its engine, as plain tensors: weights, Adam's moments and random states.
+
+Every file holds flat shards without padding, so that any number of ranks can read what any other number wrote.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minima.engine import distributed
+from minima.engine.checkpoint.store import read_marker, verify_checkpoint
+from minima.engine.sharded import fill_shard, shard_range
+from minima.engine.student import Student
+from minima.errors import CheckpointError, StoreCorrupted
+
+WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS = "weights", "exp_avg", "exp_avg_sq"
+
+
+class CheckpointSource:
+    """Master weights (float32), or another kind of per-parameter state, of a complete checkpoint.
+
+    A `WeightSource`, so that a checkpoint starts another stage, is evaluated and is exported like any folder.
+
+    Args:
+        checkpoint: its folder.
+        kind: `weights`, or Adam's `exp_avg` or `exp_avg_sq`.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint there.
+    """
+
+    def __init__(self, checkpoint: Path, kind: str = WEIGHTS) -> None:
+        self.facts = read_marker(checkpoint)
+        self.config: dict[str, Any] = self.facts["config"]
+        self.folder, self.kind = checkpoint, kind
+        self._shapes = {name: tuple(shape) for name, shape in self.facts["shapes"].items()}
+        self._ranks: int = self.facts["ranks"]
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return self.read_flat(name, 0, int(np.prod(shape))).view(shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        size = -(-int(np.prod(self._shapes[name])) // self._ranks)  # ZeRO-3 pads every shard to this
+        pieces = []
+        for rank in range(start // size, -(-stop // size)):
+            with safe_open(self.folder / file_name(self.kind, rank, self._ranks), framework="pt") as file:
+                shard = file.get_slice(name)
+                pieces.append(shard[max(0, start - rank * size) : min(size, stop - rank * size)])
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+
+
+def file_name(kind: str, rank: int, ranks: int) -> str:
+    """Name of one rank's file of one kind."""
+    return f"{kind}-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def shapes(student: Student) -> dict[str, list[int]]:
+    """Name and whole shape of every parameter."""
+    return {name: list(parameter.ds_shape) for name, parameter in student.model.named_parameters()}
+
+
+def save_shards(student: Student, folder: Path) -> list[Path]:
+    """Write this rank's state into `folder`; returns the files."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    files = []
+    for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS):
+        shards = {}
+        for name, parameter in student.model.named_parameters():
+            start, stop = shard_range(parameter)
+            if kind == WEIGHTS:
+                shard = safe_get_local_fp32_param(parameter)
+            else:
+                shard = safe_get_local_optimizer_state(parameter, kind)
+            shards[name] = shard.detach().view(-1)[: stop - start].cpu().clone()
+        files.append(folder / file_name(kind, rank, ranks))
+        save_file(shards, files[-1])
+    files.append(folder / f"random-{rank:05d}-of-{ranks:05d}.json")
+    files[-1].write_text(json.dumps(_random_states()), encoding="utf-8")
+    return files
+
+
+def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
+    """Put a checkpoint's state into a student that has just been built; any number of ranks may have written it.
+
+    Returns:
+        What the checkpoint's marker says.
+
+    Raises:
+        CheckpointError: it is of a model of another shape.
+        StoreCorrupted: a file is missing or damaged.
+    """
+    facts = read_marker(checkpoint)
+    if facts["shapes"] != shapes(student):
+        raise CheckpointError(
+            f"{checkpoint} holds a model of another shape",
+            "its tensors do not fit this one",
+            "use another output folder, or the recipe that the run was started with",
+        )
+    _verify_together(checkpoint, sorted(facts["sha256"]))
+    optimizer = student.engine.optimizer
+    _make_moments(optimizer, facts["optimizer_steps"])
+    sources = {kind: CheckpointSource(checkpoint, kind) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}
+    for name, parameter in student.model.named_parameters():
+        fill_shard(safe_get_local_fp32_param(parameter), parameter, sources[WEIGHTS], name)
+        for kind in (FIRST_MOMENTS, SECOND_MOMENTS):
+            fill_shard(safe_get_local_optimizer_state(parameter, kind), parameter, sources[kind], name)
+    _refresh_working_weights(optimizer)
+    if facts["ranks"] == distributed.world_size():
+        rank, ranks = distributed.rank(), distributed.world_size()
+        states = (checkpoint / f"random-{rank:05d}-of-{ranks:05d}.json").read_text(encoding="utf-8")
+        _set_random_states(json.loads(states))
+    return facts
+
+
+def _verify_together(checkpoint: Path, files: list[str]) -> None:
+    """The ranks share the reading; damage that one of them finds is an error on all."""
+    error: StoreCorrupted | None = None
+    try:
+        verify_checkpoint(checkpoint, files[distributed.rank() :: distributed.world_size()])
+    except StoreCorrupted as found:
+        error = found
+    for found in distributed.gather_objects(error):
+        if found is not None:
+            raise found
+
+
+def _make_moments(optimizer: Any, steps: int) -> None:
+    """Adam makes its state at its first step; loading needs it before."""
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        state = optimizer.optimizer.state[flat]
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32)
+        if optimizer.optimizer.defaults.get("fused"):
+            state["step"] = state["step"].to(flat.device)  # torch's fused Adam wants its counter on the device
+        state[FIRST_MOMENTS] = torch.zeros_like(flat)
+        state[SECOND_MOMENTS] = torch.zeros_like(flat)
+
+
+def _refresh_working_weights(optimizer: Any) -> None:
+    """Copy the master weights to the shards that the forward gathers, and gather the small ones that stay whole."""
+    persistent = optimizer.persistent_parameters
+    if persistent:
+        persistent[0].partition(persistent)
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()
+
+
+def _random_states() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    states = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state().tolist()}
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        states["accelerator"] = accelerator.get_rng_state().tolist()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpy_state = states["numpy"]
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    accelerator = get_accelerator()
+    if "accelerator" in states and accelerator.device_name() != "cpu":
+        accelerator.set_rng_state(torch.tensor(states["accelerator"], dtype=torch.uint8))

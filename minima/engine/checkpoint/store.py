@@ -1,0 +1,167 @@
+"""Checkpoints on disk: complete or not there, each file with its checksum."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from minima.engine import distributed
+from minima.errors import CheckpointError, DiskFull, StoreCorrupted
+
+FORMAT = "minima-checkpoint-1"
+MARKER = "checkpoint.json"  # written last: a checkpoint without it does not count
+logger = logging.getLogger("minima.checkpoint")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return folder / f"step-{step:08d}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, ascending."""
+    found = folder.glob(f"step-*/{MARKER}") if folder.is_dir() else ()
+    return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """What a complete checkpoint says of itself.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is of another format.
+    """
+    try:
+        facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is no complete checkpoint: {error}",
+            "its marker is written last, so some of its files may be missing",
+            "take another step, or train again from an earlier one",
+        ) from error
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {facts.get('format')!r}, not {FORMAT!r}",
+            "its files would be misread",
+            "export it with the version of minima that wrote it",
+        )
+    return facts
+
+
+def write_checkpoint(
+    folder: Path, step: int, write_files: Callable[[Path], list[Path]], facts: dict[str, Any], keep: int
+) -> Path:
+    """Write one checkpoint; every rank calls it, and none returns before it is complete.
+
+    Args:
+        folder: holds the stage's checkpoints.
+        step: finished updates.
+        write_files: writes this rank's files into the folder that it is given, and returns them.
+        facts: what the marker says besides format and checksums; rank 0's is taken.
+        keep: how many of the newest stay; 0 keeps all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskFull: no space is left. The checkpoints that were complete before still are.
+    """
+    final = step_folder(folder, step)
+    partial = final.with_name(final.name + ".partial")
+    if distributed.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    distributed.barrier()
+    failure, hashes = None, {}
+    try:
+        for path in write_files(partial):
+            _sync(path)
+            hashes[path.name] = file_sha256(path)
+    except (OSError, SafetensorError) as error:
+        failure = f"{error}"
+    reports = distributed.gather_objects((failure, hashes))  # also the barrier after the last file
+    failures = [f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0] is not None]
+    if not failures and distributed.is_main():
+        try:
+            _complete(partial, final, facts, {name: digest for _, files in reports for name, digest in files.items()})
+        except OSError as error:
+            failures = [f"rank 0: {error}"]
+    failures = distributed.broadcast_object(failures)
+    if failures:
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _cannot_write(partial, failures)
+    if distributed.is_main():
+        _prune(folder, keep)
+    return final
+
+
+def _complete(partial: Path, final: Path, facts: dict[str, Any], hashes: dict[str, str]) -> None:
+    marker = partial / MARKER
+    marker.write_text(json.dumps({"format": FORMAT, **facts, "sha256": hashes}, indent=1), encoding="utf-8")
+    _sync(marker)
+    if final.exists():  # the same step, saved before a run went back to an earlier one
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _cannot_write(partial: Path, failures: list[str]) -> Exception:
+    why = "the run cannot go on without a place for its checkpoints; those that were complete before still are"
+    if any(os.strerror(errno.ENOSPC) in failure for failure in failures):
+        return DiskFull(
+            f"no space left for {partial}: {'; '.join(failures)}",
+            why,
+            "free some space (or lower keep_checkpoints), then run again: it resumes from its last checkpoint",
+        )
+    return CheckpointError(
+        f"{partial} could not be written: {'; '.join(failures)}", why, "mend the cause, then run again"
+    )
+
+
+def _prune(folder: Path, keep: int) -> None:
+    if keep:
+        for step in complete_steps(folder)[:-keep]:
+            shutil.rmtree(step_folder(folder, step))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
+    """Compare files with their checksums.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        files: names to look at; all when not given.
+
+    Raises:
+        StoreCorrupted: a file is missing or its bytes have changed; names it.
+    """
+    hashes = read_marker(checkpoint)["sha256"]
+    for name in hashes if files is None else files:
+        path = checkpoint / name
+        found = file_sha256(path) if path.is_file() else "no file"
+        if found != hashes[name]:
+            raise StoreCorrupted(
+                f"{path} is damaged: SHA-256 {found} instead of {hashes[name]}",
+                "training would go on from wrong numbers",
+                f"remove {checkpoint} to go on from the checkpoint before it",
+            )

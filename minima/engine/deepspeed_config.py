@@ -1,0 +1,113 @@
+"""DeepSpeed's configuration: a JSON for sharding and communication, and what the recipe owns added to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minima.errors import DeepSpeedConfigError
+from minima.recipe.training import Training
+
+# Everything that decides what is computed. One owner each: a factor with two owners was the original's first bug.
+RECIPE_OWNS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "bfloat16",
+    "fp16",
+    "torch_autocast",
+    "amp",
+    "data_types",
+    "managed_gradient_accumulation",
+    "data_efficiency",
+    "curriculum_learning",
+)
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON that keeps to sharding, offload, communication and profiling.
+
+    Raises:
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns, or is not for ZeRO stage 3.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DeepSpeedConfigError(
+            f"{path} cannot be read as JSON: {error}", "DeepSpeed is configured by it", "mend or replace the file"
+        ) from error
+    owned = [key for key in RECIPE_OWNS if key in config]
+    if owned:
+        raise DeepSpeedConfigError(
+            f"{path} sets {', '.join(owned)}",
+            "the recipe owns batch, clipping, precision, optimiser and schedule; with two owners one silently loses",
+            f"remove {'it' if len(owned) == 1 else 'them'} from the JSON and set the stage's keys in the recipe",
+        )
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        raise DeepSpeedConfigError(
+            f"{path} does not set zero_optimization.stage to 3",
+            "models are loaded straight into ZeRO-3's shards, so that no rank ever holds a whole one",
+            'set "zero_optimization": {"stage": 3, ...}',
+        )
+    return config
+
+
+def accumulation_steps(training: Training, world_size: int) -> int:
+    """Micro-batches that each rank runs for one optimiser step.
+
+    Raises:
+        DeepSpeedConfigError: the batch does not divide by the ranks.
+    """
+    micro_batches = training.batch_sequences // training.micro_batch_sequences
+    if micro_batches % world_size:
+        counts = ", ".join(str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0)
+        raise DeepSpeedConfigError(
+            f"a batch of {training.batch_sequences} sequences is {micro_batches} micro-batches of "
+            f"{training.micro_batch_sequences}, which do not divide by {world_size} ranks",
+            "every rank has to do the same work, or the others wait and collectives no longer match",
+            f"use one of {counts} ranks, or change batch_sequences or micro_batch_sequences",
+        )
+    return micro_batches // world_size
+
+
+def training_config(path: Path, training: Training, world_size: int) -> dict[str, Any]:
+    """The whole configuration of a trainable engine.
+
+    Raises:
+        DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
+    """
+    return read_deepspeed_json(path) | {
+        "train_batch_size": training.batch_sequences,
+        "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
+        "gradient_accumulation_steps": accumulation_steps(training, world_size),
+        "gradient_clipping": training.gradient_clip,
+        "bf16": {"enabled": training.precision == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3 takes bf16 when it is not said
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def frozen_config(path: Path, *, precision: str, micro_batch_sequences: int = 1) -> dict[str, Any]:
+    """The whole configuration of a frozen engine: no optimiser, no accumulation.
+
+    Args:
+        path: a DeepSpeed JSON.
+        precision: `float32` or `bfloat16`.
+        micro_batch_sequences: sequences of one forward pass on one rank; DeepSpeed wants to be told.
+
+    Raises:
+        DeepSpeedConfigError: the JSON sets what the recipe owns.
+    """
+    return read_deepspeed_json(path) | {
+        "train_micro_batch_size_per_gpu": micro_batch_sequences,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": precision == "bfloat16"},
+        "steps_per_print": 2**31,
+    }

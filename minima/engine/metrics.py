@@ -1,0 +1,95 @@
+"""A run's numbers for later: JSON lines always, TensorBoard and Weights & Biases where asked for."""
+
+import json
+import logging
+import uuid
+from pathlib import Path
+from typing import Any
+
+from minima.errors import RecipeError
+
+logger = logging.getLogger("minima.metrics")
+
+
+class MetricsLog:
+    """Writes each record to every place; made on rank 0 only.
+
+    Args:
+        folder: of the stage; gets `metrics.jsonl`, `run_id` and `tensorboard/`.
+        first_step: finished steps at the (re)start. Records after it are of updates that were lost, and go.
+        tensorboard: also write TensorBoard events.
+        wandb_project: also log to this Weights & Biases project.
+        config: what Weights & Biases shows as the run's configuration.
+
+    Raises:
+        RecipeError: Weights & Biases is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        *,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.run_id = _run_id(folder / "run_id")
+        kept = [record for record in read_records(self.path) if record["step"] <= first_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.rename(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if wandb_project is not None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise RecipeError(
+                    f"wandb_project is {wandb_project!r}, but wandb is not installed",
+                    "the run would not be logged where you look for it",
+                    "pip install minima[wandb], or remove the key",
+                ) from error
+            self._wandb = wandb.init(project=wandb_project, id=self.run_id, resume="allow", config=config)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record; it has a `step` and numbers."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _run_id(path: Path) -> str:
+    """One id for all restarts of a stage."""
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that a killed run cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: left out a line that is cut off", path)
+    return records

@@ -1,0 +1,66 @@
+"""A stock model built straight into ZeRO-3's shards: each rank reads its own part of every tensor."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minima.engine import distributed
+from minima.models.causal_lm import DTYPES, build_empty
+from minima.models.weights import WeightSource
+
+
+def build_sharded(source: WeightSource, config: dict[str, Any], precision: str) -> PreTrainedModel:
+    """A partitioned model that holds the source's weights.
+
+    Args:
+        source: where weights and shape come from.
+        config: DeepSpeed's configuration of the engine that will own the model.
+        precision: `float32` or `bfloat16`; the dtype of the shards.
+    """
+    dtype = DTYPES[precision]
+    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+        model = build_empty(source.config, dtype)
+    for name, parameter in model.named_parameters():
+        fill_shard(parameter.ds_tensor, parameter, source, name)
+    _restore_rotary(model)
+    return model
+
+
+def _restore_rotary(model: PreTrainedModel) -> None:
+    """Compute the rotary frequencies again, in float32.
+
+    zero.Init makes every new floating tensor the weights' dtype, so bfloat16 weights would bring frequencies with
+    three digits: at position 4,096 the angles of the slow dimensions are then off by whole turns.
+    """
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(model.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(distributed.device()))
+
+
+def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Which elements [start, stop) of the flattened parameter this rank holds, the padding left out."""
+    size = parameter.ds_tensor.ds_numel
+    start = min(distributed.rank() * size, parameter.ds_numel)
+    return start, min(start + size, parameter.ds_numel)
+
+
+def fill_shard(shard: Tensor, parameter: nn.Parameter, source: WeightSource, name: str) -> None:
+    """Read this rank's part of the tensor `name` into `shard`, and zeros into its padding.
+
+    Args:
+        shard: the rank's part of the parameter, of its master copy or of an optimiser state.
+        parameter: the partitioned parameter, which says what the part is.
+        source: the tensor's source.
+        name: the tensor's name there.
+    """
+    start, stop = shard_range(parameter)
+    flat = shard.data.view(-1)
+    if stop > start:
+        with torch.no_grad():
+            flat[: stop - start].copy_(source.read_flat(name, start, stop))
+    flat[stop - start :].zero_()

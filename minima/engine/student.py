@@ -1,0 +1,134 @@
+"""The trainable model on its ZeRO-3 engine: the one place that knows how DeepSpeed averages and steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minima.batch import Batch
+from minima.engine import distributed
+from minima.engine.objectives.objective import Objective
+from minima.engine.sharded import build_sharded
+from minima.losses import LossSum
+from minima.models.causal_lm import head_weight, hidden_states
+from minima.models.weights import WeightSource
+from minima.recipe.training import Training
+
+
+@dataclass(frozen=True)
+class StudentView:
+    """What `Student.measured` gives.
+
+    Attributes:
+        config: content of the model's `config.json`.
+        device: where it computes.
+        head_VE: the output head [V, E], whole on every rank.
+    """
+
+    config: dict[str, Any]
+    device: torch.device
+    head_VE: Tensor
+    root: nn.Module
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states [B, T, E] of `batch`, without gradients."""
+        with torch.no_grad():
+            return self.root(_backbone, batch)
+
+
+class _StudentRoot(nn.Module):
+    """What DeepSpeed wraps: the objective runs inside its forward, where ZeRO-3 gathers backbone and head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
+        return function(self.model, batch)
+
+
+class Student:
+    """A model in training.
+
+    Args:
+        source: starting weights and shape.
+        deepspeed_config: from `deepspeed_config.training_config`.
+        training: the recipe's settings of this stage.
+    """
+
+    def __init__(self, source: WeightSource, deepspeed_config: dict[str, Any], training: Training) -> None:
+        self.config = source.config
+        self.device = distributed.device()
+        self.model = build_sharded(source, deepspeed_config, training.precision)
+        if training.activation_checkpointing == "full":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        root = _StudentRoot(self.model).train()
+        # Matrices decay, norms and biases do not; a shard is flat, so the whole parameter's shape decides.
+        matrices = [parameter for parameter in self.model.parameters() if len(parameter.ds_shape) >= 2]
+        others = [parameter for parameter in self.model.parameters() if len(parameter.ds_shape) < 2]
+        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=training.learning_rate,
+            betas=training.betas,
+            eps=training.epsilon,
+            fused=get_accelerator().device_name() == "cuda",
+        )
+        self.engine = deepspeed.initialize(model=root, optimizer=optimizer, config=deepspeed_config)[0]
+        self._root = self.engine.module
+
+    def __call__(self, objective: Objective, batch: Batch) -> LossSum:
+        """The objective's loss of one micro-batch on this rank."""
+        return self.engine(objective, batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to the step's, summed over ranks and micro-batches.
+
+        DeepSpeed divides by the accumulation steps and averages over ranks. The loss is already divided by the global
+        count, so both are undone here, and nowhere else.
+        """
+        self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """End one micro-batch's backward pass; at the step's last one, clip and update.
+
+        Returns:
+            The global gradient norm before clipping; `inf` or `nan` when it is not finite, and then no weight has
+            changed. Only the last micro-batch's value means anything.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        if not boundary:
+            return 0.0
+        if self.engine.optimizer.overflow:
+            return float("nan")
+        return float(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def measured(self) -> Iterator["StudentView"]:
+        """The student as a host that only predicts, for held-out losses between two steps."""
+        self._root.eval()
+        weight = head_weight(self.model)
+        try:
+            with deepspeed.zero.GatheredParameters([weight]):
+                head_VE = weight.detach().clone()
+            yield StudentView(self.config, self.device, head_VE, self._root)
+        finally:
+            self._root.train()
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        self.engine.destroy()
+        del self.engine, self._root, self.model
+
+
+def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return hidden_states(model, batch.input_ids_BT)

@@ -1,0 +1,37 @@
+"""Whatever holds a model, opened by its folder: a stage, one of its checkpoints, or a Hugging Face folder."""
+
+from pathlib import Path
+
+from minima.engine.checkpoint.shards import CheckpointSource
+from minima.engine.checkpoint.store import complete_steps, step_folder
+from minima.errors import CheckpointError
+from minima.models.weights import FolderSource, WeightSource
+
+
+def open_weights(folder: Path, step: int | None = None) -> WeightSource:
+    """The weights in `folder`.
+
+    Args:
+        folder: of a training stage (`checkpoints/`), of a stage that leaves a `model/`, or in Hugging Face's layout.
+        step: the checkpoint after so many updates; the newest complete one when not given.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or no weights at all.
+    """
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir():
+        steps = complete_steps(checkpoints)
+        if not steps or (step is not None and step not in steps):
+            raise CheckpointError(
+                f"no complete checkpoint {'' if step is None else f'after step {step} '}in {checkpoints}",
+                "weights are read from complete checkpoints only",
+                f"take one of {', '.join(map(str, steps))}" if steps else "train on until the first one is written",
+            )
+        return CheckpointSource(step_folder(checkpoints, step if step is not None else steps[-1]))
+    if step is not None:
+        raise CheckpointError(
+            f"{folder} has no checkpoints, so none after step {step}",
+            "only a training stage keeps checkpoints by step",
+            "leave `@STEP` away",
+        )
+    return FolderSource(folder / "model" if (folder / "model").is_dir() else folder)

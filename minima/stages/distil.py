@@ -1,0 +1,56 @@
+"""Distillation: a student learns from text and from a frozen teacher."""
+
+from pathlib import Path
+from typing import Any
+
+from minima.data.store import TokenStore
+from minima.engine.deepspeed_config import frozen_config
+from minima.engine.objectives.distillation import Distillation
+from minima.engine.objectives.language_modelling import LanguageModelling
+from minima.engine.objectives.objective import Objective
+from minima.engine.teacher.host import FrozenHost
+from minima.losses.linear_distillation import check_vocabularies
+from minima.models.shape import ModelShape
+from minima.recipe.schema import Distil
+from minima.stages.context import StageContext
+from minima.stages.training import check_fit, open_origin, run_training
+
+RANKS = True
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train the stage's student; returns the stage's metrics."""
+    stage = context.stage
+    assert isinstance(stage, Distil)
+    if not stage.soft_weight:  # the teacher would run for nothing
+        return run_training(context, stage, lambda data: LanguageModelling(stage.chunk_tokens))
+    teacher = open_origin(context, stage.teacher, stage.seed)
+    shape = ModelShape.from_config(teacher.source.config)
+    student = open_origin(context, stage.model, stage.seed)
+    check_vocabularies(ModelShape.from_config(student.source.config).vocabulary_size, shape.vocabulary_size)
+    hosts: list[FrozenHost] = []
+
+    def objective(data: Path) -> Objective:
+        check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
+        precision = stage.teacher_precision or stage.precision
+        config = frozen_config(
+            context.deepspeed_json(stage.teacher_deepspeed),
+            precision=precision,
+            micro_batch_sequences=stage.micro_batch_sequences,
+        )
+        hosts.append(FrozenHost(teacher.source, config, precision=precision))
+        return Distillation(
+            hosts[0],
+            hard_weight=stage.hard_weight,
+            soft_weight=stage.soft_weight,
+            temperature=stage.temperature,
+            chunk_tokens=stage.chunk_tokens,
+        )
+
+    try:
+        return run_training(
+            context, stage, objective, shape.forward_flops_per_token, {"teacher": teacher.identity}
+        )
+    finally:
+        for host in hosts:
+            host.close()

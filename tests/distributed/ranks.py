@@ -1,0 +1,41 @@
+"""Real processes in one process group: start a pair once, let it run many scenarios, read what they found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from minima.launcher import child_environment, free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_scenarios(names: list[str], folder: Path, world_size: int = 2, timeout_seconds: int = 300) -> dict[str, Any]:
+    """Run functions of `scenarios.py` on every rank of one process group.
+
+    Returns:
+        What each scenario returned on rank 0, by name.
+
+    Raises:
+        AssertionError: a rank failed; carries the end of its output.
+    """
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+        environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.distributed.scenarios", str(folder), *names]
+        with open(folder / f"rank-{rank}.log", "wb") as log:
+            processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [process.wait(timeout=timeout_seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(world_size)]
+    assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n--- next rank ---\n".join(logs)
+    return json.loads((folder / "results.json").read_text())

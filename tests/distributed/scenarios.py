@@ -1,0 +1,196 @@
+"""What runs on every rank. Each scenario takes a folder and returns what rank 0 writes down for the tests."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minima.engine import distributed
+from minima.engine.checkpoint.shards import CheckpointSource, load_shards, save_shards, shapes
+from minima.engine.checkpoint.store import step_folder, write_checkpoint
+from minima.engine.deepspeed_config import frozen_config, training_config
+from minima.engine.loop import Events, train
+from minima.engine.objectives.distillation import Distillation
+from minima.engine.objectives.language_modelling import LanguageModelling
+from minima.engine.schedule import Schedule
+from minima.engine.student import Student
+from minima.engine.teacher.host import FrozenHost
+from minima.errors import NotFinite
+from minima.launcher import read_launch
+from minima.models.weights import tensor_sha256
+from tests.distributed.tiny import TinyFeed, student_source, teacher_source, training
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+def teacher_host(precision: str = "float32") -> FrozenHost:
+    config = frozen_config(CONFIGS / "teacher_zero3.json", precision=precision)
+    return FrozenHost(teacher_source(), config, precision=precision)
+
+
+def new_student(settings) -> Student:
+    config = training_config(CONFIGS / "student_zero3.json", settings, distributed.world_size())
+    return Student(student_source(), config, settings)
+
+
+def run_training(settings, objective, student, *, first_step=0, save=None, feed=None) -> list[dict[str, float]]:
+    records: list[dict[str, float]] = []
+    events = Events(
+        log=lambda step, record: records.append({"step": step, **record}),
+        evaluate=lambda step: None,
+        save=save or (lambda step: None),
+        log_every=1,
+        evaluate_every=0,
+        save_every=3,
+    )
+    schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup_steps, "cosine", 0.1)
+    feed = feed or TinyFeed(settings.micro_batch_sequences, distributed.rank(), distributed.world_size())
+    train(student, objective, feed, schedule, events, first_step)
+    return records
+
+
+def weight_hashes(student: Student) -> dict[str, str]:
+    """A hash of this rank's working shard of every parameter, for all ranks."""
+    mine = {name: tensor_sha256(parameter.ds_tensor) for name, parameter in student.model.named_parameters()}
+    gathered = distributed.gather_objects(mine)
+    return {f"{rank}:{name}": digest for rank, hashes in enumerate(gathered) for name, digest in hashes.items()}
+
+
+def language_modelling(folder: Path) -> Any:
+    settings = training()
+    return run_training(settings, LanguageModelling(), new_student(settings))
+
+
+def distillation(folder: Path) -> Any:
+    """Both loss weights at a temperature, in micro-batches of 1, 2 and 4."""
+    found = {}
+    host = teacher_host()
+    for micro_batch in (1, 2, 4):
+        settings = training(micro_batch_sequences=micro_batch)
+        objective = Distillation(host, hard_weight=0.3, soft_weight=0.7, temperature=2.0, chunk_tokens=5)
+        student = new_student(settings)
+        found[str(micro_batch)] = run_training(settings, objective, student)
+        student.close()
+    host.close()
+    return found
+
+
+def resume(folder: Path) -> Any:
+    """Train six steps; then again three, and three more from the checkpoint in another engine."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        settings = training(precision=precision)
+        host = teacher_host(precision)
+        whole = new_student(settings)
+        found[precision] = {"whole": run_training(settings, Distillation(host), whole)}
+        found[precision]["whole_weights"] = weight_hashes(whole)
+
+        first = new_student(settings)
+
+        def save(step: int, student=first) -> None:
+            facts = {
+                "step": step, "optimizer_steps": step, "ranks": distributed.world_size(), "config": student.config,
+                "shapes": shapes(student),
+            }  # fmt: skip
+            if step == 3:
+                target = folder / precision
+                write_checkpoint(target, step, lambda path: save_shards(student, path), facts, keep=0)
+
+        run_training(settings, Distillation(host), first, save=save)
+        second = new_student(settings)
+        facts = load_shards(second, step_folder(folder / precision, 3))
+        found[precision]["resumed"] = run_training(settings, Distillation(host), second, first_step=facts["step"])
+        found[precision]["resumed_weights"] = weight_hashes(second)
+        for engine in (whole, first, second, host):
+            engine.close()
+    return found
+
+
+def load_elsewhere(folder: Path) -> Any:
+    """Go on from the checkpoint that another number of ranks wrote."""
+    settings = training()
+    student, host = new_student(settings), teacher_host()
+    facts = load_shards(student, step_folder(folder / "float32", 3))
+    return run_training(settings, Distillation(host), student, first_step=facts["step"])
+
+
+def checkpoint_weights(folder: Path) -> Any:
+    """Hashes of the whole tensors that a checkpoint gives, and of those that the student holds."""
+    settings = training()
+    student = new_student(settings)
+    run_training(settings, LanguageModelling(), student)
+    facts = {
+        "step": 6, "optimizer_steps": 6, "ranks": distributed.world_size(), "config": student.config,
+        "shapes": shapes(student),
+    }  # fmt: skip
+    path = write_checkpoint(folder / "weights", 6, lambda path: save_shards(student, path), facts, keep=0)
+    import deepspeed
+
+    held = {}
+    for name, parameter in student.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            held[name] = tensor_sha256(parameter)
+    source = CheckpointSource(path)
+    return {"held": held, "stored": {name: tensor_sha256(source.read(name)) for name in source.names()}}
+
+
+def not_finite(folder: Path) -> Any:
+    """A teacher that says NaN at step 3: the run ends there and no weight has moved since."""
+    settings = training()
+    student, host = new_student(settings), teacher_host()
+
+    class Poisoned(Distillation):
+        calls = 0
+
+        def prepare(self, batches):
+            self.calls += 1
+            prepared = super().prepare(batches)
+            if self.calls == 5:  # two micro-batches a step on each rank: the first of step 3
+                prepared[0].teacher_hidden_BTE[0, 0, 0] = float("nan")
+            return prepared
+
+    class Spy:
+        hashes: dict[int, dict[str, str]] = {}
+
+        def save(self, step: int) -> None:
+            self.hashes[step] = weight_hashes(student)
+
+    before: dict[str, str] = {}
+    feed = TinyFeed(settings.micro_batch_sequences, distributed.rank(), distributed.world_size())
+
+    class Watched:
+        def step(self, step: int):
+            before.clear()
+            before.update(weight_hashes(student))
+            return feed.step(step)
+
+    try:
+        run_training(settings, Poisoned(host), student, feed=Watched())
+    except NotFinite as error:
+        return {"error": str(error), "unchanged": before == weight_hashes(student)}
+    return {"error": None}
+
+
+def rotary(folder: Path) -> Any:
+    """Rotary frequencies of a bfloat16 engine, which a cast would ruin."""
+    host = teacher_host("bfloat16")
+    buffers = {name: str(buffer.dtype) for name, buffer in host.model.named_buffers()}
+    values = host.model.model.rotary_emb.inv_freq.tolist()
+    return {"dtypes": buffers, "inv_freq": values, "weights": str(host.head_VE.dtype)}
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    distributed.start(read_launch())
+    results = {name: globals()[name](folder) for name in names}
+    if distributed.is_main():
+        (folder / "results.json").write_text(json.dumps(results))
+    distributed.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
