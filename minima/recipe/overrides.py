@@ -12,7 +12,7 @@ from minima.errors import RecipeError
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML that reads `3e-4` and `126e9` as numbers and refuses a key that is given twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:  # before merges (`<<`) are followed: what they bring may be overridden

@@ -1,6 +1,5 @@
 """The driver behind `minima run`: which stages are left, in which process groups, and what they came to. No torch."""
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -147,7 +146,6 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
         command = ["bash", str(find_launcher(recipe.launcher)), *arguments]
     else:
         environment = child_environment(1, terminal_columns=columns)
-        environment.pop("OMP_NUM_THREADS", None) if "OMP_NUM_THREADS" not in os.environ else None
         command = [sys.executable, "-m", "minima", "stage", *arguments]
     with Log(folder / "logs", group[0].name) as log:
         code = run_child(command, environment, log, lock)
