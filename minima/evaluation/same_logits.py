@@ -1,0 +1,71 @@
+"""Whether two ways to load a model give the same predictions.
+
+Shapes: B sequences, T tokens, N = B x T, V vocabulary, D width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minima.batch import Batch, make_batch
+from minima.errors import CheckpointError
+from minima.evaluation.held_out import Host
+
+PROBE_SEQUENCES, PROBE_TOKENS = 2, 64  # long enough for a wrong rotary base to show, 25 MB of logits at 49,152 tokens
+# Largest difference as a share of the largest logit. Equal weights give equal bits where the same code runs them;
+# another order of float32 sums costs about 1e-6, and a wrong rotary base at least 1e-3, on random weights.
+TOLERANCE = 1e-4
+_PROBE_SEED = 776
+
+
+def probe_batch(config: dict[str, Any]) -> Batch:
+    """Random token ids, the same on every rank: a model shows every part of itself on them.
+
+    Args:
+        config: content of the model's config.json.
+    """
+    longest = config.get("max_position_embeddings") or config.get("n_positions") or PROBE_TOKENS
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    shape = (PROBE_SEQUENCES, min(PROBE_TOKENS, longest))
+    return make_batch(torch.randint(config["vocab_size"], shape, generator=generator))
+
+
+def host_logits(host: Host, batch: Batch) -> Tensor:
+    """Logits [N, V] of a sharded model, float32 on the CPU; every rank calls it."""
+    with torch.no_grad():
+        hidden_ND = host.hidden_states(batch.to(host.device)).flatten(0, 1)
+        return (hidden_ND.float() @ host.head_VE.float().t()).cpu()
+
+
+def plain_logits(folder: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Logits [N, V] of a folder as plain transformers loads it, in one process; float32 on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    with torch.no_grad():
+        return model(input_ids=batch.input_ids_BT, use_cache=False).logits.flatten(0, 1).float()
+
+
+def check_same_logits(expected_NV: Tensor, found_NV: Tensor, what: str) -> float:
+    """The largest difference between two models' logits.
+
+    Args:
+        expected_NV: of the trained model.
+        found_NV: of what was written.
+        what: how the second was loaded, for the error.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    difference = (expected_NV - found_NV).abs().max().item()
+    allowed = TOLERANCE * expected_NV.abs().max().item()
+    if not difference <= allowed:  # also when it is not a number
+        raise CheckpointError(
+            f"logits of the written folder, loaded by {what}, differ from the trained model's by {difference:.3g} "
+            f"(rounding explains {allowed:.3g})",
+            "the folder holds the right tensors but describes another model, so it is not published",
+            "compare its config.json with the trained model's; this is a defect of minima, please report it",
+        )
+    return difference

@@ -1,0 +1,242 @@
+"""The export stage: a trained model as a folder that plain transformers loads, checked before it is published."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from minima.engine import distributed
+from minima.engine.deepspeed_config import frozen_config
+from minima.engine.teacher.host import FrozenHost
+from minima.engine.weights import open_weights
+from minima.errors import CheckpointError, DiskFull, MinimaError
+from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
+from minima.models.causal_lm import DTYPES
+from minima.models.legacy_config import tokenizer_with_4x_names
+from minima.models.weights import FolderSource, WeightSource, tensor_sha256, write_folder
+from minima.recipe.schema import Export
+from minima.report.cards import model_card
+from minima.stages.card_facts import gather_card
+from minima.stages.context import ResolvedModel, StageContext
+from minima.stages.evaluate import count_parameters
+
+RANKS = True
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.*",
+)
+_HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
+logger = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write, check and publish `model/`; every rank calls it, rank 0 writes.
+
+    Returns:
+        `parameters`, `bytes` and `files` of the weights, `dtype`, `max_logit_difference` (largest over the checks that
+        were made) and `checked_by`.
+
+    Raises:
+        CheckpointError: the written folder is not the trained model; it stays in `model.partial`.
+        DiskFull: no space is left; what was published before still is.
+    """
+    stage = context.stage
+    assert isinstance(stage, Export)
+    model = context.model(stage.model)
+    source = open_weights(model.folder, model.step)
+    dtype = DTYPES[stage.dtype or trained_dtype(context, source)]
+    partial, final = context.folder / "model.partial", context.folder / "model"
+    _on_main(lambda: _write(partial, source, model, dtype, stage.shard_bytes))
+    differences = _compare_logits(context, stage, source, partial, dtype)
+
+    def publish() -> dict[str, Any]:
+        metrics = _metrics(partial, source, dtype, differences)
+        card = gather_card(context, model, source.config, metrics, _has_chat_template(partial))
+        (partial / "README.md").write_text(model_card(card), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)  # from a start that ended between the rename and the manifest
+        partial.rename(final)
+        logger.info("exported %s parameters to %s", f"{metrics['parameters']:,}", final)
+        return metrics
+
+    return _on_main(publish)
+
+
+def trained_dtype(context: StageContext, source: WeightSource) -> str:
+    """The precision that the stage trained in, or the stored dtype of a model that was not trained here."""
+    assert isinstance(context.stage, Export)
+    name = context.stage.model.rpartition("@")[0] or context.stage.model
+    stage = next((stage for stage in context.recipe.stages if stage.name in (name, context.stage.model)), None)
+    if stage is not None and stage.kind in ("adapt", "distil"):
+        return stage.precision
+    return str(source.read(source.names()[-1]).dtype).removeprefix("torch.")
+
+
+class Cast:
+    """A source whose values were rounded to the dtype that is written."""
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
+        self.config, self._source, self._dtype = source.config, source, dtype
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(name).to(self._dtype)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self._source.read_flat(name, start, stop).to(self._dtype)
+
+
+def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: torch.dtype, shard_bytes: int) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    trained: dict[str, str] = {}
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name in source.names():
+            tensor = source.read(name).to(dtype)
+            trained[name] = tensor_sha256(tensor)
+            yield name, tensor
+
+    config = dict(source.config)
+    tokens = _token_ids(model.tokenizer)
+    config |= {name: value for name, value in tokens.items() if config.get(name) is None}
+    try:
+        written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
+        check_hashes(trained, written, partial)
+        generation = {name: config[name] for name in tokens or ("bos_token_id", "eos_token_id") if name in config}
+        _write_json(partial / "generation_config.json", generation)
+        if model.tokenizer is not None:
+            copy_tokenizer(model.tokenizer, partial)
+        for path in partial.glob("*.safetensors"):  # safetensors makes them readable for their owner alone
+            path.chmod((partial / "config.json").stat().st_mode)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFull(
+            f"no space left for {partial}",
+            "the model is written whole beside what it was trained from",
+            "free some space or choose another `output`, then run the same command again",
+        ) from error
+
+
+def check_hashes(trained: dict[str, str], written: dict[str, str], folder: Path) -> None:
+    """Compare every tensor on disk, read one at a time, with the trained one.
+
+    Args:
+        trained: SHA-256 by name, of the source's tensors in the written dtype.
+        written: what `write_folder` said it wrote.
+        folder: what it wrote.
+
+    Raises:
+        CheckpointError: a tensor is missing or has other bytes; names it.
+    """
+    reloaded = FolderSource(folder)
+    for name in sorted({*trained, *written, *reloaded.names()}):
+        found = tensor_sha256(reloaded.read(name)) if name in reloaded.names() else None
+        if not trained.get(name) == written.get(name) == found:
+            raise CheckpointError(
+                f"tensor {name} in {folder} is not the trained one (SHA-256 {found}, trained {trained.get(name)})",
+                "the folder would be another model, so it is not published",
+                "check the disk, then run the same command again",
+            )
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Put the tokenizer's files beside the weights, by names that transformers 4 reads too."""
+    for pattern in TOKENIZER_FILES:
+        for path in tokenizer.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        _write_json(settings, tokenizer_with_4x_names(json.loads(settings.read_text(encoding="utf-8"))))
+
+
+def _compare_logits(
+    context: StageContext, stage: Export, source: WeightSource, partial: Path, dtype: torch.dtype
+) -> dict[str, float]:
+    """Largest logit difference by how the folder was loaded."""
+    fits = count_parameters(source) * 4 <= _HOST_SHARE * psutil.virtual_memory().total
+    # Float32 shows the smallest mistake; where the model is large, its own dtype has to do.
+    precision = "float32" if fits or dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    batch = probe_batch(source.config)
+    config = frozen_config(context.deepspeed_json(stage.deepspeed), precision=precision)
+    logits = []
+    for model in (Cast(source, dtype), FolderSource(partial)):
+        host = FrozenHost(model, config, precision=precision)
+        try:
+            logits.append(host_logits(host, batch))
+        finally:
+            host.close()
+
+    def compare() -> dict[str, float]:
+        differences = {"zero3": check_same_logits(logits[0], logits[1], "the ZeRO-3 host")}
+        if fits:
+            plain = plain_logits(partial, batch, DTYPES[precision])
+            differences["transformers"] = check_same_logits(logits[0], plain, "plain transformers")
+        return differences
+
+    return _on_main(compare)
+
+
+def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, differences: dict[str, float]) -> dict[str, Any]:
+    files = sorted(partial.glob("*.safetensors"))
+    return {
+        "parameters": count_parameters(source),
+        "bytes": sum(path.stat().st_size for path in files),
+        "files": len(files),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_logit_difference": max(differences.values()),
+        "checked_by": sorted(differences),
+    }
+
+
+def _token_ids(tokenizer: Path | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(loaded, name) for name in names if getattr(loaded, name) is not None}
+
+
+def _has_chat_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    return any(folder.glob("chat_template*")) or (
+        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
+
+
+def _on_main(work: Callable[[], R]) -> R:
+    """What rank 0 makes, on every rank; what it refuses, all refuse."""
+    result: tuple[R | None, MinimaError | None] = (None, None)
+    if distributed.is_main():
+        try:
+            result = (work(), None)
+        except MinimaError as error:
+            result = (None, error)
+    value, refusal = distributed.broadcast_object(result)
+    if refusal is not None:
+        raise refusal
+    return value
