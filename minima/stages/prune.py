@@ -1,0 +1,203 @@
+"""The prune stage: measure what matters, choose what stays, write the smaller model."""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from minima.batch import Batch, make_batch
+from minima.data.packing import disk_full_named
+from minima.data.sampler import BlockSampler
+from minima.data.store import TokenStore
+from minima.engine import distributed
+from minima.engine.deepspeed_config import frozen_config
+from minima.engine.teacher.host import FrozenHost
+from minima.errors import ShapeError
+from minima.models.families import family_of, shape_of
+from minima.models.shape import ModelShape
+from minima.models.weights import WeightSource, write_folder
+from minima.pruning.importance import Scores, importance, magnitude, model_identity, random
+from minima.pruning.selection import Selection, select
+from minima.pruning.surgery import PrunedSource
+from minima.pruning.target import TargetPlan, check_depth, check_norm_compensation, plan_target
+from minima.recipe.schema import Prune
+from minima.stages.context import StageContext
+from minima.stages.export import copy_tokenizer
+from minima.stages.training import check_fit, open_origin
+
+RANKS = True
+SCORES = "scores.safetensors"
+logger = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Cut the stage's model down to its target; every rank calls it, rank 0 writes.
+
+    Leaves `model/` (Hugging Face layout, with the model's tokenizer) and `scores.safetensors`.
+
+    Returns:
+        Parameters before and after, the sparsity reached, counts and indices of what stays, and seconds of scoring.
+
+    Raises:
+        ShapeError: the target cannot be cut from the model; said before any data is read.
+        UnsupportedFamily: the model's parts are not known.
+        StageError: an input is missing, or reused scores are of another kind or model.
+    """
+    stage = context.stage
+    assert isinstance(stage, Prune)
+    origin = open_origin(context, stage.model, stage.seed)
+    source = origin.source
+    shape = shape_of(source.config)
+    plan = plan_target(shape, stage.target, selection=stage.selection)
+    check_norm_compensation(shape, stage.norm_compensation)
+    check_depth(source.config, plan.student.num_layers)
+    for name in source.names():
+        family_of(shape.family).locate(name)
+
+    started = time.monotonic()
+    scores = _scores(context, stage, source, shape)
+    seconds = time.monotonic() - started
+    if not distributed.is_main():
+        return {}
+    assert scores is not None
+    chosen = select(scores, plan, depth=stage.depth)
+    pruned = PrunedSource(source, chosen, stage.norm_compensation)
+    folder = context.folder / "model"
+    with disk_full_named(context.folder):
+        scores.save(context.folder / SCORES)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that broke off here
+        write_folder(folder, pruned.config, ((name, pruned.read(name)) for name in pruned.names()))
+        tokenizer = origin.tokenizer
+        if tokenizer is None and stage.data is not None:
+            tokenizer = context.data(stage.data) / "tokenizer"
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+    metrics = _metrics(plan, chosen, pruned, scores) | {"scoring_seconds": round(seconds, 3)}
+    logger.info(
+        "%s parameters of %s: %d layers, width %d, %d heads, %d neurons; %.1f %% of a layer's weights removed",
+        f"{pruned.parameters:,}",
+        f"{shape.parameters:,}",
+        chosen.student.num_layers,
+        chosen.student.hidden_size,
+        chosen.student.num_heads,
+        chosen.student.intermediate_size,
+        metrics["layer_sparsity_percent"],
+    )
+    return metrics
+
+
+def _scores(context: StageContext, stage: Prune, source: WeightSource, shape: ModelShape) -> Scores | None:
+    """Scores on rank 0; None on the others where they have nothing to do for them."""
+    if stage.score == "gradient" and stage.scores is None:
+        return _measure(context, stage, source, shape)
+    if not distributed.is_main():
+        return None
+    identity = model_identity(source)
+    if stage.scores is not None:
+        return Scores.load(context.scores(stage.scores) / SCORES, kind=stage.score, model=identity)
+    return (
+        magnitude(source, shape, identity=identity)
+        if stage.score == "magnitude"
+        else random(shape, stage.seed, identity=identity)
+    )
+
+
+def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: ModelShape) -> Scores:
+    assert stage.data is not None
+    store = TokenStore.open(context.data(stage.data) / "train")
+    check_fit(shape, store, stage.model.source or "random weights")
+    length = stage.sequence_length or store.sequence_length
+    if length > store.sequence_length:
+        raise ShapeError(
+            f"sequence_length {length} from blocks of {store.sequence_length} tokens",
+            "a block can be cut shorter, not made longer",
+            f"choose at most {store.sequence_length}, or leave it out",
+        )
+    config = frozen_config(
+        context.deepspeed_json(stage.deepspeed),
+        precision=stage.precision,
+        micro_batch_sequences=stage.micro_batch_sequences,
+    )
+    host = FrozenHost(source, config, precision=stage.precision, activation_checkpointing=True)
+    try:
+        _without_dropout(host, shape)
+        return importance(
+            host.run,
+            host.model,
+            batches(
+                store,
+                seed=stage.seed,
+                sequences=stage.sequences,
+                micro_batch_sequences=stage.micro_batch_sequences,
+                sequence_length=length,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                device=host.device,
+            ),
+            shape,
+            identity=model_identity(source),
+            all_reduce_sum=distributed.all_reduce_sum,
+            device=host.device,
+        )
+    finally:
+        host.close()
+
+
+def _without_dropout(host: FrozenHost, shape: ModelShape) -> None:
+    """Leave the decoder layers alone in training mode: there transformers checkpoints them, and nothing drops out."""
+    host.model.eval()
+    for layer in host.model.get_submodule(family_of(shape.family).layers).children():
+        layer.training = True
+
+
+def batches(
+    store: TokenStore,
+    *,
+    seed: int,
+    sequences: int,
+    micro_batch_sequences: int,
+    sequence_length: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """One rank's micro-batches of the first `sequences` sampled blocks, the last one filled up with masked blocks.
+
+    Micro-batch `j` goes to rank `j % world_size`, so the same micro-batches are measured on any number of ranks. All
+    ranks get as many, since ZeRO-3 has them work in step; one beyond the last has no valid label.
+    """
+    sampler = BlockSampler(len(store), seed)
+    micro_batches = -(-sequences // micro_batch_sequences)
+    for turn in range(-(-micro_batches // world_size)):
+        first = (turn * world_size + rank) * micro_batch_sequences
+        indices = sampler.indices(first, first + micro_batch_sequences)
+        tokens_BT = torch.from_numpy(store.blocks(indices))[:, :sequence_length].contiguous()
+        valid_B1 = torch.from_numpy(np.arange(first, first + micro_batch_sequences) < sequences).unsqueeze(1)
+        yield make_batch(tokens_BT, valid_B1.expand_as(tokens_BT)).to(device)
+
+
+def _metrics(plan: TargetPlan, chosen: Selection, pruned: PrunedSource, scores: Scores) -> dict[str, Any]:
+    student, source = chosen.student, plan.source
+    dense = pruned.parameters_without_padding
+    outside = student.embedding_parameters + student.norm_parameters
+    return {
+        "parameters_before": source.parameters,
+        "parameters": pruned.parameters,
+        "parameters_without_padding": dense,
+        "target_width_percent": plan.width_percent,
+        "layer_sparsity_percent": 100 * (1 - (dense - outside) / (student.num_layers * source.layer_parameters)),
+        "parameter_sparsity_percent": 100 * (1 - dense / source.parameters),
+        "num_layers": student.num_layers,
+        "hidden_size": student.hidden_size,
+        "num_heads": student.num_heads,
+        "num_key_value_heads": student.num_key_value_heads,
+        "intermediate_size": student.intermediate_size,
+        "kept_layers": chosen.layers.tolist(),
+        "kept_groups_by_layer": [len(groups) for groups in chosen.groups],
+        "kept_neurons_by_layer": [len(neurons) for neurons in chosen.neurons],
+        "scored_micro_batches": scores.batches,
+    }
