@@ -68,8 +68,8 @@ def poems(archive: Path) -> Iterator[dict[str, str]]:
     """Every 25th of the Tang poems, then of the Song poems: title and verses, as they stand (no conversion)."""
     files = {}
     for name, content in members(archive, "package/dist/quantangshi/poet."):
-        _, dynasty, number, _ = name.rsplit("/", 1)[1].split(".")
-        files[("tang", "song").index(dynasty), int(number)] = content
+        _, dynasty_name, first, _ = name.rsplit("/", 1)[1].split(".")
+        files[("tang", "song").index(dynasty_name), int(first)] = content
     kept = 0
     for (dynasty, number), content in sorted(files.items()):
         for row, poem in enumerate(json.loads(content)):

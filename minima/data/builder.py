@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from minima.data.documents import Rejected
+from minima.data.documents import HeldOut, Rejected
 from minima.data.encoding import EncodingPool
-from minima.data.mixture import SourceStream, mix, training_documents
+from minima.data.mixture import SourceStream, mix, read_shuffled
 from minima.data.packing import StoreWriter, disk_full_named
 from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
@@ -88,27 +88,23 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
             "it would be trained on other text than the recipe says",
             f"choose among {', '.join(source.label for source in stage.sources)}",
         )
-    readers = [
-        (source, training_documents(source, stage.held_out_fraction, stage.seed, Rejected())) for source in chosen
-    ]
+    readers = [read_shuffled(source, stage.seed, Rejected()) for source in chosen]
+    held_out = HeldOut(stage.held_out_fraction, stage.seed)
     taken = [0.0] * len(readers)
     active, left = list(range(len(readers))), training.max_characters
     while active and left > 0:
         turn = min(active, key=lambda i: taken[i])
-        source, documents = readers[turn]
-        document = next((document for document in documents if not document.held_out), None)
-        if document is None:
+        text = next(readers[turn], None)
+        if text is None:
             active.remove(turn)
-            continue
-        text = document.text[:left]
-        left -= len(text)
-        taken[turn] += len(text) / (source.weight or 1.0)
-        yield text
+        elif not held_out.mask([text.encode("utf-8")])[0]:
+            text = text[:left]
+            left -= len(text)
+            taken[turn] += len(text) / (chosen[turn].weight or 1.0)
+            yield text
 
 
-def _encode(
-    stage: BuildData, folder: Path, tokenizer: Path, end_token: int, vocabulary_size: int
-) -> dict[str, Any]:
+def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, vocabulary_size: int) -> dict[str, Any]:
     """Write and publish both stores; everything that the report says but the time."""
     length = stage.sequence_length
     shape = {"sequence_length": length, "vocabulary_size": vocabulary_size, "end_token": end_token}
@@ -116,6 +112,7 @@ def _encode(
     held_out_budget = None if stage.held_out_tokens is None else stage.held_out_tokens // length
     processes = stage.processes or len(os.sched_getaffinity(0))
     labels = _labels(stage.sources)
+    aside_rule = HeldOut(stage.held_out_fraction, stage.seed)
     with (
         EncodingPool(tokenizer, end_token, vocabulary_size, processes) as pool,
         StoreWriter(folder / "train", **shape, shard_tokens=stage.shard_tokens, max_blocks=budget) as train,
@@ -123,7 +120,7 @@ def _encode(
             folder / "held_out", **shape, shard_tokens=stage.shard_tokens, max_blocks=held_out_budget
         ) as held_out,
     ):
-        streams = [SourceStream(source, pool, stage.held_out_fraction, stage.seed) for source in stage.sources]
+        streams = [SourceStream(source, pool, aside_rule) for source in stage.sources]
         progress = _Progress()
         unused = 0  # tokens beyond the budget, of the last documents
         for documents, aside in mix(streams, endless=budget is not None):

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 _EXAMPLES = 3  # of each reason are shown
 _EXCERPT_CHARACTERS = 80
 # Documents wait here to be drawn at random: a source that fits is permuted as a whole, a larger one is shuffled
@@ -58,27 +60,24 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-class Document(NamedTuple):
-    """One text and which side of the split it is on."""
+class HeldOut(NamedTuple):
+    """Which documents are set aside: by a hash of their text, so that the same text is always on the same side.
 
-    text: str
-    size: int  # UTF-8 bytes
-    held_out: bool
-
-
-def split(texts: Iterable[str], fraction: float, seed: int) -> Iterator[Document]:
-    """Set documents aside by a hash of their text, so that the same text is always on the same side.
-
-    Args:
-        texts: valid Unicode.
-        fraction: expected share of documents that are held out.
-        seed: keys the hash (blake2b): another seed holds out others.
+    Attributes:
+        fraction: expected share of documents.
+        seed: keys the hash (blake2b): another seed sets others aside.
     """
-    key, limit = (seed % 2**64).to_bytes(8, "little"), round(fraction * 2.0**64)
-    for text in texts:
-        content = text.encode("utf-8")
-        held_out = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little") < limit
-        yield Document(text, len(content), held_out)
+
+    fraction: float
+    seed: int
+
+    def mask(self, contents: list[bytes]) -> np.ndarray:
+        """For each text, in UTF-8, whether it is held out; bool array."""
+        if not self.fraction:
+            return np.zeros(len(contents), dtype=bool)
+        key, limit = (self.seed % 2**64).to_bytes(8, "little"), round(self.fraction * 2.0**64)
+        digests = (hashlib.blake2b(content, digest_size=8, key=key).digest() for content in contents)
+        return np.array([int.from_bytes(digest, "little") < limit for digest in digests], dtype=bool)
 
 
 def shuffled(texts: Iterable[str], seed: str, window_characters: int = SHUFFLE_CHARACTERS) -> Iterator[str]:
@@ -105,13 +104,13 @@ def shuffled(texts: Iterable[str], seed: str, window_characters: int = SHUFFLE_C
         yield waiting.pop()
 
 
-def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Neighbouring documents in lists of about `BATCH_CHARACTERS`; cut by content alone, never by timing."""
-    batch: list[Document] = []
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Neighbouring texts in lists of about `BATCH_CHARACTERS`; cut by content alone, never by timing."""
+    batch: list[str] = []
     held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document.text)
+    for text in texts:
+        batch.append(text)
+        held += len(text)
         if held >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, held = [], 0

@@ -11,20 +11,48 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from minima.data.documents import HeldOut
 from minima.data.store import token_dtype
 from minima.errors import DataError
 
 
-class Tokens(NamedTuple):
+class Encoded(NamedTuple):
     """Documents as ids, one after the other, each closed by the end token.
 
     Attributes:
         ids: unsigned int array, all documents.
         lengths: int64 array; ids of each document, its end token included.
+        sizes: int64 array; UTF-8 bytes of each document's text.
+        characters: int64 array; of each document's text.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
+    sizes: np.ndarray
+    characters: np.ndarray
+
+    def part(self, begin: int, end: int) -> "Encoded":
+        """Documents `begin` to `end - 1`."""
+        first, last = int(self.lengths[:begin].sum()), int(self.lengths[:end].sum())
+        return Encoded(self.ids[first:last], *(column[begin:end] for column in self[1:]))
+
+    def select(self, documents: np.ndarray) -> "Encoded":
+        """The documents where the bool array is true."""
+        return Encoded(self.ids[np.repeat(documents, self.lengths)], *(column[documents] for column in self[1:]))
+
+
+class Batch(NamedTuple):
+    """One task: texts, and what to do about held-out ones.
+
+    Attributes:
+        texts: documents.
+        held_out: which of them are set aside.
+        skip_held_out: leave those out altogether, as a second pass does.
+    """
+
+    texts: list[str]
+    held_out: HeldOut
+    skip_held_out: bool = False
 
 
 class Encoder:
@@ -57,17 +85,28 @@ class Encoder:
                 slow.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
             ]
 
-    def __call__(self, texts: list[str]) -> Tokens:
-        """Encode documents."""
+    def __call__(self, batch: Batch) -> tuple[Encoded, np.ndarray]:
+        """Encode documents; the bool array says which are held out."""
+        texts, contents = batch.texts, [text.encode("utf-8") for text in batch.texts]
+        held_out = batch.held_out.mask(contents)
+        if batch.skip_held_out and held_out.any():
+            keep = np.flatnonzero(~held_out).tolist()
+            texts, contents = [texts[i] for i in keep], [contents[i] for i in keep]
+            held_out = np.zeros(len(texts), dtype=bool)
         documents = self._encode(texts)
-        lengths = np.fromiter((len(document) + 1 for document in documents), dtype=np.int64, count=len(documents))
+        sizes, characters = _lengths(contents), _lengths(texts)
+        lengths = _lengths(documents) + 1
         ids = np.empty(int(lengths.sum()), dtype=self._dtype)
         begin = 0
         for document, length in zip(documents, lengths.tolist(), strict=True):
             ids[begin : begin + length - 1] = document
             begin += length
         ids[np.cumsum(lengths) - 1] = self._end_token
-        return Tokens(ids, lengths)
+        return Encoded(ids, lengths, sizes, characters), held_out
+
+
+def _lengths(items: list[Any]) -> np.ndarray:
+    return np.fromiter(map(len, items), dtype=np.int64, count=len(items))
 
 
 _encoder: Encoder | None = None  # one for each worker process
@@ -79,9 +118,9 @@ def _start_worker(folder: Path, end_token: int, vocabulary_size: int) -> None:
     _encoder = Encoder(folder, end_token, vocabulary_size)
 
 
-def _encode_in_worker(texts: list[str]) -> Tokens:
+def _encode_in_worker(batch: Batch) -> tuple[Encoded, np.ndarray]:
     assert _encoder is not None
-    return _encoder(texts)
+    return _encoder(batch)
 
 
 class EncodingPool:
@@ -106,6 +145,8 @@ class EncodingPool:
                 initializer=_start_worker,
                 initargs=(folder, end_token, vocabulary_size),
             )
+            for _ in range(processes):  # they start while the first texts are being read
+                self._pool.submit(_encode_in_worker, Batch([], HeldOut(0.0, 0)))
 
     def __enter__(self) -> Self:
         return self
@@ -116,16 +157,16 @@ class EncodingPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, texts: list[str]) -> "Future[Tokens] | list[str]":
-        """Ask for some texts to be encoded; give what comes back to `result`."""
+    def submit(self, batch: Batch) -> "Future[tuple[Encoded, np.ndarray]] | Batch":
+        """Ask for texts to be encoded; give what comes back to `result`."""
         if self._pool is None:
-            return texts
+            return batch
         try:
-            return self._pool.submit(_encode_in_worker, texts)
+            return self._pool.submit(_encode_in_worker, batch)
         except BrokenProcessPool as error:
             raise _worker_died(self.processes) from error
 
-    def result(self, task: Any) -> Tokens:
+    def result(self, task: Any) -> tuple[Encoded, np.ndarray]:
         """Wait for it.
 
         Raises:

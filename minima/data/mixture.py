@@ -2,12 +2,12 @@
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from minima.data.documents import Document, Rejected, batched, shuffled, split
-from minima.data.encoding import EncodingPool
+from minima.data.documents import HeldOut, Rejected, batched, shuffled
+from minima.data.encoding import Batch, Encoded, EncodingPool
 from minima.data.sources import read_source
 from minima.errors import DataError
 from minima.recipe.data import Source
@@ -16,37 +16,9 @@ from minima.recipe.data import Source
 TURN_TOKENS = 1024
 
 
-class Encoded(NamedTuple):
-    """Whole documents of one source and one side of the split.
-
-    Attributes:
-        ids: all documents' ids, end tokens included.
-        lengths: ids of each document.
-        sizes: UTF-8 bytes of each document's text.
-        characters: of each document's text.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    sizes: np.ndarray
-    characters: np.ndarray
-
-    def part(self, begin: int, end: int) -> "Encoded":
-        """Documents `begin` to `end - 1`."""
-        first, last = int(self.lengths[:begin].sum()), int(self.lengths[:end].sum())
-        return Encoded(self.ids[first:last], *(column[begin:end] for column in self[1:]))
-
-    def select(self, documents: np.ndarray) -> "Encoded":
-        """The documents where the boolean array is true."""
-        return Encoded(self.ids[np.repeat(documents, self.lengths)], *(column[documents] for column in self[1:]))
-
-
-def training_documents(
-    source: Source, held_out_fraction: float, seed: int, rejected: Rejected, passes: int = 0
-) -> Iterator[Document]:
-    """A source's documents in the seeded order of its n-th pass, held-out ones marked."""
-    texts = shuffled(read_source(source, rejected), f"{seed}:{source.label}:{passes}")
-    return split(texts, held_out_fraction, seed)
+def read_shuffled(source: Source, seed: int, rejected: Rejected, passes: int = 0) -> Iterator[str]:
+    """A source's texts in the seeded order of its n-th pass."""
+    return shuffled(read_source(source, rejected), f"{seed}:{source.label}:{passes}")
 
 
 class SourceStream:
@@ -59,12 +31,12 @@ class SourceStream:
         held_out_documents: handed to `held_out` so far.
     """
 
-    def __init__(self, source: Source, pool: EncodingPool, held_out_fraction: float, seed: int) -> None:
+    def __init__(self, source: Source, pool: EncodingPool, held_out: HeldOut) -> None:
         self.source, self.weight = source, source.weight or 1.0
         self.rejected = Rejected()
         self.passes = self.tokens = self.documents = self.bytes = self.characters = self.held_out_documents = 0
-        self._pool, self._fraction, self._seed = pool, held_out_fraction, seed
-        self._pending: deque[tuple[list[Document], Any]] = deque()
+        self._pool, self._held_out = pool, held_out
+        self._pending: deque[Any] = deque()
         self._ready: Encoded | None = None
         self._first_pass_tokens = 0
         self._begin_pass()
@@ -76,29 +48,21 @@ class SourceStream:
 
     def _begin_pass(self) -> None:
         rejected = Rejected() if self.passes else self.rejected
-        documents = training_documents(self.source, self._fraction, self._seed, rejected, self.passes)
-        if self.passes:
-            documents = (document for document in documents if not document.held_out)
-        self._batches = batched(documents)
+        self._batches = batched(read_shuffled(self.source, self._held_out.seed, rejected, self.passes))
 
     def _fill(self) -> None:
         while len(self._pending) < 2 * self._pool.processes + 2:
-            batch = next(self._batches, None)
-            if batch is None:
+            texts = next(self._batches, None)
+            if texts is None:
                 return
-            self._pending.append((batch, self._pool.submit([document.text for document in batch])))
+            self._pending.append(self._pool.submit(Batch(texts, self._held_out, skip_held_out=self.passes > 0)))
 
     def next_batch(self) -> tuple[Encoded, Encoded] | None:
         """Training and held-out documents of the next batch; none at the end of a pass."""
         self._fill()
         if not self._pending:
             return None
-        batch, task = self._pending.popleft()
-        ids, lengths = self._pool.result(task)
-        sizes = np.array([document.size for document in batch], dtype=np.int64)
-        characters = np.array([len(document.text) for document in batch], dtype=np.int64)
-        everything = Encoded(ids, lengths, sizes, characters)
-        held_out = np.array([document.held_out for document in batch])
+        everything, held_out = self._pool.result(self._pending.popleft())
         self.held_out_documents += int(held_out.sum())
         if not held_out.any():
             return everything, everything.part(0, 0)

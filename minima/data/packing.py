@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -58,10 +58,8 @@ class _HashedFile:
         return {"file": self.path.name, "bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
     def abandon(self) -> None:
-        try:
+        with suppress(OSError):  # its buffer may not fit either; the folder goes away anyway
             self._file.close()
-        except OSError:  # its buffer does not fit either; the folder goes away anyway
-            pass
 
 
 class StoreWriter:
@@ -166,7 +164,7 @@ class StoreWriter:
                 self._shard_begin = self._flushed
             room = self._shard_begin + self._shard_tokens - self._flushed
             piece = stream[written : min(whole, written + room)]
-            self._file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+            self._file.write(np.ascontiguousarray(piece).view(np.uint8).data)
             written += len(piece)
             self._flushed += len(piece)
             split = int(np.searchsorted(pending, self._flushed))

@@ -136,7 +136,8 @@ def _format(path: Path) -> str | None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], _UNPACK.get(path.suffix.lower(), open)(path, "rb"))
+    opener: Any = _UNPACK.get(path.suffix.lower(), open)
+    return cast(IO[bytes], opener(path, "rb"))
 
 
 def _read_text(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:

@@ -98,9 +98,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    learnt = [
-        piece for piece, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)
-    ]
+    learnt = [piece for piece, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)]
     assert not any(SPACE in piece[1:] for piece in learnt), "pieces of several spaces: see train_sentencepiece"
     fast = Tokenizer(BPE(vocab=vocabulary, merges=_merges(pieces, learnt), unk_token=UNKNOWN, fuse_unk=True,
                          byte_fallback=True))  # fmt: skip
