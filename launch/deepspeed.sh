@@ -8,6 +8,6 @@ set -euo pipefail
 ranks=${MINIMA_RANKS:-$(python -c 'from minima.launcher import default_ranks; print(default_ranks())')}
 port=$(python -c 'from minima.launcher import free_port; print(free_port())')
 command=(deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" --no_local_rank
-  --module minima stage "$@")
+  --log_level error --module minima stage "$@")
 printf '+'; printf ' %q' "${command[@]}"; printf '\n'
 exec "${command[@]}"

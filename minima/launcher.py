@@ -198,6 +198,7 @@ def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str
         environment["MINIMA_TERMINAL"] = str(terminal_columns)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
     if not num_accelerators():
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))

@@ -1,7 +1,9 @@
 """Tokens, steps, parameters and FLOPs of a training stage, from shapes alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.recipe.training import Training
 
@@ -88,3 +90,27 @@ def describe_shape(shape: ModelShape) -> str:
         f"{shape.head_size}, {shape.intermediate_size} neurons, vocabulary {shape.vocabulary_size:,}"
         f"{', tied' if shape.tied else ''}"
     )
+
+
+def check_batch(name: str, training: Training, ranks: int) -> None:
+    """Refuse a batch that the ranks cannot share evenly.
+
+    Raises:
+        RecipeError: names the rank counts that do.
+    """
+    batch, micro = training.batch_sequences, training.micro_batch_sequences
+    if batch % (micro * ranks) == 0:
+        return
+    counts = [count for count in range(1, batch // micro + 1) if batch % (micro * count) == 0]
+    micros = [size for size in range(1, batch + 1) if batch % (size * ranks) == 0]
+    raise RecipeError(
+        f"stages.{name}: batch_sequences {batch} does not divide by {ranks} ranks of micro_batch_sequences {micro}",
+        "every rank runs the same number of whole micro-batches in a step",
+        f"take {_some(counts)} ranks"
+        + (f", or micro_batch_sequences {_some(micros)}" if micros else "")
+        + f", or a batch that is a multiple of {micro * ranks}",
+    )
+
+
+def _some(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts[:12])) + (", ..." if len(counts) > 12 else "")

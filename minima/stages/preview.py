@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-from minima.errors import MinimaError, RecipeError
+from minima.errors import MinimaError, RecipeError, VocabularyMismatch
 from minima.launcher import default_ranks
 from minima.models.shape import ModelShape
-from minima.planning.arithmetic import describe_shape, plan_training, training_flops
+from minima.planning.arithmetic import check_batch, describe_shape, plan_training, training_flops
 from minima.planning.dry_run import StagePreview, flops_text, render, training_facts
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.references import Reference, references
 from minima.recipe.schema import Adapt, AnyStage, BuildData, Distil, ModelInput, Prune, Recipe
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
-from minima.stages.pipeline import check_batch
 from minima.stages.running import output_folder
 from minima.stages.shipped import find_deepspeed_json
 
@@ -104,7 +103,7 @@ class _Preview:
             preview.facts.append(("importance", f"{stage.sequences:,} sequences{tokens}"))
 
     def _training(self, stage: Adapt | Distil, preview: StagePreview) -> None:
-        check_batch(stage, self.ranks)
+        check_batch(stage.name, stage, self.ranks)
         shape = self._shape(stage.model)
         teacher = self._shape(stage.teacher) if isinstance(stage, Distil) else None
         if shape is None:
@@ -114,6 +113,7 @@ class _Preview:
             preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
         if teacher is not None:
             preview.facts.append(("teacher", describe_shape(teacher)))
+            _check_vocabularies(stage.name, shape, teacher)
         length = self._length(stage.data)
         data = self._data_stage(stage.data)
         plan = plan_training(stage, length, self._blocks(data) if data else None) if length else None
@@ -156,10 +156,37 @@ class _Preview:
     def _blocks(self, stage: BuildData) -> int | None:
         folder = self.folder / stage.name
         if is_finished(folder):
-            blocks = read_manifest(folder).get("metrics", {}).get("train_blocks")
+            blocks = read_manifest(folder).get("metrics", {}).get("blocks")
             if blocks is not None:
                 return int(blocks)
         return stage.tokens // stage.sequence_length if stage.tokens is not None else None
+
+
+def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
+    """What can be known of every stage without running it.
+
+    Raises:
+        MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
+    """
+    previews, state = [], _Preview(recipe, recipe_path)
+    for stage in recipe.stages:
+        try:
+            previews.append(state.stage(stage))
+        except MinimaError as error:
+            if stage.name in error.what:
+                raise
+            raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
+    return previews
+
+
+def _check_vocabularies(name: str, student: ModelShape | None, teacher: ModelShape) -> None:
+    if student is not None and student.vocabulary_size != teacher.vocabulary_size:
+        raise VocabularyMismatch(
+            f"stages.{name}: a student with vocabulary {student.vocabulary_size:,} and a teacher with "
+            f"{teacher.vocabulary_size:,}",
+            "the loss compares the two models' probabilities of the same tokens",
+            "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
+        )
 
 
 def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
@@ -171,18 +198,10 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
         stages: those to show.
 
     Raises:
-        MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
+        MinimaError: as `walk` does.
     """
-    walk, shown = _Preview(recipe, recipe_path), {stage.name for stage in stages}
-    previews = []
-    for stage in recipe.stages:
-        try:
-            found = walk.stage(stage)
-        except MinimaError as error:
-            if stage.name in error.what:
-                raise
-            raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
-        previews += [found] if stage.name in shown else []
+    shown = {stage.name for stage in stages}
+    previews = [found for found in walk(recipe, recipe_path) if found.name in shown]
     return render(resolved_yaml(recipe), previews)
 
 

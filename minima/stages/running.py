@@ -68,6 +68,9 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
         MinimaError: a stage cannot run; nothing that was finished is touched.
     """
     run_folder = output_folder(recipe)
+    for stage in stages:
+        if is_finished(run_folder / stage.name):
+            check_unchanged(describe(recipe, stage, run_folder), run_folder / stage.name)
     if launch.rank == 0:
         claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
     group_started = False
