@@ -4,6 +4,7 @@ Shapes: L layers, K key-value groups, I neurons, D width, B batch, T sequence, N
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,11 @@ class Scores:
     batches: int = 0
 
     def save(self, path: Path) -> None:
-        """Write them as safetensors."""
+        """Write them as safetensors; the same scores give the same bytes."""
         tensors = {"head": self.head_LK, "neuron": self.neuron_LI, "hidden": self.hidden_D}
-        metadata = {"kind": self.kind, "model": self.model, "batches": str(self.batches)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+        facts = json.dumps({"kind": self.kind, "model": self.model, "batches": self.batches})
+        # One entry only: safetensors writes several in an order that changes from call to call.
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"scores": facts})
 
     @classmethod
     def load(cls, path: Path, *, kind: ScoreKind, model: str) -> "Scores":
@@ -66,9 +68,9 @@ class Scores:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                found = file.metadata()
+                found = json.loads((file.metadata() or {})["scores"])
                 head_LK, neuron_LI, hidden_D = (file.get_tensor(name) for name in ("head", "neuron", "hidden"))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise StageError(
                 f"the scores {path} cannot be read: {error}",
                 "without scores there is no telling what to cut",
@@ -81,7 +83,7 @@ class Scores:
                     "scores only say something about the model, and in the way, that they were measured",
                     f"reuse scores of the same {what}, or leave `scores:` out to measure anew",
                 )
-        return cls(kind, model, head_LK, neuron_LI, hidden_D, int(found["batches"]))
+        return cls(kind, model, head_LK, neuron_LI, hidden_D, found["batches"])
 
 
 def model_identity(source: WeightSource) -> str:

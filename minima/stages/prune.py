@@ -1,13 +1,17 @@
 """The prune stage: measure what matters, choose what stays, write the smaller model."""
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from minima.batch import Batch, make_batch
 from minima.data.packing import disk_full_named
@@ -46,6 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
         ShapeError: the target cannot be cut from the model; said before any data is read.
         UnsupportedFamily: the model's parts are not known.
         StageError: an input is missing, or reused scores are of another kind or model.
+        DiskFull: no space for the model; nothing of it is left.
     """
     stage = context.stage
     assert isinstance(stage, Prune)
@@ -56,7 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
     check_norm_compensation(shape, stage.norm_compensation)
     check_depth(source.config, plan.student.num_layers)
     for name in source.names():
-        family_of(shape.family).locate(name)
+        family_of(shape.family).locate(name)  # raises for a tensor that could not be cut
 
     started = time.monotonic()
     scores = _scores(context, stage, source, shape)
@@ -67,9 +72,8 @@ def run(context: StageContext) -> dict[str, Any]:
     chosen = select(scores, plan, depth=stage.depth)
     pruned = PrunedSource(source, chosen, stage.norm_compensation)
     folder = context.folder / "model"
-    with disk_full_named(context.folder):
+    with _whole_or_gone(folder):
         scores.save(context.folder / SCORES)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that broke off here
         write_folder(folder, pruned.config, ((name, pruned.read(name)) for name in pruned.names()))
         tokenizer = origin.tokenizer
         if tokenizer is None and stage.data is not None:
@@ -99,11 +103,9 @@ def _scores(context: StageContext, stage: Prune, source: WeightSource, shape: Mo
     identity = model_identity(source)
     if stage.scores is not None:
         return Scores.load(context.scores(stage.scores) / SCORES, kind=stage.score, model=identity)
-    return (
-        magnitude(source, shape, identity=identity)
-        if stage.score == "magnitude"
-        else random(shape, stage.seed, identity=identity)
-    )
+    if stage.score == "magnitude":
+        return magnitude(source, shape, identity=identity)
+    return random(shape, stage.seed, identity=identity)
 
 
 def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: ModelShape) -> Scores:
@@ -178,6 +180,24 @@ def batches(
         tokens_BT = torch.from_numpy(store.blocks(indices))[:, :sequence_length].contiguous()
         valid_B1 = torch.from_numpy(np.arange(first, first + micro_batch_sequences) < sequences).unsqueeze(1)
         yield make_batch(tokens_BT, valid_B1.expand_as(tokens_BT)).to(device)
+
+
+@contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+    """Begin without the folder, and leave none behind when writing it fails; a full disk is told as such."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with disk_full_named(folder):
+            try:
+                yield
+            except SafetensorError as error:  # it wraps the operating system's errors in text of its own
+                number = re.search(r"os error (\d+)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), str(error)) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _metrics(plan: TargetPlan, chosen: Selection, pruned: PrunedSource, scores: Scores) -> dict[str, Any]:
