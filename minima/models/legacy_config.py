@@ -5,6 +5,8 @@ from typing import Any
 DEFAULT_ROPE_THETA = 10000.0  # `PreTrainedConfig.default_theta` of transformers 5, for each family that rotates here
 DEFAULT_ROTARY_SHARE = 0.25  # GPTNeoXConfig: the share of a head that is rotated
 _ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+# transformers 5 renamed GPT-NeoX's head; its own `save_pretrained` still writes the name that every checkpoint has.
+_STORED_NAMES = {("gpt_neox", "lm_head.weight"): "embed_out.weight"}
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")  # 4.x keeps these two outside its `rope_scaling`
 
 
@@ -52,6 +54,16 @@ def _rotary_names(config: dict[str, Any]) -> dict[str, Any]:
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         names["rope_scaling"] = {name: value for name, value in rope.items() if name not in _NOT_SCALING}
     return names | {"rope_parameters": rope}
+
+
+def stored_name(family: str, name: str) -> str:
+    """What a parameter of a transformers 5 model is called in checkpoint files: by both generations the same.
+
+    Args:
+        family: the configuration's `model_type`.
+        name: the parameter's name in the model.
+    """
+    return _STORED_NAMES.get((family, name), name)
 
 
 def tokenizer_with_4x_names(config: dict[str, Any]) -> dict[str, Any]:

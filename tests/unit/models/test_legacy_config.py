@@ -1,9 +1,10 @@
 """Both generations' names in one config.json. That 4.x really reads them is tests/pipeline/test_transformers_4x.py."""
 
 import pytest
-from transformers import AutoConfig
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from minima.models.legacy_config import tokenizer_with_4x_names, with_4x_names
+from minima.models.legacy_config import stored_name, tokenizer_with_4x_names, with_4x_names
 from minima.models.shape import FAMILIES
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,7 +43,8 @@ def test_scaled_rotation_keeps_its_parameters():
 
 def test_old_names_alone_gain_the_new_ones():
     both = with_4x_names({"model_type": "llama", "rope_theta": 5e5, "torch_dtype": "float16"})
-    assert both["rope_parameters"] == {"rope_theta": 5e5, "rope_type": "default"} and both["dtype"] == "float16"
+    assert both["rope_parameters"] == {"rope_theta": 5e5, "rope_type": "default"}
+    assert both["dtype"] == "float16"
 
 
 def test_gpt2_has_no_rotation_to_name():
@@ -64,3 +66,12 @@ def test_tokenizer_class_that_4x_knows():
     expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
     assert tokenizer_with_4x_names(config) == expected
     assert tokenizer_with_4x_names({"tokenizer_class": "LlamaTokenizer"}) == {"tokenizer_class": "LlamaTokenizer"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_names_are_those_that_transformers_writes(family, tmp_path):
+    small = {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 64} if family == "gpt2" else SMALL
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, intermediate_size=48))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {stored_name(family, name) for name, _ in model.named_parameters()} == set(file.keys())
