@@ -1,0 +1,68 @@
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from minima.report.cards import Card, model_card
+
+CARD = Card(
+    name="student",
+    family="llama",
+    parameters=54038400,
+    dtype="bfloat16",
+    shape={"width": 384, "layers": 26},
+    stages=[("cut", "prune", {"score": "gradient"}), ("student", "distil", {"steps": 200, "teacher": "teacher"})],
+    data=["sotu (stage `corpus`)"],
+    tokens=409600,
+    scores={"teacher": {"loss": 3.0, "perplexity": 20.0}, "student": {"loss": 4.0, "perplexity": 54.0, "kl": 1.0}},
+    max_positions=8192,
+    licence="apache-2.0",
+    checked=["every tensor"],
+)
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_front_matter_is_what_the_hub_reads():
+    text = model_card(CARD)
+    assert text.startswith("---\n")
+    assert ModelCard(text).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["minima", "prune", "distil"],
+        "license": "apache-2.0",
+    }
+
+
+def test_a_licence_that_the_hub_does_not_know_keeps_its_name():
+    fields = front_matter(model_card(replace(CARD, licence="Our Own 1.0: research")))
+    assert (fields["license"], fields["license_name"]) == ("other", "Our Own 1.0: research")
+    assert "license" not in front_matter(model_card(replace(CARD, licence=None)))
+
+
+def test_the_card_tells_recipe_data_tokens_and_scores():
+    text = model_card(CARD)
+    for fact in ("54,038,400 parameters in bfloat16, pruned and distilled", "409,600 tokens", "sotu", "8,192 tokens"):
+        assert fact in text
+    assert "| student | 4.0000 | 54.0000 | 1.0000 |" in text
+    assert "| teacher | 3.0000 | 20.0000 | - |" in text
+    assert "steps: 200" in text
+
+
+def test_missing_facts_leave_no_empty_section():
+    text = model_card(replace(CARD, tokens=None, scores={}, checked=[], stages=[], data=[]))
+    assert "Held-out scores" not in text
+    assert "None" not in text
+    assert not re.search(r"##[^\n]*\n\n(##|$)", text)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_example_is_python(chat):
+    text = model_card(replace(CARD, chat_template=chat))
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert ("apply_chat_template" in code) is chat
