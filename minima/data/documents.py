@@ -39,7 +39,7 @@ class Rejected:
             if isinstance(content, bytes):
                 content = content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
             excerpt = content if isinstance(content, str) else repr(content)
-            examples.append({"where": where, "excerpt": printable(excerpt)[:_EXCERPT_CHARACTERS]})
+            examples.append({"where": where, "excerpt": printable(excerpt).strip()[:_EXCERPT_CHARACTERS]})
 
     def describe(self) -> str:
         """All of it in one sentence."""

@@ -1,0 +1,144 @@
+"""Every reader, every reason to reject a record, every missing source."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from minima.data.documents import Rejected
+from minima.data.sources import read_source
+from minima.errors import DataError
+from minima.recipe.data import Source
+
+TEXTS = ["one", "zwei\nlines", "三 🙂", "four"]
+
+
+def read(**source):
+    rejected = Rejected()
+    return list(read_source(Source(**source), rejected)), rejected
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def lines(texts, field="text"):
+    return "".join(json.dumps({"id": 1, field: text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def test_text_files_one_document_each_in_sorted_order(tmp_path):
+    for name, text in zip(("b.txt", "a.md", "c/d.text", "c/.hidden.txt"), TEXTS, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig" if name == "b.txt" else "utf-8")
+    texts, rejected = read(path=str(tmp_path))
+    assert texts == [TEXTS[1], TEXTS[0], TEXTS[2]]
+    assert not rejected.counts
+    assert read(path=str(tmp_path / "?.*"))[0] == [TEXTS[1], TEXTS[0]]
+    assert read(path=str(tmp_path / "b.txt"), format="text")[0] == [TEXTS[0]]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress),
+                                              (".bz2", bz2.compress)])  # fmt: skip
+def test_json_lines(tmp_path, suffix, pack):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(lines(TEXTS, "body") + b"\n\n"))
+    texts, rejected = read(path=str(tmp_path), field="body")
+    assert texts == TEXTS
+    assert not rejected.counts
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({"id": [1, 2, 3, 4, 5], "text": [*TEXTS, None]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    texts, rejected = read(path=str(tmp_path / "a.parquet"))
+    assert texts == TEXTS
+    assert rejected.counts == {"not_text": 1}
+    assert rejected.examples["not_text"][0]["where"].endswith("a.parquet:5")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["saved", "dictionary", "files"])
+def test_datasets(tmp_path, streaming, kind):
+    dataset = datasets.Dataset.from_dict({"id": list(range(4)), "text": TEXTS})
+    folder = tmp_path / "set"
+    if kind == "saved":
+        dataset.save_to_disk(str(folder))
+    elif kind == "dictionary":
+        datasets.DatasetDict({"train": dataset}).save_to_disk(str(folder))
+    else:
+        folder.mkdir()
+        (folder / "train.jsonl").write_bytes(lines(TEXTS))
+    assert read(hub=str(folder), streaming=streaming)[0] == TEXTS
+    assert read(hub=str(folder), streaming=streaming, max_documents=2)[0] == TEXTS[:2]
+    with pytest.raises(DataError, match=r"no column 'body'|missing_field"):
+        read(hub=str(folder), streaming=streaming, field="body")
+
+
+def test_embedded():
+    assert len(read(embedded="sotu")[0]) == 233
+
+
+def test_rejected_records_are_counted_and_shown(tmp_path):
+    path = tmp_path / "a.jsonl"
+    bad = [b'{"text": "cut', b'["list"]', b'{"body": "x"}', b'{"text": 7}', b'{"text": null}', b'{"text": " "}',
+           b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[" * 100_000]  # fmt: skip
+    path.write_bytes(b"\n".join([lines(["good"]).strip(), *bad, lines(["also good"]).strip()]))
+    texts, rejected = read(path=str(path))
+    assert texts == ["good", "also good"]
+    assert rejected.counts == {
+        "broken_json": 2, "not_a_record": 1, "missing_field": 1, "not_text": 2, "empty": 1, "not_utf8": 2,
+    }  # fmt: skip
+    assert rejected.examples["broken_json"][0] == {"where": f"{path}:2", "excerpt": '{"text": "cut'}
+    assert rejected.examples["not_utf8"][1]["where"] == f"{path}:9"
+    json.dumps(rejected.report(), ensure_ascii=False).encode("utf-8")
+
+
+def test_only_the_first_few_are_shown(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" * 50 + lines(["good"]))
+    _, rejected = read(path=str(tmp_path))
+    assert rejected.counts["missing_field"] == 50
+    assert [example["where"][-2:] for example in rejected.examples["missing_field"]] == [":1", ":2", ":3"]
+
+
+def test_a_file_that_is_not_utf8_and_one_of_unknown_kind(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Bücher".encode("latin-1"))
+    (tmp_path / "b.txt").write_text("good")
+    (tmp_path / "c.exe").write_bytes(b"MZ")
+    texts, rejected = read(path=str(tmp_path))
+    assert texts == ["good"]
+    assert rejected.counts == {"not_utf8": 1, "unknown_suffix": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl", b"", "no document: no record was found"),
+        ("a.jsonl", b'{"body": "x"}\n' * 3, "3 x missing_field, first at .*a.jsonl:1"),
+        ("a.parquet", b"PAR1 but cut", "not a whole parquet file"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.xz", b"not xz", "cannot be read"),
+        ("a.exe", b"MZ", "known suffix"),
+    ],
+)
+def test_sources_that_give_nothing_are_refused(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=what) as caught:
+        read(path=str(tmp_path / name))
+    assert caught.value.why
+    assert caught.value.do
+
+
+def test_missing_sources_are_refused(tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path / "*.txt", tmp_path):
+        with pytest.raises(DataError, match="no file at"):
+            read(path=str(path))
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(hub=str(tmp_path / "none"))
+    parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text'; it has body"):
+        read(path=str(tmp_path / "a.parquet"))

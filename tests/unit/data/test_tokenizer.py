@@ -1,0 +1,115 @@
+"""A trained tokenizer gives SentencePiece's ids through transformers, and the text back."""
+
+import json
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from minima.assets import read_text_asset
+from minima.data.documents import HeldOut
+from minima.data.encoding import Batch, Encoder
+from minima.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer, train_sentencepiece
+from minima.errors import DataError, TokenizerMismatch
+
+ODD = ["", " a", "a  b   c", "x</s>y", "\n\n a\tb", "12345 67", "太宗皇帝", "-----", "\x00", "é\u200b 👍🏽", " ", "  "]
+
+
+@pytest.fixture(scope="session")
+def loaded(tokenizer):
+    return load_tokenizer(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pieces(model):
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def test_layout_is_llamas(loaded, pieces):
+    assert len(loaded) == pieces.get_piece_size() == 512
+    assert loaded.convert_ids_to_tokens([0, 1, 2, 3, 258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
+    assert not any("\n" in loaded.convert_ids_to_tokens(i) for i in range(259, 512))
+    digits = [loaded.convert_ids_to_tokens(i) for i in range(259, 512)]
+    assert not any(any(c.isdigit() for c in piece) and len(piece.strip("▁")) > 1 for piece in digits)
+
+
+def test_ids_are_sentencepieces_and_text_comes_back(loaded, pieces, addresses):
+    poems = [record["text"] for record, _ in zip(read_text_asset("poems"), range(200), strict=False)]
+    for texts in (addresses, poems, [text for text in ODD if "</s>" not in text]):
+        ids = loaded(texts)["input_ids"]
+        assert ids == pieces.encode(texts)
+        assert [loaded.decode(document) for document in ids] == texts
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
+def test_any_text_comes_back(loaded, text):
+    assert loaded.decode(loaded(text, split_special_tokens=True)["input_ids"]) == text
+
+
+def test_the_folder_survives_transformers(loaded, tokenizer, tmp_path, addresses):
+    """Exported models carry the tokenizer beside a config.json, which must not change its class or ids."""
+    save_tokenizer(loaded, tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 512}))
+    again = load_tokenizer(tmp_path)
+    assert again(addresses[:50])["input_ids"] == loaded(addresses[:50])["input_ids"]
+    assert again.eos_token_id == 2
+    assert (tmp_path / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
+
+
+def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
+    encoder = Encoder(tokenizer, 2, 512)
+    encoded, held_out = encoder(Batch(ODD, HeldOut(0.0, 0)))
+    assert not held_out.any()
+    expected = [[*pieces.encode(text), 2] for text in ODD]
+    assert encoded.ids.tolist() == sum(expected, [])
+    assert encoded.lengths.tolist() == [len(document) for document in expected]
+    assert encoded.sizes.tolist() == [len(text.encode()) for text in ODD]
+    assert encoded.characters.tolist() == [len(text) for text in ODD]
+
+
+def test_a_folder_without_fast_tokenizer_encodes_the_same(tokenizer, tmp_path, monkeypatch, loaded):
+    fast, _ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    monkeypatch.setattr("minima.data.tokenizer.load_tokenizer", lambda folder: loaded)
+    slow, _ = Encoder(tmp_path, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    assert slow.ids.tolist() == fast.ids.tolist()
+
+
+def test_training_is_deterministic(model, addresses):
+    assert train_sentencepiece(addresses, 512) == model
+    assert train_sentencepiece(addresses[::-1][:300], 512) != model
+
+
+def test_long_lines_are_learnt_from():
+    """SentencePiece by itself skips lines of more than 4,192 bytes."""
+    line = " ".join(f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst") * 60
+    assert len(line) > 4192
+    assert train_sentencepiece([line], 400)
+    assert train_sentencepiece(["ab" * 5000 + " cd" * 50], 270)
+
+
+def test_too_little_text_is_said():
+    with pytest.raises(DataError, match="could not learn 5000 pieces"):
+        train_sentencepiece(["a few words only"], 5000)
+
+
+def test_no_tokenizer_is_said(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer can be loaded"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_without_end_token_is_refused(tokenizer, tmp_path):
+    Tokenizer.from_file(str(tokenizer / "tokenizer.json")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(DataError, match="no end token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    check_vocabulary(512, 512, "t", "m")
+    check_vocabulary(512, 576, "t", "m")  # padded rows
+    with pytest.raises(TokenizerMismatch, match=r"513 ids.*512 embedding rows"):
+        check_vocabulary(513, 512, "t", "m")
