@@ -1,6 +1,7 @@
 """The process group, and the few collectives that the rest of the engine needs."""
 
 import datetime
+import warnings
 from typing import Any
 
 import deepspeed
@@ -19,6 +20,8 @@ def start(launch: Launch) -> None:
     """Join the process group that the launcher described; a second call does nothing."""
     if dist.is_initialized():
         return
+    # Two thousand lines a run about names that DeepSpeed, not we, will have to change.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     export_launch(launch)  # DeepSpeed reads rank and address from the environment only
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

@@ -1,0 +1,172 @@
+"""The chunked losses against a dense float64 reference: value, both gradients, odd shapes, ignored labels, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from minima.errors import VocabularyMismatch
+from minima.losses import linear_agreement, linear_cross_entropy, linear_distillation_loss
+
+# Relative to the largest magnitude of the reference. bfloat16 inputs are exact in the reference; what is left is the
+# rounding of the gradient to bfloat16 (2^-8), twice: as it enters the matrix product and as it leaves.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+LOSS_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6}
+
+
+def inputs(tokens: int, vocabulary: int, width: int, teacher_width: int, dtype=torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = -100
+    return (
+        normal(tokens, width), normal(vocabulary, width, scale=0.5),
+        normal(tokens, teacher_width), normal(vocabulary, teacher_width, scale=0.5), labels,
+    )  # fmt: skip
+
+
+def dense(student, student_head, teacher, teacher_head, labels, hard, soft, tau):
+    """The same loss with all logits at once, in float64."""
+    logits, target = student @ student_head.T, teacher @ teacher_head.T
+    keep = labels != -100
+    log_p = logits.log_softmax(-1)[keep]
+    log_q, log_t = (logits / tau).log_softmax(-1)[keep], (target / tau).log_softmax(-1)[keep]
+    hard_sum = -log_p.gather(1, labels[keep][:, None]).sum()
+    soft_sum = -(log_t.exp() * log_q).sum() * tau**2
+    kl = (log_t.exp() * (log_t - log_q)).sum()
+    return hard * hard_sum + soft * soft_sum, hard_sum, soft_sum, kl
+
+
+def check_gradient(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)
+    assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hard, soft, tau", [(0.5, 0.5, 1.0), (0.3, 0.7, 2.0), (1.0, 0.0, 1.0), (0.0, 1.0, 0.5)])
+@pytest.mark.parametrize("tokens, vocabulary, chunk", [(1, 2, 1024), (37, 101, 8), (64, 33, 64), (65, 257, 7)])
+def test_distillation_equals_dense_float64(tokens, vocabulary, chunk, hard, soft, tau, dtype):
+    student, head, teacher, teacher_head, labels = inputs(tokens, vocabulary, 13, 17, dtype)
+    labels[0] = 1
+    student.requires_grad_(), head.requires_grad_()
+    loss = linear_distillation_loss(
+        student, head, teacher, teacher_head, labels,
+        hard_weight=hard, soft_weight=soft, temperature=tau, chunk_tokens=chunk,
+    )  # fmt: skip
+    (loss.total * 0.37).backward()
+
+    exact = [tensor.detach().double() for tensor in (student, head, teacher, teacher_head)]
+    exact[0].requires_grad_(), exact[1].requires_grad_()
+    total, hard_sum, soft_sum, kl = dense(*exact, labels, hard, soft, tau)
+    (total * 0.37).backward()
+
+    assert loss.total.dtype == torch.float32 and loss.count == (labels != -100).sum()
+    torch.testing.assert_close(loss.total.double(), total, rtol=LOSS_TOLERANCE[dtype], atol=1e-6)
+    wanted = ({"hard": hard_sum} if hard else {}) | ({"soft": soft_sum, "kl": kl} if soft else {})
+    assert loss.parts.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(loss.parts[name].double(), value, rtol=2e-5, atol=1e-5)
+        assert not loss.parts[name].requires_grad
+    check_gradient(student.grad, exact[0].grad, dtype)
+    check_gradient(head.grad, exact[1].grad, dtype)
+
+
+def test_cross_entropy_equals_torch():
+    student, head, _, _, labels = inputs(50, 71, 9, 1)
+    student.requires_grad_(), head.requires_grad_()
+    loss = linear_cross_entropy(student, head, labels, chunk_tokens=16)
+    loss.total.backward()
+    exact, exact_head = student.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact @ exact_head.T, labels, reduction="sum")
+    wanted.backward()
+    torch.testing.assert_close(loss.total.double(), wanted, rtol=1e-6, atol=1e-6)
+    check_gradient(student.grad, exact.grad, torch.float32)
+    check_gradient(head.grad, exact_head.grad, torch.float32)
+
+
+def test_all_labels_ignored_gives_zero_and_zero_gradients():
+    student, head, teacher, teacher_head, labels = inputs(20, 31, 5, 5)
+    student.requires_grad_(), head.requires_grad_()
+    loss = linear_distillation_loss(student, head, teacher, teacher_head, torch.full_like(labels, -100), chunk_tokens=6)
+    loss.total.backward()
+    assert loss.total == 0 and loss.count == 0 and all(part == 0 for part in loss.parts.values())
+    assert not student.grad.any() and not head.grad.any()
+
+
+def test_another_ignore_index_may_be_a_token():
+    student, head, teacher, teacher_head, labels = inputs(40, 31, 5, 5)
+    labels[labels == -100] = 7
+    loss = linear_distillation_loss(student, head, teacher, teacher_head, labels, ignore_index=7)
+    wanted = linear_distillation_loss(student, head, teacher, teacher_head, labels.masked_fill(labels == 7, -100))
+    assert loss.total == wanted.total and loss.count == wanted.count < 40
+
+
+def test_ignored_tokens_have_no_say_even_when_not_finite():
+    student, head, teacher, teacher_head, labels = inputs(24, 31, 5, 5)
+    wanted = linear_distillation_loss(student, head, teacher, teacher_head, labels)
+    teacher[labels == -100] = float("inf")
+    found = linear_distillation_loss(student, head, teacher, teacher_head, labels)
+    assert torch.isfinite(found.total) and found.total == wanted.total
+
+
+def test_without_gradients_nothing_is_kept():
+    student, head, teacher, teacher_head, labels = inputs(20, 31, 5, 5)
+    loss = linear_distillation_loss(student, head, teacher, teacher_head, labels)
+    assert loss.total.grad_fn is None
+
+
+def test_a_frozen_head_gets_no_gradient():
+    student, head, teacher, teacher_head, labels = inputs(20, 31, 5, 5)
+    student.requires_grad_()
+    linear_distillation_loss(student, head, teacher, teacher_head, labels).total.backward()
+    assert student.grad.any() and head.grad is None
+
+
+def test_vocabularies_that_differ_are_refused_with_both_sizes():
+    student, head, teacher, teacher_head, labels = inputs(4, 31, 5, 5)
+    with pytest.raises(VocabularyMismatch, match=r"(?s)31.*30.*expand") as caught:
+        linear_distillation_loss(student, head, teacher, teacher_head[:30], labels)
+    assert caught.value.do
+
+
+def test_agreement_counts_tokens_and_divergence():
+    student, head, teacher, teacher_head, labels = inputs(50, 31, 5, 5)
+    found = linear_agreement(student, head, teacher, teacher_head, labels, chunk_tokens=11)
+    keep = labels != -100
+    logits, target = (student @ head.T)[keep].double(), (teacher @ teacher_head.T)[keep].double()
+    assert found["count"] == keep.sum()
+    assert found["same_top1"] == (logits.argmax(-1) == target.argmax(-1)).sum()
+    kl = (target.softmax(-1) * (target.log_softmax(-1) - logits.log_softmax(-1))).sum()
+    torch.testing.assert_close(found["kl"], kl, rtol=1e-5, atol=1e-5)
+    same = linear_agreement(teacher, teacher_head, teacher, teacher_head, labels)
+    assert same["same_top1"] == same["count"] and abs(same["kl"]) < 1e-6
+
+
+MEMORY = """
+import resource, torch
+from minima.losses import linear_distillation_loss
+torch.manual_seed(0)
+N, V, D = 16_384, 49_216, 32
+student, head = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+teacher, teacher_head, labels = torch.randn(N, D), torch.randn(V, D), torch.randint(0, V, (N,))
+def small(): linear_distillation_loss(student[:8], head, teacher[:8], teacher_head, labels[:8]).total.backward()
+small(); student.grad = head.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_distillation_loss(student, head, teacher, teacher_head, labels).total.backward()
+extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(extra - (N + V) * D * 4)
+"""
+
+
+def test_peak_memory_is_a_few_chunks_at_full_size():
+    """16,384 tokens x 49,216: dense logits of one model alone are 3.2 GB."""
+    output = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    chunk_bytes = 1024 * 49_216 * 4
+    assert int(output) < 4 * chunk_bytes, f"{int(output) / chunk_bytes:.2f} chunks"
+    assert int(output) > chunk_bytes / 2, "the measurement saw nothing"
