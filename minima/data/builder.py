@@ -80,7 +80,11 @@ def _make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining,
 
 def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[str]:
     """Training documents of the chosen sources, in proportion to their weights, up to `max_characters`."""
-    chosen = [source for source in stage.sources if training.sources is None or source.label in training.sources]
+    chosen = [
+        (number, source)
+        for number, source in enumerate(stage.sources)
+        if training.sources is None or source.label in training.sources
+    ]
     unknown = set(training.sources or ()) - {source.label for source in stage.sources}
     if unknown:
         raise DataError(
@@ -88,7 +92,7 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
             "it would be trained on other text than the recipe says",
             f"choose among {', '.join(source.label for source in stage.sources)}",
         )
-    readers = [read_shuffled(source, stage.seed, Rejected()) for source in chosen]
+    readers = [read_shuffled(source, number, stage.seed, Rejected()) for number, source in chosen]
     held_out = HeldOut(stage.held_out_fraction, stage.seed)
     taken = [0.0] * len(readers)
     active, left = list(range(len(readers))), training.max_characters
@@ -100,7 +104,7 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
         elif not held_out.mask([text.encode("utf-8")])[0]:
             text = text[:left]
             left -= len(text)
-            taken[turn] += len(text) / (chosen[turn].weight or 1.0)
+            taken[turn] += len(text) / (chosen[turn][1].weight or 1.0)
             yield text
 
 
@@ -120,7 +124,7 @@ def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, voc
             folder / "held_out", **shape, shard_tokens=stage.shard_tokens, max_blocks=held_out_budget
         ) as held_out,
     ):
-        streams = [SourceStream(source, pool, aside_rule) for source in stage.sources]
+        streams = [SourceStream(source, number, pool, aside_rule) for number, source in enumerate(stage.sources)]
         progress = _Progress()
         unused = 0  # tokens beyond the budget, of the last documents
         for documents, aside in mix(streams, endless=budget is not None):

@@ -16,13 +16,13 @@ from minima.recipe.data import Source
 TURN_TOKENS = 1024
 
 
-def read_shuffled(source: Source, seed: int, rejected: Rejected, passes: int = 0) -> Iterator[str]:
-    """A source's texts in the seeded order of its n-th pass."""
-    return shuffled(read_source(source, rejected), f"{seed}:{source.label}:{passes}")
+def read_shuffled(source: Source, number: int, seed: int, rejected: Rejected, passes: int = 0) -> Iterator[str]:
+    """The texts of the stage's n-th source in the seeded order of a pass."""
+    return shuffled(read_source(source, rejected), f"{seed}:{number}:{passes}")
 
 
 class SourceStream:
-    """One source, encoded ahead by the pool, pass after pass.
+    """One source, encoded ahead by the pool, pass after pass; `number` is its place among the stage's sources.
 
     Attributes:
         rejected: of the first pass.
@@ -31,11 +31,11 @@ class SourceStream:
         held_out_documents: handed to `held_out` so far.
     """
 
-    def __init__(self, source: Source, pool: EncodingPool, held_out: HeldOut) -> None:
+    def __init__(self, source: Source, number: int, pool: EncodingPool, held_out: HeldOut) -> None:
         self.source, self.weight = source, source.weight or 1.0
         self.rejected = Rejected()
         self.passes = self.tokens = self.documents = self.bytes = self.characters = self.held_out_documents = 0
-        self._pool, self._held_out = pool, held_out
+        self._number, self._pool, self._held_out = number, pool, held_out
         self._pending: deque[Any] = deque()
         self._ready: Encoded | None = None
         self._first_pass_tokens = 0
@@ -48,7 +48,7 @@ class SourceStream:
 
     def _begin_pass(self) -> None:
         rejected = Rejected() if self.passes else self.rejected
-        self._batches = batched(read_shuffled(self.source, self._held_out.seed, rejected, self.passes))
+        self._batches = batched(read_shuffled(self.source, self._number, self._held_out.seed, rejected, self.passes))
 
     def _fill(self) -> None:
         while len(self._pending) < 2 * self._pool.processes + 2:

@@ -65,7 +65,7 @@ def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
     encoded, held_out = encoder(Batch(ODD, HeldOut(0.0, 0)))
     assert not held_out.any()
     expected = [[*pieces.encode(text), 2] for text in ODD]
-    assert encoded.ids.tolist() == sum(expected, [])
+    assert encoded.ids.tolist() == [token for document in expected for token in document]
     assert encoded.lengths.tolist() == [len(document) for document in expected]
     assert encoded.sizes.tolist() == [len(text.encode()) for text in ODD]
     assert encoded.characters.tolist() == [len(text) for text in ODD]
