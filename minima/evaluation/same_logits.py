@@ -42,8 +42,15 @@ def host_logits(host: Host, batch: Batch) -> Tensor:
 def plain_logits(folder: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Logits [N, V] of a folder as plain transformers loads it, in one process; float32 on the CPU."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # its bar would stand in the middle of ours
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     with torch.no_grad():
         return model(input_ids=batch.input_ids_BT, use_cache=False).logits.flatten(0, 1).float()
 

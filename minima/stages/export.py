@@ -208,7 +208,7 @@ def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, difference
 
 
 def _token_ids(tokenizer: Path | None) -> dict[str, int]:
-    if tokenizer is None:
+    if tokenizer is None or not any(tokenizer.glob("tokenizer*")):
         return {}
     from transformers import AutoTokenizer
 

@@ -1,0 +1,186 @@
+"""Export and evaluate in one process, with plain models in place of sharded ones. Two ranks: tests/pipeline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from minima.engine import distributed
+from minima.errors import CheckpointError
+from minima.launcher import Launch
+from minima.models.causal_lm import DTYPES, head_weight, hidden_states, load_plain
+from minima.models.shape import ModelShape
+from minima.models.weights import RandomSource, write_folder
+from minima.recipe.schema import Recipe
+from minima.stages import evaluate as evaluate_stage
+from minima.stages import export as export_stage
+from minima.stages.context import StageContext
+from minima.stages.manifest import write_json
+
+SHAPE = {"vocabulary_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
+RECIPE = Recipe(
+    name="test",
+    stages=[
+        {"name": "corpus", "kind": "build_data", "sources": [{"embedded": "sotu"}], "tokenizer": "t",
+         "sequence_length": 8},
+        {"name": "cut", "kind": "prune", "model": "t", "target": {"num_layers": 2}, "score": "random"},
+        {"name": "student", "kind": "distil", "model": "cut", "teacher": "t", "data": "corpus", "batch_sequences": 4,
+         "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3, "precision": "bfloat16"},
+        {"name": "quality", "kind": "evaluate", "models": ["cut"], "teacher": "cut", "data": "corpus"},
+        {"name": "out", "kind": "export", "model": "cut", "licence": "apache-2.0", "shard_bytes": 8000},
+    ],
+)  # fmt: skip
+
+
+class PlainHost:
+    """A whole model with the face of a FrozenHost."""
+
+    open = 0
+    device = torch.device("cpu")
+
+    def __init__(self, source, config, *, precision):
+        self.config = source.config
+        self.model = load_plain(source, DTYPES[precision])
+        self.head_VE = head_weight(self.model).detach()
+        PlainHost.open += 1
+
+    def hidden_states(self, batch):
+        return hidden_states(self.model, batch.input_ids_BT)
+
+    def close(self):
+        PlainHost.open -= 1
+
+
+class Store:
+    folder, vocabulary_size, sequence_length, bytes_per_token = "store", 48, 8, 4.0
+
+    def __len__(self):
+        return 5
+
+    def blocks(self, indices):
+        return np.random.default_rng(0).integers(0, 48, (5, 8))[indices]
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch):
+    """Of the export stage: its model was pruned, and the prune stage is finished."""
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: value)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensor: tensor)
+    monkeypatch.setattr(export_stage, "FrozenHost", PlainHost)
+    monkeypatch.setattr(evaluate_stage, "FrozenHost", PlainHost)
+    PlainHost.open = 0
+    source = RandomSource(ModelShape(**SHAPE, rope_theta=5000.0).to_config() | {"initializer_range": 0.3}, 1)
+    write_folder(tmp_path / "cut" / "model", source.config, ((name, source.read(name)) for name in source.names()))
+    for name, metrics in {"cut": {}, "quality": {"cut": {"loss": 3.5}}, "corpus": {}, "out": None}.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        if metrics is not None:
+            write_json(tmp_path / name / "manifest.json", {"metrics": metrics})
+    return StageContext(RECIPE, Path("recipe.yaml"), RECIPE.stage("out"), tmp_path / "out", tmp_path, Launch())
+
+
+def for_stage(context, name, **changes):
+    stage = RECIPE.stage(name).model_copy(update=changes)
+    return StageContext(RECIPE, context.recipe_path, stage, context.run_folder / name, context.run_folder, Launch())
+
+
+def test_an_export_is_the_trained_model(context):
+    metrics = export_stage.run(context)
+    folder = context.folder / "model"
+    assert not (context.folder / "model.partial").exists()
+    assert metrics["max_logit_difference"] < 1e-5
+    assert metrics["checked_by"] == ["transformers", "zero3"]
+    assert metrics["files"] == len(list(folder.glob("*.safetensors"))) > 1
+    expected = load_plain(RandomSource(json.loads((folder / "config.json").read_text()), 1)).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    card = (folder / "README.md").read_text()
+    assert "| cut | 3.5000 |" in card
+    assert f"{metrics['parameters']:,} parameters" in card
+    assert PlainHost.open == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_compared_after_rounding(context, dtype):
+    metrics = export_stage.run(for_stage(context, "out", dtype=dtype, shard_bytes=10**9))
+    assert metrics["dtype"] == dtype
+    assert metrics["max_logit_difference"] < 1e-5
+    tensors = load_file(context.folder / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[dtype]}
+
+
+def test_damage_on_disk_is_found_and_named(context, monkeypatch):
+    def damaged(folder, *arguments, **options):
+        hashes = write_folder(folder, *arguments, **options)
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"][3] += 1e-3
+        save_file(tensors, path)
+        return hashes
+
+    monkeypatch.setattr(export_stage, "write_folder", damaged)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        export_stage.run(for_stage(context, "out", shard_bytes=10**9))
+    assert not (context.folder / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"hidden_act": "gelu"}]
+)
+def test_a_config_of_another_model_is_not_published(context, monkeypatch, change):
+    def misdescribed(folder, *arguments, **options):
+        hashes = write_folder(folder, *arguments, **options)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        return hashes
+
+    monkeypatch.setattr(export_stage, "write_folder", misdescribed)
+    with pytest.raises(CheckpointError, match="differ from the trained model's"):
+        export_stage.run(context)
+    assert not (context.folder / "model").exists()
+
+
+def test_what_plain_transformers_loads_is_compared_too(context, monkeypatch):
+    monkeypatch.setattr(export_stage, "plain_logits", lambda folder, batch, dtype: torch.zeros(128, 48))
+    with pytest.raises(CheckpointError, match="plain transformers"):
+        export_stage.run(context)
+
+
+def test_a_model_beyond_half_of_the_memory_is_not_loaded_whole(context, monkeypatch):
+    monkeypatch.setattr(export_stage, "_HOST_SHARE", 0.0)
+    monkeypatch.setattr(export_stage, "plain_logits", None)
+    assert export_stage.run(context)["checked_by"] == ["zero3"]
+
+
+def test_dtype_is_that_of_training(context):
+    source = RandomSource(ModelShape(**SHAPE).to_config(), 1)
+    assert export_stage.trained_dtype(context, source) == "float32"
+    assert export_stage.trained_dtype(for_stage(context, "out", model="student@5"), source) == "bfloat16"
+
+
+def test_evaluate_builds_the_teacher_once_and_closes_every_model(context, monkeypatch):
+    monkeypatch.setattr(evaluate_stage.TokenStore, "open", lambda folder: Store())
+    built = []
+
+    class Counted(PlainHost):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            built.append(PlainHost.open)
+
+    monkeypatch.setattr(evaluate_stage, "FrozenHost", Counted)
+    other = str(context.run_folder / "cut" / "model")
+    metrics = evaluate_stage.run(for_stage(context, "quality", models=["cut", other, other + "/"]))
+    assert built == [1, 2, 2]
+    assert PlainHost.open == 0
+    assert metrics["cut"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics[other]["loss"] == metrics["cut"]["loss"]
+    assert metrics["cut"]["parameters"] == ModelShape(**SHAPE).parameters
+    written = json.loads((context.run_folder / "quality" / "evaluation.json").read_text())
+    assert written["models"] == metrics
+    assert evaluate_stage.table(metrics).splitlines()[0].split()[:3] == ["model", "parameters", "loss"]
