@@ -1,6 +1,7 @@
 """The `minima` command. Every command imports what it needs when it runs, so help and dry runs know no torch."""
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -97,8 +98,6 @@ def _stage(options: argparse.Namespace) -> int:
 
 def _leave(code: int, world_size: int) -> None:
     """End a failed rank at once: tearing down its process group would wait for ranks that wait for it."""
-    import os
-
     sys.stdout.flush()
     sys.stderr.flush()
     if world_size > 1:

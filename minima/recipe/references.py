@@ -90,13 +90,13 @@ def check_references(recipe: Recipe) -> None:
             kind = recipe.stage(reference.stage).kind
             if kind not in accepted[reference.what]:
                 raise RecipeError(
-                    f"{where} is a {kind} stage",
+                    f"{where} is a stage of kind {kind}",
                     f"{reference.field} is read from a stage of kind {' or '.join(accepted[reference.what])}",
                     "name one of those, or a folder",
                 )
             if reference.step is not None and kind not in STEPPED:
                 raise RecipeError(
-                    f"{where} asks for a step of a {kind} stage",
+                    f"{where} asks for a step of a stage of kind {kind}",
                     f"only stages of kind {' and '.join(STEPPED)} leave checkpoints",
                     f"write {reference.stage!r} alone",
                 )

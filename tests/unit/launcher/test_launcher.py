@@ -1,0 +1,163 @@
+"""Every launcher's variables, and what happens when they are partial or impossible."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minima import launcher
+from minima.errors import LauncherError
+from minima.launcher import Launch, child_environment, first_host, read_launch
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7",
+}  # fmt: skip
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "8",
+}  # fmt: skip
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST": "gpu[03-05,9],cpu1", "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+}  # fmt: skip
+
+
+def test_no_launcher_is_one_process():
+    launch = read_launch({})
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (0, 1, 0, 1)
+    assert 0 < launch.master_port < 65536
+
+
+def test_torchrun():
+    assert read_launch(TORCHRUN) == Launch(3, 4, 1, 2, "a", 7)
+
+
+def test_deepspeed_says_local_size():
+    environment = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_WORLD_SIZE"} | {"LOCAL_SIZE": "2"}
+    assert read_launch(environment).local_world_size == 2
+
+
+def test_openmpi():
+    assert read_launch(OPENMPI) == Launch(1, 2, 1, 2, "b", 8)
+
+
+def test_slurm_finds_its_master():
+    launch = read_launch(SLURM)
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (5, 7, 1, 3)
+    assert launch.master_address == "gpu03"
+    assert launch.master_port == read_launch(SLURM | {"SLURM_PROCID": "6", "SLURM_LOCALID": "2"}).master_port
+    assert launch.master_port != read_launch(SLURM | {"SLURM_JOB_ID": "78"}).master_port
+
+
+def test_precedence():
+    assert read_launch(SLURM | OPENMPI | TORCHRUN).master_address == "a"
+    assert read_launch(SLURM | OPENMPI).master_address == "b"
+
+
+def test_slurm_outside_a_step_of_many_tasks_is_one_process():
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"}
+    assert read_launch(batch).world_size == 1
+    assert read_launch(batch | {"SLURM_STEP_NUM_TASKS": "1"}).world_size == 1
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_partial_set_is_refused_by_name(missing):
+    environment = {key: value for key, value in TORCHRUN.items() if key != missing}
+    with pytest.raises(LauncherError, match=f"without {missing}"):
+        read_launch(environment)
+
+
+@pytest.mark.parametrize("missing", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"])
+def test_partial_openmpi_is_refused_by_name(missing):
+    with pytest.raises(LauncherError, match=missing):
+        read_launch({key: value for key, value in OPENMPI.items() if key != missing})
+
+
+def test_partial_slurm_is_refused_by_name():
+    with pytest.raises(LauncherError, match="SLURM_PROCID"):
+        read_launch({key: value for key, value in SLURM.items() if key != "SLURM_PROCID"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"RANK": "4"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "2"},
+        {"LOCAL_WORLD_SIZE": "5"},
+        {"RANK": "0", "LOCAL_RANK": "1"},
+        {"RANK": "one"},
+        {"MASTER_PORT": "70000"},
+    ],
+)
+def test_impossible_values_are_refused(wrong):
+    with pytest.raises(LauncherError, match=next(iter(wrong))):
+        read_launch(TORCHRUN | wrong)
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_many_ranks_need_an_address(missing):
+    with pytest.raises(LauncherError, match=f"{missing}=missing"):
+        read_launch({key: value for key, value in TORCHRUN.items() if key != missing})
+
+
+def test_a_leftover_that_disagrees_is_refused():
+    assert read_launch(OPENMPI | {"WORLD_SIZE": "2"}).world_size == 2
+    with pytest.raises(LauncherError, match="WORLD_SIZE=9"):
+        read_launch(OPENMPI | {"WORLD_SIZE": "9"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9]", "gpu03"), ("a[2,7]-x,b", "a2-x"), ("", None)],
+)
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_child_environment_forgets_the_parents_launcher(monkeypatch):
+    for key, value in (TORCHRUN | OPENMPI | SLURM | {"TORCHELASTIC_RUN_ID": "x", "PMIX_RANK": "0"}).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("OMPI_MCA_btl", "tcp")
+    monkeypatch.setenv("SOMETHING_OF_MINE", "kept")
+    environment = child_environment(2)
+    assert read_launch(environment).world_size == 1
+    assert environment["SLURM_JOB_ID"] == "77"
+    assert environment["OMPI_MCA_btl"] == "tcp"
+    assert environment["SOMETHING_OF_MINE"] == "kept"
+    assert environment["MINIMA_RANKS"] == "2"
+    assert environment["PATH"].split(os.pathsep)[0] == os.path.join(sys.prefix, "bin")
+
+
+def test_child_environment_without_a_gpu_shares_the_cores(monkeypatch):
+    monkeypatch.setattr(launcher, "num_accelerators", lambda: 0)
+    monkeypatch.setattr(launcher, "num_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = child_environment(3)
+    assert (environment["DS_ACCELERATOR"], environment["OMP_NUM_THREADS"]) == ("cpu", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert child_environment(3)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 4), ("", 0), ("0,2", 2), ("1,-1,2", 1), ("MIG-1", 1)])
+def test_gpus_are_counted_without_torch(monkeypatch, tmp_path, visible, count):
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(launcher, "Path", lambda path: tmp_path)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launcher.num_accelerators() == count
+    assert launcher.default_ranks() == (count or 2)
+
+
+def test_exported_launch_reads_back():
+    code = (
+        "from minima.launcher import *; launch = Launch(1, 2, 1, 2, 'h', 9); export_launch(launch);"
+        "assert read_launch() == launch"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

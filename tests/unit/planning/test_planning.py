@@ -1,0 +1,162 @@
+"""The arithmetic of a run, and the dry run that shows it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minima.errors import RecipeError, ShapeError, VocabularyMismatch
+from minima.models.shape import ModelShape
+from minima.planning.arithmetic import check_batch, plan_training, training_flops
+from minima.recipe.loading import load_recipe
+from minima.recipe.training import Training
+from minima.stages.preview import preview
+
+
+def training(**changes) -> Training:
+    given = {"batch_sequences": 8, "micro_batch_sequences": 2, "learning_rate": 1e-3} | changes
+    return Training(**given)
+
+
+def test_tokens_are_whole_blocks_and_the_last_step_is_filled():
+    plan = plan_training(training(tokens=1000), 32, None)
+    assert plan is not None
+    assert (plan.sequences, plan.steps, plan.last_step_sequences, plan.masked_sequences) == (31, 4, 7, 1)
+    assert plan.tokens + plan.leftover_tokens == 1000
+
+
+@pytest.mark.parametrize(("tokens", "last", "masked"), [(8 * 32, 8, 0), (9 * 32, 1, 7), (16 * 32 + 31, 8, 0)])
+def test_last_step(tokens, last, masked):
+    plan = plan_training(training(tokens=tokens), 32, None)
+    assert plan is not None
+    assert (plan.last_step_sequences, plan.masked_sequences) == (last, masked)
+
+
+def test_epochs_need_the_number_of_blocks():
+    assert plan_training(training(epochs=2), 32, None) is None
+    plan = plan_training(training(epochs=1.5), 32, 11)
+    assert plan is not None
+    assert (plan.sequences, plan.steps) == (16, 2)
+
+
+def test_distillation_adds_the_teachers_forward():
+    plan = plan_training(training(steps=3), 32, None)
+    assert plan is not None
+    small, large = (
+        ModelShape(vocabulary_size=64, hidden_size=size, intermediate_size=16, num_layers=1, num_heads=1)
+        for size in (8, 16)
+    )
+    extra = training_flops(plan, small, large) - training_flops(plan, small)
+    assert extra == pytest.approx(large.forward_flops_per_token(32) * 3 * 8 * 32)
+
+
+def test_a_batch_that_does_not_divide_names_the_counts_that_do():
+    check_batch("s", training(steps=1), 4)
+    with pytest.raises(RecipeError) as error:
+        check_batch("s", training(steps=1), 3)
+    assert "take 1, 2, 4 ranks" in error.value.do
+    with pytest.raises(RecipeError, match="micro_batch_sequences 1"):
+        check_batch("s", training(steps=1), 8)
+
+
+def test_the_papers_run(root: Path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = root / "recipes" / "minima-3b.yaml"
+    recipe = load_recipe(path)
+    text = preview(recipe, path, recipe.stages)
+    student = text[text.index("student (distil)") :]
+    assert "student    3,020,442,624 parameters" in student
+    assert "steps      30,041 of 1,024 sequences" in student
+    assert "758 whole sequences, filled with 266 fully masked ones" in student
+    assert "left over  3,072 tokens" in student
+    assert "models/llama2-7b-49216 (model) is not on this machine" in text
+    for key, value in {
+        "learning_rate": 3e-4,
+        "weight_decay": 0.1,
+        "gradient_clip": 1.0,
+        "warmup_fraction": 0.01,
+    }.items():
+        assert getattr(recipe.stage("student"), key) == value
+    assert recipe.stage("teacher").learning_rate == 3e-5
+
+
+def test_every_shipped_recipe_dry_runs_without_torch(root: Path, tmp_path):
+    code = (
+        "import sys\nfrom minima.cli import main\n"
+        "for name in sys.argv[1:]:\n    assert main(['run', name, '--dry-run']) == 0\n"
+        "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    )
+    recipes = [str(path) for path in sorted((root / "recipes").glob("*.yaml"))]
+    done = subprocess.run([sys.executable, "-c", code, *recipes], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("# what would run") == len(recipes) >= 2
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+RECIPE = """
+name: x
+ranks: 2
+stages:
+  - {name: c, kind: build_data, sources: [{path: "no/*.jsonl"}], tokenizer: t, sequence_length: 64, tokens: 1e4}
+  - name: t
+    kind: adapt
+    model: {source: base}
+    data: c
+    batch_sequences: 8
+    micro_batch_sequences: 4
+    epochs: 1
+    learning_rate: 1e-3
+  - {name: p, kind: prune, model: t, data: c, target: {sparsity: 50}}
+  - {name: e, kind: export, model: t}
+"""
+CONFIG = ModelShape(
+    vocabulary_size=100, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, max_positions=64
+).to_config()
+
+
+@pytest.fixture
+def show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def show(*overrides: str, text: str = RECIPE) -> str:
+        path = tmp_path / "x.yaml"
+        path.write_text(text.replace("tokenizer: t,", "tokenizer: tok,"), encoding="utf-8")
+        recipe = load_recipe(path, overrides)
+        return preview(recipe, path, recipe.stages)
+
+    return show
+
+
+def test_shapes_come_from_a_config_json(show, tmp_path):
+    import json
+
+    text = show()
+    assert "the model's config.json is not on this machine" in text
+    assert "no/*.jsonl (source no/*.jsonl) is not on this machine" in text
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
+    text = show()
+    shape = ModelShape.from_config(CONFIG)
+    assert text.count(f"{shape.parameters:,} parameters") == 3, "model of t, before pruning in p, and exported e"
+    assert "156 blocks of 64; 16 left over" in text
+    with pytest.raises(RecipeError, match=r"stages\.t: blocks of 128 tokens for a model of 64"):
+        show("stages.c.sequence_length=128")
+    with pytest.raises(ShapeError, match=r"stages\.p: .*num_heads 8"):
+        show("stages.p.target={num_heads: 8}")
+
+
+def test_vocabularies_that_differ_are_refused(show):
+    text = RECIPE + (
+        "  - {name: d, kind: distil, model: {random: {vocabulary_size: 64, hidden_size: 8, intermediate_size: 8,"
+        " num_layers: 1, num_heads: 1}}, teacher: {source: b, shape: {vocabulary_size: 96, hidden_size: 8,"
+        " intermediate_size: 8, num_layers: 1, num_heads: 1}}, data: c, batch_sequences: 8,"
+        " micro_batch_sequences: 4, steps: 1, learning_rate: 1e-3}\n"
+    )
+    with pytest.raises(VocabularyMismatch, match="64 and a teacher with 96"):
+        show(text=text)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(show):
+    with pytest.raises(RecipeError, match=r"stages\.t: batch_sequences 8 does not divide by 3"):
+        show("ranks=3")

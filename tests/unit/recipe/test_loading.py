@@ -1,0 +1,206 @@
+"""Recipes: what is read, what is refused, and how the refusal reads."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minima.errors import RecipeError, ShapeError
+from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.references import references
+
+SHAPE = {"vocabulary_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4}
+TRAINING = {"data": "corpus", "batch_sequences": 8, "micro_batch_sequences": 4, "steps": 4, "learning_rate": 0.001}
+RECIPE = {
+    "name": "tiny",
+    "stages": [
+        {"name": "corpus", "kind": "build_data", "sources": [{"embedded": "sotu"}], "sequence_length": 64,
+         "tokenizer": {"vocabulary_size": 512}},
+        {"name": "teacher", "kind": "adapt", "model": {"random": SHAPE}, **TRAINING},
+        {"name": "pruned", "kind": "prune", "model": "teacher", "data": "corpus", "target": {"hidden_size": 16}},
+        {"name": "student", "kind": "distil", "model": "pruned", "teacher": "teacher", **TRAINING},
+        {"name": "quality", "kind": "evaluate", "models": ["teacher", "student@2"], "data": "corpus"},
+        {"name": "out", "kind": "export", "model": "student"},
+    ],
+    "summary": {"teacher": {"loss": "quality.loss"}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe():
+    return copy.deepcopy(RECIPE)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(content, *overrides):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return load
+
+
+def test_round_trip(load, recipe):
+    first = load(recipe)
+    assert load(resolved_yaml(first)) == first
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "meant"),
+    [
+        ("stages.student.learnin_rate=1", "stages.student.learnin_rate", "learning_rate"),
+        ("stages.teacher.model.random.num_head=4", "stages.teacher.model.random.num_head", "num_heads"),
+        ("stages.pruned.target.hiden_size=4", "stages.pruned.target.hiden_size", "hidden_size"),
+        ("stages.corpus.sources.0.embeded=sotu", "stages.corpus.sources.0.embeded", "embedded"),
+        ("stages.corpus.tokenizer.vocab_size=512", "stages.corpus.tokenizer.vocab_size", "vocabulary_size"),
+        ("lancher=local", "lancher", "launcher"),
+    ],
+)
+def test_unknown_key_names_its_place_and_the_nearest(load, recipe, override, where, meant):
+    with pytest.raises(RecipeError) as error:
+        load(recipe, override)
+    assert f"{where}: no such key; did you mean {meant!r}?" in str(error.value)
+
+
+def test_unknown_key_with_nothing_near_lists_the_known(load, recipe):
+    with pytest.raises(RecipeError, match=r"known are .*learning_rate"):
+        load(recipe, "stages.student.zzzzzz=1")
+
+
+def test_unknown_kind_is_answered_with_the_nearest(load, recipe):
+    recipe["stages"][3]["kind"] = "distill"
+    with pytest.raises(RecipeError, match=r"stages.student: kind 'distill' is not known; did you mean 'distil'"):
+        load(recipe)
+
+
+def test_every_problem_is_listed_once(load, recipe):
+    del recipe["stages"][1]["learning_rate"]
+    with pytest.raises(RecipeError) as error:
+        load(recipe, "stages.student.steps=many", "ranks=0")
+    text = str(error.value)
+    assert "3 problems" in text
+    assert "stages.teacher.learning_rate: is missing" in text
+    assert "stages.student.steps:" in text and "'many'" in text
+    assert "ranks: greater than 0, not 0" in text
+    assert "pydantic" not in text
+
+
+def test_an_error_of_a_fields_own_check_keeps_its_class_and_parts(load, recipe):
+    with pytest.raises(ShapeError) as error:
+        load(recipe, "stages.teacher.model.random.num_heads=5")
+    assert "stages.teacher.model.random" in error.value.what
+    assert error.value.do == "choose hidden_size as a multiple of num_heads"
+
+
+def test_two_lengths_are_refused(load, recipe):
+    with pytest.raises(RecipeError, match="steps and tokens"):
+        load(recipe, "stages.student.tokens=1000")
+    assert load(recipe, "stages.student.tokens=1000", "stages.student.steps=null").stage("student").tokens == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("name: x\nstages: [", 2), ("name: x\n  stages: y", 2), ("name: x\nname: y\n", 2), ("a: {b: 1, b: 2}", 1)],
+)
+def test_broken_yaml_names_its_line(load, text, line):
+    with pytest.raises(RecipeError, match=f"line {line}, column"):
+        load(text)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words"])
+def test_a_file_without_keys_is_refused(load, text):
+    with pytest.raises(RecipeError, match="not keys and values"):
+        load(text)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(("text", "value"), [("3e-4", 3e-4), ("1E-4", 1e-4), ("1.5e-3", 1.5e-3), ("2", 2.0)])
+def test_numbers_without_a_point(load, recipe, text, value):
+    assert load(recipe, f"stages.student.learning_rate={text}").stage("student").learning_rate == value
+    dumped = yaml.safe_dump(recipe).replace("learning_rate: 0.001", f"learning_rate: {text}")
+    assert load(dumped).stage("student").learning_rate == value
+
+
+def test_large_counts_may_have_an_exponent(load, recipe):
+    tokens = load(recipe, "stages.student.steps=null", "stages.student.tokens=126e9").stage("student").tokens
+    assert tokens == 126_000_000_000 and isinstance(tokens, int)
+
+
+def test_text_that_only_begins_like_a_number_stays_text(load, recipe):
+    assert load(recipe, "stages.out.licence=3e-4x").stage("out").licence == "3e-4x"
+
+
+@pytest.mark.parametrize("override", ["stages.student", "=3", "stages..x=1", "a b"])
+def test_malformed_overrides_are_refused(load, recipe, override):
+    with pytest.raises(RecipeError, match=r"key\.path=value|names no stage"):
+        load(recipe, override)
+
+
+def test_override_of_no_stage_names_the_nearest(load, recipe):
+    with pytest.raises(RecipeError, match="did you mean 'student'"):
+        load(recipe, "stages.studnt.steps=3")
+
+
+def test_override_reaches_a_stage_whose_name_has_points(load, recipe):
+    recipe["stages"][5]["name"] = "out.v1.2"
+    assert load(recipe, "stages.out.v1.2.dtype=float32").stage("out.v1.2").dtype == "float32"
+
+
+def test_override_into_a_model_given_as_a_string(load, recipe):
+    model = load(recipe, "stages.student.model.revision=abc").stage("student").model
+    assert (model.source, model.revision) == ("pruned", "abc")
+
+
+def test_override_leaves_what_a_yaml_anchor_shares(load):
+    text = """
+name: x
+stages:
+  - {name: c, kind: build_data, sources: [{embedded: sotu}], tokenizer: {vocabulary_size: 512}, sequence_length: 64}
+  - &p {name: a, kind: prune, model: org/m, score: magnitude, target: {hidden_size: 16}}
+  - {<<: *p, name: b, seed: 2}
+"""
+    recipe = load(text, "stages.a.target.hidden_size=8")
+    assert recipe.stage("a").target.hidden_size == 8
+    assert recipe.stage("b").target.hidden_size == 16
+    assert recipe.stage("b").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.teacher.data=student", "a later stage"),
+        ("stages.teacher.data=teacher", "the stage itself"),
+        ("stages.pruned.model=student@3", "a later stage"),
+        ("stages.student.data=teacher", "a stage of kind adapt"),
+        ("stages.student.teacher=corpus", "a stage of kind build_data"),
+        ("stages.pruned.scores=teacher", "kind prune"),
+        ("stages.out.model=pruned@3", "asks for a step of a stage of kind prune"),
+        ("stages.quality.models=[teacher, quality]", "models.1.*the stage itself"),
+        ("summary.x=nowhere.loss", "names no stage's metric"),
+        ("summary.x=3", "names no stage's metric"),
+    ],
+)
+def test_references_that_cannot_hold_are_refused(load, recipe, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load(recipe, override)
+
+
+def test_a_name_that_is_no_stage_is_a_path_or_hub_id(load, recipe):
+    recipe = load(recipe, "stages.student.teacher=org/model@12", "stages.quality.models=[student@2, /a/b]")
+    teacher = references(recipe, recipe.stage("student"))[1]
+    assert (teacher.stage, teacher.text) == (None, "org/model@12")
+    found = [(reference.stage, reference.step) for reference in references(recipe, recipe.stage("quality"))]
+    assert found == [("student", 2), (None, None), ("corpus", None)]
+
+
+def test_shipped_recipes_load(root: Path):
+    recipes = sorted((root / "recipes").glob("*.yaml"))
+    assert {path.stem for path in recipes} >= {"quickstart", "minima-3b"}
+    for path in recipes:
+        assert load_recipe(path).name == path.stem

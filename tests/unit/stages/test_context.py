@@ -1,0 +1,93 @@
+"""Where a stage's inputs lie."""
+
+import pytest
+
+from minima.errors import RecipeError, StageError
+from minima.launcher import Launch
+from minima.recipe.loading import load_recipe
+from minima.stages import context as context_module
+from minima.stages.context import StageContext
+
+RECIPE = """
+name: x
+stages:
+  - {name: corpus, kind: build_data, sources: [{embedded: sotu}], tokenizer: tok, sequence_length: 64}
+  - {name: teacher, kind: adapt, model: base, data: corpus, batch_sequences: 8, micro_batch_sequences: 4, steps: 4,
+     learning_rate: 1e-3}
+  - {name: pruned, kind: prune, model: teacher, data: corpus, target: {hidden_size: 16}}
+  - {name: quality, kind: evaluate, models: [teacher, teacher@2, pruned], data: corpus}
+"""
+
+
+@pytest.fixture
+def context(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(RECIPE)
+    recipe = load_recipe(path)
+    return StageContext(recipe, path, recipe.stage("quality"), tmp_path / "quality", tmp_path, Launch())
+
+
+def finish(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+
+
+def test_an_unfinished_stage_is_refused(context):
+    with pytest.raises(StageError, match="'corpus' has not finished"):
+        context.data("corpus")
+    with pytest.raises(StageError, match="'teacher' has not finished"):
+        context.model("teacher")
+
+
+def test_finished_stages_are_found(context, tmp_path):
+    for name in ("corpus", "teacher", "pruned"):
+        finish(tmp_path / name)
+    (tmp_path / "teacher" / "tokenizer").mkdir()
+    (tmp_path / "pruned" / "model").mkdir()
+    assert context.data("corpus") == tmp_path / "corpus"
+    teacher, pruned = context.model("teacher"), context.model("pruned")
+    assert (teacher.folder, teacher.step, teacher.tokenizer) == (
+        tmp_path / "teacher",
+        None,
+        tmp_path / "teacher" / "tokenizer",
+    )
+    assert (pruned.folder, pruned.tokenizer) == (tmp_path / "pruned", tmp_path / "pruned" / "model")
+
+
+def test_a_checkpoint_of_an_unfinished_stage_may_be_taken(context, tmp_path):
+    (tmp_path / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(StageError, match="no checkpoint after step 2") as error:
+        context.model("teacher@2")
+    assert "choose among 1" in error.value.do
+    (tmp_path / "teacher" / "checkpoints" / "step-00000002").mkdir()
+    found = context.model("teacher@2")
+    assert (found.name, found.folder, found.step) == ("teacher@2", tmp_path / "teacher", 2)
+
+
+def test_folders_are_given_by_path(context, tmp_path):
+    folder = tmp_path / "elsewhere"
+    (folder / "train").mkdir(parents=True)
+    (folder / "tokenizer.json").touch()
+    assert context.data(str(folder)) == folder
+    found = context.model(str(folder))
+    assert (found.folder, found.tokenizer) == (folder, folder)
+
+
+def test_what_is_nowhere_is_refused(context, tmp_path, monkeypatch):
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(StageError, match=r"model 'org/nothing' is neither .*no network"):
+        context.model("org/nothing")
+    with pytest.raises(StageError, match="neither a stage of this recipe nor a folder"):
+        context.data(str(tmp_path))
+
+
+def test_deepspeed_json_beside_the_recipe_comes_first(context, tmp_path):
+    assert context.deepspeed_json("student_zero3.json").parent.name == "ds_configs"
+    (tmp_path / "student_zero3.json").write_text("{}")
+    assert context.deepspeed_json("student_zero3.json") == tmp_path / "student_zero3.json"
+    with pytest.raises(RecipeError, match=r"'other\.json'.*\n.*\n.*student_zero3\.json"):
+        context.deepspeed_json("other.json")
+    assert context_module.ResolvedModel("a", tmp_path, None, None).step is None

@@ -1,0 +1,73 @@
+"""One writer per run folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minima.errors import StageError
+from minima.stages.lock import run_lock
+
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom minima.stages.lock import run_lock\n"
+HOLD += "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+
+
+@pytest.fixture
+def holder(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"held\n"
+    yield child
+    child.kill()
+    child.wait()
+
+
+def test_a_second_run_is_refused_and_told_who(tmp_path, holder):
+    with pytest.raises(StageError, match=rf"process {holder.pid} on .*, since 20"), run_lock(tmp_path):
+        pass
+
+
+def test_a_dead_holders_lock_is_taken_over(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid, "it had no time to clean up"
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_launcher_that_outlives_its_driver_keeps_the_lock(tmp_path):
+    driver = (
+        HOLD.replace("time.sleep(60)", "pass")
+        .replace("print('held', flush=True)", "pass")
+        .replace(
+            "(sys.argv[1])):",
+            "(sys.argv[1])) as lock:\n    import subprocess, os\n"
+            "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock], stdout=subprocess.DEVNULL)\n"
+            "    print(child.pid, flush=True)\n    os._exit(1)",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", driver, str(tmp_path)], stdout=subprocess.PIPE)  # fmt: skip
+    orphan = int(done.stdout)
+    try:
+        with pytest.raises(StageError, match="in use"), run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+    for _ in range(100):
+        try:
+            with run_lock(tmp_path):
+                return
+        except StageError:
+            time.sleep(0.05)
+    pytest.fail("the lock stayed after its last holder had ended")
+
+
+def test_it_can_be_taken_again(tmp_path):
+    for _ in range(2):
+        with run_lock(tmp_path):
+            pass
+    assert (tmp_path / "lock").read_text() == ""

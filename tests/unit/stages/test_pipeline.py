@@ -1,0 +1,212 @@
+"""The driver, with a launcher that only pretends: what runs, in which groups, what is kept when something fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minima.errors import LauncherError, RecipeError, StageError
+from minima.recipe.loading import load_recipe
+from minima.stages import pipeline
+
+TRAINING = "data: corpus, batch_sequences: 8, micro_batch_sequences: 4, steps: 4, learning_rate: 1e-3"
+RECIPE = f"""
+name: tiny
+output: out
+ranks: 2
+summary:
+  teacher: {{loss: teacher.loss, mean: [teacher.loss, student.loss]}}
+  deep: quality.by.a.b
+stages:
+  - {{name: teacher, kind: adapt, model: base, {TRAINING.replace("corpus", "text")}}}
+  - {{name: pruned, kind: prune, model: teacher, data: text, target: {{hidden_size: 16}}}}
+  - {{name: pruned.2, kind: prune, model: teacher, data: text, target: {{hidden_size: 8}}}}
+  - {{name: student, kind: distil, model: pruned, teacher: teacher, {TRAINING.replace("corpus", "text")}}}
+  - {{name: quality, kind: evaluate, models: [student], data: text}}
+  - {{name: out, kind: export, model: student}}
+"""
+# Stands for launch/X.sh: publishes stages as a rank would, notes how it was called, and fails or waits where told.
+FAKE = """
+import os, sys, time
+from pathlib import Path
+from minima.recipe.loading import load_recipe
+from minima.stages.manifest import *
+names = sys.argv[3].split(",")
+recipe = load_recipe(Path(sys.argv[1]), sys.argv[4:])
+with open("calls", "a") as file:
+    file.write(",".join(names) + " " + os.environ["MINIMA_RANKS"] + "\\n")
+for name in names:
+    print("== stage " + name + " (kind)", flush=True)
+    print("progress 1\\rprogress 2\\rprogress of " + name, flush=True)
+    folder = Path("out", name)
+    folder.mkdir(exist_ok=True)
+    write_started(folder, describe(recipe, recipe.stage(name), Path("out")))
+    if Path("fail-" + name).exists():
+        print("it broke", file=sys.stderr)
+        sys.exit(7)
+    if Path("wait-" + name).exists():
+        time.sleep(60)
+    loss = {"teacher": 1.0, "student": 2.0}.get(name, 0.5)
+    write_manifest(folder, {"loss": loss, "tokens": 100, "by": {"a.b": 3}}, 1.5)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "text" / "train").mkdir(parents=True)
+    (tmp_path / "fake.py").write_text(FAKE)
+    (tmp_path / "fake.sh").write_text(f'exec "{sys.executable}" fake.py "$@"\n')
+    monkeypatch.setattr(pipeline, "find_launcher", lambda name: tmp_path / "fake.sh")
+    said: list[str] = []
+
+    def run(*overrides, names=None):
+        said.clear()
+        code = pipeline.run(tmp_path / "tiny.yaml", overrides, names, said.append)
+        return code, "\n".join(said)
+
+    return run
+
+
+def calls(tmp_path):
+    return (tmp_path / "calls").read_text().split("\n")[:-1] if (tmp_path / "calls").exists() else []
+
+
+def test_a_whole_run(run, tmp_path, capfdbinary):
+    code, said = run()
+    assert code == 0
+    assert calls(tmp_path) == ["teacher 2", "pruned,pruned.2 2", "student 2", "quality,out 2"], (
+        "short ones share a group"
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == {
+        "teacher": {"loss": 1.0, "mean": 1.5},
+        "deep": 3,
+        "tokens": 200,
+        "seconds": 9.0,
+        "export": {"out": "out/out/model"},
+    }
+    assert "all done: out/summary.json" in said
+    assert "teacher.mean" in said
+    log = (tmp_path / "out" / "logs" / "pruned.2.log").read_text()
+    assert log == "== stage pruned.2 (kind)\nprogress of pruned.2\n", (
+        "a log keeps a bar's last state, of its stage only"
+    )
+    assert b"progress 1\rprogress 2" in capfdbinary.readouterr().out, "a terminal gets every byte"
+    code, said = run()
+    assert code == 0
+    assert "finished before: teacher, pruned, pruned.2, student, quality, out" in said
+    assert "all done" in said
+    assert len(calls(tmp_path)) == 4, "nothing was started again"
+
+
+def test_a_failure_stops_the_run_and_is_named(run, tmp_path):
+    (tmp_path / "fail-pruned.2").touch()
+    code, said = run()
+    assert code == 7
+    assert "stage pruned.2 failed with exit code 7; its log is out/logs/pruned.2.log" in said
+    assert "it broke" in (tmp_path / "out" / "logs" / "pruned.2.log").read_text()
+    assert calls(tmp_path)[-1] == "pruned,pruned.2 2"
+    (tmp_path / "fail-pruned.2").unlink()
+    code, said = run()
+    assert code == 0
+    assert calls(tmp_path)[2:] == ["pruned.2 2", "student 2", "quality,out 2"], "goes on where it stopped"
+
+
+def test_chosen_stages_need_their_inputs(run, tmp_path):
+    with pytest.raises(StageError, match="'student' reads 'pruned', which is not finished"):
+        run(names=["student"])
+    with pytest.raises(RecipeError, match="no stage is called 'nobody'"):
+        run(names=["nobody"])
+    assert run(names=["pruned", "teacher"])[0] == 0
+    assert calls(tmp_path) == ["teacher 2", "pruned 2"]
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_changed_stage_is_refused_before_anything_starts(run, tmp_path):
+    assert run(names=["teacher"])[0] == 0
+    with pytest.raises(StageError, match=r"'teacher' is finished in .*steps is 5 and was 4"):
+        run("stages.teacher.steps=5")
+    assert len(calls(tmp_path)) == 1
+
+
+def test_the_folder_of_another_recipe_is_refused(run, tmp_path):
+    assert run(names=["teacher"])[0] == 0
+    kept = (tmp_path / "out" / "recipe.yaml").read_text()
+    with pytest.raises(StageError, match="output folder of another recipe"):
+        run("name=other")
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == kept
+
+
+def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(StageError, match=r"no recipe\.yaml"):
+        run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_ranks_and_launcher_are_checked(run, monkeypatch):
+    with pytest.raises(RecipeError, match="batch_sequences 8 does not divide by 3 ranks"):
+        run("ranks=3")
+    with pytest.raises(RecipeError, match="2 ranks with the launcher 'local'"):
+        run("launcher=local")
+    for key, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(LauncherError, match="minima run inside rank 0 of 2"):
+        run()
+
+
+def test_a_metric_that_was_not_measured_is_named(run):
+    code, _ = run()
+    assert code == 0
+    with pytest.raises(RecipeError, match=r"summary\.bad: 'teacher\.los' was not measured"):
+        run("summary.bad=teacher.los")
+
+
+def test_groups():
+    kinds = ["build_data", "adapt", "prune", "prune", "distil", "evaluate", "export", "adapt"]
+
+    class Stage:
+        def __init__(self, kind):
+            self.kind = kind
+
+    groups = pipeline.group_stages([Stage(kind) for kind in kinds])
+    assert [len(group) for group in groups] == [1, 1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
+    (tmp_path / "wait-teacher").touch()
+    code = "import sys\nfrom pathlib import Path\nfrom minima.stages import pipeline\n"
+    code += "pipeline.find_launcher = lambda name: Path('fake.sh')\n"
+    code += "sys.exit(pipeline.run(Path('tiny.yaml'), [], None, print))"
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    for _ in range(200):
+        if (tmp_path / "out" / "teacher" / "started.json").exists():
+            break
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.kill(driver.pid, number)
+    output, _ = driver.communicate(timeout=20)
+    assert driver.returncode == 128 + number
+    assert time.monotonic() - began < 10, "the child slept 60 s, had it not been told"
+    assert b"stage teacher failed" in output
+    (tmp_path / "wait-teacher").unlink()
+    assert run(names=["teacher"])[0] == 0, "the lock is free and the stage goes on"
+
+
+def test_the_recipe_of_these_tests_is_whole(run, tmp_path):
+    assert len(load_recipe(tmp_path / "tiny.yaml").stages) == 6

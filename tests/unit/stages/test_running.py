@@ -1,0 +1,105 @@
+"""What each rank does around a stage."""
+
+import sys
+import threading
+import types
+
+import pytest
+
+from minima.errors import DataError, StageError
+from minima.launcher import Launch
+from minima.recipe.loading import load_recipe
+from minima.stages import running
+from minima.stages.manifest import is_finished, read_manifest
+
+RECIPE = """
+name: x
+output: out
+stages:
+  - {name: a, kind: build_data, sources: [{embedded: sotu}], tokenizer: tok, sequence_length: 64}
+  - {name: b, kind: build_data, sources: [{embedded: sotu}], tokenizer: a, sequence_length: 64}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINIMA_DRIVER", raising=False)
+    (tmp_path / "x.yaml").write_text(RECIPE)
+    return load_recipe(tmp_path / "x.yaml")
+
+
+@pytest.fixture
+def kind(monkeypatch):
+    """A stand-in for the stage's own file; its `ran` lists the stages that it ran, by rank."""
+    module = types.ModuleType("minima.stages.build_data")
+    module.RANKS, module.ran, module.error = False, [], None
+
+    def run(context):
+        module.ran.append((context.launch.rank, context.stage.name))
+        assert context.folder.is_dir()
+        assert not is_finished(context.folder)
+        if module.error:
+            raise module.error
+        return {"blocks": 3}
+
+    module.run = run
+    monkeypatch.setitem(sys.modules, "minima.stages.build_data", module)
+    return module
+
+
+def go(recipe, tmp_path, names=None, launch=Launch()):
+    said: list[str] = []
+    running.run_alone(recipe, tmp_path / "x.yaml", names, launch, said.append)
+    return said
+
+
+def test_stages_run_in_order_and_publish(recipe, kind, tmp_path):
+    said = go(recipe, tmp_path, ["b", "a"])
+    assert kind.ran == [(0, "a"), (0, "b")]
+    assert said[0] == "== stage a (build_data)"
+    assert read_manifest(tmp_path / "out" / "a")["metrics"] == {"blocks": 3}
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
+    assert go(recipe, tmp_path) == []
+    assert len(kind.ran) == 2, "finished stages are skipped"
+
+
+def test_a_failed_stage_publishes_nothing_and_resumes(recipe, kind, tmp_path):
+    kind.error = DataError("no text", "nothing to learn from", "give some")
+    with pytest.raises(DataError):
+        go(recipe, tmp_path)
+    assert not is_finished(tmp_path / "out" / "a")
+    first = read_manifest(tmp_path / "out" / "a", "started.json")["started"]
+    kind.error = None
+    go(recipe, tmp_path)
+    assert read_manifest(tmp_path / "out" / "a")["started"] == first
+
+
+def test_other_ranks_wait_for_a_stage_of_one_process(recipe, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_POLL_SECONDS", 0.01)
+    other = threading.Thread(target=go, args=(recipe, tmp_path, None, Launch(1, 2, 1, 2, "h", 1)), daemon=True)
+    other.start()
+    go(recipe, tmp_path, None, Launch(0, 2, 0, 2, "h", 1))
+    other.join(timeout=10)
+    assert not other.is_alive()
+    assert kind.ran == [(0, "a"), (0, "b")]
+
+
+def test_a_changed_finished_stage_is_refused_not_skipped(recipe, kind, tmp_path):
+    go(recipe, tmp_path)
+    changed = load_recipe(tmp_path / "x.yaml", ["stages.a.seed=5"])
+    before = (tmp_path / "out" / "recipe.yaml").read_text()
+    with pytest.raises(StageError, match="seed is 5 and was 776"):
+        go(changed, tmp_path)
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == before
+
+
+def test_two_writers_are_refused_unless_the_driver_holds_the_lock(recipe, kind, tmp_path, monkeypatch):
+    from minima.stages.lock import run_lock
+
+    with run_lock(tmp_path / "out"):
+        with pytest.raises(StageError, match="in use"):
+            go(recipe, tmp_path)
+        monkeypatch.setenv("MINIMA_DRIVER", "1")
+        go(recipe, tmp_path)
+    assert len(kind.ran) == 2
