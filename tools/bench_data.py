@@ -18,15 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
-
 from minima.assets import TEXTS, read_text_asset
-from minima.data.builder import build
-from minima.data.store import TokenStore
-from minima.data.tokenizer import train_sentencepiece, write_tokenizer
-from minima.recipe.data import Source
-from minima.recipe.schema import BuildData
 
 BATCH_DOCUMENTS = 256
 
@@ -46,6 +38,15 @@ def main() -> None:
 
 
 def _bench(options: argparse.Namespace, scratch: Path) -> None:
+    # here, because each worker process imports this file again
+    from transformers import AutoTokenizer
+
+    from minima.data.builder import build
+    from minima.data.store import TokenStore
+    from minima.data.tokenizer import train_sentencepiece, write_tokenizer
+    from minima.recipe.data import Source
+    from minima.recipe.schema import BuildData
+
     texts = [record["text"] for record in read_text_asset(options.text)]
     tokenizer = Path(options.tokenizer or scratch / "tokenizer")
     if options.tokenizer is None:
@@ -101,6 +102,8 @@ class _Timing(NamedTuple):
 
 def _encode(folder: Path, documents: list[str]) -> None:
     """The tokenizer's own batch encoding, with all cores."""
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for begin in range(0, len(documents), BATCH_DOCUMENTS):
         tokenizer.encode_batch_fast(documents[begin : begin + BATCH_DOCUMENTS], add_special_tokens=False)
