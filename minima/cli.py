@@ -115,5 +115,5 @@ def _write(text: str) -> None:
 
 def _show(error: MinimaError) -> None:
     sys.stdout.flush()
-    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")
+    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")  # running.ERROR, which the driver looks for
     sys.stderr.flush()

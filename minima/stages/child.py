@@ -9,18 +9,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from minima.stages.running import HEADER
+from minima.stages.running import ERROR, HEADER
 
 
 class Log:
     """Splits one stream into `FOLDER/STAGE.log` files, at the lines that say which stage starts.
 
     Of a line that a progress bar rewrote with carriage returns, only its last state is kept.
+
+    Attributes:
+        error: the first line of what rank 0 told the user, for launchers that print pages of their own after it.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._rest = folder, b""
+        self.error: str | None = None
         self._file = self._open(stage)
 
     def _open(self, stage: str):
@@ -33,6 +37,8 @@ class Log:
             if line.startswith(HEADER.encode()):
                 self._file.close()
                 self._file = self._open(line[len(HEADER) :].split()[0].decode())
+            if line.startswith(ERROR.encode()) and self.error is None:
+                self.error = line[len(ERROR) :].decode(errors="replace")
             self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
 
     def __enter__(self) -> Self:

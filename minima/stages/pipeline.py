@@ -97,7 +97,8 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
         code = 1
     if code:
         name = left[0].name if left else group[-1].name
-        write(f"stage {name} failed with exit code {code}; its log is {folder / 'logs' / (name + '.log')}")
+        reason = f": {log.error}" if log.error else ""
+        write(f"stage {name} failed with exit code {code}{reason}\nits log is {folder / 'logs' / (name + '.log')}")
     return code
 
 

@@ -16,6 +16,7 @@ from minima.stages.manifest import check_unchanged, describe, is_finished, read_
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
+ERROR = "minima: "  # begins the line that tells a user's mistake
 _POLL_SECONDS = 0.5
 
 

@@ -46,7 +46,7 @@ for name in names:
     folder.mkdir(exist_ok=True)
     write_started(folder, describe(recipe, recipe.stage(name), Path("out")))
     if Path("fail-" + name).exists():
-        print("it broke", file=sys.stderr)
+        print("minima: DataError: it broke\\n  why it matters: x\\npages\\nof the launcher", file=sys.stderr)
         sys.exit(7)
     if Path("wait-" + name).exists():
         time.sleep(60)
@@ -110,7 +110,7 @@ def test_a_failure_stops_the_run_and_is_named(run, tmp_path):
     (tmp_path / "fail-pruned.2").touch()
     code, said = run()
     assert code == 7
-    assert "stage pruned.2 failed with exit code 7; its log is out/logs/pruned.2.log" in said
+    assert "stage pruned.2 failed with exit code 7: DataError: it broke\nits log is out/logs/pruned.2.log" in said
     assert "it broke" in (tmp_path / "out" / "logs" / "pruned.2.log").read_text()
     assert calls(tmp_path)[-1] == "pruned,pruned.2 2"
     (tmp_path / "fail-pruned.2").unlink()
