@@ -211,23 +211,32 @@ def _no_column(where: str, field: str, columns: list[str]) -> DataError:
 
 def _read_dataset(source: Source, rejected: Rejected) -> Iterator[tuple[str, Any]]:
     assert source.hub is not None
+    # `datasets` raises errors of its own, of pyarrow, of the network and of fsspec, so any is caught
     try:
         dataset = _load_dataset(source)
-    except Exception as error:  # `datasets` raises errors of its own, of pyarrow, of the network and of fsspec
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise DataError(
-            f"dataset {source.hub!r} (config {source.config}, split {source.split}) cannot be opened: {reason}",
-            "its text is part of the mixture",
-            "check its name, configuration and split, and that this machine can reach the Hub; or download it and "
-            "give its folder",
-        ) from error
+    except Exception as error:
+        raise _unreadable(source, "cannot be opened", error) from error
     columns = dataset.column_names
     if columns is not None and source.field not in columns:
         raise _no_column(f"dataset {source.hub!r}", source.field, columns)
     if columns is not None:
         dataset = dataset.select_columns([source.field])
-    for row, record in enumerate(dataset):
-        yield from _field(record, source.field, f"{source.hub}:{row}", rejected)
+    row = 0
+    try:
+        for row, record in enumerate(dataset, 1):
+            yield from _field(record, source.field, f"{source.hub}:{row}", rejected)
+    except Exception as error:
+        raise _unreadable(source, f"cannot be read after row {row}", error) from error
+
+
+def _unreadable(source: Source, how: str, error: Exception) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return DataError(
+        f"dataset {source.hub!r} (config {source.config}, split {source.split}) {how}: {reason}",
+        "its text is part of the mixture",
+        "check its name, configuration and split, and that this machine can reach the Hub; or download it and give "
+        "its folder",
+    )
 
 
 def _load_dataset(source: Source) -> Any:

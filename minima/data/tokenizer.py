@@ -110,7 +110,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
     )
     fast.add_special_tokens([AddedToken(token, special=True) for token in (UNKNOWN, BEGIN, END)])
     folder.mkdir(parents=True, exist_ok=True)
-    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(model)
     special: dict[str, Any] = {"bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN}
     settings = special | {
@@ -142,10 +142,14 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     Raises:
         DataError: there is none, or it has no end token to close documents with.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
+    # Of a lone tokenizer.model, AutoTokenizer makes one that puts no space before the text: other ids, no error.
+    lone = (Path(source) / "tokenizer.model").is_file() and not any(
+        (Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json")
+    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        tokenizer = (LlamaTokenizer if lone else AutoTokenizer).from_pretrained(str(source))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"no tokenizer can be loaded from {str(source)!r}: {str(error).strip().splitlines()[0][:300]}",

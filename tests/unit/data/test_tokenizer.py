@@ -60,6 +60,15 @@ def test_the_folder_survives_transformers(loaded, tokenizer, tmp_path, addresses
     assert (tmp_path / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
 
 
+def test_a_lone_sentencepiece_model_gives_its_own_ids(tokenizer, pieces, tmp_path, addresses):
+    (tmp_path / "tokenizer.model").write_bytes((tokenizer / "tokenizer.model").read_bytes())
+    lone = load_tokenizer(tmp_path)
+    assert lone(addresses[:50], add_special_tokens=False)["input_ids"] == pieces.encode(addresses[:50])
+    save_tokenizer(lone, tmp_path, tmp_path / "saved")
+    encoded, _ = Encoder(tmp_path / "saved", 2, 512)(Batch(addresses[:50], HeldOut(0.0, 0)))
+    assert encoded.ids.tolist() == [token for ids in pieces.encode(addresses[:50]) for token in [*ids, 2]]
+
+
 def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
     encoder = Encoder(tokenizer, 2, 512)
     encoded, held_out = encoder(Batch(ODD, HeldOut(0.0, 0)))
