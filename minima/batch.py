@@ -24,7 +24,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied without waiting where the memory is pinned."""
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+        hidden = self.teacher_hidden_BTE
+        return Batch(
+            self.input_ids_BT.to(device, non_blocking=True),
+            self.labels_BT.to(device, non_blocking=True),
+            None if hidden is None else hidden.to(device, non_blocking=True),
+        )
 
 
 def make_batch(tokens_BT: Tensor, valid_BT: Tensor | None = None) -> Batch:

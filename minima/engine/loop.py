@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from minima.batch import Batch
 from minima.engine.distributed import all_reduce_sum
 from minima.engine.meters import Meters
@@ -74,7 +76,8 @@ def train_step(
     student: Student, objective: Objective, micro_batches: list[Batch], learning_rate: float, meters: Meters
 ) -> float:
     """One optimiser step over this rank's micro-batches; returns the global gradient norm before clipping."""
-    count = all_reduce_sum(sum(objective.count(batch) for batch in micro_batches)).clamp_min(1)
+    counts = torch.stack([objective.count(batch) for batch in micro_batches])
+    count = all_reduce_sum(counts.sum()).clamp_min(1)
     norm = 0.0
     for window in _windows(micro_batches, objective.window):
         for batch in objective.prepare(window):

@@ -1,5 +1,6 @@
 """A stock model built straight into ZeRO-3's shards: each rank reads its own part of every tensor."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minima.engine import distributed
-from minima.models.causal_lm import DTYPES, build_empty
+from minima.models.stock import DTYPES, build_empty
 from minima.models.weights import WeightSource
 
 
@@ -23,7 +24,7 @@ def build_sharded(source: WeightSource, config: dict[str, Any], precision: str) 
     dtype = DTYPES[precision]
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
         model = build_empty(source.config, dtype)
-    for name, parameter in model.named_parameters():
+    for name, parameter in sharded_parameters(model):
         fill_shard(parameter.ds_tensor, parameter, source, name)
     _restore_rotary(model)
     return model
@@ -42,14 +43,23 @@ def _restore_rotary(model: PreTrainedModel) -> None:
                 setattr(module, name, buffer.to(distributed.device()))
 
 
-def shard_range(parameter: nn.Parameter) -> tuple[int, int]:
+def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and parameters of a partitioned model, with the `ds_` attributes that DeepSpeed gives them.
+
+    `ds_tensor` is this rank's shard (its own `ds_numel` elements, padding included), `ds_shape` and `ds_numel` are of
+    the whole parameter.
+    """
+    yield from model.named_parameters()
+
+
+def shard_range(parameter: Any) -> tuple[int, int]:
     """Which elements [start, stop) of the flattened parameter this rank holds, the padding left out."""
     size = parameter.ds_tensor.ds_numel
     start = min(distributed.rank() * size, parameter.ds_numel)
     return start, min(start + size, parameter.ds_numel)
 
 
-def fill_shard(shard: Tensor, parameter: nn.Parameter, source: WeightSource, name: str) -> None:
+def fill_shard(shard: Tensor, parameter: Any, source: WeightSource, name: str) -> None:
     """Read this rank's part of the tensor `name` into `shard`, and zeros into its padding.
 
     Args:

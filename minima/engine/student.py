@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.objectives.objective import Objective
-from minima.engine.sharded import build_sharded
+from minima.engine.sharded import build_sharded, sharded_parameters
 from minima.losses import LossSum
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.weights import WeightSource
 from minima.recipe.training import Training
 
 
-@dataclass(frozen=True)
+@dataclass
 class StudentView:
     """What `Student.measured` gives.
 
@@ -70,8 +70,8 @@ class Student:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         root = _StudentRoot(self.model).train()
         # Matrices decay, norms and biases do not; a shard is flat, so the whole parameter's shape decides.
-        matrices = [parameter for parameter in self.model.parameters() if len(parameter.ds_shape) >= 2]
-        others = [parameter for parameter in self.model.parameters() if len(parameter.ds_shape) < 2]
+        matrices = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) >= 2]
+        others = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) < 2]
         groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],

@@ -17,5 +17,5 @@ class LossSum(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody wants of a loss
     parts: dict[str, Tensor]

@@ -1,31 +1,11 @@
-"""Stock causal language models: build, load whole, and reach backbone and head. No forked modelling code."""
-
-import copy
-from typing import Any
+"""Stock causal language models: load whole, and reach backbone and head."""
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from minima.models.stock import build_empty
 from minima.models.weights import WeightSource
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def stock_config(config: dict[str, Any]) -> PretrainedConfig:
-    """The transformers configuration object of a `config.json`'s content."""
-    fields = copy.deepcopy(config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
-def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A stock model whose weights are still to be filled in, on the current default device.
-
-    Args:
-        config: content of a `config.json`.
-        dtype: of every parameter.
-    """
-    return AutoModelForCausalLM.from_config(stock_config(config), dtype=dtype, attn_implementation="sdpa")
 
 
 def load_plain(source: WeightSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

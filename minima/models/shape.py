@@ -93,14 +93,14 @@ class ModelShape(BaseModel):
             )
         if not self.head_size:
             set_field(self, "head_size", self.hidden_size // self.num_heads)
-        if self.family in ("gpt_neox", "gpt2"):
-            if self.head_size * self.num_heads != self.hidden_size or self.num_key_value_heads != self.num_heads:
-                raise ShapeError(
-                    f"{self.num_heads} heads of {self.head_size} ({self.num_key_value_heads} key-value heads) "
-                    f"at width {self.hidden_size}",
-                    f"a stock {self.family} has multi-head attention whose heads fill the width exactly",
-                    "choose num_heads x head_size = hidden_size and leave num_key_value_heads out",
-                )
+        fills_width = self.head_size * self.num_heads == self.hidden_size
+        if self.family in ("gpt_neox", "gpt2") and not (fills_width and self.num_key_value_heads == self.num_heads):
+            raise ShapeError(
+                f"{self.num_heads} heads of {self.head_size} ({self.num_key_value_heads} key-value heads) "
+                f"at width {self.hidden_size}",
+                f"a stock {self.family} has multi-head attention whose heads fill the width exactly",
+                "choose num_heads x head_size = hidden_size and leave num_key_value_heads out",
+            )
         return self
 
     # -- parameters ---------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ class ModelShape(BaseModel):
         for field, name in names.items():
             if field not in skip.get(self.family, set()):
                 config[name] = getattr(self, field)
-        if self.family == "qwen2":  # its configuration has no head_dim of its own
-            config.pop("head_dim", None)
+        if self.family == "qwen2" and self.head_size * self.num_heads == self.hidden_size:
+            config.pop("head_dim")  # not among its configuration's own fields, though its attention reads it
         if self.family in ("gpt_neox", "gpt2"):  # the pre-training recipes of both drop nothing out any more
             dropouts = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
             config |= dict.fromkeys(dropouts.get(self.family, ("attention_dropout", "hidden_dropout")), 0.0)

@@ -1,6 +1,5 @@
 """Weights by name, read lazily: no reader here ever holds more than one tensor, no writer more than one file."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from minima.errors import CheckpointError
 from minima.models.legacy_config import with_4x_names
+from minima.models.stock import parameter_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -38,20 +38,6 @@ class WeightSource(Protocol):
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of one flattened tensor: what one ZeRO-3 rank needs of it."""
         ...
-
-
-@functools.lru_cache(maxsize=16)
-def _parameter_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
-    from minima.models.causal_lm import build_empty
-
-    with torch.device("meta"):
-        model = build_empty(json.loads(config_json))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the stock model that `config` describes, in its order."""
-    return _parameter_shapes(json.dumps(config, sort_keys=True, default=str))
 
 
 class MemorySource:
@@ -260,7 +246,7 @@ def write_folder(
         pending_bytes += size
         total_bytes += size
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, start=1):
         final = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         path.rename(folder / final)

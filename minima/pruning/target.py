@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from minima.errors import MinimaError, ShapeError
 from minima.models.families import family_of
 from minima.models.shape import ModelShape
-from minima.recipe.schema import PruneTarget
+from minima.recipe.pruning import PruneTarget
 
 WIDTH_MULTIPLE = 8  # widths and neurons of a sparsity target stay multiples of it, for the matrix units of a GPU
 

@@ -2,63 +2,13 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minima.errors import RecipeError
-from minima.models.shape import ModelShape
+from minima.recipe.base import ModelInput, Stage, Strict, as_model
 from minima.recipe.data import Source, TokenizerTraining
+from minima.recipe.pruning import Prune
 from minima.recipe.training import Training
-
-
-class Strict(BaseModel):
-    """A block whose unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelInput(Strict):
-    """Where a model's weights come from. A plain string in a recipe is a `source`.
-
-    Attributes:
-        source: the name of an earlier stage (`student`, or `student@12000` for the checkpoint after that step), a
-            folder in Hugging Face's layout, or a Hub id.
-        revision: branch, tag or commit on the Hub; its default branch when not given.
-        random: start from random weights of this shape instead. Every tensor's values follow from the run's seed
-            and the tensor's name alone, so they are the same on any number of ranks.
-        shape: what the source's shape is expected to be. Lets `--dry-run` count a model that is not on this machine;
-            refused when the loaded `config.json` says otherwise.
-    """
-
-    source: str | None = None
-    revision: str | None = None
-    random: ModelShape | None = None
-    shape: ModelShape | None = None
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.source is None) == (self.random is None):
-            raise RecipeError(
-                f"a model with source {self.source!r} and random {'given' if self.random else 'not given'}",
-                "weights come from exactly one place",
-                "give either a source (stage, folder or Hub id) or a `random:` shape",
-            )
-        return self
-
-
-def _as_model(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
-class Stage(Strict):
-    """What every stage has.
-
-    Attributes:
-        name: the folder of the stage inside the run's folder; unique in the recipe.
-        kind: which kind of stage it is.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    kind: str
 
 
 class BuildData(Stage):
@@ -101,89 +51,7 @@ class Adapt(Training, Stage):
     model: ModelInput
     data: str
 
-    _coerce_model = field_validator("model", mode="before")(_as_model)
-
-
-class PruneTarget(Strict):
-    """What stays: explicit counts, or a sparsity that gives them.
-
-    Attributes:
-        num_layers: decoder layers; all of them when not given.
-        hidden_size: width of the residual stream.
-        num_heads: query heads a layer. Key-value heads are kept in proportion: heads are cut by key-value group.
-        intermediate_size: neurons a layer.
-        sparsity: percent of the layers' weights to remove. Heads, neurons and width each lose
-            p' = 100 - round(100 sqrt(1 - p / 100)) percent, since each matrix is cut in both of its dimensions.
-    """
-
-    num_layers: int | None = Field(default=None, gt=0)
-    hidden_size: int | None = Field(default=None, gt=0)
-    num_heads: int | None = Field(default=None, gt=0)
-    intermediate_size: int | None = Field(default=None, gt=0)
-    sparsity: float | None = Field(default=None, ge=0, lt=100)
-
-    @model_validator(mode="after")
-    def _counts_or_sparsity(self) -> Self:
-        counts = (self.hidden_size, self.num_heads, self.intermediate_size)
-        if self.sparsity is not None and any(count is not None for count in counts):
-            raise RecipeError(
-                "a prune target with both a sparsity and explicit counts",
-                "the sparsity already says how many heads, neurons and dimensions stay",
-                "give one of them (num_layers may stand beside either)",
-            )
-        return self
-
-
-class Prune(Stage):
-    """Cut a model down to a smaller stock model.
-
-    Attributes:
-        model: the model to cut.
-        data: a build_data stage whose training blocks measure importance; not needed for other scores.
-        target: what stays.
-        score: `gradient` is the paper's importance, `magnitude` and `random` are baselines.
-        selection: `local` keeps the same counts in every layer, `global` ranks heads and neurons across layers and
-            pads each layer with zeros to the widest (for study: the checkpoint does not shrink).
-        depth: which layers stay: `symmetric` drops as many at the bottom as at the top, `importance` drops those
-            whose heads and neurons score least.
-        norm_compensation: `rms` rescales each RMSNorm for the narrower width; `none` is the published behaviour.
-        scores: an earlier prune stage whose saved scores are used instead of a new pass over data.
-        sequences: blocks that importance is averaged over.
-        micro_batch_sequences: blocks of one gradient. The absolute value is taken per micro-batch and rank, as
-            published, so the score depends on this number.
-        sequence_length: tokens of one block; the store's when not given. Shorter blocks take less memory.
-        precision: dtype of weights and activations.
-        deepspeed: DeepSpeed JSON for the frozen model; beside the recipe, or one that minima ships.
-        seed: of the blocks' order and of random scores.
-    """
-
-    kind: Literal["prune"]
-    model: ModelInput
-    data: str | None = None
-    target: PruneTarget
-    score: Literal["gradient", "magnitude", "random"] = "gradient"
-    selection: Literal["local", "global"] = "local"
-    depth: Literal["symmetric", "importance"] = "symmetric"
-    norm_compensation: Literal["none", "rms"] = "none"
-    scores: str | None = None
-    sequences: int = Field(default=512, gt=0)
-    micro_batch_sequences: int = Field(default=8, gt=0)
-    sequence_length: int | None = Field(default=None, gt=1)
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    deepspeed: str = "teacher_zero3.json"
-    seed: int = 776
-
-    _coerce_model = field_validator("model", mode="before")(_as_model)
-
-    @model_validator(mode="after")
-    def _gradient_needs_data(self) -> Self:
-        if self.score == "gradient" and self.scores is None and self.data is None:
-            raise RecipeError(
-                f"prune stage {self.name!r} scores by gradient but names no data",
-                "importance is a gradient of the loss on text",
-                "add `data:` with a build_data stage, reuse `scores:` of another stage, or choose another score",
-            )
-        return self
+    _coerce_model = field_validator("model", mode="before")(as_model)
 
 
 class Distil(Training, Stage):
@@ -212,7 +80,7 @@ class Distil(Training, Stage):
     teacher_precision: Literal["float32", "bfloat16"] | None = None
     teacher_deepspeed: str = "teacher_zero3.json"
 
-    _coerce_model = field_validator("model", "teacher", mode="before")(_as_model)
+    _coerce_model = field_validator("model", "teacher", mode="before")(as_model)
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:

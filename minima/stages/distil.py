@@ -13,7 +13,8 @@ from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Distil
 from minima.stages.context import StageContext
-from minima.stages.training import check_fit, open_origin, run_training
+from minima.stages.origin import check_fit, open_origin
+from minima.stages.training import run_training
 
 RANKS = True
 
@@ -48,9 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
         )
 
     try:
-        return run_training(
-            context, stage, objective, shape.forward_flops_per_token, {"teacher": teacher.identity}
-        )
+        return run_training(context, stage, objective, shape.forward_flops_per_token, {"teacher": teacher.identity})
     finally:
         for host in hosts:
             host.close()

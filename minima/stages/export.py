@@ -19,8 +19,8 @@ from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
 from minima.errors import CheckpointError, DiskFull, MinimaError
 from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
-from minima.models.causal_lm import DTYPES
 from minima.models.legacy_config import tokenizer_with_4x_names
+from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource, WeightSource, tensor_sha256, write_folder
 from minima.recipe.schema import Export
 from minima.report.cards import model_card

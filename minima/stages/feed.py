@@ -57,6 +57,6 @@ class Feed:
             tokens_BT = tokens_ST[rows]
             batch = make_batch(tokens_BT, valid_S1[rows].expand_as(tokens_BT))
             if self.device.type == "cuda":
-                batch = Batch(*(None if part is None else part.pin_memory() for part in batch))
+                batch = Batch(batch.input_ids_BT.pin_memory(), batch.labels_BT.pin_memory())
             batches.append(batch.to(self.device))
         return batches

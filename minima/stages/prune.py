@@ -31,7 +31,7 @@ from minima.pruning.target import TargetPlan, check_depth, check_norm_compensati
 from minima.recipe.schema import Prune
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
-from minima.stages.training import check_fit, open_origin
+from minima.stages.origin import check_fit, open_origin
 
 RANKS = True
 SCORES = "scores.safetensors"
@@ -126,7 +126,6 @@ def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: M
     )
     host = FrozenHost(source, config, precision=stage.precision, activation_checkpointing=True)
     try:
-        _without_dropout(host, shape)
         return importance(
             host.run,
             host.model,
@@ -147,13 +146,6 @@ def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: M
         )
     finally:
         host.close()
-
-
-def _without_dropout(host: FrozenHost, shape: ModelShape) -> None:
-    """Leave the decoder layers alone in training mode: there transformers checkpoints them, and nothing drops out."""
-    host.model.eval()
-    for layer in host.model.get_submodule(family_of(shape.family).layers).children():
-        layer.training = True
 
 
 def batches(

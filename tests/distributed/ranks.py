@@ -28,9 +28,7 @@ def run_scenarios(names: list[str], folder: Path, world_size: int = 2, timeout_s
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.distributed.scenarios", str(folder), *names]
         with open(folder / f"rank-{rank}.log", "wb") as log:
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=timeout_seconds) for process in processes]
     finally:

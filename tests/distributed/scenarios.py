@@ -89,13 +89,12 @@ def resume(folder: Path) -> Any:
 
         first = new_student(settings)
 
-        def save(step: int, student=first) -> None:
+        def save(step: int, student=first, target=folder / precision) -> None:
             facts = {
                 "step": step, "optimizer_steps": step, "ranks": distributed.world_size(), "config": student.config,
                 "shapes": shapes(student),
             }  # fmt: skip
             if step == 3:
-                target = folder / precision
                 write_checkpoint(target, step, lambda path: save_shards(student, path), facts, keep=0)
 
         run_training(settings, Distillation(host), first, save=save)

@@ -9,7 +9,7 @@ from minima.engine.checkpoint.shards import CheckpointSource
 from minima.engine.checkpoint.store import complete_steps, step_folder, verify_checkpoint
 from minima.engine.weights import open_weights
 from minima.errors import CheckpointError, StoreCorrupted
-from minima.models.causal_lm import build_empty
+from minima.models.stock import build_empty
 from tests.distributed.ranks import run_scenarios
 from tests.distributed.reference import plain_training
 from tests.distributed.tiny import teacher_source, training

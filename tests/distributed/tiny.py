@@ -33,10 +33,10 @@ def teacher_source() -> RandomSource:
 
 def training(**changes) -> Training:
     """Settings of a short run: clipping bites, weights decay, the rate is high."""
-    settings = dict(
-        batch_sequences=BATCH, micro_batch_sequences=2, steps=6, learning_rate=5e-3, warmup_steps=2,
-        gradient_clip=0.5, precision="float32", log_every_steps=1,
-    )  # fmt: skip
+    settings = {
+        "batch_sequences": BATCH, "micro_batch_sequences": 2, "steps": 6, "learning_rate": 5e-3, "warmup_steps": 2,
+        "gradient_clip": 0.5, "precision": "float32", "log_every_steps": 1,
+    }  # fmt: skip
     return Training(**(settings | changes))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minima.models.causal_lm import build_empty
+from minima.models.stock import build_empty
 from minima.models.weights import write_folder
 from minima.stages.export import copy_tokenizer
 

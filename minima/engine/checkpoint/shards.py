@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minima.engine import distributed
 from minima.engine.checkpoint.store import read_marker, verify_checkpoint
-from minima.engine.sharded import fill_shard, shard_range
+from minima.engine.sharded import fill_shard, shard_range, sharded_parameters
 from minima.engine.student import Student
 from minima.errors import CheckpointError, StoreCorrupted
 
@@ -72,7 +72,7 @@ def file_name(kind: str, rank: int, ranks: int) -> str:
 
 def shapes(student: Student) -> dict[str, list[int]]:
     """Name and whole shape of every parameter."""
-    return {name: list(parameter.ds_shape) for name, parameter in student.model.named_parameters()}
+    return {name: list(parameter.ds_shape) for name, parameter in sharded_parameters(student.model)}
 
 
 def save_shards(student: Student, folder: Path) -> list[Path]:
@@ -81,7 +81,7 @@ def save_shards(student: Student, folder: Path) -> list[Path]:
     files = []
     for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS):
         shards = {}
-        for name, parameter in student.model.named_parameters():
+        for name, parameter in sharded_parameters(student.model):
             start, stop = shard_range(parameter)
             if kind == WEIGHTS:
                 shard = safe_get_local_fp32_param(parameter)
@@ -116,7 +116,7 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
     optimizer = student.engine.optimizer
     _make_moments(optimizer, facts["optimizer_steps"])
     sources = {kind: CheckpointSource(checkpoint, kind) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}
-    for name, parameter in student.model.named_parameters():
+    for name, parameter in sharded_parameters(student.model):
         fill_shard(safe_get_local_fp32_param(parameter), parameter, sources[WEIGHTS], name)
         for kind in (FIRST_MOMENTS, SECOND_MOMENTS):
             fill_shard(safe_get_local_optimizer_state(parameter, kind), parameter, sources[kind], name)
@@ -135,9 +135,9 @@ def _verify_together(checkpoint: Path, files: list[str]) -> None:
         verify_checkpoint(checkpoint, files[distributed.rank() :: distributed.world_size()])
     except StoreCorrupted as found:
         error = found
-    for found in distributed.gather_objects(error):
-        if found is not None:
-            raise found
+    for damage in distributed.gather_objects(error):
+        if damage is not None:
+            raise damage
 
 
 def _make_moments(optimizer: Any, steps: int) -> None:

@@ -7,6 +7,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minima.batch import Batch
 from minima.engine import distributed
@@ -52,15 +53,17 @@ class FrozenHost:
         self.device = distributed.device()
         self.model = build_sharded(source, deepspeed_config, precision)
         self.model.requires_grad_(False)
+        self.model.eval()
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()  # transformers checkpoints in training mode only
-        else:
-            self.model.eval()
+            for module in self.model.modules():  # a layer checkpoints in training mode only; dropouts below it stay off
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         # No optimiser here and none in the configuration: DeepSpeed then only shards and gathers.
-        self._engine = deepspeed.initialize(model=_FrozenRoot(self.model), config=deepspeed_config)[0]
+        root = _FrozenRoot(self.model)
+        root.training = False  # not eval(), which would reach into the layers
+        self._engine = deepspeed.initialize(model=root, config=deepspeed_config)[0]
         self._root = self._engine.module
-        self._root.train(self.model.training)
         self._head_VE: Tensor | None = None
 
     @property

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from minima.errors import UnsupportedFamily
-from minima.models.causal_lm import build_empty
 from minima.models.families import Part, family_of, layout, shape_of
 from minima.models.shape import FAMILIES, ModelShape
+from minima.models.stock import build_empty
 
 
 def shape(family: str) -> ModelShape:

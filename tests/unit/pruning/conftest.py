@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from minima.models.causal_lm import build_empty
 from minima.models.shape import ModelShape
+from minima.models.stock import build_empty
 from minima.models.weights import MemorySource
 
 SHAPES: dict[str, ModelShape] = {

@@ -13,7 +13,7 @@ from minima.pruning.masks import Masks
 from minima.pruning.selection import select
 from minima.pruning.surgery import PrunedSource
 from minima.pruning.target import plan_target
-from minima.recipe.schema import PruneTarget
+from minima.recipe.pruning import PruneTarget
 
 
 def batches_of(small, count=3, valid=None):

@@ -6,7 +6,7 @@ from minima.models.shape import ModelShape
 from minima.pruning.importance import Scores
 from minima.pruning.selection import normalised, select
 from minima.pruning.target import plan_target
-from minima.recipe.schema import PruneTarget
+from minima.recipe.pruning import PruneTarget
 
 SHAPE = ModelShape(
     family="mistral", vocabulary_size=11, hidden_size=6, intermediate_size=4, num_layers=3, num_heads=3, head_size=2

@@ -11,13 +11,14 @@ from minima.errors import ShapeError
 from minima.models.causal_lm import load_plain
 from minima.models.families import family_of
 from minima.models.shape import ModelShape
-from minima.models.weights import MemorySource, parameter_shapes, write_folder
+from minima.models.stock import parameter_shapes
+from minima.models.weights import MemorySource, write_folder
 from minima.pruning.importance import Scores, random
 from minima.pruning.masks import Masks, norms_over
 from minima.pruning.selection import Selection, select
 from minima.pruning.surgery import PrunedSource
 from minima.pruning.target import plan_target
-from minima.recipe.schema import PruneTarget
+from minima.recipe.pruning import PruneTarget
 
 
 def logits_of(source, ids_BT):

@@ -8,7 +8,7 @@ import pytest
 from minima.errors import ShapeError
 from minima.models.shape import ModelShape
 from minima.pruning.target import check_norm_compensation, layer_range, plan_target, width_percent
-from minima.recipe.schema import PruneTarget
+from minima.recipe.pruning import PruneTarget
 
 LLAMA_7B = ModelShape(
     vocabulary_size=49216, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, norm_epsilon=1e-5

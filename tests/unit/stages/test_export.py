@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from minima.engine import distributed
 from minima.errors import CheckpointError
 from minima.launcher import Launch
-from minima.models.causal_lm import DTYPES, head_weight, hidden_states, load_plain
+from minima.models.causal_lm import head_weight, hidden_states, load_plain
+from minima.models.stock import DTYPES
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, write_folder
 from minima.recipe.schema import Recipe

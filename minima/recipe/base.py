@@ -1,0 +1,60 @@
+"""What every block of a recipe is made of."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minima.errors import RecipeError
+from minima.models.shape import ModelShape
+
+
+class Strict(BaseModel):
+    """A block whose unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelInput(Strict):
+    """Where a model's weights come from. A plain string in a recipe is a `source`.
+
+    Attributes:
+        source: the name of an earlier stage (`student`, or `student@12000` for the checkpoint after that step), a
+            folder in Hugging Face's layout, or a Hub id.
+        revision: branch, tag or commit on the Hub; its default branch when not given.
+        random: start from random weights of this shape instead. Every tensor's values follow from the run's seed
+            and the tensor's name alone, so they are the same on any number of ranks.
+        shape: what the source's shape is expected to be. Lets `--dry-run` count a model that is not on this machine;
+            refused when the loaded `config.json` says otherwise.
+    """
+
+    source: str | None = None
+    revision: str | None = None
+    random: ModelShape | None = None
+    shape: ModelShape | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.source is None) == (self.random is None):
+            raise RecipeError(
+                f"a model with source {self.source!r} and random {'given' if self.random else 'not given'}",
+                "weights come from exactly one place",
+                "give either a source (stage, folder or Hub id) or a `random:` shape",
+            )
+        return self
+
+
+def as_model(value: Any) -> Any:
+    """A plain string in a recipe as the `source` that it stands for."""
+    return {"source": value} if isinstance(value, str) else value
+
+
+class Stage(Strict):
+    """What every stage has.
+
+    Attributes:
+        name: the folder of the stage inside the run's folder; unique in the recipe.
+        kind: which kind of stage it is.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    kind: str

@@ -1,0 +1,70 @@
+"""The model that a stage starts from, and whether the data fits it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minima.data.store import TokenStore
+from minima.data.tokenizer import check_vocabulary
+from minima.engine.weights import open_weights
+from minima.errors import ShapeError
+from minima.models.shape import ModelShape
+from minima.models.weights import RandomSource, WeightSource
+from minima.recipe.base import ModelInput
+from minima.stages.context import StageContext
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that a stage starts from.
+
+    Attributes:
+        source: its weights.
+        identity: what checkpoints and cards call it.
+        tokenizer: folder of its tokenizer; none when it has none.
+    """
+
+    source: WeightSource
+    identity: str
+    tokenizer: Path | None
+
+
+def open_origin(context: StageContext, model: ModelInput, seed: int) -> Origin:
+    """The weights that the recipe names.
+
+    Raises:
+        ShapeError: the recipe's `shape:` is not the model's.
+    """
+    if model.random is not None:
+        return Origin(RandomSource(model.random.to_config(), seed), f"random weights, seed {seed}", None)
+    resolved = context.model(model)
+    source = open_weights(resolved.folder, resolved.step)
+    if model.shape is not None:
+        found = ModelShape.from_config(source.config)
+        wrong = [
+            f"{name} is {getattr(found, name)}, the recipe says {getattr(model.shape, name)}"
+            for name in ("family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+            if getattr(found, name) != getattr(model.shape, name)
+        ]
+        if wrong:
+            raise ShapeError(
+                f"{resolved.name}: {'; '.join(wrong)}",
+                "the run was planned for another model",
+                "correct the recipe's `shape:` block, or name the model that it describes",
+            )
+    return Origin(source, resolved.name, resolved.tokenizer)
+
+
+def check_fit(shape: ModelShape, store: TokenStore, model: str) -> None:
+    """Refuse data that the model cannot read.
+
+    Raises:
+        TokenizerMismatch: the store has token ids that the model does not know.
+        ShapeError: its blocks are longer than the model's positions.
+    """
+    check_vocabulary(store.vocabulary_size, shape.vocabulary_size, str(store.folder), model)
+    if store.sequence_length > shape.max_positions:
+        raise ShapeError(
+            f"blocks of {store.sequence_length} tokens for {model}, made for {shape.max_positions} positions",
+            "beyond them its positions mean nothing to it",
+            f"build the data with sequence_length {shape.max_positions} or less",
+        )
