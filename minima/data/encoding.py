@@ -184,6 +184,6 @@ def _worker_died(processes: int) -> DataError:
     return DataError(
         f"one of {processes} encoding processes ended by itself",
         "its documents would be missing",
-        "look for an out-of-memory kill in the system's log and give fewer `processes`; a script of your own that builds "
-        'data needs `if __name__ == "__main__":`, since workers import it',
+        "look for an out-of-memory kill in the system's log and give fewer `processes`; a script of your own that "
+        'builds data needs `if __name__ == "__main__":`, since workers import it',
     )
