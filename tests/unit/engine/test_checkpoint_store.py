@@ -1,0 +1,81 @@
+"""A checkpoint is complete or it does not count; a full disk takes nothing that was there."""
+
+import errno
+import os
+
+import pytest
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_checkpoint, write_checkpoint
+from minima.errors import CheckpointError, DiskFull, StoreCorrupted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def files(content: bytes):
+    def write(folder):
+        (folder / "weights").write_bytes(content)
+        return [folder / "weights"]
+
+    return write
+
+
+def test_the_newest_stay(tmp_path):
+    for step in (3, 6, 9):
+        write_checkpoint(tmp_path, step, files(b"%d" % step), {"step": step}, keep=2)
+    assert complete_steps(tmp_path) == [6, 9]
+    assert read_marker(step_folder(tmp_path, 9))["step"] == 9
+    verify_checkpoint(step_folder(tmp_path, 9))
+    write_checkpoint(tmp_path, 9, files(b"again"), {"step": 9}, keep=0)
+    assert (step_folder(tmp_path, 9) / "weights").read_bytes() == b"again"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path, error):
+    write_checkpoint(tmp_path, 3, files(b"3"), {"step": 3}, keep=1)
+
+    def fail(folder):
+        (folder / "weights").write_bytes(b"half")
+        raise error
+
+    with pytest.raises(DiskFull, match="resumes from its last checkpoint"):
+        write_checkpoint(tmp_path, 6, fail, {"step": 6}, keep=1)
+    assert complete_steps(tmp_path) == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_another_failure_is_not_called_a_full_disk(tmp_path):
+    def fail(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        write_checkpoint(tmp_path, 6, fail, {"step": 6}, keep=1)
+
+
+def test_a_missing_file_and_a_flipped_bit_are_found(tmp_path):
+    path = write_checkpoint(tmp_path, 3, files(b"bytes"), {"step": 3}, keep=0)
+    (path / "weights").write_bytes(b"bytfs")
+    with pytest.raises(StoreCorrupted, match="weights is damaged"):
+        verify_checkpoint(path)
+    (path / "weights").unlink()
+    with pytest.raises(StoreCorrupted, match="no file"):
+        verify_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    (tmp_path / "checkpoint.json").write_text('{"format": "other"}')
+    with pytest.raises(CheckpointError, match="other"):
+        read_marker(tmp_path)

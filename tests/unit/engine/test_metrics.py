@@ -1,0 +1,66 @@
+"""Metrics survive restarts: one file, one run id, no record of an update that was lost."""
+
+import sys
+
+import pytest
+
+from minima.engine.metrics import MetricsLog, read_records
+from minima.errors import RecipeError
+
+
+def test_a_restart_keeps_what_stands_and_drops_what_was_lost(tmp_path):
+    first = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.write({"step": step, "loss": 4.0 - step})
+    first.close()
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 4, "lo')  # killed while it wrote
+    second = MetricsLog(tmp_path, 2)
+    second.write({"step": 3, "loss": 0.5})
+    second.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5},
+    ]  # fmt: skip
+    assert first.run_id == second.run_id and len(first.run_id) == 32
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write({"step": 7, "loss": 1.25, "held_out_loss": None})
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 1.25)]
+
+
+def test_weights_and_biases_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RecipeError, match=r"pip install minima\[wandb\]"):
+        MetricsLog(tmp_path, 0, wandb_project="minima")
+
+
+def test_weights_and_biases_keeps_one_run_over_restarts(tmp_path, monkeypatch):
+    class Wandb:
+        def __init__(self) -> None:
+            self.started, self.logged = [], []
+
+        def init(self, **settings):
+            self.started.append(settings)
+            return self
+
+        def log(self, numbers, step):
+            self.logged.append((step, numbers))
+
+        def finish(self) -> None:
+            pass
+
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first_step in (0, 1):
+        log = MetricsLog(tmp_path, first_step, wandb_project="p", config={"steps": 2})
+        log.write({"step": first_step + 1, "loss": 1.0})
+        log.close()
+    assert wandb.started[0]["id"] == wandb.started[1]["id"] and wandb.started[0]["resume"] == "allow"
+    assert wandb.logged == [(1, {"loss": 1.0}), (2, {"loss": 1.0})]

@@ -1,0 +1,97 @@
+"""Weights by name: any layout on disk, any part of a tensor, and no pickle."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minima.errors import CheckpointError
+from minima.models.causal_lm import load_plain
+from minima.models.shape import ModelShape
+from minima.models.weights import FolderSource, MemorySource, RandomSource, tensor_sha256, write_folder
+
+SHAPE = ModelShape(vocabulary_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, tied=True)
+
+
+@pytest.fixture
+def source() -> RandomSource:
+    return RandomSource(SHAPE.to_config(), seed=1)
+
+
+def write(folder, source, **settings):
+    return write_folder(folder, source.config, ((name, source.read(name)) for name in source.names()), **settings)
+
+
+def test_random_weights_follow_from_seed_and_name_alone(source):
+    name = source.names()[0]
+    whole = source.read(name)
+    assert source.read_flat(name, 5, 21).equal(whole.view(-1)[5:21])
+    assert RandomSource(source.config, seed=1).read(name).equal(whole)
+    assert not RandomSource(source.config, seed=2).read(name).equal(whole)
+    assert whole.std().item() == pytest.approx(0.02, rel=0.1)
+    assert source.read("model.norm.weight").eq(1).all()
+    assert sum(source.read(name).numel() for name in source.names()) == SHAPE.parameters
+
+
+@pytest.mark.parametrize("shard_bytes", [4_000_000_000, 2_000])
+def test_a_written_folder_reads_back_whole_and_in_parts(source, tmp_path, shard_bytes):
+    hashes = write(tmp_path, source, shard_bytes=shard_bytes)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 2_000)
+    found = FolderSource(tmp_path)
+    assert found.names() == source.names()
+    for name in source.names():
+        whole = source.read(name)
+        assert found.read(name).equal(whole) and hashes[name] == tensor_sha256(whole)
+        size = whole.numel()
+        for start, stop in [(0, size), (size // 3, size // 2), (7, 7), (size - 1, size)]:
+            assert found.read_flat(name, start, stop).equal(whole.view(-1)[start:stop])
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(stock(tokens).logits, load_plain(source)(tokens).logits)
+
+
+def test_a_view_does_not_drag_its_base_into_the_file(tmp_path, source):
+    name = source.names()[0]
+    base = torch.zeros(1000, 16)
+    tensors = {key: source.read(key) for key in source.names()} | {name: base[:40]}
+    write(tmp_path, MemorySource(source.config, tensors))
+    assert (tmp_path / "model.safetensors").stat().st_size < SHAPE.parameters * 4 + 10_000
+
+
+def test_a_pickle_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE.to_config()))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"(?s)pytorch_model.bin.*runs code"):
+        FolderSource(tmp_path)
+
+
+def test_what_is_missing_or_of_another_shape_is_named(source, tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        FolderSource(tmp_path)
+    write(tmp_path, source)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({key: value for key, value in tensors.items() if key != "model.norm.weight"}, path)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        FolderSource(tmp_path)
+    save_file(tensors | {"model.norm.weight": torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*\(3,\)"):
+        FolderSource(tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_named(source, tmp_path):
+    write(tmp_path, source)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        FolderSource(tmp_path)
+
+
+def test_a_checkpoint_of_the_bare_backbone_is_read(source, tmp_path):
+    write(tmp_path, source)
+    path = tmp_path / "model.safetensors"
+    save_file({key.removeprefix("model."): value for key, value in load_file(path).items()}, path)
+    assert FolderSource(tmp_path).read("model.norm.weight").eq(1).all()

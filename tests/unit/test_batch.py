@@ -1,0 +1,33 @@
+"""Labels are shifted once, here, and mean what transformers means by them."""
+
+import torch
+
+from minima.batch import IGNORE_INDEX, make_batch
+from minima.losses import linear_cross_entropy
+from minima.models.causal_lm import head_weight, hidden_states, load_plain
+from minima.models.shape import ModelShape
+from minima.models.weights import RandomSource
+
+
+def test_labels_are_the_next_tokens():
+    batch = make_batch(torch.tensor([[5, 6, 7], [8, 9, 4]]))
+    assert batch.labels_BT.tolist() == [[6, 7, IGNORE_INDEX], [9, 4, IGNORE_INDEX]]
+
+
+def test_padding_is_neither_learnt_nor_predicted():
+    valid = torch.tensor([[True, True, False, False], [False, False, False, False]])
+    batch = make_batch(torch.arange(8).view(2, 4), valid)
+    assert batch.labels_BT.tolist() == [[1, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 4]
+
+
+def test_the_loss_is_transformers_own():
+    shape = ModelShape(vocabulary_size=50, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2)
+    model = load_plain(RandomSource(shape.to_config() | {"initializer_range": 0.2}, seed=3))
+    tokens = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    batch = make_batch(tokens)
+    with torch.no_grad():
+        wanted = model(tokens, labels=tokens).loss
+        hidden = hidden_states(model, batch.input_ids_BT).flatten(0, 1)
+        found = linear_cross_entropy(hidden, head_weight(model), batch.labels_BT.flatten())
+    assert found.count == 3 * 8
+    torch.testing.assert_close(found.total / found.count, wanted)
