@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_SHOWN = 4  # metrics of one stage in its row; all of them are in its manifest
+# Of a stage's metrics, those that its row shows; all of them are in its manifest.
+_SHOWN = ("documents", "parameters", "tokens", "loss", "held_out_loss", "held_out_tokens")
+_WIDTH = 100  # characters of a row's result
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -23,13 +25,23 @@ def run_table(stages: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | 
     rows = [["stage", "kind", "state", "seconds", "result"]]
     for stage in stages:
         seconds = "" if stage["seconds"] is None else f"{stage['seconds']:.1f}"
-        plain = [(key, value) for key, value in stage["metrics"].items() if isinstance(value, int | float | str)]
-        result = ", ".join(f"{key} {number(value)}" for key, value in plain[:_SHOWN])
+        result = _result(stage["metrics"])
         rows.append([stage["stage"], stage["kind"], stage["state"], seconds, result])
     table = aligned(rows)
     if summary is None:
         return f"\n{table}\n"
     return f"\n{table}\n\n{aligned([['summary', 'value'], *flat(summary)])}\n"
+
+
+def _result(metrics: Mapping[str, Any]) -> str:
+    shown = [f"{key} {number(metrics[key])}" for key in _SHOWN if isinstance(metrics.get(key), int | float)]
+    if not shown:  # an evaluation: one block of numbers for each model
+        blocks = {
+            key: value["loss"] for key, value in metrics.items() if isinstance(value, Mapping) and "loss" in value
+        }
+        shown = [f"loss of {key} {number(value)}" for key, value in blocks.items()]
+    text = ", ".join(shown)
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:

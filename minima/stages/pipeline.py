@@ -60,10 +60,12 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
                 return code
         summary = write_summary(recipe, folder)
     write(run_table(stage_rows(recipe, folder), summary))
-    if not left:
-        write(f"all done: every stage of {recipe.name} is finished in {folder}")
-    elif summary is not None:
-        write(f"all done: {folder / 'summary.json'}")
+    if summary is not None:
+        state = "every stage was finished before" if not left else "every stage is finished"
+        write(f"all done: {state}; {folder / 'summary.json'}")
+    else:
+        later = [stage.name for stage in recipe.stages if not is_finished(folder / stage.name)]
+        write(f"done: {', '.join(stage.name for stage in stages)}; left: {', '.join(later)}")
     return 0
 
 

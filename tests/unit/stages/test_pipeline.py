@@ -92,7 +92,7 @@ def test_a_whole_run(run, tmp_path, capfdbinary):
         "seconds": 9.0,
         "export": {"out": "out/out/model"},
     }
-    assert "all done: out/summary.json" in said
+    assert "all done: every stage is finished; out/summary.json" in said
     assert "teacher.mean" in said
     log = (tmp_path / "out" / "logs" / "pruned.2.log").read_text()
     assert log == "== stage pruned.2 (kind)\nprogress of pruned.2\n", (
@@ -102,7 +102,7 @@ def test_a_whole_run(run, tmp_path, capfdbinary):
     code, said = run()
     assert code == 0
     assert "finished before: teacher, pruned, pruned.2, student, quality, out" in said
-    assert "all done" in said
+    assert "all done: every stage was finished before" in said
     assert len(calls(tmp_path)) == 4, "nothing was started again"
 
 
@@ -124,7 +124,9 @@ def test_chosen_stages_need_their_inputs(run, tmp_path):
         run(names=["student"])
     with pytest.raises(RecipeError, match="no stage is called 'nobody'"):
         run(names=["nobody"])
-    assert run(names=["pruned", "teacher"])[0] == 0
+    code, said = run(names=["pruned", "teacher"])
+    assert code == 0
+    assert "done: teacher, pruned; left: pruned.2, student, quality, out" in said
     assert calls(tmp_path) == ["teacher 2", "pruned 2"]
     assert not (tmp_path / "out" / "summary.json").exists()
 
