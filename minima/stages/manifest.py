@@ -108,8 +108,8 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
         StageError: the stage or one of its inputs has changed since the folder was begun.
     """
     name = FINISHED if is_finished(folder) else STARTED
-    if not (folder / name).is_file():
-        return
+    if not (folder / name).is_file() or {path.name for path in folder.iterdir()} == {STARTED}:
+        return  # nothing was made yet: a mistake that is mended after a first try finds no obstacle
     before = read_manifest(folder, name)
     if before.get("identity") == description["identity"]:
         return

@@ -57,10 +57,17 @@ def test_a_manifest_says_what_it_was_made_from(run):
 def test_a_changed_field_is_refused_by_name(run, finished):
     publish(run, "corpus")
     publish(run, "teacher", finished)
+    (run / "teacher" / "metrics.jsonl").touch()
     check_unchanged(description(run, "teacher"), run / "teacher")
     state = "finished" if finished else "half-finished"
     with pytest.raises(StageError, match=rf"'teacher' is {state} in .*learning_rate is 0.002 and was 0.001"):
         check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+
+
+def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
+    publish(run, "corpus")
+    publish(run, "teacher", finished=False)
+    check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
 
 
 @pytest.mark.parametrize(
