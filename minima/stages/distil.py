@@ -6,7 +6,6 @@ from typing import Any
 from minima.data.store import TokenStore
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.objectives.distillation import Distillation
-from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.objectives.objective import Objective
 from minima.engine.teacher.host import FrozenHost
 from minima.losses.linear_distillation import check_vocabularies
@@ -24,7 +23,8 @@ def run(context: StageContext) -> dict[str, Any]:
     stage = context.stage
     assert isinstance(stage, Distil)
     if not stage.soft_weight:  # the teacher would run for nothing
-        return run_training(context, stage, lambda data: LanguageModelling(stage.chunk_tokens))
+        alone = Distillation(None, hard_weight=stage.hard_weight, soft_weight=0, chunk_tokens=stage.chunk_tokens)
+        return run_training(context, stage, lambda data: alone)
     teacher = open_origin(context, stage.teacher, stage.seed)
     shape = ModelShape.from_config(teacher.source.config)
     student = open_origin(context, stage.model, stage.seed)

@@ -115,11 +115,14 @@ def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: tor
 
     config = dict(source.config)
     tokens = _token_ids(model.tokenizer)
-    config |= {name: value for name, value in tokens.items() if config.get(name) is None}
+    for name in ("bos_token_id", "eos_token_id"):  # a padding token would freeze its row of the embedding
+        if config.get(name) is None and name in tokens:
+            config[name] = tokens[name]
     try:
         written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
         check_hashes(trained, written, partial)
-        generation = {name: config[name] for name in tokens or ("bos_token_id", "eos_token_id") if name in config}
+        stated = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
+        generation = tokens | stated
         _write_json(partial / "generation_config.json", generation)
         if model.tokenizer is not None:
             copy_tokenizer(model.tokenizer, partial)

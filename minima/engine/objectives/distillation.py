@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from minima.batch import Batch
 from minima.engine.objectives.objective import valid_tokens
 from minima.engine.teacher.host import FrozenHost
-from minima.losses import LossSum, linear_distillation_loss
+from minima.losses import LossSum, linear_cross_entropy, linear_distillation_loss
 from minima.models.causal_lm import head_weight, hidden_states
 
 
@@ -15,8 +15,9 @@ class Distillation:
 
     Args:
         teacher: runs in `prepare` and gives final hidden states; its logits exist in chunks inside the loss only.
+            None, with a `soft_weight` of 0, for the text alone.
         hard_weight: weight of the text's part.
-        soft_weight: weight of the teacher's part. With 0 the teacher does not run.
+        soft_weight: weight of the teacher's part.
         temperature: divides both models' logits in the teacher's part.
         chunk_tokens: tokens whose logits exist at one time.
     """
@@ -25,13 +26,14 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: FrozenHost,
+        teacher: FrozenHost | None,
         *,
         hard_weight: float = 0.5,
         soft_weight: float = 0.5,
         temperature: float = 1.0,
         chunk_tokens: int = 1024,
     ) -> None:
+        assert (teacher is None) == (soft_weight == 0), "a teacher that has no say would run for nothing"
         self.teacher = teacher
         self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
         self.chunk_tokens = chunk_tokens
@@ -40,17 +42,23 @@ class Distillation:
         return valid_tokens(batch)
 
     def prepare(self, batches: list[Batch]) -> list[Batch]:
+        if self.teacher is None:
+            return batches
         return [batch._replace(teacher_hidden_BTE=self.teacher.hidden_states(batch)) for batch in batches]
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> LossSum:
-        assert batch.teacher_hidden_BTE is not None, "prepare() runs first"
         hidden_ND = hidden_states(model, batch.input_ids_BT).flatten(0, 1)
+        labels_N = batch.labels_BT.flatten()
+        if self.teacher is None:
+            hard = linear_cross_entropy(hidden_ND, head_weight(model), labels_N, chunk_tokens=self.chunk_tokens)
+            return LossSum(self.hard_weight * hard.total, hard.count, {"hard": hard.total.detach()})
+        assert batch.teacher_hidden_BTE is not None, "prepare() runs first"
         return linear_distillation_loss(
             hidden_ND,
             head_weight(model),
             batch.teacher_hidden_BTE.flatten(0, 1),
             self.teacher.head_VE,
-            batch.labels_BT.flatten(),
+            labels_N,
             hard_weight=self.hard_weight,
             soft_weight=self.soft_weight,
             temperature=self.temperature,

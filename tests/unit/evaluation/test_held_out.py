@@ -12,8 +12,8 @@ from minima.engine import distributed
 from minima.errors import DataError, NotFinite, TokenizerMismatch, VocabularyMismatch
 from minima.evaluation.held_out import evaluate, held_out_batch, rank_blocks
 from minima.models.causal_lm import head_weight, hidden_states
-from minima.models.stock import build_empty
 from minima.models.shape import ModelShape
+from minima.models.stock import build_empty
 
 SHAPE = ModelShape(vocabulary_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from minima.engine import distributed
 from minima.errors import CheckpointError
 from minima.launcher import Launch
 from minima.models.causal_lm import head_weight, hidden_states, load_plain
-from minima.models.stock import DTYPES
 from minima.models.shape import ModelShape
+from minima.models.stock import DTYPES
 from minima.models.weights import RandomSource, write_folder
 from minima.recipe.schema import Recipe
 from minima.stages import evaluate as evaluate_stage
@@ -163,6 +164,19 @@ def test_dtype_is_that_of_training(context):
     source = RandomSource(ModelShape(**SHAPE).to_config(), 1)
     assert export_stage.trained_dtype(context, source) == "float32"
     assert export_stage.trained_dtype(for_stage(context, "out", model="student@5"), source) == "bfloat16"
+
+
+def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "state": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    tokenizer.save_pretrained(context.run_folder / "cut" / "model")
+    export_stage.run(context)
+    folder = context.folder / "model"
+    assert AutoTokenizer.from_pretrained(folder)("state")["input_ids"] == [2]
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 1, "pad_token_id": 1}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eos_token_id"] == 1
+    assert config.get("pad_token_id") is None
 
 
 def test_evaluate_builds_the_teacher_once_and_closes_every_model(context, monkeypatch):
