@@ -15,7 +15,6 @@ from minima.data.documents import HeldOut
 from minima.data.store import token_dtype
 from minima.errors import DataError
 
-
 # Documents given to the tokenizer in one call. Thousands of short ones in a call cost a third more than 64: what it
 # returns for them no longer fits the processor's caches.
 _AT_ONCE = 64
