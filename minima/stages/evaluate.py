@@ -1,6 +1,5 @@
 """The evaluate stage: models one after another on the same held-out blocks, each compared with one teacher."""
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from minima.engine.weights import open_weights
 from minima.evaluation.held_out import evaluate
 from minima.models.weights import WeightSource
 from minima.recipe.schema import Evaluate
+from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
 
 RANKS = True
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
-logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -38,6 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert isinstance(stage, Evaluate)
     store = TokenStore.open(context.data(stage.data) / "held_out")
     scores: dict[str, Any] = {}
+    progress = Progress(stage.name, len(stage.models))
     with _teacher(context, stage) as teacher:
         for name in stage.models:
             with _host(context, stage, name, teacher) as (source, host):
@@ -51,10 +51,10 @@ def run(context: StageContext) -> dict[str, Any]:
                 )
             scores[name] = {"parameters": count_parameters(source)} | held_out.as_dict()
             if distributed.is_main():
-                logger.info("%s: held-out loss %.4f nats a token", name, held_out.loss)
+                progress.note(f"{name}: held-out loss {held_out.loss:.4f} nats a token")
     if distributed.is_main():
         write_json(context.folder / "evaluation.json", {"data": str(store.folder), "models": scores})
-        logger.info("\n%s", table(scores))
+        progress.note(f"on {store.folder}\n{table(scores)}")
     return scores
 
 
