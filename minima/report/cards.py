@@ -82,7 +82,7 @@ def _front_matter(card: Card) -> str:
 def _summary(card: Card) -> str:
     kinds = [kind for _, kind, _ in card.stages]
     last = {"distil": "distilled", "adapt": "trained"}.get(kinds[-1] if kinds else "")
-    how = " and ".join(["pruned"] * ("prune" in kinds) + [last] * (last is not None)) or "exported"
+    how = " and ".join((["pruned"] if "prune" in kinds else []) + ([last] if last else [])) or "exported"
     tokens = f", over {card.tokens:,} tokens of text in its last stage" if card.tokens else ""
     return (
         f"A {card.family} causal language model with {card.parameters:,} parameters in {card.dtype}, {how} with "
