@@ -234,6 +234,7 @@ def export_launch(launch: Launch) -> None:
         "MASTER_ADDR": launch.master_address,
         "MASTER_PORT": str(launch.master_port),
     }
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits only with a fixed buffer
     if sys.prefix != sys.base_prefix:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 

@@ -25,7 +25,7 @@ def build_sharded(source: WeightSource, config: dict[str, Any], precision: str) 
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
         model = build_empty(source.config, dtype)
     for name, parameter in sharded_parameters(model):
-        fill_shard(parameter.ds_tensor, parameter, source, name)
+        parameter.ds_tensor.data.copy_(read_shard(parameter, source, name))
     _restore_rotary(model)
     return model
 
@@ -59,18 +59,10 @@ def shard_range(parameter: Any) -> tuple[int, int]:
     return start, min(start + size, parameter.ds_numel)
 
 
-def fill_shard(shard: Tensor, parameter: Any, source: WeightSource, name: str) -> None:
-    """Read this rank's part of the tensor `name` into `shard`, and zeros into its padding.
-
-    Args:
-        shard: the rank's part of the parameter, of its master copy or of an optimiser state.
-        parameter: the partitioned parameter, which says what the part is.
-        source: the tensor's source.
-        name: the tensor's name there.
-    """
+def read_shard(parameter: Any, source: WeightSource, name: str) -> Tensor:
+    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, on the CPU, zero-padded."""
     start, stop = shard_range(parameter)
-    flat = shard.data.view(-1)
+    shard = torch.zeros(parameter.ds_tensor.ds_numel)
     if stop > start:
-        with torch.no_grad():
-            flat[: stop - start].copy_(source.read_flat(name, start, stop))
-    flat[stop - start :].zero_()
+        shard[: stop - start] = source.read_flat(name, start, stop)
+    return shard

@@ -8,13 +8,14 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_set_local_fp32_param
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.objectives.objective import Objective
-from minima.engine.sharded import build_sharded, sharded_parameters
+from minima.engine.sharded import build_sharded, read_shard, sharded_parameters
 from minima.losses import LossSum
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.weights import WeightSource
@@ -82,6 +83,11 @@ class Student:
         )
         self.engine = deepspeed.initialize(model=root, optimizer=optimizer, config=deepspeed_config)[0]
         self._root = self.engine.module
+        if training.precision != "float32":
+            # DeepSpeed made the float32 master weights from rounded ones. A stage that goes on from another's float32
+            # weights starts from all of their digits.
+            for name, parameter in sharded_parameters(self.model):
+                safe_set_local_fp32_param(parameter, read_shard(parameter, source, name))
 
     def __call__(self, objective: Objective, batch: Batch) -> LossSum:
         """The objective's loss of one micro-batch on this rank."""

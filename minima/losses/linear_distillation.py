@@ -273,7 +273,7 @@ def _losses_and_gradient(
                 logits_RV.sub_(p_t_RV, alpha=soft_scale)
         if need_gradient:
             if weights.hard:
-                logits_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -weights.hard, dtype=torch.float32))
+                logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - weights.hard)
             logits_RV.masked_fill_(~keep_R.unsqueeze(1), 0.0)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_local_fp32_param
 
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import CheckpointSource, load_shards, save_shards, shapes
@@ -15,6 +16,7 @@ from minima.engine.loop import Events, train
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.schedule import Schedule
+from minima.engine.sharded import read_shard, sharded_parameters
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
 from minima.errors import NotFinite
@@ -178,6 +180,17 @@ def rotary(folder: Path) -> Any:
     buffers = {name: str(buffer.dtype) for name, buffer in host.model.named_buffers()}
     values = host.model.model.rotary_emb.inv_freq.tolist()
     return {"dtypes": buffers, "inv_freq": values, "weights": str(host.head_VE.dtype)}
+
+
+def bfloat16_start(folder: Path) -> Any:
+    """How far a bfloat16 student's master weights are from the float32 weights that it starts from."""
+    student, source = new_student(training(precision="bfloat16")), student_source()
+    worst = 0.0
+    for name, parameter in sharded_parameters(student.model):
+        master = safe_get_local_fp32_param(parameter)
+        worst = max(worst, (master - read_shard(parameter, source, name)).abs().max().item())
+        assert (parameter.ds_tensor == master.to(torch.bfloat16)).all(), name
+    return max(distributed.gather_objects(worst))
 
 
 def main() -> None:

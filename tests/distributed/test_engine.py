@@ -26,8 +26,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    names = ["language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary"]
-    return run_scenarios(names, folder)
+    names = [
+        "language_modelling",
+        "distillation",
+        "resume",
+        "checkpoint_weights",
+        "not_finite",
+        "rotary",
+        "bfloat16_start",
+    ]
+    return run_scenarios([*names, "bfloat16_start"], folder)
 
 
 def expect_same(found: list[dict], wanted: list[dict], per_step: float = PER_STEP, mean: float = MEAN) -> None:
@@ -99,6 +107,10 @@ def test_rotary_frequencies_stay_float32_under_bfloat16(two_ranks):
     plain = build_empty(teacher_source().config)
     assert set(found["dtypes"].values()) == {"torch.float32"} and found["weights"] == "torch.bfloat16"
     assert found["inv_freq"] == plain.model.rotary_emb.inv_freq.tolist()
+
+
+def test_a_bfloat16_student_starts_from_every_digit_of_its_float32_weights(two_ranks):
+    assert two_ranks["bfloat16_start"] == 0
 
 
 def test_flat_reads_cross_the_borders_of_ranks(two_ranks, folder):

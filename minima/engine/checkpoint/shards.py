@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minima.engine import distributed
 from minima.engine.checkpoint.store import read_marker, verify_checkpoint
-from minima.engine.sharded import fill_shard, shard_range, sharded_parameters
+from minima.engine.sharded import read_shard, shard_range, sharded_parameters
 from minima.engine.student import Student
 from minima.errors import CheckpointError, StoreCorrupted
 
@@ -117,9 +122,9 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
     _make_moments(optimizer, facts["optimizer_steps"])
     sources = {kind: CheckpointSource(checkpoint, kind) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}
     for name, parameter in sharded_parameters(student.model):
-        fill_shard(safe_get_local_fp32_param(parameter), parameter, sources[WEIGHTS], name)
+        safe_set_local_fp32_param(parameter, read_shard(parameter, sources[WEIGHTS], name))
         for kind in (FIRST_MOMENTS, SECOND_MOMENTS):
-            fill_shard(safe_get_local_optimizer_state(parameter, kind), parameter, sources[kind], name)
+            safe_set_local_optimizer_state(parameter, read_shard(parameter, sources[kind], name), kind)
     _refresh_working_weights(optimizer)
     if facts["ranks"] == distributed.world_size():
         rank, ranks = distributed.rank(), distributed.world_size()
