@@ -183,6 +183,8 @@ class ModelShape(BaseModel):
                 config[name] = getattr(self, field)
         if self.family == "qwen2" and self.head_size * self.num_heads == self.hidden_size:
             config.pop("head_dim")  # not among its configuration's own fields, though its attention reads it
+        if self.family == "gpt_neox":  # its configuration reads the base from here only
+            config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
         if self.family in ("gpt_neox", "gpt2"):  # the pre-training recipes of both drop nothing out any more
             dropouts = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
             config |= dict.fromkeys(dropouts.get(self.family, ("attention_dropout", "hidden_dropout")), 0.0)
@@ -208,8 +210,9 @@ class ModelShape(BaseModel):
         if family == "gpt2":
             values.setdefault("intermediate_size", 4 * config["n_embd"])
         rope = config.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+        base = rope.get("rope_theta", config.get("rotary_emb_base"))
+        if base is not None:
+            values["rope_theta"] = base
         if family in ("gpt_neox", "gpt2"):
             for field in ("num_key_value_heads", "head_size", "attention_bias"):
                 values.pop(field, None)

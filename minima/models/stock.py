@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,11 +21,17 @@ def stock_config(config: dict[str, Any]) -> PretrainedConfig:
 def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A stock model whose weights are still to be filled in, on the current default device.
 
+    It knows no padding token: where a configuration pads with the end token, `nn.Embedding` would never train its row.
+
     Args:
         config: content of a `config.json`.
         dtype: of every parameter.
     """
-    return AutoModelForCausalLM.from_config(stock_config(config), dtype=dtype, attn_implementation="sdpa")
+    fields = {name: value for name, value in config.items() if name != "pad_token_id"}
+    with no_init_weights():  # every weight is filled in afterwards; under ZeRO-3 there would be none here to initialise
+        model = AutoModelForCausalLM.from_config(stock_config(fields), dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
 
 
 def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

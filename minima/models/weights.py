@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minima.errors import CheckpointError
-from minima.models.legacy_config import with_4x_names
+from minima.models.legacy_config import stored_name, with_4x_names
 from minima.models.stock import parameter_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -113,7 +113,8 @@ class FolderSource:
         prefix = self._prefix(set(stored))
         self._where: dict[str, tuple[Path, str]] = {}
         for name in self._shapes:
-            key = next((key for key in (name, name.removeprefix(prefix)) if key in stored), None)
+            names = (stored_name(self.config["model_type"], name), name, name.removeprefix(prefix))
+            key = next((key for key in names if key in stored), None)
             if key is None:
                 raise CheckpointError(
                     f"{folder} has no tensor {name!r}",
@@ -241,19 +242,22 @@ def write_folder(
         size = tensor.numel() * tensor.element_size()
         if pending_bytes and pending_bytes + size > shard_bytes:
             flush()
-        shards[0][name] = tensor.clone() if tensor._base is not None else tensor  # a view would drag its base along
+        key = stored_name(config["model_type"], name)
+        shards[0][key] = tensor.clone() if tensor._base is not None else tensor  # a view would drag its base along
         hashes[name] = tensor_sha256(tensor)
         pending_bytes += size
         total_bytes += size
     flush()
+    full_config = with_4x_names(config | {"dtype": str(written_dtype).removeprefix("torch.")})
+    config_path = folder / "config.json"
+    config_path.write_text(json.dumps(full_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, start=1):
         final = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.chmod(config_path.stat().st_mode)  # safetensors makes them readable for their owner alone
         path.rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    full_config = with_4x_names(config | {"dtype": str(written_dtype).removeprefix("torch.")})
-    (folder / "config.json").write_text(json.dumps(full_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return hashes

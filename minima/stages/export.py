@@ -126,8 +126,6 @@ def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: tor
         _write_json(partial / "generation_config.json", generation)
         if model.tokenizer is not None:
             copy_tokenizer(model.tokenizer, partial)
-        for path in partial.glob("*.safetensors"):  # safetensors makes them readable for their owner alone
-            path.chmod((partial / "config.json").stat().st_mode)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from minima.engine import distributed
 from minima.errors import DataError, NotFinite, TokenizerMismatch, VocabularyMismatch
 from minima.evaluation.held_out import evaluate, held_out_batch, rank_blocks
-from minima.models.causal_lm import head_weight, hidden_states
+from minima.models.causal_lm import head_weight, hidden_states, load_plain
 from minima.models.shape import ModelShape
-from minima.models.stock import build_empty
+from minima.models.weights import RandomSource
 
 SHAPE = ModelShape(vocabulary_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 
@@ -24,9 +24,8 @@ class PlainHost:
     device = torch.device("cpu")
 
     def __init__(self, seed: int, shape: ModelShape = SHAPE) -> None:
-        torch.manual_seed(seed)
         self.config = shape.to_config() | {"initializer_range": 0.3}
-        self.model = build_empty(self.config).eval()
+        self.model = load_plain(RandomSource(self.config, seed))
         self.head_VE = head_weight(self.model).detach()
 
     def hidden_states(self, batch):
@@ -56,7 +55,7 @@ def one_rank(monkeypatch):
 
 
 def test_loss_is_what_transformers_says():
-    host, store = PlainHost(1), Blocks()
+    host, store = PlainHost(3), Blocks()
     scores = evaluate(host, store, micro_batch_sequences=3)
     tokens_BT = torch.from_numpy(store.tokens_BT)
     with torch.no_grad():
@@ -70,7 +69,7 @@ def test_loss_is_what_transformers_says():
 
 
 def test_agreement_is_the_dense_one():
-    student, teacher, store = PlainHost(1), PlainHost(2), Blocks()
+    student, teacher, store = PlainHost(3), PlainHost(2), Blocks()
     scores = evaluate(student, store, teacher=teacher, micro_batch_sequences=2)
     tokens_BT = torch.from_numpy(store.tokens_BT)
     with torch.no_grad():
@@ -83,7 +82,7 @@ def test_agreement_is_the_dense_one():
 
 
 def test_a_model_agrees_with_itself():
-    host = PlainHost(1)
+    host = PlainHost(3)
     scores = evaluate(host, Blocks(), teacher=host)
     assert scores.kl == pytest.approx(0.0, abs=1e-7)
     assert scores.top1_agreement == 1.0
@@ -92,7 +91,7 @@ def test_a_model_agrees_with_itself():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_ranks_and_micro_batch_do_not_change_the_result(monkeypatch, world_size, micro_batch):
-    student, teacher, store = PlainHost(1), PlainHost(2), Blocks()
+    student, teacher, store = PlainHost(3), PlainHost(2), Blocks()
     expected = evaluate(student, store, teacher=teacher, micro_batch_sequences=7)
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
     shares: list[torch.Tensor] = []
@@ -124,7 +123,7 @@ def test_missing_sequences_predict_nothing():
 
 
 def test_only_the_first_blocks_when_asked():
-    host, store = PlainHost(1), Blocks()
+    host, store = PlainHost(3), Blocks()
     first = Blocks()
     first.tokens_BT = store.tokens_BT[:2]
     assert evaluate(host, store, sequences=2) == evaluate(host, first)
@@ -133,7 +132,7 @@ def test_only_the_first_blocks_when_asked():
 def test_vocabularies_of_two_sizes_are_refused():
     larger = PlainHost(1, SHAPE.model_copy(update={"vocabulary_size": 50}))
     with pytest.raises(VocabularyMismatch, match=r"48 tokens.*50"):
-        evaluate(PlainHost(1), Blocks(), teacher=larger)
+        evaluate(PlainHost(3), Blocks(), teacher=larger)
 
 
 def test_ids_that_the_model_does_not_know_are_refused():
@@ -143,11 +142,11 @@ def test_ids_that_the_model_does_not_know_are_refused():
 
 def test_an_empty_store_is_refused():
     with pytest.raises(DataError, match="holds no block"):
-        evaluate(PlainHost(1), Blocks(0))
+        evaluate(PlainHost(3), Blocks(0))
 
 
 def test_a_loss_that_is_no_number_names_the_model():
-    host = PlainHost(1)
+    host = PlainHost(3)
     host.head_VE = host.head_VE * math.nan
     with pytest.raises(NotFinite, match="broken"):
         evaluate(host, Blocks(), name="broken")

@@ -1,0 +1,79 @@
+"""Shapes count what stock models really have, and come back from their configurations."""
+
+import json
+
+import pytest
+import torch
+
+from minima.errors import ShapeError, UnsupportedFamily
+from minima.models.shape import ModelShape
+from minima.models.stock import build_empty, parameter_shapes, stock_config
+
+SMALL = {"vocabulary_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_layers": 3, "num_heads": 4}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2, "rope_theta": 5e5},
+    "mistral": {"num_key_value_heads": 2, "tied": True},
+    "qwen2": {"num_key_value_heads": 2, "rope_theta": 1e6},
+    "qwen3": {"num_key_value_heads": 2, "head_size": 24},
+    "gpt_neox": {"rope_theta": 5e4},
+    "gpt2": {"tied": True},
+}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def shape(request) -> ModelShape:
+    return ModelShape(family=request.param, max_positions=128, **SMALL, **FAMILIES[request.param])
+
+
+def test_parameters_are_the_stock_models(shape):
+    with torch.device("meta"):
+        model = build_empty(shape.to_config())
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert len(parameter_shapes(shape.to_config())) == len(list(model.parameters()))
+
+
+def test_a_shape_comes_back_from_the_stock_configuration(shape):
+    config = stock_config(shape.to_config())
+    assert ModelShape.from_config(json.loads(config.to_json_string())) == shape
+    assert ModelShape.from_config(shape.to_config()) == shape
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_rotary_base_reaches_the_model(family):
+    shape = ModelShape(family=family, rope_theta=12345.0, **SMALL)
+    assert stock_config(shape.to_config()).rope_parameters["rope_theta"] == 12345.0
+
+
+def test_the_papers_models():
+    student = ModelShape(vocabulary_size=49216, hidden_size=3072, intermediate_size=8192, num_layers=24, num_heads=24)
+    teacher = ModelShape(vocabulary_size=49216, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32)
+    assert student.parameters == 3_020_442_624
+    assert round(teacher.parameters / 1e9, 3) == 6.879 and round(teacher.non_embedding_parameters / 1e9, 3) == 6.476
+    # Model work of one distilled token, full causal attention at 4,096 tokens counted by half: 33.5 GFLOP.
+    flops = student.training_flops_per_token(4096) + teacher.forward_flops_per_token(4096)
+    assert flops / 1e9 == pytest.approx(33.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_heads": 5},
+        {"num_key_value_heads": 3},
+        {"family": "gpt2", "num_key_value_heads": 2},
+        {"family": "gpt_neox", "head_size": 8},
+    ],
+)
+def test_what_stock_configurations_refuse_is_refused(wrong):
+    with pytest.raises(ValueError, match="heads") as caught:
+        ModelShape(**(SMALL | wrong))
+    assert isinstance(caught.value.errors()[0]["ctx"]["error"], ShapeError)
+
+
+def test_an_unknown_family_is_refused_by_name():
+    with pytest.raises(UnsupportedFamily, match="mamba"):
+        ModelShape.from_config({"model_type": "mamba"})
+
+
+def test_a_padding_token_keeps_no_row_from_training():
+    config = ModelShape(**SMALL).to_config() | {"pad_token_id": 2}
+    assert build_empty(config).get_input_embeddings().padding_idx is None
