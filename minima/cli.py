@@ -1,6 +1,7 @@
 """The `minima` command. Every command imports what it needs when it runs, so help and dry runs know no torch."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -79,6 +80,8 @@ def _stage(options: argparse.Namespace) -> int:
     names = _names(",".join(text for text in (options.stages, *options.overrides) if text and "=" not in text) or None)
     overrides = [text for text in options.overrides if "=" in text]
     launch = read_launch()
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("minima").setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
     try:
         path = find_recipe(options.recipe)
         run_alone(load_recipe(path, overrides), path, names, launch, _write)

@@ -14,9 +14,10 @@ import numpy as np
 from minima.data.documents import HeldOut, Rejected
 from minima.data.encoding import EncodingPool
 from minima.data.mixture import SourceStream, mix, read_shuffled
-from minima.data.packing import StoreWriter, disk_full_named
+from minima.data.packing import StoreWriter
 from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
+from minima.disk import disk_full_named
 from minima.errors import DataError
 from minima.recipe.data import Source, TokenizerTraining
 from minima.recipe.schema import BuildData

@@ -1,12 +1,10 @@
 """Documents -> blocks: the writer of a token store."""
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -14,28 +12,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from minima.data.store import FORMAT, INDEX, STARTS_DTYPE, token_dtype
-from minima.errors import DiskFull
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def disk_full_named(folder: Path) -> Iterator[None]:
-    """Turn the operating system's "no space" errors into one that says what to do.
-
-    Raises:
-        DiskFull: something inside ran out of space, quota or file size.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise DiskFull(
-            f"no space left while writing {folder} ({error.strerror})",
-            "what was written so far is removed; nothing half-finished is published",
-            "free some space (the dry run says how much is needed) or give the run another output folder",
-        ) from error
+from minima.disk import disk_full_named
 
 
 class _HashedFile:

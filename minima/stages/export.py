@@ -1,6 +1,5 @@
 """The export stage: a trained model as a folder that plain transformers loads, checked before it is published."""
 
-import errno
 import json
 import logging
 import os
@@ -13,11 +12,12 @@ import psutil
 import torch
 from torch import Tensor
 
+from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
-from minima.errors import CheckpointError, DiskFull, MinimaError
+from minima.errors import CheckpointError, MinimaError
 from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
 from minima.models.legacy_config import tokenizer_with_4x_names
 from minima.models.stock import DTYPES
@@ -118,7 +118,7 @@ def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: tor
     for name in ("bos_token_id", "eos_token_id"):  # a padding token would freeze its row of the embedding
         if config.get(name) is None and name in tokens:
             config[name] = tokens[name]
-    try:
+    with disk_full_named(partial):
         written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
         check_hashes(trained, written, partial)
         stated = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
@@ -126,14 +126,6 @@ def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: tor
         _write_json(partial / "generation_config.json", generation)
         if model.tokenizer is not None:
             copy_tokenizer(model.tokenizer, partial)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DiskFull(
-            f"no space left for {partial}",
-            "the model is written whole beside what it was trained from",
-            "free some space or choose another `output`, then run the same command again",
-        ) from error
 
 
 def check_hashes(trained: dict[str, str], written: dict[str, str], folder: Path) -> None:

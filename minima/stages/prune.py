@@ -1,7 +1,6 @@
 """The prune stage: measure what matters, choose what stays, write the smaller model."""
 
 import logging
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from minima.batch import Batch, make_batch
-from minima.data.packing import disk_full_named
 from minima.data.sampler import BlockSampler
 from minima.data.store import TokenStore
+from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
@@ -176,17 +174,11 @@ def batches(
 
 @contextmanager
 def _whole_or_gone(folder: Path) -> Iterator[None]:
-    """Begin without the folder, and leave none behind when writing it fails; a full disk is told as such."""
+    """Begin without the folder, and leave none behind when writing it fails."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with disk_full_named(folder):
-            try:
-                yield
-            except SafetensorError as error:  # it wraps the operating system's errors in text of its own
-                number = re.search(r"os error (\d+)", str(error))
-                if number is None:
-                    raise
-                raise OSError(int(number[1]), str(error)) from error
+            yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,9 +1,7 @@
 """Checkpoints on disk: complete or not there, each file with its checksum."""
 
-import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -12,12 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from minima.disk import is_no_space
 from minima.engine import distributed
-from minima.errors import CheckpointError, DiskFull, StoreCorrupted
+from minima.errors import CheckpointError, DiskFull, MinimaError, StoreCorrupted
 
 FORMAT = "minima-checkpoint-1"
 MARKER = "checkpoint.json"  # written last: a checkpoint without it does not count
-logger = logging.getLogger("minima.checkpoint")
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -78,25 +76,27 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    failure, hashes = None, {}
+    failure: str | None = None
+    full, hashes = False, {}
     try:
         for path in write_files(partial):
             _sync(path)
             hashes[path.name] = file_sha256(path)
     except (OSError, SafetensorError) as error:
-        failure = f"{error}"
-    reports = distributed.gather_objects((failure, hashes))  # also the barrier after the last file
+        failure, full = str(error), is_no_space(error)
+    reports = distributed.gather_objects((failure, full, hashes))  # also the barrier after the last file
     failures = [f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0] is not None]
+    full = any(report[1] for report in reports)
     if not failures and distributed.is_main():
         try:
-            _complete(partial, final, facts, {name: digest for _, files in reports for name, digest in files.items()})
+            _complete(partial, final, facts, {name: digest for *_, files in reports for name, digest in files.items()})
         except OSError as error:
-            failures = [f"rank 0: {error}"]
-    failures = distributed.broadcast_object(failures)
+            failures, full = [f"rank 0: {error}"], is_no_space(error)
+    failures, full = distributed.broadcast_object((failures, full))
     if failures:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot_write(partial, failures)
+        raise _cannot_write(partial, failures, full)
     if distributed.is_main():
         _prune(folder, keep)
     return final
@@ -112,9 +112,9 @@ def _complete(partial: Path, final: Path, facts: dict[str, Any], hashes: dict[st
     _sync(final.parent)
 
 
-def _cannot_write(partial: Path, failures: list[str]) -> Exception:
+def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError:
     why = "the run cannot go on without a place for its checkpoints; those that were complete before still are"
-    if any(os.strerror(errno.ENOSPC) in failure for failure in failures):
+    if full:
         return DiskFull(
             f"no space left for {partial}: {'; '.join(failures)}",
             why,

@@ -69,7 +69,7 @@ def test_loss_is_what_transformers_says():
 
 
 def test_agreement_is_the_dense_one():
-    student, teacher, store = PlainHost(3), PlainHost(2), Blocks()
+    student, teacher, store = PlainHost(3), PlainHost(5), Blocks()
     scores = evaluate(student, store, teacher=teacher, micro_batch_sequences=2)
     tokens_BT = torch.from_numpy(store.tokens_BT)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_model_agrees_with_itself():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_ranks_and_micro_batch_do_not_change_the_result(monkeypatch, world_size, micro_batch):
-    student, teacher, store = PlainHost(3), PlainHost(2), Blocks()
+    student, teacher, store = PlainHost(3), PlainHost(5), Blocks()
     expected = evaluate(student, store, teacher=teacher, micro_batch_sequences=7)
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
     shares: list[torch.Tensor] = []

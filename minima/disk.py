@@ -1,0 +1,42 @@
+"""A full disk, told as what it is."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minima.errors import DiskFull
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Whether an error says that space, quota or file size ran out.
+
+    safetensors wraps the operating system's errors in a class of its own, with the number in its text.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    number = re.search(r"os error (\d+)", str(error))
+    return number is not None and int(number[1]) in _NO_SPACE
+
+
+@contextmanager
+def disk_full_named(folder: Path) -> Iterator[None]:
+    """Turn "no space" errors into one that says what to do.
+
+    Raises:
+        DiskFull: something inside ran out of space, quota or file size.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_no_space(error):
+            raise
+        raise DiskFull(
+            f"no space left while writing {folder} ({error})",
+            "nothing half-finished is published, and what was finished before still is",
+            "free some space (the dry run says how much is needed) or give the run another output folder, then run the "
+            "same command again",
+        ) from error
