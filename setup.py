@@ -32,10 +32,10 @@ setup(
     },
     entry_points={"console_scripts": ["minima = minima.cli:main"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "deepspeed>=0.19.4",
-        "transformers>=4.57",
-        "datasets>=3.0",
+        "transformers>=5.0",
+        "datasets>=4.0",
         "sentencepiece>=0.2",
         "protobuf",
         "pydantic>=2.8",
@@ -44,6 +44,7 @@ setup(
         "tensorboard>=2.16",
         "huggingface_hub",
         "numpy",
+        "psutil",
         "pyarrow",
     ],
     extras_require={

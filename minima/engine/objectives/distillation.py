@@ -35,6 +35,7 @@ class Distillation:
     ) -> None:
         assert (teacher is None) == (soft_weight == 0), "a teacher that has no say would run for nothing"
         self.teacher = teacher
+        self.teacher_head_VE = None if teacher is None else teacher.head_VE  # gathered here, outside any forward
         self.hard_weight, self.soft_weight, self.temperature = hard_weight, soft_weight, temperature
         self.chunk_tokens = chunk_tokens
 
@@ -49,7 +50,7 @@ class Distillation:
     def __call__(self, model: PreTrainedModel, batch: Batch) -> LossSum:
         hidden_ND = hidden_states(model, batch.input_ids_BT).flatten(0, 1)
         labels_N = batch.labels_BT.flatten()
-        if self.teacher is None:
+        if self.teacher_head_VE is None:
             hard = linear_cross_entropy(hidden_ND, head_weight(model), labels_N, chunk_tokens=self.chunk_tokens)
             return LossSum(self.hard_weight * hard.total, hard.count, {"hard": hard.total.detach()})
         assert batch.teacher_hidden_BTE is not None, "prepare() runs first"
@@ -57,7 +58,7 @@ class Distillation:
             hidden_ND,
             head_weight(model),
             batch.teacher_hidden_BTE.flatten(0, 1),
-            self.teacher.head_VE,
+            self.teacher_head_VE,
             labels_N,
             hard_weight=self.hard_weight,
             soft_weight=self.soft_weight,
