@@ -3,16 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minima.report.tables import text_table
+
 # Of a stage's metrics, those that its row shows; all of them are in its manifest.
-_SHOWN = ("documents", "parameters", "tokens", "loss", "held_out_loss", "held_out_tokens")
-_WIDTH = 100  # characters of a row's result
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first row being the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+_SHOWN = ("documents", "parameters", "tokens", "held_out_loss")
 
 
 def run_table(stages: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
@@ -22,26 +16,22 @@ def run_table(stages: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | 
         stages: `stage`, `kind`, `state`, `seconds` and `metrics` of each.
         summary: content of `summary.json`; None while stages are left.
     """
-    rows = [["stage", "kind", "state", "seconds", "result"]]
+    rows = []
     for stage in stages:
         seconds = "" if stage["seconds"] is None else f"{stage['seconds']:.1f}"
-        result = _result(stage["metrics"])
-        rows.append([stage["stage"], stage["kind"], stage["state"], seconds, result])
-    table = aligned(rows)
+        rows.append([stage["stage"], stage["kind"], stage["state"], seconds, _result(stage["metrics"])])
+    table = text_table(rows, ("stage", "kind", "state", "seconds", "result"))
     if summary is None:
         return f"\n{table}\n"
-    return f"\n{table}\n\n{aligned([['summary', 'value'], *flat(summary)])}\n"
+    return f"\n{table}\n\n{text_table(flat(summary), ('summary', 'value'))}\n"
 
 
 def _result(metrics: Mapping[str, Any]) -> str:
+    losses = [value["loss"] for value in metrics.values() if isinstance(value, Mapping) and "loss" in value]
+    if losses:  # an evaluation: one block of numbers for each model
+        return f"{len(losses)} models, loss {number(min(losses))} to {number(max(losses))}"
     shown = [f"{key} {number(metrics[key])}" for key in _SHOWN if isinstance(metrics.get(key), int | float)]
-    if not shown:  # an evaluation: one block of numbers for each model
-        blocks = {
-            key: value["loss"] for key, value in metrics.items() if isinstance(value, Mapping) and "loss" in value
-        }
-        shown = [f"loss of {key} {number(value)}" for key, value in blocks.items()]
-    text = ", ".join(shown)
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
+    return ", ".join(shown)
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:

@@ -11,14 +11,14 @@ def row(name, metrics, state="finished", seconds=1.25):
 
 def test_rows_line_up_and_show_what_counts():
     rows = [
-        row("teacher", {"step": 3, "parameters": 2164416, "loss": 4.51234, "note": "x"}),
+        row("teacher", {"step": 3, "parameters": 2164416, "held_out_loss": 4.51234, "note": "x"}),
         row("quality", {"teacher": {"loss": 4.5}, "student": {"loss": 5.0}}),
         row("minima", {}, "not begun", None),
     ]
     lines = run_table(rows, {"teacher": {"loss": 4.5}, "tokens": 1200, "export": {"minima": "a/b"}}).splitlines()
     assert lines[1].startswith("stage    kind  state      seconds  result")
-    assert lines[3] == "teacher  k     finished   1.2      parameters 2,164,416, loss 4.5123"
-    assert lines[4].endswith("loss of teacher 4.5000, loss of student 5.0000")
+    assert lines[3] == "teacher  k     finished   1.2      parameters 2,164,416, held_out_loss 4.5123"
+    assert lines[4].endswith("2 models, loss 4.5000 to 5.0000")
     assert lines[5] == "minima   k     not begun"
     assert lines[-3:] == ["teacher.loss   4.5000", "tokens         1,200", "export.minima  a/b"]
 
