@@ -52,6 +52,7 @@ setup(
         "mpi": ["mpi4py"],
         "dev": [
             "pytest",
+            "gguf",  # tools/fetch_smollm2.py reads a model from it
             "hypothesis",
             "ruff",
             "mypy",

@@ -7,7 +7,22 @@ set -euo pipefail
 
 ranks=${MINIMA_RANKS:-$(python -c 'from minima.launcher import default_ranks; print(default_ranks())')}
 port=$(python -c 'from minima.launcher import free_port; print(free_port())')
-command=(deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" --no_local_rank
+where=(--num_gpus "$ranks")
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
+  # Told a number of GPUs, deepspeed forgets CUDA_VISIBLE_DEVICES and takes the first ones of the machine.
+  if [[ ! $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+    echo "the deepspeed launcher knows GPUs by number only, not CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES:" \
+      "take launch/torchrun.sh" >&2
+    exit 2
+  fi
+  visible=$(tr -cd , <<<"$CUDA_VISIBLE_DEVICES" | wc -c)
+  if [ "$ranks" -gt $((visible + 1)) ]; then
+    echo "$ranks ranks on the $((visible + 1)) GPUs of CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" >&2
+    exit 2
+  fi
+  where=(--include "localhost:$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+fi
+command=(deepspeed "${where[@]}" --master_addr 127.0.0.1 --master_port "$port" --no_local_rank
   --log_level error --module minima stage "$@")
 printf '+'; printf ' %q' "${command[@]}"; printf '\n'
 exec "${command[@]}"

@@ -179,9 +179,14 @@ def num_accelerators() -> int:
     return len(named)
 
 
-def default_ranks() -> int:
-    """One rank for each GPU; two without one, so that sharding is real."""
-    return num_accelerators() or 2
+def default_ranks(at_most: int | None = None) -> int:
+    """One rank for each GPU; two without one, so that sharding is real.
+
+    Args:
+        at_most: no more ranks than this.
+    """
+    ranks = num_accelerators() or 2
+    return ranks if at_most is None else min(ranks, at_most)
 
 
 def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str]:
@@ -200,7 +205,7 @@ def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
     if not num_accelerators():
-        environment["DS_ACCELERATOR"] = "cpu"
+        environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
     if sys.prefix != sys.base_prefix:  # a private folder, so that no killed build elsewhere leaves its lock here

@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, no GPU unless a test asks, no Hub."""
+"""What all tests share: one thread a process, no GPU (`tests/gpu` starts processes that use it), no Hub."""
 
 import os
 import sys
@@ -13,8 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if not any(Path("/dev").glob("nvidia[0-9]*")):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["DS_ACCELERATOR"] = "cpu"
 if sys.prefix != sys.base_prefix:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])

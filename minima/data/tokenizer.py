@@ -174,6 +174,30 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, fol
         shutil.copyfile(model, folder / "tokenizer.model")
 
 
+def check_same_tokens(data: Path, own: Path, model: str) -> None:
+    """Refuse data whose ids mean something else to the model: another tokenizer may have as many ids.
+
+    Args:
+        data: folder of the tokenizer that the data was made with.
+        own: folder of the model's own.
+        model: what to call the model.
+
+    Raises:
+        TokenizerMismatch: names the first id that differs.
+    """
+    files = [folder / "tokenizer.json" for folder in (data, own)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return
+    pieces = {index: piece for piece, index in load_tokenizer(own).get_vocab().items()}
+    for piece, index in sorted(load_tokenizer(data).get_vocab().items(), key=lambda item: item[1]):
+        if pieces.get(index) != piece:
+            raise TokenizerMismatch(
+                f"id {index} is {piece!r} in the data's tokenizer {data} and {pieces.get(index)!r} in that of {model}",
+                "the model would read other words than the text has",
+                "build the data with the model's own tokenizer (`tokenizer:` of the build_data stage)",
+            )
+
+
 def check_vocabulary(tokenizer_size: int, model_size: int, tokenizer: str, model: str) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for. (More rows than ids is common padding.)
 

@@ -23,10 +23,19 @@ RECIPE_OWNS = (
     "torch_autocast",
     "amp",
     "data_types",
+    "activation_checkpointing",
     "managed_gradient_accumulation",
     "data_efficiency",
     "curriculum_learning",
 )
+
+# What a JSON may set otherwise. DeepSpeed's own lines are silent, since the loop logs.
+_DEFAULTS = {
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "steps_per_print": 2**31,
+    "communication_data_type": "fp32",  # in bf16 a gradient is rounded again for every rank that adds to it
+}
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -48,7 +57,17 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             "the recipe owns batch, clipping, precision, optimiser and schedule; with two owners one silently loses",
             f"remove {'it' if len(owned) == 1 else 'them'} from the JSON and set the stage's keys in the recipe",
         )
-    if config.get("zero_optimization", {}).get("stage") != 3:
+    zero = config.get("zero_optimization", {})
+    offloads = [zero.get(f"offload_{what}") or {} for what in ("param", "optimizer")]
+    unsupported = [key for key in ("mics_shard_size", "zero_hpz_partition_size") if zero.get(key, 1) not in (1, -1)]
+    unsupported += ["offload to nvme"] if any(offload.get("device") == "nvme" for offload in offloads) else []
+    if unsupported:
+        raise DeepSpeedConfigError(
+            f"{path} asks for {', '.join(unsupported)}",
+            "each rank reads its own part of a tensor, and there it holds another part, or none in memory",
+            "remove it; sharding over all ranks and offload to the CPU are supported",
+        )
+    if zero.get("stage") != 3:
         raise DeepSpeedConfigError(
             f"{path} does not set zero_optimization.stage to 3",
             "models are loaded straight into ZeRO-3's shards, so that no rank ever holds a whole one",
@@ -81,17 +100,18 @@ def training_config(path: Path, training: Training, world_size: int) -> dict[str
     Raises:
         DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
     """
-    return read_deepspeed_json(path) | {
-        "train_batch_size": training.batch_sequences,
-        "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
-        "gradient_accumulation_steps": accumulation_steps(training, world_size),
-        "gradient_clipping": training.gradient_clip,
-        "bf16": {"enabled": training.precision == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3 takes bf16 when it is not said
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
+    return (
+        _DEFAULTS
+        | read_deepspeed_json(path)
+        | {
+            "train_batch_size": training.batch_sequences,
+            "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
+            "gradient_accumulation_steps": accumulation_steps(training, world_size),
+            "gradient_clipping": training.gradient_clip,
+            "bf16": {"enabled": training.precision == "bfloat16"},
+            "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3 takes bf16 when it is not said
+        }
+    )
 
 
 def frozen_config(path: Path, *, precision: str, micro_batch_sequences: int = 1) -> dict[str, Any]:
@@ -105,9 +125,12 @@ def frozen_config(path: Path, *, precision: str, micro_batch_sequences: int = 1)
     Raises:
         DeepSpeedConfigError: the JSON sets what the recipe owns.
     """
-    return read_deepspeed_json(path) | {
-        "train_micro_batch_size_per_gpu": micro_batch_sequences,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": precision == "bfloat16"},
-        "steps_per_print": 2**31,
-    }
+    return (
+        _DEFAULTS
+        | read_deepspeed_json(path)
+        | {
+            "train_micro_batch_size_per_gpu": micro_batch_sequences,
+            "gradient_accumulation_steps": 1,
+            "bf16": {"enabled": precision == "bfloat16"},
+        }
+    )

@@ -1,6 +1,9 @@
 """The process group, and the few collectives that the rest of the engine needs."""
 
+import dataclasses
 import datetime
+import logging
+import subprocess
 import warnings
 from typing import Any
 
@@ -10,10 +13,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from minima.errors import MinimaError
 from minima.launcher import Launch, export_launch
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
+logger = logging.getLogger("minima.distributed")
 
 
 def start(launch: Launch) -> None:
@@ -22,18 +27,33 @@ def start(launch: Launch) -> None:
         return
     # Two thousand lines a run about names that DeepSpeed, not we, will have to change.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    export_launch(launch)  # DeepSpeed reads rank and address from the environment only
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(launch.local_rank)
+    on_cpu = accelerator.device_name() == "cpu"
+    # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its number on the machine.
+    index = launch.local_rank if on_cpu else launch.local_rank % accelerator.device_count()
+    export_launch(dataclasses.replace(launch, local_rank=index))  # DeepSpeed reads rank and address from there only
+    if on_cpu:
+        _build_or_do_without()
+    else:
+        accelerator.set_device(index)
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
         verbose=False,
         timeout=TIMEOUT,
         rank=launch.rank,
         world_size=launch.world_size,
     )
+
+
+def _build_or_do_without() -> None:
+    """Without a compiler, gloo carries everything: DeepSpeed would end here for want of its shared-memory op."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    try:
+        builder.load(verbose=False)  # a second where it is built already, as `make install` does
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
+        logger.warning("DeepSpeed's shared-memory op cannot be built, so all goes through gloo, more slowly: %s", error)
 
 
 def stop() -> None:
@@ -80,8 +100,37 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def raise_together(error: MinimaError | None) -> None:
+    """End every rank with the error that one of them met: a rank that raised alone would leave the others waiting.
+
+    Args:
+        error: this rank's, or None.
+    """
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    for met in gather_objects(error):
+        if met is not None:
+            raise met
+
+
+def all_reduce_max(value: float) -> float:
+    """The largest of the ranks' values."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def share() -> tuple[int, int]:
+    """This rank and the number of ranks, for work that is divided; (0, 1) outside of a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Rank 0's value on every rank; without a process group this process's own."""
+    if not dist.is_initialized():
+        return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]

@@ -29,9 +29,10 @@ class Events:
     """What happens between steps; each is called on every rank with the number of finished steps.
 
     Attributes:
-        log: at every `log_every` steps and at the end, with the step's record.
-        evaluate: held-out loss, at every `evaluate_every` steps and at the end; 0 for never.
+        log: at every `log_every` steps, before each checkpoint and at the end, with the steps' record.
         save: a checkpoint, at every `save_every` steps and at the end.
+        evaluate: held-out loss, at every `evaluate_every` steps and at the end; 0 for never. After the checkpoint, so
+            that no step is lost by it.
     """
 
     log: Callable[[int, dict[str, float]], None]
@@ -48,7 +49,7 @@ def train(
     """Train from `first_step` finished steps to the schedule's end.
 
     Raises:
-        NotFinite: a gradient is not finite. The step's update has not happened and the last checkpoint stands.
+        NotFinite: a loss or a gradient is not finite. Its step has changed no weight and the last checkpoint stands.
     """
     meters = Meters(student.device)
     for step in range(first_step, schedule.total_steps):
@@ -64,12 +65,13 @@ def train(
             )
         meters.step(norm, learning_rate, time.perf_counter() - started)
         last = done == schedule.total_steps
-        if last or done % events.log_every == 0:
+        saving = last or done % events.save_every == 0
+        if saving or done % events.log_every == 0:  # sums never cross a checkpoint: a resumed run's lines are the same
             events.log(done, meters.reduce())
+        if saving:
+            events.save(done)
         if events.evaluate_every and (last or done % events.evaluate_every == 0):
             events.evaluate(done)
-        if last or done % events.save_every == 0:
-            events.save(done)
 
 
 def train_step(
@@ -82,7 +84,10 @@ def train_step(
     for window in _windows(micro_batches, objective.window):
         for batch in objective.prepare(window):
             loss = student(objective, batch)
-            student.backward(loss.total / count)
+            # A loss that is not finite on one rank must stop all of them before the update. Without asking the host, it
+            # makes the gradients NaN, which the global norm shows everywhere; a finite one is multiplied by 1.
+            finite = torch.where(torch.isfinite(loss.total.detach()), 1.0, float("nan"))
+            student.backward(loss.total / count * finite)
             meters.add(loss)
             norm = student.step(learning_rate)
     return norm

@@ -1,10 +1,12 @@
 """A stock model built straight into ZeRO-3's shards: each rank reads its own part of every tensor."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,6 +43,28 @@ def _restore_rotary(model: PreTrainedModel) -> None:
             fresh = type(module)(model.config)
             for name, buffer in fresh.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(distributed.device()))
+
+
+def release(root: nn.Module, optimizer: Any = None) -> None:
+    """Give back the memory of a partitioned model whose engine is destroyed, and of DeepSpeed's optimiser.
+
+    DeepSpeed keeps every root that it ever wrapped in a global list, and its caches keep the modules of a model that
+    has run; so the shards, and through each parameter the optimiser with its states, would stay until the process ends.
+    """
+    while root in FWD_MODULE_STACK:
+        FWD_MODULE_STACK.remove(root)
+    for parameter in root.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        parameter.grad = None
+        shard = parameter.__dict__.pop("ds_tensor", None)
+        if shard is not None:
+            shard.data = torch.empty(0, dtype=shard.dtype)
+        parameter.__dict__.pop("_z3_optimizer", None)
+    if optimizer is not None:
+        optimizer.optimizer.state.clear()  # hooks and closures still hold both objects, but no longer their tensors
+        optimizer.optimizer.param_groups.clear()
+        vars(optimizer).clear()
+    gc.collect()
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:

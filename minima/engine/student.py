@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.objectives.objective import Objective
-from minima.engine.sharded import build_sharded, read_shard, sharded_parameters
+from minima.engine.sharded import build_sharded, read_shard, release, sharded_parameters
 from minima.losses import LossSum
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.weights import WeightSource
@@ -133,7 +133,9 @@ class Student:
     def close(self) -> None:
         """Give the engine's memory back."""
         self.engine.destroy()
+        root, optimizer = self._root, self.engine.optimizer
         del self.engine, self._root, self.model
+        release(root, optimizer)
 
 
 def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:

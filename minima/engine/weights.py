@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from minima.engine.checkpoint.shards import CheckpointSource
-from minima.engine.checkpoint.store import complete_steps, step_folder
+from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
+from minima.engine.checkpoint.store import complete_steps, step_folder, verify_together
 from minima.errors import CheckpointError
 from minima.models.weights import FolderSource, WeightSource
 
 
 def open_weights(folder: Path, step: int | None = None) -> WeightSource:
-    """The weights in `folder`.
+    """The weights in `folder`; those of a checkpoint are compared with their checksums first.
+
+    Where there is a process group, every rank has to call it.
 
     Args:
         folder: of a training stage (`checkpoints/`), of a stage that leaves a `model/`, or in Hugging Face's layout.
@@ -17,6 +19,7 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
 
     Raises:
         CheckpointError: there is no such checkpoint, or no weights at all.
+        StoreCorrupted: a file of the checkpoint is damaged.
     """
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir():
@@ -27,7 +30,9 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
                 "weights are read from complete checkpoints only",
                 f"take one of {', '.join(map(str, steps))}" if steps else "train on until the first one is written",
             )
-        return CheckpointSource(step_folder(checkpoints, step if step is not None else steps[-1]))
+        checkpoint = step_folder(checkpoints, step if step is not None else steps[-1])
+        verify_together(checkpoint, prefix=WEIGHTS)
+        return CheckpointSource(checkpoint)
     if step is not None:
         raise CheckpointError(
             f"{folder} has no checkpoints, so none after step {step}",

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minima.errors import ShapeError, UnsupportedFamily
+from minima.errors import CheckpointError, ShapeError, UnsupportedFamily
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
@@ -196,6 +196,7 @@ class ModelShape(BaseModel):
 
         Raises:
             UnsupportedFamily: the `model_type` is not one whose parts are known here.
+            ShapeError: fields are missing, or no model has this shape.
         """
         family = config.get("model_type")
         if family not in FAMILIES:
@@ -207,8 +208,8 @@ class ModelShape(BaseModel):
         names = _NAMES.get(family, _LLAMA_NAMES)
         values = {field: config[name] for field, name in names.items() if config.get(name) is not None}
         values.setdefault("tied", _TIED_BY_DEFAULT[family])
-        if family == "gpt2":
-            values.setdefault("intermediate_size", 4 * config["n_embd"])
+        if family == "gpt2" and "hidden_size" in values:
+            values.setdefault("intermediate_size", 4 * values["hidden_size"])
         rope = config.get("rope_parameters") or {}
         base = rope.get("rope_theta", config.get("rotary_emb_base"))
         if base is not None:
@@ -216,9 +217,48 @@ class ModelShape(BaseModel):
         if family in ("gpt_neox", "gpt2"):
             for field in ("num_key_value_heads", "head_size", "attention_bias"):
                 values.pop(field, None)
-        return cls(family=family, **values)
+        try:
+            return cls(family=family, **values)
+        except ValidationError as error:
+            for problem in error.errors():
+                cause = problem.get("ctx", {}).get("error")
+                if isinstance(cause, ShapeError):
+                    raise cause from None
+            fields = [str(problem["loc"][0]) for problem in error.errors() if problem["loc"]]
+            wrong = ", ".join(names.get(field, field) for field in fields) or "something"
+            raise ShapeError(
+                f"a config.json of model_type {family!r} in which {wrong} is missing or impossible",
+                "the model's shape does not follow from it",
+                "fetch or write the model's folder again",
+            ) from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
-        """The shape in `folder/config.json`."""
-        return cls.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        """The shape in `folder/config.json`.
+
+        Raises:
+            CheckpointError: there is no config.json that can be read.
+            ShapeError: it describes no model.
+        """
+        return cls.from_config(read_config(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `folder/config.json`.
+
+    Raises:
+        CheckpointError: it is missing, or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+        problem = "it is no JSON object"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise CheckpointError(
+        f"{path} cannot be read: {problem}",
+        "without it the model's shape is not known",
+        "give a folder in Hugging Face's layout, the name of a stage, or a Hub id",
+    )

@@ -22,16 +22,27 @@ def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> P
     """A stock model whose weights are still to be filled in, on the current default device.
 
     It knows no padding token: where a configuration pads with the end token, `nn.Embedding` would never train its row.
+    Nothing drops out, whatever an old configuration says: a step's result would depend on how it is cut among ranks.
 
     Args:
         config: content of a `config.json`.
         dtype: of every parameter.
     """
     fields = {name: value for name, value in config.items() if name != "pad_token_id"}
+    stock = stock_config(fields)
+    for name in stock.to_dict():
+        if name.endswith(("dropout", "_pdrop")):
+            setattr(stock, name, 0.0)
     with no_init_weights():  # every weight is filled in afterwards; under ZeRO-3 there would be none here to initialise
-        model = AutoModelForCausalLM.from_config(stock_config(fields), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(stock, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     return model
+
+
+def architecture(config: dict[str, Any]) -> str:
+    """Name of the stock class, by which other programs that read a `config.json` choose theirs."""
+    stock_class: Any = AutoModelForCausalLM._model_mapping[type(stock_config(config))]
+    return stock_class.__name__
 
 
 def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

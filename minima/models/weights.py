@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minima.errors import CheckpointError
 from minima.models.legacy_config import stored_name, with_4x_names
-from minima.models.stock import parameter_shapes
+from minima.models.shape import read_config
+from minima.models.stock import architecture, parameter_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -71,6 +72,7 @@ class RandomSource:
         self.config = config
         self.seed = seed
         self._shapes = parameter_shapes(config)
+        self._last: tuple[str, Tensor] | None = None  # parts of one tensor are asked for one after the other
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -79,6 +81,11 @@ class RandomSource:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._draw(name)
+        return self._last[1]
+
+    def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -100,14 +107,7 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config_path = folder / "config.json"
-        if not config_path.is_file():
-            raise CheckpointError(
-                f"no config.json in {folder}",
-                "without it the model's shape is not known",
-                "give a folder in Hugging Face's layout, the name of a stage, or a Hub id",
-            )
-        self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = read_config(folder)
         self._shapes = parameter_shapes(self.config)
         stored = self._stored_files()
         prefix = self._prefix(set(stored))
@@ -127,7 +127,14 @@ class FolderSource:
     def _stored_files(self) -> dict[str, Path]:
         index, single = self.folder / INDEX_NAME, self.folder / "model.safetensors"
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{index} cannot be read: {error!r}",
+                    "it says which file holds which tensor",
+                    "fetch or write the folder again",
+                ) from error
             return {name: self.folder / file for name, file in weight_map.items()}
         if not single.is_file():
             pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
@@ -248,6 +255,7 @@ def write_folder(
         pending_bytes += size
         total_bytes += size
     flush()
+    config = {"architectures": [architecture(config)]} | config
     full_config = with_4x_names(config | {"dtype": str(written_dtype).removeprefix("torch.")})
     config_path = folder / "config.json"
     config_path.write_text(json.dumps(full_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -149,6 +149,7 @@ class Recipe(Strict):
         output: the run's folder; relative to where the command runs.
         launcher: which `launch/X.sh` starts the stages.
         ranks: processes on this machine; one for each GPU, or 2 without a GPU, when not given.
+        max_ranks: no more than this many where `ranks` is not given; for runs too small to be shared by all GPUs.
         stages: in the order in which they run; each reads earlier ones by name.
         summary: what `summary.json` holds: nested names, each a `STAGE.metric.path`, or a list of them to average.
     """
@@ -157,6 +158,7 @@ class Recipe(Strict):
     output: str | None = None
     launcher: Literal["local", "deepspeed", "torchrun"] = "deepspeed"
     ranks: int | None = Field(default=None, gt=0)
+    max_ranks: int | None = Field(default=None, gt=0)
     stages: list[AnyStage] = Field(min_length=1)
     summary: dict[str, Any] = {}
 

@@ -12,7 +12,7 @@ from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Distil
 from minima.stages.context import StageContext
-from minima.stages.origin import check_fit, open_origin
+from minima.stages.origin import check_fit, check_tokens, open_origin
 from minima.stages.training import run_training
 
 RANKS = True
@@ -33,6 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     def objective(data: Path) -> Objective:
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
+        check_tokens(data, teacher)
         precision = stage.teacher_precision or stage.precision
         config = frozen_config(
             context.deepspeed_json(stage.teacher_deepspeed),

@@ -5,18 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
 from minima.evaluation.held_out import evaluate
+from minima.models.shape import ModelShape
 from minima.models.weights import WeightSource
 from minima.recipe.schema import Evaluate
 from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
+from minima.stages.origin import check_fit, open_store
 
 RANKS = True
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
@@ -35,12 +36,13 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     stage = context.stage
     assert isinstance(stage, Evaluate)
-    store = TokenStore.open(context.data(stage.data) / "held_out")
+    store = open_store(context.data(stage.data) / "held_out")
     scores: dict[str, Any] = {}
     progress = Progress(stage.name, len(stage.models))
     with _teacher(context, stage) as teacher:
         for name in stage.models:
             with _host(context, stage, name, teacher) as (source, host):
+                check_fit(ModelShape.from_config(source.config), store, name)
                 held_out = evaluate(
                     host,
                     store,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from minima.disk import disk_full_named
@@ -31,6 +32,7 @@ from minima.stages.evaluate import count_parameters
 RANKS = True
 TOKENIZER_FILES = (
     "tokenizer*",
+    "spiece.model",
     "chat_template*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -165,9 +167,11 @@ def _compare_logits(
     context: StageContext, stage: Export, source: WeightSource, partial: Path, dtype: torch.dtype
 ) -> dict[str, float]:
     """Largest logit difference by how the folder was loaded."""
-    fits = count_parameters(source) * 4 <= _HOST_SHARE * psutil.virtual_memory().total
+    parameters = count_parameters(source)
+    # One rank decides: hosts of different dtypes on different nodes would wait for each other for ever.
+    fits, exact = distributed.broadcast_object((fits_host(parameters), fits_devices(parameters)))
     # Float32 shows the smallest mistake; where the model is large, its own dtype has to do.
-    precision = "float32" if fits or dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    precision = "float32" if exact or dtype == torch.float16 else str(dtype).removeprefix("torch.")
     batch = probe_batch(source.config)
     config = frozen_config(context.deepspeed_json(stage.deepspeed), precision=precision)
     logits = []
@@ -186,6 +190,28 @@ def _compare_logits(
         return differences
 
     return _on_main(compare)
+
+
+def fits_host(parameters: int) -> bool:
+    """Whether plain transformers may load so many float32 parameters into half of this host's memory."""
+    return parameters * 4 <= _HOST_SHARE * host_memory_bytes()
+
+
+def fits_devices(parameters: int) -> bool:
+    """Whether the hosts' shards may be float32: half of what all ranks have on their devices, or of this host."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return fits_host(parameters)
+    return parameters * 4 <= _HOST_SHARE * accelerator.total_memory() * distributed.world_size()
+
+
+def host_memory_bytes() -> int:
+    """This host's memory, or the share of it that a container or a job is held to."""
+    limits = [psutil.virtual_memory().total]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits)
 
 
 def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, differences: dict[str, float]) -> dict[str, Any]:

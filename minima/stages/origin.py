@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minima.data.store import TokenStore
-from minima.data.tokenizer import check_vocabulary
+from minima.data.tokenizer import check_same_tokens, check_vocabulary
+from minima.engine import distributed
 from minima.engine.weights import open_weights
-from minima.errors import ShapeError
+from minima.errors import MinimaError, ShapeError
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.recipe.base import ModelInput
@@ -54,17 +55,58 @@ def open_origin(context: StageContext, model: ModelInput, seed: int) -> Origin:
     return Origin(source, resolved.name, resolved.tokenizer)
 
 
-def check_fit(shape: ModelShape, store: TokenStore, model: str) -> None:
+def open_store(folder: Path) -> TokenStore:
+    """A token store whose bytes are those that were written; every rank calls it, and they share the reading.
+
+    Raises:
+        DataError: there is no store.
+        StoreCorrupted: a file is missing or damaged; names it.
+    """
+    error: MinimaError | None = None
+    store = None
+    try:
+        store = TokenStore.open(folder)
+        store.verify(*distributed.share())
+    except MinimaError as found:
+        error = found
+    distributed.raise_together(error)
+    assert store is not None
+    return store
+
+
+def check_tokens(data: Path, origin: Origin) -> None:
+    """Refuse data that was made with another tokenizer than the model's own; every rank calls it.
+
+    Raises:
+        TokenizerMismatch: names the first id that differs.
+    """
+    error: MinimaError | None = None
+    if origin.tokenizer is not None and distributed.share()[0] == 0:
+        try:
+            check_same_tokens(data / "tokenizer", origin.tokenizer, origin.identity)
+        except MinimaError as found:
+            error = found
+    distributed.raise_together(error)
+
+
+def check_fit(shape: ModelShape, store: TokenStore, model: str, sequence_length: int | None = None) -> None:
     """Refuse data that the model cannot read.
+
+    Args:
+        shape: of the model.
+        store: the data.
+        model: what to call the model.
+        sequence_length: tokens of a block that are used; all when not given.
 
     Raises:
         TokenizerMismatch: the store has token ids that the model does not know.
         ShapeError: its blocks are longer than the model's positions.
     """
     check_vocabulary(store.vocabulary_size, shape.vocabulary_size, str(store.folder), model)
-    if store.sequence_length > shape.max_positions:
+    length = sequence_length or store.sequence_length
+    if length > shape.max_positions:
         raise ShapeError(
-            f"blocks of {store.sequence_length} tokens for {model}, made for {shape.max_positions} positions",
+            f"blocks of {length} tokens for {model}, made for {shape.max_positions} positions",
             "beyond them its positions mean nothing to it",
             f"build the data with sequence_length {shape.max_positions} or less",
         )

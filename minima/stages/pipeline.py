@@ -45,7 +45,7 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
     recipe = load_recipe(recipe_path, overrides)
     stages = select(recipe, names)
     folder = output_folder(recipe)
-    ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks())
+    ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     check_stages(recipe, recipe_path, stages, folder, ranks)
     with run_lock(folder) as lock:

@@ -31,7 +31,7 @@ class _Preview:
 
     def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
         self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
-        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks())
+        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
         self.shapes: dict[str, ModelShape] = {}
 
     def stage(self, stage: AnyStage) -> StagePreview:

@@ -19,17 +19,19 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.errors import ShapeError
+from minima.launcher import terminal_columns
 from minima.models.families import family_of, shape_of
 from minima.models.shape import ModelShape
-from minima.models.weights import WeightSource, write_folder
+from minima.models.weights import write_folder
 from minima.pruning.importance import Scores, importance, magnitude, model_identity, random
 from minima.pruning.selection import Selection, select
 from minima.pruning.surgery import PrunedSource
 from minima.pruning.target import TargetPlan, check_depth, check_norm_compensation, plan_target
 from minima.recipe.schema import Prune
+from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
-from minima.stages.origin import check_fit, open_origin
+from minima.stages.origin import Origin, check_fit, check_tokens, open_origin, open_store
 
 RANKS = True
 SCORES = "scores.safetensors"
@@ -62,7 +64,7 @@ def run(context: StageContext) -> dict[str, Any]:
         family_of(shape.family).locate(name)  # raises for a tensor that could not be cut
 
     started = time.monotonic()
-    scores = _scores(context, stage, source, shape)
+    scores = _scores(context, stage, origin, shape)
     seconds = time.monotonic() - started
     if not distributed.is_main():
         return {}
@@ -71,7 +73,6 @@ def run(context: StageContext) -> dict[str, Any]:
     pruned = PrunedSource(source, chosen, stage.norm_compensation)
     folder = context.folder / "model"
     with _whole_or_gone(folder):
-        scores.save(context.folder / SCORES)
         write_folder(folder, pruned.config, ((name, pruned.read(name)) for name in pruned.names()))
         tokenizer = origin.tokenizer
         if tokenizer is None and stage.data is not None:
@@ -92,12 +93,29 @@ def run(context: StageContext) -> dict[str, Any]:
     return metrics
 
 
-def _scores(context: StageContext, stage: Prune, source: WeightSource, shape: ModelShape) -> Scores | None:
-    """Scores on rank 0; None on the others where they have nothing to do for them."""
+def _scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelShape) -> Scores | None:
+    """Scores on rank 0, saved before anything is cut; those of an earlier start of this stage, where it left any."""
+    path, source = context.folder / SCORES, origin.source
+    if distributed.broadcast_object(path.is_file()):  # settings and inputs are the same, or the start was refused
+        return Scores.load(path, kind=stage.score, model=model_identity(source)) if distributed.is_main() else None
+    scores = _new_scores(context, stage, origin, shape)
+    if distributed.is_main():
+        assert scores is not None
+        with disk_full_named(context.folder):
+            scores.save(path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+    return scores
+
+
+def _new_scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelShape) -> Scores | None:
+    unused = {"sequences", "micro_batch_sequences", "sequence_length"} & stage.model_fields_set
+    if unused and (stage.scores is not None or stage.score != "gradient"):
+        logger.warning("%s: %s not used: no data is read for its scores", stage.name, ", ".join(sorted(unused)))
     if stage.score == "gradient" and stage.scores is None:
-        return _measure(context, stage, source, shape)
+        return _measure(context, stage, origin, shape)
     if not distributed.is_main():
         return None
+    source = origin.source
     identity = model_identity(source)
     if stage.scores is not None:
         return Scores.load(context.scores(stage.scores) / SCORES, kind=stage.score, model=identity)
@@ -106,10 +124,11 @@ def _scores(context: StageContext, stage: Prune, source: WeightSource, shape: Mo
     return random(shape, stage.seed, identity=identity)
 
 
-def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: ModelShape) -> Scores:
+def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelShape) -> Scores:
     assert stage.data is not None
-    store = TokenStore.open(context.data(stage.data) / "train")
-    check_fit(shape, store, stage.model.source or "random weights")
+    source, data = origin.source, context.data(stage.data)
+    store = open_store(data / "train")
+    check_fit(shape, store, stage.model.source or "random weights", stage.sequence_length)
     length = stage.sequence_length or store.sequence_length
     if length > store.sequence_length:
         raise ShapeError(
@@ -117,6 +136,7 @@ def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: M
             "a block can be cut shorter, not made longer",
             f"choose at most {store.sequence_length}, or leave it out",
         )
+    check_tokens(data, origin)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),
         precision=stage.precision,
@@ -127,15 +147,18 @@ def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: M
         return importance(
             host.run,
             host.model,
-            batches(
-                store,
-                seed=stage.seed,
-                sequences=stage.sequences,
-                micro_batch_sequences=stage.micro_batch_sequences,
-                sequence_length=length,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                device=host.device,
+            _shown(
+                stage,
+                batches(
+                    store,
+                    seed=stage.seed,
+                    sequences=stage.sequences,
+                    micro_batch_sequences=stage.micro_batch_sequences,
+                    sequence_length=length,
+                    rank=distributed.rank(),
+                    world_size=distributed.world_size(),
+                    device=host.device,
+                ),
             ),
             shape,
             identity=model_identity(source),
@@ -144,6 +167,18 @@ def _measure(context: StageContext, stage: Prune, source: WeightSource, shape: M
         )
     finally:
         host.close()
+
+
+def _shown(stage: Prune, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same micro-batches, with a line for the person who waits, about ten in all."""
+    turns = -(-stage.sequences // (stage.micro_batch_sequences * distributed.world_size()))
+    progress = Progress(stage.name, turns, columns=terminal_columns())
+    for turn, batch in enumerate(micro_batches):
+        if turn and turn % max(1, turns // 10) == 0 and distributed.is_main():
+            progress.update(turn, {"importance of": f"{turn * stage.micro_batch_sequences:,} sequences a rank"})
+        yield batch
+    if distributed.is_main():
+        progress.close()
 
 
 def batches(

@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 
-from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.engine.deepspeed_config import training_config
 from minima.engine.loop import train
 from minima.engine.objectives.objective import Objective
 from minima.engine.schedule import Schedule
 from minima.engine.student import Student
-from minima.errors import RecipeError
+from minima.errors import DataError, RecipeError
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Adapt, Distil
 from minima.stages.context import StageContext
 from minima.stages.feed import Feed
-from minima.stages.origin import check_fit, open_origin
+from minima.stages.origin import check_fit, check_tokens, open_origin, open_store
 from minima.stages.training_run import TrainingRun
 
 
@@ -44,10 +43,17 @@ def run_training(
         The stage's metrics.
     """
     data = context.data(stage.data)
-    store, held_out = TokenStore.open(data / "train"), TokenStore.open(data / "held_out")
+    store, held_out = open_store(data / "train"), open_store(data / "held_out")
     origin = open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
     check_fit(shape, store, origin.identity)
+    check_tokens(data, origin)
+    if stage.evaluate_every_steps and not len(held_out):
+        raise DataError(
+            f"stage {stage.name!r} evaluates every {stage.evaluate_every_steps} steps, but {held_out.folder} is empty",
+            "there is no text that it was not trained on",
+            "raise held_out_fraction of the build_data stage, or set evaluate_every_steps: 0",
+        )
     total_steps = stage.total_steps(store.sequence_length, len(store))
     if total_steps == 0:
         raise RecipeError(
@@ -84,7 +90,10 @@ def run_training(
         shutil.copytree(data / "tokenizer", context.folder / "tokenizer", dirs_exist_ok=True)
     try:
         run.start(first_step, total_steps)
+        distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
         train(student, objective, batches, schedule, run.events(), first_step)
+        if stage.evaluate_every_steps and not run.evaluated:  # ended between the last checkpoint and its evaluation
+            run.evaluate(total_steps)
         return run.metrics()
     finally:
         run.close()

@@ -52,9 +52,10 @@ class TrainingRun:
     def resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the finished steps."""
         steps = complete_steps(self.context.folder / "checkpoints")
-        if not steps:
+        newest = distributed.broadcast_object(steps[-1] if steps else None)  # another node's view may be older
+        if newest is None:
             return 0
-        facts = load_shards(self.student, step_folder(self.context.folder / "checkpoints", steps[-1]))
+        facts = load_shards(self.student, step_folder(self.context.folder / "checkpoints", newest))
         return facts["step"]
 
     def start(self, first_step: int, total_steps: int) -> None:
@@ -70,7 +71,7 @@ class TrainingRun:
         )
         self.progress = Progress(self.stage.name, total_steps, first_step, columns=terminal_columns())
         parameters = f"{self.shape.parameters:,} parameters"
-        tokens = f"{total_steps * self.stage.batch_sequences * self.store.sequence_length:,} tokens"
+        tokens = f"{self._seen(total_steps)['tokens']:,} tokens"
         self.progress.note(f"{parameters}, {total_steps:,} steps, {tokens}")
         if first_step:
             self.progress.note(f"resuming after step {first_step}")
@@ -97,11 +98,10 @@ class TrainingRun:
             "step": step,
             **record,
             "valid_tokens": int(valid),
-            "sequences": step * self.stage.batch_sequences,
-            "tokens": step * self.stage.batch_sequences * self.store.sequence_length,
+            **self._seen(step),
             "tokens_per_second": speed,
             "model_flops_per_second": speed * self.flops_per_token,
-            "memory_bytes": _peak_memory_bytes(),
+            "memory_bytes": int(distributed.all_reduce_max(_peak_memory_bytes())),
         }
         if self.log is not None and self.progress is not None:
             self.log.write(self.last)
@@ -129,8 +129,7 @@ class TrainingRun:
         facts = {
             "step": step,
             "optimizer_steps": step,
-            "sequences": step * self.stage.batch_sequences,
-            "tokens": step * self.stage.batch_sequences * self.store.sequence_length,
+            **self._seen(step),
             "ranks": distributed.world_size(),
             "config": self.student.config,
             "shapes": shapes(self.student),
@@ -138,6 +137,12 @@ class TrainingRun:
         }
         folder = self.context.folder / "checkpoints"
         write_checkpoint(folder, step, lambda path: save_shards(self.student, path), facts, self.stage.keep_checkpoints)
+
+    def _seen(self, step: int) -> dict[str, int]:
+        """Sequences and tokens after `step` steps; those that fill up the last step are none."""
+        length = self.store.sequence_length
+        sequences = min(step * self.stage.batch_sequences, self.stage.total_sequences(length, len(self.store)))
+        return {"sequences": sequences, "tokens": sequences * length}
 
     def metrics(self) -> dict[str, Any]:
         """What the manifest says."""
@@ -157,7 +162,7 @@ class TrainingRun:
 
 
 def _peak_memory_bytes() -> int:
-    """The accelerator's peak on this rank; on a CPU the process's."""
+    """This rank's peak: the accelerator's, on a CPU the process's."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

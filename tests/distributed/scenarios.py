@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -137,41 +138,89 @@ def checkpoint_weights(folder: Path) -> Any:
     return {"held": held, "stored": {name: tensor_sha256(source.read(name)) for name in source.names()}}
 
 
+class NanTeacher(Distillation):
+    """Says NaN in the first micro-batch of step 3 (two a step on each rank)."""
+
+    calls = 0
+
+    def prepare(self, batches):
+        self.calls += 1
+        prepared = super().prepare(batches)
+        if self.calls == 5:
+            prepared[0].teacher_hidden_BTE[0, 0, 0] = float("nan")
+        return prepared
+
+
+class InfiniteLoss(Distillation):
+    """A loss that is infinite on rank 0 alone at step 3, with gradients that are finite."""
+
+    calls = 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        loss = super().__call__(model, batch)
+        if self.calls == 5 and distributed.rank() == 0:
+            return loss._replace(total=loss.total + float("inf"))
+        return loss
+
+
 def not_finite(folder: Path) -> Any:
-    """A teacher that says NaN at step 3: the run ends there and no weight has moved since."""
-    settings = training()
+    """A run that meets bad numbers at step 3: it ends there, and no weight has moved since step 2."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        for kind in (NanTeacher, InfiniteLoss):
+            settings = training(precision=precision)
+            student, host = new_student(settings), teacher_host(precision)
+            before: dict[str, str] = {}
+            feed = TinyFeed(settings.micro_batch_sequences, distributed.rank(), distributed.world_size())
+
+            class Watched:
+                def step(self, step: int, before=before, student=student, feed=feed):
+                    before.clear()
+                    before.update(weight_hashes(student))
+                    return feed.step(step)
+
+            try:
+                run_training(settings, kind(host), student, feed=Watched())
+                error = ""
+            except NotFinite as caught:
+                error = str(caught)
+            unchanged = before == weight_hashes(student)
+            found[f"{kind.__name__}-{precision}"] = {"error": error, "unchanged": unchanged}
+            student.close()
+            host.close()
+    return found
+
+
+def closing(folder: Path) -> Any:
+    """Whether shards, master weights and Adam's states are gone once an engine is closed."""
+    settings = training(steps=1)
     student, host = new_student(settings), teacher_host()
+    run_training(settings, Distillation(host), student)
+    optimizer = student.engine.optimizer
+    watched = {
+        "master": weakref.ref(optimizer.fp32_partitioned_groups_flat[0]),
+        "moment": weakref.ref(next(iter(optimizer.optimizer.state.values()))["exp_avg"]),
+    }
+    shards = [parameter.ds_tensor for owner in (student, host) for _, parameter in sharded_parameters(owner.model)]
+    del optimizer
+    student.close()
+    host.close()
+    held = {name: reference() is not None for name, reference in watched.items()}
+    return held | {"shards": any(shard.numel() for shard in shards)}
 
-    class Poisoned(Distillation):
-        calls = 0
 
-        def prepare(self, batches):
-            self.calls += 1
-            prepared = super().prepare(batches)
-            if self.calls == 5:  # two micro-batches a step on each rank: the first of step 3
-                prepared[0].teacher_hidden_BTE[0, 0, 0] = float("nan")
-            return prepared
-
-    class Spy:
-        hashes: dict[int, dict[str, str]] = {}
-
-        def save(self, step: int) -> None:
-            self.hashes[step] = weight_hashes(student)
-
-    before: dict[str, str] = {}
-    feed = TinyFeed(settings.micro_batch_sequences, distributed.rank(), distributed.world_size())
-
-    class Watched:
-        def step(self, step: int):
-            before.clear()
-            before.update(weight_hashes(student))
-            return feed.step(step)
-
-    try:
-        run_training(settings, Poisoned(host), student, feed=Watched())
-    except NotFinite as error:
-        return {"error": str(error), "unchanged": before == weight_hashes(student)}
-    return {"error": None}
+def distillation_alone(folder: Path) -> Any:
+    """On one rank: eight micro-batches of one sequence, and one of eight."""
+    found = {}
+    for micro_batch in (1, 8):
+        settings = training(micro_batch_sequences=micro_batch)
+        student, host = new_student(settings), teacher_host()
+        objective = Distillation(host, hard_weight=0.3, soft_weight=0.7, temperature=2.0, chunk_tokens=5)
+        found[str(micro_batch)] = run_training(settings, objective, student)
+        student.close()
+        host.close()
+    return found
 
 
 def rotary(folder: Path) -> Any:

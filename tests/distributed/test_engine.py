@@ -26,16 +26,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    names = [
-        "language_modelling",
-        "distillation",
-        "resume",
-        "checkpoint_weights",
-        "not_finite",
-        "rotary",
-        "bfloat16_start",
-    ]
+    names = ["language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary", "closing"]
     return run_scenarios([*names, "bfloat16_start"], folder)
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks, folder):
+    return run_scenarios(["load_elsewhere", "distillation_alone"], folder, world_size=1)
 
 
 def expect_same(found: list[dict], wanted: list[dict], per_step: float = PER_STEP, mean: float = MEAN) -> None:
@@ -60,6 +57,11 @@ def test_distillation_equals_a_plain_process_however_the_batch_is_cut(two_ranks,
     assert 0 < record["kl"] < record["soft"] / 4  # the soft part is temperature^2 x (KL + the teacher's entropy)
 
 
+@pytest.mark.parametrize("micro_batch", ["1", "8"])
+def test_one_rank_and_one_or_eight_micro_batches_are_the_same_too(one_rank, micro_batch):
+    expect_same(one_rank["distillation_alone"][micro_batch], plain_training(training(), 0.3, 0.7, 2.0))
+
+
 def test_clipping_and_the_uneven_batch_really_happen(two_ranks):
     records = two_ranks["language_modelling"]
     assert all(record["gradient_norm"] > training().gradient_clip for record in records)
@@ -78,8 +80,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(two_ranks, precision):
     assert run["resumed_weights"] == run["whole_weights"]
 
 
-def test_another_number_of_ranks_goes_on_from_the_same_files(two_ranks, folder):
-    alone = run_scenarios(["load_elsewhere"], folder, world_size=1)["load_elsewhere"]
+def test_another_number_of_ranks_goes_on_from_the_same_files(two_ranks, one_rank):
+    alone = one_rank["load_elsewhere"]
     whole = two_ranks["resume"]["float32"]["whole"][3:]
     assert alone[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-7)
     expect_same(alone, whole)
@@ -96,10 +98,16 @@ def open_weights_of(checkpoints):
     return CheckpointSource(step_folder(checkpoints, complete_steps(checkpoints)[-1]))
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update(two_ranks):
-    found = two_ranks["not_finite"]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["NanTeacher", "InfiniteLoss"])
+def test_bad_numbers_on_one_rank_stop_all_before_the_update(two_ranks, kind, precision):
+    found = two_ranks["not_finite"][f"{kind}-{precision}"]
     assert found["error"].startswith("step 3:") and "last checkpoint" in found["error"]
     assert found["unchanged"]
+
+
+def test_a_closed_engine_leaves_nothing_in_memory(two_ranks):
+    assert two_ranks["closing"] == {"master": False, "moment": False, "shards": False}
 
 
 def test_rotary_frequencies_stay_float32_under_bfloat16(two_ranks):
@@ -131,6 +139,14 @@ def test_a_flipped_byte_in_a_checkpoint_is_found_and_named(two_ranks, folder):
     save_file(tensors, path)
     with pytest.raises(StoreCorrupted, match=path.name):
         verify_checkpoint(checkpoint)
+    weights = sorted(checkpoint.glob("weights-*"))[0]
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (checkpoint.parent / "stage").mkdir()
+    (checkpoint.parent / "stage" / "checkpoints").symlink_to(checkpoint.parent)
+    with pytest.raises(StoreCorrupted, match=weights.name):
+        open_weights(checkpoint.parent / "stage")
 
 
 def test_without_its_marker_a_checkpoint_does_not_count(two_ranks, folder, tmp_path):

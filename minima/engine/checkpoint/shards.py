@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minima.engine import distributed
-from minima.engine.checkpoint.store import read_marker, verify_checkpoint
+from minima.engine.checkpoint.store import read_marker, verify_together
 from minima.engine.sharded import read_shard, shard_range, sharded_parameters
 from minima.engine.student import Student
-from minima.errors import CheckpointError, StoreCorrupted
+from minima.errors import CheckpointError
 
 WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS = "weights", "exp_avg", "exp_avg_sq"
 
@@ -117,7 +117,7 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
             "its tensors do not fit this one",
             "use another output folder, or the recipe that the run was started with",
         )
-    _verify_together(checkpoint, sorted(facts["sha256"]))
+    verify_together(checkpoint)
     optimizer = student.engine.optimizer
     _make_moments(optimizer, facts["optimizer_steps"])
     sources = {kind: CheckpointSource(checkpoint, kind) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}
@@ -131,18 +131,6 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
         states = (checkpoint / f"random-{rank:05d}-of-{ranks:05d}.json").read_text(encoding="utf-8")
         _set_random_states(json.loads(states))
     return facts
-
-
-def _verify_together(checkpoint: Path, files: list[str]) -> None:
-    """The ranks share the reading; damage that one of them finds is an error on all."""
-    error: StoreCorrupted | None = None
-    try:
-        verify_checkpoint(checkpoint, files[distributed.rank() :: distributed.world_size()])
-    except StoreCorrupted as found:
-        error = found
-    for damage in distributed.gather_objects(error):
-        if damage is not None:
-            raise damage
 
 
 def _make_moments(optimizer: Any, steps: int) -> None:

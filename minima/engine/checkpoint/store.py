@@ -72,12 +72,15 @@ def write_checkpoint(
     """
     final = step_folder(folder, step)
     partial = final.with_name(final.name + ".partial")
-    if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
     failure: str | None = None
     full, hashes = False, {}
+    try:
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    except OSError as error:
+        failure, full = str(error), is_no_space(error)
+    distributed.raise_together(None if failure is None else _cannot_write(partial, [failure], full))
     try:
         for path in write_files(partial):
             _sync(path)
@@ -106,8 +109,7 @@ def _complete(partial: Path, final: Path, facts: dict[str, Any], hashes: dict[st
     marker = partial / MARKER
     marker.write_text(json.dumps({"format": FORMAT, **facts, "sha256": hashes}, indent=1), encoding="utf-8")
     _sync(marker)
-    if final.exists():  # the same step, saved before a run went back to an earlier one
-        shutil.rmtree(final)
+    _remove(final)  # the same step, saved before a run went back to an earlier one
     partial.rename(final)
     _sync(final.parent)
 
@@ -128,7 +130,12 @@ def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError
 def _prune(folder: Path, keep: int) -> None:
     if keep:
         for step in complete_steps(folder)[:-keep]:
-            shutil.rmtree(step_folder(folder, step))
+            _remove(step_folder(folder, step))
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -143,6 +150,22 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_together(checkpoint: Path, prefix: str = "") -> None:
+    """Compare the files whose names begin with `prefix` with their checksums; the ranks share the reading.
+
+    Raises:
+        StoreCorrupted: on every rank, when one of them found a file that is missing or changed; names it.
+    """
+    rank, ranks = distributed.share()
+    error: MinimaError | None = None
+    try:
+        files = sorted(name for name in read_marker(checkpoint)["sha256"] if name.startswith(prefix))
+        verify_checkpoint(checkpoint, files[rank::ranks])
+    except MinimaError as found:
+        error = found
+    distributed.raise_together(error)
 
 
 def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:

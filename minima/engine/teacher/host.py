@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minima.batch import Batch
 from minima.engine import distributed
-from minima.engine.sharded import build_sharded
+from minima.engine.sharded import build_sharded, release
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.weights import WeightSource
 
@@ -91,8 +91,10 @@ class FrozenHost:
     def close(self) -> None:
         """Give the engine's memory back."""
         self._engine.destroy()
+        root = self._root
         del self._engine, self._root, self.model
         self._head_VE = None
+        release(root)
 
 
 def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:

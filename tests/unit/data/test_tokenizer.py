@@ -1,6 +1,7 @@
 """A trained tokenizer gives SentencePiece's ids through transformers, and the text back."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -11,7 +12,13 @@ from tokenizers import Tokenizer
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
 from minima.data.encoding import Batch, Encoder
-from minima.data.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer, train_sentencepiece
+from minima.data.tokenizer import (
+    check_same_tokens,
+    check_vocabulary,
+    load_tokenizer,
+    save_tokenizer,
+    train_sentencepiece,
+)
 from minima.errors import DataError, TokenizerMismatch
 
 ODD = ["", " a", "a  b   c", "x</s>y", "\n\n a\tb", "12345 67", "太宗皇帝", "-----", "\x00", "é\u200b 👍🏽", " ", "  "]
@@ -122,3 +129,16 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
     check_vocabulary(512, 576, "t", "m")  # padded rows
     with pytest.raises(TokenizerMismatch, match=r"513 ids.*512 embedding rows"):
         check_vocabulary(513, 512, "t", "m")
+
+
+def test_another_tokenizer_of_the_same_size_is_told_by_its_first_other_id(tokenizer, tmp_path):
+    check_same_tokens(tokenizer, tokenizer, "the model")
+    shutil.copytree(tokenizer, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = (next(piece for piece, index in vocabulary.items() if index == number) for number in (400, 401))
+    vocabulary[first], vocabulary[second] = 401, 400
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(TokenizerMismatch, match=r"id 400 is .+ and .+ in that of the model"):
+        check_same_tokens(tokenizer, tmp_path / "other", "the model")

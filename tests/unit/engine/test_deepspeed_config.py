@@ -37,6 +37,27 @@ def test_what_is_not_zero_3_or_not_json_is_refused(write, content):
         frozen_config(write(content), precision="float32")
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"mics_shard_size": 2},
+        {"zero_hpz_partition_size": 4},
+        {"offload_param": {"device": "nvme"}},
+        {"offload_optimizer": {"device": "nvme"}},
+    ],
+)
+def test_shards_that_would_be_read_wrongly_are_refused(write, zero):
+    with pytest.raises(DeepSpeedConfigError, match="its own part of a tensor"):
+        frozen_config(write({"zero_optimization": {"stage": 3, **zero}}), precision="float32")
+
+
+def test_offload_to_the_cpu_and_a_communication_dtype_are_the_jsons_own(write):
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    path = write({"zero_optimization": zero, "communication_data_type": "bf16"})
+    assert training_config(path, training(), 1)["communication_data_type"] == "bf16"
+    assert frozen_config(path, precision="float32")["zero_optimization"] == zero
+
+
 def test_a_batch_that_does_not_divide_names_the_counts_that_do():
     assert accumulation_steps(training(), 4) == 3
     with pytest.raises(DeepSpeedConfigError, match=r"(?s)12 micro-batches.*5 ranks.*1, 2, 3, 4, 6, 12 ranks"):

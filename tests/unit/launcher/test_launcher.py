@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +162,25 @@ def test_exported_launch_reads_back():
         "assert read_launch() == launch"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "told"),
+    [
+        (None, "2", ["--num_gpus", "2"]),
+        ("4,5,6", "2", ["--include", "localhost:4,5"]),
+        ("4,5", "3", None),
+        ("GPU-1a2b", "1", None),
+    ],
+)
+def test_deepspeed_gets_the_gpus_that_are_visible(tmp_path, root, visible, ranks, told):
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{Path(sys.prefix) / 'bin'}:{os.defpath}", "MINIMA_RANKS": ranks}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = ["bash", str(root / "launch/deepspeed.sh"), "recipe.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    if told is None:
+        assert done.returncode == 2 and "CUDA_VISIBLE_DEVICES" in done.stderr
+    else:
+        assert done.stdout.splitlines()[1:3] == told, done.stderr

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minima.errors import ShapeError, UnsupportedFamily
+from minima.errors import MinimaError, ShapeError, UnsupportedFamily
 from minima.models.shape import ModelShape
 from minima.models.stock import build_empty, parameter_shapes, stock_config
 
@@ -67,6 +67,27 @@ def test_what_stock_configurations_refuse_is_refused(wrong):
     with pytest.raises(ValueError, match="heads") as caught:
         ModelShape(**(SMALL | wrong))
     assert isinstance(caught.value.errors()[0]["ctx"]["error"], ShapeError)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama", "vocab_size": 9}', '{"model_type": "gpt2"}'])
+def test_a_broken_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(MinimaError, match=r"config\.json"):
+        ModelShape.from_folder(tmp_path)
+
+
+def test_an_impossible_configuration_says_why():
+    config = ModelShape(**SMALL).to_config() | {"num_attention_heads": 5, "num_key_value_heads": 5}
+    with pytest.raises(ShapeError, match="64 does not divide into 5 heads"):
+        ModelShape.from_config(config)
+
+
+def test_nothing_drops_out_whatever_the_configuration_says():
+    config = ModelShape(family="gpt2", **SMALL).to_config()
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        del config[name]  # transformers' default is then 0.1
+    model = build_empty(config).train()
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
 def test_an_unknown_family_is_refused_by_name():

@@ -46,6 +46,7 @@ def test_a_written_folder_reads_back_whole_and_in_parts(source, tmp_path, shard_
         size = whole.numel()
         for start, stop in [(0, size), (size // 3, size // 2), (7, 7), (size - 1, size)]:
             assert found.read_flat(name, start, stop).equal(whole.view(-1)[start:stop])
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -79,6 +80,13 @@ def test_what_is_missing_or_of_another_shape_is_named(source, tmp_path):
         FolderSource(tmp_path)
     save_file(tensors | {"model.norm.weight": torch.ones(3)}, path)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*\(3,\)"):
+        FolderSource(tmp_path)
+
+
+def test_a_broken_index_is_named(source, tmp_path):
+    write(tmp_path, source, shard_bytes=2_000)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
         FolderSource(tmp_path)
 
 

@@ -180,7 +180,7 @@ def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context)
 
 
 def test_evaluate_builds_the_teacher_once_and_closes_every_model(context, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_stage.TokenStore, "open", lambda folder: Store())
+    monkeypatch.setattr(evaluate_stage, "open_store", lambda folder: Store())
     built = []
 
     class Counted(PlainHost):

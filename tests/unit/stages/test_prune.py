@@ -125,6 +125,20 @@ def test_a_full_disk_is_named_and_leaves_no_model(model, monkeypatch):
     assert not (one.folder / "model").exists()
 
 
+def test_scores_outlive_a_model_that_could_not_be_written(model, monkeypatch):
+    one = context(model, score="random", seed=5)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFull):
+        patch.setattr(prune, "write_folder", full)
+        prune.run(one)
+    monkeypatch.setattr(prune, "random", lambda *_, **__: pytest.fail("measured again"))
+    prune.run(one)
+    assert (one.folder / "model" / "config.json").is_file()
+
+
 def test_any_number_of_ranks_measures_the_same_micro_batches(store):
     def given(rank, world_size):
         return list(
