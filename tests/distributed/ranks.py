@@ -11,7 +11,9 @@ from minima.launcher import child_environment, free_port
 ROOT = Path(__file__).parents[2]
 
 
-def run_scenarios(names: list[str], folder: Path, world_size: int = 2, timeout_seconds: int = 300) -> dict[str, Any]:
+def run_scenarios(
+    names: list[str], folder: Path, world_size: int = 2, timeout_seconds: int = 300, accelerator: str = "cpu"
+) -> dict[str, Any]:
     """Run functions of `scenarios.py` on every rank of one process group.
 
     Returns:
@@ -26,6 +28,7 @@ def run_scenarios(names: list[str], folder: Path, world_size: int = 2, timeout_s
         place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
         environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        environment["DS_ACCELERATOR"] = accelerator
         command = [sys.executable, "-m", "tests.distributed.scenarios", str(folder), *names]
         with open(folder / f"rank-{rank}.log", "wb") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))

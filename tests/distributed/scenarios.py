@@ -38,6 +38,11 @@ def new_student(settings) -> Student:
     return Student(student_source(), config, settings)
 
 
+def new_feed(settings) -> TinyFeed:
+    place = distributed.rank(), distributed.world_size(), distributed.device()
+    return TinyFeed(settings.micro_batch_sequences, *place)
+
+
 def run_training(settings, objective, student, *, first_step=0, save=None, feed=None) -> list[dict[str, float]]:
     records: list[dict[str, float]] = []
     events = Events(
@@ -49,7 +54,7 @@ def run_training(settings, objective, student, *, first_step=0, save=None, feed=
         save_every=3,
     )
     schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup_steps, "cosine", 0.1)
-    feed = feed or TinyFeed(settings.micro_batch_sequences, distributed.rank(), distributed.world_size())
+    feed = feed or new_feed(settings)
     train(student, objective, feed, schedule, events, first_step)
     return records
 
@@ -172,7 +177,7 @@ def not_finite(folder: Path) -> Any:
             settings = training(precision=precision)
             student, host = new_student(settings), teacher_host(precision)
             before: dict[str, str] = {}
-            feed = TinyFeed(settings.micro_batch_sequences, distributed.rank(), distributed.world_size())
+            feed = new_feed(settings)
 
             class Watched:
                 def step(self, step: int, before=before, student=student, feed=feed):
@@ -245,6 +250,7 @@ def bfloat16_start(folder: Path) -> Any:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     distributed.start(read_launch())
+    torch.use_deterministic_algorithms(distributed.device().type == "cuda")
     results = {name: globals()[name](folder) for name in names}
     if distributed.is_main():
         (folder / "results.json").write_text(json.dumps(results))

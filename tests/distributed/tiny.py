@@ -51,13 +51,18 @@ def step_tokens(step: int) -> tuple[Tensor, Tensor]:
 class TinyFeed:
     """The same global batches, cut for one rank into micro-batches."""
 
-    def __init__(self, micro_batch: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, micro_batch: int, rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu"
+    ) -> None:
         self.micro_batch, self.rank, self.share = micro_batch, rank, BATCH // world_size
+        self.device = torch.device(device)
 
     def step(self, step: int) -> list[Batch]:
         tokens_BT, valid_BT = step_tokens(step)
         first = self.rank * self.share
         return [
-            make_batch(tokens_BT[start : start + self.micro_batch], valid_BT[start : start + self.micro_batch])
-            for start in range(first, first + self.share, self.micro_batch)
+            make_batch(tokens_BT[rows], valid_BT[rows]).to(self.device)
+            for rows in (
+                slice(start, start + self.micro_batch) for start in range(first, first + self.share, self.micro_batch)
+            )
         ]

@@ -1,0 +1,41 @@
+"""What only a GPU shows: float32 logits of bfloat16 products, and a resumed run to the bit."""
+
+import pytest
+import torch
+
+from minima.losses import linear_distillation_loss
+from tests.distributed.ranks import run_scenarios
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.2e-2)])
+def test_the_loss_and_its_gradients_equal_float64(dtype, tolerance):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    student, head, teacher, teacher_head = normal(300, 64), normal(1001, 64), normal(300, 96), normal(1001, 96)
+    labels = torch.randint(0, 1001, (300,), generator=generator, device="cuda")
+    labels[::5] = -100
+    student.requires_grad_(), head.requires_grad_()
+    loss = linear_distillation_loss(student, head, teacher, teacher_head, labels, chunk_tokens=64)
+    loss.total.backward()
+
+    exact, exact_head = (tensor.detach().double().requires_grad_() for tensor in (student, head))
+    keep = labels != -100
+    log_p = (exact @ exact_head.T)[keep].log_softmax(-1)
+    target = (teacher.double() @ teacher_head.double().T)[keep].softmax(-1)
+    hard = torch.nn.functional.nll_loss(log_p, labels[keep], reduction="sum")
+    wanted = 0.5 * hard - 0.5 * (target * log_p).sum()
+    wanted.backward()
+    torch.testing.assert_close(loss.total.double(), wanted, rtol=1e-5, atol=1e-4)
+    for found, reference in ((student.grad, exact.grad), (head.grad, exact_head.grad)):
+        assert (found.double() - reference).abs().max() / reference.abs().max() < tolerance
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
+    run = run_scenarios(["resume"], tmp_path, world_size=1, accelerator="cuda")["resume"]
+    for precision in ("float32", "bfloat16"):
+        assert run[precision]["resumed_weights"] == run[precision]["whole_weights"]
