@@ -74,6 +74,8 @@ def _make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining,
         model = train_sentencepiece(_tokenizer_texts(stage, tokenizer), tokenizer.vocabulary_size)
         write_tokenizer(model, folder)
         return 2, tokenizer.vocabulary_size
+    if Path(tokenizer).expanduser().is_dir():
+        tokenizer = Path(tokenizer).expanduser()
     loaded = load_tokenizer(tokenizer)
     save_tokenizer(loaded, tokenizer, folder)
     return loaded.eos_token_id, max(len(loaded), loaded.eos_token_id + 1)
@@ -144,6 +146,8 @@ def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, voc
     for stream in streams:
         for reason, count in stream.rejected.counts.items():
             rejected[reason] = rejected.get(reason, 0) + count
+    for label, stream in zip(labels, streams, strict=True):
+        _show_rejected(label, stream.rejected)
     _LOG.info("wrote %d training and %d held-out blocks", written["blocks"], set_aside["blocks"])
     return {
         "documents": written["documents"],
@@ -176,6 +180,14 @@ def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, voc
             for label, s in zip(labels, streams, strict=True)
         },
     }
+
+
+def _show_rejected(label: str, rejected: Rejected) -> None:
+    """Say what a source's records that gave no document were: a few in a large source are no reason to stop."""
+    for reason, count in sorted(rejected.counts.items()):
+        examples = [f"{example['where']}: {example['excerpt']!r}" for example in rejected.examples[reason]]
+        records = f"{count} {'record' if count == 1 else 'records'}"
+        _LOG.warning("source %s: left out %s, %s\n  %s", label, records, reason, "\n  ".join(examples))
 
 
 def _check_enough(

@@ -111,14 +111,14 @@ def find_files(pattern: str) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    path = Path(pattern)
+    path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
         below = [file for file in path.rglob("*") if file.is_file()]
         files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     else:
-        files = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
+        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     if not files:
         raise DataError(
             f"no file at {pattern!r} (looked from {Path.cwd()})",
@@ -243,13 +243,14 @@ def _load_dataset(source: Source) -> Any:
     import datasets
 
     assert source.hub is not None
-    folder = Path(source.hub)
+    folder = Path(source.hub).expanduser()
     if (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(folder))[source.split]
         return saved.to_iterable_dataset() if source.streaming else saved
     if (folder / "state.json").is_file():
         saved = datasets.load_from_disk(str(folder))
         return saved.to_iterable_dataset() if source.streaming else saved
+    name = str(folder) if folder.is_dir() else source.hub
     return datasets.load_dataset(
-        source.hub, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+        name, source.config, split=source.split, revision=source.revision, streaming=source.streaming
     )

@@ -9,9 +9,9 @@ from minima.models.shape import ModelShape
 
 
 class Strict(BaseModel):
-    """A block whose unknown keys are refused."""
+    """A block whose unknown keys are refused, and numbers that are infinite or none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelInput(Strict):

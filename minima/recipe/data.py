@@ -12,7 +12,8 @@ class Source(BaseModel):
 
     Attributes:
         name: what reports call it; made from the origin when not given.
-        path: a file, a folder, or a pattern with `*`; relative to where the command runs. Read in sorted order.
+        path: a file, a folder, or a pattern with `*`; relative to where the command runs, `~` is the home folder. Read
+            in sorted order.
         hub: a Hugging Face dataset: a Hub id, or a folder that `datasets` saved.
         embedded: a text that minima ships: `sotu` (English) or `poems` (Chinese).
         config: configuration of the dataset.
@@ -27,7 +28,7 @@ class Source(BaseModel):
         max_documents: read at most so many.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str | None = None
     path: str | None = None
@@ -68,7 +69,7 @@ class TokenizerTraining(BaseModel):
         max_characters: text that training sees at most; documents are taken in a seeded random order.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocabulary_size: int = Field(gt=259, description="three control pieces and 256 bytes come first")
     sources: list[str] | None = None

@@ -47,7 +47,9 @@ class Prune(Stage):
         target: what stays.
         score: `gradient` is the paper's importance, `magnitude` and `random` are baselines.
         selection: `local` keeps the same counts in every layer, `global` ranks heads and neurons across layers and
-            pads each layer with zeros to the widest (for study: the checkpoint does not shrink).
+            pads each layer with zeros to the widest (for study: the checkpoint does not shrink). GPT-NeoX and GPT-2
+            refuse `global` with a `sparsity`: it cuts the width, and their heads, padded or not, have to fill the
+            width exactly. Give them explicit counts that leave `hidden_size` as it is.
         depth: which layers stay: `symmetric` drops as many at the bottom as at the top, `importance` drops those
             whose heads and neurons score least.
         norm_compensation: `rms` rescales each RMSNorm for the narrower width; `none` is the published behaviour.

@@ -108,6 +108,12 @@ def _check_summary(recipe: Recipe, value: Any, where: str) -> None:
         for key, inner in value.items():
             _check_summary(recipe, inner, f"{where}.{key}")
         return
+    if value == []:
+        raise RecipeError(
+            f"{where} is an empty list",
+            "there would be nothing to average when the run is over",
+            "name at least one STAGE.metric in it, or remove the key",
+        )
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str) or not any(text.startswith(stage.name + ".") for stage in recipe.stages):
             raise RecipeError(

@@ -147,7 +147,7 @@ class Recipe(Strict):
     Attributes:
         name: of the run; its folder is `runs/NAME` unless `output` says otherwise.
         output: the run's folder; relative to where the command runs.
-        launcher: which `launch/X.sh` starts the stages.
+        launcher: which `launch/X.sh` starts the stages: one beside the recipe, or one that minima ships.
         ranks: processes on this machine; one for each GPU, or 2 without a GPU, when not given.
         max_ranks: no more than this many where `ranks` is not given; for runs too small to be shared by all GPUs.
         stages: in the order in which they run; each reads earlier ones by name.
@@ -156,7 +156,7 @@ class Recipe(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: str | None = None
-    launcher: Literal["local", "deepspeed", "torchrun"] = "deepspeed"
+    launcher: str = Field(default="deepspeed", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     ranks: int | None = Field(default=None, gt=0)
     max_ranks: int | None = Field(default=None, gt=0)
     stages: list[AnyStage] = Field(min_length=1)

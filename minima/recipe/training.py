@@ -1,10 +1,12 @@
 """What every training stage owns: batch, length, optimiser, schedule, precision, checkpoints."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minima.errors import RecipeError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moving average would never move
 
 
 class Training(BaseModel):
@@ -39,7 +41,7 @@ class Training(BaseModel):
         seed: of the blocks' order and of any random weights.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     batch_sequences: int = Field(gt=0)
     micro_batch_sequences: int = Field(gt=0)
@@ -52,7 +54,7 @@ class Training(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0)
     gradient_clip: float = Field(default=1.0, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -123,13 +123,24 @@ def test_another_seed_orders_and_holds_out_others(tmp_path, stage, jsonl, addres
     assert len(sums) == 2
 
 
-def test_rejected_records_are_in_the_report(tmp_path, stage, jsonl, addresses, tokenizer):
+def test_a_tokenizer_in_the_home_folder(tmp_path, stage, jsonl, addresses, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tokenizer.parent))
+    build(stage({"path": jsonl(addresses[:100])}), tmp_path, f"~/{tokenizer.name}")
+    assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
+
+
+def test_rejected_records_are_in_the_report(tmp_path, stage, jsonl, addresses, tokenizer, caplog):
     path = jsonl([*addresses, "", 7, None])
     metrics = build(stage({"name": "mine", "path": path, "weight": 2.0}, tokens=120_000), tmp_path, tokenizer)
     assert metrics["rejected"] == {"empty": 1, "not_text": 2}  # counted once, though the source is read twice
     assert metrics["sources"]["mine"]["epochs"] > 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["sources"]["mine"]["rejected"]["examples"]["empty"][0]["where"] == f"{path}:401"
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        f"source mine: left out 1 record, empty\n  {path}:401: ''",
+        f"source mine: left out 2 records, not_text\n  {path}:402: '7'\n  {path}:403: 'None'",
+    ]
 
 
 def test_a_tokenizer_is_trained_on_training_documents_only(tmp_path, stage, jsonl, addresses, monkeypatch):

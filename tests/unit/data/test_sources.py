@@ -79,6 +79,18 @@ def test_datasets(tmp_path, streaming, kind):
         read(hub=str(folder), streaming=streaming, field="body")
 
 
+def test_home_folders_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("text", "set"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(lines(TEXTS))
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    for path in ("~/text", "~/text/a.jsonl", "~/text/*.jsonl"):
+        assert read(path=path)[0] == TEXTS
+    for folder in ("~/set", "~/saved"):
+        assert read(hub=folder)[0] == TEXTS
+
+
 def test_embedded():
     assert len(read(embedded="sotu")[0]) == 233
 

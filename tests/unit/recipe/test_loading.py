@@ -184,11 +184,23 @@ stages:
         ("stages.quality.models=[teacher, quality]", "models.1.*the stage itself"),
         ("summary.x=nowhere.loss", "names no stage's metric"),
         ("summary.x=3", "names no stage's metric"),
+        ("summary.x=[]", r"summary\.x is an empty list"),
+        ("summary.x={y: []}", r"summary\.x\.y is an empty list"),
     ],
 )
 def test_references_that_cannot_hold_are_refused(load, recipe, override, message):
     with pytest.raises(RecipeError, match=message):
         load(recipe, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["learning_rate=.inf", "learning_rate=.nan", "betas=[0.9, 1.0]", "betas=[-0.1, 0.95]", "weight_decay=.inf",
+     "gradient_clip=.inf", "epsilon=.inf", "temperature=.inf", "soft_weight=.nan"],
+)  # fmt: skip
+def test_numbers_that_no_run_survives_are_refused(load, recipe, override):
+    with pytest.raises(RecipeError, match=rf"stages\.student\.{override.partition('=')[0]}"):
+        load(recipe, f"stages.student.{override}")
 
 
 def test_a_name_that_is_no_stage_is_a_path_or_hub_id(load, recipe):
