@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minima.errors import DiskFull
+from minima.errors import DiskFull, MinimaError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -31,6 +31,8 @@ def disk_full_named(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except MinimaError:  # named already, perhaps by one of these further in, which knows the folder better
+        raise
     except Exception as error:
         if not is_no_space(error):
             raise

@@ -1,47 +1,75 @@
 """What the driver refuses before anything starts."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from minima.errors import RecipeError, StageError
+from minima.launcher import num_accelerators
 from minima.recipe.references import references
 from minima.recipe.schema import AnyStage, Recipe
-from minima.stages.manifest import check_unchanged, describe, is_finished
+from minima.stages.identity import check_run
+from minima.stages.manifest import is_finished
 from minima.stages.preview import walk
+from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_deepspeed_json, find_launcher
+
+_ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 
 
 def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], folder: Path, ranks: int) -> None:
     """Refuse, before anything starts, what is sure to fail later.
 
     Raises:
-        StageError: an input stage is neither finished nor among `stages`, or a stage or its input has changed.
-        RecipeError: a DeepSpeed JSON or launcher is missing, or a batch cannot be shared by the ranks.
+        StageError: an input stage is neither finished nor among `stages`; or a finished stage is not, or will not be,
+            what the recipe and its inputs say.
+        RecipeError: a DeepSpeed JSON, a launcher, a GPU or wandb is missing, or a batch cannot be shared by the ranks.
         MinimaError: a shape, a length or a vocabulary that the dry run already knows to be impossible.
     """
-    chosen = {stage.name for stage in stages}
     walk(recipe, recipe_path)
-    find_launcher(recipe.launcher)
+    find_launcher(recipe.launcher, recipe_path)
+    left = [stage for stage in stages if not is_finished(folder / stage.name)]
+    _check_ranks(recipe, ranks, any(uses_ranks(stage) for stage in left))
+    _check_inputs(recipe, stages, folder)
+    check_run(recipe, stages, folder)
+    for stage in left:
+        for key in ("deepspeed", "teacher_deepspeed"):
+            if name := getattr(stage, key, None):
+                find_deepspeed_json(name, recipe_path)
+        project = getattr(stage, "wandb_project", None)
+        if project is not None and find_spec("wandb") is None:
+            raise RecipeError(
+                f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
+                "the run would not be logged where you look for it",
+                "pip install 'minima[wandb]', or remove the key",
+            )
+
+
+def _check_ranks(recipe: Recipe, ranks: int, needed: bool) -> None:
     if recipe.launcher == "local" and ranks != 1:
         raise RecipeError(
             f"{ranks} ranks with the launcher 'local'",
             "it runs one plain process, so the other ranks would be silently dropped",
             "set ranks=1, or take the deepspeed or torchrun launcher",
         )
+    accelerators = num_accelerators()
+    if needed and recipe.launcher in _ONE_MACHINE and accelerators and ranks > accelerators:
+        raise RecipeError(
+            f"{ranks} ranks and {accelerators} GPU{'s' if accelerators > 1 else ''} on this machine",
+            "every rank takes a GPU of its own, so the others would fail as they start",
+            f"give --ranks {accelerators}, set DS_ACCELERATOR=cpu to run on the processor, or make more GPUs visible",
+        )
+
+
+def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> None:
+    chosen = {stage.name for stage in stages}
     for stage in stages:
-        inputs = [reference for reference in references(recipe, stage) if reference.stage is not None]
-        for reference in inputs:
-            source = folder / str(reference.stage)
-            if reference.stage not in chosen and not is_finished(source) and reference.step is None:
+        for reference in references(recipe, stage):
+            if reference.stage is None or reference.stage in chosen or reference.step is not None:
+                continue
+            if not is_finished(folder / reference.stage):
                 raise StageError(
                     f"stage {stage.name!r} reads {reference.stage!r}, which is not finished in {folder}",
                     "it would start without its input",
                     f"add it: --stages {reference.stage},{stage.name}",
                 )
-        if all(is_finished(folder / str(reference.stage)) for reference in inputs):
-            check_unchanged(describe(recipe, stage, folder), folder / stage.name)
-        if is_finished(folder / stage.name):
-            continue
-        for key in ("deepspeed", "teacher_deepspeed"):
-            if name := getattr(stage, key, None):
-                find_deepspeed_json(name, recipe_path)

@@ -7,7 +7,7 @@ from minima.errors import StageError
 from minima.launcher import Launch
 from minima.recipe.references import STEPPED, Reference, references
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
-from minima.stages.manifest import is_finished
+from minima.stages.manifest import NFS_SECONDS, wait_finished
 from minima.stages.shipped import find_deepspeed_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -125,7 +125,8 @@ class StageContext:
 
     def _finished(self, name: str) -> Path:
         folder = self.run_folder / name
-        if not is_finished(folder):
+        several = self.launch.world_size > 1  # perhaps on several machines, of which one just finished it
+        if not wait_finished(folder, NFS_SECONDS if several else 0):
             raise StageError(
                 f"stage {name!r} has not finished in {folder}",
                 f"stage {self.stage.name!r} reads what it leaves",

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from minima.disk import disk_full_named
 from minima.errors import LauncherError
 from minima.launcher import child_environment, default_ranks, read_launch
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -12,6 +13,7 @@ from minima.recipe.schema import AnyStage
 from minima.report.run_table import run_table
 from minima.stages.checks import check_stages
 from minima.stages.child import Log, run_child
+from minima.stages.identity import check_run
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
 from minima.stages.run_folder import check_run_folder, claim_run_folder
@@ -39,7 +41,7 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
         0, or the exit code of the first process group that failed.
 
     Raises:
-        MinimaError: the run cannot start; nothing was changed.
+        MinimaError: the run cannot start, and nothing was changed; or its end is refused, and every stage is kept.
     """
     _refuse_inside_ranks()
     recipe = load_recipe(recipe_path, overrides)
@@ -48,7 +50,7 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
     ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     check_stages(recipe, recipe_path, stages, folder, ranks)
-    with run_lock(folder) as lock:
+    with disk_full_named(folder), run_lock(folder) as lock:
         claim_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
         left = [stage for stage in stages if not is_finished(folder / stage.name)]
         done = [stage.name for stage in stages if stage not in left]
@@ -58,6 +60,8 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
             code = _run_group(recipe, recipe_path, overrides, group, ranks, lock, write)
             if code:
                 return code
+        if all(is_finished(folder / stage.name) for stage in recipe.stages):
+            check_run(recipe, recipe.stages, folder)  # an input may have changed while the stages ran
         summary = write_summary(recipe, folder)
     write(run_table(stage_rows(recipe, folder), summary))
     if summary is not None:
@@ -88,7 +92,7 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     if uses_ranks(group[0]):
         environment = child_environment(ranks, terminal_columns=columns)
-        command = ["bash", str(find_launcher(recipe.launcher)), *arguments]
+        command = ["bash", str(find_launcher(recipe.launcher, recipe_path)), *arguments]
     else:
         environment = child_environment(1, terminal_columns=columns)
         command = [sys.executable, "-m", "minima", "stage", *arguments]

@@ -6,18 +6,28 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from minima.errors import RecipeError
+from minima.disk import disk_full_named
+from minima.errors import MinimaError, RecipeError, StageError
 from minima.launcher import Launch, started_by_driver
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.context import StageContext
+from minima.stages.identity import check_unchanged, describe
 from minima.stages.lock import run_lock
-from minima.stages.manifest import check_unchanged, describe, is_finished, read_manifest, write_manifest, write_started
+from minima.stages.manifest import (
+    NFS_SECONDS,
+    is_finished,
+    look_again,
+    read_manifest,
+    wait_finished,
+    write_manifest,
+    write_started,
+)
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
 ERROR = "minima: "  # begins the line that tells a user's mistake
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
 
 
 def select(recipe: Recipe, names: Sequence[str] | None) -> list[AnyStage]:
@@ -47,11 +57,12 @@ def output_folder(recipe: Recipe) -> Path:
 def run_alone(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write) -> None:
     """What `minima stage` does on each rank: `run_stages` under the run folder's lock, unless the driver holds it."""
     stages = select(recipe, names)
-    with ExitStack() as stack:
+    folder = output_folder(recipe)
+    with disk_full_named(folder), ExitStack() as stack:
         if launch.rank == 0:
-            check_run_folder(output_folder(recipe), recipe.name, [stage.name for stage in recipe.stages])
+            check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
             if not started_by_driver():
-                stack.enter_context(run_lock(output_folder(recipe)))
+                stack.enter_context(run_lock(folder))
         run_stages(recipe, recipe_path, stages, launch, write)
 
 
@@ -69,9 +80,13 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
         MinimaError: a stage cannot run; nothing that was finished is touched.
     """
     run_folder = output_folder(recipe)
+    planned: dict[str, str] = {}
     for stage in stages:
-        if is_finished(run_folder / stage.name):
-            check_unchanged(describe(recipe, stage, run_folder), run_folder / stage.name)
+        folder = run_folder / stage.name
+        if launch.world_size > 1:
+            look_again(folder)  # ranks of two machines have to agree on what is finished
+        if is_finished(folder):
+            check_unchanged(describe(recipe, stage, run_folder, planned), folder)
     if launch.rank == 0:
         claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
     group_started = False
@@ -84,7 +99,8 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
             distributed.start(launch)
             group_started = True
         if module.RANKS or launch.rank == 0:
-            _run(module, StageContext(recipe, recipe_path, stage, folder, run_folder, launch), write)
+            with disk_full_named(folder):
+                _run(module, StageContext(recipe, recipe_path, stage, folder, run_folder, launch), write)
         else:
             _wait(folder)
     if group_started:  # after an error nothing is torn down: that would wait for ranks that wait for this one
@@ -93,29 +109,49 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
 
 def _run(module, context: StageContext, write) -> None:
     main, folder = context.launch.rank == 0, context.folder
-    description = describe(context.recipe, context.stage, context.run_folder)
-    check_unchanged(description, folder)
-    if main:
-        write(f"{HEADER}{context.stage.name} ({context.stage.kind})")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_started(folder, description)
-    if module.RANKS:
-        from minima.engine import distributed
-
-        distributed.barrier()
+    _begin(module, context, write)
     began = time.monotonic()
     metrics = module.run(context)
     if module.RANKS:
+        from minima.engine import distributed
+
         distributed.barrier()
     if main:
         seconds = time.monotonic() - began
         write_manifest(folder, metrics, seconds)
         write(f"stage {context.stage.name} finished in {seconds:.1f} s")
     if module.RANKS:
-        distributed.barrier()  # the next stage reads this manifest on every rank
+        distributed.barrier()
+        if not wait_finished(folder, NFS_SECONDS):  # the next stage reads this manifest on every rank
+            raise StageError(
+                f"rank {context.launch.rank} does not see {folder} finished, which rank 0 has published",
+                "it would not find what the next stage reads",
+                "put the run's folder where every machine sees it (output=PATH)",
+            )
+
+
+def _begin(module, context: StageContext, write) -> None:
+    """Check the folder and begin it, on rank 0 alone; what that refuses, every rank raises."""
+    refusal: MinimaError | None = None
+    if context.launch.rank == 0:
+        try:
+            with disk_full_named(context.folder):
+                description = describe(context.recipe, context.stage, context.run_folder)
+                check_unchanged(description, context.folder)
+                write(f"{HEADER}{context.stage.name} ({context.stage.kind})")
+                context.folder.mkdir(parents=True, exist_ok=True)
+                write_started(context.folder, description)
+        except MinimaError as error:
+            refusal = error
+    if module.RANKS:
+        from minima.engine import distributed
+
+        distributed.raise_together(refusal)
+    elif refusal is not None:
+        raise refusal
 
 
 def _wait(folder: Path) -> None:
-    while not is_finished(folder):  # rank 0's launcher ends this rank when rank 0 fails
+    while not wait_finished(folder, 0):  # rank 0's launcher ends this rank when rank 0 fails
         time.sleep(_POLL_SECONDS)
     read_manifest(folder)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import minima
 from minima.errors import RecipeError
+from minima.recipe.overrides import nearest
 
 _PACKAGE = Path(minima.__file__).parent
 _CLONE = _PACKAGE.parent
@@ -54,18 +55,19 @@ def find_deepspeed_json(name: str, recipe_path: Path) -> Path:
     )
 
 
-def find_launcher(name: str) -> Path:
-    """The shell file `launch/NAME.sh`.
+def find_launcher(name: str, recipe_path: Path) -> Path:
+    """The shell file `launch/NAME.sh` beside the recipe, or the one that minima ships.
 
     Raises:
         RecipeError: there is none of that name.
     """
-    path = shipped_folder("launch") / f"{name}.sh"
-    if path.is_file():
-        return path
-    known = ", ".join(sorted(file.stem for file in path.parent.glob("*.sh")))
+    folders = (recipe_path.resolve().parent / "launch", shipped_folder("launch"))
+    for folder in folders:
+        if (folder / f"{name}.sh").is_file():
+            return folder / f"{name}.sh"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.sh")})
     raise RecipeError(
-        f"there is no launcher {name!r}",
+        f"there is no launcher {name!r}{nearest(name, known)}",
         "it would start the ranks of a stage",
-        f"choose among {known or 'none: the installation is incomplete'}",
+        f"choose among {', '.join(known)}, or write {folders[0] / name}.sh",
     )

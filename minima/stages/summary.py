@@ -13,7 +13,7 @@ def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """Write `summary.json` once every stage is finished, and give its content; None before that.
 
     Beside what the recipe asks for it holds `tokens` (trained on, over all training stages), `seconds` (of all
-    stages' work, without starting processes) and `export` (path of each export stage's model).
+    stages' work over all their starts, without starting processes) and `export` (path of each export stage's model).
 
     Raises:
         RecipeError: the recipe asks for a metric that its stage did not measure.

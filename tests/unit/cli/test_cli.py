@@ -154,7 +154,7 @@ def test_the_wheel_works_without_a_clone(root, tmp_path):
         "import minima, sys\nfrom pathlib import Path\n"
         f"assert Path(minima.__file__).is_relative_to({str(site)!r})\n"
         "from minima.cli import main\nfrom minima.stages.shipped import *\n"
-        "assert find_launcher('deepspeed').is_file()\n"
+        "assert find_launcher('deepspeed', Path('x.yaml')).is_file()\n"
         "assert find_deepspeed_json('student_zero3.json', Path('x.yaml')).is_file()\n"
         "sys.exit(main(['run', 'quickstart', '--dry-run']))"
     )
@@ -162,5 +162,6 @@ def test_the_wheel_works_without_a_clone(root, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "# what would run" in run.stdout
     assert "student" in run.stdout
+    assert (site / "minima" / "py.typed").is_file()
     entry = next(site.glob("*.dist-info")) / "entry_points.txt"
     assert "minima = minima.cli:main" in entry.read_text()

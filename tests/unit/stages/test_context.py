@@ -1,5 +1,7 @@
 """Where a stage's inputs lie."""
 
+import dataclasses
+
 import pytest
 
 from minima.errors import RecipeError, StageError
@@ -37,6 +39,22 @@ def test_an_unfinished_stage_is_refused(context):
         context.data("corpus")
     with pytest.raises(StageError, match="'teacher' has not finished"):
         context.model("teacher")
+
+
+def test_several_ranks_wait_for_what_another_machine_finishes(context, tmp_path, monkeypatch):
+    waited = []
+
+    def wait(folder, seconds):
+        waited.append(seconds)
+        finish(folder)
+        return seconds > 0
+
+    monkeypatch.setattr(context_module, "wait_finished", wait)
+    with pytest.raises(StageError, match="'corpus' has not finished"):
+        context.data("corpus")
+    several = dataclasses.replace(context, launch=Launch(1, 2, 0, 1, "h", 1))
+    assert several.data("corpus") == tmp_path / "corpus"
+    assert waited == [0, 60]
 
 
 def test_finished_stages_are_found(context, tmp_path):

@@ -1,129 +1,30 @@
-"""What may change between two starts of a stage, and how a change that may not is named."""
+"""What a stage folder says of itself, and when it can be seen."""
+
+import os
+import time
 
 import pytest
 import yaml
 
 from minima.errors import StageError
-from minima.recipe.loading import load_recipe
 from minima.stages import manifest
-from minima.stages.manifest import check_unchanged, describe, read_manifest, write_json, write_manifest, write_started
-
-RECIPE = """
-name: x
-stages:
-  - {name: corpus, kind: build_data, sources: [{path: text.jsonl}], tokenizer: tok, sequence_length: 64}
-  - &t {name: teacher, kind: adapt, model: base, data: corpus, batch_sequences: 8, micro_batch_sequences: 4,
-        steps: 4, learning_rate: 1e-3}
-  - {name: pruned, kind: prune, model: teacher@2, data: corpus, target: {hidden_size: 16}}
-"""
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.yaml").write_text(RECIPE)
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"12345678")
-    return tmp_path
-
-
-def description(run, name, *overrides):
-    recipe = load_recipe(run / "x.yaml", overrides)
-    return describe(recipe, recipe.stage(name), run)
-
-
-def publish(run, name, finished=True):
-    (run / name).mkdir(exist_ok=True)
-    write_started(run / name, description(run, name))
-    if finished:
-        write_manifest(run / name, {"loss": 1.5}, 2.0)
-
-
-def test_a_manifest_says_what_it_was_made_from(run):
-    publish(run, "corpus")
-    publish(run, "teacher")
-    content = read_manifest(run / "teacher")
-    assert content["stage"]["learning_rate"] == 1e-3
-    assert set(content["inputs"]) == {"model (base)", "data (corpus)"}
-    assert content["inputs"]["data (corpus)"] == read_manifest(run / "corpus")["identity"]
-    assert content["metrics"] == {"loss": 1.5}
-    assert {"minima", "torch", "deepspeed", "transformers"} <= set(content["versions"])
-    assert content["started"] <= content["finished"]
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_changed_field_is_refused_by_name(run, finished):
-    publish(run, "corpus")
-    publish(run, "teacher", finished)
-    (run / "teacher" / "metrics.jsonl").touch()
-    check_unchanged(description(run, "teacher"), run / "teacher")
-    state = "finished" if finished else "half-finished"
-    with pytest.raises(StageError, match=rf"'teacher' is {state} in .*learning_rate is 0.002 and was 0.001"):
-        check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
-
-
-def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
-    publish(run, "corpus")
-    publish(run, "teacher", finished=False)
-    check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["log_every_steps=1", "keep_checkpoints=9", "micro_batch_sequences=2", "wandb_project=w", "deepspeed=other.json"],
+from minima.stages.manifest import (
+    STARTED,
+    is_begun,
+    read_manifest,
+    wait_finished,
+    write_json,
+    write_manifest,
+    write_started,
 )
-def test_what_does_not_change_the_result_may_change(run, override):
-    publish(run, "corpus")
-    publish(run, "teacher")
-    check_unchanged(description(run, "teacher", f"stages.teacher.{override}"), run / "teacher")
+
+DESCRIPTION = {"stage": {"name": "a"}, "inputs": {}, "identity": "x"}
 
 
-def test_the_micro_batch_of_a_prune_stage_may_not(run):
-    publish(run, "corpus")
-    publish(run, "teacher", finished=False)
-    publish(run, "pruned")
-    with pytest.raises(StageError, match="micro_batch_sequences"):
-        check_unchanged(description(run, "pruned", "stages.pruned.micro_batch_sequences=2"), run / "pruned")
-
-
-def test_a_changed_text_is_named_and_reaches_later_stages(run):
-    publish(run, "corpus")
-    publish(run, "teacher")
-    (run / "text.jsonl").write_text('{"text": "b"}\n')
-    with pytest.raises(StageError, match=r"its input sources.0 \(text.jsonl\) has changed"):
-        check_unchanged(description(run, "corpus"), run / "corpus")
-    (run / "corpus" / "manifest.json").unlink()
-    (run / "corpus" / "started.json").unlink()
-    publish(run, "corpus")
-    with pytest.raises(StageError, match=r"its input data \(corpus\) has changed"):
-        check_unchanged(description(run, "teacher"), run / "teacher")
-
-
-@pytest.mark.parametrize(("name", "content"), [("model.safetensors", b"123456789"), ("config.json", b"[]")])
-def test_a_changed_model_folder_is_named(run, name, content):
-    publish(run, "corpus")
-    publish(run, "teacher")
-    (run / "base" / name).write_bytes(content)
-    with pytest.raises(StageError, match=r"its input model \(base\) has changed"):
-        check_unchanged(description(run, "teacher"), run / "teacher")
-
-
-def test_a_large_file_counts_by_its_ends_and_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_EDGE_BYTES", 4)
-    path, seen = tmp_path / "f", set()
-    for content in (b"abcd....wxyz", b"Abcd....wxyz", b"abcd....wxyZ", b"abcd...wxyz", b"abc", b"abcdwxyz", b"abcdwx"):
-        path.write_bytes(content)
-        seen.add(manifest._file_digest(path))
-    assert len(seen) == 7
-
-
-def test_a_torn_manifest_is_refused_with_its_path(run):
-    publish(run, "corpus")
-    (run / "corpus" / "manifest.json").write_text('{"stage": ')
-    with pytest.raises(StageError, match=r"corpus/manifest\.json cannot be read"):
-        read_manifest(run / "corpus")
+def test_a_torn_manifest_is_refused_with_its_path(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"stage": ')
+    with pytest.raises(StageError, match=r"/manifest\.json cannot be read"):
+        read_manifest(tmp_path)
 
 
 def test_json_is_there_whole_or_not_at_all(tmp_path):
@@ -134,3 +35,54 @@ def test_json_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError):
         write_json(path, {"b": loop})
     assert yaml.safe_load(path.read_text()) == {"a": 1}
+
+
+def test_seconds_are_of_all_starts(tmp_path):
+    write_started(tmp_path, DESCRIPTION)
+    for worked in (100.0, 20.0):  # two starts that were killed
+        began = read_manifest(tmp_path, STARTED)["began"]
+        (tmp_path / "metrics.jsonl").touch()
+        os.utime(tmp_path / "metrics.jsonl", (began + worked, began + worked))
+        write_started(tmp_path, DESCRIPTION)
+    write_manifest(tmp_path, {}, 3.0)
+    assert read_manifest(tmp_path)["seconds"] == pytest.approx(123.0, abs=0.01)
+    assert read_manifest(tmp_path)["earlier_seconds"] == pytest.approx(120.0, abs=0.01)
+
+
+def test_a_start_that_left_nothing_worked_for_nothing(tmp_path):
+    write_started(tmp_path, DESCRIPTION)
+    old = time.time() - 1000
+    (tmp_path / "tokenizer.json").touch()
+    os.utime(tmp_path / "tokenizer.json", (old, old))  # copied with its time
+    write_started(tmp_path, DESCRIPTION)
+    write_manifest(tmp_path, {}, 3.0)
+    assert read_manifest(tmp_path)["seconds"] == 3.0
+
+
+def test_begun_means_that_something_was_made(tmp_path):
+    assert not is_begun(tmp_path / "none")
+    write_started(tmp_path, DESCRIPTION)
+    (tmp_path / ".started.json.7").touch()
+    assert not is_begun(tmp_path)
+    (tmp_path / "train.partial").mkdir()
+    assert is_begun(tmp_path)
+
+
+def test_what_another_machine_finished_is_looked_for_in_a_fresh_listing(tmp_path, monkeypatch):
+    """A client of NFS goes on saying "no such file" until somebody lists the folder."""
+    folder, listed = tmp_path / "a", []
+
+    def listdir(path):
+        listed.append(path)
+        if listed.count(folder) == 2:  # the first listing came too early
+            folder.mkdir()
+            (folder / "manifest.json").touch()
+        if not path.is_dir():
+            raise FileNotFoundError(path)
+        return []
+
+    monkeypatch.setattr(manifest.os, "listdir", listdir)
+    monkeypatch.setattr(manifest, "_POLL_SECONDS", 0.01)
+    assert not wait_finished(folder, 0)
+    assert wait_finished(folder, 5)
+    assert listed == [tmp_path, folder] * 2

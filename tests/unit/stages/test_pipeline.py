@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import time
 
 import pytest
 
-from minima.errors import LauncherError, RecipeError, StageError
+from minima.errors import DiskFull, LauncherError, RecipeError, StageError
 from minima.recipe.loading import load_recipe
-from minima.stages import pipeline
+from minima.stages import checks, pipeline
 
 TRAINING = "data: corpus, batch_sequences: 8, micro_batch_sequences: 4, steps: 4, learning_rate: 1e-3"
 RECIPE = f"""
@@ -34,6 +35,7 @@ FAKE = """
 import os, sys, time
 from pathlib import Path
 from minima.recipe.loading import load_recipe
+from minima.stages.identity import describe
 from minima.stages.manifest import *
 names = sys.argv[3].split(",")
 recipe = load_recipe(Path(sys.argv[1]), sys.argv[4:])
@@ -50,6 +52,8 @@ for name in names:
         sys.exit(7)
     if Path("wait-" + name).exists():
         time.sleep(60)
+    if Path("touch-" + name).exists():
+        Path("base", "config.json").write_text("changed while the run went on")
     loss = {"teacher": 1.0, "student": 2.0}.get(name, 0.5)
     write_manifest(folder, {"loss": loss, "tokens": 100, "by": {"a.b": 3}}, 1.5)
 """
@@ -58,12 +62,13 @@ for name in names:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # two ranks, on a machine with one GPU too
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "base").mkdir()
     (tmp_path / "text" / "train").mkdir(parents=True)
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "fake.sh").write_text(f'exec "{sys.executable}" fake.py "$@"\n')
-    monkeypatch.setattr(pipeline, "find_launcher", lambda name: tmp_path / "fake.sh")
+    monkeypatch.setattr(pipeline, "find_launcher", lambda name, recipe_path: tmp_path / "fake.sh")
     said: list[str] = []
 
     def run(*overrides, names=None):
@@ -138,6 +143,69 @@ def test_a_changed_stage_is_refused_before_anything_starts(run, tmp_path):
     assert len(calls(tmp_path)) == 1
 
 
+def test_a_stage_made_again_may_not_leave_a_later_one_behind(run, tmp_path):
+    assert run()[0] == 0
+    shutil.rmtree(tmp_path / "out" / "teacher")
+    with pytest.raises(StageError, match=r"'pruned' is finished in .*its input model \(teacher\) has changed"):
+        run("stages.teacher.learning_rate=2e-3")
+    assert len(calls(tmp_path)) == 4, "nothing was started"
+    assert run()[0] == 0, "the same teacher again is no change"
+    assert calls(tmp_path)[4:] == ["teacher 2"]
+
+
+def test_an_input_that_changes_while_the_run_goes_on_is_named_at_its_end(run, tmp_path):
+    (tmp_path / "touch-student").touch()
+    with pytest.raises(StageError, match=r"'teacher' is finished in .*its input model \(base\) has changed"):
+        run()
+    assert calls(tmp_path)[-1] == "quality,out 2"
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["claim_run_folder", "write_summary", "Log"])
+def test_a_full_disk_is_named_where_the_driver_writes(run, tmp_path, monkeypatch, name):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, name, full)
+        with pytest.raises(DiskFull, match="no space left while writing out"):
+            run()
+    assert run()[0] == 0
+
+
+def test_ranks_need_a_gpu_each_where_there_are_gpus(run, monkeypatch):
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 1)
+    with pytest.raises(RecipeError, match=r"2 ranks and 1 GPU on this machine\n.*\n.*--ranks 1.*DS_ACCELERATOR=cpu"):
+        run()
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 2)
+    assert run()[0] == 0
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 1)
+    assert run()[0] == 0, "nothing is left that would need one"
+
+
+def test_wandb_has_to_be_there_before_anything_starts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"stages\.student: wandb_project is 'mine', but wandb is not installed"):
+        run("stages.student.wandb_project=mine")
+    assert not calls(tmp_path)
+
+
+def test_a_launcher_beside_the_recipe_comes_first(run, tmp_path):
+    from minima.stages.shipped import find_launcher
+
+    recipe = tmp_path / "tiny.yaml"
+    with pytest.raises(RecipeError, match=r"no launcher 'torchrn'; did you mean 'torchrun'"):
+        run("launcher=torchrn")
+    assert find_launcher("torchrun", recipe).parent.name == "launch"
+    (tmp_path / "launch").mkdir()
+    for name in ("mine", "torchrun"):
+        (tmp_path / "launch" / f"{name}.sh").touch()
+        assert find_launcher(name, recipe) == tmp_path / "launch" / f"{name}.sh"
+    with pytest.raises(RecipeError, match="choose among deepspeed, local, mine, torchrun"):
+        find_launcher("other", recipe)
+    assert run("launcher=mine")[0] == 0
+
+
 def test_the_folder_of_another_recipe_is_refused(run, tmp_path):
     assert run(names=["teacher"])[0] == 0
     kept = (tmp_path / "out" / "recipe.yaml").read_text()
@@ -193,7 +261,7 @@ def test_groups():
 def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
     (tmp_path / "wait-teacher").touch()
     code = "import sys\nfrom pathlib import Path\nfrom minima.stages import pipeline\n"
-    code += "pipeline.find_launcher = lambda name: Path('fake.sh')\n"
+    code += "pipeline.find_launcher = lambda name, recipe_path: Path('fake.sh')\n"
     code += "sys.exit(pipeline.run(Path('tiny.yaml'), [], None, print))"
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     for _ in range(200):

@@ -6,11 +6,11 @@ import types
 
 import pytest
 
-from minima.errors import DataError, StageError
+from minima.errors import DataError, DiskFull, StageError
 from minima.launcher import Launch
 from minima.recipe.loading import load_recipe
 from minima.stages import running
-from minima.stages.manifest import is_finished, read_manifest
+from minima.stages.manifest import is_finished, read_manifest, write_json
 
 RECIPE = """
 name: x
@@ -83,6 +83,79 @@ def test_other_ranks_wait_for_a_stage_of_one_process(recipe, kind, tmp_path, mon
     other.join(timeout=10)
     assert not other.is_alive()
     assert kind.ran == [(0, "a"), (0, "b")]
+
+
+def test_a_full_disk_is_named_wherever_it_is_met(recipe, kind, tmp_path, monkeypatch):
+    kind.error = OSError(28, "No space left on device")  # of metrics.jsonl, a tokenizer, a writer of somebody else's
+    with pytest.raises(DiskFull, match=r"writing out/a \("):
+        go(recipe, tmp_path)
+    kind.error = DiskFull("inner", "w", "d")
+    with pytest.raises(DiskFull, match=r"^inner"):
+        go(recipe, tmp_path)
+    kind.error = None
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_manifest", "write_started", "claim_run_folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(running, name, full)
+            with pytest.raises(DiskFull, match="No space left"):
+                go(recipe, tmp_path)
+    go(recipe, tmp_path)
+
+
+class Group:
+    """A process group of threads: whoever raises together gathers first."""
+
+    def __init__(self, ranks):
+        self.meeting, self.met = threading.Barrier(ranks, timeout=10), []
+
+    def raise_together(self, error):
+        self.met.append(error)
+        self.meeting.wait()
+        for found in self.met:
+            if found is not None:
+                raise found
+
+    def barrier(self):
+        self.meeting.wait()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_rank_0_alone_judges_the_folder_that_it_then_writes_into(recipe, kind, tmp_path, monkeypatch, refused):
+    from minima.engine import distributed
+
+    group, judged, ended = Group(2), [], {}
+    monkeypatch.setattr(distributed, "raise_together", group.raise_together)
+    monkeypatch.setattr(distributed, "barrier", group.barrier)
+    monkeypatch.setattr(kind, "RANKS", True)
+    check = running.check_unchanged
+    monkeypatch.setattr(running, "check_unchanged", lambda *given: judged.append(given) or check(*given))
+    folder = tmp_path / "out" / "a"
+    folder.mkdir(parents=True)
+    write_json(folder / "started.json", {"identity": "of another try"})
+    if refused:
+        (folder / "train").touch()
+
+    def rank(number):
+        launch = Launch(number, 2, 0, 1, "h", 1)
+        context = running.StageContext(recipe, tmp_path / "x.yaml", recipe.stages[0], folder, tmp_path / "out", launch)
+        try:
+            running._run(kind, context, lambda text: None)
+        except StageError as error:
+            ended[number] = error.what
+
+    ranks = [threading.Thread(target=rank, args=(number,), daemon=True) for number in range(2)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(timeout=20)
+        assert not one.is_alive()
+    assert len(judged) == 1
+    assert is_finished(folder) is not refused
+    assert set(ended) == ({0, 1} if refused else set())
+    assert all("half-finished" in text for text in ended.values())
 
 
 def test_a_changed_finished_stage_is_refused_not_skipped(recipe, kind, tmp_path):

@@ -1,0 +1,58 @@
+"""Short hashes of what lies outside of the run: files, model folders and sources of text. No torch."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minima.recipe.data import Source
+
+# A file counts by its size, its ends and samples of its inside: some 3 MiB are read of a file of any size. A model
+# that was trained further differs everywhere; a change of a few bytes inside of a large file can go unseen.
+_EDGE_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def digest(content: Any) -> str:
+    """Of anything that JSON can spell; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's size, its first and last mebibyte, and evenly spaced samples between them."""
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    inside = size - 2 * _EDGE_BYTES
+    with open(path, "rb") as file:
+        found.update(file.read(_EDGE_BYTES))
+        for number in range(_SAMPLES if inside > 0 else 0):
+            file.seek(_EDGE_BYTES + inside * number // _SAMPLES)
+            found.update(file.read(_SAMPLE_BYTES))
+        file.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
+        found.update(file.read(_EDGE_BYTES))
+    return found.hexdigest()[:32]
+
+
+def folder_digest(folder: Path) -> str:
+    """Of the files that lie directly in a folder, by name and content; of one file, where it is one."""
+    return _files_digest(folder.iterdir()) if folder.is_dir() else file_digest(folder)
+
+
+def source_digest(source: Source) -> str:
+    """Of the files of a source; of what the recipe says of it, where nothing of it lies on this machine."""
+    text = source.path or source.hub
+    path = Path(text).expanduser() if text is not None else None
+    if path is not None and path.is_dir():
+        return _files_digest(file for file in path.rglob("*") if not _hidden(file.relative_to(path)))
+    if source.path is None or path is None:
+        return digest(source.model_dump(mode="json"))
+    return _files_digest([path] if path.exists() else Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+
+
+def _files_digest(paths: Iterable[Path]) -> str:
+    return digest([(file.name, file_digest(file)) for file in sorted(paths) if file.is_file()])
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

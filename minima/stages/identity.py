@@ -1,0 +1,165 @@
+"""What a stage is made from, as one hash; and the refusal to go on where that has changed. No torch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minima.errors import StageError
+from minima.recipe.references import Reference, references
+from minima.recipe.schema import AnyStage, BuildData, Recipe
+from minima.stages.digests import digest, folder_digest, source_digest
+from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, read_manifest
+
+# Keys that change how a stage is logged, saved or cut into pieces, but not what it computes. They may change between
+# two starts of a stage. `micro_batch_sequences` of a prune stage is not one: its score depends on it.
+FREE_KEYS = frozenset(
+    {
+        "log_every_steps",
+        "keep_checkpoints",
+        "checkpoint_every_steps",
+        "evaluate_every_steps",
+        "evaluate_sequences",
+        "tensorboard",
+        "wandb_project",
+        "deepspeed",
+        "teacher_deepspeed",
+        "activation_checkpointing",
+        "chunk_tokens",
+        "processes",
+        "deterministic",
+    }
+)
+
+
+def describe(
+    recipe: Recipe, stage: AnyStage, run_folder: Path, planned: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What `started.json` says: the resolved stage, its inputs' hashes, and the identity that follows from both.
+
+    Args:
+        recipe: the whole run.
+        stage: the one to describe.
+        run_folder: where the earlier stages lie.
+        planned: identities that unfinished stages will have, by name; filled in as they are needed. An identity
+            follows from the recipe and the inputs alone, so no stage has to run for it. Without this, an input that
+            is not finished is an error.
+
+    Raises:
+        StageError: an input stage is not finished, and nothing is planned.
+    """
+    resolved = stage.model_dump(mode="json")
+    inputs = input_hashes(recipe, stage, run_folder, planned)
+    kept = {key: value for key, value in resolved.items() if key not in _free_keys(stage)}
+    return {"stage": resolved, "inputs": inputs, "identity": digest({"stage": kept, "inputs": inputs})}
+
+
+def input_hashes(
+    recipe: Recipe, stage: AnyStage, run_folder: Path, planned: dict[str, str] | None = None
+) -> dict[str, str]:
+    """A short hash of every input, by the field that names it.
+
+    A stage counts by its identity; a file by its size, its ends and samples of its inside, and a folder by its files;
+    a Hub id by its name and revision, since nothing is downloaded.
+    """
+    hashes = {}
+    for reference in references(recipe, stage):
+        key = f"{reference.field} ({reference.text})"
+        if reference.stage is not None:
+            hashes[key] = _stage_identity(recipe, reference, run_folder, planned)
+            continue
+        path = Path(reference.text).expanduser()
+        if not path.exists():
+            hashes[key] = digest({"hub": reference.text, "revision": reference.revision})
+        elif is_finished(path):
+            hashes[key] = read_manifest(path).get("identity", "unknown")
+        else:
+            hashes[key] = folder_digest(path)
+    if isinstance(stage, BuildData):
+        for index, source in enumerate(stage.sources):
+            hashes[f"sources.{index} ({source.label})"] = source_digest(source)
+    return hashes
+
+
+def _stage_identity(recipe: Recipe, reference: Reference, run_folder: Path, planned: dict[str, str] | None) -> str:
+    assert reference.stage is not None
+    folder = run_folder / reference.stage
+    if is_finished(folder):
+        return read_manifest(folder).get("identity", "unknown")
+    if reference.step is not None and (planned is None or is_begun(folder)):  # a checkpoint of what is half-finished
+        return read_manifest(folder, STARTED).get("identity", "unknown")
+    if planned is None:
+        return read_manifest(folder).get("identity", "unknown")
+    if reference.stage not in planned:
+        earlier = recipe.stage(reference.stage)
+        planned[reference.stage] = describe(recipe, earlier, run_folder, planned)["identity"]
+    return planned[reference.stage]
+
+
+def check_unchanged(description: dict[str, Any], folder: Path) -> None:
+    """Refuse to skip or resume a folder that was made from something else.
+
+    Args:
+        description: what the recipe asks for now, from `describe`.
+        folder: the stage's folder; may be missing or empty.
+
+    Raises:
+        StageError: the stage or one of its inputs has changed since the folder was begun.
+    """
+    name = FINISHED if is_finished(folder) else STARTED
+    if name == STARTED and not is_begun(folder):
+        return  # nothing was made yet: a mistake that is mended after a first try finds no obstacle
+    before = read_manifest(folder, name)
+    if before.get("identity") == description["identity"]:
+        return
+    state = "finished" if name == FINISHED else "half-finished"
+    old, new = before.get("stage", {}), description["stage"]
+    changed = [
+        f"{key} is {_short(new.get(key))} and was {_short(old.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and key not in FREE_KEYS | {"micro_batch_sequences"}
+    ]
+    changed = changed or [  # only where the stage itself is the same: a changed field changes the inputs with it
+        f"its input {key} has changed"
+        for key in dict.fromkeys([*before.get("inputs", {}), *description["inputs"]])
+        if before.get("inputs", {}).get(key) != description["inputs"].get(key)
+    ]
+    changed = changed or ["micro_batch_sequences has changed"]
+    raise StageError(
+        f"stage {new['name']!r} is {state} in {folder}, but {'; '.join(changed)}",
+        "going on would mix results of two different runs under one name",
+        f"remove {folder} to make it again (and the later stages that read it), undo the change, "
+        "or take another output folder with output=PATH",
+    )
+
+
+def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> None:
+    """Refuse stages that no longer are what the recipe and their inputs say, or will not be once `stages` have run.
+
+    A finished stage whose input is about to be made again stays as it is where the new input will be the same.
+
+    Args:
+        recipe: the whole run.
+        stages: those that are about to run, or to be skipped as finished.
+        run_folder: where they lie.
+
+    Raises:
+        StageError: names the first one and what has changed.
+    """
+    chosen = {stage.name for stage in stages}
+    remade = {name for name in chosen if not is_finished(run_folder / name)}
+    planned: dict[str, str] = {}
+    for stage in recipe.stages:
+        folder = run_folder / stage.name
+        own = stage.name in chosen and (is_finished(folder) or is_begun(folder))
+        if own or (is_finished(folder) and any(read.stage in remade for read in references(recipe, stage))):
+            check_unchanged(describe(recipe, stage, run_folder, planned), folder)
+
+
+def _free_keys(stage: AnyStage) -> frozenset[str]:
+    return FREE_KEYS if stage.kind == "prune" else FREE_KEYS | {"micro_batch_sequences"}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."

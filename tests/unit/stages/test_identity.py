@@ -1,0 +1,175 @@
+"""What may change between two starts of a stage, and how a change that may not is named."""
+
+import shutil
+
+import pytest
+
+from minima.errors import StageError
+from minima.recipe.loading import load_recipe
+from minima.stages.identity import check_run, check_unchanged, describe
+from minima.stages.manifest import read_manifest, write_manifest, write_started
+
+RECIPE = """
+name: x
+stages:
+  - {name: corpus, kind: build_data, sources: [{path: text.jsonl}], tokenizer: tok, sequence_length: 64}
+  - &t {name: teacher, kind: adapt, model: base, data: corpus, batch_sequences: 8, micro_batch_sequences: 4,
+        steps: 4, learning_rate: 1e-3}
+  - {name: pruned, kind: prune, model: teacher@2, data: corpus, target: {hidden_size: 16}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text(RECIPE)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"12345678")
+    return tmp_path
+
+
+def description(run, name, *overrides):
+    recipe = load_recipe(run / "x.yaml", overrides)
+    return describe(recipe, recipe.stage(name), run)
+
+
+def publish(run, name, finished=True):
+    (run / name).mkdir(exist_ok=True)
+    write_started(run / name, description(run, name))
+    if finished:
+        write_manifest(run / name, {"loss": 1.5}, 2.0)
+
+
+def test_a_manifest_says_what_it_was_made_from(run):
+    publish(run, "corpus")
+    publish(run, "teacher")
+    content = read_manifest(run / "teacher")
+    assert content["stage"]["learning_rate"] == 1e-3
+    assert set(content["inputs"]) == {"model (base)", "data (corpus)"}
+    assert content["inputs"]["data (corpus)"] == read_manifest(run / "corpus")["identity"]
+    assert content["metrics"] == {"loss": 1.5}
+    assert {"minima", "torch", "deepspeed", "transformers"} <= set(content["versions"])
+    assert content["started"] <= content["finished"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_changed_field_is_refused_by_name(run, finished):
+    publish(run, "corpus")
+    publish(run, "teacher", finished)
+    (run / "teacher" / "metrics.jsonl").touch()
+    check_unchanged(description(run, "teacher"), run / "teacher")
+    state = "finished" if finished else "half-finished"
+    with pytest.raises(StageError, match=rf"'teacher' is {state} in .*learning_rate is 0.002 and was 0.001"):
+        check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+
+
+def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
+    publish(run, "corpus")
+    publish(run, "teacher", finished=False)
+    check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["log_every_steps=1", "keep_checkpoints=9", "micro_batch_sequences=2", "wandb_project=w", "deepspeed=other.json"],
+)
+def test_what_does_not_change_the_result_may_change(run, override):
+    publish(run, "corpus")
+    publish(run, "teacher")
+    check_unchanged(description(run, "teacher", f"stages.teacher.{override}"), run / "teacher")
+
+
+def test_the_micro_batch_of_a_prune_stage_may_not(run):
+    publish(run, "corpus")
+    publish(run, "teacher", finished=False)
+    publish(run, "pruned")
+    with pytest.raises(StageError, match="micro_batch_sequences"):
+        check_unchanged(description(run, "pruned", "stages.pruned.micro_batch_sequences=2"), run / "pruned")
+
+
+def test_a_changed_text_is_named_and_reaches_later_stages(run):
+    publish(run, "corpus")
+    publish(run, "teacher")
+    (run / "text.jsonl").write_text('{"text": "b"}\n')
+    with pytest.raises(StageError, match=r"its input sources.0 \(text.jsonl\) has changed"):
+        check_unchanged(description(run, "corpus"), run / "corpus")
+    (run / "corpus" / "manifest.json").unlink()
+    (run / "corpus" / "started.json").unlink()
+    publish(run, "corpus")
+    with pytest.raises(StageError, match=r"its input data \(corpus\) has changed"):
+        check_unchanged(description(run, "teacher"), run / "teacher")
+
+
+@pytest.mark.parametrize(("name", "content"), [("model.safetensors", b"123456789"), ("config.json", b"[]")])
+def test_a_changed_model_folder_is_named(run, name, content):
+    publish(run, "corpus")
+    publish(run, "teacher")
+    (run / "base" / name).write_bytes(content)
+    with pytest.raises(StageError, match=r"its input model \(base\) has changed"):
+        check_unchanged(description(run, "teacher"), run / "teacher")
+
+
+def test_half_written_names_beside_started_are_no_content(run):
+    publish(run, "corpus")
+    publish(run, "teacher", finished=False)
+    (run / "teacher" / ".started.json.4711").touch()  # another rank is writing, or was killed as it wrote
+    check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+
+
+def whole_run(run):
+    for name in ("corpus", "teacher", "pruned"):
+        publish(run, name)
+
+
+def check(run, *overrides, names=("corpus", "teacher", "pruned")):
+    recipe = load_recipe(run / "x.yaml", overrides)
+    check_run(recipe, [recipe.stage(name) for name in names], run)
+
+
+CHANGED = "stages.teacher.learning_rate=2e-3"
+
+
+def test_a_finished_stage_stays_while_its_input_is_made_again_the_same(run):
+    whole_run(run)
+    shutil.rmtree(run / "teacher")
+    check(run)
+    shutil.rmtree(run / "corpus")
+    check(run)
+    check(run, "stages.teacher.log_every_steps=3")
+
+
+@pytest.mark.parametrize("names", [("corpus", "teacher", "pruned"), ("teacher",)])
+def test_a_finished_stage_whose_input_will_be_another_is_refused(run, names):
+    whole_run(run)
+    shutil.rmtree(run / "teacher")
+    with pytest.raises(StageError, match=r"'pruned' is finished in .*its input model \(teacher@2\) has changed"):
+        check(run, CHANGED, names=names)
+
+
+def test_a_change_is_seen_through_stages_that_are_all_made_again(run):
+    whole_run(run)
+    shutil.rmtree(run / "teacher")
+    shutil.rmtree(run / "corpus")
+    (run / "text.jsonl").write_text('{"text": "b"}\n')
+    with pytest.raises(StageError, match=r"'pruned' is finished in .*its input model \(teacher@2\) has changed"):
+        check(run)
+
+
+def test_a_first_try_that_left_nothing_says_nothing_of_the_next(run):
+    whole_run(run)
+    (run / "teacher" / "manifest.json").unlink()
+    with pytest.raises(StageError, match="'pruned' is finished"):
+        check(run, CHANGED)
+    check(run)
+
+
+def test_other_finished_stages_are_not_asked_for(run):
+    whole_run(run)
+    check(run, CHANGED, names=("corpus",))
+
+
+def test_an_input_that_is_not_there_is_an_error_where_nothing_is_planned(run):
+    with pytest.raises(StageError, match="cannot be read"):
+        description(run, "teacher")
