@@ -7,6 +7,8 @@ from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.recipe.training import Training
 
+CHECKPOINT_BYTES = 12  # of one parameter: the master weight and both of Adam's moments, each in float32
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -79,6 +81,25 @@ def training_flops(plan: TrainingPlan, student: ModelShape, teacher: ModelShape 
     if teacher is not None:
         per_token += teacher.forward_flops_per_token(plan.sequence_length)
     return per_token * plan.tokens
+
+
+def checkpoint_bytes(training: Training, parameters: int, steps: int | None) -> int | None:
+    """Bytes that a training stage's checkpoints take at most at one time.
+
+    Args:
+        training: the stage.
+        parameters: of the trained model.
+        steps: of the whole stage; None when not known yet.
+
+    Returns:
+        None where it takes the number of steps (all checkpoints are kept) and that is not known.
+    """
+    counts = []
+    if steps is not None:
+        counts.append(-(-steps // training.checkpoint_every_steps))  # the last one is written at the end in any case
+    if training.keep_checkpoints:
+        counts.append(training.keep_checkpoints + 1)  # the oldest goes once the new one is complete
+    return min(counts) * CHECKPOINT_BYTES * parameters if counts else None
 
 
 def describe_shape(shape: ModelShape) -> str:

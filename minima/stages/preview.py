@@ -1,17 +1,19 @@
 """The dry run: shapes, tokens and steps of every stage, from the recipe and what lies on this machine. No torch."""
 
-import json
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from minima.errors import MinimaError, RecipeError, VocabularyMismatch
 from minima.launcher import default_ranks
 from minima.models.shape import ModelShape
-from minima.planning.arithmetic import check_batch, describe_shape, plan_training, training_flops
-from minima.planning.dry_run import StagePreview, flops_text, render, training_facts
+from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, plan_training, training_flops
+from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
 from minima.pruning.target import plan_target
+from minima.recipe.data import TokenizerTraining
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.references import Reference, references
-from minima.recipe.schema import Adapt, AnyStage, BuildData, Distil, ModelInput, Prune, Recipe
+from minima.recipe.schema import Adapt, AnyStage, BuildData, Distil, Evaluate, Export, ModelInput, Prune, Recipe
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
 from minima.stages.running import output_folder
 from minima.stages.shipped import find_deepspeed_json
@@ -54,9 +56,10 @@ class _Preview:
             self._prune(stage, preview)
         elif isinstance(stage, Adapt | Distil):
             self._training(stage, preview)
-        elif stage.kind == "export" and (found := self._shape(ModelInput(source=stage.model))):
-            self.shapes[stage.name] = found
-            preview.facts.append(("model", describe_shape(found)))
+        elif isinstance(stage, Evaluate):
+            self._check_held_out(stage, "evaluates", "let the stage read other data, or leave it out")
+        elif isinstance(stage, Export):
+            self._export(stage, preview)
         return preview
 
     def _reads(self, reference: Reference, preview: StagePreview) -> str:
@@ -86,6 +89,31 @@ class _Preview:
         left = total - blocks * stage.sequence_length
         line = f"{total:,} in {blocks:,} blocks of {stage.sequence_length:,}"
         preview.facts.append(("tokens", line + (f"; {left:,} left over are less than a block" if left else "")))
+        tokens = blocks * stage.sequence_length + (stage.held_out_tokens or 0)
+        preview.facts.append(("disk", size_text(tokens * self._token_bytes(stage))))
+
+    def _token_bytes(self, stage: BuildData) -> int:
+        """Of one token: its vocabulary's, or the 2 that most have where that is not known here."""
+        if isinstance(stage.tokenizer, TokenizerTraining):
+            return _token_bytes(stage.tokenizer.vocabulary_size)
+        if (data := self._data_stage(stage.tokenizer)) is not None:
+            return self._token_bytes(data)
+        try:
+            shape = self._shape(ModelInput(source=stage.tokenizer))
+        except MinimaError:  # a tokenizer's folder need not hold a model that is known here
+            shape = None
+        return _token_bytes(shape.vocabulary_size if shape is not None else 0)
+
+    def _export(self, stage: Export, preview: StagePreview) -> None:
+        found = self._shape(ModelInput(source=stage.model))
+        if found is None:
+            return
+        self.shapes[stage.name] = found
+        preview.facts.append(("model", describe_shape(found)))
+        name = stage.model.rpartition("@")[0] or stage.model
+        trained = next((other for other in self.recipe.stages if other.name in (stage.model, name)), None)
+        dtype = stage.dtype or (trained.precision if isinstance(trained, Adapt | Distil) else None)
+        preview.facts.append(("disk", _model_size(found, dtype)))
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
         shape = self._shape(stage.model)
@@ -97,6 +125,7 @@ class _Preview:
         preview.facts += [("from", describe_shape(shape)), ("to", describe_shape(pruned))]
         share = f"{pruned.parameters / shape.parameters:.4f} of the parameters stay"
         preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
+        preview.facts.append(("disk", _model_size(pruned, None)))
         if stage.score == "gradient" and stage.scores is None:
             length = stage.sequence_length or self._length(stage.data)
             tokens = f", {stage.sequences * length:,} tokens" if length else ""
@@ -117,18 +146,34 @@ class _Preview:
         length = self._length(stage.data)
         data = self._data_stage(stage.data)
         plan = plan_training(stage, length, self._blocks(data) if data else None) if length else None
+        if stage.evaluate_every_steps:
+            self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
         if length and shape and length > shape.max_positions:
             raise RecipeError(
                 f"stages.{stage.name}: blocks of {length:,} tokens for a model of {shape.max_positions:,} positions",
                 "it has no positions for the rest of a block",
                 f"build the data with sequence_length of at most {shape.max_positions:,}",
             )
+        disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None) if shape is not None else None
+        if disk is not None:
+            preview.facts.append(("disk", f"{size_text(disk)} of checkpoints, at most"))
         if plan is None:
             preview.notes.append("tokens and steps follow once the data is built")
             return
         preview.facts += training_facts(plan, self.ranks, stage.micro_batch_sequences)
-        if shape is not None and (teacher is not None or isinstance(stage, Adapt)):
-            preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
+        runs_teacher = isinstance(stage, Distil) and stage.soft_weight > 0
+        if shape is not None and (teacher is not None or not runs_teacher):
+            flops = training_flops(plan, shape, teacher if runs_teacher else None)
+            preview.facts.append(("FLOPs", flops_text(flops)))
+
+    def _check_held_out(self, stage: Adapt | Distil | Evaluate, how: str, do: str) -> None:
+        data = self._data_stage(stage.data)
+        if data is not None and not data.held_out_fraction:
+            raise RecipeError(
+                f"stages.{stage.name}: it {how}, but the data {stage.data!r} has held_out_fraction 0",
+                "there would be no text that the model was not trained on",
+                f"give the build_data stage a held_out_fraction above 0, {do}",
+            )
 
     def _shape(self, model: ModelInput) -> ModelShape | None:
         if model.random or model.shape:
@@ -140,14 +185,19 @@ class _Preview:
             return self.shapes[name]
         path = Path(model.source).expanduser()
         config = path / "config.json" if path.is_dir() else _cached_config(model.source, model.revision)
-        return ModelShape.from_config(json.loads(config.read_text("utf-8"))) if config and config.is_file() else None
+        return ModelShape.from_folder(config.parent) if config and config.is_file() else None
 
     def _data_stage(self, reference: str) -> BuildData | None:
         if reference in {stage.name for stage in self.recipe.stages}:
             found = self.recipe.stage(reference)
             return found if isinstance(found, BuildData) else None
         folder = Path(reference).expanduser()
-        return BuildData.model_validate(read_manifest(folder)["stage"]) if is_finished(folder) else None
+        if not is_finished(folder):
+            return None
+        try:
+            return BuildData.model_validate(read_manifest(folder).get("stage"))
+        except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
+            return None
 
     def _length(self, reference: str | None) -> int | None:
         data = self._data_stage(reference) if reference is not None else None
@@ -173,7 +223,7 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
         try:
             previews.append(state.stage(stage))
         except MinimaError as error:
-            if stage.name in error.what:
+            if error.what.startswith(f"stages.{stage.name}:"):
                 raise
             raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
     return previews
@@ -203,6 +253,17 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
     shown = {stage.name for stage in stages}
     previews = [found for found in walk(recipe, recipe_path) if found.name in shown]
     return render(resolved_yaml(recipe), previews)
+
+
+def _token_bytes(vocabulary_size: int) -> int:
+    return 2 if vocabulary_size <= 1 << 16 else 4  # minima.data.store.token_dtype
+
+
+def _model_size(shape: ModelShape, dtype: str | None) -> str:
+    """Of a model's file; where the dtype is that of the weights it is made from, no more than float32."""
+    if dtype is None:
+        return f"{size_text(4 * shape.parameters)} at most"
+    return f"{size_text((4 if dtype == 'float32' else 2) * shape.parameters)} in {dtype}"
 
 
 def _cached_config(name: str, revision: str | None) -> Path | None:

@@ -1,14 +1,16 @@
 """The arithmetic of a run, and the dry run that shows it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from minima.errors import RecipeError, ShapeError, VocabularyMismatch
+from minima.errors import CheckpointError, RecipeError, ShapeError, VocabularyMismatch
 from minima.models.shape import ModelShape
-from minima.planning.arithmetic import check_batch, plan_training, training_flops
+from minima.planning.arithmetic import check_batch, checkpoint_bytes, plan_training, training_flops
+from minima.planning.dry_run import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.training import Training
 from minima.stages.preview import preview
@@ -60,6 +62,25 @@ def test_a_batch_that_does_not_divide_names_the_counts_that_do():
         check_batch("s", training(steps=1), 8)
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "count"),
+    [
+        ({}, 10_000, 3),
+        ({"keep_checkpoints": 0}, 10_001, 21),
+        ({"keep_checkpoints": 5}, 600, 2),
+        ({"keep_checkpoints": 1}, None, 2),
+    ],
+)
+def test_checkpoints_on_disk(changes, steps, count):
+    assert checkpoint_bytes(training(steps=4, checkpoint_every_steps=500, **changes), 10, steps) == count * 120
+    assert checkpoint_bytes(training(epochs=1, keep_checkpoints=0), 10, None) is None
+
+
+def test_sizes_read_easily():
+    sizes = [size_text(size) for size in (999, 1000, 126_000_000_000, 4 * 10**18)]
+    assert sizes == ["999 bytes", "1 kB", "126 GB", "4e+03 PB"]
+
+
 def test_the_papers_run(root: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = root / "recipes" / "minima-3b.yaml"
@@ -71,6 +92,10 @@ def test_the_papers_run(root: Path, tmp_path, monkeypatch):
     assert "758 whole sequences, filled with 266 fully masked ones" in student
     assert "left over  3,072 tokens" in student
     assert "models/llama2-7b-49216 (model) is not on this machine" in text
+    corpus = text[text.index("# what would run") :]
+    assert "disk       252 GB\n" in corpus, "126e9 tokens of two bytes, and what is held out"
+    assert "disk       109 GB of checkpoints, at most" in student, "three of 12 bytes a parameter"
+    assert "disk       6.04 GB in bfloat16" in student[student.index("(export)") :]
     for key, value in {
         "learning_rate": 3e-4,
         "weight_decay": 0.1,
@@ -129,8 +154,6 @@ def show(tmp_path, monkeypatch):
 
 
 def test_shapes_come_from_a_config_json(show, tmp_path):
-    import json
-
     text = show()
     assert "the model's config.json is not on this machine" in text
     assert "no/*.jsonl (source no/*.jsonl) is not on this machine" in text
@@ -144,6 +167,64 @@ def test_shapes_come_from_a_config_json(show, tmp_path):
         show("stages.c.sequence_length=128")
     with pytest.raises(ShapeError, match=r"stages\.p: .*num_heads 8"):
         show("stages.p.target={num_heads: 8}")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "size"),
+    [("{vocabulary_size: 65536}", "20"), ("{vocabulary_size: 65537}", "39.9"), ("base", "20"), ("unknown", "20")],
+)
+def test_data_on_disk_follows_from_the_vocabulary(show, tmp_path, tokenizer, size):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
+    assert f"disk       {size} kB\n" in show(text=RECIPE.replace("tokenizer: t,", f"tokenizer: {tokenizer},"))
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [('{"model_type": "llama", ', CheckpointError), ("[]", CheckpointError), ('{"model_type": "llama"}', ShapeError)],
+)
+def test_a_broken_config_json_is_named(show, tmp_path, content, error):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(content)
+    with pytest.raises(error, match=r"stages\.t: .*config\.json"):
+        show()
+    assert "every token once" in show("stages.c.tokens=null", text=RECIPE[: RECIPE.index("  - name: t")])
+
+
+def test_data_of_another_kind_of_stage_is_left_to_its_reader(show, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"stage": {"name": "other", "kind": "prune"}}')
+    assert "tokens and steps follow once the data is built" in show("stages.t.data=other")
+
+
+def test_what_evaluates_needs_held_out_text(show):
+    show("stages.c.held_out_fraction=0")
+    with pytest.raises(RecipeError, match=r"stages\.t: .*evaluates while it trains.*held_out_fraction 0"):
+        show("stages.c.held_out_fraction=0", "stages.t.evaluate_every_steps=5")
+    text = RECIPE + "  - {name: q, kind: evaluate, models: [t], data: c}\n"
+    show(text=text)
+    with pytest.raises(RecipeError, match=r"stages\.q: .*evaluates.*held_out_fraction 0"):
+        show("stages.c.held_out_fraction=0", text=text)
+
+
+DISTIL = """
+name: x
+ranks: 1
+stages:
+  - {name: c, kind: build_data, sources: [{embedded: sotu}], tokenizer: tok, sequence_length: 64}
+  - {name: d, kind: distil, model: {random: &s {vocabulary_size: 64, hidden_size: 8, intermediate_size: 8,
+     num_layers: 1, num_heads: 1}}, teacher: {source: b, shape: {<<: *s, num_layers: 5}}, data: c, batch_sequences: 8,
+     micro_batch_sequences: 4, steps: 3, learning_rate: 1e-3}
+"""
+
+
+def test_a_teacher_that_does_not_run_costs_nothing(show):
+    small = ModelShape(vocabulary_size=64, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    plan = plan_training(training(steps=3), 64, None)
+    assert plan is not None
+    alone = flops_text(training_flops(plan, small))
+    assert alone not in show(text=DISTIL)
+    assert alone in show("stages.d.soft_weight=0", text=DISTIL)
 
 
 def test_vocabularies_that_differ_are_refused(show):
