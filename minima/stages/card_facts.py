@@ -1,5 +1,6 @@
 """What a model card tells, gathered from the recipe and from the stages' manifests. No torch."""
 
+import logging
 from typing import Any
 
 from minima.models.shape import ModelShape
@@ -8,6 +9,7 @@ from minima.report.cards import Card
 from minima.stages.context import ResolvedModel, StageContext
 from minima.stages.manifest import is_finished, read_manifest
 
+logger = logging.getLogger(__name__)
 _CHECKS = {
     "zero3": "its logits, loaded into sharded hosts, with the trained model's",
     "transformers": "its logits, as plain transformers loads it, with the trained model's",
@@ -104,9 +106,31 @@ def _tokens(context: StageContext, stages: list[AnyStage], step: int | None) -> 
 
 
 def _scores(context: StageContext, name: str) -> dict[str, dict[str, Any]]:
+    """What finished evaluate stages measured of a model and of those beside it; says it where nothing was."""
     scores: dict[str, dict[str, Any]] = {}
+    same = _same_weights(context, name)
+    others: list[str] = []
     for stage in context.recipe.stages:
-        folder = context.run_folder / stage.name
-        if isinstance(stage, Evaluate) and name in stage.models and is_finished(folder):
-            scores |= read_manifest(folder)["metrics"]
+        if not isinstance(stage, Evaluate):
+            continue
+        if same & set(stage.models) and is_finished(context.run_folder / stage.name):
+            scores |= read_manifest(context.run_folder / stage.name)["metrics"]
+        others.append(f"{stage.name} scores {', '.join(stage.models)}")
+    if not scores:
+        why = f" ({'; '.join(others)})" if others else ""
+        logger.warning("the card of %s shows no scores: no finished evaluate stage names %s%s", name, name, why)
     return scores
+
+
+def _same_weights(context: StageContext, name: str) -> set[str]:
+    """The ways in which a recipe can name these weights: a stage alone is its last step."""
+    base, at, step = name.rpartition("@")
+    stages = {stage.name for stage in context.recipe.stages}
+    stage = name if name in stages else base if at and base in stages and step.isdigit() else None
+    folder = context.run_folder / stage if stage is not None else None
+    if folder is None or not is_finished(folder):
+        return {name}
+    last = (read_manifest(folder).get("metrics") or {}).get("step")
+    if last is None or (stage != name and int(step) != last):
+        return {name}
+    return {name, str(stage), f"{stage}@{last}"}
