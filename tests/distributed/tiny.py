@@ -9,6 +9,7 @@ from minima.models.weights import RandomSource
 from minima.recipe.training import Training
 
 VOCABULARY, LENGTH, BATCH = 61, 12, 8
+CPU = torch.device("cpu")
 STUDENT = ModelShape(
     vocabulary_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_key_value_heads=2,
     max_positions=32, tied=True,
@@ -51,11 +52,9 @@ def step_tokens(step: int) -> tuple[Tensor, Tensor]:
 class TinyFeed:
     """The same global batches, cut for one rank into micro-batches."""
 
-    def __init__(
-        self, micro_batch: int, rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, micro_batch: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU) -> None:
         self.micro_batch, self.rank, self.share = micro_batch, rank, BATCH // world_size
-        self.device = torch.device(device)
+        self.device = device
 
     def step(self, step: int) -> list[Batch]:
         tokens_BT, valid_BT = step_tokens(step)
