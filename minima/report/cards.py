@@ -21,6 +21,7 @@ class Card:
 
     Attributes:
         name: of the model.
+        recipe: name of the recipe that made it.
         family: `model_type` of its configuration.
         parameters: of the model; a tied head counts once.
         dtype: of the written weights.
@@ -36,6 +37,7 @@ class Card:
     """
 
     name: str
+    recipe: str
     family: str
     parameters: int
     dtype: str
@@ -118,7 +120,7 @@ def _stages(card: Card) -> str:
     for name, kind, settings in card.stages:
         lines = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
         blocks.append(f"**{name}** ({kind})\n\n```yaml\n{lines}```")
-    return "\n\n".join(blocks) or "Not recorded."
+    return "\n\n".join([f"By the recipe `{card.recipe}`, stage by stage:", *blocks])
 
 
 def _scores(card: Card) -> str:

@@ -34,6 +34,7 @@ def gather_card(
     stages = lineage(context, stage.model)
     return Card(
         name=stage.name,
+        recipe=context.recipe.name,
         family=shape.family,
         parameters=metrics["parameters"],
         dtype=metrics["dtype"],

@@ -1,10 +1,12 @@
 """The one assembly of a training run: data, student, objective, loop. Training stages differ in two of them."""
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minima.engine import distributed
@@ -63,6 +65,8 @@ def run_training(
         )
     if stage.deterministic:
         torch.use_deterministic_algorithms(True)
+    random.seed(stage.seed)
+    np.random.seed(stage.seed % 2**32)
     torch.manual_seed(stage.seed)
     config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size())
     objective = make_objective(data)

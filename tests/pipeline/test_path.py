@@ -187,7 +187,7 @@ def test_the_export_is_the_student(place):
         assert model(tokens).logits.equal(trained(tokens).logits)
     assert model.config.num_hidden_layers == 3 and model.config.num_key_value_heads == 3
     card = (folder / "README.md").read_text()
-    assert "tiny" in card and f"{80 * 8 * 32:,}" in card
+    assert "the recipe `tiny`" in card and f"{80 * 8 * 32:,}" in card
 
 
 def test_the_summary_holds_what_the_recipe_asks_for(place):

@@ -9,6 +9,7 @@ from minima.report.cards import Card, model_card
 
 CARD = Card(
     name="student",
+    recipe="small",
     family="llama",
     parameters=54038400,
     dtype="bfloat16",
@@ -45,6 +46,7 @@ def test_a_licence_that_the_hub_does_not_know_keeps_its_name():
 
 
 def test_the_card_tells_recipe_data_tokens_and_scores():
+    assert "the recipe `small`" in model_card(CARD)
     text = model_card(CARD)
     for fact in ("54,038,400 parameters in bfloat16, pruned and distilled", "409,600 tokens", "sotu", "8,192 tokens"):
         assert fact in text
