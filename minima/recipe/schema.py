@@ -141,6 +141,9 @@ AnyStage = Annotated[
 ]
 
 
+RESERVED_NAMES = frozenset({"lock", "logs", "recipe.yaml", "summary.json"})  # beside the stages' folders
+
+
 class Recipe(Strict):
     """A whole run.
 
@@ -173,6 +176,12 @@ class Recipe(Strict):
                     "rename one of them",
                 )
             seen.add(stage.name)
+        for name in sorted(seen & RESERVED_NAMES):
+            raise RecipeError(
+                f"a stage is called {name!r}",
+                "the run's folder keeps a file or folder of its own under that name",
+                "rename the stage",
+            )
         return self
 
     def stage(self, name: str) -> AnyStage:

@@ -216,3 +216,10 @@ def test_shipped_recipes_load(root: Path):
     assert {path.stem for path in recipes} >= {"quickstart", "minima-3b"}
     for path in recipes:
         assert load_recipe(path).name == path.stem
+
+
+@pytest.mark.parametrize("name", ["lock", "logs", "recipe.yaml", "summary.json"])
+def test_a_stage_may_not_take_the_name_of_a_file_of_the_run(name):
+    stage = {"name": name, "kind": "export", "model": "m"}
+    with pytest.raises(ValueError, match="keeps a file or folder of its own"):
+        Recipe.model_validate({"name": "r", "stages": [stage]})
