@@ -9,6 +9,7 @@ import yaml
 from minima.errors import RecipeError, ShapeError
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.references import references
+from minima.recipe.schema import Recipe
 
 SHAPE = {"vocabulary_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4}
 TRAINING = {"data": "corpus", "batch_sequences": 8, "micro_batch_sequences": 4, "steps": 4, "learning_rate": 0.001}
