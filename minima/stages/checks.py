@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.recipe.references import references
@@ -23,6 +24,7 @@ def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], 
     Raises:
         StageError: an input stage is neither finished nor among `stages`; or a finished stage is not, or will not be,
             what the recipe and its inputs say.
+        DeepSpeedConfigError: a DeepSpeed JSON sets what the recipe owns, or cannot be used.
         RecipeError: a DeepSpeed JSON, a launcher, a GPU or wandb is missing, or a batch cannot be shared by the ranks.
         MinimaError: a shape, a length or a vocabulary that the dry run already knows to be impossible.
     """
@@ -35,7 +37,7 @@ def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], 
     for stage in left:
         for key in ("deepspeed", "teacher_deepspeed"):
             if name := getattr(stage, key, None):
-                find_deepspeed_json(name, recipe_path)
+                read_deepspeed_json(find_deepspeed_json(name, recipe_path))
         project = getattr(stage, "wandb_project", None)
         if project is not None and find_spec("wandb") is None:
             raise RecipeError(

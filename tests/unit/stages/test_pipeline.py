@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from minima.errors import DiskFull, LauncherError, RecipeError, StageError
+from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError
 from minima.recipe.loading import load_recipe
 from minima.stages import checks, pipeline
 
@@ -188,6 +188,13 @@ def test_wandb_has_to_be_there_before_anything_starts(run, tmp_path, monkeypatch
     with pytest.raises(RecipeError, match=r"stages\.student: wandb_project is 'mine', but wandb is not installed"):
         run("stages.student.wandb_project=mine")
     assert not calls(tmp_path)
+
+
+def test_a_deepspeed_json_that_sets_what_the_recipe_owns_starts_nothing(run, tmp_path):
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}')
+    with pytest.raises(DeepSpeedConfigError, match="sets gradient_clipping"):
+        run("stages.student.deepspeed=own.json")
+    assert not (tmp_path / "calls").exists()
 
 
 def test_a_launcher_beside_the_recipe_comes_first(run, tmp_path):
