@@ -141,7 +141,7 @@ AnyStage = Annotated[
 ]
 
 
-RESERVED_NAMES = frozenset({"lock", "logs", "recipe.yaml", "summary.json"})  # beside the stages' folders
+RESERVED_NAMES = frozenset({"lock", "logs", "recipe.yaml", "summary.json", "hub.json"})  # beside the stages' folders
 
 
 class Recipe(Strict):

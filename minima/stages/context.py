@@ -7,6 +7,7 @@ from minima.errors import StageError
 from minima.launcher import Launch
 from minima.recipe.references import STEPPED, Reference, references
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
+from minima.stages.hub import snapshot
 from minima.stages.manifest import NFS_SECONDS, wait_finished
 from minima.stages.shipped import find_deepspeed_json
 
@@ -86,7 +87,8 @@ class StageContext:
             return ResolvedModel(text, folder, found.step, tokenizer if tokenizer.is_dir() else None)
         path = Path(text).expanduser()
         if not path.is_dir():
-            path = _snapshot(text, None if isinstance(model, str) else model.revision)
+            revision = None if isinstance(model, str) else model.revision
+            path = snapshot(text, revision, self.run_folder, keep=self.launch.rank == 0)
         has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
         tokenizer = path if has_tokenizer else path / "tokenizer"
         return ResolvedModel(text, path, None, tokenizer if tokenizer.is_dir() else None)
@@ -145,19 +147,3 @@ class StageContext:
                 f"choose among {', '.join(map(str, steps)) or 'none yet'}, or keep more with keep_checkpoints",
             )
         return folder
-
-
-def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise StageError(
-            f"model {name!r} is neither a stage, nor a folder here, nor to be had from the Hub "
-            f"({str(error).strip().splitlines()[0]})",
-            "there are no weights to start from",
-            "check the name, give the path of a folder, or download it where there is a network",
-        ) from error

@@ -219,7 +219,7 @@ def test_shipped_recipes_load(root: Path):
         assert load_recipe(path).name == path.stem
 
 
-@pytest.mark.parametrize("name", ["lock", "logs", "recipe.yaml", "summary.json"])
+@pytest.mark.parametrize("name", ["lock", "logs", "recipe.yaml", "summary.json", "hub.json"])
 def test_a_stage_may_not_take_the_name_of_a_file_of_the_run(name):
     stage = {"name": name, "kind": "export", "model": "m"}
     with pytest.raises(ValueError, match="keeps a file or folder of its own"):

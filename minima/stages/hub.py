@@ -1,0 +1,44 @@
+"""Models from the Hub: a run takes the same commit of each from its first stage to its last. No torch."""
+
+import json
+from pathlib import Path
+
+from minima.errors import StageError
+from minima.stages.manifest import write_json
+
+COMMITS = "hub.json"
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
+
+
+def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool) -> Path:
+    """A Hub model as a folder on this machine, downloaded where it is not in the cache.
+
+    A branch moves: the commit that a run saw first is kept in its folder, and later stages and starts take that one,
+    so that no run is taken up again with another teacher.
+
+    Args:
+        name: Hub id.
+        revision: branch, tag or commit; the default branch when not given.
+        run_folder: keeps the commits.
+        keep: whether this process writes them: rank 0 does.
+
+    Raises:
+        StageError: there is no such model, or no way to it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path, key = run_folder / COMMITS, f"{name}@{revision or 'default'}"
+    commits = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StageError(
+            f"model {name!r} is neither a stage, nor a folder here, nor to be had from the Hub "
+            f"({str(error).strip().splitlines()[0]})",
+            "there are no weights to start from",
+            "check the name, give the path of a folder, or download it where there is a network",
+        ) from error
+    if keep and key not in commits:
+        write_json(path, commits | {key: folder.name})  # the cache calls a snapshot's folder by its commit
+    return folder
