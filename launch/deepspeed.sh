@@ -8,19 +8,22 @@ set -euo pipefail
 ranks=${MINIMA_RANKS:-$(python -c 'from minima.launcher import default_ranks; print(default_ranks())')}
 port=$(python -c 'from minima.launcher import free_port; print(free_port())')
 where=(--num_gpus "$ranks")
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
+visible=${CUDA_VISIBLE_DEVICES:-}
+visible=${visible// /}
+visible=${visible%%,-*}  # CUDA ignores everything from the first negative entry on
+if [[ -n $visible && $visible != -* && $visible != NoDevFiles && ${DS_ACCELERATOR:-} != cpu ]]; then
   # Told a number of GPUs, deepspeed forgets CUDA_VISIBLE_DEVICES and takes the first ones of the machine.
-  if [[ ! $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+  if [[ ! $visible =~ ^[0-9]+(,[0-9]+)*$ ]]; then
     echo "the deepspeed launcher knows GPUs by number only, not CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES:" \
       "take launch/torchrun.sh" >&2
     exit 2
   fi
-  visible=$(tr -cd , <<<"$CUDA_VISIBLE_DEVICES" | wc -c)
-  if [ "$ranks" -gt $((visible + 1)) ]; then
-    echo "$ranks ranks on the $((visible + 1)) GPUs of CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" >&2
+  count=$(tr -cd , <<<"$visible" | wc -c)
+  if [ "$ranks" -gt $((count + 1)) ]; then
+    echo "$ranks ranks on the $((count + 1)) GPUs of CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES" >&2
     exit 2
   fi
-  where=(--include "localhost:$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+  where=(--include "localhost:$(cut -d, -f"1-$ranks" <<<"$visible")")
 fi
 command=(deepspeed "${where[@]}" --master_addr 127.0.0.1 --master_port "$port" --no_local_rank
   --log_level error --module minima stage "$@")

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from minima.stages import pipeline
-    from minima.stages.shipped import find_recipe
+    from minima.stages.shipped import find_launcher, find_recipe
 
     overrides = list(options.overrides)
     overrides += [f"ranks={options.ranks}"] if options.ranks is not None else []
@@ -66,6 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         from minima.stages.running import select
 
         recipe = load_recipe(path, overrides)
+        find_launcher(recipe.launcher, path)
         _write(preview(recipe, path, select(recipe, _names(options.stages))))
         return 0
     return pipeline.run(path, overrides, _names(options.stages), _write)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from minima.errors import DataError, TokenizerMismatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("minima.data")
 SPACE = "\u2581"  # SentencePiece's visible space
 # The Llama layout: unknown, begin, end, then the 256 bytes, then what was learnt.
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
@@ -142,6 +144,17 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     Raises:
         DataError: there is none, or it has no end token to close documents with.
     """
+    tokenizer = _load(source)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer of {str(source)!r} has no end token",
+            "every document is closed by it; without it, documents run into each other",
+            "name one as `eos_token` in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def _load(source: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, LlamaTokenizer
 
     # Of a lone tokenizer.model, AutoTokenizer makes one that puts no space before the text: other ids, no error.
@@ -157,12 +170,6 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
             "give a folder that holds tokenizer.json or tokenizer.model, a Hub id that this machine can reach, or "
             "`tokenizer: {vocabulary_size: N}` to train one",
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"the tokenizer of {str(source)!r} has no end token",
-            "every document is closed by it; without it, documents run into each other",
-            "name one as `eos_token` in its tokenizer_config.json",
-        )
     return tokenizer
 
 
@@ -188,8 +195,15 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
     files = [folder / "tokenizer.json" for folder in (data, own)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
-    pieces = {index: piece for piece, index in load_tokenizer(own).get_vocab().items()}
-    for piece, index in sorted(load_tokenizer(data).get_vocab().items(), key=lambda item: item[1]):
+    vocabularies = []
+    for folder in (data, own):
+        try:
+            vocabularies.append(_load(folder).get_vocab())
+        except DataError as error:  # the data needs ids alone; a model may have a tokenizer of a kind of its own
+            logger.warning("cannot tell whether the data and %s have the same tokens: %s", model, error.what)
+            return
+    pieces = {index: piece for piece, index in vocabularies[1].items()}
+    for piece, index in sorted(vocabularies[0].items(), key=lambda item: item[1]):
         if pieces.get(index) != piece:
             raise TokenizerMismatch(
                 f"id {index} is {piece!r} in the data's tokenizer {data} and {pieces.get(index)!r} in that of {model}",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import complete_steps, step_folder, verify_together
 from minima.errors import CheckpointError
@@ -23,7 +24,8 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
     """
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir():
-        steps = complete_steps(checkpoints)
+        # One view for all ranks: what another node sees may be older.
+        steps = distributed.broadcast_object(complete_steps(checkpoints))
         if not steps or (step is not None and step not in steps):
             raise CheckpointError(
                 f"no complete checkpoint {'' if step is None else f'after step {step} '}in {checkpoints}",

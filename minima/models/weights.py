@@ -72,7 +72,6 @@ class RandomSource:
         self.config = config
         self.seed = seed
         self._shapes = parameter_shapes(config)
-        self._last: tuple[str, Tensor] | None = None  # parts of one tensor are asked for one after the other
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -81,11 +80,6 @@ class RandomSource:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        if self._last is None or self._last[0] != name:
-            self._last = name, self._draw(name)
-        return self._last[1]
-
-    def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

@@ -34,7 +34,7 @@ class Training(BaseModel):
         keep_checkpoints: how many of the newest are kept; 0 keeps all.
         evaluate_every_steps: steps between held-out losses; 0 for none.
         evaluate_sequences: held-out blocks of one such loss; all when not given.
-        log_every_steps: steps between log lines.
+        log_every_steps: steps between log lines; one comes before each checkpoint and at the end, too.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project, if `wandb` is installed.
         deepspeed: DeepSpeed JSON for the trained model; beside the recipe, or one that minima ships.

@@ -24,16 +24,15 @@ def run(context: StageContext) -> dict[str, Any]:
     assert isinstance(stage, Distil)
     if not stage.soft_weight:  # the teacher would run for nothing
         alone = Distillation(None, hard_weight=stage.hard_weight, soft_weight=0, chunk_tokens=stage.chunk_tokens)
-        return run_training(context, stage, lambda data: alone)
+        return run_training(context, stage, lambda data, shape: alone)
     teacher = open_origin(context, stage.teacher, stage.seed)
     shape = ModelShape.from_config(teacher.source.config)
-    student = open_origin(context, stage.model, stage.seed)
-    check_vocabularies(ModelShape.from_config(student.source.config).vocabulary_size, shape.vocabulary_size)
     hosts: list[FrozenHost] = []
 
-    def objective(data: Path) -> Objective:
+    def objective(data: Path, student: ModelShape) -> Objective:
+        check_vocabularies(student.vocabulary_size, shape.vocabulary_size)
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
-        check_tokens(data, teacher)
+        check_tokens(data, teacher.tokenizer, teacher.identity)
         precision = stage.teacher_precision or stage.precision
         config = frozen_config(
             context.deepspeed_json(stage.teacher_deepspeed),

@@ -17,7 +17,7 @@ from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
-from minima.stages.origin import check_fit, open_store
+from minima.stages.origin import check_fit, check_tokens, open_store
 
 RANKS = True
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
@@ -73,6 +73,7 @@ def count_parameters(source: WeightSource) -> int:
 
 def _build(context: StageContext, stage: Evaluate, name: str) -> tuple[WeightSource, FrozenHost]:
     model = context.model(name)
+    check_tokens(context.data(stage.data), model.tokenizer, name)
     source = open_weights(model.folder, model.step)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),

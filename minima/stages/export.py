@@ -184,7 +184,7 @@ def _compare_logits(
 
     def compare() -> dict[str, float]:
         differences = {"zero3": check_same_logits(logits[0], logits[1], "the ZeRO-3 host")}
-        if fits:
+        if fits and precision == "float32":  # rounding of its own would be taken for a difference
             plain = plain_logits(partial, batch, DTYPES[precision])
             differences["transformers"] = check_same_logits(logits[0], plain, "plain transformers")
         return differences

@@ -74,16 +74,21 @@ def open_store(folder: Path) -> TokenStore:
     return store
 
 
-def check_tokens(data: Path, origin: Origin) -> None:
+def check_tokens(data: Path, own: Path | None, model: str) -> None:
     """Refuse data that was made with another tokenizer than the model's own; every rank calls it.
+
+    Args:
+        data: a build_data stage's folder.
+        own: folder of the model's tokenizer; none when it has none, and nothing is refused then.
+        model: what to call the model.
 
     Raises:
         TokenizerMismatch: names the first id that differs.
     """
     error: MinimaError | None = None
-    if origin.tokenizer is not None and distributed.share()[0] == 0:
+    if own is not None and (data / "tokenizer").is_dir() and distributed.share()[0] == 0:
         try:
-            check_same_tokens(data / "tokenizer", origin.tokenizer, origin.identity)
+            check_same_tokens(data / "tokenizer", own, model)
         except MinimaError as found:
             error = found
     distributed.raise_together(error)

@@ -61,7 +61,7 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
             if code:
                 return code
         if all(is_finished(folder / stage.name) for stage in recipe.stages):
-            check_run(recipe, recipe.stages, folder)  # an input may have changed while the stages ran
+            check_run(recipe, left, folder)  # an input may have changed while these stages ran
         summary = write_summary(recipe, folder)
     write(run_table(stage_rows(recipe, folder), summary))
     if summary is not None:

@@ -136,7 +136,7 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
             "a block can be cut shorter, not made longer",
             f"choose at most {store.sequence_length}, or leave it out",
         )
-    check_tokens(data, origin)
+    check_tokens(data, origin.tokenizer, origin.identity)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),
         precision=stage.precision,

@@ -85,7 +85,7 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
         folder = run_folder / stage.name
         if launch.world_size > 1:
             look_again(folder)  # ranks of two machines have to agree on what is finished
-        if is_finished(folder):
+        if launch.rank == 0 and is_finished(folder):  # another node need not have what an earlier stage read
             check_unchanged(describe(recipe, stage, run_folder, planned), folder)
     if launch.rank == 0:
         claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))

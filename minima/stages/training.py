@@ -27,7 +27,7 @@ from minima.stages.training_run import TrainingRun
 def run_training(
     context: StageContext,
     stage: Adapt | Distil,
-    make_objective: Callable[[Path], Objective],
+    make_objective: Callable[[Path, ModelShape], Objective],
     frozen_flops_per_token: Callable[[int], float] = lambda sequence_length: 0.0,
     identities: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def run_training(
     Args:
         context: of the stage.
         stage: an adapt or distil stage.
-        make_objective: gives the objective, from the data stage's folder; a teacher's engine is built in it, before
-            the student's.
+        make_objective: gives the objective, from the data stage's folder and the student's shape; a teacher's engine
+            is built in it, before the student's.
         frozen_flops_per_token: forward FLOPs of frozen models, from the sequence length.
         identities: what checkpoints say of frozen models.
 
@@ -49,7 +49,7 @@ def run_training(
     origin = open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
     check_fit(shape, store, origin.identity)
-    check_tokens(data, origin)
+    check_tokens(data, origin.tokenizer, origin.identity)
     if stage.evaluate_every_steps and not len(held_out):
         raise DataError(
             f"stage {stage.name!r} evaluates every {stage.evaluate_every_steps} steps, but {held_out.folder} is empty",
@@ -69,7 +69,7 @@ def run_training(
     np.random.seed(stage.seed % 2**32)
     torch.manual_seed(stage.seed)
     config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size())
-    objective = make_objective(data)
+    objective = make_objective(data, shape)
     student = Student(origin.source, config, stage)
     run = TrainingRun(context, stage, student, store, held_out, shape, frozen_flops_per_token, origin, identities or {})
     first_step = run.resume()
@@ -94,10 +94,9 @@ def run_training(
         shutil.copytree(data / "tokenizer", context.folder / "tokenizer", dirs_exist_ok=True)
     try:
         run.start(first_step, total_steps)
+        run.catch_up(first_step, total_steps)
         distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
         train(student, objective, batches, schedule, run.events(), first_step)
-        if stage.evaluate_every_steps and not run.evaluated:  # ended between the last checkpoint and its evaluation
-            run.evaluate(total_steps)
         return run.metrics()
     finally:
         run.close()

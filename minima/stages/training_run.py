@@ -124,6 +124,19 @@ class TrainingRun:
             self.log.write({"step": step, **self.evaluated})
             self.progress.note(f"step {step}: held-out loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}")
 
+    def catch_up(self, step: int, total_steps: int) -> None:
+        """Make the evaluation of the step that the run resumes from, if it ended between checkpoint and evaluation."""
+        every = self.stage.evaluate_every_steps
+        if not step or not every or (step % every and step != total_steps):
+            return
+        records = read_records(self.context.folder / "metrics.jsonl") if distributed.is_main() else []
+        made = [record for record in records if record["step"] == step and "held_out_loss" in record]
+        found = distributed.broadcast_object(made[-1] if made else None)
+        if found is None:
+            self.evaluate(step)
+        else:
+            self.evaluated = {name: value for name, value in found.items() if name != "step"}
+
     def save(self, step: int) -> None:
         """A checkpoint after `step` updates."""
         facts = {

@@ -128,9 +128,12 @@ def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError
 
 
 def _prune(folder: Path, keep: int) -> None:
-    if keep:
-        for step in complete_steps(folder)[:-keep]:
-            _remove(step_folder(folder, step))
+    """Remove all but the newest complete ones, and what a removal or a save that was cut short has left."""
+    kept = complete_steps(folder)[-keep:] if keep else complete_steps(folder)
+    for path in folder.glob("step-*"):
+        number = path.name.removesuffix(".partial")[5:]
+        if number.isdigit() and int(number) not in kept and (keep or not (path / MARKER).is_file()):
+            _remove(path)
 
 
 def _remove(checkpoint: Path) -> None:

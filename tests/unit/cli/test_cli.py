@@ -165,3 +165,7 @@ def test_the_wheel_works_without_a_clone(root, tmp_path):
     assert (site / "minima" / "py.typed").is_file()
     entry = next(site.glob("*.dist-info")) / "entry_points.txt"
     assert "minima = minima.cli:main" in entry.read_text()
+
+
+def test_a_dry_run_refuses_a_launcher_that_is_not_there():
+    assert cli.main(["run", "quickstart", "--dry-run", "--launcher", "nonsense"]) == 2

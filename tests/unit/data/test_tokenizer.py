@@ -142,3 +142,9 @@ def test_another_tokenizer_of_the_same_size_is_told_by_its_first_other_id(tokeni
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     with pytest.raises(TokenizerMismatch, match=r"id 400 is .+ and .+ in that of the model"):
         check_same_tokens(tokenizer, tmp_path / "other", "the model")
+
+
+def test_a_models_tokenizer_that_cannot_be_told_is_no_obstacle(tokenizer, tmp_path, caplog):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check_same_tokens(tokenizer, tmp_path, "the model")
+    assert "cannot tell" in caplog.text

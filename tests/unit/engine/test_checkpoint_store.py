@@ -37,6 +37,14 @@ def test_the_newest_stay(tmp_path):
     assert (step_folder(tmp_path, 9) / "weights").read_bytes() == b"again"
 
 
+def test_what_a_cut_off_save_or_removal_left_goes_too(tmp_path):
+    write_checkpoint(tmp_path, 3, files(b"3"), {"step": 3}, keep=0)
+    for name in ("step-00000001", "step-00000004.partial", "other"):
+        (tmp_path / name).mkdir()
+    write_checkpoint(tmp_path, 6, files(b"6"), {"step": 6}, keep=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-00000003", "step-00000006"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

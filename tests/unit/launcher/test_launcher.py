@@ -169,6 +169,9 @@ def test_exported_launch_reads_back():
     [
         (None, "2", ["--num_gpus", "2"]),
         ("4,5,6", "2", ["--include", "localhost:4,5"]),
+        ("0, 1", "2", ["--include", "localhost:0,1"]),
+        ("3,-1,2", "1", ["--include", "localhost:3"]),
+        ("NoDevFiles", "2", ["--num_gpus", "2"]),
         ("4,5", "3", None),
         ("GPU-1a2b", "1", None),
     ],

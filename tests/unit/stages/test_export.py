@@ -160,6 +160,12 @@ def test_a_model_beyond_half_of_the_memory_is_not_loaded_whole(context, monkeypa
     assert export_stage.run(context)["checked_by"] == ["zero3"]
 
 
+def test_logits_that_are_rounded_are_not_compared_with_plain_ones(context, monkeypatch):
+    monkeypatch.setattr(export_stage, "fits_host", lambda parameters: True)
+    monkeypatch.setattr(export_stage, "fits_devices", lambda parameters: False)
+    assert export_stage.run(for_stage(context, "out", dtype="bfloat16"))["checked_by"] == ["zero3"]
+
+
 def test_dtype_is_that_of_training(context):
     source = RandomSource(ModelShape(**SHAPE).to_config(), 1)
     assert export_stage.trained_dtype(context, source) == "float32"

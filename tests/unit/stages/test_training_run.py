@@ -1,0 +1,35 @@
+"""What happens around the training loop."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from minima.stages.training_run import TrainingRun
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "recorded", "evaluated"),
+    [(0, 5, [], []), (10, 5, [5], [10]), (10, 5, [5, 10], []), (7, 5, [5], []), (12, 5, [10], [12]), (10, 0, [], [])],
+)
+def test_an_evaluation_that_a_kill_took_is_made_up_for_once(tmp_path, step, every, recorded, evaluated):
+    lines = [{"step": number, "loss": 1.0} for number in range(1, step + 1)]
+    lines += [{"step": number, "held_out_loss": 2.0, "held_out_perplexity": 7.0} for number in recorded]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made: list[int] = []
+    run = SimpleNamespace(
+        context=SimpleNamespace(folder=tmp_path), stage=SimpleNamespace(evaluate_every_steps=every),
+        evaluate=made.append, evaluated={},
+    )  # fmt: skip
+    TrainingRun.catch_up(run, step, total_steps=12)
+    assert made == evaluated
+    assert run.evaluated == ({"held_out_loss": 2.0, "held_out_perplexity": 7.0} if step and step in recorded else {})
