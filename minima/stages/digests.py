@@ -50,6 +50,14 @@ def source_digest(source: Source) -> str:
     return _files_digest([path] if path.exists() else Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
 
 
+def is_gone(source: Source) -> bool:
+    """Whether the files of a source are no longer on this machine."""
+    if source.path is None:
+        return False
+    path = Path(source.path).expanduser()
+    return not path.exists() and not any(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+
+
 def _files_digest(paths: Iterable[Path]) -> str:
     return digest([(file.name, file_digest(file)) for file in sorted(paths) if file.is_file()])
 

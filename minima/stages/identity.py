@@ -8,7 +8,7 @@ from typing import Any
 from minima.errors import StageError
 from minima.recipe.references import Reference, references
 from minima.recipe.schema import AnyStage, BuildData, Recipe
-from minima.stages.digests import digest, folder_digest, source_digest
+from minima.stages.digests import digest, folder_digest, is_gone, source_digest
 from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, read_manifest
 
 # Keys that change how a stage is logged, saved or cut into pieces, but not what it computes. They may change between
@@ -76,8 +76,12 @@ def input_hashes(
         else:
             hashes[key] = folder_digest(path)
     if isinstance(stage, BuildData):
+        own = run_folder / stage.name
+        built = read_manifest(own).get("inputs", {}) if is_finished(own) else {}
         for index, source in enumerate(stage.sources):
-            hashes[f"sources.{index} ({source.label})"] = source_digest(source)
+            key = f"sources.{index} ({source.label})"
+            # Text that was put away once its blocks were built, or that stayed on another machine, has not changed.
+            hashes[key] = built[key] if key in built and is_gone(source) else source_digest(source)
     return hashes
 
 

@@ -173,3 +173,20 @@ def test_other_finished_stages_are_not_asked_for(run):
 def test_an_input_that_is_not_there_is_an_error_where_nothing_is_planned(run):
     with pytest.raises(StageError, match="cannot be read"):
         description(run, "teacher")
+
+
+def test_text_that_was_put_away_once_it_was_built_has_not_changed(run):
+    publish(run, "corpus")
+    (run / "text.jsonl").rename(run / "archived.jsonl")
+    check_unchanged(description(run, "corpus"), run / "corpus")
+    (run / "text.jsonl").write_text('{"text": "b"}\n')
+    with pytest.raises(StageError, match=r"sources\.0 \(text\.jsonl\) has changed"):
+        check_unchanged(description(run, "corpus"), run / "corpus")
+
+
+def test_text_that_is_gone_before_it_was_built_is_no_input(run):
+    publish(run, "corpus", finished=False)
+    (run / "corpus" / "train").mkdir()
+    (run / "text.jsonl").unlink()
+    with pytest.raises(StageError, match="has changed"):
+        check_unchanged(description(run, "corpus"), run / "corpus")
