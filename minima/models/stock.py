@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from minima.models.attention import attention_implementation
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,7 +36,9 @@ def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> P
         if name.endswith(("dropout", "_pdrop")):
             setattr(stock, name, 0.0)
     with no_init_weights():  # every weight is filled in afterwards; under ZeRO-3 there would be none here to initialise
-        model = AutoModelForCausalLM.from_config(stock, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            stock, dtype=dtype, attn_implementation=attention_implementation(stock)
+        )
     model.tie_weights()
     return model
 

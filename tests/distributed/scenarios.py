@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import CheckpointSource, load_shards, save_shards, shapes
 from minima.engine.checkpoint.store import step_folder, write_checkpoint
 from minima.engine.deepspeed_config import frozen_config, training_config
 from minima.engine.loop import Events, train
+from minima.engine.meters import Meters
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.schedule import Schedule
@@ -213,6 +215,36 @@ def closing(folder: Path) -> Any:
     host.close()
     held = {name: reference() is not None for name, reference in watched.items()}
     return held | {"shards": any(shard.numel() for shard in shards)}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that leave the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "local_scalar_dense" in str(func) or "nonzero" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(folder: Path) -> Any:
+    """Values that each micro-step of the second and third step reads on the host; the first step records traces."""
+    settings = training(micro_batch_sequences=1)
+    student, host = new_student(settings), teacher_host()
+    objective, meters, found = Distillation(host), Meters(student.device), []
+    for step in range(3):
+        found.append([])
+        for micro_batch in new_feed(settings).step(step):
+            with HostReads() as reads:
+                for batch in objective.prepare([micro_batch]):
+                    loss = student(objective, batch)
+                    student.backward(loss.total / 10)
+                    meters.add(loss)
+                    student.step(1e-3)
+            found[-1].append(reads.count)
+    student.close()
+    host.close()
+    return found[1:]
 
 
 def distillation_alone(folder: Path) -> Any:

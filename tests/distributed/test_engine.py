@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     names = ["language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary", "closing"]
-    return run_scenarios([*names, "bfloat16_start"], folder)
+    return run_scenarios([*names, "bfloat16_start", "host_reads"], folder)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,12 @@ def test_bad_numbers_on_one_rank_stop_all_before_the_update(two_ranks, kind, pre
     found = two_ranks["not_finite"][f"{kind}-{precision}"]
     assert found["error"].startswith("step 3:") and "last checkpoint" in found["error"]
     assert found["unchanged"]
+
+
+def test_no_micro_step_asks_the_host_but_the_one_that_updates(two_ranks):
+    for counts in two_ranks["host_reads"]:
+        assert counts[:-1] == [0] * (len(counts) - 1) and len(counts) == 4
+        assert counts[-1] > 0, "the update reads the gradient norm: else nothing was counted"
 
 
 def test_a_closed_engine_leaves_nothing_in_memory(two_ranks):

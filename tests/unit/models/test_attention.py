@@ -1,0 +1,49 @@
+"""The same bits as the stock attention, without a question to the host."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minima.models.attention import CAUSAL
+from minima.models.causal_lm import hidden_states, load_plain
+from minima.models.shape import FAMILIES, ModelShape
+from minima.models.stock import build_empty
+from minima.models.weights import RandomSource
+
+SMALL = {"vocabulary_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
+TOKENS_BT = torch.arange(24).view(2, 12)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that leave the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "local_scalar_dense" in str(func) or "nonzero" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bits_are_the_stock_ones_and_the_host_is_not_asked(family):
+    config = ModelShape(family=family, **SMALL).to_config() | {"initializer_range": 0.3, "sliding_window": None}
+    model = load_plain(RandomSource(config, seed=1))
+    assert model.config._attn_implementation == CAUSAL
+    with HostReads() as reads:
+        loss = hidden_states(model, TOKENS_BT).square().sum()
+        loss.backward()
+    assert reads.count == 0
+    found = hidden_states(model, TOKENS_BT)
+    model.set_attn_implementation("sdpa")
+    with HostReads() as stock_reads:
+        wanted = hidden_states(model, TOKENS_BT)
+    assert found.equal(wanted)
+    assert stock_reads.count > 0, "transformers no longer asks: this attention is not needed any more"
+
+
+def test_a_sliding_window_keeps_its_mask():
+    config = ModelShape(family="mistral", **SMALL).to_config() | {"sliding_window": 4, "initializer_range": 0.3}
+    assert build_empty(config).config._attn_implementation == "sdpa"
+    windowed, whole = (load_plain(RandomSource(config | {"sliding_window": size}, seed=1)) for size in (4, None))
+    outputs = [hidden_states(model, TOKENS_BT) for model in (windowed, whole)]
+    assert outputs[0][:, :4].allclose(outputs[1][:, :4], atol=1e-6) and not outputs[0].allclose(outputs[1], atol=1e-3)
