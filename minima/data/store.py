@@ -11,6 +11,7 @@ import numpy as np
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
+FORMATS = ("text", "conversations", "preferences")
 INDEX = "index.json"
 STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
 _READ_BYTES = 1 << 24
@@ -33,8 +34,13 @@ def file_sha256(path: Path) -> str:
 class TokenStore:
     """Blocks of `sequence_length` tokens: one stream of documents, each closed by the end token, cut into blocks.
 
-    A shard is the raw tokens of whole blocks; beside it lie the positions at which its documents start. Nothing is
-    read before it is asked for, so 126e9 tokens (252 GB at two bytes a token) open at once.
+    A shard is the raw tokens of whole blocks; beside it lie the positions at which its documents start, and for
+    conversations and preferences one byte a token that says whether it is to be learnt. Nothing is read before it is
+    asked for, so 126e9 tokens (252 GB at two bytes a token) open at once.
+
+    In a store of conversations or preferences every document lies whole in one block, and what a block has left is one
+    more document, of end tokens, of which nothing is learnt. Of preferences, documents 2k and 2k + 1 of a block are
+    the chosen and the rejected answer of its k-th pair, each with the conversation that it answers.
 
     Attributes:
         folder: where it lies.
@@ -44,6 +50,10 @@ class TokenStore:
         tokens: all tokens, end tokens included.
         documents: documents that start in the store.
         bytes: UTF-8 bytes of the text whose tokens these are; of a document that the last block cuts, its share.
+        format: `text`, `conversations` or `preferences`.
+        document_mask: whether its documents are to be kept apart.
+        longest: tokens of the longest document that attention and positions run over; a whole block without a mask.
+        learnt_tokens: tokens to be learnt; all of them in text.
     """
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
@@ -54,11 +64,16 @@ class TokenStore:
         self.tokens: int = index["tokens"]
         self.documents: int = index["documents"]
         self.bytes: int = index["bytes"]
+        self.format: str = index.get("format_of_documents", "text")
+        self.document_mask: bool = index.get("document_mask", False)
+        self.longest: int = index.get("longest", self.sequence_length) if self.document_mask else self.sequence_length
+        self.learnt_tokens: int = index.get("learnt_tokens", self.tokens)
         self._dtype = np.dtype(index["dtype"])
         self._shards: list[dict[str, Any]] = index["shards"]
         blocks = [shard["tokens"] // self.sequence_length for shard in self._shards]
         self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
         self._map = lru_cache(maxsize=None)(self._open_shard)
+        self._map_learnt = lru_cache(maxsize=None)(self._open_learnt)
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -95,11 +110,12 @@ class TokenStore:
         return int(self._first_block[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_map"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_map", "_map_learnt")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._map = lru_cache(maxsize=None)(self._open_shard)
+        self._map_learnt = lru_cache(maxsize=None)(self._open_learnt)
 
     @property
     def bytes_per_token(self) -> float:
@@ -118,14 +134,43 @@ class TokenStore:
         Raises:
             IndexError: a number is negative or not below `len(store)`.
         """
+        return self._gather(indices, self._map, np.int64)
+
+    def learnt(self, indices: np.ndarray) -> np.ndarray | None:
+        """Which tokens of some blocks are to be learnt.
+
+        Args:
+            indices: block numbers, int array [n].
+
+        Returns:
+            bool array [n, sequence_length]; None for text, of which all are.
+        """
+        return None if self.format == "text" else self._gather(indices, self._map_learnt, np.bool_)
+
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        """Which document of its block each token belongs to, counted from 0; a block's start begins its first one.
+
+        Args:
+            indices: block numbers, int array [n].
+
+        Returns:
+            int64 array [n, sequence_length].
+        """
+        begins = np.zeros((len(indices), self.sequence_length), dtype=np.int64)
+        for row, block in enumerate(np.asarray(indices, dtype=np.int64).tolist()):
+            begins[row, self.document_starts(block, block + 1) - block * self.sequence_length] = 1
+        begins[:, 0] = 0
+        return begins.cumsum(axis=1)
+
+    def _gather(self, indices: np.ndarray, shard_of: Any, dtype: Any) -> np.ndarray:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"blocks {indices.min()} to {indices.max()} of a store with {len(self)}")
-        out = np.empty((len(indices), self.sequence_length), dtype=np.int64)
+        out = np.empty((len(indices), self.sequence_length), dtype=dtype)
         shards = np.searchsorted(self._first_block, indices, side="right") - 1
         for shard in np.unique(shards):
             rows = shards == shard
-            out[rows] = self._map(int(shard))[indices[rows] - self._first_block[shard]]
+            out[rows] = shard_of(int(shard))[indices[rows] - self._first_block[shard]]
         return out
 
     def document_starts(self, first_block: int = 0, last_block: int | None = None) -> np.ndarray:
@@ -170,11 +215,15 @@ class TokenStore:
         return file_sha256(self.folder / INDEX)
 
     def _files(self) -> list[dict[str, Any]]:
-        return [file for shard in self._shards for file in (shard, shard["starts"])]
+        return [file for shard in self._shards for file in (shard, shard["starts"], shard.get("learnt")) if file]
 
     def _open_shard(self, number: int) -> np.ndarray:
         path = self.folder / self._shards[number]["file"]
         return np.memmap(path, dtype=self._dtype, mode="r").reshape(-1, self.sequence_length)
+
+    def _open_learnt(self, number: int) -> np.ndarray:
+        path = self.folder / self._shards[number]["learnt"]["file"]
+        return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, self.sequence_length)
 
 
 def _damaged(path: Path, how: str) -> StoreCorrupted:

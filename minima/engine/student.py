@@ -139,4 +139,4 @@ class Student:
 
 
 def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return hidden_states(model, batch.input_ids_BT)
+    return hidden_states(model, batch)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minima.batch import Batch, make_batch
+from minima.batch import Batch
+from minima.data.batches import read_batch
 from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.errors import DataError, NotFinite, TokenizerMismatch, VocabularyMismatch
@@ -74,11 +75,9 @@ def rank_blocks(num_blocks: int, micro_batch: int, rank: int, world_size: int) -
 
 def held_out_batch(store: TokenStore, blocks: range, micro_batch: int) -> Batch:
     """Some blocks as one micro-batch of full size; what is missing is sequences without a label."""
-    tokens_BT = torch.zeros(micro_batch, store.sequence_length, dtype=torch.int64)
-    valid_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-    tokens_BT[: len(blocks)] = torch.from_numpy(store.blocks(np.arange(blocks.start, blocks.stop)))
-    valid_BT[: len(blocks)] = True
-    return make_batch(tokens_BT, valid_BT)
+    numbers = np.zeros(micro_batch, dtype=np.int64)
+    numbers[: len(blocks)] = np.arange(blocks.start, blocks.stop)
+    return read_batch(store, numbers, np.arange(micro_batch) < len(blocks))
 
 
 def evaluate(

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minima.batch import Batch
+from minima.models.attention import attention_mask
 from minima.models.stock import build_empty
 from minima.models.weights import WeightSource
 
@@ -22,9 +24,19 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
-    """Final hidden states after the last norm, [B, T, D], what the head multiplies."""
-    return backbone(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor | None = None) -> Tensor:
+    """Final hidden states after the last norm, [B, T, D], what the head multiplies.
+
+    Args:
+        model: a stock model.
+        batch: its `documents_BT` keep documents apart, where it has them.
+        embeddings_BTD: taken instead of the tokens' embeddings.
+    """
+    given = {"input_ids": batch.input_ids_BT} if embeddings_BTD is None else {"inputs_embeds": embeddings_BTD}
+    if batch.documents_BT is not None:
+        mask = attention_mask(model.config, batch.documents_BT)
+        given |= {"attention_mask": mask, "position_ids": batch.positions_BT}
+    return backbone(model)(**given, use_cache=False).last_hidden_state
 
 
 def head_weight(model: PreTrainedModel) -> nn.Parameter:

@@ -100,7 +100,7 @@ def model_identity(source: WeightSource) -> str:
 
 def mean_cross_entropy(model: Any, batch: Batch) -> LossSum:
     """Next-token cross-entropy of a micro-batch, summed over valid tokens; runs inside the root module's forward."""
-    hidden_BTD = hidden_states(model, batch.input_ids_BT)
+    hidden_BTD = hidden_states(model, batch)
     return linear_cross_entropy(hidden_BTD.flatten(0, 1), head_weight(model), batch.labels_BT.flatten())
 
 

@@ -15,13 +15,15 @@ class Source(BaseModel):
         path: a file, a folder, or a pattern with `*`; relative to where the command runs, `~` is the home folder. Read
             in sorted order.
         hub: a Hugging Face dataset: a Hub id, or a folder that `datasets` saved.
-        embedded: a text that minima ships: `sotu` (English) or `poems` (Chinese).
+        embedded: what minima ships: the texts `sotu` (English) and `poems` (Chinese), the conversations `chat` and the
+            preference pairs `preferences` (both in both languages).
         config: configuration of the dataset.
         split: split of the dataset.
         revision: revision of the dataset.
         streaming: read the dataset without downloading it first.
         format: of the files; by their names when `auto`. One plain text file is one document.
-        field: of a record, the one that holds the text.
+        field: of a record, the one that holds the text; not read for conversations and preferences, whose layout is
+            told from the record.
         weight: share of the training tokens, relative to the other sources' weights. All weights equal to their
             default means every token once; a source that runs out before its share is read again from its start,
             and the report counts the epochs.
@@ -33,7 +35,7 @@ class Source(BaseModel):
     name: str | None = None
     path: str | None = None
     hub: str | None = None
-    embedded: Literal["sotu", "poems"] | None = None
+    embedded: Literal["sotu", "poems", "chat", "preferences"] | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None

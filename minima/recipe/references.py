@@ -6,8 +6,9 @@ from typing import Any
 from minima.errors import RecipeError
 from minima.recipe.schema import AnyStage, BuildData, ModelInput, Recipe
 
-WEIGHTS = ("adapt", "prune", "distil", "export")  # kinds whose folder holds a model
-STEPPED = ("adapt", "distil")  # kinds that leave checkpoints, so that `name@step` means something
+STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
+WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
+EXPORTED = ("benchmark", "publish")  # kinds that read a model in Hugging Face's layout and nothing else
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Reference:
         text: as written.
         stage: the earlier stage that it names; none when it is a path or a Hub id.
         step: the checkpoint of `name@step`; none for the newest.
-        what: `model`, `data`, `scores` or `tokenizer`.
+        what: `model`, `exported`, `data`, `scores` or `tokenizer`.
         revision: of a Hub id.
     """
 
@@ -50,15 +51,17 @@ def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
     fields: list[tuple[str, str, str, str | None]] = []
     if isinstance(stage, BuildData):
         return [("tokenizer", stage.tokenizer, "tokenizer", None)] if isinstance(stage.tokenizer, str) else []
-    for name in ("model", "teacher", "models", "data", "scores"):
+    for name in ("model", "teacher", "reference", "models", "data", "scores", "tokenizer", "donor"):
         value: Any = getattr(stage, name, None)
-        what = name if name in ("data", "scores") else "model"
+        what = name if name in ("data", "scores") else "tokenizer" if name in ("tokenizer", "donor") else "model"
+        if stage.kind in EXPORTED:
+            what = "exported"
         if isinstance(value, ModelInput):
             if value.source is not None:
                 fields.append((name, value.source, what, value.revision))
         elif isinstance(value, str):
             fields.append((name, value, what, None))
-        elif value is not None:
+        elif isinstance(value, list):
             fields += [(f"{name}.{index}", text, what, None) for index, text in enumerate(value)]
     return fields
 
@@ -72,6 +75,7 @@ def check_references(recipe: Recipe) -> None:
     order = {stage.name: index for index, stage in enumerate(recipe.stages)}
     accepted = {
         "model": WEIGHTS,
+        "exported": ("export",),
         "data": ("build_data",),
         "scores": ("prune",),
         "tokenizer": ("build_data", *WEIGHTS),

@@ -6,19 +6,31 @@ from pydantic import Field, field_validator, model_validator
 
 from minima.errors import RecipeError
 from minima.recipe.base import ModelInput, Stage, Strict, as_model
+from minima.recipe.chat import Align, Instruct
 from minima.recipe.data import Source, TokenizerTraining
 from minima.recipe.pruning import Prune
+from minima.recipe.release import Benchmark, Evaluate, Export, Publish
 from minima.recipe.training import Training
+from minima.recipe.vocabulary import ExpandVocabulary
+
+_EMBEDDED = {"text": ("sotu", "poems"), "conversations": ("chat",), "preferences": ("preferences",)}
 
 
 class BuildData(Stage):
-    """Text in, token blocks out.
+    """Text, conversations or preference pairs in, token blocks out.
 
     Attributes:
         sources: where documents come from, each with its weight in the mixture.
+        format: `text`; `conversations`, each whole in one block, with the assistant's tokens marked; or `preferences`,
+            pairs of answers to the same conversation, both in one block.
         tokenizer: one to train on the sources, or the name of an earlier stage, a folder, or a Hub id.
-        sequence_length: tokens of one block. Blocks are cut from the stream of documents, each closed by the end
-            token; what is left at the end and is less than a block is counted and dropped.
+        chat_template: of conversations and preferences: `minichat`, `own` for the tokenizer's, or the path of a Jinja
+            file; the tokenizer's own where it has one, else `minichat`, when not given. It goes into the tokenizer.
+        sequence_length: tokens of one block. Blocks of text are cut from the stream of documents, each closed by the
+            end token; what is left at the end and is less than a block is counted and dropped. Conversations are not
+            cut: what is left of a block is filled up.
+        document_mask: whoever reads the blocks sees no token of another document, and positions begin anew with each.
+            False is the published behaviour. Conversations and preferences always have it.
         tokens: how many training tokens to write, over all sources; every token once when not given.
         held_out_fraction: share of documents that are set aside, chosen by a hash of their text.
         held_out_tokens: at most this many held-out tokens are kept, in whole blocks.
@@ -29,14 +41,47 @@ class BuildData(Stage):
 
     kind: Literal["build_data"]
     sources: list[Source] = Field(min_length=1)
+    format: Literal["text", "conversations", "preferences"] = "text"
     tokenizer: str | TokenizerTraining
+    chat_template: str | None = None
     sequence_length: int = Field(gt=1)
+    document_mask: bool = True
     tokens: int | None = Field(default=None, gt=0)
     held_out_fraction: float = Field(default=0.005, ge=0, lt=1)
     held_out_tokens: int | None = Field(default=None, gt=0)
     processes: int | None = Field(default=None, gt=0)
     shard_tokens: int = Field(default=2**28, gt=0)
     seed: int = 776
+
+    @model_validator(mode="after")
+    def _fits_its_format(self) -> Self:
+        chat = self.format != "text"
+        if not chat and self.chat_template is not None:
+            raise RecipeError(
+                f"build_data stage {self.name!r} gives a chat_template for text",
+                "text has no turns, so it would not be used",
+                "set `format: conversations`, or leave chat_template out",
+            )
+        if chat and not self.document_mask:
+            raise RecipeError(
+                f"build_data stage {self.name!r} asks for {self.format} without a document mask",
+                "an answer would be learnt from somebody else's question",
+                "leave document_mask out",
+            )
+        if chat and isinstance(self.tokenizer, TokenizerTraining):
+            raise RecipeError(
+                f"build_data stage {self.name!r} would train a tokenizer on {self.format}",
+                "a chat model reads with the tokenizer that its base was trained with",
+                "name the stage or the folder of that tokenizer",
+            )
+        wrong = [source.label for source in self.sources if source.embedded not in (None, *_EMBEDDED[self.format])]
+        if wrong:
+            raise RecipeError(
+                f"build_data stage {self.name!r} reads {', '.join(wrong)} as {self.format}",
+                "its records are of another kind",
+                "embedded texts are sotu and poems, conversations chat, preference pairs preferences",
+            )
+        return self
 
 
 class Adapt(Training, Stage):
@@ -93,55 +138,15 @@ class Distil(Training, Stage):
         return self
 
 
-class Evaluate(Stage):
-    """Held-out loss, perplexity and bits per byte of models, and their agreement with a teacher.
-
-    Attributes:
-        models: earlier stages (`student@12000` for one checkpoint), folders or Hub ids.
-        teacher: the model that the others are compared with (KL and top-1 agreement); none when not given.
-        data: a build_data stage whose held-out blocks are read.
-        sequences: at most this many held-out blocks; all when not given.
-        micro_batch_sequences: blocks of one forward pass on one rank.
-        precision: dtype of weights and activations; float32 shows small differences.
-        deepspeed: DeepSpeed JSON for the frozen models.
-    """
-
-    kind: Literal["evaluate"]
-    models: list[str] = Field(min_length=1)
-    teacher: str | None = None
-    data: str
-    sequences: int | None = Field(default=None, gt=0)
-    micro_batch_sequences: int = Field(default=4, gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    deepspeed: str = "teacher_zero3.json"
-
-
-class Export(Stage):
-    """A folder that plain transformers loads.
-
-    Attributes:
-        model: the trained stage (`student@12000` for one checkpoint).
-        dtype: of the written weights; the dtype that the stage trained in when not given.
-        shard_bytes: a new file is begun when one would grow past this many bytes.
-        licence: licence identifier for the model card.
-        deepspeed: DeepSpeed JSON for the hosts that compare logits.
-    """
-
-    kind: Literal["export"]
-    model: str
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    shard_bytes: int = Field(default=4_000_000_000, gt=0)
-    licence: str | None = None
-    deepspeed: str = "teacher_zero3.json"
-
-
 AnyStage = Annotated[
-    BuildData | Adapt | Prune | Distil | Evaluate | Export,
+    BuildData | ExpandVocabulary | Adapt | Prune | Distil | Instruct | Align | Evaluate | Export | Benchmark | Publish,
     Field(discriminator="kind"),
 ]
 
 
-RESERVED_NAMES = frozenset({"lock", "logs", "recipe.yaml", "summary.json", "hub.json"})  # beside the stages' folders
+RESERVED_NAMES = frozenset(
+    {"lock", "logs", "cache", "recipe.yaml", "summary.json", "hub.json"}
+)  # beside the stages' folders
 
 
 class Recipe(Strict):

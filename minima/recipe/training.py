@@ -34,6 +34,8 @@ class Training(BaseModel):
         keep_checkpoints: how many of the newest are kept; 0 keeps all.
         evaluate_every_steps: steps between held-out losses; 0 for none.
         evaluate_sequences: held-out blocks of one such loss; all when not given.
+        patience: end early once so many held-out losses in a row were no better than the best one, and leave the best
+            one's checkpoint as the newest; never when not given. A checkpoint is then written at each held-out loss.
         log_every_steps: steps between log lines; one comes before each checkpoint and at the end, too.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project, if `wandb` is installed.
@@ -64,6 +66,7 @@ class Training(BaseModel):
     keep_checkpoints: int = Field(default=2, ge=0)
     evaluate_every_steps: int = Field(default=0, ge=0)
     evaluate_sequences: int | None = Field(default=None, gt=0)
+    patience: int | None = Field(default=None, gt=0)
     log_every_steps: int = Field(default=10, gt=0)
     tensorboard: bool = True
     wandb_project: str | None = None
@@ -85,6 +88,12 @@ class Training(BaseModel):
                 f"micro_batch_sequences {self.micro_batch_sequences}",
                 "a step is made of whole micro-batches",
                 "change one of them so that they divide",
+            )
+        if self.patience is not None and not self.evaluate_every_steps:
+            raise RecipeError(
+                f"patience {self.patience} with evaluate_every_steps 0",
+                "it counts held-out losses, and none would be made",
+                "set evaluate_every_steps, or leave patience out",
             )
         return self
 

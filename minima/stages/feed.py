@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from minima.batch import Batch, make_batch
+from minima.batch import Batch
+from minima.data.batches import read_batch
 from minima.data.sampler import BlockSampler
 from minima.data.store import TokenStore
 
@@ -49,14 +50,11 @@ class Feed:
         """This rank's micro-batches of step `step`, the first being 0."""
         first = step * self.batch_sequences + self.rank * self.share
         samples = np.arange(first, first + self.share)
-        tokens_ST = torch.from_numpy(self.store.blocks(self.sampler.indices(first, first + self.share)))
-        valid_S1 = torch.from_numpy(samples < self.total_sequences).unsqueeze(1)
+        blocks = self.sampler.indices(first, first + self.share)
         batches = []
         for start in range(0, self.share, self.micro_batch_sequences):
             rows = slice(start, start + self.micro_batch_sequences)
-            tokens_BT = tokens_ST[rows]
-            batch = make_batch(tokens_BT, valid_S1[rows].expand_as(tokens_BT))
-            if self.device.type == "cuda":
-                batch = Batch(batch.input_ids_BT.pin_memory(), batch.labels_BT.pin_memory())
-            batches.append(batch.to(self.device))
+            valid, numbers = samples[rows] < self.total_sequences, tuple(samples[rows].tolist())
+            batch = read_batch(self.store, blocks[rows], valid, samples=numbers)
+            batches.append((batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device))
         return batches

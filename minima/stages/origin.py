@@ -108,10 +108,10 @@ def check_fit(shape: ModelShape, store: TokenStore, model: str, sequence_length:
         ShapeError: its blocks are longer than the model's positions.
     """
     check_vocabulary(store.vocabulary_size, shape.vocabulary_size, str(store.folder), model)
-    length = sequence_length or store.sequence_length
+    length = min(sequence_length or store.sequence_length, store.longest)
     if length > shape.max_positions:
         raise ShapeError(
-            f"blocks of {length} tokens for {model}, made for {shape.max_positions} positions",
+            f"{'documents' if store.document_mask else 'blocks'} of {length} tokens for {model}, made for {shape.max_positions} positions",
             "beyond them its positions mean nothing to it",
             f"build the data with sequence_length {shape.max_positions} or less",
         )

@@ -20,11 +20,16 @@ from minima.stages.shipped import find_deepspeed_json
 
 _LEAVES = {
     "build_data": "tokenizer, train and held-out blocks",
+    "expand_vocabulary": "a model with more tokens, and its tokenizer",
     "adapt": "checkpoints and metrics",
     "distil": "checkpoints and metrics",
+    "instruct": "checkpoints and metrics",
+    "align": "checkpoints and metrics",
     "prune": "model and scores",
     "evaluate": "evaluation.json",
     "export": "a model that plain transformers loads",
+    "benchmark": "benchmark.json and answer files",
+    "publish": "what was pushed, in manifest.json",
 }
 
 

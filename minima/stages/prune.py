@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minima.batch import Batch, make_batch
+from minima.batch import Batch
+from minima.data.batches import read_batch
 from minima.data.sampler import BlockSampler
 from minima.data.store import TokenStore
 from minima.disk import disk_full_named
@@ -202,9 +203,8 @@ def batches(
     for turn in range(-(-micro_batches // world_size)):
         first = (turn * world_size + rank) * micro_batch_sequences
         indices = sampler.indices(first, first + micro_batch_sequences)
-        tokens_BT = torch.from_numpy(store.blocks(indices))[:, :sequence_length].contiguous()
-        valid_B1 = torch.from_numpy(np.arange(first, first + micro_batch_sequences) < sequences).unsqueeze(1)
-        yield make_batch(tokens_BT, valid_B1.expand_as(tokens_BT)).to(device)
+        valid = np.arange(first, first + micro_batch_sequences) < sequences
+        yield read_batch(store, indices, valid, sequence_length=sequence_length).to(device)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from minima.stages.run_folder import check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
 ERROR = "minima: "  # begins the line that tells a user's mistake
+ALONE = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that one process does
 _POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
 
 
@@ -46,7 +47,7 @@ def select(recipe: Recipe, names: Sequence[str] | None) -> list[AnyStage]:
 
 def uses_ranks(stage: AnyStage) -> bool:
     """Whether a stage of this kind runs on every rank (the driver asks without importing the stage's file)."""
-    return stage.kind != "build_data"
+    return stage.kind not in ALONE
 
 
 def output_folder(recipe: Recipe) -> Path:

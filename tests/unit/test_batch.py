@@ -27,7 +27,7 @@ def test_the_loss_is_transformers_own():
     batch = make_batch(tokens)
     with torch.no_grad():
         wanted = model(tokens, labels=tokens).loss
-        hidden = hidden_states(model, batch.input_ids_BT).flatten(0, 1)
+        hidden = hidden_states(model, batch).flatten(0, 1)
         found = linear_cross_entropy(hidden, head_weight(model), batch.labels_BT.flatten())
     assert found.count == 3 * 8
     torch.testing.assert_close(found.total / found.count, wanted)

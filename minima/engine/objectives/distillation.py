@@ -48,7 +48,7 @@ class Distillation:
         return [batch._replace(teacher_hidden_BTE=self.teacher.hidden_states(batch)) for batch in batches]
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> LossSum:
-        hidden_ND = hidden_states(model, batch.input_ids_BT).flatten(0, 1)
+        hidden_ND = hidden_states(model, batch).flatten(0, 1)
         labels_N = batch.labels_BT.flatten()
         if self.teacher_head_VE is None:
             hard = linear_cross_entropy(hidden_ND, head_weight(model), labels_N, chunk_tokens=self.chunk_tokens)

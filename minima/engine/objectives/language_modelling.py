@@ -28,7 +28,7 @@ class LanguageModelling:
         return batches
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> LossSum:
-        hidden_ND = hidden_states(model, batch.input_ids_BT).flatten(0, 1)
+        hidden_ND = hidden_states(model, batch).flatten(0, 1)
         return linear_cross_entropy(
             hidden_ND, head_weight(model), batch.labels_BT.flatten(), chunk_tokens=self.chunk_tokens
         )

@@ -98,4 +98,4 @@ class FrozenHost:
 
 
 def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return hidden_states(model, batch.input_ids_BT)
+    return hidden_states(model, batch)

@@ -29,7 +29,7 @@ class PlainHost:
         self.head_VE = head_weight(self.model).detach()
 
     def hidden_states(self, batch):
-        return hidden_states(self.model, batch.input_ids_BT)
+        return hidden_states(self.model, batch)
 
 
 class Blocks:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minima.batch import make_batch
 from minima.models.attention import CAUSAL
 from minima.models.causal_lm import hidden_states, load_plain
 from minima.models.shape import FAMILIES, ModelShape
@@ -30,13 +31,13 @@ def test_the_bits_are_the_stock_ones_and_the_host_is_not_asked(family):
     model = load_plain(RandomSource(config, seed=1))
     assert model.config._attn_implementation == CAUSAL
     with HostReads() as reads:
-        loss = hidden_states(model, TOKENS_BT).square().sum()
+        loss = hidden_states(model, make_batch(TOKENS_BT)).square().sum()
         loss.backward()
     assert reads.count == 0
-    found = hidden_states(model, TOKENS_BT)
+    found = hidden_states(model, make_batch(TOKENS_BT))
     model.set_attn_implementation("sdpa")
     with HostReads() as stock_reads:
-        wanted = hidden_states(model, TOKENS_BT)
+        wanted = hidden_states(model, make_batch(TOKENS_BT))
     assert found.equal(wanted)
     assert stock_reads.count > 0, "transformers no longer asks: this attention is not needed any more"
 
@@ -45,5 +46,5 @@ def test_a_sliding_window_keeps_its_mask():
     config = ModelShape(family="mistral", **SMALL).to_config() | {"sliding_window": 4, "initializer_range": 0.3}
     assert build_empty(config).config._attn_implementation == "sdpa"
     windowed, whole = (load_plain(RandomSource(config | {"sliding_window": size}, seed=1)) for size in (4, None))
-    outputs = [hidden_states(model, TOKENS_BT) for model in (windowed, whole)]
+    outputs = [hidden_states(model, make_batch(TOKENS_BT)) for model in (windowed, whole)]
     assert outputs[0][:, :4].allclose(outputs[1][:, :4], atol=1e-6) and not outputs[0].allclose(outputs[1], atol=1e-3)

@@ -51,7 +51,7 @@ class PlainHost:
         PlainHost.open += 1
 
     def hidden_states(self, batch):
-        return hidden_states(self.model, batch.input_ids_BT)
+        return hidden_states(self.model, batch)
 
     def close(self):
         PlainHost.open -= 1

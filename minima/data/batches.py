@@ -1,0 +1,42 @@
+"""Blocks of a store as a batch: with walls between documents and only what is to be learnt, where the store says so."""
+
+import numpy as np
+import torch
+
+from minima.batch import Batch, make_batch
+from minima.data.store import TokenStore
+
+
+def read_batch(
+    store: TokenStore,
+    blocks: np.ndarray,
+    valid: np.ndarray | None = None,
+    *,
+    samples: tuple[int, ...] = (),
+    sequence_length: int | None = None,
+) -> Batch:
+    """Some blocks as one micro-batch on the CPU.
+
+    Args:
+        store: where they lie.
+        blocks: block numbers, int array [B].
+        valid: bool array [B]; False for a block of which nothing is learnt. All True when not given.
+        samples: the run's number of each sequence; see `Batch`.
+        sequence_length: tokens of each block from its start; all when not given.
+    """
+    length = sequence_length or store.sequence_length
+    tokens_BT = torch.from_numpy(store.blocks(blocks))[:, :length].contiguous()
+    valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    if (learnt := store.learnt(blocks)) is not None:
+        valid_BT &= torch.from_numpy(learnt)[:, :length]
+    if valid is not None:
+        valid_BT &= torch.from_numpy(np.asarray(valid, dtype=bool)).unsqueeze(1)
+    documents_BT, num_documents = None, 0
+    if store.document_mask:
+        documents_BT = torch.from_numpy(store.documents(blocks))[:, :length].contiguous()
+        num_documents = int(documents_BT.max()) + 1
+        if num_documents == 1 and store.format != "preferences":  # plain causal attention is the same, and faster
+            documents_BT = None
+    batch = make_batch(tokens_BT, valid_BT, documents_BT)
+    numbers = tuple(int(block) for block in blocks)
+    return batch._replace(num_documents=num_documents, samples=samples, blocks=numbers)

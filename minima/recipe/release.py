@@ -1,0 +1,138 @@
+"""What the stages that measure, write and publish a finished model are told."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from minima.errors import RecipeError
+from minima.recipe.base import Stage, Strict
+
+
+class Evaluate(Stage):
+    """Held-out loss, perplexity and bits per byte of models, and their agreement with a teacher.
+
+    On conversations the loss is on the assistant's text alone.
+
+    Attributes:
+        models: earlier stages (`student@12000` for one checkpoint), folders or Hub ids.
+        teacher: the model that the others are compared with (KL and top-1 agreement); none when not given.
+        data: a build_data stage whose held-out blocks are read.
+        sequences: at most this many held-out blocks; all when not given.
+        micro_batch_sequences: blocks of one forward pass on one rank.
+        precision: dtype of weights and activations; float32 shows small differences.
+        deepspeed: DeepSpeed JSON for the frozen models.
+    """
+
+    kind: Literal["evaluate"]
+    models: list[str] = Field(min_length=1)
+    teacher: str | None = None
+    data: str
+    sequences: int | None = Field(default=None, gt=0)
+    micro_batch_sequences: int = Field(default=4, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    deepspeed: str = "teacher_zero3.json"
+
+
+class Export(Stage):
+    """A folder that plain transformers loads.
+
+    Attributes:
+        model: the trained stage (`student@12000` for one checkpoint).
+        dtype: of the written weights; the dtype that the stage trained in when not given.
+        shard_bytes: a new file is begun when one would grow past this many bytes.
+        licence: licence identifier for the model card.
+        languages: ISO 639 codes for the model card.
+        datasets: Hub ids of datasets for the model card, beside those that the recipe names.
+        base_model: Hub id of the model it was made from, for the model card.
+        deepspeed: DeepSpeed JSON for the hosts that compare logits.
+    """
+
+    kind: Literal["export"]
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    shard_bytes: int = Field(default=4_000_000_000, gt=0)
+    licence: str | None = None
+    languages: list[str] = []
+    datasets: list[str] = []
+    base_model: str | None = None
+    deepspeed: str = "teacher_zero3.json"
+
+
+class Answers(Strict):
+    """Answers to a judge's questions, in the judge's own file format.
+
+    Attributes:
+        format: `mt_bench` and `mt_bench_zh` (FastChat's answer files) or `alpaca_eval` (its outputs).
+        questions: the project's question file: JSON lines, or a JSON list.
+        max_new_tokens: of one answer.
+    """
+
+    format: Literal["mt_bench", "mt_bench_zh", "alpaca_eval"]
+    questions: str
+    max_new_tokens: int = Field(default=1024, gt=0)
+
+
+class Benchmark(Stage):
+    """The field's own harness (lm-eval) on an exported folder, and answer files for judges.
+
+    Attributes:
+        model: an export stage, or a folder in Hugging Face's layout.
+        suite: `minima` is what the paper reports: MMLU 5-shot, C-Eval 5-shot, DROP 3-shot, HumanEval 0-shot, BBH
+            3-shot and GSM8K 8-shot. HumanEval executes what the model wrote, so it is left out, with a warning, unless
+            `minima run` is given `--allow-code-execution`.
+        tasks: further tasks, each a name that lm-eval or `task_folder` knows.
+        task_folder: a folder of lm-eval task files for data on this machine, which come before lm-eval's own; those
+            that minima ships under `assets/tasks` are always known.
+        data_folder: where the suite's items lie on this machine (see `tools/fetch_benchmarks.py`); from the Hub when
+            not given.
+        num_fewshot: for `tasks`; each task's own when not given.
+        limit: items of each task at most; all when not given. A limited score is marked as such.
+        batch_size: sequences of one forward pass.
+        chat: ask through the tokenizer's chat template.
+        dtype: of the weights; as stored when not given.
+        answers: answer files to generate.
+        seed: of the few-shot examples and of sampling.
+    """
+
+    kind: Literal["benchmark"]
+    model: str
+    suite: Literal["minima"] | None = None
+    tasks: list[str] = []
+    task_folder: str | None = None
+    data_folder: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    chat: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    answers: list[Answers] = []
+    seed: int = 1234
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.suite is None and not self.tasks and not self.answers:
+            raise RecipeError(
+                f"benchmark stage {self.name!r} names no suite, no tasks and no answers",
+                "nothing would be measured",
+                "give `suite: minima`, a list of `tasks`, or `answers`",
+            )
+        return self
+
+
+class Publish(Stage):
+    """Push an exported folder to the Hub.
+
+    Attributes:
+        model: an export stage, or a folder that one wrote.
+        repo: its name on the Hub: `organisation/name`.
+        private: whether a new repository is private; one that exists stays as it is.
+        revision: branch to push to.
+        message: of the commit.
+    """
+
+    kind: Literal["publish"]
+    model: str
+    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    private: bool = True
+    revision: str | None = None
+    message: str | None = None

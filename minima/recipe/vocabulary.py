@@ -1,0 +1,58 @@
+"""What an expand_vocabulary stage is told."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from minima.recipe.base import ModelInput, Stage, Strict, as_model
+from minima.recipe.data import Source
+
+
+class DonorTraining(Strict):
+    """A donor tokenizer of the base tokenizer's kind that is trained here.
+
+    Attributes:
+        vocabulary_size: pieces, byte fallback and control pieces included.
+        sources: the text it is trained on; its held-out documents are left out.
+        max_characters: text that training sees at most.
+    """
+
+    vocabulary_size: int = Field(gt=259)
+    sources: list[Source] = Field(min_length=1)
+    max_characters: int = Field(default=100_000_000, gt=0)
+
+
+class ExpandVocabulary(Stage):
+    """Merge another tokenizer's pieces into the model's own, and grow the model's embedding and head by their rows.
+
+    Attributes:
+        model: the model to grow.
+        tokenizer: the base tokenizer: an earlier stage, a folder or a Hub id; the model's own when not given.
+        donor: a `tokenizer.model` or `tokenizer.json` file, a folder that holds one, a Hub id, or how to train one. It
+            has to be of the base's kind: SentencePiece BPE, or byte-level BPE.
+        script: take only pieces with a character of this script; all when not given.
+        count_on: text on which the donor's pieces are counted; the most frequent come first. In the donor's own order
+            when not given. Its held-out documents are left out.
+        minimum_count: pieces that `count_on` holds less often are left out.
+        size: rows of the grown embedding, a multiple of `multiple`. Every piece that passes the filters, rounded up,
+            when not given. A cut is closed under merges: a piece is added only if two pieces that make it are there.
+        multiple: the embedding's rows are a multiple of it, filled with real pieces first and reserved ones last.
+        report_on: text whose held-out documents show tokens per character before and after, each source on its own.
+        held_out_fraction: share of documents set aside in `donor`, `count_on` and `report_on`, by a hash of their text.
+        seed: of the hash.
+    """
+
+    kind: Literal["expand_vocabulary"]
+    model: ModelInput
+    tokenizer: str | None = None
+    donor: str | DonorTraining
+    script: Literal["han", "hiragana", "katakana", "hangul", "cyrillic", "arabic", "greek", "latin"] | None = None
+    count_on: list[Source] = []
+    minimum_count: int = Field(default=1, ge=0)
+    size: int | None = Field(default=None, gt=0)
+    multiple: int = Field(default=64, gt=0)
+    report_on: list[Source] = []
+    held_out_fraction: float = Field(default=0.01, gt=0, lt=1)
+    seed: int = 776
+
+    _coerce_model = field_validator("model", mode="before")(as_model)
