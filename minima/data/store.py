@@ -48,7 +48,7 @@ class TokenStore:
         vocabulary_size: every id is below it.
         end_token: the id that closes a document.
         tokens: all tokens, end tokens included.
-        documents: documents that start in the store.
+        num_documents: documents that start in the store; what fills up a block is none.
         bytes: UTF-8 bytes of the text whose tokens these are; of a document that the last block cuts, its share.
         format: `text`, `conversations` or `preferences`.
         document_mask: whether its documents are to be kept apart.
@@ -62,7 +62,7 @@ class TokenStore:
         self.vocabulary_size: int = index["vocabulary_size"]
         self.end_token: int = index["end_token"]
         self.tokens: int = index["tokens"]
-        self.documents: int = index["documents"]
+        self.num_documents: int = index["documents"]
         self.bytes: int = index["bytes"]
         self.format: str = index.get("format_of_documents", "text")
         self.document_mask: bool = index.get("document_mask", False)

@@ -72,7 +72,7 @@ def test_round_trip(tmp_path_factory, documents, sequence_length, wide, shard_bl
     assert np.array_equal(store.blocks(backwards), read[::-1])
     starts = np.cumsum([0, *(len(document) + 1 for document in documents)])[:-1]
     assert store.document_starts().tolist() == [start for start in starts if start < kept]
-    assert store.documents == sum(start < kept for start in starts)
+    assert store.num_documents == sum(start < kept for start in starts)
     assert store.bytes == 5 * kept  # five bytes a token were claimed
     size = sum(file.stat().st_size for file in folder.glob("tokens-*.bin"))
     assert size == kept * (4 if wide else 2)
