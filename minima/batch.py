@@ -1,6 +1,7 @@
 """The batch, and the only place where labels are shifted."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +44,10 @@ class Batch(NamedTuple):
         """The same batch in memory that a GPU copies from while the host goes on."""
         return self._each(Tensor.pin_memory)
 
-    def _each(self, change) -> "Batch":
-        return Batch(*(change(value) if isinstance(value, Tensor) else value for value in self))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        fields = self._asdict()
+        changed: dict[str, Any] = {name: change(value) for name, value in fields.items() if isinstance(value, Tensor)}
+        return self._replace(**changed)
 
 
 def make_batch(tokens_BT: Tensor, valid_BT: Tensor | None = None, documents_BT: Tensor | None = None) -> Batch:

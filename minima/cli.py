@@ -42,12 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--launcher", metavar="X", help="start the ranks by launch/X.sh instead of the recipe's")
     run.add_argument("--ranks", type=int, metavar="N", help="processes on this machine instead of the recipe's")
     run.add_argument("--dry-run", action="store_true", help="show what would happen, and the arithmetic; run nothing")
+    run.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
     run.set_defaults(command=_run)
 
     stage = commands.add_parser("stage", help="run stages in this process: what each rank does under any launcher")
     stage.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     stage.add_argument("overrides", nargs="*", metavar="NAME|key.path=value", help="stages (A,B) and overrides")
     stage.add_argument("--stages", metavar="A,B", help="only these; all that are not finished when not given")
+    stage.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
     stage.set_defaults(command=_stage)
     return parser
 
@@ -69,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         find_launcher(recipe.launcher, path)
         _write(preview(recipe, path, select(recipe, _names(options.stages))))
         return 0
-    return pipeline.run(path, overrides, _names(options.stages), _write)
+    return pipeline.run(path, overrides, _names(options.stages), _write, options.allow_code_execution)
 
 
 def _stage(options: argparse.Namespace) -> int:
@@ -85,7 +87,7 @@ def _stage(options: argparse.Namespace) -> int:
     logging.getLogger("minima").setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
     try:
         path = find_recipe(options.recipe)
-        run_alone(load_recipe(path, overrides), path, names, launch, _write)
+        run_alone(load_recipe(path, overrides), path, names, launch, _write, options.allow_code_execution)
     except MinimaError as error:
         if launch.rank != 0:  # rank 0 says it, unless it alone fares well: then this rank lives long enough to speak
             time.sleep(_OTHER_RANK_SECONDS)

@@ -32,21 +32,23 @@ class Events:
         log: at every `log_every` steps, before each checkpoint and at the end, with the steps' record.
         save: a checkpoint, at every `save_every` steps and at the end.
         evaluate: held-out loss, at every `evaluate_every` steps and at the end; 0 for never. After the checkpoint, so
-            that no step is lost by it.
+            that no step is lost by it. True ends the run.
+        save_evaluated: a checkpoint before each evaluation, too.
     """
 
     log: Callable[[int, dict[str, float]], None]
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[int], bool]
     save: Callable[[int], None]
     log_every: int
     evaluate_every: int
     save_every: int
+    save_evaluated: bool = False
 
 
 def train(
     student: Student, objective: Objective, batches: Batches, schedule: Schedule, events: Events, first_step: int = 0
 ) -> None:
-    """Train from `first_step` finished steps to the schedule's end.
+    """Train from `first_step` finished steps to the schedule's end, or to where an evaluation ends the run.
 
     Raises:
         NotFinite: a loss or a gradient is not finite. Its step has changed no weight and the last checkpoint stands.
@@ -65,13 +67,14 @@ def train(
             )
         meters.step(norm, learning_rate, time.perf_counter() - started)
         last = done == schedule.total_steps
-        saving = last or done % events.save_every == 0
+        evaluating = events.evaluate_every > 0 and (last or done % events.evaluate_every == 0)
+        saving = last or done % events.save_every == 0 or (evaluating and events.save_evaluated)
         if saving or done % events.log_every == 0:  # sums never cross a checkpoint: a resumed run's lines are the same
             events.log(done, meters.reduce())
         if saving:
             events.save(done)
-        if events.evaluate_every and (last or done % events.evaluate_every == 0):
-            events.evaluate(done)
+        if evaluating and events.evaluate(done):
+            return
 
 
 def train_step(

@@ -1,5 +1,7 @@
 """Stock causal language models: load whole, and reach backbone and head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,7 +34,9 @@ def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor |
         batch: its `documents_BT` keep documents apart, where it has them.
         embeddings_BTD: taken instead of the tokens' embeddings.
     """
-    given = {"input_ids": batch.input_ids_BT} if embeddings_BTD is None else {"inputs_embeds": embeddings_BTD}
+    given: dict[str, Any] = {"input_ids": batch.input_ids_BT}
+    if embeddings_BTD is not None:
+        given = {"inputs_embeds": embeddings_BTD}
     if batch.documents_BT is not None:
         mask = attention_mask(model.config, batch.documents_BT)
         given |= {"attention_mask": mask, "position_ids": batch.positions_BT}

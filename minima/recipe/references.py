@@ -53,7 +53,7 @@ def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
         return [("tokenizer", stage.tokenizer, "tokenizer", None)] if isinstance(stage.tokenizer, str) else []
     for name in ("model", "teacher", "reference", "models", "data", "scores", "tokenizer", "donor"):
         value: Any = getattr(stage, name, None)
-        what = name if name in ("data", "scores") else "tokenizer" if name in ("tokenizer", "donor") else "model"
+        what = {"data": "data", "scores": "scores", "tokenizer": "tokenizer", "donor": "tokenizer"}.get(name, "model")
         if stage.kind in EXPORTED:
             what = "exported"
         if isinstance(value, ModelInput):

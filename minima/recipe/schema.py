@@ -138,6 +138,7 @@ class Distil(Training, Stage):
         return self
 
 
+AnyTraining = Adapt | Distil | Instruct | Align
 AnyStage = Annotated[
     BuildData | ExpandVocabulary | Adapt | Prune | Distil | Instruct | Align | Evaluate | Export | Benchmark | Publish,
     Field(discriminator="kind"),

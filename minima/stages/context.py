@@ -42,6 +42,7 @@ class StageContext:
         folder: the stage's own; exists.
         run_folder: holds all stages of the run.
         launch: this rank's place in the process group.
+        allow_code_execution: whether the person who started the run lets code that a model wrote be executed.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class StageContext:
     folder: Path
     run_folder: Path
     launch: Launch
+    allow_code_execution: bool = False
 
     def data(self, reference: str) -> Path:
         """The folder of a build_data stage, or one given by its path.

@@ -46,7 +46,7 @@ def source_digest(source: Source) -> str:
     if path is not None and path.is_dir():
         return _files_digest(file for file in path.rglob("*") if not _hidden(file.relative_to(path)))
     if source.path is None or path is None:
-        return digest(source.model_dump(mode="json"))
+        return digest(source.model_dump(mode="json", exclude_defaults=True))
     return _files_digest([path] if path.exists() else Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
 
 

@@ -24,12 +24,21 @@ FREE_KEYS = frozenset(
         "wandb_project",
         "deepspeed",
         "teacher_deepspeed",
+        "reference_deepspeed",
+        "precompute_reference",
         "activation_checkpointing",
         "chunk_tokens",
         "processes",
+        "batch_size",
         "deterministic",
     }
 )
+
+_DECIDING = frozenset({"evaluate_every_steps", "evaluate_sequences"})  # with patience, when a run ends
+
+# Identities leave out what has its default value, so that a key that a later version adds does not make finished
+# stages look changed. Whoever changes the value or the meaning of a default raises this number.
+_DEFAULTS = 1
 
 
 def describe(
@@ -50,7 +59,8 @@ def describe(
     """
     resolved = stage.model_dump(mode="json")
     inputs = input_hashes(recipe, stage, run_folder, planned)
-    kept = {key: value for key, value in resolved.items() if key not in _free_keys(stage)}
+    chosen = stage.model_dump(mode="json", exclude_defaults=True)
+    kept = {key: value for key, value in chosen.items() if key not in _free_keys(stage)} | {"defaults": _DEFAULTS}
     return {"stage": resolved, "inputs": inputs, "identity": digest({"stage": kept, "inputs": inputs})}
 
 
@@ -118,10 +128,13 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
         return
     state = "finished" if name == FINISHED else "half-finished"
     old, new = before.get("stage", {}), description["stage"]
+    free = FREE_KEYS | {"micro_batch_sequences"}
+    if new.get("patience") is not None:
+        free -= _DECIDING
     changed = [
         f"{key} is {_short(new.get(key))} and was {_short(old.get(key))}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and key not in FREE_KEYS | {"micro_batch_sequences"}
+        if old.get(key) != new.get(key) and key not in free
     ]
     changed = changed or [  # only where the stage itself is the same: a changed field changes the inputs with it
         f"its input {key} has changed"
@@ -161,7 +174,11 @@ def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> N
 
 
 def _free_keys(stage: AnyStage) -> frozenset[str]:
-    return FREE_KEYS if stage.kind == "prune" else FREE_KEYS | {"micro_batch_sequences"}
+    if stage.kind == "prune":
+        return FREE_KEYS
+    ends_early = getattr(stage, "patience", None) is not None  # then the held-out losses decide what is trained
+    free = FREE_KEYS - _DECIDING if ends_early else FREE_KEYS
+    return free | {"micro_batch_sequences"}
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ from minima.data.store import TokenStore
 from minima.data.tokenizer import check_same_tokens, check_vocabulary
 from minima.engine import distributed
 from minima.engine.weights import open_weights
-from minima.errors import MinimaError, ShapeError
+from minima.errors import DataError, MinimaError, ShapeError
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.recipe.base import ModelInput
@@ -94,6 +94,20 @@ def check_tokens(data: Path, own: Path | None, model: str) -> None:
     distributed.raise_together(error)
 
 
+def check_format(store: TokenStore, kind: str, accepted: tuple[str, ...]) -> None:
+    """Refuse data of another kind than a stage reads.
+
+    Raises:
+        DataError: names the store and its format.
+    """
+    if store.format not in accepted:
+        raise DataError(
+            f"{store.folder} holds {store.format}, and a stage of kind {kind} reads {' or '.join(accepted)}",
+            "its loss is not made for them",
+            f"name a build_data stage with `format: {accepted[-1]}`",
+        )
+
+
 def check_fit(shape: ModelShape, store: TokenStore, model: str, sequence_length: int | None = None) -> None:
     """Refuse data that the model cannot read.
 
@@ -111,7 +125,8 @@ def check_fit(shape: ModelShape, store: TokenStore, model: str, sequence_length:
     length = min(sequence_length or store.sequence_length, store.longest)
     if length > shape.max_positions:
         raise ShapeError(
-            f"{'documents' if store.document_mask else 'blocks'} of {length} tokens for {model}, made for {shape.max_positions} positions",
+            f"{'documents' if store.document_mask else 'blocks'} of {length} tokens for {model}, made for "
+            f"{shape.max_positions} positions",
             "beyond them its positions mean nothing to it",
             f"build the data with sequence_length {shape.max_positions} or less",
         )

@@ -28,7 +28,16 @@ SHORT_KINDS = (
 )  # neighbours of these kinds share a process group: starting one costs 10 s
 
 
-def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None, write: Callable[[str], None]) -> int:
+ALLOW_CODE_EXECUTION = "--allow-code-execution"
+
+
+def run(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    names: Sequence[str] | None,
+    write: Callable[[str], None],
+    allow_code_execution: bool = False,
+) -> int:
     """Run what is left of a recipe: each unfinished stage in a process group of its own, in order.
 
     Args:
@@ -36,6 +45,7 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
         overrides: `key.path=value`; handed on to the ranks.
         names: only these stages; all for None.
         write: takes text for the person who waits.
+        allow_code_execution: let a benchmark execute what a model wrote; handed on to the stages.
 
     Returns:
         0, or the exit code of the first process group that failed.
@@ -50,6 +60,8 @@ def run(recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None
     ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     check_stages(recipe, recipe_path, stages, folder, ranks)
+    if allow_code_execution:
+        overrides = [*overrides, ALLOW_CODE_EXECUTION]
     with disk_full_named(folder), run_lock(folder) as lock:
         claim_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
         left = [stage for stage in stages if not is_finished(folder / stage.name)]

@@ -55,7 +55,9 @@ def output_folder(recipe: Recipe) -> Path:
     return Path(recipe.output or f"runs/{recipe.name}").expanduser()
 
 
-def run_alone(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write) -> None:
+def run_alone(
+    recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
+) -> None:
     """What `minima stage` does on each rank: `run_stages` under the run folder's lock, unless the driver holds it."""
     stages = select(recipe, names)
     folder = output_folder(recipe)
@@ -64,10 +66,17 @@ def run_alone(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, la
             check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
             if not started_by_driver():
                 stack.enter_context(run_lock(folder))
-        run_stages(recipe, recipe_path, stages, launch, write)
+        run_stages(recipe, recipe_path, stages, launch, write, allow_code_execution)
 
 
-def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], launch: Launch, write) -> None:
+def run_stages(
+    recipe: Recipe,
+    recipe_path: Path,
+    stages: Sequence[AnyStage],
+    launch: Launch,
+    write,
+    allow_code_execution: bool = False,
+) -> None:
     """Run the unfinished ones of `stages` in this process, which is one rank of `launch`.
 
     Args:
@@ -76,6 +85,7 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
         stages: in the recipe's order.
         launch: this rank's place.
         write: takes one line of text for a person; called on rank 0 only.
+        allow_code_execution: let a benchmark execute what a model wrote.
 
     Raises:
         MinimaError: a stage cannot run; nothing that was finished is touched.
@@ -101,7 +111,8 @@ def run_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], la
             group_started = True
         if module.RANKS or launch.rank == 0:
             with disk_full_named(folder):
-                _run(module, StageContext(recipe, recipe_path, stage, folder, run_folder, launch), write)
+                context = StageContext(recipe, recipe_path, stage, folder, run_folder, launch, allow_code_execution)
+                _run(module, context, write)
         else:
             _wait(folder)
     if group_started:  # after an error nothing is torn down: that would wait for ranks that wait for this one

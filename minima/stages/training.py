@@ -17,35 +17,43 @@ from minima.engine.schedule import Schedule
 from minima.engine.student import Student
 from minima.errors import DataError, RecipeError
 from minima.models.shape import ModelShape
-from minima.recipe.schema import Adapt, Distil
+from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 from minima.stages.feed import Feed
-from minima.stages.origin import check_fit, check_tokens, open_origin, open_store
-from minima.stages.training_run import TrainingRun
+from minima.stages.origin import check_fit, check_format, check_tokens, open_origin, open_store
+from minima.stages.training_run import Measure, TrainingRun, held_out_loss
 
 
 def run_training(
     context: StageContext,
-    stage: Adapt | Distil,
+    stage: AnyTraining,
     make_objective: Callable[[Path, ModelShape], Objective],
     frozen_flops_per_token: Callable[[int], float] = lambda sequence_length: 0.0,
     identities: dict[str, Any] | None = None,
+    *,
+    formats: tuple[str, ...] = ("text", "conversations"),
+    measure: Measure = held_out_loss,
+    counted: str = "valid_tokens",
 ) -> dict[str, Any]:
     """Train a stage's model, or go on from its newest checkpoint.
 
     Args:
         context: of the stage.
-        stage: an adapt or distil stage.
+        stage: a training stage.
         make_objective: gives the objective, from the data stage's folder and the student's shape; a teacher's engine
             is built in it, before the student's.
         frozen_flops_per_token: forward FLOPs of frozen models, from the sequence length.
         identities: what checkpoints say of frozen models.
+        formats: of data that the objective can learn from.
+        measure: gives at least `held_out_loss`; every rank calls it.
+        counted: what the objective's `count` counts, as the metrics call it.
 
     Returns:
         The stage's metrics.
     """
     data = context.data(stage.data)
     store, held_out = open_store(data / "train"), open_store(data / "held_out")
+    check_format(store, stage.kind, formats)
     origin = open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
     check_fit(shape, store, origin.identity)
@@ -71,7 +79,10 @@ def run_training(
     config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size())
     objective = make_objective(data, shape)
     student = Student(origin.source, config, stage)
-    run = TrainingRun(context, stage, student, store, held_out, shape, frozen_flops_per_token, origin, identities or {})
+    facts = identities or {}
+    run = TrainingRun(
+        context, stage, student, store, held_out, shape, frozen_flops_per_token, origin, facts, measure, counted
+    )
     first_step = run.resume()
     batches = Feed(
         store,
@@ -94,9 +105,11 @@ def run_training(
         shutil.copytree(data / "tokenizer", context.folder / "tokenizer", dirs_exist_ok=True)
     try:
         run.start(first_step, total_steps)
-        run.catch_up(first_step, total_steps)
+        ended = run.catch_up(first_step, total_steps)
         distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
-        train(student, objective, batches, schedule, run.events(), first_step)
+        if not ended:
+            train(student, objective, batches, schedule, run.events(), first_step)
+        run.settle()
         return run.metrics()
     finally:
         run.close()

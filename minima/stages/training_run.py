@@ -9,19 +9,36 @@ from deepspeed.accelerator import get_accelerator
 from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import load_shards, save_shards, shapes
-from minima.engine.checkpoint.store import complete_steps, step_folder, write_checkpoint
+from minima.engine.checkpoint.store import complete_steps, drop_after, step_folder, write_checkpoint
 from minima.engine.loop import Events
 from minima.engine.metrics import MetricsLog, read_records
-from minima.engine.student import Student
+from minima.engine.patience import Patience
+from minima.engine.student import Student, StudentView
 from minima.evaluation.held_out import evaluate
 from minima.launcher import terminal_columns
 from minima.models.shape import ModelShape
-from minima.recipe.schema import Adapt, Distil
+from minima.recipe.schema import AnyTraining
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.origin import Origin
 
-PARTS = ("loss", "hard", "soft", "kl")  # of a training record, what the progress line shows
+PARTS = ("loss", "hard", "soft", "kl", "accuracy", "margin")  # of a training record, what the progress line shows
+Measure = Callable[[StudentView, TokenStore, int | None, int], dict[str, float]]
+
+
+def held_out_loss(
+    view: StudentView, store: TokenStore, sequences: int | None, micro_batch_sequences: int
+) -> dict[str, float]:
+    """Loss and perplexity of the student as it is; every rank calls it.
+
+    Args:
+        view: of the student.
+        store: held-out blocks.
+        sequences: at most this many of them.
+        micro_batch_sequences: blocks of one forward pass on one rank.
+    """
+    scores = evaluate(view, store, sequences=sequences, micro_batch_sequences=micro_batch_sequences, name="the student")
+    return {"held_out_loss": scores.loss, "held_out_perplexity": scores.perplexity}
 
 
 class TrainingRun:
@@ -30,7 +47,7 @@ class TrainingRun:
     def __init__(
         self,
         context: StageContext,
-        stage: Adapt | Distil,
+        stage: AnyTraining,
         student: Student,
         store: TokenStore,
         held_out: TokenStore,
@@ -38,6 +55,8 @@ class TrainingRun:
         frozen_flops_per_token: Callable[[int], float],
         origin: Origin,
         identities: dict[str, Any],
+        measure: Measure = held_out_loss,
+        counted: str = "valid_tokens",
     ) -> None:
         self.context, self.stage, self.student = context, stage, student
         self.store, self.held_out, self.shape = store, held_out, shape
@@ -46,8 +65,10 @@ class TrainingRun:
         self.facts = {"model": origin.identity, "data": store.sha256(), **identities}
         self.log: MetricsLog | None = None
         self.progress: Progress | None = None
+        self.measure, self.counted = measure, counted
         self.last: dict[str, Any] = {}
         self.evaluated: dict[str, Any] = {}
+        self.patience = Patience(stage.patience)
 
     def resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the finished steps."""
@@ -86,6 +107,7 @@ class TrainingRun:
             stage.log_every_steps,
             stage.evaluate_every_steps,
             stage.checkpoint_every_steps,
+            save_evaluated=stage.patience is not None,
         )
 
     def write(self, step: int, record: dict[str, float]) -> None:
@@ -97,7 +119,7 @@ class TrainingRun:
         self.last = {
             "step": step,
             **record,
-            "valid_tokens": int(valid),
+            self.counted: int(valid),
             **self._seen(step),
             "tokens_per_second": speed,
             "model_flops_per_second": speed * self.flops_per_token,
@@ -109,33 +131,44 @@ class TrainingRun:
             facts |= {"lr": f"{record['learning_rate']:.2e}", "norm": f"{record['gradient_norm']:.3f}"}
             self.progress.update(step, facts | {"tokens/s": f"{speed:,.0f}"})
 
-    def evaluate(self, step: int) -> None:
-        """Held-out loss of the student as it is."""
+    def evaluate(self, step: int) -> bool:
+        """Held-out loss of the student as it is; whether the run is to end here."""
+        stage = self.stage
         with self.student.measured() as view:
-            scores = evaluate(
-                view,
-                self.held_out,
-                sequences=self.stage.evaluate_sequences,
-                micro_batch_sequences=self.stage.micro_batch_sequences,
-                name=self.stage.name,
-            )
-        self.evaluated = {"held_out_loss": scores.loss, "held_out_perplexity": scores.perplexity}
+            found = self.measure(view, self.held_out, stage.evaluate_sequences, stage.micro_batch_sequences)
+        self.evaluated = found
+        self.patience.add(step, found["held_out_loss"])
         if self.log is not None and self.progress is not None:
-            self.log.write({"step": step, **self.evaluated})
-            self.progress.note(f"step {step}: held-out loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}")
+            self.log.write({"step": step, **found})
+            shown = ", ".join(f"{name.removeprefix('held_out_')} {value:.4f}" for name, value in found.items())
+            self.progress.note(f"step {step}: held-out {shown}")
+            if self.patience.spent:
+                best = f"step {self.patience.best_step}'s loss of {self.patience.best:.4f}"
+                self.progress.note(f"ending after step {step}: {stage.patience} times no better than {best}")
+        return self.patience.spent
 
-    def catch_up(self, step: int, total_steps: int) -> None:
-        """Make the evaluation of the step that the run resumes from, if it ended between checkpoint and evaluation."""
+    def catch_up(self, step: int, total_steps: int) -> bool:
+        """What an earlier start knew when it ended after `step` steps; whether the run is to end here.
+
+        If it ended between checkpoint and evaluation, that evaluation is made.
+        """
         every = self.stage.evaluate_every_steps
-        if not step or not every or (step % every and step != total_steps):
-            return
+        if not step or not every:
+            return False
         records = read_records(self.context.folder / "metrics.jsonl") if distributed.is_main() else []
-        made = [record for record in records if record["step"] == step and "held_out_loss" in record]
-        found = distributed.broadcast_object(made[-1] if made else None)
-        if found is None:
-            self.evaluate(step)
-        else:
-            self.evaluated = {name: value for name, value in found.items() if name != "step"}
+        made = distributed.broadcast_object([record for record in records if "held_out_loss" in record])
+        for record in made:
+            self.patience.add(record["step"], record["held_out_loss"])
+            self.evaluated = {name: value for name, value in record.items() if name != "step"}
+        due = step % every == 0 or step == total_steps
+        if due and (not made or made[-1]["step"] != step):
+            return self.evaluate(step)
+        return self.patience.spent
+
+    def settle(self) -> None:
+        """With patience, leave the best checkpoint as the newest, so that whoever reads the stage takes it."""
+        if self.stage.patience is not None and self.patience.best_step is not None:
+            drop_after(self.context.folder / "checkpoints", self.patience.best_step)
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` updates."""
@@ -149,7 +182,9 @@ class TrainingRun:
             **self.facts,
         }
         folder = self.context.folder / "checkpoints"
-        write_checkpoint(folder, step, lambda path: save_shards(self.student, path), facts, self.stage.keep_checkpoints)
+        spare = self.patience.best_step if self.stage.patience is not None else None
+        keep = self.stage.keep_checkpoints
+        write_checkpoint(folder, step, lambda path: save_shards(self.student, path), facts, keep, spare)
 
     def _seen(self, step: int) -> dict[str, int]:
         """Sequences and tokens after `step` steps; those that fill up the last step are none."""
@@ -159,12 +194,17 @@ class TrainingRun:
 
     def metrics(self) -> dict[str, Any]:
         """What the manifest says."""
-        if not self.last:  # every step was done before this start
-            records = [record for record in read_records(self.context.folder / "metrics.jsonl") if "loss" in record]
-            self.last = records[-1] if records else {}
-        kept = ("step", "sequences", "tokens", "loss", "hard", "soft", "kl", "tokens_per_second", "memory_bytes")
-        final = {name: self.last[name] for name in kept if name in self.last}
-        return {"parameters": self.shape.parameters, **final, **self.evaluated}
+        best = self.patience.best_step if self.stage.patience is not None else None
+        last, evaluated = self.last, self.evaluated
+        if not last or best is not None:  # every step was done before this start, or an earlier one is the result
+            records = read_records(self.context.folder / "metrics.jsonl")
+            records = [record for record in records if best is None or record["step"] == best]
+            last = next((record for record in reversed(records) if "loss" in record), last)
+            evaluated = next((record for record in reversed(records) if "held_out_loss" in record), evaluated)
+        kept = ("step", "sequences", "tokens", self.counted, "loss", *PARTS, "tokens_per_second", "memory_bytes")
+        final = {name: last[name] for name in kept if name in last}
+        found = {name: value for name, value in evaluated.items() if name != "step"}
+        return {"parameters": self.shape.parameters, **final, **found}
 
     def close(self) -> None:
         """Flush what is open."""

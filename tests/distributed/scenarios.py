@@ -49,7 +49,7 @@ def run_training(settings, objective, student, *, first_step=0, save=None, feed=
     records: list[dict[str, float]] = []
     events = Events(
         log=lambda step, record: records.append({"step": step, **record}),
-        evaluate=lambda step: None,
+        evaluate=lambda step: False,
         save=save or (lambda step: None),
         log_every=1,
         evaluate_every=0,

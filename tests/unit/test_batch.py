@@ -31,3 +31,17 @@ def test_the_loss_is_transformers_own():
         found = linear_cross_entropy(hidden, head_weight(model), batch.labels_BT.flatten())
     assert found.count == 3 * 8
     torch.testing.assert_close(found.total / found.count, wanted)
+
+
+def test_documents_have_the_labels_and_positions_that_they_have_alone():
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2]])
+    batch = make_batch(torch.tensor([[5, 6, 7, 8, 9, 4]]), documents_BT=documents)
+    assert batch.labels_BT.tolist() == [[6, 7, IGNORE_INDEX, IGNORE_INDEX, 4, IGNORE_INDEX]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 0, 1]]
+
+
+def test_a_batch_moves_with_its_facts():
+    batch = make_batch(torch.arange(4).view(1, 4), documents_BT=torch.tensor([[0, 0, 1, 1]]))
+    moved = batch._replace(samples=(7,), num_documents=2).to(torch.device("meta"))
+    assert moved.documents_BT.is_meta and moved.positions_BT.is_meta and moved.teacher_hidden_BTE is None
+    assert moved.samples == (7,) and moved.num_documents == 2

@@ -53,7 +53,12 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path, step: int, write_files: Callable[[Path], list[Path]], facts: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    write_files: Callable[[Path], list[Path]],
+    facts: dict[str, Any],
+    keep: int,
+    spare: int | None = None,
 ) -> Path:
     """Write one checkpoint; every rank calls it, and none returns before it is complete.
 
@@ -63,6 +68,7 @@ def write_checkpoint(
         write_files: writes this rank's files into the folder that it is given, and returns them.
         facts: what the marker says besides format and checksums; rank 0's is taken.
         keep: how many of the newest stay; 0 keeps all.
+        spare: the checkpoint after this step stays, too.
 
     Returns:
         The checkpoint's folder.
@@ -101,8 +107,17 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise _cannot_write(partial, failures, full)
     if distributed.is_main():
-        _prune(folder, keep)
+        _prune(folder, keep, spare)
     return final
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints after `step`; every rank calls it, and none returns before they are gone."""
+    if distributed.is_main():
+        for later in complete_steps(folder):
+            if later > step:
+                _remove(step_folder(folder, later))
+    distributed.barrier()
 
 
 def _complete(partial: Path, final: Path, facts: dict[str, Any], hashes: dict[str, str]) -> None:
@@ -127,9 +142,9 @@ def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError
     )
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, spare: int | None) -> None:
     """Remove all but the newest complete ones, and what a removal or a save that was cut short has left."""
-    kept = complete_steps(folder)[-keep:] if keep else complete_steps(folder)
+    kept = {*(complete_steps(folder)[-keep:] if keep else complete_steps(folder)), spare}
     for path in folder.glob("step-*"):
         number = path.name.removesuffix(".partial")[5:]
         if number.isdigit() and int(number) not in kept and (keep or not (path / MARKER).is_file()):

@@ -14,6 +14,7 @@ from minima.evaluation.held_out import evaluate, held_out_batch, rank_blocks
 from minima.models.causal_lm import head_weight, hidden_states, load_plain
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
+from tests.fakes import TextStore
 
 SHAPE = ModelShape(vocabulary_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 
@@ -32,10 +33,10 @@ class PlainHost:
         return hidden_states(self.model, batch)
 
 
-class Blocks:
+class Blocks(TextStore):
     """A store's face over tokens in memory."""
 
-    folder, bytes_per_token, vocabulary_size, sequence_length = "blocks", 4.0, 48, 12
+    folder, sequence_length = "blocks", 12
 
     def __init__(self, num_blocks: int = 7) -> None:
         self.tokens_BT = np.random.default_rng(0).integers(0, 48, (num_blocks, 12))

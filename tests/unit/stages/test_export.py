@@ -22,6 +22,7 @@ from minima.stages import evaluate as evaluate_stage
 from minima.stages import export as export_stage
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
+from tests.fakes import TextStore
 
 SHAPE = {"vocabulary_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
 RECIPE = Recipe(
@@ -57,8 +58,8 @@ class PlainHost:
         PlainHost.open -= 1
 
 
-class Store:
-    folder, vocabulary_size, sequence_length, bytes_per_token = "store", 48, 8, 4.0
+class Store(TextStore):
+    sequence_length = 8
 
     def __len__(self):
         return 5

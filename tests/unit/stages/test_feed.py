@@ -6,9 +6,10 @@ import torch
 
 from minima.batch import IGNORE_INDEX
 from minima.stages.feed import Feed
+from tests.fakes import TextStore
 
 
-class Store:
+class Store(TextStore):
     """Blocks whose tokens are their own number."""
 
     sequence_length = 4

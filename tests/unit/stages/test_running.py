@@ -50,7 +50,7 @@ def kind(monkeypatch):
 
 def go(recipe, tmp_path, names=None, launch=Launch()):
     said: list[str] = []
-    running.run_alone(recipe, tmp_path / "x.yaml", names, launch, said.append)
+    running.run_alone(recipe, tmp_path / "x.yaml", names, launch, said.append, False)
     return said
 
 

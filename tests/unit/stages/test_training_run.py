@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from minima.engine.patience import Patience
 from minima.stages.training_run import TrainingRun
 
 
@@ -28,8 +29,24 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for_once(tmp_path, step, ever
     made: list[int] = []
     run = SimpleNamespace(
         context=SimpleNamespace(folder=tmp_path), stage=SimpleNamespace(evaluate_every_steps=every),
-        evaluate=made.append, evaluated={},
+        evaluate=made.append, evaluated={}, patience=Patience(None),
     )  # fmt: skip
     TrainingRun.catch_up(run, step, total_steps=12)
     assert made == evaluated
-    assert run.evaluated == ({"held_out_loss": 2.0, "held_out_perplexity": 7.0} if step and step in recorded else {})
+    known = {"held_out_loss": 2.0, "held_out_perplexity": 7.0}
+    assert run.evaluated == (known if step and every and recorded else {})
+
+
+def test_a_start_after_the_end_by_patience_does_not_train_on(tmp_path):
+    losses = {5: 2.0, 10: 1.5, 15: 1.6, 20: 1.7}
+    lines = [{"step": step, "held_out_loss": loss} for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ended = {}
+    for limit in (2, 3):
+        run = SimpleNamespace(
+            context=SimpleNamespace(folder=tmp_path), stage=SimpleNamespace(evaluate_every_steps=5),
+            evaluate=None, evaluated={}, patience=Patience(limit),
+        )  # fmt: skip
+        ended[limit] = TrainingRun.catch_up(run, 20, total_steps=100)
+        assert run.patience.best_step == 10
+    assert ended == {2: True, 3: False}
