@@ -2,20 +2,30 @@
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from minima.errors import MinimaError, RecipeError, VocabularyMismatch
-from minima.launcher import default_ranks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, plan_training, training_flops
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
 from minima.pruning.target import plan_target
-from minima.recipe.data import TokenizerTraining
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.references import Reference, references
-from minima.recipe.schema import Adapt, AnyStage, BuildData, Distil, Evaluate, Export, ModelInput, Prune, Recipe
-from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
-from minima.stages.running import output_folder
+from minima.recipe.references import references
+from minima.recipe.schema import (
+    Align,
+    AnyStage,
+    AnyTraining,
+    Benchmark,
+    BuildData,
+    Distil,
+    Evaluate,
+    ExpandVocabulary,
+    Export,
+    ModelInput,
+    Prune,
+    Publish,
+    Recipe,
+)
+from minima.stages.manifest import FINISHED, STARTED, is_finished
+from minima.stages.preview_inputs import KnownInputs
 from minima.stages.shipped import find_deepspeed_json
 
 _LEAVES = {
@@ -33,13 +43,8 @@ _LEAVES = {
 }
 
 
-class _Preview:
+class _Preview(KnownInputs):
     """Walks the stages in order and remembers what each would leave for the later ones."""
-
-    def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
-        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
-        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
-        self.shapes: dict[str, ModelShape] = {}
 
     def stage(self, stage: AnyStage) -> StagePreview:
         own = self.folder / stage.name
@@ -48,8 +53,8 @@ class _Preview:
             state = "finished" if is_finished(own) else "half-finished"
         preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
         for reference in references(self.recipe, stage):
-            preview.reads.append(self._reads(reference, preview))
-        for key in ("deepspeed", "teacher_deepspeed"):
+            preview.reads.append(self.reads(reference, preview))
+        for key in ("deepspeed", "teacher_deepspeed", "reference_deepspeed"):
             if name := getattr(stage, key, None):
                 try:
                     find_deepspeed_json(name, self.recipe_path)
@@ -57,27 +62,21 @@ class _Preview:
                     preview.notes.append(error.what)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)
+        elif isinstance(stage, ExpandVocabulary):
+            self._expand(stage, preview)
         elif isinstance(stage, Prune):
             self._prune(stage, preview)
-        elif isinstance(stage, Adapt | Distil):
+        elif isinstance(stage, AnyTraining):
             self._training(stage, preview)
         elif isinstance(stage, Evaluate):
             self._check_held_out(stage, "evaluates", "let the stage read other data, or leave it out")
         elif isinstance(stage, Export):
             self._export(stage, preview)
+        elif isinstance(stage, Benchmark):
+            self._benchmark(stage, preview)
+        elif isinstance(stage, Publish):
+            preview.facts.append(("to", f"{stage.repo}, {'private' if stage.private else 'public'} when it is new"))
         return preview
-
-    def _reads(self, reference: Reference, preview: StagePreview) -> str:
-        if reference.stage is not None:
-            return f"{reference.field}: {self.folder / reference.stage}" + (
-                f" after step {reference.step:,}" if reference.step is not None else ""
-            )
-        path = Path(reference.text).expanduser()
-        if not path.exists():
-            if reference.what in ("model", "tokenizer") and _cached_config(reference.text, reference.revision):
-                return f"{reference.field}: {reference.text} from the Hub's cache"
-            preview.notes.append(f"{reference.text} ({reference.field}) is not on this machine")
-        return f"{reference.field}: {reference.text}"
 
     def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
         for source in stage.sources:
@@ -86,7 +85,7 @@ class _Preview:
             anchor = Path(path.anchor or ".") if path else None
             if path and anchor and not path.exists() and not any(anchor.glob(str(path.relative_to(path.anchor)))):
                 preview.notes.append(f"{source.path} (source {source.label}) is not on this machine")
-        blocks = self._blocks(stage)
+        blocks = self.blocks(stage)
         if blocks is None:
             preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))
             return
@@ -95,33 +94,38 @@ class _Preview:
         line = f"{total:,} in {blocks:,} blocks of {stage.sequence_length:,}"
         preview.facts.append(("tokens", line + (f"; {left:,} left over are less than a block" if left else "")))
         tokens = blocks * stage.sequence_length + (stage.held_out_tokens or 0)
-        preview.facts.append(("disk", size_text(tokens * self._token_bytes(stage))))
-
-    def _token_bytes(self, stage: BuildData) -> int:
-        """Of one token: its vocabulary's, or the 2 that most have where that is not known here."""
-        if isinstance(stage.tokenizer, TokenizerTraining):
-            return _token_bytes(stage.tokenizer.vocabulary_size)
-        if (data := self._data_stage(stage.tokenizer)) is not None:
-            return self._token_bytes(data)
-        try:
-            shape = self._shape(ModelInput(source=stage.tokenizer))
-        except MinimaError:  # a tokenizer's folder need not hold a model that is known here
-            shape = None
-        return _token_bytes(shape.vocabulary_size if shape is not None else 0)
+        preview.facts.append(("disk", size_text(tokens * self.token_bytes(stage))))
 
     def _export(self, stage: Export, preview: StagePreview) -> None:
-        found = self._shape(ModelInput(source=stage.model))
+        found = self.shape(ModelInput(source=stage.model))
         if found is None:
             return
         self.shapes[stage.name] = found
         preview.facts.append(("model", describe_shape(found)))
         name = stage.model.rpartition("@")[0] or stage.model
         trained = next((other for other in self.recipe.stages if other.name in (stage.model, name)), None)
-        dtype = stage.dtype or (trained.precision if isinstance(trained, Adapt | Distil) else None)
+        dtype = stage.dtype or (trained.precision if isinstance(trained, AnyTraining) else None)
         preview.facts.append(("disk", _model_size(found, dtype)))
 
+    def _expand(self, stage: ExpandVocabulary, preview: StagePreview) -> None:
+        shape = self.shape(stage.model)
+        if shape is None or stage.size is None:
+            preview.notes.append("the grown vocabulary's size is known once the stage has run")
+            return
+        grown = shape.model_copy(update={"vocabulary_size": stage.size})
+        self.shapes[stage.name] = grown
+        preview.facts += [("from", describe_shape(shape)), ("to", describe_shape(grown))]
+        preview.facts.append(("disk", _model_size(grown, None)))
+
+    def _benchmark(self, stage: Benchmark, preview: StagePreview) -> None:
+        tasks = [*(["the paper's six"] if stage.suite else []), *stage.tasks, *(a.format for a in stage.answers)]
+        preview.facts.append(("tasks", ", ".join(tasks) + (f", {stage.limit:,} items each" if stage.limit else "")))
+        for folder in (stage.data_folder, stage.task_folder, *(answers.questions for answers in stage.answers)):
+            if folder is not None and not Path(folder).expanduser().exists():
+                preview.notes.append(f"{folder} is not on this machine")
+
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
-        shape = self._shape(stage.model)
+        shape = self.shape(stage.model)
         if shape is None:
             preview.notes.append("the model's shape is not known here, so neither is the pruned one's")
             return
@@ -132,28 +136,32 @@ class _Preview:
         preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
         preview.facts.append(("disk", _model_size(pruned, None)))
         if stage.score == "gradient" and stage.scores is None:
-            length = stage.sequence_length or self._length(stage.data)
+            length = stage.sequence_length or self.length(stage.data)
             tokens = f", {stage.sequences * length:,} tokens" if length else ""
             preview.facts.append(("importance", f"{stage.sequences:,} sequences{tokens}"))
 
-    def _training(self, stage: Adapt | Distil, preview: StagePreview) -> None:
+    def _training(self, stage: AnyTraining, preview: StagePreview) -> None:
         check_batch(stage.name, stage, self.ranks)
-        shape = self._shape(stage.model)
-        teacher = self._shape(stage.teacher) if isinstance(stage, Distil) else None
+        shape = self.shape(stage.model)
+        frozen = stage.teacher if isinstance(stage, Distil) else None
+        if isinstance(stage, Align):
+            frozen = stage.reference or stage.model
+        teacher = self.shape(frozen) if frozen is not None else None
         if shape is None:
             preview.notes.append("the model's config.json is not on this machine, and no `shape:` says what it is")
         else:
             self.shapes[stage.name] = shape
             preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
         if teacher is not None:
-            preview.facts.append(("teacher", describe_shape(teacher)))
+            preview.facts.append(("teacher" if isinstance(stage, Distil) else "reference", describe_shape(teacher)))
             _check_vocabularies(stage.name, shape, teacher)
-        length = self._length(stage.data)
-        data = self._data_stage(stage.data)
-        plan = plan_training(stage, length, self._blocks(data) if data else None) if length else None
+        length = self.length(stage.data)
+        data = self.data_stage(stage.data)
+        plan = plan_training(stage, length, self.blocks(data) if data else None) if length else None
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
-        if length and shape and length > shape.max_positions:
+        pairs = data is not None and data.format == "preferences"  # two conversations share a block
+        if length and shape and length > shape.max_positions and not pairs:
             raise RecipeError(
                 f"stages.{stage.name}: blocks of {length:,} tokens for a model of {shape.max_positions:,} positions",
                 "it has no positions for the rest of a block",
@@ -166,55 +174,19 @@ class _Preview:
             preview.notes.append("tokens and steps follow once the data is built")
             return
         preview.facts += training_facts(plan, self.ranks, stage.micro_batch_sequences)
-        runs_teacher = isinstance(stage, Distil) and stage.soft_weight > 0
+        runs_teacher = isinstance(stage, Align) or (isinstance(stage, Distil) and stage.soft_weight > 0)
         if shape is not None and (teacher is not None or not runs_teacher):
             flops = training_flops(plan, shape, teacher if runs_teacher else None)
             preview.facts.append(("FLOPs", flops_text(flops)))
 
-    def _check_held_out(self, stage: Adapt | Distil | Evaluate, how: str, do: str) -> None:
-        data = self._data_stage(stage.data)
+    def _check_held_out(self, stage: AnyTraining | Evaluate, how: str, do: str) -> None:
+        data = self.data_stage(stage.data)
         if data is not None and not data.held_out_fraction:
             raise RecipeError(
                 f"stages.{stage.name}: it {how}, but the data {stage.data!r} has held_out_fraction 0",
                 "there would be no text that the model was not trained on",
                 f"give the build_data stage a held_out_fraction above 0, {do}",
             )
-
-    def _shape(self, model: ModelInput) -> ModelShape | None:
-        if model.random or model.shape:
-            return model.random or model.shape
-        assert model.source is not None
-        base = model.source.rpartition("@")[0] or model.source
-        name = model.source if model.source in {stage.name for stage in self.recipe.stages} else base
-        if name in self.shapes:
-            return self.shapes[name]
-        path = Path(model.source).expanduser()
-        config = path / "config.json" if path.is_dir() else _cached_config(model.source, model.revision)
-        return ModelShape.from_folder(config.parent) if config and config.is_file() else None
-
-    def _data_stage(self, reference: str) -> BuildData | None:
-        if reference in {stage.name for stage in self.recipe.stages}:
-            found = self.recipe.stage(reference)
-            return found if isinstance(found, BuildData) else None
-        folder = Path(reference).expanduser()
-        if not is_finished(folder):
-            return None
-        try:
-            return BuildData.model_validate(read_manifest(folder).get("stage"))
-        except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
-            return None
-
-    def _length(self, reference: str | None) -> int | None:
-        data = self._data_stage(reference) if reference is not None else None
-        return data.sequence_length if data else None
-
-    def _blocks(self, stage: BuildData) -> int | None:
-        folder = self.folder / stage.name
-        if is_finished(folder):
-            blocks = read_manifest(folder).get("metrics", {}).get("blocks")
-            if blocks is not None:
-                return int(blocks)
-        return stage.tokens // stage.sequence_length if stage.tokens is not None else None
 
 
 def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
@@ -260,24 +232,8 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
     return render(resolved_yaml(recipe), previews)
 
 
-def _token_bytes(vocabulary_size: int) -> int:
-    return 2 if vocabulary_size <= 1 << 16 else 4  # minima.data.store.token_dtype
-
-
 def _model_size(shape: ModelShape, dtype: str | None) -> str:
     """Of a model's file; where the dtype is that of the weights it is made from, no more than float32."""
     if dtype is None:
         return f"{size_text(4 * shape.parameters)} at most"
     return f"{size_text((4 if dtype == 'float32' else 2) * shape.parameters)} in {dtype}"
-
-
-def _cached_config(name: str, revision: str | None) -> Path | None:
-    """The `config.json` of a Hub id where the Hub's cache on this machine has it; nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None

@@ -1,0 +1,105 @@
+"""What is known of a recipe's inputs on this machine from configurations and manifests alone. No torch."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from minima.errors import MinimaError
+from minima.launcher import default_ranks
+from minima.models.shape import ModelShape
+from minima.planning.dry_run import StagePreview
+from minima.recipe.data import TokenizerTraining
+from minima.recipe.references import Reference
+from minima.recipe.schema import BuildData, ModelInput, Recipe
+from minima.stages.manifest import is_finished, read_manifest
+from minima.stages.running import output_folder
+
+
+class KnownInputs:
+    """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes stage by stage."""
+
+    def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
+        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
+        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
+        self.shapes: dict[str, ModelShape] = {}
+
+    def reads(self, reference: Reference, preview: StagePreview) -> str:
+        """One input as a line; notes on the preview what is missing."""
+        if reference.stage is not None:
+            return f"{reference.field}: {self.folder / reference.stage}" + (
+                f" after step {reference.step:,}" if reference.step is not None else ""
+            )
+        path = Path(reference.text).expanduser()
+        if not path.exists():
+            if reference.what in ("model", "tokenizer") and _cached_config(reference.text, reference.revision):
+                return f"{reference.field}: {reference.text} from the Hub's cache"
+            preview.notes.append(f"{reference.text} ({reference.field}) is not on this machine")
+        return f"{reference.field}: {reference.text}"
+
+    def token_bytes(self, stage: BuildData) -> int:
+        """Of one token: its vocabulary's, or the 2 that most have where that is not known here."""
+        if isinstance(stage.tokenizer, TokenizerTraining):
+            return _bytes_of_a_token(stage.tokenizer.vocabulary_size)
+        if (data := self.data_stage(stage.tokenizer)) is not None:
+            return self.token_bytes(data)
+        try:
+            shape = self.shape(ModelInput(source=stage.tokenizer))
+        except MinimaError:  # a tokenizer's folder need not hold a model that is known here
+            shape = None
+        return _bytes_of_a_token(shape.vocabulary_size if shape is not None else 0)
+
+    def shape(self, model: ModelInput) -> ModelShape | None:
+        """A model's shape; None where nothing on this machine tells it."""
+        if model.random or model.shape:
+            return model.random or model.shape
+        assert model.source is not None
+        base = model.source.rpartition("@")[0] or model.source
+        name = model.source if model.source in {stage.name for stage in self.recipe.stages} else base
+        if name in self.shapes:
+            return self.shapes[name]
+        path = Path(model.source).expanduser()
+        config = path / "config.json" if path.is_dir() else _cached_config(model.source, model.revision)
+        return ModelShape.from_folder(config.parent) if config and config.is_file() else None
+
+    def data_stage(self, reference: str) -> BuildData | None:
+        """The build_data stage of that name, or the one that wrote that folder."""
+        if reference in {stage.name for stage in self.recipe.stages}:
+            found = self.recipe.stage(reference)
+            return found if isinstance(found, BuildData) else None
+        folder = Path(reference).expanduser()
+        if not is_finished(folder):
+            return None
+        try:
+            return BuildData.model_validate(read_manifest(folder).get("stage"))
+        except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
+            return None
+
+    def length(self, reference: str | None) -> int | None:
+        """Tokens of a block of that data."""
+        data = self.data_stage(reference) if reference is not None else None
+        return data.sequence_length if data else None
+
+    def blocks(self, stage: BuildData) -> int | None:
+        """Training blocks of that stage; None until it has run, where no budget says it."""
+        folder = self.folder / stage.name
+        if is_finished(folder):
+            blocks = read_manifest(folder).get("metrics", {}).get("blocks")
+            if blocks is not None:
+                return int(blocks)
+        return stage.tokens // stage.sequence_length if stage.tokens is not None else None
+
+
+def _bytes_of_a_token(vocabulary_size: int) -> int:
+    return 2 if vocabulary_size <= 1 << 16 else 4  # minima.data.store.token_dtype
+
+
+def _cached_config(name: str, revision: str | None) -> Path | None:
+    """The `config.json` of a Hub id where the Hub's cache on this machine has it; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
