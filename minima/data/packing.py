@@ -7,12 +7,15 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from minima.data.store import FORMAT, INDEX, STARTS_DTYPE, token_dtype
+from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, token_dtype
 from minima.disk import disk_full_named
+
+if TYPE_CHECKING:
+    from minima.data.encoding import Encoded
 
 
 class _HashedFile:
@@ -52,6 +55,12 @@ class StoreWriter:
         end_token: closes each document.
         shard_tokens: tokens of one shard file, rounded down to whole blocks (one at least).
         max_blocks: stop taking tokens after so many.
+        format: `text`, `conversations` or `preferences`; beside the latter two, what is learnt is written.
+        document_mask: whether readers are to keep the documents apart.
+
+    Attributes:
+        documents: documents that start in what was taken.
+        beyond_tokens: tokens that were given when the store was full.
     """
 
     def __init__(
@@ -63,7 +72,10 @@ class StoreWriter:
         end_token: int,
         shard_tokens: int = 2**28,
         max_blocks: int | None = None,
+        format: str = "text",
+        document_mask: bool = False,
     ) -> None:
+        assert format in FORMATS, format
         self.folder, self._partial = Path(folder), Path(f"{folder}.partial")
         self._sequence_length, self._end_token = sequence_length, end_token
         self._vocabulary_size, self._dtype = vocabulary_size, np.dtype(token_dtype(vocabulary_size))
@@ -71,13 +83,17 @@ class StoreWriter:
         self._shard_tokens = max(1, min(shard_tokens, 2**32) // sequence_length) * sequence_length
         self._max_tokens = None if max_blocks is None else max_blocks * sequence_length
         self._shards: list[dict[str, Any]] = []
+        self._format, self._document_mask = format, document_mask
         self._file: _HashedFile | None = None
+        self._learnt_file: _HashedFile | None = None
         self._starts: list[np.ndarray] = []
         self._held = np.empty(0, dtype=self._dtype)  # tokens of the block that is not full yet
+        self._held_learnt = np.empty(0, dtype=np.uint8)
         self._flushed = 0  # tokens in all shards
+        self._learnt_tokens = self._longest = 0
         self._open = np.empty((3, 0), dtype=np.int64)  # start, end and bytes of documents that end in it or later
         self._bytes = 0.0
-        self.documents = 0
+        self.documents = self.beyond_tokens = 0
 
     def __enter__(self) -> Self:
         with disk_full_named(self.folder):
@@ -88,8 +104,9 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.abandon()
+        for file in (self._file, self._learnt_file):
+            if file is not None:
+                file.abandon()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     @property
@@ -102,35 +119,56 @@ class StoreWriter:
         """Whether `max_blocks` are written."""
         return self._max_tokens is not None and self._flushed >= self._max_tokens
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> int:
+    def add(self, documents: "Encoded") -> None:
+        """Add encoded text."""
+        self.append(documents.ids, documents.lengths, documents.sizes)
+
+    def append(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        sizes: np.ndarray,
+        learnt: np.ndarray | None = None,
+        filling: np.ndarray | None = None,
+    ) -> int:
         """Add whole documents.
 
         Args:
             tokens: ids of the documents, one after the other, each closed by the end token already.
             lengths: int array; tokens of each document, its end token included.
-            sizes: int array; UTF-8 bytes of each document's text.
+            sizes: int array; UTF-8 bytes of each document's text, or of what is to be learnt of it.
+            learnt: uint8 array like `tokens`; 1 for a token to be learnt. Given for conversations and preferences.
+            filling: bool array; documents that only fill up a block, and are not counted. None are when not given.
 
         Returns:
             How many tokens were taken: fewer than given only when the store is full.
         """
+        assert (learnt is None) == (self._format == "text")
         if not len(lengths) or self.full:
+            self.beyond_tokens += len(tokens)
             return 0
         begins = self.tokens
         taken = len(tokens)
         if self._max_tokens is not None and begins + taken > self._max_tokens:
             taken = self._max_tokens - begins
+            self.beyond_tokens += len(tokens) - taken
             tokens = tokens[:taken]
         starts = begins + np.concatenate([[0], np.cumsum(lengths[:-1])]).astype(np.int64)
         ends = starts + lengths
-        documents = np.stack([starts, ends, sizes])[:, starts < begins + taken]
+        inside = starts < begins + taken
+        documents = np.stack([starts, ends, sizes])[:, inside]
         self._bytes += _bytes_between(documents, begins, begins + taken)
-        self.documents += documents.shape[1]
+        self.documents += documents.shape[1] - (0 if filling is None else int(filling[inside].sum()))
+        if learnt is not None:
+            learnt = np.concatenate([self._held_learnt, learnt[:taken].astype(np.uint8)])
+            self._longest = max(self._longest, int(lengths.max()))
         with disk_full_named(self.folder):
-            self._take(np.asarray(tokens, dtype=self._dtype), np.concatenate([self._open, documents], axis=1))
+            documents = np.concatenate([self._open, documents], axis=1)
+            self._take(np.asarray(tokens, dtype=self._dtype), learnt, documents)
         return taken
 
-    def _take(self, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Write what fills blocks, shard by shard, and hold the rest."""
+    def _take(self, tokens: np.ndarray, learnt: np.ndarray | None, documents: np.ndarray) -> None:
+        """Write what fills blocks, shard by shard, and hold the rest; `learnt` begins with what is held."""
         stream = np.concatenate([self._held, tokens]) if len(self._held) else tokens
         pending = documents[0, documents[0] >= self._flushed]
         whole = len(stream) // self._sequence_length * self._sequence_length
@@ -142,6 +180,8 @@ class StoreWriter:
             room = self._shard_begin + self._shard_tokens - self._flushed
             piece = stream[written : min(whole, written + room)]
             self._file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+            if learnt is not None:
+                self._write_learnt(learnt[written : written + len(piece)])
             written += len(piece)
             self._flushed += len(piece)
             split = int(np.searchsorted(pending, self._flushed))
@@ -150,20 +190,32 @@ class StoreWriter:
             if self._flushed == self._shard_begin + self._shard_tokens:
                 self._close_shard()
         self._held, self._open = stream[whole:].copy(), documents[:, documents[1] > self._flushed]
+        if learnt is not None:
+            self._held_learnt = learnt[whole:].copy()
+
+    def _write_learnt(self, learnt: np.ndarray) -> None:
+        if self._learnt_file is None:
+            self._learnt_file = _HashedFile(self._partial / f"learnt-{len(self._shards):05d}.bin")
+        self._learnt_file.write(learnt.data)
+        self._learnt_tokens += int(learnt.sum())
 
     def _close_shard(self) -> None:
         assert self._file is not None
         shard = self._file.close() | {"tokens": self._flushed - self._shard_begin}
         starts = _HashedFile(self._partial / f"starts-{len(self._shards):05d}.bin")
         starts.write(np.concatenate(self._starts).tobytes())
-        self._shards.append(shard | {"starts": starts.close()})
-        self._file, self._starts = None, []
+        shard |= {"starts": starts.close()}
+        if self._learnt_file is not None:
+            shard |= {"learnt": self._learnt_file.close()}
+        self._shards.append(shard)
+        self._file, self._learnt_file, self._starts = None, None, []
 
     def finish(self) -> dict[str, Any]:
         """Close the last shard and write the index, still under the temporary name.
 
         Returns:
-            `blocks`, `tokens`, `documents`, `bytes` of the store and `dropped_tokens`, the tail that fills no block.
+            `blocks`, `tokens`, `documents`, `bytes` of the store (and `learnt_tokens` where not all are to be learnt),
+            and `dropped_tokens`, the tail that fills no block.
         """
         size = self._bytes - _bytes_between(self._open, self._flushed, self.tokens)
         with disk_full_named(self.folder):
@@ -171,12 +223,17 @@ class StoreWriter:
                 self._close_shard()
             documents = self.documents - int((self._open[0] >= self._flushed).sum())
             counts = {"tokens": self._flushed, "documents": documents, "bytes": round(size)}
+            shape = {"format_of_documents": self._format, "document_mask": self._document_mask}
+            if self._format != "text":
+                counts |= {"learnt_tokens": self._learnt_tokens}
+                shape |= {"longest": self._longest}
             index = {
                 "format": FORMAT,
                 "dtype": self._dtype.str,
                 "sequence_length": self._sequence_length,
                 "vocabulary_size": self._vocabulary_size,
                 "end_token": self._end_token,
+                **shape,
                 **counts,
                 "shards": self._shards,
             }

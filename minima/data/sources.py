@@ -1,4 +1,4 @@
-"""Readers: plain text, JSON lines, parquet, Hugging Face datasets and the embedded texts -> texts."""
+"""Readers: plain text, JSON, parquet, Hugging Face datasets and what minima ships -> texts, or whole records."""
 
 import bz2
 import glob
@@ -6,22 +6,25 @@ import gzip
 import json
 import lzma
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from minima.assets import read_text_asset
+from minima.assets import CHATS, read_chat_asset, read_text_asset
 from minima.data.documents import Rejected
+from minima.data.records import field_of, no_column, read_dataset
 from minima.errors import DataError
 from minima.recipe.data import Source
 
 _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".parquet": "parquet",
 }  # fmt: skip
 _UNPACK = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _PARQUET_ROWS = 1024
+_SNIFF_BYTES = 1 << 12
 
 
 def read_source(source: Source, rejected: Rejected) -> Iterator[str]:
@@ -34,24 +37,55 @@ def read_source(source: Source, rejected: Rejected) -> Iterator[str]:
     Raises:
         DataError: the source is missing, cannot be opened, or gives not one text.
     """
-    if source.embedded is not None:
-        records: Iterator[tuple[str, Any]] = (
-            (f"{source.embedded}:{record['id']}", record["text"]) for record in read_text_asset(source.embedded)
-        )
-    elif source.hub is not None:
-        records = _read_dataset(source, rejected)
-    else:
-        records = _read_files(source, rejected)
+    texts = _texts(_read(source, source.field, rejected), rejected)
+    yield from some(texts, source, rejected, f"that `field: {source.field}` names the text")
+
+
+def read_records(source: Source, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+    """The whole records of a source, each with where it lies: file and line, or source and row.
+
+    Args:
+        source: says where and in which format; its `field` is not read.
+        rejected: takes what cannot be decoded.
+
+    Raises:
+        DataError: the source is missing or cannot be opened.
+    """
+    return _read(source, None, rejected)
+
+
+def some(items: Iterator[str], source: Source, rejected: Rejected, check: str) -> Iterator[str]:
+    """The first `max_documents` of a source's items.
+
+    Raises:
+        DataError: there is not one.
+    """
     found = False
-    for text in islice(_texts(records, rejected), source.max_documents):
+    for item in islice(items, source.max_documents):
         found = True
-        yield text
+        yield item
     if not found:
-        raise DataError(
-            f"source {source.label!r} holds no document: {rejected.describe()}",
-            "nothing could be learnt from it",
-            f"check its files, that their format is the right one, and that `field: {source.field}` names the text",
-        )
+        raise no_document(source, rejected, check)
+
+
+def no_document(source: Source, rejected: Rejected, check: str) -> DataError:
+    """What to raise for a source of which nothing is left."""
+    return DataError(
+        f"source {source.label!r} holds no document: {rejected.describe()}",
+        "nothing could be learnt from it",
+        f"check its files, that their format is the right one, and {check}",
+    )
+
+
+def _read(source: Source, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+    """What the records' field holds, or the records themselves."""
+    if source.embedded in CHATS:
+        return ((f"{source.embedded}:{n}", record) for n, record in enumerate(read_chat_asset(source.embedded), 1))
+    if source.embedded is not None:
+        return ((f"{source.embedded}:{record['id']}", record["text"]) for record in read_text_asset(source.embedded))
+    if source.hub is not None:
+        return read_dataset(source, field, rejected)
+    return _read_files(source, field, rejected)
 
 
 def _texts(records: Iterator[tuple[str, Any]], rejected: Rejected) -> Iterator[str]:
@@ -78,9 +112,9 @@ def _is_unicode(text: str) -> bool:
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-def _read_files(source: Source, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_files(source: Source, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
     assert source.path is not None
-    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    readers = {"text": _read_text, "json": _read_json, "jsonl": _read_jsonl, "parquet": _read_parquet}
     known = 0
     files = find_files(source.path)
     for path in files:
@@ -90,7 +124,7 @@ def _read_files(source: Source, rejected: Rejected) -> Iterator[tuple[str, Any]]
             continue
         known += 1
         try:
-            yield from readers[name](path, source.field, rejected)
+            yield from readers[name](path, field, rejected)
         except (OSError, EOFError, lzma.LZMAError) as error:
             raise DataError(
                 f"{path} cannot be read: {error}",
@@ -140,7 +174,7 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], opener(path, "rb"))
 
 
-def _read_text(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_text(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         content = file.read()
     try:
@@ -149,7 +183,22 @@ def _read_text(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[str
         rejected.add("not_utf8", str(path), content)
 
 
-def _read_jsonl(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+    """A file that is one array of records; any other is read as JSON lines, which bear that suffix too."""
+    with _open(path) as file:
+        is_array = file.read(_SNIFF_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    records = None
+    if is_array:
+        with _open(path) as file, suppress(ValueError, RecursionError):
+            records = json.loads(file.read().decode("utf-8-sig"))
+    if not isinstance(records, list):
+        yield from _read_jsonl(path, field, rejected)
+        return
+    for number, record in enumerate(records, 1):
+        yield from field_of(record, field, f"{path}:{number}", rejected)
+
+
+def _read_jsonl(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -165,29 +214,21 @@ def _read_jsonl(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[st
             except (ValueError, RecursionError):
                 rejected.add("broken_json", where, line)
                 continue
-            yield from _field(record, field, where, rejected)
+            yield from field_of(record, field, where, rejected)
 
 
-def _field(record: Any, field: str, where: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:
-    if not isinstance(record, dict):
-        rejected.add("not_a_record", where, record)
-    elif field not in record:
-        rejected.add("missing_field", where, record)
-    else:
-        yield where, record[field]
-
-
-def _read_parquet(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise _no_column(str(path), field, file.schema_arrow.names)
+            if field is not None and field not in file.schema_arrow.names:
+                raise no_column(str(path), field, file.schema_arrow.names)
             row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            columns = None if field is None else [field]
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                for value in batch.to_pylist() if field is None else batch.column(0).to_pylist():
                     row += 1
                     yield f"{path}:{row}", value
     except pyarrow.ArrowInvalid as error:
@@ -196,61 +237,3 @@ def _read_parquet(path: Path, field: str, rejected: Rejected) -> Iterator[tuple[
             "leaving it out without a word would train on less text than the recipe says",
             "copy it again, or remove it",
         ) from error
-
-
-def _no_column(where: str, field: str, columns: list[str]) -> DataError:
-    return DataError(
-        f"{where} has no column {field!r}; it has {', '.join(columns)}",
-        "no record of it has text under that name",
-        "set the source's `field:` to the column that holds the text",
-    )
-
-
-# -- Hugging Face datasets ---------------------------------------------------------------------------------------
-
-
-def _read_dataset(source: Source, rejected: Rejected) -> Iterator[tuple[str, Any]]:
-    assert source.hub is not None
-    # `datasets` raises errors of its own, of pyarrow, of the network and of fsspec, so any is caught
-    try:
-        dataset = _load_dataset(source)
-    except Exception as error:
-        raise _unreadable(source, "cannot be opened", error) from error
-    columns = dataset.column_names
-    if columns is not None and source.field not in columns:
-        raise _no_column(f"dataset {source.hub!r}", source.field, columns)
-    if columns is not None:
-        dataset = dataset.select_columns([source.field])
-    row = 0
-    try:
-        for row, record in enumerate(dataset, 1):
-            yield from _field(record, source.field, f"{source.hub}:{row}", rejected)
-    except Exception as error:
-        raise _unreadable(source, f"cannot be read after row {row}", error) from error
-
-
-def _unreadable(source: Source, how: str, error: Exception) -> DataError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return DataError(
-        f"dataset {source.hub!r} (config {source.config}, split {source.split}) {how}: {reason}",
-        "its text is part of the mixture",
-        "check its name, configuration and split, and that this machine can reach the Hub; or download it and give "
-        "its folder",
-    )
-
-
-def _load_dataset(source: Source) -> Any:
-    import datasets
-
-    assert source.hub is not None
-    folder = Path(source.hub).expanduser()
-    if (folder / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(folder))[source.split]
-        return saved.to_iterable_dataset() if source.streaming else saved
-    if (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(str(folder))
-        return saved.to_iterable_dataset() if source.streaming else saved
-    name = str(folder) if folder.is_dir() else source.hub
-    return datasets.load_dataset(
-        name, source.config, split=source.split, revision=source.revision, streaming=source.streaming
-    )

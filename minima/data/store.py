@@ -48,8 +48,9 @@ class TokenStore:
         vocabulary_size: every id is below it.
         end_token: the id that closes a document.
         tokens: all tokens, end tokens included.
-        num_documents: documents that start in the store; what fills up a block is none.
-        bytes: UTF-8 bytes of the text whose tokens these are; of a document that the last block cuts, its share.
+        num_documents: documents that start in the store; what fills up a block is not one.
+        bytes: UTF-8 bytes of the text whose tokens these are, or are to be learnt; of a document that the last block
+            cuts, its share.
         format: `text`, `conversations` or `preferences`.
         document_mask: whether its documents are to be kept apart.
         longest: tokens of the longest document that attention and positions run over; a whole block without a mask.
@@ -119,8 +120,8 @@ class TokenStore:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for one token: nats a token / (ln 2 x this) are bits per byte."""
-        return self.bytes / self.tokens
+        """UTF-8 bytes of text for one token to be learnt: nats a token / (ln 2 x this) are bits per byte."""
+        return self.bytes / self.learnt_tokens
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
         """Some blocks, in the order asked for.

@@ -1,0 +1,82 @@
+"""Records: a field of one, and those of Hugging Face datasets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minima.data.documents import Rejected
+from minima.errors import DataError
+from minima.recipe.data import Source
+
+
+def field_of(record: Any, field: str | None, where: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+    """A record's field, or the record itself where no field is asked for, with where it lies; rejected without it."""
+    if field is None:
+        yield where, record
+    elif not isinstance(record, dict):
+        rejected.add("not_a_record", where, record)
+    elif field not in record:
+        rejected.add("missing_field", where, record)
+    else:
+        yield where, record[field]
+
+
+def no_column(where: str, field: str, columns: list[str]) -> DataError:
+    """What to raise for a table without the column that was asked for."""
+    return DataError(
+        f"{where} has no column {field!r}; it has {', '.join(columns)}",
+        "no record of it has text under that name",
+        "set the source's `field:` to the column that holds the text",
+    )
+
+
+def read_dataset(source: Source, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+    """A field of all records of a Hugging Face dataset, or the whole records.
+
+    Raises:
+        DataError: it cannot be opened or read, or has no such column.
+    """
+    assert source.hub is not None
+    # `datasets` raises errors of its own, of pyarrow, of the network and of fsspec, so any is caught
+    try:
+        dataset = _load_dataset(source)
+    except Exception as error:
+        raise _unreadable(source, "cannot be opened", error) from error
+    columns = dataset.column_names
+    if columns is not None and field is not None:
+        if field not in columns:
+            raise no_column(f"dataset {source.hub!r}", field, columns)
+        dataset = dataset.select_columns([field])
+    row = 0
+    try:
+        for row, record in enumerate(dataset, 1):
+            yield from field_of(record, field, f"{source.hub}:{row}", rejected)
+    except Exception as error:
+        raise _unreadable(source, f"cannot be read after row {row}", error) from error
+
+
+def _unreadable(source: Source, how: str, error: Exception) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return DataError(
+        f"dataset {source.hub!r} (config {source.config}, split {source.split}) {how}: {reason}",
+        "its text is part of the mixture",
+        "check its name, configuration and split, and that this machine can reach the Hub; or download it and give "
+        "its folder",
+    )
+
+
+def _load_dataset(source: Source) -> Any:
+    import datasets
+
+    assert source.hub is not None
+    folder = Path(source.hub).expanduser()
+    if (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(folder))[source.split]
+        return saved.to_iterable_dataset() if source.streaming else saved
+    if (folder / "state.json").is_file():
+        saved = datasets.load_from_disk(str(folder))
+        return saved.to_iterable_dataset() if source.streaming else saved
+    name = str(folder) if folder.is_dir() else source.hub
+    return datasets.load_dataset(
+        name, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+    )
