@@ -7,11 +7,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import minima
 from minima.errors import MinimaError
 
-USER_ERROR, OWN_ERROR = 2, 1
+USER_ERROR, OWN_ERROR, INTERRUPTED = 2, 1, 130
 _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after the first one fails
 
 
@@ -51,6 +52,25 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--stages", metavar="A,B", help="only these; all that are not finished when not given")
     stage.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
     stage.set_defaults(command=_stage)
+
+    chat = commands.add_parser("chat", help="talk to an exported model in the terminal")
+    chat.add_argument("folder", metavar="DIR", help="an export stage's folder, or any in Hugging Face's layout")
+    chat.add_argument("--system", metavar="TEXT", help="message that opens the conversation")
+    chat.add_argument("--plain", action="store_true", help="let a base model go on with what you type; no conversation")
+    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of one answer; 512 by default")
+    chat.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest token; as the model suggests")
+    chat.add_argument("--top-p", type=float, metavar="X", help="sample from so much probability; as the model suggests")
+    chat.add_argument("--seed", type=int, metavar="N", help="of the sampling; another one each time when not given")
+    chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored")
+    chat.set_defaults(command=_chat)
+
+    publish = commands.add_parser("publish", help="push an exported model to the Hub, in one commit")
+    publish.add_argument("folder", metavar="DIR", help="an export stage's folder, or its model/")
+    publish.add_argument("--push", required=True, metavar="REPO", help="organisation/name on the Hub")
+    publish.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
+    publish.add_argument("--revision", metavar="B", help="branch to push to; made when it is not there")
+    publish.add_argument("--message", metavar="M", help="of the commit")
+    publish.set_defaults(command=_publish)
     return parser
 
 
@@ -99,6 +119,42 @@ def _stage(options: argparse.Namespace) -> int:
         sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
         _leave(OWN_ERROR, launch.world_size)
         return OWN_ERROR
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from minima.evaluation.generation import Generator
+    from minima.evaluation.terminal import ChatSettings, Conversation, answer_lines, talk
+
+    settings = ChatSettings(
+        options.system, options.max_new_tokens, options.temperature, options.top_p, options.seed, options.plain
+    )
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    try:
+        generator = Generator.load(Path(options.folder).expanduser(), dtype=options.dtype)
+        conversation = Conversation(generator, settings, sys.stdout, sys.stdout if terminal else sys.stderr)
+        if terminal:
+            import readline  # noqa: F401  (gives `input` its editing and history)
+
+            talk(conversation, input)
+        else:
+            answer_lines(conversation, sys.stdin)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from minima.stages.hub_push import publish
+
+    pushed = publish(
+        Path(options.folder).expanduser(),
+        options.push,
+        private=not options.public,
+        revision=options.revision,
+        message=options.message,
+    )
+    _write("\n".join(pushed.lines()))
     return 0
 
 

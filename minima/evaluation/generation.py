@@ -1,0 +1,241 @@
+"""Text from a model folder: what `minima chat` and the answer files ask for.
+
+The model is plain transformers, its `generate` does the sampling. The key-value cache is not kept between turns: a
+template may write an answer down with other tokens than it was generated with, and a cache of sliding windows cannot
+be cut back, so that it would have to be checked turn by turn to be exact.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
+
+from minima.data.tokenizer import load_tokenizer
+from minima.errors import CheckpointError, DataError, MinimaError
+from minima.evaluation.streaming import stream
+from minima.models.layout import model_folder
+from minima.models.stock import DTYPES
+from minima.models.weights import FolderSource
+
+Message = dict[str, str]
+_ANSWER_SHARE = 0.25  # of the window that a conversation leaves free for the answer, where the answer may be so long
+logger = logging.getLogger(__name__)
+
+
+class Generator:
+    """A model and its tokenizer.
+
+    Attributes:
+        window: tokens that the model is made for, question and answer together.
+        stop_ids: tokens that end an answer.
+        temperature: that the folder's generation config suggests; 0 where it does not sample.
+        top_p: likewise.
+        has_template: whether its tokenizer says how a conversation is written down.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.window = int(getattr(model.config, "max_position_embeddings", None) or model.config.n_positions)
+        generation: Any = model.generation_config
+        stated = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+        self.stop_ids: list[int] = list(stated) if isinstance(stated, list) else [stated]
+        self.temperature = float(generation.temperature or 1.0) if generation.do_sample else 0.0
+        self.top_p = float(generation.top_p or 1.0) if generation.do_sample else 1.0
+        self.has_template = tokenizer.chat_template is not None
+        # What a folder suggests beside the stop ids would change what the caller asks for.
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.stop_ids[0],  # one sequence is never padded, but a missing one warns
+        )
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: str | None = None, device: str | None = None) -> "Generator":
+        """The model of an export stage, or of any folder in Hugging Face's layout.
+
+        Args:
+            folder: the export stage's own, or the model's.
+            dtype: of the weights; as stored when not given.
+            device: a GPU where there is one, else the CPU, when not given.
+
+        Raises:
+            CheckpointError: there is no model in the folder, or it cannot be loaded.
+            DataError: it has no tokenizer.
+        """
+        folder = model_folder(folder)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} holds no model in Hugging Face's layout (no config.json)",
+                "there is nothing to talk to",
+                "give the folder of an export stage, or its model/",
+            )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            FolderSource(folder)  # transformers would put random numbers where a tensor is missing
+            with _no_progress_bar():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=DTYPES[dtype] if dtype else "auto",
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+        except MinimaError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{folder} cannot be loaded by transformers: {str(error).strip().splitlines()[0][:300]}",
+                "there is nothing to talk to",
+                "export the model again, or fetch the folder again",
+            ) from error
+        return cls(model.to(device).eval(), load_tokenizer(folder))
+
+    def reply(self, messages: list[Message], **options: Any) -> str:
+        """The assistant's whole answer; `options` are those of `stream`."""
+        return "".join(self.stream(messages, **options))
+
+    def stream(
+        self,
+        messages: list[Message],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The assistant's answer as it comes, whole characters at a time. Closing the iterator ends the answer.
+
+        Args:
+            messages: the conversation, the question last: `role` (system, user or assistant) and `content`.
+            max_new_tokens: of the answer; fewer where the window ends.
+            temperature: 0 always takes the likeliest token.
+            top_p: sample from the likeliest tokens that have this share together.
+            seed: of the sampling; torch's generator goes on as it is when not given.
+
+        Raises:
+            DataError: the model has no chat template, the template refuses the conversation, or the last question
+                alone is longer than the window.
+        """
+        kept, dropped = self.fit(messages, max_new_tokens)
+        if dropped:
+            logger.warning(
+                "the conversation is longer than the model's %d tokens: its first %d messages were left out",
+                self.window,
+                dropped,
+            )
+        return self._generate(self._prompt(kept), max_new_tokens, temperature, top_p, seed)
+
+    def continue_text(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """What a base model writes after a text; options are those of `stream`.
+
+        Raises:
+            DataError: the text is empty, or longer than the window.
+        """
+        prompt = list(self.tokenizer(text)["input_ids"])
+        if not prompt:
+            raise DataError("an empty text", "there is nothing to go on from", "give at least one word")
+        self._check_room(len(prompt), "the text")
+        return self._generate(prompt, max_new_tokens, temperature, top_p, seed)
+
+    def fit(self, messages: list[Message], max_new_tokens: int = 512) -> tuple[list[Message], int]:
+        """The conversation without the oldest exchanges that the window has no room for, and how many messages went.
+
+        A system message stays. At least a quarter of the window is kept for the answer, if it may be so long.
+
+        Raises:
+            DataError: as `stream`.
+        """
+        room = self.window - min(max_new_tokens, int(self.window * _ANSWER_SHARE))
+        head = messages[:1] if messages and messages[0]["role"] == "system" else []
+        rest = messages[len(head) :]
+        while (tokens := len(self._prompt(head + rest))) > room:
+            later = [index for index, message in enumerate(rest) if index and message["role"] == "user"]
+            if not later:
+                self._check_room(tokens, "the question")
+                break
+            rest = rest[later[0] :]
+        kept = head + rest
+        return kept, len(messages) - len(kept)
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant begins to speak."""
+        from jinja2 import TemplateError
+
+        if not self.has_template:
+            raise DataError(
+                "the model's tokenizer has no chat template",
+                "it is a base model: it goes on with a text, and was not taught whose turn it is",
+                "give it a text to go on from (`minima chat DIR --plain`), or export a model that instruct has trained",
+            )
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            return list(encoded["input_ids"])
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"the model's chat template refuses the conversation: {error}",
+                "the model would read something that it was not taught",
+                "let user and assistant take turns, and leave the system message out if it is that",
+            ) from error
+
+    def _check_room(self, tokens: int, what: str) -> None:
+        if tokens >= self.window:
+            raise DataError(
+                f"{what} is {tokens} tokens long, and the model reads {self.window}",
+                "there would be no room for an answer",
+                "make it shorter",
+            )
+
+    def _generate(
+        self, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int | None
+    ) -> Iterator[str]:
+        input_ids_BT = torch.tensor([prompt], device=self.model.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+        def generate(streamer: BaseStreamer, left: StoppingCriteria) -> None:
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model.generate(
+                input_ids_BT,
+                attention_mask=torch.ones_like(input_ids_BT),
+                max_new_tokens=min(max_new_tokens, self.window - len(prompt)),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([left]),
+                **sampling,
+            )
+
+        return stream(generate, self.tokenizer, self.stop_ids)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading a model draws a bar of its own, in the middle of what a person reads."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
