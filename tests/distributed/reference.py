@@ -5,11 +5,13 @@ from torch import Tensor
 
 from minima.engine.schedule import Schedule
 from minima.models.causal_lm import load_plain
-from tests.distributed.tiny import step_tokens, student_source, teacher_source
+from tests.distributed.tiny import step_documents, step_tokens, student_source, teacher_source
 
 
-def plain_training(settings, hard: float, soft: float, temperature: float) -> list[dict[str, float]]:
-    """Losses and gradient norms of the same run, step by step."""
+def plain_training(
+    settings, hard: float, soft: float, temperature: float, packed: bool = False
+) -> list[dict[str, float]]:
+    """Losses and gradient norms of the same run, step by step; packed rows go through the models document by document."""
     student, teacher = load_plain(student_source()).train(), load_plain(teacher_source())
     groups = [
         {"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -20,7 +22,7 @@ def plain_training(settings, hard: float, soft: float, temperature: float) -> li
     records = []
     for step in range(settings.steps):
         tokens_BT, valid_BT = step_tokens(step)
-        loss = _mean_loss(student, teacher, tokens_BT, valid_BT, hard, soft, temperature)
+        loss = _mean_loss(student, teacher, _pieces(tokens_BT, valid_BT, step, packed), hard, soft, temperature)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)
@@ -31,13 +33,34 @@ def plain_training(settings, hard: float, soft: float, temperature: float) -> li
     return records
 
 
-def _mean_loss(student, teacher, tokens_BT: Tensor, valid_BT: Tensor, hard, soft, temperature) -> Tensor:
-    labels_N, keep_N = tokens_BT[:, 1:].flatten(), valid_BT[:, 1:].flatten()
-    logits_NV = student(tokens_BT).logits[:, :-1].flatten(0, 1)[keep_N]
-    loss = hard * torch.nn.functional.cross_entropy(logits_NV, labels_N[keep_N])
+def _pieces(tokens_BT: Tensor, valid_BT: Tensor, step: int, packed: bool) -> list[tuple[Tensor, Tensor]]:
+    """What one forward pass sees: the whole batch, or each document alone."""
+    if not packed:
+        return [(tokens_BT, valid_BT)]
+    rows = zip(tokens_BT, valid_BT, step_documents(step), strict=True)
+    cut = [
+        (tokens, valid, documents.unique_consecutive(return_counts=True)[1].tolist())
+        for tokens, valid, documents in rows
+    ]
+    return [
+        (piece[None], keep[None])
+        for tokens, valid, lengths in cut
+        for piece, keep in zip(tokens.split(lengths), valid.split(lengths), strict=True)
+    ]
+
+
+def _logits(model, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    kept = [model(tokens).logits[:, :-1].flatten(0, 1)[valid[:, 1:].flatten()] for tokens, valid in pieces]
+    return torch.cat(kept)
+
+
+def _mean_loss(student, teacher, pieces: list[tuple[Tensor, Tensor]], hard, soft, temperature) -> Tensor:
+    labels_N = torch.cat([tokens[:, 1:].flatten()[valid[:, 1:].flatten()] for tokens, valid in pieces])
+    logits_NV = _logits(student, pieces)
+    loss = hard * torch.nn.functional.cross_entropy(logits_NV, labels_N)
     if soft:
         with torch.no_grad():
-            target_NV = teacher(tokens_BT).logits[:, :-1].flatten(0, 1)[keep_N]
+            target_NV = _logits(teacher, pieces)
         log_q_NV = (logits_NV / temperature).log_softmax(-1)
         cross_N = -((target_NV / temperature).softmax(-1) * log_q_NV).sum(-1)
         loss = loss + soft * temperature**2 * cross_N.mean()

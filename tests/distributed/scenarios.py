@@ -40,9 +40,9 @@ def new_student(settings) -> Student:
     return Student(student_source(), config, settings)
 
 
-def new_feed(settings) -> TinyFeed:
+def new_feed(settings, packed: bool = False) -> TinyFeed:
     place = distributed.rank(), distributed.world_size(), distributed.device()
-    return TinyFeed(settings.micro_batch_sequences, *place)
+    return TinyFeed(settings.micro_batch_sequences, *place, packed=packed)
 
 
 def run_training(settings, objective, student, *, first_step=0, save=None, feed=None) -> list[dict[str, float]]:
@@ -84,6 +84,26 @@ def distillation(folder: Path) -> Any:
         found[str(micro_batch)] = run_training(settings, objective, student)
         student.close()
     host.close()
+    return found
+
+
+def packed(folder: Path) -> Any:
+    """Rows of several documents: distillation, and instruction tuning with noise in micro-batches of 1 and 4."""
+    found = {}
+    host = teacher_host()
+    settings = training()
+    objective = Distillation(host, hard_weight=0.3, soft_weight=0.7, temperature=2.0, chunk_tokens=5)
+    student = new_student(settings)
+    found["distillation"] = run_training(settings, objective, student, feed=new_feed(settings, packed=True))
+    student.close()
+    host.close()
+    for micro_batch, alpha in ((1, 5.0), (4, 5.0), (4, 0.0)):
+        settings = training(micro_batch_sequences=micro_batch)
+        student, noisy = new_student(settings), LanguageModelling(neftune_alpha=alpha, seed=3)
+        found[f"noise-{micro_batch}-{alpha:g}"] = run_training(
+            settings, noisy, student, feed=new_feed(settings, packed=True)
+        )
+        student.close()
     return found
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     names = ["language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary", "closing"]
-    return run_scenarios([*names, "bfloat16_start", "host_reads"], folder)
+    return run_scenarios([*names, "bfloat16_start", "host_reads", "packed"], folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,18 @@ def test_distillation_equals_a_plain_process_however_the_batch_is_cut(two_ranks,
 @pytest.mark.parametrize("micro_batch", ["1", "8"])
 def test_one_rank_and_one_or_eight_micro_batches_are_the_same_too(one_rank, micro_batch):
     expect_same(one_rank["distillation_alone"][micro_batch], plain_training(training(), 0.3, 0.7, 2.0))
+
+
+def test_packed_rows_equal_their_documents_one_by_one_in_a_plain_process(two_ranks):
+    found = two_ranks["packed"]["distillation"]
+    expect_same(found, plain_training(training(), 0.3, 0.7, 2.0, packed=True))
+    assert found[0]["tokens"] < two_ranks["distillation"]["2"][0]["tokens"]
+
+
+def test_noise_does_not_depend_on_how_the_batch_is_cut(two_ranks):
+    runs = two_ranks["packed"]
+    expect_same(runs["noise-1-5"], runs["noise-4-5"])
+    assert abs(runs["noise-4-5"][0]["loss"] - runs["noise-4-0"][0]["loss"]) > 1e-4
 
 
 def test_clipping_and_the_uneven_batch_really_happen(two_ranks):

@@ -49,19 +49,31 @@ def step_tokens(step: int) -> tuple[Tensor, Tensor]:
     return tokens_BT, torch.arange(LENGTH)[None] < lengths[:, None]
 
 
+def step_documents(step: int) -> Tensor:
+    """Documents of a step's global batch: rows of one, two and three, cut at other places each step."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    begins_BT = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    for row in range(BATCH):
+        begins_BT[row, torch.randperm(LENGTH - 1, generator=generator)[: row % 3] + 1] = 1
+    return begins_BT.cumsum(1)
+
+
 class TinyFeed:
     """The same global batches, cut for one rank into micro-batches."""
 
-    def __init__(self, micro_batch: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU) -> None:
+    def __init__(
+        self, micro_batch: int, rank: int = 0, world_size: int = 1, device: torch.device = CPU, packed: bool = False
+    ) -> None:
         self.micro_batch, self.rank, self.share = micro_batch, rank, BATCH // world_size
-        self.device = device
+        self.device, self.packed = device, packed
 
     def step(self, step: int) -> list[Batch]:
         tokens_BT, valid_BT = step_tokens(step)
-        first = self.rank * self.share
-        return [
-            make_batch(tokens_BT[rows], valid_BT[rows]).to(self.device)
-            for rows in (
-                slice(start, start + self.micro_batch) for start in range(first, first + self.share, self.micro_batch)
-            )
-        ]
+        documents_BT = step_documents(step)
+        first, batches = self.rank * self.share, []
+        for start in range(first, first + self.share, self.micro_batch):
+            rows = slice(start, start + self.micro_batch)
+            batch = make_batch(tokens_BT[rows], valid_BT[rows], documents_BT[rows] if self.packed else None)
+            samples = tuple(step * BATCH + row for row in range(start, start + self.micro_batch))
+            batches.append(batch._replace(samples=samples).to(self.device))
+        return batches
