@@ -108,7 +108,7 @@ def evaluate(
         NotFinite: the loss is infinite or not a number.
     """
     num_blocks = len(store) if sequences is None else min(sequences, len(store))
-    _check(host, store, num_blocks, teacher, name)
+    check_store(host, store, num_blocks, teacher, name)
     sums = torch.zeros(4, dtype=torch.float64, device=host.device)  # loss, tokens, KL, tokens with the same top 1
     rank, world_size = distributed.rank(), distributed.world_size()
     with torch.no_grad():
@@ -148,7 +148,21 @@ def _score(host: Host, teacher: Host | None, batch: Batch) -> Tensor:
     return torch.stack([value.double() for value in sums])
 
 
-def _check(host: Host, store: TokenStore, num_blocks: int, teacher: Host | None, name: str) -> None:
+def check_store(host: Host, store: TokenStore, num_blocks: int, teacher: Host | None, name: str) -> None:
+    """Refuse held-out blocks that a model, or its teacher, cannot be scored on.
+
+    Args:
+        host: the model.
+        store: where the blocks lie.
+        num_blocks: how many are to be scored.
+        teacher: the model to compare with, if there is one.
+        name: what errors call the model.
+
+    Raises:
+        DataError: there is no block.
+        TokenizerMismatch: the store has token ids that the model does not know.
+        VocabularyMismatch: the two models' vocabularies differ in size.
+    """
     if num_blocks == 0:
         raise DataError(
             f"{store.folder} holds no block of {store.sequence_length} tokens",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minima.errors import VocabularyMismatch
+from minima.losses.linear import add_outer, float_logits, row_blocks
 from minima.losses.loss_sum import LossSum
 
 
@@ -135,8 +136,8 @@ def linear_agreement(
     with torch.no_grad():
         for start in range(0, labels_N.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            student_CV = _logits(student_hidden_ND[chunk], student_head_VD)
-            teacher_CV = _logits(teacher_hidden_NE[chunk], teacher_head_VE)
+            student_CV = float_logits(student_hidden_ND[chunk], student_head_VD)
+            teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_head_VE)
             same += ((student_CV.argmax(-1) == teacher_CV.argmax(-1)) & keep_N[chunk]).sum()
             log_student_CV, log_teacher_CV = student_CV.log_softmax(-1), teacher_CV.log_softmax(-1)
             kl_C = (log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1)
@@ -156,20 +157,6 @@ def check_vocabularies(student_size: int, teacher_size: int) -> None:
             "their predictions are compared token by token, so both must be over the same tokens",
             "give both the same tokenizer: expand the smaller vocabulary, or prune the student from this teacher",
         )
-
-
-def _logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-    """Float32 logits [C, V]. Rounding them to bfloat16 would cost 18 % of the gradient at a KL of 0.01 nats."""
-    if hidden_CD.dtype == torch.float32:
-        return hidden_CD @ head_VD.to(torch.float32).t()
-    if hidden_CD.is_cuda:
-        return torch.mm(hidden_CD, head_VD.to(hidden_CD.dtype).t(), out_dtype=torch.float32)
-    return hidden_CD.float() @ head_VD.float().t()  # no CPU kernel multiplies bfloat16 into float32
-
-
-# Elements of one block of rows in the element-wise part: on a CPU a block and its temporaries stay in the cache
-# (2^17 float32 numbers are 0.5 MB); a GPU wants few, large kernels.
-_BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -197,10 +184,10 @@ class _LinearDistillation(torch.autograd.Function):
         for start in range(0, labels_N.shape[0], weights.chunk_tokens):
             chunk = slice(start, start + weights.chunk_tokens)
             hidden_CD = student_hidden_ND[chunk]
-            student_CV = _logits(hidden_CD, student_head_VD)
+            student_CV = float_logits(hidden_CD, student_head_VD)
             teacher_CV = None
             if weights.soft and teacher_hidden_NE is not None and teacher_head_VE is not None:
-                teacher_CV = _logits(teacher_hidden_NE[chunk], teacher_head_VE)
+                teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_head_VE)
             _losses_and_gradient(
                 student_CV, teacher_CV, labels_N[chunk], keep_N[chunk], weights, sums, need_hidden or need_head
             )
@@ -209,7 +196,7 @@ class _LinearDistillation(torch.autograd.Function):
             if grad_hidden_ND is not None:
                 torch.mm(gradient_CV, student_head_VD.to(hidden_CD.dtype), out=grad_hidden_ND[chunk])
             if grad_head_VD is not None:
-                _add_outer(grad_head_VD, gradient_CV, hidden_CD)
+                add_outer(grad_head_VD, gradient_CV, hidden_CD)
             del student_CV, gradient_CV
         ctx.head_dtype = student_head_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
@@ -241,11 +228,8 @@ def _losses_and_gradient(
     need_gradient: bool,
 ) -> None:
     """Add one chunk's losses to `sums`, and overwrite the student's logits with the gradient of the weighted sum."""
-    num_tokens, vocabulary = student_CV.shape
-    rows = max(1, _BLOCK_ELEMENTS[student_CV.device.type] // vocabulary)
     tau, soft_scale = weights.temperature, weights.soft * weights.temperature
-    for start in range(0, num_tokens, rows):
-        block = slice(start, start + rows)
+    for block in row_blocks(student_CV):
         logits_RV, keep_R = student_CV[block], keep_C[block]
         label_R1 = labels_C[block].unsqueeze(1)
         log_p_RV = logits_RV.log_softmax(-1)
@@ -275,13 +259,3 @@ def _losses_and_gradient(
             if weights.hard:
                 logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - weights.hard)
             logits_RV.masked_fill_(~keep_R.unsqueeze(1), 0.0)
-
-
-def _add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-    """sum_VD += gradient_CV^T hidden_CD, with the sum in float32."""
-    if gradient_CV.dtype == torch.float32:
-        sum_VD.addmm_(gradient_CV.t(), hidden_CD)
-    elif gradient_CV.is_cuda:
-        sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD, out_dtype=torch.float32))
-    else:
-        sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD))

@@ -17,6 +17,7 @@ from minima.models.shape import read_config
 from minima.models.stock import architecture, parameter_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
+_IDENTITY_ELEMENTS = 4096  # of each tensor; one optimiser step changes some of the first 4096 elements of any matrix
 
 
 class WeightSource(Protocol):
@@ -200,6 +201,18 @@ def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def model_identity(source: WeightSource) -> str:
+    """A short hash of names, shapes and the first elements of every tensor: the same for a copy, not after a step."""
+    digest = hashlib.sha256()
+    for name in source.names():
+        size = 1
+        for length in source.shape(name):
+            size *= length
+        start = source.read_flat(name, 0, min(size, _IDENTITY_ELEMENTS)).float().contiguous()
+        digest.update(f"{name}{source.shape(name)}".encode() + start.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def write_folder(

@@ -3,7 +3,6 @@
 Shapes: L layers, K key-value groups, I neurons, D width, B batch, T sequence, N tokens, V vocabulary.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ ScoreKind = Literal["gradient", "magnitude", "random"]
 Result = TypeVar("Result")
 Run = Callable[[Callable[[Any, Batch], LossSum], Batch], LossSum]  # run(forward, batch) calls forward(model, batch)
 
-_IDENTITY_ELEMENTS = 4096  # of each tensor; one optimiser step changes some of the first 4096 elements of any matrix
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -38,7 +35,7 @@ class Scores:
 
     Attributes:
         kind: how they were made.
-        model: identity of the model that was scored (`model_identity`).
+        model: identity of the model that was scored (`models.weights.model_identity`).
         head_LK: one for each key-value group.
         neuron_LI: one for each neuron.
         hidden_D: one for each dimension of the residual stream.
@@ -84,18 +81,6 @@ class Scores:
                     f"reuse scores of the same {what}, or leave `scores:` out to measure anew",
                 )
         return cls(kind, model, head_LK, neuron_LI, hidden_D, found["batches"])
-
-
-def model_identity(source: WeightSource) -> str:
-    """A short hash of names, shapes and the first elements of every tensor: the same for a copy, not after a step."""
-    digest = hashlib.sha256()
-    for name in source.names():
-        size = 1
-        for length in source.shape(name):
-            size *= length
-        start = source.read_flat(name, 0, min(size, _IDENTITY_ELEMENTS)).float().contiguous()
-        digest.update(f"{name}{source.shape(name)}".encode() + start.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def mean_cross_entropy(model: Any, batch: Batch) -> LossSum:

@@ -1,9 +1,10 @@
 """What the stages that make a chat model are told: instruction tuning and preference optimisation."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from minima.errors import RecipeError
 from minima.recipe.base import ModelInput, Stage, as_model
 from minima.recipe.training import Training
 
@@ -63,3 +64,13 @@ class Align(Training, Stage):
     reference_deepspeed: str = "teacher_zero3.json"
 
     _coerce_model = field_validator("model", "reference", mode="before")(as_model)
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise RecipeError(
+                f"align stage {self.name!r} has label_smoothing {self.label_smoothing} with loss {self.loss!r}",
+                "only the sigmoid loss knows labels that are the wrong way round, so it would do nothing",
+                "leave label_smoothing out, or set loss: sigmoid",
+            )
+        return self

@@ -23,8 +23,8 @@ from minima.errors import ShapeError
 from minima.launcher import terminal_columns
 from minima.models.families import family_of, shape_of
 from minima.models.shape import ModelShape
-from minima.models.weights import write_folder
-from minima.pruning.importance import Scores, importance, magnitude, model_identity, random
+from minima.models.weights import model_identity, write_folder
+from minima.pruning.importance import Scores, importance, magnitude, random
 from minima.pruning.selection import Selection, select
 from minima.pruning.surgery import PrunedSource
 from minima.pruning.target import TargetPlan, check_depth, check_norm_compensation, plan_target

@@ -18,8 +18,8 @@ from minima.data.store import TokenStore
 from minima.launcher import free_port
 from minima.models.causal_lm import load_plain
 from minima.models.shape import ModelShape
-from minima.models.weights import FolderSource, RandomSource, write_folder
-from minima.pruning.importance import Scores, importance, model_identity
+from minima.models.weights import FolderSource, RandomSource, model_identity, write_folder
+from minima.pruning.importance import Scores, importance
 
 pytestmark = pytest.mark.ranks
 SHAPES = {

@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 from minima.batch import IGNORE_INDEX, Batch, make_batch
 from minima.errors import DataError, StageError
 from minima.models.families import family_of
-from minima.models.weights import MemorySource
-from minima.pruning.importance import Scores, importance, magnitude, model_identity, random
+from minima.models.weights import MemorySource, model_identity
+from minima.pruning.importance import Scores, importance, magnitude, random
 from minima.pruning.masks import Masks
 from minima.pruning.selection import select
 from minima.pruning.surgery import PrunedSource

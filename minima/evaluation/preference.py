@@ -1,0 +1,100 @@
+"""Held-out preference loss of one model over every block exactly once.
+
+Shapes: B sequences, T tokens, D width, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from minima.data.store import TokenStore
+from minima.engine import distributed
+from minima.engine.objectives.preference import Preference
+from minima.errors import DataError, NotFinite
+from minima.evaluation.held_out import Host, check_store, held_out_batch, rank_blocks
+
+
+@dataclass(frozen=True)
+class HeldOutPreference:
+    """What a model scores on held-out pairs; means over them.
+
+    Attributes:
+        loss: of the objective that it is trained with.
+        accuracy: share of pairs whose chosen answer has the higher reward; 0 of a model that is its reference.
+        margin: reward of the chosen answer minus that of the rejected one.
+        chosen_reward: beta times the log-ratio of model and reference, in the chosen answer.
+        rejected_reward: the same in the rejected answer.
+        pairs: how many.
+    """
+
+    loss: float
+    accuracy: float
+    margin: float
+    chosen_reward: float
+    rejected_reward: float
+    pairs: int
+
+    def as_dict(self) -> dict[str, float]:
+        """The scores by name."""
+        return asdict(self)
+
+
+def evaluate_preference(
+    host: Host,
+    store: TokenStore,
+    objective: Preference,
+    *,
+    sequences: int | None = None,
+    micro_batch_sequences: int = 4,
+    name: str = "model",
+) -> HeldOutPreference:
+    """Score a model on the pairs of the first `sequences` blocks; every rank calls it and gets the same result.
+
+    Neither the number of ranks nor the micro-batch changes the result, but for the order of float32 sums.
+
+    Args:
+        host: the model.
+        store: held-out blocks of preferences.
+        objective: the loss, with a reference for this store.
+        sequences: at most this many blocks; all when not given.
+        micro_batch_sequences: blocks of one forward pass on one rank.
+        name: what errors call the model.
+
+    Raises:
+        DataError: the store is empty, or holds no pair.
+        TokenizerMismatch: the store has token ids that the model does not know.
+        NotFinite: the loss is infinite or not a number.
+    """
+    num_blocks = len(store) if sequences is None else min(sequences, len(store))
+    check_store(host, store, num_blocks, None, name)
+    names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+    sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=host.device)
+    with torch.no_grad():
+        for blocks in rank_blocks(num_blocks, micro_batch_sequences, distributed.rank(), distributed.world_size()):
+            [batch] = objective.prepare([held_out_batch(store, blocks, micro_batch_sequences).to(host.device)])
+            loss = objective.loss_sum(host.hidden_states(batch), host.head_VE, batch)
+            values = [loss.total, *(loss.parts[part] for part in names), loss.count]
+            sums += torch.stack([value.double() for value in values])
+    loss_sum, accuracy, margin, chosen, rejected, pairs = distributed.all_reduce_sum(sums).tolist()
+    if not pairs:
+        raise DataError(
+            f"{store.folder} holds no preference pair",
+            "a loss over no pairs says nothing",
+            "raise held_out_fraction of the build_data stage, or look at what it rejected",
+        )
+    mean = loss_sum / pairs
+    if not math.isfinite(mean):
+        raise NotFinite(
+            f"{name} has a held-out preference loss of {mean}",
+            "a model whose loss is not a number prefers nothing",
+            "look at its training metrics for the step at which they went wrong, and take an earlier checkpoint",
+        )
+    return HeldOutPreference(
+        loss=mean,
+        accuracy=accuracy / pairs,
+        margin=margin / pairs,
+        chosen_reward=chosen / pairs,
+        rejected_reward=rejected / pairs,
+        pairs=round(pairs),
+    )

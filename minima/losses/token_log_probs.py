@@ -1,0 +1,84 @@
+"""Each token's log-probability from hidden states: logits exist for one chunk of tokens at a time.
+
+Shapes: N tokens, C tokens of one chunk, R rows of one block of a chunk, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minima.batch import IGNORE_INDEX
+from minima.losses.linear import add_outer, float_logits, row_blocks
+
+
+def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
+    """log p(label) of every token, without the logits of all tokens.
+
+    A loss of these decides only later how much each token weighs, so the backward pass makes every chunk's logits a
+    second time; between the passes one number a token is kept.
+
+    Args:
+        hidden_ND: final hidden states, differentiable, any float dtype; logits and softmax are float32.
+        head_VD: output head, differentiable.
+        labels_N: int64 next tokens; `IGNORE_INDEX` where none is asked for.
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Returns:
+        float32 [N] in nats; 0, with no gradient, where the label is `IGNORE_INDEX`.
+    """
+    return _TokenLogProbs.apply(hidden_ND, head_VD, labels_N, chunk_tokens)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities, and their gradients for hidden states and head, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
+        keep_N = labels_N != IGNORE_INDEX
+        labels_N = labels_N.masked_fill(~keep_N, 0)
+        log_probs_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
+        log_total_N = torch.empty_like(log_probs_N)  # log of the sum over the vocabulary
+        for start in range(0, labels_N.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits_CV = float_logits(hidden_ND[chunk], head_VD)
+            for block in row_blocks(logits_CV):
+                log_total_N[chunk][block] = logits_CV[block].logsumexp(-1)
+            log_probs_N[chunk] = logits_CV.gather(1, labels_N[chunk].unsqueeze(1)).squeeze(1)
+            del logits_CV
+        log_probs_N.sub_(log_total_N).masked_fill_(~keep_N, 0.0)
+        # ZeRO-3 takes the head's parameter apart when the root's forward ends. This view of what it gathered stays
+        # whole until the first node of the backward pass, which is this one, has used it.
+        ctx.save_for_backward(hidden_ND, head_VD.detach(), labels_N, keep_N, log_total_N)
+        ctx.chunk_tokens = chunk_tokens
+        return log_probs_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, head_VD, labels_N, keep_N, log_total_N = ctx.saved_tensors
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
+        for start in range(0, labels_N.shape[0], ctx.chunk_tokens):
+            chunk = slice(start, start + ctx.chunk_tokens)
+            hidden_CD = hidden_ND[chunk]
+            logits_CV = float_logits(hidden_CD, head_VD)
+            _overwrite(logits_CV, labels_N[chunk], keep_N[chunk], log_total_N[chunk], grad_N[chunk])
+            gradient_CV = logits_CV.to(hidden_CD.dtype)
+            if grad_hidden_ND is not None:
+                torch.mm(gradient_CV, head_VD.to(hidden_CD.dtype), out=grad_hidden_ND[chunk])
+            if grad_head_VD is not None:
+                add_outer(grad_head_VD, gradient_CV, hidden_CD)
+            del logits_CV, gradient_CV
+        return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None
+
+
+def _overwrite(logits_CV: Tensor, labels_C: Tensor, keep_C: Tensor, log_total_C: Tensor, grad_C: Tensor) -> None:
+    """Overwrite logits with the gradient: (1 at the label, minus the probabilities) times what comes from above."""
+    for block in row_blocks(logits_CV):
+        logits_RV, label_R1, grad_R1 = logits_CV[block], labels_C[block].unsqueeze(1), grad_C[block].unsqueeze(1)
+        logits_RV.sub_(log_total_C[block].unsqueeze(1)).exp_()
+        logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - 1.0)
+        logits_RV.mul_(-grad_R1).masked_fill_(~keep_C[block].unsqueeze(1), 0.0)
