@@ -1,5 +1,17 @@
 """Stand-ins that several tests share."""
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that leave the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "local_scalar_dense" in str(func) or "nonzero" in str(func)
+        return func(*args, **(kwargs or {}))
+
 
 class TextStore:
     """What a token store of plain text says of itself; subclasses hold the blocks."""

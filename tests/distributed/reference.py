@@ -11,7 +11,7 @@ from tests.distributed.tiny import step_documents, step_tokens, student_source, 
 def plain_training(
     settings, hard: float, soft: float, temperature: float, packed: bool = False
 ) -> list[dict[str, float]]:
-    """Losses and gradient norms of the same run, step by step; packed rows go through the models document by document."""
+    """Losses and gradient norms of the same run, step by step; packed rows are read document by document."""
     student, teacher = load_plain(student_source()).train(), load_plain(teacher_source())
     groups = [
         {"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -37,16 +37,12 @@ def _pieces(tokens_BT: Tensor, valid_BT: Tensor, step: int, packed: bool) -> lis
     """What one forward pass sees: the whole batch, or each document alone."""
     if not packed:
         return [(tokens_BT, valid_BT)]
-    rows = zip(tokens_BT, valid_BT, step_documents(step), strict=True)
-    cut = [
-        (tokens, valid, documents.unique_consecutive(return_counts=True)[1].tolist())
-        for tokens, valid, documents in rows
-    ]
-    return [
-        (piece[None], keep[None])
-        for tokens, valid, lengths in cut
-        for piece, keep in zip(tokens.split(lengths), valid.split(lengths), strict=True)
-    ]
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for tokens, valid, documents in zip(tokens_BT, valid_BT, step_documents(step), strict=True):
+        lengths = documents.unique_consecutive(return_counts=True)[1].tolist()
+        for piece, keep in zip(tokens.split(lengths), valid.split(lengths), strict=True):
+            pieces.append((piece[None], keep[None]))
+    return pieces
 
 
 def _logits(model, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import CheckpointSource, load_shards, save_shards, shapes
@@ -26,6 +25,7 @@ from minima.errors import NotFinite
 from minima.launcher import read_launch
 from minima.models.weights import tensor_sha256
 from tests.distributed.tiny import TinyFeed, student_source, teacher_source, training
+from tests.fakes import HostReads
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -235,16 +235,6 @@ def closing(folder: Path) -> Any:
     host.close()
     held = {name: reference() is not None for name, reference in watched.items()}
     return held | {"shards": any(shard.numel() for shard in shards)}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts values that leave the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "local_scalar_dense" in str(func) or "nonzero" in str(func)
-        return func(*args, **(kwargs or {}))
 
 
 def host_reads(folder: Path) -> Any:

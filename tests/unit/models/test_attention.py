@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minima.batch import make_batch
 from minima.models.attention import CAUSAL
@@ -10,19 +9,10 @@ from minima.models.causal_lm import hidden_states, load_plain
 from minima.models.shape import FAMILIES, ModelShape
 from minima.models.stock import build_empty
 from minima.models.weights import RandomSource
+from tests.fakes import HostReads
 
 SMALL = {"vocabulary_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
 TOKENS_BT = torch.arange(24).view(2, 12)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts values that leave the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "local_scalar_dense" in str(func) or "nonzero" in str(func)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,7 @@ from minima.models.attention import document_mask
 from minima.models.causal_lm import head_weight, hidden_states, load_plain
 from minima.models.shape import FAMILIES, ModelShape
 from minima.models.weights import RandomSource
+from tests.fakes import HostReads
 
 SMALL = {"vocabulary_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 4}
 LENGTHS = ((5, 1, 6), (12,), (2, 10))
@@ -53,6 +54,13 @@ def test_the_loss_of_a_packed_block_is_that_of_its_documents_alone(family, confi
     open_attention = loss_of(model, make_batch(TOKENS_BT))
     assert open_attention.count == 33
     assert abs(open_attention.total / 33 - packed.total / 30) > 1e-3, "without walls it is another loss"
+
+
+def test_the_host_is_not_asked():
+    model, batch = model_of("llama"), make_batch(TOKENS_BT, documents_BT=DOCUMENTS_BT)
+    with HostReads() as reads:
+        hidden_states(model, batch).square().sum().backward()
+    assert reads.count == 0
 
 
 def test_a_mask_lets_no_token_see_another_document_or_the_future():
