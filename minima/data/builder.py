@@ -13,13 +13,13 @@ import numpy as np
 
 from minima.data.documents import HeldOut, Rejected
 from minima.data.encoding import EncodingPool
-from minima.data.mixture import SourceStream, mix, read_shuffled
+from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
 from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.disk import disk_full_named
 from minima.errors import DataError
-from minima.recipe.data import Source, TokenizerTraining
+from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
 
 _LOG = logging.getLogger("minima.data")
@@ -95,20 +95,7 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
             "it would be trained on other text than the recipe says",
             f"choose among {', '.join(source.label for source in stage.sources)}",
         )
-    readers = [read_shuffled(source, number, stage.seed, Rejected()) for number, source in chosen]
-    held_out = HeldOut(stage.held_out_fraction, stage.seed)
-    taken = [0.0] * len(readers)
-    active, left = list(range(len(readers))), training.max_characters
-    while active and left > 0:
-        turn = min(active, key=lambda i: taken[i])
-        text = next(readers[turn], None)
-        if text is None:
-            active.remove(turn)
-        elif not held_out.mask([text.encode("utf-8")])[0]:
-            text = text[:left]
-            left -= len(text)
-            taken[turn] += len(text) / (chosen[turn][1].weight or 1.0)
-            yield text
+    return training_texts(chosen, HeldOut(stage.held_out_fraction, stage.seed), training.max_characters)
 
 
 def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, vocabulary_size: int) -> dict[str, Any]:
@@ -118,7 +105,7 @@ def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, voc
     budget = None if stage.tokens is None else stage.tokens // length
     held_out_budget = None if stage.held_out_tokens is None else stage.held_out_tokens // length
     processes = stage.processes or len(os.sched_getaffinity(0))
-    labels = _labels(stage.sources)
+    labels = source_labels(stage.sources)
     aside_rule = HeldOut(stage.held_out_fraction, stage.seed)
     with (
         EncodingPool(tokenizer, end_token, vocabulary_size, processes) as pool,
@@ -206,15 +193,6 @@ def _check_enough(
             "there would be nothing to evaluate on",
             "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without",
         )
-
-
-def _labels(sources: list[Source]) -> list[str]:
-    """The sources' labels, numbered where two are the same."""
-    labels = [source.label for source in sources]
-    return [
-        label if labels.count(label) == 1 else f"{label}#{labels[:i].count(label) + 1}"
-        for i, label in enumerate(labels)
-    ]
 
 
 def unigram_entropy(store: TokenStore) -> float | None:

@@ -21,6 +21,38 @@ def read_shuffled(source: Source, number: int, seed: int, rejected: Rejected, pa
     return shuffled(read_source(source, rejected), f"{seed}:{number}:{passes}")
 
 
+def training_texts(sources: list[tuple[int, Source]], held_out: HeldOut, max_characters: int) -> Iterator[str]:
+    """What is not held out, in proportion to the sources' weights, until enough was given or all of it.
+
+    Args:
+        sources: each with its place among the stage's sources.
+        held_out: says what is; its seed orders the documents.
+        max_characters: the last document is cut there.
+    """
+    readers = [read_shuffled(source, number, held_out.seed, Rejected()) for number, source in sources]
+    taken = [0.0] * len(readers)
+    active, left = list(range(len(readers))), max_characters
+    while active and left > 0:
+        turn = min(active, key=lambda i: taken[i])
+        text = next(readers[turn], None)
+        if text is None:
+            active.remove(turn)
+        elif not held_out.mask([text.encode("utf-8")])[0]:
+            text = text[:left]
+            left -= len(text)
+            taken[turn] += len(text) / (sources[turn][1].weight or 1.0)
+            yield text
+
+
+def source_labels(sources: list[Source]) -> list[str]:
+    """The sources' labels, numbered where two are the same."""
+    labels = [source.label for source in sources]
+    return [
+        label if labels.count(label) == 1 else f"{label}#{labels[:i].count(label) + 1}"
+        for i, label in enumerate(labels)
+    ]
+
+
 class SourceStream:
     """One source, encoded ahead by the pool, pass after pass; `number` is its place among the stage's sources.
 
