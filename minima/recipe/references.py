@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minima.errors import RecipeError
+from minima.recipe.data import Source
 from minima.recipe.schema import AnyStage, BuildData, ModelInput, Recipe
+from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
 WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
@@ -64,6 +66,18 @@ def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
         elif isinstance(value, list):
             fields += [(f"{name}.{index}", text, what, None) for index, text in enumerate(value)]
     return fields
+
+
+def sources(stage: AnyStage) -> list[tuple[str, Source]]:
+    """The texts that a stage reads, each with the field that names it."""
+    found: list[tuple[str, Source]] = []
+    if isinstance(stage, BuildData):
+        found += [(f"sources.{index}", source) for index, source in enumerate(stage.sources)]
+    if isinstance(stage, ExpandVocabulary):
+        trained_on = stage.donor.sources if isinstance(stage.donor, DonorTraining) else []
+        for field, listed in (("donor", trained_on), ("count_on", stage.count_on), ("report_on", stage.report_on)):
+            found += [(f"{field}.{index}", source) for index, source in enumerate(listed)]
+    return found
 
 
 def check_references(recipe: Recipe) -> None:

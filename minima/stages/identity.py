@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from minima.errors import StageError
-from minima.recipe.references import Reference, references
-from minima.recipe.schema import AnyStage, BuildData, Recipe
+from minima.recipe.references import Reference, references, sources
+from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.digests import digest, folder_digest, is_gone, source_digest
 from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, read_manifest
 
@@ -85,13 +85,16 @@ def input_hashes(
             hashes[key] = read_manifest(path).get("identity", "unknown")
         else:
             hashes[key] = folder_digest(path)
-    if isinstance(stage, BuildData):
-        own = run_folder / stage.name
-        built = read_manifest(own).get("inputs", {}) if is_finished(own) else {}
-        for index, source in enumerate(stage.sources):
-            key = f"sources.{index} ({source.label})"
-            # Text that was put away once its blocks were built, or that stayed on another machine, has not changed.
-            hashes[key] = built[key] if key in built and is_gone(source) else source_digest(source)
+    own = run_folder / stage.name
+    built = read_manifest(own).get("inputs", {}) if is_finished(own) else {}
+    for field, source in sources(stage):
+        key = f"{field} ({source.label})"
+        # Text that was put away once its blocks were built, or that stayed on another machine, has not changed.
+        hashes[key] = built[key] if key in built and is_gone(source) else source_digest(source)
+    for field in ("chat_template", "task_folder", "data_folder"):
+        text = getattr(stage, field, None)
+        if text is not None and (path := Path(text).expanduser()).exists():
+            hashes[f"{field} ({text})"] = folder_digest(path)
     return hashes
 
 

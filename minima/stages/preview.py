@@ -8,7 +8,7 @@ from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_s
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.references import references
+from minima.recipe.references import references, sources
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -60,6 +60,7 @@ class _Preview(KnownInputs):
                     find_deepspeed_json(name, self.recipe_path)
                 except RecipeError as error:
                     preview.notes.append(error.what)
+        self._sources(stage, preview)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)
         elif isinstance(stage, ExpandVocabulary):
@@ -78,13 +79,15 @@ class _Preview(KnownInputs):
             preview.facts.append(("to", f"{stage.repo}, {'private' if stage.private else 'public'} when it is new"))
         return preview
 
-    def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
-        for source in stage.sources:
+    def _sources(self, stage: AnyStage, preview: StagePreview) -> None:
+        for _, source in sources(stage):
             preview.reads.append(f"source {source.label}" + (f", weight {source.weight:g}" if source.weight else ""))
             path = Path(source.path).expanduser() if source.path else None
             anchor = Path(path.anchor or ".") if path else None
             if path and anchor and not path.exists() and not any(anchor.glob(str(path.relative_to(path.anchor)))):
                 preview.notes.append(f"{source.path} (source {source.label}) is not on this machine")
+
+    def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
         blocks = self.blocks(stage)
         if blocks is None:
             preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))

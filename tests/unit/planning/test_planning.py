@@ -91,7 +91,7 @@ def test_the_papers_run(root: Path, tmp_path, monkeypatch):
     assert "steps      30,041 of 1,024 sequences" in student
     assert "758 whole sequences, filled with 266 fully masked ones" in student
     assert "left over  3,072 tokens" in student
-    assert "models/llama2-7b-49216 (model) is not on this machine" in text
+    assert "models/llama2-7b (model) is not on this machine" in text
     corpus = text[text.index("# what would run") :]
     assert "disk       252 GB\n" in corpus, "126e9 tokens of two bytes, and what is held out"
     assert "disk       109 GB of checkpoints, at most" in student, "three of 12 bytes a parameter"
