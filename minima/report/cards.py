@@ -13,6 +13,15 @@ HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc
 HUB_LICENCES |= {"cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail", "unlicense"}
 HUB_LICENCES |= {"llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"}
 SCORES = ("loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
+TRAINING = ("steps", "tokens", "held_out_loss", "held_out_accuracy", "held_out_margin")
+_DONE = {
+    "adapt": "trained",
+    "expand_vocabulary": "given a larger vocabulary",
+    "prune": "pruned",
+    "distil": "distilled",
+    "instruct": "tuned on conversations",
+    "align": "aligned with preferences",
+}
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,14 @@ class Card:
         dtype: of the written weights.
         shape: what the model is made of: a label and a count each.
         stages: the stages it came through, the first one first: name, kind and their settings.
+        training: of those that trained it, by name, what they measured: see `TRAINING`.
         data: one line for each source of text.
-        tokens: text tokens that the last training stage trained on; none when nothing was trained.
         scores: held-out scores by model, as the evaluate stage measured them.
         max_positions: longest sequence, in tokens.
         licence: identifier; none when it was not given.
+        languages: ISO 639 codes.
+        datasets: Hub ids.
+        base_model: Hub id of the model whose weights it came from; none when there is none.
         chat_template: whether the tokenizer has one.
         checked: what was compared before the folder was published, one line each.
     """
@@ -43,11 +55,14 @@ class Card:
     dtype: str
     shape: Mapping[str, int]
     stages: Sequence[tuple[str, str, Mapping[str, Any]]]
+    training: Mapping[str, Mapping[str, Any]]
     data: Sequence[str]
-    tokens: int | None
     scores: Mapping[str, Mapping[str, Any]]
     max_positions: int
     licence: str | None = None
+    languages: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    base_model: str | None = None
     chat_template: bool = False
     checked: Sequence[str] = field(default_factory=tuple)
 
@@ -62,6 +77,8 @@ def model_card(card: Card) -> str:
         f"## How it was made\n\n{_stages(card)}",
         "## Data\n\n" + ("\n".join(f"- {line}" for line in card.data) or "Not recorded."),
     ]
+    if card.training:
+        sections.append(f"## Training\n\n{_training(card)}")
     if card.scores:
         sections.append(f"## Held-out scores\n\n{_scores(card)}")
     if card.checked:
@@ -72,47 +89,63 @@ def model_card(card: Card) -> str:
 
 
 def _front_matter(card: Card) -> str:
-    tags = ["minima", *(kind for kind in ("prune", "distil") if any(stage[1] == kind for stage in card.stages))]
+    kinds = dict.fromkeys(kind for _, kind, _ in card.stages)
+    tags = ["minima", *(kind for kind in kinds if kind in _DONE and kind != "adapt")]
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if card.licence in HUB_LICENCES:
         fields["license"] = card.licence
     elif card.licence:
         fields |= {"license": "other", "license_name": card.licence}
-    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
+    fields |= {"language": list(card.languages)} if card.languages else {}
+    fields |= {"datasets": list(card.datasets)} if card.datasets else {}
+    if card.base_model:
+        # The Hub knows adapter, merge, quantized and finetune; pruned and distilled weights are of the last kind.
+        fields |= {"base_model": card.base_model, "base_model_relation": "finetune"}
+    return front_matter(fields)
+
+
+def front_matter(fields: Mapping[str, Any]) -> str:
+    """What the Hub reads at the head of a card."""
+    return "---\n" + yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True) + "---"
 
 
 def _summary(card: Card) -> str:
-    kinds = [kind for _, kind, _ in card.stages]
-    last = {"distil": "distilled", "adapt": "trained"}.get(kinds[-1] if kinds else "")
-    how = " and ".join((["pruned"] if "prune" in kinds else []) + ([last] if last else [])) or "exported"
-    tokens = f", over {card.tokens:,} tokens of text in its last stage" if card.tokens else ""
-    return (
-        f"A {card.family} causal language model with {card.parameters:,} parameters in {card.dtype}, {how} with "
-        f"minima{tokens}."
-    )
+    done = list(dict.fromkeys(_DONE[kind] for _, kind, _ in card.stages if kind in _DONE)) or ["exported"]
+    how = " and ".join([text for text in (", ".join(done[:-1]), done[-1]) if text])
+    tokens = sum(row.get("tokens") or 0 for row in card.training.values())
+    trained = f", over {tokens:,} tokens in {len(card.training)} training stage" if tokens else ""
+    trained += "s" if tokens and len(card.training) > 1 else ""
+    kind = "chat model" if card.chat_template else "causal language model"
+    return f"A {card.family} {kind} with {card.parameters:,} parameters in {card.dtype}, {how} with minima{trained}."
 
 
 def _use(card: Card) -> str:
-    prompt = (
-        'messages = [{"role": "user", "content": "What is a language model?"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-        ")"
+    code = (
+        (
+            "from transformers import pipeline\n\n"
+            'chat = pipeline("text-generation", model=".")  # this folder, or its name on the Hub\n'
+            'messages = [{"role": "user", "content": "What is a language model?"}]\n'
+            'answer = chat(messages, max_new_tokens=256)[0]["generated_text"][-1]\n'
+            'print(answer["content"])\n'
+            'messages += [answer, {"role": "user", "content": "And a small one?"}]  # and so on\n'
+        )
         if card.chat_template
-        else 'inputs = tokenizer("The state of the union is", return_tensors="pt")'
+        else (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'folder = "."  # this folder, or its name on the Hub\n'
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+            'inputs = tokenizer("The state of the union is", return_tensors="pt")\n'
+            "output = model.generate(**inputs, max_new_tokens=40)\n"
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
+        )
     )
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # this folder, or its name on the Hub\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        f"{prompt}\n"
-        "output = model.generate(**inputs, max_new_tokens=40)\n"
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
-        "```\n\n"
-        "It loads in transformers 5 and in the last 4.x, with no code of its own."
+    ends = (
+        " An answer ends at the tokens that `generation_config.json` names. `minima chat .` talks to it in a terminal."
+        if card.chat_template
+        else " It goes on with a text; it was not taught to answer."
     )
+    return f"```python\n{code}```\n\nIt loads in transformers 5 and in the last 4.x, with no code of its own.{ends}"
 
 
 def _stages(card: Card) -> str:
@@ -123,20 +156,41 @@ def _stages(card: Card) -> str:
     return "\n\n".join([f"By the recipe `{card.recipe}`, stage by stage:", *blocks])
 
 
+def _training(card: Card) -> str:
+    text = "Tokens count whole blocks. Losses are of held-out data: in nats per token"
+    preferences = any("held_out_accuracy" in row for row in card.training.values())
+    if any(kind == "instruct" for _, kind, _ in card.stages):
+        text += ", in `instruct` of the assistant's text alone"
+    if preferences:
+        text += (
+            ", in `align` in nats per pair of answers, where accuracy is the share of pairs whose better answer has "
+            "the higher reward and margin the mean difference of the two rewards"
+        )
+    return f"{_table(card.training, TRAINING, 'stage')}\n\n{text}."
+
+
 def _scores(card: Card) -> str:
-    columns = [column for column in SCORES if any(column in scores for scores in card.scores.values())]
-    rows = [(name, *(scores.get(column) for column in columns)) for name, scores in card.scores.items()]
     return (
-        markdown_table(rows, ("model", *columns))
-        + "\n\nLoss in nats per token of held-out text; `kl` (nats per token) "
+        _table(card.scores, SCORES, "model") + "\n\nLoss in nats per token of held-out text; `kl` (nats per token) "
         "and `top1_agreement` are against the teacher."
     )
 
 
+def _table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], first: str) -> str:
+    """One row for each name, with the columns that any of them has."""
+    shown = [column for column in columns if any(column in row for row in rows.values())]
+    return markdown_table(
+        [(name, *(row.get(column) for column in shown)) for name, row in rows.items()], (first, *shown)
+    )
+
+
 def _limits(card: Card) -> str:
-    return (
+    text = (
         f"It was made for sequences of at most {card.max_positions:,} tokens, and knows no more than its data and the "
         "models it came from. It can be wrong, and it can repeat what is harmful in them; nothing was done here to "
-        "prevent that. Scores above are on text of the same origin as its training text, so they say little about "
-        "other text."
+        "prevent that."
     )
+    if card.scores or card.training:
+        text += " The losses above are on text of the same origin as its training text, so they say little about other"
+        text += " text."
+    return text

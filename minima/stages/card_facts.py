@@ -1,12 +1,16 @@
 """What a model card tells, gathered from the recipe and from the stages' manifests. No torch."""
 
 import logging
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from minima.engine.metrics import read_records
 from minima.models.shape import ModelShape
-from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export, ModelInput, Prune
-from minima.report.cards import Card
-from minima.stages.context import ResolvedModel, StageContext
+from minima.recipe.references import STEPPED
+from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export, ModelInput
+from minima.report.cards import TRAINING, Card
+from minima.stages.context import StageContext
 from minima.stages.manifest import is_finished, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -14,16 +18,26 @@ _CHECKS = {
     "zero3": "its logits, loaded into sharded hosts, with the trained model's",
     "transformers": "its logits, as plain transformers loads it, with the trained model's",
 }
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def gather_card(
-    context: StageContext, model: ResolvedModel, config: dict[str, Any], metrics: dict[str, Any], chat_template: bool
-) -> Card:
+class Ancestor(NamedTuple):
+    """A stage that a model came through.
+
+    Attributes:
+        stage: of the recipe.
+        step: the checkpoint that was taken; none for the newest, or where there are no checkpoints.
+    """
+
+    stage: AnyStage
+    step: int | None
+
+
+def gather_card(context: StageContext, config: dict[str, Any], metrics: dict[str, Any], chat_template: bool) -> Card:
     """The facts of one export.
 
     Args:
         context: of the export stage.
-        model: what is exported.
         config: content of its config.json.
         metrics: what the export measured: parameters, dtype and the checks.
         chat_template: whether its tokenizer has one.
@@ -31,7 +45,8 @@ def gather_card(
     stage = context.stage
     assert isinstance(stage, Export)
     shape = ModelShape.from_config(config)
-    stages = lineage(context, stage.model)
+    ancestors, root = lineage(context, stage.model)
+    built = _data_stages(context, ancestors)
     return Card(
         name=stage.name,
         recipe=context.recipe.name,
@@ -46,12 +61,15 @@ def gather_card(
             "key-value heads": shape.num_key_value_heads,
             "neurons of one MLP": shape.intermediate_size,
         },
-        stages=[(made.name, made.kind, _settings(made)) for made in stages],
-        data=_data(context, stages),
-        tokens=_tokens(context, stages, model.step),
+        stages=[(made.name, made.kind, _settings(made)) for made, _ in ancestors],
+        training={made.name: _trained(context, made, step) for made, step in ancestors if made.kind in STEPPED},
+        data=_data_lines(built),
         scores=_scores(context, stage.model),
         max_positions=shape.max_positions,
         licence=stage.licence,
+        languages=stage.languages,
+        datasets=list(dict.fromkeys([*stage.datasets, *_hub_datasets(built)])),
+        base_model=stage.base_model or (root if root is not None and _on_hub(root) else None),
         chat_template=chat_template,
         checked=["every tensor's bytes with the trained one, by SHA-256"]
         + [
@@ -60,50 +78,74 @@ def gather_card(
     )
 
 
-def lineage(context: StageContext, name: str) -> list[AnyStage]:
-    """The stages of the recipe that a model came through, the first one first."""
+def lineage(context: StageContext, name: str) -> tuple[list[Ancestor], str | None]:
+    """The stages of the recipe that a model came through, the first one first, and what that one started from.
+
+    Returns:
+        The second is the folder or Hub id that is no stage of the recipe; none where it began with random weights.
+    """
     by_name = {stage.name: stage for stage in context.recipe.stages}
-    found: list[AnyStage] = []
+    found: list[Ancestor] = []
     reference: str | None = name
     while reference is not None:
-        stage = by_name.get(reference) or by_name.get(reference.rpartition("@")[0])
-        if stage is None or stage in found:
+        base, _, step = reference.rpartition("@")
+        stage = by_name.get(reference) or (by_name.get(base) if step.isdigit() else None)
+        if stage is None:
             break
-        found.append(stage)
+        found.append(Ancestor(stage, None if reference in by_name else int(step)))
         source = getattr(stage, "model", None)
         reference = source.source if isinstance(source, ModelInput) else source
-    return found[::-1]
+    return found[::-1], reference
 
 
 def _settings(stage: AnyStage) -> dict[str, Any]:
     return stage.model_dump(mode="json", exclude_unset=True, exclude={"name", "kind"})
 
 
-def _data(context: StageContext, stages: list[AnyStage]) -> list[str]:
+def _data_stages(context: StageContext, ancestors: list[Ancestor]) -> list[BuildData | str]:
+    """What the ancestors read: stages of the recipe, or folders of others."""
+    by_name = {stage.name: stage for stage in context.recipe.stages}
+    found: list[BuildData | str] = []
+    for reference in dict.fromkeys(getattr(stage, "data", None) for stage, _ in ancestors):
+        stage = by_name.get(reference) if reference is not None else None
+        if reference is not None:
+            found.append(stage if isinstance(stage, BuildData) else reference)
+    return found
+
+
+def _data_lines(built: list[BuildData | str]) -> list[str]:
     lines: list[str] = []
-    for stage in stages:
-        reference = getattr(stage, "data", None)
-        if reference is None:
+    for stage in built:
+        if isinstance(stage, str):
+            lines.append(f"`{stage}`")
             continue
-        built = next((other for other in context.recipe.stages if other.name == reference), None)
-        if not isinstance(built, BuildData):
-            lines.append(f"`{reference}`")
-            continue
-        for source in built.sources:
+        what = "" if stage.format == "text" else f" of {stage.format}"
+        for source in stage.sources:
             weight = "" if source.weight is None else f", weight {source.weight:g}"
-            lines.append(f"{source.label} (stage `{built.name}`{weight})")
+            lines.append(f"{source.label} (stage `{stage.name}`{what}{weight})")
     return list(dict.fromkeys(lines))
 
 
-def _tokens(context: StageContext, stages: list[AnyStage], step: int | None) -> int | None:
-    last = stages[-1] if stages else None
-    if last is None or isinstance(last, BuildData | Prune | Evaluate | Export):
-        return None
-    if step is None:
-        tokens = (read_manifest(context.run_folder / last.name).get("metrics") or {}).get("tokens")
-        return None if tokens is None else int(tokens)
-    data = next((stage for stage in context.recipe.stages if stage.name == last.data), None)
-    return step * last.batch_sequences * data.sequence_length if isinstance(data, BuildData) else None
+def _hub_datasets(built: list[BuildData | str]) -> list[str]:
+    sources = [source for stage in built if isinstance(stage, BuildData) for source in stage.sources]
+    return [source.hub for source in sources if source.hub is not None and _on_hub(source.hub)]
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name is a Hub id: where it is read, a folder of that name comes first."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
+
+
+def _trained(context: StageContext, stage: AnyStage, step: int | None) -> dict[str, Any]:
+    """What a training stage measured, at its end or at the checkpoint that was taken."""
+    folder = context.run_folder / stage.name
+    metrics: dict[str, Any] = (read_manifest(folder).get("metrics") or {}) if is_finished(folder) else {}
+    if step is not None and metrics.get("step") != step:
+        metrics = {}
+        for record in read_records(folder / "metrics.jsonl"):
+            metrics |= record if record.get("step") == step else {}
+    metrics = metrics | ({"steps": metrics["step"]} if "step" in metrics else {})
+    return {name: metrics[name] for name in TRAINING if metrics.get(name) is not None}
 
 
 def _scores(context: StageContext, name: str) -> dict[str, dict[str, Any]]:

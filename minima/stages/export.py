@@ -20,25 +20,19 @@ from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
 from minima.errors import CheckpointError, MinimaError
 from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
+from minima.models.layout import TOKENIZER_FILES, has_chat_template
 from minima.models.legacy_config import tokenizer_with_4x_names
 from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource, WeightSource, tensor_sha256, write_folder
+from minima.recipe.references import STEPPED
 from minima.recipe.schema import Export
 from minima.report.cards import model_card
 from minima.stages.card_facts import gather_card
 from minima.stages.context import ResolvedModel, StageContext
 from minima.stages.evaluate import count_parameters
+from minima.stages.generation_settings import generation_settings
 
 RANKS = True
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "spiece.model",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.*",
-)
 _HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -66,7 +60,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     def publish() -> dict[str, Any]:
         metrics = _metrics(partial, source, dtype, differences)
-        card = gather_card(context, model, source.config, metrics, _has_chat_template(partial))
+        card = gather_card(context, source.config, metrics, has_chat_template(partial))
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)  # from a start that ended between the rename and the manifest
         partial.rename(final)
@@ -81,8 +75,8 @@ def trained_dtype(context: StageContext, source: WeightSource) -> str:
     assert isinstance(context.stage, Export)
     name = context.stage.model.rpartition("@")[0] or context.stage.model
     stage = next((stage for stage in context.recipe.stages if stage.name in (name, context.stage.model)), None)
-    if stage is not None and stage.kind in ("adapt", "distil"):
-        return stage.precision
+    if stage is not None and stage.kind in STEPPED:
+        return str(getattr(stage, "precision"))  # noqa: B009  (the kinds that leave checkpoints are those that train)
     return str(source.read(source.names()[-1]).dtype).removeprefix("torch.")
 
 
@@ -116,15 +110,13 @@ def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: tor
             yield name, tensor
 
     config = dict(source.config)
-    tokens = _token_ids(model.tokenizer)
-    for name in ("bos_token_id", "eos_token_id"):  # a padding token would freeze its row of the embedding
-        if config.get(name) is None and name in tokens:
-            config[name] = tokens[name]
+    generation = generation_settings(config, model.tokenizer)
+    for name in ("bos_token_id", "eos_token_id"):
+        if config.get(name) is None and name in generation:
+            config[name] = generation[name]
     with disk_full_named(partial):
         written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
         check_hashes(trained, written, partial)
-        stated = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
-        generation = tokens | stated
         _write_json(partial / "generation_config.json", generation)
         if model.tokenizer is not None:
             copy_tokenizer(model.tokenizer, partial)
@@ -224,23 +216,6 @@ def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, difference
         "max_logit_difference": max(differences.values()),
         "checked_by": sorted(differences),
     }
-
-
-def _token_ids(tokenizer: Path | None) -> dict[str, int]:
-    if tokenizer is None or not any(tokenizer.glob("tokenizer*")):
-        return {}
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: getattr(loaded, name) for name in names if getattr(loaded, name) is not None}
-
-
-def _has_chat_template(folder: Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    return any(folder.glob("chat_template*")) or (
-        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
-    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ CARD = Card(
     dtype="bfloat16",
     shape={"width": 384, "layers": 26},
     stages=[("cut", "prune", {"score": "gradient"}), ("student", "distil", {"steps": 200, "teacher": "teacher"})],
+    training={"student": {"steps": 200, "tokens": 409600, "held_out_loss": 4.1}},
     data=["sotu (stage `corpus`)"],
-    tokens=409600,
     scores={"teacher": {"loss": 3.0, "perplexity": 20.0}, "student": {"loss": 4.0, "perplexity": 54.0, "kl": 1.0}},
     max_positions=8192,
     licence="apache-2.0",
@@ -56,7 +56,7 @@ def test_the_card_tells_recipe_data_tokens_and_scores():
 
 
 def test_missing_facts_leave_no_empty_section():
-    text = model_card(replace(CARD, tokens=None, scores={}, checked=[], stages=[], data=[]))
+    text = model_card(replace(CARD, training={}, scores={}, checked=[], stages=[], data=[]))
     assert "Held-out scores" not in text
     assert "None" not in text
     assert not re.search(r"##[^\n]*\n\n(##|$)", text)
@@ -67,4 +67,29 @@ def test_the_example_is_python(chat):
     text = model_card(replace(CARD, chat_template=chat))
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert ("apply_chat_template" in code) is chat
+    assert ("pipeline(" in code) is chat
+    assert ("minima chat" in text) is chat
+
+
+def test_what_the_model_came_from_is_in_the_front_matter():
+    card = replace(CARD, languages=["en", "zh"], datasets=["org/data"], base_model="org/model")
+    fields = ModelCard(model_card(card)).data
+    assert (fields.language, fields.datasets, fields.base_model) == (["en", "zh"], ["org/data"], "org/model")
+    assert fields.base_model_relation == "finetune"
+    assert not {"language", "datasets", "base_model", "base_model_relation"} & set(front_matter(model_card(CARD)))
+
+
+def test_a_chat_model_tells_how_it_was_tuned():
+    stages = [*CARD.stages, ("tuned", "instruct", {}), ("aligned", "align", {})]
+    training = {
+        **CARD.training,
+        "tuned": {"steps": 30, "tokens": 1000, "held_out_loss": 2.0},
+        "aligned": {"steps": 9, "tokens": 500, "held_out_loss": 0.5, "held_out_accuracy": 0.75, "held_out_margin": 0.1},
+    }
+    text = model_card(replace(CARD, stages=stages, training=training, chat_template=True))
+    assert "llama chat model" in text
+    assert "pruned, distilled, tuned on conversations and aligned with preferences" in text
+    assert "over 411,100 tokens in 3 training stages" in text
+    assert "| aligned | 9 | 500 | 0.5000 | 0.7500 | 0.1000 |" in text
+    assert "| student | 200 | 409,600 | 4.1000 | - | - |" in text
+    assert front_matter(text)["tags"] == ["minima", "prune", "distil", "instruct", "align"]

@@ -1,0 +1,42 @@
+"""The `generation_config.json` of an export: which tokens end a text, and how to sample unless told otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+from minima.models.layout import has_chat_template
+
+# Of a chat model; a base model takes the likeliest token. 0.7 is what the paper's chat model is asked with.
+CHAT_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+
+
+def generation_settings(config: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+    """Content of a `generation_config.json`.
+
+    Every token that may end a text is named: the configuration's end token, the tokenizer's, and those that end an
+    assistant's turn in the chat template. Padding is named here, where `generate` looks for it, and not in the
+    `config.json`: there it would keep `nn.Embedding` from ever training that token's row.
+
+    Args:
+        config: content of the model's config.json.
+        tokenizer: folder of its tokenizer; none when it has none.
+    """
+    begin, ends, padding, chat = config.get("bos_token_id"), _listed(config.get("eos_token_id")), None, False
+    if tokenizer is not None and any(tokenizer.glob("tokenizer*")):
+        from minima.data.chat import stop_ids
+        from minima.data.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(tokenizer)
+        chat = has_chat_template(tokenizer)
+        begin = loaded.bos_token_id if begin is None else begin
+        ends += [loaded.eos_token_id, *(stop_ids(loaded) if chat else [])]
+        padding = loaded.pad_token_id
+    ends = list(dict.fromkeys(ends))
+    found: dict[str, Any] = {"bos_token_id": begin}
+    if ends:
+        padding = ends[0] if padding is None else padding
+        found |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": padding}
+    return {name: value for name, value in found.items() if value is not None} | (CHAT_SAMPLING if chat else {})
+
+
+def _listed(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]

@@ -1,0 +1,116 @@
+"""Which files of a model folder go to the Hub, after a look at whether they are whole. No DeepSpeed."""
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from minima.errors import StageError
+from minima.models.layout import model_folder
+from minima.models.weights import FolderSource
+from minima.report.benchmark_card import split
+from minima.stages.card_update import updated_card
+from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
+
+PUSHED_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+def locate(folder: Path) -> tuple[Path, Path | None]:
+    """The model's folder, and the export stage that it belongs to; none for a folder from elsewhere.
+
+    Raises:
+        StageError: there is no such folder, or it is a stage of another kind, or one that is not finished.
+    """
+    if not folder.is_dir():
+        raise StageError(
+            f"there is no folder {folder}", "nothing can be pushed", "give an export stage's folder, or its model/"
+        )
+    folder = folder.resolve()
+    model = model_folder(folder)
+    places = [folder, folder.parent] if folder.name == "model" else [folder]
+    stage = next((place for place in places if (place / STARTED).is_file()), None)
+    if stage is None:
+        return model, None
+    if not is_finished(stage):
+        raise StageError(
+            f"{stage} has no {FINISHED}: it is not finished",
+            "what it holds need not be whole, and was not checked",
+            "run its recipe again; `minima run` takes up what is left",
+        )
+    kind = read_manifest(stage).get("stage", {}).get("kind")
+    if kind != "export":
+        raise StageError(
+            f"{stage} is a stage of kind {kind}",
+            "only an export was compared with what was trained, and has a model card",
+            "add an export stage to the recipe, and push its folder",
+        )
+    return model, stage
+
+
+def check_files(model: Path) -> tuple[list[str], list[str]]:
+    """The files to push, and what is left out.
+
+    Raises:
+        CheckpointError: a weight is missing or cannot be read.
+        StageError: a file that a model has to have is missing.
+    """
+    found = sorted(path.name for path in model.iterdir())
+    files = [name for name in found if matches(name, (*PUSHED_MODEL_FILES, *_BESIDE)) and (model / name).is_file()]
+    missing = [name for name in ("config.json", "README.md") if name not in files]
+    if missing:
+        raise StageError(
+            f"{model} has no {' and no '.join(missing)}",
+            "nobody could load it, or know what it is",
+            "push what an export stage wrote, or write the missing file",
+        )
+    FolderSource(model)  # opens every file of weights
+    index = model / "model.safetensors.index.json"
+    if index.is_file():
+        used = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [name for name in files if not name.endswith(".safetensors") or name in used]
+    return files, [name for name in found if name not in files]
+
+
+def current_card(path: Path, stage: Path | None) -> str:
+    """The card to push: with the benchmark scores that have come since the export.
+
+    Args:
+        path: of the README.md.
+        stage: the export stage's folder; none for a folder from elsewhere, whose card stays as it is.
+
+    Raises:
+        StageError: its front matter cannot be read.
+    """
+    try:
+        card = path.read_text(encoding="utf-8")
+        split(card)
+        return card if stage is None else updated_card(stage, card)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise StageError(
+            f"the front matter of {path} cannot be read ({error})",
+            "the Hub reads licence, language and base model there",
+            "mend what stands between its first two lines of ---",
+        ) from error
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's name is one of these."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

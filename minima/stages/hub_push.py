@@ -1,0 +1,183 @@
+"""Push an exported folder to the Hub: only the files of a model, checked first, in one commit. No DeepSpeed.
+
+A new repository is private. The token is huggingface_hub's own business (`HF_TOKEN`, or `hf auth login`); it is never
+shown. The same files again make no commit. What an earlier push left there and this model no longer has (the files of
+another number of shards, say) goes in the same commit; files that are not a model's stay.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import minima
+from minima.errors import MinimaError, StageError
+from minima.stages.hub_files import PUSHED_MODEL_FILES, check_files, current_card, locate, matches
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        url: of the repository.
+        commit: that the branch stands at now.
+        changed: False where the Hub had the same files already, and no commit was made.
+        files: that the repository has from this folder.
+        removed: files of an earlier push that this model does not have.
+        left_out: what lies in the folder and is no part of a model.
+    """
+
+    url: str
+    commit: str
+    changed: bool
+    files: list[str]
+    removed: list[str]
+    left_out: list[str]
+
+    def lines(self) -> list[str]:
+        """What a person is told."""
+        done = f"pushed {len(self.files)} files" if self.changed else "nothing to push: the Hub has the same files"
+        found = [f"left out, as no part of a model: {', '.join(self.left_out)}"] if self.left_out else []
+        found += [f"removed, as this model does not have it: {', '.join(self.removed)}"] if self.removed else []
+        return [*found, f"{done}; {self.url} is at commit {self.commit}"]
+
+
+def publish(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    endpoint: str | None = None,
+) -> Pushed:
+    """Check an exported folder, bring its card up to date, and push it.
+
+    Args:
+        folder: an export stage's, or its `model/`, or any model folder that has a README.md.
+        repo: `organisation/name`.
+        private: whether a new repository is private; one that exists stays as it is.
+        revision: branch; made where it is not there; the default branch when not given.
+        message: of the commit.
+        endpoint: of the Hub; huggingface_hub's own when not given.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        StageError: the folder is not a finished export, or the Hub does not take it; nothing is pushed then.
+    """
+    model, stage = locate(folder)
+    files, left_out = check_files(model)
+    card = current_card(model / "README.md", stage)
+    content: dict[str, Path | bytes] = {name: model / name for name in files} | {"README.md": card.encode("utf-8")}
+    name = stage.name if stage is not None else model.name
+    return push(
+        content,
+        left_out,
+        repo,
+        private=private,
+        revision=revision,
+        message=message or f"{name}, exported by minima {minima.__version__}",
+        endpoint=endpoint,
+    )
+
+
+def push(
+    content: dict[str, Path | bytes],
+    left_out: list[str],
+    repo: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str,
+    endpoint: str | None = None,
+) -> Pushed:
+    """Make the repository hold these files, in one commit.
+
+    Args:
+        content: path of each file, or its bytes, by its name.
+        left_out: for the report.
+        repo: `organisation/name`.
+        private: whether a new repository is.
+        revision: branch; the default branch when not given.
+        message: of the commit.
+        endpoint: of the Hub.
+
+    Raises:
+        StageError: there is no token, no way to the Hub, or no permission.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if not _REPO.fullmatch(repo):
+        raise StageError(
+            f"{repo!r} is no name of a repository", "the Hub needs to know whose it is", "write organisation/name"
+        )
+    token = get_token()
+    if token is None:
+        raise StageError(
+            "no token for the Hub",
+            "it takes files from known users only",
+            "log in with `hf auth login`, or set HF_TOKEN",
+        )
+    api = HfApi(endpoint=endpoint, token=token, library_name="minima", library_version=minima.__version__)
+    with _refusals(repo, revision, token):
+        url = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        before = api.model_info(repo, revision=revision)
+        there = [sibling.rfilename for sibling in before.siblings or []]
+        removed = [name for name in there if matches(name, PUSHED_MODEL_FILES) and name not in content]
+        operations: list[Any] = [CommitOperationAdd(name, file) for name, file in content.items()]
+        operations += [CommitOperationDelete(name) for name in removed]
+        commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
+        return Pushed(str(url), commit.oid, commit.oid != before.sha, sorted(content), removed, left_out)
+
+
+@contextmanager
+def _refusals(repo: str, revision: str | None, token: str) -> Iterator[None]:
+    """What the Hub, or the way to it, answers, told so that it can be mended, and without the token."""
+    try:
+        yield
+    except MinimaError:
+        raise
+    except Exception as error:  # the libraries below (HTTP, LFS, Xet) have classes of their own, and may quote headers
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        text = " ".join(str(error).replace(token, "***").split())[:400]
+        raise StageError(*_told(status, text, repo, revision, type(error).__name__)) from None
+
+
+def _told(status: int | None, text: str, repo: str, revision: str | None, kind: str) -> tuple[str, str, str]:
+    where = repo if revision is None else f"{repo}, branch {revision}"
+    if status == 401:
+        return (
+            f"the Hub does not know the token that was given for {where} ({text})",
+            "nothing was pushed",
+            "log in again with `hf auth login`, or set HF_TOKEN to a token that is still valid",
+        )
+    if status == 403:
+        return (
+            f"the Hub does not let this token write to {where} ({text})",
+            "nothing was pushed",
+            f"take a token with write permission, of a member of {repo.partition('/')[0]}; or push to another name",
+        )
+    if status == 404:
+        return (
+            f"the Hub has no model repository {where} that this token may see ({text})",
+            "nothing was pushed; the name may be taken by a dataset or a Space, or by somebody's private model",
+            "choose another name, or a token of its owner",
+        )
+    if status is not None:
+        return (
+            f"the Hub refused {where} with status {status} ({text})",
+            "nothing was pushed",
+            "do what it says; if it names no reason, try again later",
+        )
+    return (
+        f"{where} could not be pushed: {kind}: {text}",
+        "files reach a branch in one commit at the end, so the branch is as it was",
+        "check the network (is HF_HUB_OFFLINE set?) and run the same command again; what was sent is not sent twice",
+    )

@@ -1,0 +1,32 @@
+"""The publish stage: an exported model to the Hub, with the benchmark scores that have come since on its card."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minima.recipe.schema import Publish
+from minima.stages.context import StageContext
+from minima.stages.hub_push import publish
+
+RANKS = False
+logger = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Push the model; the same files again make no commit.
+
+    Returns:
+        `url`, `commit`, `changed`, `files`, `removed` and `left_out`, as `Pushed` has them.
+
+    Raises:
+        StageError: it is not a finished export, or the Hub does not take it.
+    """
+    stage = context.stage
+    assert isinstance(stage, Publish)
+    named = any(other.name == stage.model for other in context.recipe.stages)
+    folder = context.model(stage.model).folder if named else Path(stage.model).expanduser()
+    pushed = publish(folder, stage.repo, private=stage.private, revision=stage.revision, message=stage.message)
+    for line in pushed.lines():
+        logger.info("%s", line)
+    return asdict(pushed)
