@@ -50,8 +50,12 @@ setup(
     extras_require={
         "wandb": ["wandb"],
         "mpi": ["mpi4py"],
+        "benchmark": ["lm-eval>=0.4.13", "accelerate"],  # accelerate starts it on several GPUs
         "dev": [
             "pytest",
+            "lm-eval>=0.4.13",
+            "accelerate",
+            "trl",  # its preference loss is what ours is compared with
             "gguf",  # tools/fetch_smollm2.py reads a model from it
             "hypothesis",
             "ruff",
