@@ -20,7 +20,8 @@ _FOREIGN = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|CROSS_RANK|CROSS_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
     r"|(GROUP|ROLE)_(RANK|WORLD_SIZE|NAME)|TORCHELASTIC_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE"
     r"|OMPI_MCA_(ess|orte|pmix|prte)_.*|PMI_.*|PMIX_.*|MPI_LOCAL.*|MV2_COMM_.*"
-    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|MINIMA_(RANKS|DRIVER|TERMINAL)"
+    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|ACCELERATE_.*"
+    r"|MINIMA_(RANKS|DRIVER|TERMINAL)"
 )
 _PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which begins at 32,768, so no client socket sits on one
 
@@ -189,6 +190,16 @@ def default_ranks(at_most: int | None = None) -> int:
     return ranks if at_most is None else min(ranks, at_most)
 
 
+def cleaned_environment() -> dict[str, str]:
+    """This process's environment without what any launcher told it: of a program with a launcher of its own."""
+    environment = {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
+    environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
+    return environment
+
+
 def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str]:
     """The environment of a launcher that `minima run` starts.
 
@@ -196,18 +207,14 @@ def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str
         ranks: processes that the launcher starts on this machine.
         terminal_columns: width of the terminal that the output reaches in the end; 0 when it is none.
     """
-    environment = {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
+    environment = cleaned_environment()
     environment["MINIMA_RANKS"] = str(ranks)
     environment["MINIMA_DRIVER"] = str(os.getpid())
     if terminal_columns:
         environment["MINIMA_TERMINAL"] = str(terminal_columns)
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
     if not num_accelerators():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
-    environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
     if sys.prefix != sys.base_prefix:  # a private folder, so that no killed build elsewhere leaves its lock here
         environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     return environment

@@ -1,0 +1,210 @@
+"""lm-eval as a program of its own: what it is asked, how it is started, and where its answer lies.
+
+It is never imported here. It runs in an environment cleaned of our launcher's variables, on one device by itself and
+on several GPUs through its own launcher, accelerate.
+"""
+
+import codecs
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minima.errors import StageError
+from minima.launcher import cleaned_environment, free_port, num_accelerators
+
+RESULTS = "results.json"
+_TAIL_LINES = 12  # of the child's log in an error: a traceback's end, and what it says
+_CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the commonest; lm-eval itself knows all that execute code
+
+
+@dataclass(frozen=True)
+class Call:
+    """One start of lm-eval.
+
+    Attributes:
+        name: of the folder that keeps what it said.
+        tasks: names of tasks or groups.
+        shots: examples before each item; each task's own when not given.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    shots: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all calls of a stage share.
+
+    Attributes:
+        model: a folder that plain transformers loads.
+        dtype: of the weights; as stored when not given.
+        batch_size: sequences of one forward pass.
+        limit: items of each task at most.
+        chat: ask through the tokenizer's chat template.
+        seed: of the few-shot examples and of sampling.
+        task_folders: of task files; a later one comes before an earlier one, and all come before lm-eval's own.
+        allow_code_execution: let tasks execute what the model wrote.
+    """
+
+    model: Path
+    dtype: str | None = None
+    batch_size: int = 8
+    limit: int | None = None
+    chat: bool = False
+    seed: int = 1234
+    task_folders: tuple[Path, ...] = ()
+    allow_code_execution: bool = False
+
+
+def lm_eval_folder() -> Path:
+    """Where lm-eval is installed.
+
+    Raises:
+        StageError: it is not.
+    """
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or not found.submodule_search_locations:
+        raise StageError(
+            "lm-eval is not installed",
+            "a benchmark stage asks it for every score",
+            "pip install 'minima[benchmark]'",
+        )
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def check_code_execution(tasks: Sequence[str], allowed: bool) -> None:
+    """Refuse tasks that execute what a model wrote, unless the person who started the run allowed it.
+
+    Raises:
+        StageError: names the tasks and the flag.
+    """
+    if not allowed and (executing := [task for task in tasks if task.startswith(_CODE_TASKS)]):
+        raise StageError(
+            f"{', '.join(executing)} would execute programs that the model wrote",
+            "nobody has read them, so only whoever starts the run can say that this machine may run them",
+            "give `minima run` the flag --allow-code-execution, best in a container; or take the task out",
+        )
+
+
+def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any]:
+    """The content of lm-eval's configuration file.
+
+    Args:
+        call: what to ask.
+        settings: how.
+        output: folder of its results and samples.
+    """
+    return {
+        "model": "hf",
+        "model_args": {"pretrained": str(settings.model.resolve()), "dtype": settings.dtype or "auto"},
+        "tasks": list(call.tasks),
+        "num_fewshot": call.shots,
+        "batch_size": settings.batch_size,
+        "device": "cuda" if num_accelerators() else "cpu",
+        "limit": settings.limit,
+        "apply_chat_template": settings.chat,
+        "seed": [settings.seed] * 4,  # of random, numpy, torch and the examples
+        "include_path": [str(folder.resolve()) for folder in settings.task_folders],
+        "output_path": str(output.resolve()),
+        "log_samples": True,  # without them lm-eval gives no hash of the prompts
+        "confirm_run_unsafe_code": settings.allow_code_execution,
+    }
+
+
+def command(configuration_file: Path) -> list[str]:
+    """lm-eval itself, or accelerate's launcher with one process for each of several GPUs."""
+    run = ["-m", "lm_eval", "run", "--config", str(configuration_file)]
+    if (gpus := num_accelerators()) <= 1:
+        return [sys.executable, *run]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(gpus)]
+    settled = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    return [sys.executable, *launch, *settled, *run]
+
+
+def ask(call: Call, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Run one call, or give what an earlier start of the stage kept of it.
+
+    Args:
+        call: what to ask.
+        settings: how.
+        folder: of all calls; this one's is made in it, whole or not at all: its results, the samples, the
+            configuration and the log.
+
+    Returns:
+        lm-eval's results as it writes them.
+
+    Raises:
+        StageError: lm-eval is missing, or failed; with the end of its log.
+    """
+    lm_eval_folder()
+    final, partial = folder / call.name, folder / f".{call.name}.partial"
+    if not (final / RESULTS).is_file():
+        shutil.rmtree(final, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _run(call, settings, partial)
+        partial.rename(final)
+    return json.loads((final / RESULTS).read_text(encoding="utf-8"))
+
+
+def _run(call: Call, settings: Settings, folder: Path) -> None:
+    asked = folder / "configuration.yaml"
+    content = configuration(call, settings, folder / "output")
+    asked.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    allowed = {"HF_ALLOW_CODE_EVAL": "1" if settings.allow_code_execution else "0"}  # whatever the shell has
+    code = _tee(command(asked.resolve()), cleaned_environment() | allowed, folder / "lm_eval.log")
+    # lm-eval only warns when it cannot write what it found, so its exit code is not enough.
+    written = sorted((folder / "output").rglob("results_*.json"))
+    if code or len(written) != 1:
+        raise _failure(call, code, folder / "lm_eval.log")
+    for path in written[0].parent.iterdir():
+        path.rename(folder / (RESULTS if path == written[0] else _plain_name(path)))
+    shutil.rmtree(folder / "output")
+
+
+def _plain_name(samples: Path) -> str:
+    """`samples_TASK_2026-01-01T00-00-00.0.jsonl` without the time of day, so that the name can be relied on."""
+    return samples.stem.rpartition("_")[0] + samples.suffix
+
+
+def _tee(command_line: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    """Run a command; what it says goes to our standard output and to a file. Its exit code."""
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+    child = subprocess.Popen(
+        command_line, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert child.stdout is not None
+    try:
+        with log.open("wb") as file:
+            while chunk := child.stdout.read1(65536):  # type: ignore[attr-defined]
+                file.write(chunk)
+                sys.stdout.write(decode(chunk))
+                sys.stdout.flush()
+        return child.wait()
+    finally:
+        if child.poll() is None:  # we were interrupted
+            child.terminate()
+            child.wait()
+
+
+def _failure(call: Call, code: int, log: Path) -> StageError:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if "confirm_run_unsafe_code" in text:
+        check_code_execution(["humaneval"], allowed=False)
+    lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+    tail = "\n    ".join([line for line in lines if line.strip()][-_TAIL_LINES:])
+    how = f"ended with exit code {code}" if code else "ended without a result"
+    return StageError(
+        f"lm-eval {how} on {', '.join(call.tasks)}; the end of its log:\n    {tail}",
+        "there is no score, and the calls that were done before are kept",
+        f"mend what it says and run the same command again; its whole log is {log}",
+    )

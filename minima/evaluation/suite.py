@@ -1,0 +1,260 @@
+"""What the paper reports, as lm-eval's tasks, and beside it the paper's own numbers from other harnesses.
+
+The tasks are lm-eval's own except where a comment in `minima/assets/tasks` says why not. On the Hub BBH is asked with
+three examples and no chain of thought, because the paper's harness does so (lm-eval's `bbh` is with one), and GSM8K
+with lm-eval's eight worked examples, for the same reason.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from minima.errors import StageError
+from minima.evaluation.harness import Call, check_code_execution, lm_eval_folder
+from minima.report.tables import text_table
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One benchmark of the suite.
+
+    Attributes:
+        name: as the results call it.
+        hub: the task that reads from the Hub.
+        local: the task that reads from this machine.
+        shots: examples before each item.
+        metric: of lm-eval's result, with its filter: the one that stands beside the paper's number.
+        local_metric: the same of the local task, where it is called otherwise.
+        files: what the local task reads, below the data folder.
+        stand_in: the local items are hand-made, because the real ones cannot be had: no score of the benchmark.
+        executes: executes what the model wrote.
+        paper: percent, of MiniMA-3B and MiniChat-3B (README of GeneZC/MiniMA).
+        paper_harness: which gave those.
+    """
+
+    name: str
+    hub: str
+    local: str
+    shots: int
+    metric: str
+    paper: tuple[float, float]
+    paper_harness: str
+    local_metric: str | None = None
+    files: tuple[str, ...] = ()
+    stand_in: bool = False
+    executes: bool = False
+
+
+SUITE = (
+    Entry("mmlu", "mmlu", "local_mmlu", 5, "acc,none", (28.51, 38.40), "hendrycks/test", files=("mmlu",)),
+    Entry("ceval", "ceval-valid", "stand_in_ceval", 5, "acc,none", (28.23, 36.48), "hkust-nlp/ceval", stand_in=True),
+    Entry(
+        "drop", "minima_drop", "local_drop", 3, "em,none", (22.50, 22.58), "declare-lab/instruct-eval",
+        files=("drop/test.jsonl", "drop/shots.jsonl"),
+    ),
+    Entry(
+        "humaneval", "humaneval", "local_humaneval", 0, "pass@1,create_test", (10.98, 18.29),
+        "declare-lab/instruct-eval", "pass_at_1,create_test", ("humaneval/test.jsonl",), executes=True,
+    ),
+    Entry(
+        "bbh", "minima_bbh", "stand_in_bbh", 3, "exact_match,none", (31.61, 31.36), "declare-lab/instruct-eval",
+        stand_in=True,
+    ),
+    Entry(
+        "gsm8k", "gsm8k_cot", "local_gsm8k", 8, "exact_match,flexible-extract", (8.11, 29.72),
+        "Guangxuan-Xiao/GSM8K-eval", files=("gsm8k/test.jsonl",),
+    ),
+)  # fmt: skip
+FETCH = "tools/fetch_benchmarks.py"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One line of the results: what was asked, under which name, and where the paper has a number for it.
+
+    Attributes:
+        name: in the stage's metrics.
+        task: lm-eval's name.
+        call: the start of lm-eval that asks it.
+        metric: to show; the task's first one when not given.
+        entry: of the suite, where it is one.
+        stand_in: hand-made items in the place of the benchmark's.
+    """
+
+    name: str
+    task: str
+    call: Call
+    metric: str | None = None
+    entry: Entry | None = None
+    stand_in: bool = False
+
+
+def plan_suite(data_folder: Path | None, allow_code_execution: bool) -> tuple[list[Asked], list[str]]:
+    """What `suite: minima` asks, and the names of what it leaves out because it would execute the model's programs.
+
+    Args:
+        data_folder: where the items lie; on the Hub when not given.
+        allow_code_execution: ask that, too.
+
+    Raises:
+        StageError: the data folder lacks a file.
+    """
+    asked, left_out = [], []
+    for entry in SUITE:
+        if entry.executes and not allow_code_execution:
+            left_out.append(entry.name)
+            continue
+        local = data_folder is not None
+        if data_folder is not None:
+            _check_files(entry, data_folder)
+        stand_in = local and entry.stand_in
+        name = f"{entry.name}_stand_in" if stand_in else entry.name  # so that nobody takes one for the other
+        task = entry.local if local else entry.hub
+        metric = entry.local_metric if local and entry.local_metric else entry.metric
+        asked.append(Asked(name, task, Call(name, (task,), entry.shots), metric, entry, stand_in))
+    return asked, left_out
+
+
+def plan_tasks(tasks: Sequence[str], shots: int | None, allow_code_execution: bool) -> list[Asked]:
+    """Further tasks, all in one call.
+
+    Raises:
+        StageError: one of them is known to execute what the model wrote, which is not allowed.
+    """
+    check_code_execution(tasks, allow_code_execution)
+    call = Call("tasks", tuple(dict.fromkeys(tasks)), shots)
+    return [Asked(task, task, call, stand_in=task.startswith("stand_in_")) for task in call.tasks]
+
+
+def _check_files(entry: Entry, folder: Path) -> None:
+    if missing := [name for name in entry.files if not (folder / name).exists()]:
+        raise StageError(
+            f"data_folder {folder} has no {', '.join(missing)}",
+            f"the items of {entry.name} are read from there",
+            f"make it with `python {FETCH}`, or leave data_folder out to read from the Hub",
+        )
+
+
+def write_tasks(folder: Path, data_folder: Path | None) -> Path:
+    """The task files that minima ships, with the paths of this machine in them.
+
+    Args:
+        folder: made anew.
+        data_folder: where the suite's items lie; the tasks that read them are left out when not given.
+
+    Returns:
+        `folder`, for lm-eval's `include_path`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    subjects = sorted(path.name for path in (data_folder / "mmlu").glob("*/")) if data_folder else []
+    paths = {
+        "LM_EVAL": str(lm_eval_folder()),
+        "SHIPPED": str(folder.resolve()),
+        "CACHE": str((folder / ".cache").resolve()),
+        "DATA": str(data_folder.resolve()) if data_folder else "",
+        "SUBJECTS": f"[{', '.join(f'local_mmlu_{subject}' for subject in subjects)}]",
+    }
+    for asset in (resources.files("minima.assets") / "tasks").iterdir():
+        if not asset.is_file() or (asset.name.startswith("local_") and data_folder is None):
+            continue
+        text = asset.read_text(encoding="utf-8")
+        if asset.name == "_local_mmlu_subject":
+            for subject in subjects:
+                (folder / f"local_mmlu_{subject}.yaml").write_text(_filled(text, paths | {"SUBJECT": subject}))
+        else:
+            template = asset.name.endswith(".yaml") or "." not in asset.name
+            (folder / asset.name).write_text(_filled(text, paths) if template else text, encoding="utf-8")
+    return folder
+
+
+def _filled(text: str, paths: Mapping[str, str]) -> str:
+    return Template(text).safe_substitute(paths)
+
+
+def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """One task's numbers, flat, from what lm-eval wrote.
+
+    Returns:
+        `task`, `version`, `shots`, `items`, `items_in_all`, `metric`, `filter`, `score`, `stderr`, `metrics` (all of
+        them), `limited`, `stand_in`, `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
+
+    Raises:
+        StageError: lm-eval gave no such number.
+    """
+    numbers = {**results.get("results", {}), **results.get("groups", {})}.get(asked.task, {})
+    values = {key: value for key, value in numbers.items() if "," in key and isinstance(value, int | float)}
+    metrics = {key: value for key, value in values.items() if not key.partition(",")[0].endswith("_stderr")}
+    shown = asked.metric or next(iter(metrics), None)
+    if shown not in metrics:
+        raise StageError(
+            f"lm-eval gave no {shown or 'number'} for {asked.task} (it gave {', '.join(metrics) or 'nothing'})",
+            "there would be no score to store",
+            "look at its results beside benchmark.json; another version of lm-eval may call it otherwise",
+        )
+    metric, _, filter_name = shown.partition(",")
+    leaves = _leaves(asked.task, results.get("group_subtasks", {}))
+    counts = [results["n-samples"][leaf] for leaf in leaves]
+    shots = sorted({results["n-shot"][leaf] for leaf in leaves})
+    items, in_all = sum(count["effective"] for count in counts), sum(count["original"] for count in counts)
+    found = {
+        "task": asked.task,
+        "version": results["versions"].get(asked.task),
+        "shots": shots[0] if len(shots) == 1 else shots,
+        "metric": metric,
+        "filter": filter_name,
+        "score": metrics[shown],
+        "stderr": values.get(f"{metric}_stderr,{filter_name}"),
+        "items": items,
+        "items_in_all": in_all,
+        "limited": items < in_all,
+        "limit": limit,
+        "stand_in": asked.stand_in,
+        "metrics": metrics,
+        "hashes": {leaf: results.get("task_hashes", {}).get(leaf) for leaf in leaves},
+    }
+    if asked.entry is not None:
+        names = ("MiniMA-3B", "MiniChat-3B")
+        paper = dict(zip(names, asked.entry.paper, strict=True)) | {"harness": asked.entry.paper_harness}
+        found["paper"] = None if asked.stand_in else paper
+    return found
+
+
+def _leaves(task: str, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks that a group is made of; the task itself where it is none."""
+    if not members.get(task):
+        return [task]
+    return [leaf for member in members[task] for leaf in _leaves(member, members)]
+
+
+def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Our scores in percent, beside the paper's, which other harnesses gave."""
+    rows: list[tuple[Any, ...]] = []
+    for name, found in scores.items():
+        paper = found.get("paper") or {}
+        marks = ["hand-made items: no score of the benchmark"] if found["stand_in"] else []
+        marks += [f"limited: {found['items']} of {found['items_in_all']} items"] if found["limited"] else []
+        stderr = None if not isinstance(found["stderr"], int | float) else 100.0 * found["stderr"]
+        own = (name, found["shots"], found["metric"], found["items"], 100.0 * found["score"], stderr)
+        rows.append((*own, paper.get("MiniMA-3B"), paper.get("MiniChat-3B"), "; ".join(marks) or None))
+    headers = ("task", "shots", "metric", "items", "score %", "stderr", "MiniMA-3B*", "MiniChat-3B*", "mark")
+    text = text_table(rows, headers)
+    if any(found.get("paper") for found in scores.values()):
+        used = dict.fromkeys(found["paper"]["harness"] for found in scores.values() if found.get("paper"))
+        text += f"\n* the paper's numbers, from ANOTHER harness each ({', '.join(used)}): not to be compared closely"
+    return text
+
+
+def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of every file, by its path; of all files below a folder."""
+    found = {}
+    for path in paths:
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                found[str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
