@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,3 +43,19 @@ def disk_full_named(folder: Path) -> Iterator[None]:
             "free some space (the dry run says how much is needed) or give the run another output folder, then run the "
             "same command again",
         ) from error
+
+
+@contextmanager
+def whole_or_gone(folder: Path) -> Iterator[None]:
+    """Begin without the folder, and leave none behind when writing it fails.
+
+    Raises:
+        DiskFull: no space for it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with disk_full_named(folder):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,9 +1,10 @@
 """What an expand_vocabulary stage is told."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from minima.errors import RecipeError
 from minima.recipe.base import ModelInput, Stage, Strict, as_model
 from minima.recipe.data import Source
 
@@ -30,13 +31,16 @@ class ExpandVocabulary(Stage):
         tokenizer: the base tokenizer: an earlier stage, a folder or a Hub id; the model's own when not given.
         donor: a `tokenizer.model` or `tokenizer.json` file, a folder that holds one, a Hub id, or how to train one. It
             has to be of the base's kind: SentencePiece BPE, or byte-level BPE.
-        script: take only pieces with a character of this script; all when not given.
+        script: take only pieces with a character of this script: text without one keeps its tokens. All when not
+            given; then neighbouring old tokens of any text may become one new token.
         count_on: text on which the donor's pieces are counted; the most frequent come first. In the donor's own order
             when not given. Its held-out documents are left out.
-        minimum_count: pieces that `count_on` holds less often are left out.
+        minimum_count: pieces that `count_on` holds less often are left out, but for parts of others and what fills
+            the rows up to a multiple.
         size: rows of the grown embedding, a multiple of `multiple`. Every piece that passes the filters, rounded up,
-            when not given. A cut is closed under merges: a piece is added only if two pieces that make it are there.
-        multiple: the embedding's rows are a multiple of it, filled with real pieces first and reserved ones last.
+            when not given. A cut is closed under merges: a piece is added with all that it is made of.
+        multiple: the embedding's rows are a multiple of it, filled with real pieces first and reserved rows last,
+            which belong to no token.
         report_on: text whose held-out documents show tokens per character before and after, each source on its own.
         held_out_fraction: share of documents set aside in `donor`, `count_on` and `report_on`, by a hash of their text.
         seed: of the hash.
@@ -56,3 +60,27 @@ class ExpandVocabulary(Stage):
     seed: int = 776
 
     _coerce_model = field_validator("model", mode="before")(as_model)
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        where = f"expand_vocabulary stage {self.name!r}"
+        if self.size is not None and self.size % self.multiple:
+            near = self.size // self.multiple * self.multiple
+            raise RecipeError(
+                f"{where} has size {self.size}, no multiple of {self.multiple}",
+                "rows that do not divide evenly are slow on every GPU and cannot be shared by some",
+                f"choose {near} or {near + self.multiple}, or another `multiple`",
+            )
+        if "minimum_count" in self.model_fields_set and not self.count_on:
+            raise RecipeError(
+                f"{where} gives a minimum_count and no count_on",
+                "without text there is nothing to count on, so it would not be used",
+                "give sources in `count_on`, or leave minimum_count out",
+            )
+        if self.model.random is not None and self.tokenizer is None:
+            raise RecipeError(
+                f"{where} starts from random weights and names no tokenizer",
+                "random weights have none of their own to add pieces to",
+                "name the stage or the folder of one (`tokenizer:`)",
+            )
+        return self

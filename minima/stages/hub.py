@@ -7,10 +7,10 @@ from minima.errors import StageError
 from minima.stages.manifest import write_json
 
 COMMITS = "hub.json"
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_PATTERNS = ["*.json", "*.model", "*.txt"]
 
 
-def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool) -> Path:
+def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, weights: bool = True) -> Path:
     """A Hub model as a folder on this machine, downloaded where it is not in the cache.
 
     A branch moves: the commit that a run saw first is kept in its folder, and later stages and starts take that one,
@@ -21,6 +21,7 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool) -
         revision: branch, tag or commit; the default branch when not given.
         run_folder: keeps the commits.
         keep: whether this process writes them: rank 0 does.
+        weights: whether its weights are wanted, too; a tokenizer needs none.
 
     Raises:
         StageError: there is no such model, or no way to it.
@@ -31,7 +32,8 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool) -
     path, key = run_folder / COMMITS, f"{name}@{revision or 'default'}"
     commits = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     try:
-        folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=_PATTERNS))
+        patterns = [*_PATTERNS, *(["*.safetensors"] if weights else [])]
+        folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
             f"model {name!r} is neither a stage, nor a folder here, nor to be had from the Hub "

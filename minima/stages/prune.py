@@ -1,11 +1,8 @@
 """The prune stage: measure what matters, choose what stays, write the smaller model."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,7 @@ from minima.batch import Batch
 from minima.data.batches import read_batch
 from minima.data.sampler import BlockSampler
 from minima.data.store import TokenStore
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, whole_or_gone
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
@@ -73,7 +70,7 @@ def run(context: StageContext) -> dict[str, Any]:
     chosen = select(scores, plan, depth=stage.depth)
     pruned = PrunedSource(source, chosen, stage.norm_compensation)
     folder = context.folder / "model"
-    with _whole_or_gone(folder):
+    with whole_or_gone(folder):
         write_folder(folder, pruned.config, ((name, pruned.read(name)) for name in pruned.names()))
         tokenizer = origin.tokenizer
         if tokenizer is None and stage.data is not None:
@@ -205,18 +202,6 @@ def batches(
         indices = sampler.indices(first, first + micro_batch_sequences)
         valid = np.arange(first, first + micro_batch_sequences) < sequences
         yield read_batch(store, indices, valid, sequence_length=sequence_length).to(device)
-
-
-@contextmanager
-def _whole_or_gone(folder: Path) -> Iterator[None]:
-    """Begin without the folder, and leave none behind when writing it fails."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with disk_full_named(folder):
-            yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _metrics(plan: TargetPlan, chosen: Selection, pruned: PrunedSource, scores: Scores) -> dict[str, Any]:

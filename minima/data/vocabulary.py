@@ -1,0 +1,228 @@
+"""A tokenizer grown by another's pieces, and what that does to the length of texts."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from minima.data.documents import HeldOut, Rejected, batched
+from minima.data.encoding import Batch, Encoder
+from minima.data.mixture import read_shuffled, source_labels, training_texts
+from minima.data.vocabulary_byte_level import ByteLevelVocabulary
+from minima.data.vocabulary_selection import Mergeable, Selection, select
+from minima.data.vocabulary_sentencepiece import SentencePieceVocabulary
+from minima.errors import DataError, ShapeError, TokenizerMismatch
+from minima.recipe.data import Source
+from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
+
+logger = logging.getLogger("minima.data")
+
+
+class Donor(Protocol):
+    """Where pieces come from; `pieces` are in their order of merging."""
+
+    pieces: list[str]
+
+    def count(self, texts: Iterable[str]) -> Mapping[str, int]:
+        """How often the donor gives each piece when it reads the texts."""
+        ...
+
+
+class Base(Mergeable, Protocol):
+    """The tokenizer that grows; `size` is one more than its highest id."""
+
+    kind: str
+    folder: Path
+    size: int
+
+    def split(self, pieces: Iterable[str]) -> list[list[int]]:
+        """The base's own ids of each piece's text where it stands inside a line."""
+        ...
+
+    def read_donor(self, path: Path) -> Donor:
+        """The donor in a file of this kind."""
+        ...
+
+    def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> Donor:
+        """A donor of this kind that learns from texts."""
+        ...
+
+    def write(self, folder: Path, added: Sequence[str]) -> None:
+        """Write the grown tokenizer; new ids follow the old ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A grown tokenizer.
+
+    Attributes:
+        size: rows that the model gets.
+        first: id of the first new piece.
+        origins: for each new piece, in the order of ids, the old ids of its text.
+        metrics: what the stage reports of it.
+    """
+
+    size: int
+    first: int
+    origins: list[list[int]]
+    metrics: dict[str, Any]
+
+
+def open_base(folder: Path) -> Base:
+    """The tokenizer in a folder, by its kind: SentencePiece where it holds a `tokenizer.model`.
+
+    Raises:
+        DataError: there is none, or one of another kind.
+    """
+    base: Base = (SentencePieceVocabulary if (folder / "tokenizer.model").is_file() else ByteLevelVocabulary)(folder)
+    return base
+
+
+def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, rows: int, folder: Path) -> Expansion:
+    """Choose the donor's pieces and write the grown tokenizer.
+
+    Old pieces are merged first, new ones only then. So text in which no new piece occurs has the same ids as before:
+    with a `script`, that is all text without a character of it. Without one, neighbouring old tokens of any text may
+    become one new token.
+
+    Rows beyond the last piece belong to no token, and no file of the tokenizer knows them: what is no piece cannot be
+    written or read by mistake, and tokens that are added later (`add_tokens`, for roles) find their rows there.
+
+    Args:
+        stage: says what is wanted.
+        base: the tokenizer that grows.
+        donor: a tokenizer's file or a folder that holds one, or how to train one.
+        rows: of the model's embedding; those that no old id uses are given to new pieces.
+        folder: is made.
+
+    Raises:
+        DataError: a tokenizer cannot be read, no piece passes the filters, or a source holds no text.
+        TokenizerMismatch: the donor is of another kind.
+        ShapeError: the size leaves no room.
+    """
+    _check_room(stage, base, rows)
+    aside = _Documents(stage)
+    before = _tokens_per_character(base.folder, base.size, aside.reported)
+    found = _train(stage, base, donor) if isinstance(donor, DonorTraining) else _read(base, donor)
+    counts = found.count(aside.counted()) if stage.count_on else None
+    sizes: list[int] = []
+
+    def room(passing: int) -> int:
+        whole = -(-(base.size + passing) // stage.multiple) * stage.multiple
+        sizes.append(stage.size or max(whole, -(-rows // stage.multiple) * stage.multiple))
+        return min(sizes[0], whole) - base.size
+
+    chosen = select(
+        found.pieces, base, script=stage.script, counts=counts, minimum_count=stage.minimum_count, room=room
+    )
+    size, added = sizes[0], chosen.added
+    _check_found(chosen, size - base.size)
+    base.write(folder, added)
+    after = _tokens_per_character(folder, size, aside.reported)
+    metrics = {
+        "vocabulary_before": rows,
+        "vocabulary": size,
+        "pieces_before": base.size,
+        "pieces": base.size + len(added),
+        "pieces_added": len(added),
+        "reserved": size - base.size - len(added),
+        "kind": base.kind,
+        "donor_pieces": len(found.pieces),
+        "left_out": chosen.left_out,
+        "tokens_per_character": {label: {"before": before[label], "after": after[label]} for label in before},
+        "rejected": dict(aside.rejected.counts),
+    }
+    return Expansion(size, base.size, base.split(added), metrics)
+
+
+class _Documents:
+    """The texts of a stage's sources; what is held out is held out of all of them alike.
+
+    Attributes:
+        reported: held-out texts of `report_on`, by label.
+        rejected: records of all sources that gave no text.
+    """
+
+    def __init__(self, stage: ExpandVocabulary) -> None:
+        self._stage, self.rejected = stage, Rejected()
+        self._held_out = HeldOut(stage.held_out_fraction, stage.seed)
+        self.reported: dict[str, list[str]] = {}
+        for number, label in enumerate(source_labels(stage.report_on)):
+            self.reported[label] = list(self._texts(stage.report_on[number], number, held_out=True))
+            if not self.reported[label]:
+                raise DataError(
+                    f"no document of source {label!r} is held out",
+                    "tokens per character are reported on held-out text",
+                    "raise `held_out_fraction`, give the source more documents, or take it out of `report_on`",
+                )
+
+    def counted(self) -> Iterator[str]:
+        """Texts of `count_on` that are not held out."""
+        for number, source in enumerate(self._stage.count_on):
+            yield from self._texts(source, number, held_out=False)
+
+    def _texts(self, source: Source, number: int, *, held_out: bool) -> Iterator[str]:
+        for batch in batched(read_shuffled(source, number, self._stage.seed, self.rejected)):
+            aside = self._held_out.mask([text.encode("utf-8") for text in batch])
+            yield from (text for text, is_aside in zip(batch, aside, strict=True) if is_aside == held_out)
+
+
+def _tokens_per_character(folder: Path, size: int, texts: Mapping[str, list[str]]) -> dict[str, float]:
+    encoder = Encoder(folder, 0, size)
+    lengths = {}
+    for label, documents in texts.items():
+        encoded = encoder(Batch(documents, HeldOut(0.0, 0)))[0]
+        lengths[label] = (len(encoded.ids) - len(documents)) / int(encoded.characters.sum())  # without end tokens
+    return lengths
+
+
+def _train(stage: ExpandVocabulary, base: Base, donor: DonorTraining) -> Donor:
+    logger.info("training a donor of %d pieces", donor.vocabulary_size)
+    held_out = HeldOut(stage.held_out_fraction, stage.seed)
+    texts = training_texts(list(enumerate(donor.sources)), held_out, donor.max_characters)
+    return base.train_donor(texts, donor.vocabulary_size)
+
+
+def _read(base: Base, path: Path) -> Donor:
+    """The donor in a file, or in a folder's `tokenizer.model` or tokenizer.json."""
+    if path.is_dir():
+        names = [name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        if not names:
+            raise DataError(
+                f"the donor's folder {path} holds neither tokenizer.model nor tokenizer.json",
+                "there are no pieces to take from it",
+                "give the tokenizer's file, or another folder",
+            )
+        path = path / names[0]
+    with path.open("rb") as file:
+        is_json = file.read(1024).lstrip()[:1] == b"{"
+    if is_json == isinstance(base, SentencePieceVocabulary):
+        raise TokenizerMismatch(
+            f"donor {path} is a {'tokenizer.json' if is_json else 'SentencePiece model'}, the base a {base.kind}",
+            "the two kinds spell text in different pieces, so those of one mean nothing to the other",
+            "give a donor of the base's kind, or train one (`donor: {vocabulary_size: N, sources: [...]}`)",
+        )
+    return base.read_donor(path)
+
+
+def _check_room(stage: ExpandVocabulary, base: Base, rows: int) -> None:
+    if stage.size is not None and (stage.size < rows or stage.size <= base.size):
+        raise ShapeError(
+            f"size {stage.size} for a model of {rows} rows and a tokenizer of {base.size} pieces",
+            "a vocabulary is grown here, never cut: every old token keeps its row",
+            f"choose a size of more than {max(rows, base.size)}, a multiple of {stage.multiple}, or leave it out",
+        )
+
+
+def _check_found(chosen: Selection, room: int) -> None:
+    if not chosen.added:
+        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in chosen.left_out.items() if count)
+        raise DataError(
+            f"no piece of the donor is added ({reasons or 'it has none'})",
+            "the model would grow by rows that mean nothing",
+            "choose another donor, `script` or `minimum_count`",
+        )
+    if (missing := room - len(chosen.added)) > 0:
+        logger.warning("%d rows stay without a piece: the donor has no more that pass the filters", missing)

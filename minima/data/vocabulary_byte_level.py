@@ -1,0 +1,228 @@
+"""Byte-level BPE vocabularies (GPT-2's kind: Qwen, SmolLM2, Llama 3): read, count, train, and write grown."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from minima.data.documents import batched
+from minima.data.tokenizer import load_tokenizer, save_tokenizer
+from minima.data.vocabulary_selection import has_script
+from minima.errors import DataError
+
+_SPACE = "\u0120"  # how the byte of a space is spelt
+Pair = tuple[str, str]
+
+
+def _bytes_by_letter() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the others follow from U+0100."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _bytes_by_letter()
+
+
+def read_tokenizer(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """The `model` part of a byte-level BPE's tokenizer.json.
+
+    Raises:
+        DataError: it is another kind of tokenizer, or a piece of it is empty or shares its id with another.
+    """
+    content = json.loads(tokenizer.to_str())
+    model, around = content["model"], json.dumps([content["pre_tokenizer"], content["decoder"]])
+    kind = model.get("type")
+    suffixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if kind != "BPE" or '"ByteLevel"' not in around or suffixed:
+        raise DataError(
+            f"{name} is neither a SentencePiece BPE with its tokenizer.model nor a byte-level BPE, but "
+            f"{kind or 'something else'}" + (" over characters" if kind == "BPE" else ""),
+            "pieces are added as merges, which other kinds do not have or spell in another way",
+            "give one of those two kinds; a SentencePiece tokenizer needs its tokenizer.model beside the json",
+        )
+    ids: dict[int, str] = {}
+    for piece, index in model["vocab"].items():
+        if not piece or index in ids:
+            wrong = f"shares id {index} with {ids[index]!r}" if piece else "is empty"
+            raise DataError(
+                f"piece {piece!r} of {name} {wrong}",
+                "a piece stands for one id, and an empty one for no text",
+                "repair the tokenizer, or take another",
+            )
+        ids[index] = piece
+    model["merges"] = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    return model
+
+
+class ByteLevelDonor:
+    """Pieces to choose from.
+
+    Attributes:
+        pieces: what merging makes, in the order in which it is merged.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
+        merges: list[Pair] = read_tokenizer(tokenizer, name)["merges"]
+        self.pieces = list(dict.fromkeys(left + right for left, right in merges))
+        self._tokenizer = tokenizer
+
+    def count(self, texts: Iterable[str]) -> Counter[str]:
+        """How often the donor gives each piece when it reads the texts."""
+        self._tokenizer.encode_special_tokens = True
+        counts: Counter[int] = Counter()
+        for batch in batched(texts):
+            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                counts.update(encoding.ids)
+        names = {index: piece for piece, index in self._tokenizer.get_vocab().items()}
+        return Counter({names[index]: count for index, count in counts.items()})
+
+
+class ByteLevelVocabulary:
+    """The base: a byte-level BPE that transformers loads.
+
+    Args:
+        folder: of the tokenizer.
+
+    Raises:
+        DataError: it is of another kind.
+    """
+
+    kind = "byte-level BPE"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._fast = load_tokenizer(folder)
+        backend = getattr(self._fast, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"the tokenizer in {folder} has no fast form",
+                "its merges cannot be read and added to",
+                "give a tokenizer with a tokenizer.json, or a SentencePiece BPE with its tokenizer.model",
+            )
+        self._tokenizer: Tokenizer = backend
+        model = read_tokenizer(backend, str(folder))
+        self._merges: list[Pair] = model["merges"]
+        self._ranks = {pair: rank for rank, pair in enumerate(self._merges)}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.known: Mapping[str, int] = vocabulary
+        self.size = max(vocabulary.values()) + 1
+        self._model = models.BPE(vocab=model["vocab"], merges=self._merges)
+
+    def order(self, left: str, right: str, added: Mapping[str, int]) -> float | None:
+        if (left, right) in self._ranks:
+            return self._ranks[left, right]
+        piece = left + right
+        if piece not in added:
+            return None
+        return len(self._ranks) + added[piece] + len(left) / len(piece)  # as `write` lists the pairs
+
+    def in_script(self, piece: str, script: str) -> bool:
+        content = _content(piece)
+        if any(has_script(script, ord(character)) for character in content.decode("utf-8", errors="ignore")):
+            return True
+        return _all_of_script(_unfinished(content), script)
+
+    def writable(self, piece: str) -> bool:
+        if not set(piece) <= _BYTES.keys():
+            return False
+        text = _text(piece)
+        if text is None:  # bytes of a character: cut nowhere, since a character is not
+            return True
+        if self._tokenizer.normalizer is not None and self._tokenizer.normalizer.normalize_str(text) != text:
+            return False
+        parts = [part for part, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return parts in ([piece], [_SPACE + piece])  # some put a space before a text
+
+    def stands_alone(self, piece: str) -> bool:
+        return _text(piece) is not None
+
+    def split(self, pieces: Iterable[str]) -> list[list[int]]:
+        """The base's own ids of each piece's text where it stands inside a line."""
+        return [[token.id for token in self._model.tokenize(piece)] for piece in pieces]
+
+    def read_donor(self, path: Path) -> ByteLevelDonor:
+        """The donor in a tokenizer.json."""
+        try:
+            return ByteLevelDonor(Tokenizer.from_file(str(path)), str(path))
+        except DataError:
+            raise
+        except Exception as error:  # tokenizers raises this class itself
+            raise DataError(
+                f"{path} cannot be read: {error}",
+                "its pieces are not known",
+                "give the tokenizer.json of a byte-level BPE",
+            ) from error
+
+    def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> ByteLevelDonor:
+        """A donor that learns from texts, cut before merging as the base cuts them."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer, tokenizer.pre_tokenizer = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        tokenizer.decoder = self._tokenizer.decoder
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, initial_alphabet=letters, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        if tokenizer.get_vocab_size() < vocabulary_size:
+            raise DataError(
+                f"the text gives {tokenizer.get_vocab_size()} pieces, not {vocabulary_size}",
+                "too little text has too few different words",
+                "give the donor more text, or a smaller `vocabulary_size`",
+            )
+        return ByteLevelDonor(tokenizer, "the trained donor")
+
+    def write(self, folder: Path, added: Sequence[str]) -> None:
+        """Write the grown tokenizer: all of the base's files, with the new pieces and merges after the old ones.
+
+        Every pair that makes a new piece is a merge: the base may have joined the characters in another way than the
+        donor before it gets there.
+        """
+        save_tokenizer(self._fast, self.folder, folder)
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model = content["model"]
+        vocabulary = model["vocab"] | {piece: index for index, piece in enumerate(added, self.size)}
+        pairs = (
+            (piece[:cut], piece[cut:])
+            for piece in added
+            for cut in range(1, len(piece))
+            if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        )
+        model |= {"vocab": vocabulary, "merges": [*self._merges, *pairs]}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _content(piece: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in piece)
+
+
+def _text(piece: str) -> str | None:
+    """A piece's text; None when it begins or ends inside a character."""
+    try:
+        return _content(piece).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _unfinished(content: bytes) -> bytes:
+    """The bytes of a character at the end that lacks some of its own."""
+    for begin in range(len(content) - 1, max(-1, len(content) - 4), -1):
+        byte = content[begin]
+        if byte & 0xC0 == 0x80:
+            continue
+        length = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
+        return content[begin:] if begin + length > len(content) else b""
+    return b""
+
+
+def _all_of_script(beginning: bytes, script: str) -> bool:
+    """Whether every character that begins with these bytes is of a script."""
+    if not beginning:
+        return False
+    missing = 1 + (beginning[0] >= 0xE0) + (beginning[0] >= 0xF0) - (len(beginning) - 1)
+    value = beginning[0] & (0x1F if beginning[0] < 0xE0 else 0x0F if beginning[0] < 0xF0 else 0x07)
+    for byte in beginning[1:]:
+        value = value << 6 | byte & 0x3F
+    return has_script(script, value << 6 * missing, (value + 1 << 6 * missing) - 1)

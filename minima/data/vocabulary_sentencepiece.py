@@ -1,0 +1,211 @@
+"""SentencePiece BPE vocabularies: read, count, and write grown, as tokenizer.model and tokenizer.json alike."""
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from minima.data.documents import batched
+from minima.data.tokenizer import SPACE, load_tokenizer, save_tokenizer, train_sentencepiece
+from minima.data.vocabulary_selection import has_script
+from minima.errors import DataError
+
+_PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported, so no checker knows them
+_KIND = _PROTO.ModelProto.SentencePiece
+
+
+def read_model(path: Path) -> Any:
+    """The SentencePiece BPE in a file, a `ModelProto`.
+
+    Raises:
+        DataError: it is none, or a piece of it is empty or there twice.
+    """
+    model = _PROTO.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise DataError(
+            f"{path} is no SentencePiece model: {error}",
+            "its pieces cannot be read",
+            "give a tokenizer.model that SentencePiece wrote, or a tokenizer.json of a byte-level BPE",
+        ) from error
+    if not model.pieces or model.trainer_spec.model_type != _PROTO.TrainerSpec.BPE:
+        kind = _PROTO.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower() if model.pieces else "empty"
+        raise DataError(
+            f"{path} is a SentencePiece model of type {kind}",
+            "pieces are added as merges, which only BPE has",
+            "give a SentencePiece BPE, or train a donor on text of its language (`donor: {vocabulary_size: N, ...}`)",
+        )
+    seen: dict[str, int] = {}
+    for number, piece in enumerate(model.pieces):
+        if not piece.piece or piece.piece in seen:
+            wrong = f"repeats piece {seen[piece.piece]}, {piece.piece!r}" if piece.piece else "is empty"
+            raise DataError(
+                f"piece {number} of {path} {wrong}",
+                "a piece stands for one id, and an empty one for no text",
+                "repair the model, or take another",
+            )
+        seen[piece.piece] = number
+    return model
+
+
+class SentencePieceDonor:
+    """Pieces to choose from.
+
+    Attributes:
+        pieces: what merging can make, in the order in which it is merged. Not those that hold a space past their
+            front: the fast twins of many tokenizers cut there.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        normal = [piece for piece in model.pieces if piece.type == _KIND.NORMAL]
+        normal.sort(key=lambda piece: -piece.score)
+        self.pieces = [piece.piece for piece in normal if SPACE not in piece.piece[1:]]
+
+    def count(self, texts: Iterable[str]) -> Counter[str]:
+        """How often the donor gives each piece when it reads the texts."""
+        processor = SentencePieceProcessor(model_proto=self._model.SerializeToString())
+        counts = np.zeros(len(self._model.pieces), dtype=np.int64)
+        for batch in batched(texts):
+            for ids in processor.encode(batch, num_threads=1):
+                counts += np.bincount(ids, minlength=len(counts))
+        return Counter({self._model.pieces[i].piece: int(counts[i]) for i in np.flatnonzero(counts)})
+
+
+class SentencePieceVocabulary:
+    """The base: a `tokenizer.model`, with or without the tokenizer.json that transformers reads.
+
+    Tokens that transformers adds beyond the model's own (`<pad>`, roles) become control pieces of the grown model, so
+    that both files keep the same ids.
+
+    Args:
+        folder: of the tokenizer.
+
+    Raises:
+        DataError: it is no SentencePiece BPE, or the two files have other ids.
+    """
+
+    kind = "SentencePiece BPE"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._model = read_model(folder / "tokenizer.model")
+        self._fast = load_tokenizer(folder)
+        self._fill_up()
+        self.known: Mapping[str, int] = {piece.piece: i for i, piece in enumerate(self._model.pieces)}
+        self.size = len(self.known)
+        self._scores = {piece.piece: piece.score for piece in self._model.pieces if piece.type == _KIND.NORMAL}
+        self._lowest = min(self._scores.values())
+        self._probe = _as_it_stands(self._model)
+
+    def _fill_up(self) -> None:
+        """Give the model file the tokens that only the other one has, and refuse one with other ids."""
+        ids = {index: piece for piece, index in self._fast.get_vocab().items()}
+        own = [piece.piece for piece in self._model.pieces]
+        for index in range(len(own), max(ids) + 1):
+            if index in ids:
+                told = self._fast.added_tokens_decoder.get(index)
+                kind = _KIND.USER_DEFINED if told is not None and not told.special else _KIND.CONTROL
+                self._model.pieces.add(piece=ids[index], score=0.0, type=kind)
+        for index, piece in enumerate(self._model.pieces):
+            if ids.get(index) != piece.piece:
+                raise DataError(
+                    f"id {index} is {piece.piece!r} in {self.folder}/tokenizer.model, and {ids.get(index)!r} in what "
+                    "transformers loads from that folder",
+                    "pieces added to both would get other ids in each",
+                    "fetch the tokenizer again, or remove the file that is not the model's",
+                )
+
+    def order(self, left: str, right: str, added: Mapping[str, int]) -> float | None:
+        piece = left + right
+        if piece in self._scores:
+            return -self._scores[piece]
+        return 1 - self._lowest + added[piece] if piece in added else None
+
+    def in_script(self, piece: str, script: str) -> bool:
+        return any(has_script(script, ord(character)) for character in piece)
+
+    def writable(self, piece: str) -> bool:
+        return self._probe.normalize(piece) == piece  # a full-width letter, say, may be read as another
+
+    def stands_alone(self, piece: str) -> bool:
+        return True
+
+    def split(self, pieces: Iterable[str]) -> list[list[int]]:
+        """The base's own ids of each piece's text where it stands inside a line: no space is put before it."""
+        return self._probe.encode(list(pieces), num_threads=1)
+
+    def read_donor(self, path: Path) -> SentencePieceDonor:
+        """The donor in a file."""
+        return SentencePieceDonor(read_model(path))
+
+    def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> SentencePieceDonor:
+        """A donor that learns from texts."""
+        return SentencePieceDonor(_PROTO.ModelProto.FromString(train_sentencepiece(texts, vocabulary_size)))
+
+    def write(self, folder: Path, added: Sequence[str]) -> None:
+        """Write the grown tokenizer: all of the base's files, with the new pieces in both.
+
+        Scores fall from the base's lowest by steps that float32 tells apart, so that no two are equal (the two
+        libraries break ties differently) and no old merge comes after a new one.
+        """
+        save_tokenizer(self._fast, self.folder, folder)
+        grown = copy.deepcopy(self._model)
+        step = max(1.0, 2.0 * float(np.spacing(np.float32(abs(self._lowest)))))
+        for number, piece in enumerate(added, 1):
+            grown.pieces.add(piece=piece, score=self._lowest - number * step, type=_KIND.NORMAL)
+        grown.trainer_spec.vocab_size = len(grown.pieces)
+        grown.ClearField("self_test_data")  # sentences as the old pieces split them
+        (folder / "tokenizer.model").write_bytes(grown.SerializeToString())
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = {piece.piece: i for i, piece in enumerate(grown.pieces)}
+        model = content["model"]
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        model["merges"] = self._with_merges(merges, added, vocabulary)
+        model["vocab"] |= {piece: vocabulary[piece] for piece in added}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def _with_merges(
+        self, merges: list[tuple[str, ...]], added: Sequence[str], vocabulary: Mapping[str, int]
+    ) -> list[tuple[str, ...]]:
+        """The base's merges, then all pairs that make an added piece.
+
+        SentencePiece merges whatever makes a piece. So an old piece that an added one is part of gets a merge more,
+        which comes where its own merges are.
+        """
+        new = set(added)
+        old: dict[str, list[tuple[str, ...]]] = {}
+        for piece in self._scores:
+            pairs = [pair for pair in _pairs(piece, vocabulary) if new.intersection(pair)]
+            if pairs:
+                old[piece] = pairs
+        last = {left + right: at for at, (left, right) in enumerate(merges)} if old else {}
+        grown: list[tuple[str, ...]] = []
+        for at, merge in enumerate(merges):
+            grown.append(merge)
+            piece = "".join(merge)
+            if piece in old and last[piece] == at:
+                grown += old[piece]
+        return grown + [pair for piece in added for pair in _pairs(piece, vocabulary)]
+
+
+def _pairs(piece: str, vocabulary: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """What two pieces make a piece, in the order that transformers' converter gives them."""
+    cuts: Iterator[tuple[str, ...]] = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+    pairs = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
+    return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+
+
+def _as_it_stands(model: Any) -> Any:
+    """A processor that puts no space before a text and takes none away."""
+    bare = copy.deepcopy(model)
+    bare.normalizer_spec.add_dummy_prefix = bare.normalizer_spec.remove_extra_whitespaces = False
+    return SentencePieceProcessor(model_proto=bare.SerializeToString())

@@ -1,0 +1,91 @@
+"""Grow a model's vocabulary: another tokenizer's pieces into its own, rows for them into its embedding and head."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minima.data.tokenizer import check_vocabulary
+from minima.data.vocabulary import expand, open_base
+from minima.disk import whole_or_gone
+from minima.errors import TokenizerMismatch
+from minima.models.embeddings import GrownSource
+from minima.models.families import shape_of
+from minima.models.shape import ModelShape
+from minima.models.weights import write_folder
+from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
+from minima.stages.context import StageContext
+from minima.stages.export import copy_tokenizer
+from minima.stages.hub import snapshot
+from minima.stages.manifest import write_json
+from minima.stages.origin import Origin, open_origin
+
+RANKS = False
+logger = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Leave `model/` (Hugging Face layout, with the grown tokenizer) and `report.json`.
+
+    The weights pass through one tensor at a time. Rows that the model has beyond its tokenizer's ids are its padding:
+    they go to new pieces first.
+
+    Returns:
+        `vocabulary_before` and `vocabulary` (rows), `pieces_before`, `pieces`, `pieces_added`, `reserved` (rows without
+        a piece), `left_out` of the donor's pieces by reason, `tokens_per_character` (for each source of `report_on`
+        `before` and `after`), `parameters_before` and `parameters`.
+
+    Raises:
+        DataError: a tokenizer or a text cannot be read, or no piece passes the filters.
+        TokenizerMismatch: base and donor, or model and base, do not belong together.
+        ShapeError: the size leaves no room.
+        DiskFull: no space for the model; nothing of it is left.
+    """
+    stage = context.stage
+    assert isinstance(stage, ExpandVocabulary)
+    origin = open_origin(context, stage.model, stage.seed)
+    rows = shape_of(origin.source.config).vocabulary_size
+    base = open_base(_base(context, stage, origin))
+    check_vocabulary(base.size, rows, str(base.folder), origin.identity)
+    donor = stage.donor if isinstance(stage.donor, DonorTraining) else _tokenizer(context, stage.donor)
+    model, tokenizer = context.folder / "model", context.folder / "tokenizer.partial"
+    with whole_or_gone(model), whole_or_gone(tokenizer):
+        grown = expand(stage, base, donor, rows, tokenizer)
+        source = GrownSource(origin.source, grown.size, grown.first, grown.origins)
+        write_folder(model, source.config, ((name, source.read(name)) for name in source.names()))
+        copy_tokenizer(tokenizer, model)
+        shutil.rmtree(tokenizer)
+        metrics = grown.metrics | {
+            "parameters_before": ModelShape.from_config(origin.source.config).parameters,
+            "parameters": ModelShape.from_folder(model).parameters,
+        }
+        write_json(context.folder / "report.json", metrics)
+    logger.info("%d pieces added, %d rows now", metrics["pieces_added"], metrics["vocabulary"])
+    for label, length in metrics["tokens_per_character"].items():
+        logger.info("tokens per character of %s: %.4f before, %.4f after", label, length["before"], length["after"])
+    return metrics
+
+
+def _base(context: StageContext, stage: ExpandVocabulary, origin: Origin) -> Path:
+    """The folder of the tokenizer that grows."""
+    if stage.tokenizer is not None:
+        return _tokenizer(context, stage.tokenizer)
+    if origin.tokenizer is None:
+        raise TokenizerMismatch(
+            f"{origin.identity} has no tokenizer",
+            "there is nothing to add pieces to",
+            "name the stage or the folder of the model's tokenizer (`tokenizer:`)",
+        )
+    return origin.tokenizer
+
+
+def _tokenizer(context: StageContext, text: str) -> Path:
+    """Where a tokenizer lies: an earlier stage's, a file, a folder, or the Hub's without weights."""
+    kinds = {other.name: other.kind for other in context.recipe.stages}
+    path = Path(text).expanduser()
+    if kinds.get(text) == "build_data":
+        return context.data(text) / "tokenizer"
+    if text in kinds or text.rpartition("@")[0] in kinds or path.is_dir():
+        resolved = context.model(text)
+        return resolved.tokenizer or resolved.folder
+    return path if path.is_file() else snapshot(text, None, context.run_folder, keep=True, weights=False)
