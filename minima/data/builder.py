@@ -5,16 +5,21 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from minima.data.documents import HeldOut, Rejected
-from minima.data.encoding import EncodingPool
-from minima.data.mixture import SourceStream, mix, source_labels, training_texts
+from minima.data.block_packing import PackedWriter
+from minima.data.build_report import build_report, check_enough, show_rejected, unigram_entropy
+from minima.data.chat import set_template, template_of
+from minima.data.chat_encoding import ChatEncoder
+from minima.data.conversations import read_conversations
+from minima.data.documents import HeldOut
+from minima.data.encoding import Batch, Encoder, EncodingPool, Result
+from minima.data.mixture import Reader, SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
+from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.disk import disk_full_named
@@ -24,7 +29,6 @@ from minima.recipe.schema import BuildData
 
 _LOG = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
-_ENTROPY_BLOCKS = 4096  # read at once
 
 
 def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTraining) -> dict[str, Any]:
@@ -46,19 +50,19 @@ def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTrain
         DiskFull: no space left.
     """
     started = time.monotonic()
-    partial = folder / "tokenizer.partial"
+    unfinished = folder / "tokenizer.partial"
     try:
         with disk_full_named(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            end_token, vocabulary_size = _make_tokenizer(stage, tokenizer, partial)
-        report = _encode(stage, folder, partial, end_token, vocabulary_size)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            plan = _make_tokenizer(stage, tokenizer, unfinished)
+        report = _encode(stage, folder, plan)
         report["seconds"] = round(time.monotonic() - started, 3)
         with disk_full_named(folder):
-            _replace(partial, folder / "tokenizer")
+            _replace(unfinished, folder / "tokenizer")
             _write_json(folder / "report.json", report)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     metrics = {name: value for name, value in report.items() if name != "sources"}
     metrics["sources"] = {
         name: {key: value for key, value in numbers.items() if key != "rejected"} | numbers["rejected"]["counts"]
@@ -67,18 +71,36 @@ def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTrain
     return metrics
 
 
-def _make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, folder: Path) -> tuple[int, int]:
-    """Write the tokenizer; its end token and its size."""
+class _Plan(NamedTuple):
+    """How documents become tokens."""
+
+    end_token: int
+    vocabulary_size: int
+    make: Callable[[], Callable[[Batch], Result]]  # an encoder
+    read: Reader = read_source
+    writer: type[StoreWriter] | type[PackedWriter] = StoreWriter
+
+
+def _make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, folder: Path) -> _Plan:
+    """Write the tokenizer, and say how it encodes."""
     if isinstance(tokenizer, TokenizerTraining):
         _LOG.info("training a tokenizer of %d pieces", tokenizer.vocabulary_size)
         model = train_sentencepiece(_tokenizer_texts(stage, tokenizer), tokenizer.vocabulary_size)
         write_tokenizer(model, folder)
-        return 2, tokenizer.vocabulary_size
+        return _Plan(2, tokenizer.vocabulary_size, partial(Encoder, folder, 2, tokenizer.vocabulary_size))
     if Path(tokenizer).expanduser().is_dir():
         tokenizer = Path(tokenizer).expanduser()
     loaded = load_tokenizer(tokenizer)
+    end_token: int = loaded.eos_token_id
+    size = max(len(loaded), end_token + 1)
+    if stage.format == "text":
+        save_tokenizer(loaded, tokenizer, folder)
+        return _Plan(end_token, size, partial(Encoder, folder, end_token, size))
+    set_template(loaded, stage.chat_template)
     save_tokenizer(loaded, tokenizer, folder)
-    return loaded.eos_token_id, max(len(loaded), loaded.eos_token_id + 1)
+    pairs = stage.format == "preferences"
+    make = partial(ChatEncoder, folder, template_of(loaded), size, stage.sequence_length, pairs)
+    return _Plan(end_token, size, make, partial(read_conversations, pairs=pairs), PackedWriter)
 
 
 def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[str]:
@@ -98,117 +120,42 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
     return training_texts(chosen, HeldOut(stage.held_out_fraction, stage.seed), training.max_characters)
 
 
-def _encode(stage: BuildData, folder: Path, tokenizer: Path, end_token: int, vocabulary_size: int) -> dict[str, Any]:
+def _encode(stage: BuildData, folder: Path, plan: _Plan) -> dict[str, Any]:
     """Write and publish both stores; everything that the report says but the time."""
     length = stage.sequence_length
-    shape = {"sequence_length": length, "vocabulary_size": vocabulary_size, "end_token": end_token}
+    shape: dict[str, Any] = {
+        "sequence_length": length, "vocabulary_size": plan.vocabulary_size, "end_token": plan.end_token,
+        "shard_tokens": stage.shard_tokens, "format": stage.format, "document_mask": stage.document_mask,
+    }  # fmt: skip
     budget = None if stage.tokens is None else stage.tokens // length
     held_out_budget = None if stage.held_out_tokens is None else stage.held_out_tokens // length
     processes = stage.processes or len(os.sched_getaffinity(0))
     labels = source_labels(stage.sources)
     aside_rule = HeldOut(stage.held_out_fraction, stage.seed)
     with (
-        EncodingPool(tokenizer, end_token, vocabulary_size, processes) as pool,
-        StoreWriter(folder / "train", **shape, shard_tokens=stage.shard_tokens, max_blocks=budget) as train,
-        StoreWriter(
-            folder / "held_out", **shape, shard_tokens=stage.shard_tokens, max_blocks=held_out_budget
-        ) as held_out,
+        EncodingPool(plan.make, processes) as pool,
+        plan.writer(folder / "train", **shape, max_blocks=budget) as train,
+        plan.writer(folder / "held_out", **shape, max_blocks=held_out_budget) as held_out,
     ):
-        streams = [SourceStream(source, number, pool, aside_rule) for number, source in enumerate(stage.sources)]
+        streams = [SourceStream(source, n, pool, aside_rule, plan.read) for n, source in enumerate(stage.sources)]
         progress = _Progress()
-        unused = 0  # tokens beyond the budget, of the last documents
         for documents, aside in mix(streams, endless=budget is not None):
-            held_out.append(aside.ids, aside.lengths, aside.sizes)
-            unused += len(documents.ids) - train.append(documents.ids, documents.lengths, documents.sizes)
+            held_out.add(aside)
+            train.add(documents)
             progress.show(train.tokens, streams)
             if train.full:
                 break
         written, set_aside = train.finish(), held_out.finish()
-        _check_enough(stage, written, set_aside, held_out_documents=sum(s.held_out_documents for s in streams))
+        check_enough(stage, written, set_aside, held_out_documents=sum(s.held_out_documents for s in streams))
         train.publish()
         held_out.publish()
-    bytes_, characters = sum(s.bytes for s in streams), sum(s.characters for s in streams)
-    tokens = sum(s.tokens for s in streams)
-    rejected: dict[str, int] = {}
-    for stream in streams:
-        for reason, count in stream.rejected.counts.items():
-            rejected[reason] = rejected.get(reason, 0) + count
     for label, stream in zip(labels, streams, strict=True):
-        _show_rejected(label, stream.rejected)
+        show_rejected(label, stream.rejected)
     _LOG.info("wrote %d training and %d held-out blocks", written["blocks"], set_aside["blocks"])
-    return {
-        "documents": written["documents"],
-        "tokens": written["tokens"],
-        "blocks": written["blocks"],
-        "bytes": written["bytes"],
-        "dropped_tail_tokens": written["dropped_tokens"],
-        "tokens_beyond_budget": unused,
-        "held_out_documents": set_aside["documents"],
-        "held_out_tokens": set_aside["tokens"],
-        "held_out_blocks": set_aside["blocks"],
-        "held_out_bytes": set_aside["bytes"],
-        "held_out_dropped_tail_tokens": set_aside["dropped_tokens"],
-        "rejected": rejected,
-        "tokens_per_character": tokens / characters,
-        "bytes_per_token": bytes_ / tokens,
-        "unigram_entropy": unigram_entropy(TokenStore.open(folder / "held_out")),
-        "sequence_length": length,
-        "vocabulary_size": vocabulary_size,
-        "sources": {
-            label: {
-                "documents": s.documents,
-                "tokens": s.tokens,
-                "bytes": s.bytes,
-                "share": s.tokens / tokens,
-                "epochs": s.epochs,
-                "held_out_documents": s.held_out_documents,
-                "rejected": s.rejected.report(),
-            }
-            for label, s in zip(labels, streams, strict=True)
-        },
-    }
-
-
-def _show_rejected(label: str, rejected: Rejected) -> None:
-    """Say what a source's records that gave no document were: a few in a large source are no reason to stop."""
-    for reason, count in sorted(rejected.counts.items()):
-        examples = [f"{example['where']}: {example['excerpt']!r}" for example in rejected.examples[reason]]
-        records = f"{count} {'record' if count == 1 else 'records'}"
-        _LOG.warning("source %s: left out %s, %s\n  %s", label, records, reason, "\n  ".join(examples))
-
-
-def _check_enough(
-    stage: BuildData, written: dict[str, Any], set_aside: dict[str, Any], held_out_documents: int
-) -> None:
-    if not written["blocks"]:
-        raise DataError(
-            f"the text has {written['dropped_tokens']} training tokens, less than one block of {stage.sequence_length}",
-            "there would be nothing to train on",
-            "give more text or a shorter `sequence_length`",
-        )
-    if stage.held_out_fraction and not set_aside["blocks"]:
-        raise DataError(
-            f"held_out_fraction {stage.held_out_fraction} chose {held_out_documents} documents with "
-            f"{set_aside['dropped_tokens']} tokens, less than one block of {stage.sequence_length}",
-            "there would be nothing to evaluate on",
-            "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without",
-        )
-
-
-def unigram_entropy(store: TokenStore) -> float | None:
-    """Entropy of a store's own token distribution, in nats a token: what a model without context can reach at best.
-
-    Returns:
-        None for a store without blocks.
-    """
-    if not len(store):
-        return None
-    counts = np.zeros(store.vocabulary_size, dtype=np.int64)
-    for begin in range(0, len(store), _ENTROPY_BLOCKS):
-        blocks = store.blocks(np.arange(begin, min(len(store), begin + _ENTROPY_BLOCKS)))
-        counts += np.bincount(blocks.reshape(-1), minlength=store.vocabulary_size)
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    unigram = unigram_entropy(TokenStore.open(folder / "held_out"))
+    return build_report(streams, labels, written, set_aside, train.beyond_tokens) | {
+        "unigram_entropy": unigram, "sequence_length": length, "vocabulary_size": plan.vocabulary_size,
+    }  # fmt: skip
 
 
 class _Progress:

@@ -1,4 +1,4 @@
-"""Texts -> token ids, over worker processes."""
+"""Texts, conversations or pairs -> token ids, over worker processes."""
 
 import multiprocessing
 import os
@@ -21,35 +21,60 @@ _AT_ONCE = 64
 
 
 class Encoded(NamedTuple):
-    """Documents as ids, one after the other, each closed by the end token.
+    """Documents as ids, one after the other; a text is closed by the end token, a pair of answers is one document.
 
     Attributes:
         ids: unsigned int array, all documents.
         lengths: int64 array; ids of each document, its end token included.
-        sizes: int64 array; UTF-8 bytes of each document's text.
+        sizes: int64 array; UTF-8 bytes of each document's text, or of what is to be learnt of it.
         characters: int64 array; of each document's text.
+        learnt: uint8 array like `ids`; 1 for what is to be learnt. None for text, of which all is.
+        firsts: int64 array; of a pair, the ids of the first answer with its prompt; else all. None for text.
+        cut: int64 array; turns left out at a conversation's end. None for text.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     sizes: np.ndarray
     characters: np.ndarray
+    learnt: np.ndarray | None = None
+    firsts: np.ndarray | None = None
+    cut: np.ndarray | None = None
 
     def part(self, begin: int, end: int) -> "Encoded":
         """Documents `begin` to `end - 1`."""
         first, last = int(self.lengths[:begin].sum()), int(self.lengths[:end].sum())
-        return Encoded(self.ids[first:last], *(column[begin:end] for column in self[1:]))
+        return self._each(lambda tokens: tokens[first:last], lambda column: column[begin:end])
 
     def select(self, documents: np.ndarray) -> "Encoded":
         """The documents where the bool array is true."""
-        return Encoded(self.ids[np.repeat(documents, self.lengths)], *(column[documents] for column in self[1:]))
+        tokens = np.repeat(documents, self.lengths)
+        return self._each(lambda column: column[tokens], lambda column: column[documents])
+
+    @classmethod
+    def joined(cls, parts: "list[Encoded]") -> "Encoded":
+        """All documents of several; of none, none."""
+        nothing = np.empty(0, dtype=np.int64)
+        if not parts:
+            return cls(*[nothing] * len(cls._fields))
+        columns: list[Any] = [
+            None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)
+        ]
+        return cls(*columns)
+
+    def _each(self, of_tokens: Callable, of_documents: Callable) -> "Encoded":
+        columns: list[Any] = [
+            column if column is None else (of_tokens if name in ("ids", "learnt") else of_documents)(column)
+            for name, column in zip(self._fields, self, strict=True)
+        ]
+        return Encoded(*columns)
 
 
 class Batch(NamedTuple):
-    """One task: texts, and what to do about held-out ones.
+    """One task: documents, and what to do about held-out ones.
 
     Attributes:
-        texts: documents.
+        texts: texts, or packed conversations or pairs.
         held_out: which of them are set aside.
         skip_held_out: leave those out altogether, as a second pass does.
     """
@@ -57,6 +82,20 @@ class Batch(NamedTuple):
     texts: list[str]
     held_out: HeldOut
     skip_held_out: bool = False
+
+
+class Result(NamedTuple):
+    """What became of a batch.
+
+    Attributes:
+        documents: those that could be encoded.
+        held_out: bool array; which of them are set aside.
+        rejected: of the others reason, place and content.
+    """
+
+    documents: Encoded
+    held_out: np.ndarray
+    rejected: list[tuple[str, str, str]]
 
 
 class Encoder:
@@ -89,8 +128,8 @@ class Encoder:
                 slow.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
             ]
 
-    def __call__(self, batch: Batch) -> tuple[Encoded, np.ndarray]:
-        """Encode documents; the bool array says which are held out."""
+    def __call__(self, batch: Batch) -> Result:
+        """Encode texts."""
         texts, contents = batch.texts, [text.encode("utf-8") for text in batch.texts]
         held_out = batch.held_out.mask(contents)
         if batch.skip_held_out and held_out.any():
@@ -106,48 +145,46 @@ class Encoder:
                 lengths.append(len(document) + 1)
             pieces.append(np.array(stream, dtype=self._dtype))
         counts = np.array(lengths, dtype=np.int64)
-        return Encoded(np.concatenate(pieces), counts, _lengths(contents), _lengths(texts)), held_out
+        return Result(Encoded(np.concatenate(pieces), counts, _lengths(contents), _lengths(texts)), held_out, [])
 
 
 def _lengths(items: list[Any]) -> np.ndarray:
     return np.fromiter(map(len, items), dtype=np.int64, count=len(items))
 
 
-_encoder: Encoder | None = None  # one for each worker process
+_encode: Callable[[Batch], Result] | None = None  # one for each worker process
 
 
-def _start_worker(folder: Path, end_token: int, vocabulary_size: int) -> None:
-    global _encoder
+def _start_worker(make: Callable[[], Callable[[Batch], Result]]) -> None:
+    global _encode
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # there is a process for each core; threads on top only contend
-    _encoder = Encoder(folder, end_token, vocabulary_size)
+    _encode = make()
 
 
-def _encode_in_worker(batch: Batch) -> tuple[Encoded, np.ndarray]:
-    assert _encoder is not None
-    return _encoder(batch)
+def _encode_in_worker(batch: Batch) -> Result:
+    assert _encode is not None
+    return _encode(batch)
 
 
 class EncodingPool:
-    """Worker processes that encode lists of texts; results come in the order asked for.
+    """Worker processes that encode batches; results come in the order asked for.
 
     Args:
-        folder: of the tokenizer.
-        end_token: the id put after each document.
-        vocabulary_size: decides two or four bytes an id.
+        make: makes an encoder, and can be sent to another process: `partial(Encoder, ...)`, say.
         processes: workers. With one, this process encodes (and the tokenizer's own threads may help it).
     """
 
-    def __init__(self, folder: Path, end_token: int, vocabulary_size: int, processes: int) -> None:
+    def __init__(self, make: Callable[[], Callable[[Batch], Result]], processes: int) -> None:
         self.processes = processes
-        self._encoder = self._pool = None
+        self._encode = self._pool = None
         if processes == 1:
-            self._encoder = Encoder(folder, end_token, vocabulary_size)
+            self._encode = make()
         else:  # spawned, not forked: the tokenizer and pyarrow keep threads
             self._pool = ProcessPoolExecutor(
                 processes,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=(folder, end_token, vocabulary_size),
+                initargs=(make,),
             )
             for _ in range(processes):  # they start while the first texts are being read
                 self._pool.submit(_encode_in_worker, Batch([], HeldOut(0.0, 0)))
@@ -161,7 +198,7 @@ class EncodingPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, batch: Batch) -> "Future[tuple[Encoded, np.ndarray]] | Batch":
+    def submit(self, batch: Batch) -> "Future[Result] | Batch":
         """Ask for texts to be encoded; give what comes back to `result`."""
         if self._pool is None:
             return batch
@@ -170,14 +207,14 @@ class EncodingPool:
         except BrokenProcessPool as error:
             raise _worker_died(self.processes) from error
 
-    def result(self, task: Any) -> tuple[Encoded, np.ndarray]:
+    def result(self, task: Any) -> Result:
         """Wait for it.
 
         Raises:
             DataError: a worker process died.
         """
-        if self._encoder is not None:
-            return self._encoder(task)
+        if self._encode is not None:
+            return self._encode(task)
         try:
             return task.result()
         except BrokenProcessPool as error:

@@ -1,24 +1,28 @@
 """Several sources as one stream of encoded documents, in the proportions of their weights."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from minima.data.documents import HeldOut, Rejected, batched, shuffled
 from minima.data.encoding import Batch, Encoded, EncodingPool
-from minima.data.sources import read_source
+from minima.data.sources import no_document, read_source
 from minima.errors import DataError
 from minima.recipe.data import Source
 
 # A source takes its turn for so many tokens, or one document if that is longer; the mixture is right to that.
 TURN_TOKENS = 1024
 
+Reader = Callable[[Source, Rejected], Iterator[str]]  # a source's texts, or packed conversations or pairs
 
-def read_shuffled(source: Source, number: int, seed: int, rejected: Rejected, passes: int = 0) -> Iterator[str]:
-    """The texts of the stage's n-th source in the seeded order of a pass."""
-    return shuffled(read_source(source, rejected), f"{seed}:{number}:{passes}")
+
+def read_shuffled(
+    source: Source, number: int, seed: int, rejected: Rejected, passes: int = 0, read: Reader = read_source
+) -> Iterator[str]:
+    """The documents of the stage's n-th source in the seeded order of a pass."""
+    return shuffled(read(source, rejected), f"{seed}:{number}:{passes}")
 
 
 def training_texts(sources: list[tuple[int, Source]], held_out: HeldOut, max_characters: int) -> Iterator[str]:
@@ -59,14 +63,18 @@ class SourceStream:
     Attributes:
         rejected: of the first pass.
         passes: whole passes that are over.
-        tokens, documents, bytes, characters: handed out for training so far, over all passes.
+        tokens, learnt_tokens, documents, bytes, characters: handed out for training so far, over all passes.
         held_out_documents: handed to `held_out` so far.
+        cut: documents of which turns were left out, in the first pass.
     """
 
-    def __init__(self, source: Source, number: int, pool: EncodingPool, held_out: HeldOut) -> None:
-        self.source, self.weight = source, source.weight or 1.0
+    def __init__(
+        self, source: Source, number: int, pool: EncodingPool, held_out: HeldOut, read: Reader = read_source
+    ) -> None:
+        self.source, self.weight, self._read = source, source.weight or 1.0, read
         self.rejected = Rejected()
-        self.passes = self.tokens = self.documents = self.bytes = self.characters = self.held_out_documents = 0
+        self.passes = self.tokens = self.learnt_tokens = self.documents = self.bytes = self.characters = 0
+        self.held_out_documents = self.cut = 0
         self._number, self._pool, self._held_out = number, pool, held_out
         self._pending: deque[Any] = deque()
         self._ready: Encoded | None = None
@@ -80,7 +88,9 @@ class SourceStream:
 
     def _begin_pass(self) -> None:
         rejected = Rejected() if self.passes else self.rejected
-        self._batches = batched(read_shuffled(self.source, self._number, self._held_out.seed, rejected, self.passes))
+        self._batches = batched(
+            read_shuffled(self.source, self._number, self._held_out.seed, rejected, self.passes, self._read)
+        )
 
     def _fill(self) -> None:
         while len(self._pending) < 2 * self._pool.processes + 2:
@@ -94,7 +104,11 @@ class SourceStream:
         self._fill()
         if not self._pending:
             return None
-        everything, held_out = self._pool.result(self._pending.popleft())
+        everything, held_out, rejected = self._pool.result(self._pending.popleft())
+        if not self.passes:
+            for record in rejected:
+                self.rejected.add(*record)
+            self.cut += 0 if everything.cut is None else int((everything.cut > 0).sum())
         self.held_out_documents += int(held_out.sum())
         if not held_out.any():
             return everything, everything.part(0, 0)
@@ -123,6 +137,7 @@ class SourceStream:
             self._ready = ready.part(count, len(ready.lengths)) if count < len(ready.lengths) else None
             taken += len(given.ids)
             self.tokens += len(given.ids)
+            self.learnt_tokens += len(given.ids) if given.learnt is None else int(given.learnt.sum())
             self.documents += len(given.lengths)
             self.bytes += int(given.sizes.sum())
             self.characters += int(given.characters.sum())
@@ -134,6 +149,8 @@ class SourceStream:
         self.passes += 1
         if self.passes == 1:
             self._first_pass_tokens = self.tokens
+        if not self.tokens and not self.held_out_documents:
+            raise no_document(self.source, self.rejected, "that its documents fit into a block")
         if not self.tokens:
             raise DataError(
                 f"all {self.held_out_documents} documents of source {self.source.label!r} are held out",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from minima.data.builder import build
 from minima.data.documents import HeldOut, Rejected, batched, shuffled
-from minima.data.encoding import EncodingPool
+from minima.data.encoding import Encoder, EncodingPool
 from minima.data.packing import _HashedFile
 from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer
@@ -205,7 +206,8 @@ def test_a_full_disk_keeps_the_older_result(tmp_path, stage, jsonl, addresses, t
 
 
 def test_a_worker_that_dies_is_said(tokenizer):
-    with EncodingPool(tokenizer / "nowhere", 2, 512, 2) as pool, pytest.raises(DataError, match="ended by itself"):
+    make = partial(Encoder, tokenizer / "nowhere", 2, 512)
+    with EncodingPool(make, 2) as pool, pytest.raises(DataError, match="ended by itself"):
         pool.result(pool._pool.submit(int))
 
 

@@ -72,13 +72,13 @@ def test_a_lone_sentencepiece_model_gives_its_own_ids(tokenizer, pieces, tmp_pat
     lone = load_tokenizer(tmp_path)
     assert lone(addresses[:50], add_special_tokens=False)["input_ids"] == pieces.encode(addresses[:50])
     save_tokenizer(lone, tmp_path, tmp_path / "saved")
-    encoded, _ = Encoder(tmp_path / "saved", 2, 512)(Batch(addresses[:50], HeldOut(0.0, 0)))
+    encoded, *_ = Encoder(tmp_path / "saved", 2, 512)(Batch(addresses[:50], HeldOut(0.0, 0)))
     assert encoded.ids.tolist() == [token for ids in pieces.encode(addresses[:50]) for token in [*ids, 2]]
 
 
 def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
     encoder = Encoder(tokenizer, 2, 512)
-    encoded, held_out = encoder(Batch(ODD, HeldOut(0.0, 0)))
+    encoded, held_out, _ = encoder(Batch(ODD, HeldOut(0.0, 0)))
     assert not held_out.any()
     expected = [[*pieces.encode(text), 2] for text in ODD]
     assert encoded.ids.tolist() == [token for document in expected for token in document]
@@ -88,9 +88,9 @@ def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
 
 
 def test_a_folder_without_fast_tokenizer_encodes_the_same(tokenizer, tmp_path, monkeypatch, loaded):
-    fast, _ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    fast, *_ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
     monkeypatch.setattr("minima.data.tokenizer.load_tokenizer", lambda folder: loaded)
-    slow, _ = Encoder(tmp_path, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    slow, *_ = Encoder(tmp_path, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
     assert slow.ids.tolist() == fast.ids.tolist()
 
 

@@ -1,0 +1,129 @@
+"""What a build says of itself: its report, what it left out, and whether there is enough."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from minima.data.documents import Rejected
+from minima.data.mixture import SourceStream
+from minima.data.store import TokenStore
+from minima.errors import DataError
+from minima.recipe.schema import BuildData
+
+_LOG = logging.getLogger("minima.data")
+_ENTROPY_BLOCKS = 4096  # read at once
+
+
+def build_report(
+    streams: list[SourceStream],
+    labels: list[str],
+    written: dict[str, Any],
+    set_aside: dict[str, Any],
+    beyond_tokens: int,
+) -> dict[str, Any]:
+    """Everything that the report says but the time and the stage's settings.
+
+    Args:
+        streams: the sources, read.
+        labels: what they are called.
+        written: what the training store's writer finished with.
+        set_aside: the same of the held-out store.
+        beyond_tokens: tokens that `tokens` left no room for.
+    """
+    bytes_, characters = sum(s.bytes for s in streams), sum(s.characters for s in streams)
+    tokens, learnt_tokens = sum(s.tokens for s in streams), sum(s.learnt_tokens for s in streams)
+    rejected: dict[str, int] = {}
+    for stream in streams:
+        for reason, count in stream.rejected.counts.items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    chat = _chat_report(streams, written, set_aside) if "padding_tokens" in written else {}
+    return chat | {
+        "documents": written["documents"],
+        "tokens": written["tokens"],
+        "blocks": written["blocks"],
+        "bytes": written["bytes"],
+        "dropped_tail_tokens": written["dropped_tokens"],
+        "tokens_beyond_budget": beyond_tokens,
+        "held_out_documents": set_aside["documents"],
+        "held_out_tokens": set_aside["tokens"],
+        "held_out_blocks": set_aside["blocks"],
+        "held_out_bytes": set_aside["bytes"],
+        "held_out_dropped_tail_tokens": set_aside["dropped_tokens"],
+        "rejected": rejected,
+        "tokens_per_character": tokens / characters,
+        "bytes_per_token": bytes_ / learnt_tokens,
+        "sources": {
+            label: {
+                "documents": s.documents,
+                "tokens": s.tokens,
+                "bytes": s.bytes,
+                "share": s.tokens / tokens,
+                "epochs": s.epochs,
+                "held_out_documents": s.held_out_documents,
+                "rejected": s.rejected.report(),
+            }
+            for label, s in zip(labels, streams, strict=True)
+        },
+    }
+
+
+def _chat_report(streams: list[SourceStream], written: dict[str, Any], set_aside: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of conversations and pairs alone."""
+    return {
+        "conversations": written["units"],
+        "learnt_tokens": written["learnt_tokens"],
+        "padding_tokens": written["padding_tokens"],
+        "padding_share": written["padding_tokens"] / written["tokens"],
+        "cut_conversations": sum(s.cut for s in streams),
+        "held_out_conversations": set_aside["units"],
+        "held_out_learnt_tokens": set_aside["learnt_tokens"],
+        "held_out_padding_tokens": set_aside["padding_tokens"],
+    }
+
+
+def show_rejected(label: str, rejected: Rejected) -> None:
+    """Say what a source's records that gave no document were: a few in a large source are no reason to stop."""
+    for reason, count in sorted(rejected.counts.items()):
+        examples = [f"{example['where']}: {example['excerpt']!r}" for example in rejected.examples[reason]]
+        records = f"{count} {'record' if count == 1 else 'records'}"
+        _LOG.warning("source %s: left out %s, %s\n  %s", label, records, reason, "\n  ".join(examples))
+
+
+def check_enough(stage: BuildData, written: dict[str, Any], set_aside: dict[str, Any], held_out_documents: int) -> None:
+    """Refuse stores without a block.
+
+    Raises:
+        DataError: says how much there was.
+    """
+    if not written["blocks"]:
+        raise DataError(
+            f"the text has {written['dropped_tokens']} training tokens, less than one block of {stage.sequence_length}",
+            "there would be nothing to train on",
+            "give more text or a shorter `sequence_length`",
+        )
+    if stage.held_out_fraction and not set_aside["blocks"]:
+        raise DataError(
+            f"held_out_fraction {stage.held_out_fraction} chose {held_out_documents} documents with "
+            f"{set_aside['dropped_tokens']} tokens, less than one block of {stage.sequence_length}",
+            "there would be nothing to evaluate on",
+            "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without",
+        )
+
+
+def unigram_entropy(store: TokenStore) -> float | None:
+    """Entropy of a store's own token distribution, in nats a token: what a model without context can reach at best.
+
+    Returns:
+        That of the tokens to be learnt; None for a store without any.
+    """
+    if not len(store):
+        return None
+    counts = np.zeros(store.vocabulary_size, dtype=np.int64)
+    for begin in range(0, len(store), _ENTROPY_BLOCKS):
+        numbers = np.arange(begin, min(len(store), begin + _ENTROPY_BLOCKS))
+        tokens, learnt = store.blocks(numbers), store.learnt(numbers)
+        tokens = tokens.reshape(-1) if learnt is None else tokens[learnt]
+        counts += np.bincount(tokens, minlength=store.vocabulary_size)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

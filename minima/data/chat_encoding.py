@@ -1,0 +1,130 @@
+"""Conversations and preference pairs -> token ids and what of them is to be learnt, in a worker process."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minima.data.chat import ChatTemplate, ChatTokenizer, TokenizedChat
+from minima.data.conversations import ASSISTANT, SYSTEM, Conversation, Pair, Turn, Unfit, unpack
+from minima.data.encoding import Batch, Encoded, Result
+from minima.data.store import token_dtype
+
+_AT_ONCE = 64  # conversations given to the tokenizer in one call
+
+
+class _Unit(NamedTuple):
+    """A conversation, or a pair of them in one."""
+
+    ids: list[int]
+    learnt: np.ndarray
+    size: int
+    characters: int
+    first: int
+    cut: int = 0
+
+
+class ChatEncoder:
+    """Encodes packed conversations or pairs; what cannot be learnt whole is cut at a turn boundary or rejected.
+
+    Args:
+        folder: holds `tokenizer.json`.
+        template: the chat template.
+        vocabulary_size: decides two or four bytes an id.
+        sequence_length: no conversation and no pair is longer.
+        pairs: preference pairs are given.
+    """
+
+    def __init__(
+        self, folder: Path, template: ChatTemplate, vocabulary_size: int, sequence_length: int, pairs: bool
+    ) -> None:
+        from tokenizers import Tokenizer
+
+        self._chat = ChatTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), template)
+        self._dtype, self._limit, self._pairs = np.dtype(token_dtype(vocabulary_size)), sequence_length, pairs
+
+    def __call__(self, batch: Batch) -> Result:
+        """Encode conversations or pairs."""
+        records = [unpack(text, pairs=self._pairs) for text in batch.texts]
+        held_out = batch.held_out.mask([record.content.encode("utf-8") for record, _ in records])
+        units: list[_Unit] = []
+        aside: list[bool] = []
+        rejected: list[tuple[str, str, str]] = []
+        kept = np.flatnonzero(~held_out) if batch.skip_held_out else np.arange(len(records))
+        for begin in range(0, len(kept), _AT_ONCE):
+            some = kept[begin : begin + _AT_ONCE].tolist()
+            for number, unit in zip(some, self._encode([records[number][0] for number in some]), strict=True):
+                if isinstance(unit, Unfit):
+                    rejected.append((str(unit), records[number][1], batch.texts[number].partition("\n")[0]))
+                else:
+                    units.append(unit)
+                    aside.append(bool(held_out[number]))
+        return Result(self._columns(units), np.array(aside, dtype=bool), rejected)
+
+    def _encode(self, records: list[Conversation | Pair]) -> list[_Unit | Unfit]:
+        documents: list[list[Turn]] = []
+        for record in records:
+            documents += record.documents
+        chats = iter(self._chat.encode(documents))
+        units: list[_Unit | Unfit] = []
+        for record in records:
+            found = [next(chats) for _ in record.documents]
+            try:
+                if any(self._chat.forges(turns) for turns in record.documents):
+                    raise Unfit("forged_marker")
+                fit = [chat for chat in found if isinstance(chat, TokenizedChat)]
+                for chat in found:
+                    if isinstance(chat, Unfit):
+                        raise chat
+                if isinstance(record, Conversation):
+                    units.append(self._conversation(record, fit[0]))
+                else:
+                    units.append(self._pair(record, *fit))
+            except Unfit as unfit:
+                units.append(unfit)
+        return units
+
+    def _conversation(self, record: Conversation, chat: TokenizedChat) -> _Unit:
+        """A conversation, or as many exchanges of it as fit."""
+        turns, exchanges = record.turns, len(chat.replies)
+        while len(chat.ids) > self._limit:
+            fitting = sum(end <= self._limit for _, end in chat.replies[:-1])
+            exchanges = min(fitting, exchanges - 1)
+            if not exchanges:
+                raise Unfit("too_long")
+            turns = turns[: 2 * exchanges + (turns[0][0] == SYSTEM)]
+            (shorter,) = self._chat.encode([turns])
+            if isinstance(shorter, Unfit):
+                raise shorter
+            chat = shorter
+        size = sum(len(text.encode("utf-8")) for role, text in turns if role == ASSISTANT)
+        cut = len(record.turns) - len(turns) + record.left_out
+        return _Unit(chat.ids, _learnt(chat, chat.replies), size, len(chat.text), len(chat.ids), cut)
+
+    def _pair(self, record: Pair, chosen: TokenizedChat, rejected: TokenizedChat) -> _Unit:
+        """Both answers, each after the prompt; they fit into one block, or not at all."""
+        if len(chosen.ids) + len(rejected.ids) > self._limit:
+            raise Unfit("too_long")
+        learnt = [_learnt(chat, chat.replies[-1:]) for chat in (chosen, rejected)]
+        if chosen.ids == rejected.ids:
+            raise Unfit("equal_answers")
+        size = sum(len(text.encode("utf-8")) for text in (record.chosen, record.rejected))
+        characters = len(chosen.text) + len(rejected.text)
+        return _Unit(chosen.ids + rejected.ids, np.concatenate(learnt), size, characters, len(chosen.ids))
+
+    def _columns(self, units: list[_Unit]) -> Encoded:
+        ids = [np.empty(0, dtype=self._dtype), *(np.array(unit.ids, dtype=self._dtype) for unit in units)]
+        learnt = [np.empty(0, dtype=np.uint8), *(unit.learnt for unit in units)]
+        numbers = [(len(unit.ids), unit.size, unit.characters, unit.first, unit.cut) for unit in units]
+        lengths, sizes, characters, firsts, cut = np.array(numbers, dtype=np.int64).reshape(-1, 5).T
+        return Encoded(np.concatenate(ids), lengths, sizes, characters, np.concatenate(learnt), firsts, cut)
+
+
+def _learnt(chat: TokenizedChat, replies: list[tuple[int, int]]) -> np.ndarray:
+    """1 for the tokens of these replies."""
+    learnt = np.zeros(len(chat.ids), dtype=np.uint8)
+    for begin, end in replies:
+        learnt[begin:end] = 1
+    if not learnt.any():
+        raise Unfit("no_answer")
+    return learnt
