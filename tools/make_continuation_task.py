@@ -14,6 +14,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def sentences() -> list[Pair]:
     pairs = []
     for record in held_out("sotu"):
         found = list(SENTENCE.finditer(record["text"]))
-        for index, (one, two) in enumerate(zip(found, found[1:], strict=False)):
+        for index, (one, two) in enumerate(pairwise(found)):
             between = record["text"][one.end() : two.start()]
             first, second = one[0], two[0]
             fair = fits(first, ENGLISH_CONTEXT) and fits(second, ENGLISH_CHOICE) and between == " "

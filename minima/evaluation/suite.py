@@ -190,7 +190,7 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
     numbers = {**results.get("results", {}), **results.get("groups", {})}.get(asked.task, {})
     values = {key: value for key, value in numbers.items() if "," in key and isinstance(value, int | float)}
     metrics = {key: value for key, value in values.items() if not key.partition(",")[0].endswith("_stderr")}
-    shown = asked.metric or next(iter(metrics), None)
+    shown = asked.metric or next(iter(metrics), "")
     if shown not in metrics:
         raise StageError(
             f"lm-eval gave no {shown or 'number'} for {asked.task} (it gave {', '.join(metrics) or 'nothing'})",

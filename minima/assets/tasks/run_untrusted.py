@@ -21,7 +21,7 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET
 def main() -> None:
     """Shut the doors, then run."""
     token = sys.stdin.buffer.read()
-    sys.stdin = open(os.devnull)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     say = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     limits = {

@@ -1,0 +1,241 @@
+"""Answers to a judge's questions, in the judge's own file format: FastChat's for MT-Bench, AlpacaEval's outputs.
+
+The judging is theirs: it needs a stronger model, which is asked elsewhere.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from minima.errors import DataError
+from minima.recipe.release import Answers
+
+# FastChat, llm_judge/common.py, `temperature_config`; its default where a category is not among them.
+TEMPERATURES = {
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
+    "humanities": 0.1,
+}  # fmt: skip
+OTHER_TEMPERATURE = 0.7
+logger = logging.getLogger(__name__)
+
+
+class Replies(Protocol):
+    """The part of a `Generator` that is used here."""
+
+    def reply(self, messages: list[dict[str, str]], **options: Any) -> str: ...
+
+
+def read_questions(path: Path, answers: Answers) -> list[dict[str, Any]]:
+    """The questions of a file: JSON lines, or one JSON list.
+
+    Raises:
+        DataError: it is missing, empty or not JSON, or a question lacks what its format needs or comes twice.
+    """
+    where = f"questions {path} ({answers.format})"
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(s) for s in text.splitlines() if s]
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{where} cannot be read: {error}",
+            "there would be nothing to answer",
+            "give the project's own question file: JSON lines, or a JSON list",
+        ) from None
+    alpaca = answers.format == "alpaca_eval"
+    for number, row in enumerate(rows):
+        good = isinstance(row, dict) and (_is_instruction(row) if alpaca else _is_conversation(row))
+        if not good:
+            needs = "an `instruction`" if alpaca else "a `question_id` and a list of `turns`"
+            raise DataError(
+                f"{where}: question {number + 1} has not {needs}",
+                "the judge could not find its answer",
+                "give the project's own question file, unchanged",
+            )
+    names = [_key(row, answers.format) for row in rows]
+    if not rows or len(set(names)) < len(names):
+        raise DataError(
+            f"{where} {'holds a question twice' if rows else 'is empty'}",
+            "the judge expects one answer to each question",
+            "give the project's own question file, unchanged",
+        )
+    return rows
+
+
+def write_answers(
+    answers: Answers,
+    questions: Sequence[Mapping[str, Any]],
+    load: Callable[[], Replies],
+    path: Path,
+    *,
+    name: str,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Answer every question that is not answered yet.
+
+    Each answer is on the disk before the next is begun (in `PATH.answered`, one a line), so that a run that was killed
+    goes on after the last; the judge's file appears once all are there.
+
+    Args:
+        answers: format and length.
+        questions: from `read_questions`.
+        load: gives the generator; asked for once something is left to answer.
+        path: the judge's file.
+        name: of the model, as the judge's tables show it.
+        seed: with the question, of the sampling.
+        progress: told how many questions are answered.
+
+    Returns:
+        `questions`, `resumed` (answered by an earlier start) and `unanswered` (turns whose question does not fit into
+        the model's window; their answer is empty).
+
+    Raises:
+        DataError: not one question could be answered.
+    """
+    answered = path.with_name(path.name + ".answered")
+    kept = dict(_kept(answered, {_digest(question) for question in questions}))
+    resumed = len(kept)
+    refusal: DataError | None = None
+    generator = load() if resumed < len(questions) else None
+    for question in questions:
+        digest = _digest(question)
+        if digest in kept:
+            continue
+        assert generator is not None
+        turns, missed = _turns(question, answers, generator, seed)
+        refusal = refusal or missed
+        kept[digest] = {"question": digest, "turns": turns, "time": time.time()}
+        _append(answered, kept[digest])
+        progress(len(kept))
+    unanswered = sum(not turn for row in kept.values() for turn in row["turns"])
+    if refusal is not None and unanswered == sum(len(row["turns"]) for row in kept.values()):
+        answered.unlink()
+        raise refusal
+    if unanswered:
+        logger.warning("%s: %d turns have an empty answer (%s)", path.name, unanswered, refusal and refusal.what)
+    rows = [(question, kept[_digest(question)]) for question in questions]
+    _publish(path, _alpaca_eval(rows, name) if answers.format == "alpaca_eval" else _fastchat(rows, name))
+    return {"questions": len(questions), "resumed": resumed, "unanswered": unanswered}
+
+
+def temperature(question: Mapping[str, Any], answers: Answers) -> float:
+    """As the judge's own script samples: by the question's category in MT-Bench, greedily for AlpacaEval."""
+    if answers.format == "alpaca_eval":
+        return 0.0
+    if "required_temperature" in question:  # FastChat's own way to say it for one question
+        return float(question["required_temperature"])
+    return TEMPERATURES.get(str(question.get("category")), OTHER_TEMPERATURE)
+
+
+def _turns(
+    question: Mapping[str, Any], answers: Answers, generator: Replies, seed: int
+) -> tuple[list[str], DataError | None]:
+    asked = [_instruction(question)] if answers.format == "alpaca_eval" else question["turns"]
+    own_seed = _number(f"{seed} {_key(question, answers.format)}") % 2**31  # the same whichever questions came before
+    messages: list[dict[str, str]] = []
+    turns, refusal = [], None
+    for index, turn in enumerate(asked):
+        messages.append({"role": "user", "content": turn})
+        try:
+            reply = generator.reply(
+                list(messages),
+                max_new_tokens=answers.max_new_tokens,
+                temperature=temperature(question, answers),
+                seed=own_seed + index,
+            ).strip()
+        except DataError as error:  # it does not fit into the window; the judge still expects a turn
+            reply, refusal = "", error
+        turns.append(reply)
+        messages.append({"role": "assistant", "content": reply})
+    return turns, refusal
+
+
+def _fastchat(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> str:
+    """`data/mt_bench/model_answer/MODEL.jsonl`."""
+    lines = [
+        {
+            "question_id": question["question_id"],
+            "answer_id": _identifier(f"{name} {row['question']} {row['turns']}"),
+            "model_id": name,
+            "choices": [{"index": 0, "turns": row["turns"]}],
+            "tstamp": row["time"],
+        }
+        for question, row in rows
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _alpaca_eval(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> str:
+    """`model_outputs` of `alpaca_eval --model_outputs`."""
+    lines = [
+        {
+            "instruction": question["instruction"],
+            **({"input": question["input"]} if question.get("input") else {}),
+            "output": row["turns"][0],
+            "generator": name,
+            "dataset": question.get("dataset", "alpaca_eval"),
+        }
+        for question, row in rows
+    ]
+    return json.dumps(lines, ensure_ascii=False, indent=2) + "\n"
+
+
+def _is_instruction(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("instruction"), str) and bool(row["instruction"].strip())
+
+
+def _is_conversation(row: Mapping[str, Any]) -> bool:
+    turns = row.get("turns")
+    return "question_id" in row and isinstance(turns, list) and bool(turns) and all(isinstance(t, str) for t in turns)
+
+
+def _instruction(row: Mapping[str, Any]) -> str:
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else str(row["instruction"])
+
+
+def _key(question: Mapping[str, Any], format: str) -> str:
+    return _identifier(_instruction(question)) if format == "alpaca_eval" else str(question["question_id"])
+
+
+def _digest(question: Mapping[str, Any]) -> str:
+    """Of the whole question: an answer to another wording is none to this one."""
+    return _identifier(json.dumps(question, sort_keys=True))
+
+
+def _number(text: str) -> int:
+    return int(hashlib.sha256(text.encode("utf-8")).hexdigest(), 16)
+
+
+def _identifier(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:22]
+
+
+def _kept(answered: Path, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not answered.is_file():
+        return
+    for line in answered.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # cut off in the middle by the end of that start; it is answered again
+            continue
+        if isinstance(row, dict) and row.get("question") in wanted:
+            yield row["question"], row
+
+
+def _append(answered: Path, row: Mapping[str, Any]) -> None:
+    torn = answered.is_file() and answered.stat().st_size and not answered.read_bytes().endswith(b"\n")
+    with answered.open("a", encoding="utf-8") as file:
+        file.write(("\n" if torn else "") + json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

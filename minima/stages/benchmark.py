@@ -1,0 +1,174 @@
+"""The benchmark stage: the field's own harness on a model's folder, and answer files for judges."""
+
+import logging
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from minima.errors import StageError
+from minima.evaluation.harness import Settings, ask, lm_eval_folder
+from minima.evaluation.judged import read_questions, write_answers
+from minima.evaluation.suite import SUITE, Asked, file_hashes, plan_suite, plan_tasks, score, table, write_tasks
+from minima.models.layout import has_chat_template, model_folder
+from minima.recipe.release import Benchmark
+from minima.report.progress import Progress
+from minima.stages.context import StageContext
+from minima.stages.manifest import write_json
+
+RANKS = False
+ANSWER_FILES = {"mt_bench": "mt_bench.jsonl", "mt_bench_zh": "mt_bench_zh.jsonl", "alpaca_eval": "alpaca_eval.json"}
+_FLAT = ("score", "metric", "filter", "shots", "items", "stderr", "version", "limited", "stand_in")
+logger = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Ask, store and show. Calls and answers that an earlier start finished are kept.
+
+    Leaves `benchmark.json`, lm-eval's own results, samples and logs under `lm_eval/`, and `answers/`.
+
+    Returns:
+        For each task `score` (a fraction), `metric`, `filter`, `shots`, `items`, `stderr`, `version`, `limited` and
+        `stand_in`; `left_out` and `answers` where there are any.
+
+    Raises:
+        StageError: the model, the items or lm-eval are missing, lm-eval failed, or a task would execute what the
+            model wrote without leave to do so.
+        DataError: the questions are not what their format asks for.
+    """
+    stage = context.stage
+    assert isinstance(stage, Benchmark)
+    model = check_model(model_folder(context.model(stage.model).folder), stage)
+    data = None if stage.data_folder is None else existing(stage.data_folder, "data_folder")
+    asked, left_out = plan_suite(data, context.allow_code_execution) if stage.suite else ([], [])
+    if stage.tasks:
+        asked += plan_tasks(stage.tasks, stage.num_fewshot, context.allow_code_execution)
+    formats = [answers.format for answers in stage.answers]
+    if len(set(formats)) < len(formats):
+        raise StageError(
+            f"answers of stage {stage.name!r} name {' and '.join(formats)}",
+            "each format has one file, so the second would overwrite the first",
+            "take a benchmark stage for each question file",
+        )
+    # Read before the first model is loaded: a mistake in the last of them is told at once.
+    questions = [read_questions(Path(answers.questions).expanduser(), answers) for answers in stage.answers]
+    progress = Progress(stage.name, sum(map(len, questions)))
+    if left_out:
+        logger.warning(
+            "%s is left out: it executes what the model wrote. Remove %s and give `minima run` the flag "
+            "--allow-code-execution to have it, best in a container",
+            ", ".join(left_out),
+            context.folder,
+        )
+    metrics: dict[str, Any] = {}
+    if asked:
+        metrics = _scores(context, stage, model, asked, data)
+        progress.note(f"{stage.model}, by lm-eval {metadata.version('lm_eval')}\n{table(metrics)}")
+    answered = _answers(context, stage, model, questions, progress) if questions else {}
+    shown = {name: {key: value for key, value in found.items() if key in _FLAT} for name, found in metrics.items()}
+    return shown | ({"left_out": left_out} if left_out else {}) | ({"answers": answered} if answered else {})
+
+
+def check_model(folder: Path, stage: Benchmark) -> Path:
+    """The folder, if plain transformers can load what is in it, and it has a chat template where one is asked for.
+
+    Raises:
+        StageError: it has not.
+    """
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not (folder / "config.json").is_file() or not has_tokenizer or not weights:
+        raise StageError(
+            f"model {stage.model!r}: {folder} is not an exported model (config.json, weights and tokenizer together)",
+            "lm-eval loads it with plain transformers",
+            "name an export stage, or give a folder in Hugging Face's layout",
+        )
+    if (stage.chat or stage.answers) and not has_chat_template(folder):
+        raise StageError(
+            f"model {stage.model!r} has no chat template, and {'chat: true' if stage.chat else 'answers'} needs one",
+            "a base model goes on with a text and was not taught whose turn it is",
+            "take the model that instruct has trained, or leave it out",
+        )
+    return folder
+
+
+def existing(text: str, key: str) -> Path:
+    """A folder of the recipe.
+
+    Raises:
+        StageError: it is not there.
+    """
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise StageError(
+            f"{key} {text!r} is no folder",
+            "the benchmark would have nothing to read",
+            "mend the path" + (", or make it with `python tools/fetch_benchmarks.py`" if key == "data_folder" else ""),
+        )
+    return path
+
+
+def _scores(
+    context: StageContext, stage: Benchmark, model: Path, asked: list[Asked], data: Path | None
+) -> dict[str, dict[str, Any]]:
+    folder = context.folder / "lm_eval"
+    lm_eval_folder()
+    folder.mkdir(exist_ok=True)
+    own = [existing(stage.task_folder, "task_folder")] if stage.task_folder else []
+    settings = Settings(
+        model=model,
+        dtype=stage.dtype,
+        batch_size=stage.batch_size,
+        limit=stage.limit,
+        chat=stage.chat,
+        seed=stage.seed,
+        task_folders=(write_tasks(folder / "tasks", data), *own),
+        allow_code_execution=context.allow_code_execution,
+    )
+    results = {each.call.name: ask(each.call, settings, folder) for each in asked}
+    scores = {each.name: score(each, results[each.call.name], stage.limit) for each in asked}
+    first = next(iter(results.values()))
+    files = [data / name for entry in SUITE for name in entry.files] if data is not None and stage.suite else []
+    write_json(
+        context.folder / "benchmark.json",
+        {
+            "model": stage.model,
+            "harness": {"name": "lm-eval", "version": first.get("lm_eval_version")},
+            "transformers": first.get("transformers_version"),
+            "dtype": first.get("config", {}).get("model_dtype"),
+            "window": first.get("max_length"),
+            "chat": stage.chat,
+            "chat_template_sha": first.get("chat_template_sha"),
+            "seed": stage.seed,
+            "limit": stage.limit,
+            "tasks": scores,
+            "data_sha256": file_hashes(files),
+        },
+    )
+    return scores
+
+
+def _answers(
+    context: StageContext, stage: Benchmark, model: Path, questions: list[list[dict[str, Any]]], progress: Progress
+) -> dict[str, Any]:
+    folder = context.folder / "answers"
+    folder.mkdir(exist_ok=True)
+    name, done = f"{context.recipe.name}-{stage.model}".replace("/", "-"), 0
+    counts: dict[str, Any] = {}
+    load = cache(partial(_generator, model, stage.dtype))
+    for answers, rows in zip(stage.answers, questions, strict=True):
+        path = folder / ANSWER_FILES[answers.format]
+
+        def report(answered: int, before: int = done, what: str = answers.format) -> None:
+            progress.update(before + answered, {"answered": what})
+
+        written = write_answers(answers, rows, load, path, name=name, seed=stage.seed, progress=report)
+        counts[answers.format] = written | {"file": str(path)}
+        done += len(rows)
+    return counts
+
+
+def _generator(model: Path, dtype: str | None) -> Any:
+    from minima.evaluation.generation import Generator
+
+    return Generator.load(model, dtype=dtype)
