@@ -26,7 +26,9 @@ class BenchmarkScore:
         stderr: of the value; none where the harness gives none.
         shots: examples before the question.
         version: of the task.
-        limit: items that were asked, where not all were.
+        items: that were asked.
+        limited: whether there are more of them.
+        stand_in: whether they were made in place of the benchmark's own, which are not to be had.
     """
 
     task: str
@@ -34,16 +36,24 @@ class BenchmarkScore:
     value: float
     harness: str
     stderr: float | None = None
-    shots: int | None = None
+    shots: str | None = None
     version: str | None = None
-    limit: int | None = None
+    items: int | None = None
+    limited: bool = False
+    stand_in: bool = False
+
+    @property
+    def mark(self) -> str:
+        """What has to be said beside the task's name; empty for a whole score."""
+        marks = ["stand-in items"] if self.stand_in else [f"{self.items} items"] if self.limited else []
+        return f" ({', '.join(marks)})" if marks else ""
 
 
 def with_benchmarks(card: str, name: str, scores: Sequence[BenchmarkScore]) -> str:
     """A card that tells these scores in place of any that it told before; all else stays as it is, edits included.
 
-    A score on a part of its items is in the table, marked as such, and not in the `model-index`, where it would be
-    taken for a whole one.
+    A score on a part of its items, or on others in their place, is in the table, marked as such, and not in the
+    `model-index`, where it would be taken for a whole one.
 
     Args:
         card: a model card with front matter that is a YAML mapping.
@@ -53,7 +63,7 @@ def with_benchmarks(card: str, name: str, scores: Sequence[BenchmarkScore]) -> s
     if not scores:
         return card
     head, body = split(card)
-    whole = [score for score in scores if score.limit is None]
+    whole = [score for score in scores if not score.mark]
     head = {key: value for key, value in head.items() if key != "model-index"}
     if whole:
         head["model-index"] = [{"name": name, "results": [_result(score) for score in whole]}]
@@ -85,9 +95,9 @@ def split(card: str) -> tuple[dict[str, Any], str]:
 def _section(scores: Sequence[BenchmarkScore]) -> str:
     rows = [
         (
-            score.task + (f" (first {score.limit} items)" if score.limit is not None else ""),
+            score.task + score.mark,
             score.metric,
-            None if score.shots is None else str(score.shots),
+            score.shots,
             score.value,
             score.stderr,
             score.version,

@@ -1,5 +1,6 @@
 """Benchmark scores that came after an export, for its model card. No torch."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ def updated_card(export: Path, card: str) -> str:
     """
     scores: list[BenchmarkScore] = []
     for folder in sorted(path for path in export.resolve().parent.iterdir() if is_finished(path)):
-        manifest = read_manifest(folder)
-        stage = manifest.get("stage", {})
+        stage = read_manifest(folder).get("stage", {})
         if stage.get("kind") == "benchmark" and _is_of(stage, export):
-            scores += benchmark_scores(manifest.get("metrics") or {})
+            scores += benchmark_scores(folder)
     if scores:
         logger.info("the card of %s tells %d benchmark scores", export.name, len(scores))
     return with_benchmarks(card, export.name, scores)
@@ -37,22 +37,24 @@ def _is_of(stage: dict[str, Any], export: Path) -> bool:
     return name == export.resolve().name or ("/" in name and Path(name).expanduser().resolve() in folders)
 
 
-def benchmark_scores(metrics: dict[str, Any]) -> list[BenchmarkScore]:
-    """The scores in a benchmark stage's metrics; one that was not measured is left out."""
-    found = []
-    for task, score in (metrics.get("scores") or {}).items():
-        if not isinstance(score, dict) or not isinstance(score.get("value"), int | float):
-            continue
-        found.append(
-            BenchmarkScore(
-                task=task,
-                metric=str(score.get("metric", "score")),
-                value=float(score["value"]),
-                harness=f"lm-eval {metrics.get('lm_eval_version', '')}".strip(),
-                stderr=score.get("stderr"),
-                shots=score.get("shots"),
-                version=None if score.get("version") is None else str(score["version"]),
-                limit=score.get("limit"),
-            )
+def benchmark_scores(folder: Path) -> list[BenchmarkScore]:
+    """The scores that a benchmark stage stored; none where it only wrote answers."""
+    if not (folder / "benchmark.json").is_file():
+        return []
+    found = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    harness = " ".join(str(part) for part in found["harness"].values() if part is not None)
+    return [
+        BenchmarkScore(
+            task=name,
+            metric=task["metric"],
+            value=task["score"],
+            harness=harness,
+            stderr=task["stderr"] if isinstance(task["stderr"], int | float) else None,
+            shots=None if task["shots"] is None else str(task["shots"]),
+            version=None if task["version"] is None else str(task["version"]),
+            items=task["items"],
+            limited=task.get("limited", False),
+            stand_in=task.get("stand_in", False),
         )
-    return found
+        for name, task in found["tasks"].items()
+    ]

@@ -6,7 +6,7 @@ another number of shards, say) goes in the same commit; files that are not a mod
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ class Pushed:
         url: of the repository.
         commit: that the branch stands at now.
         changed: False where the Hub had the same files already, and no commit was made.
+        private: whether the repository is.
         files: that the repository has from this folder.
         removed: files of an earlier push that this model does not have.
         left_out: what lies in the folder and is no part of a model.
@@ -35,6 +36,7 @@ class Pushed:
     url: str
     commit: str
     changed: bool
+    private: bool
     files: list[str]
     removed: list[str]
     left_out: list[str]
@@ -44,7 +46,8 @@ class Pushed:
         done = f"pushed {len(self.files)} files" if self.changed else "nothing to push: the Hub has the same files"
         found = [f"left out, as no part of a model: {', '.join(self.left_out)}"] if self.left_out else []
         found += [f"removed, as this model does not have it: {', '.join(self.removed)}"] if self.removed else []
-        return [*found, f"{done}; {self.url} is at commit {self.commit}"]
+        who = "private" if self.private else "public"
+        return [*found, f"{done}; {self.url} ({who}) is at commit {self.commit}"]
 
 
 def publish(
@@ -134,7 +137,22 @@ def push(
         operations: list[Any] = [CommitOperationAdd(name, file) for name, file in content.items()]
         operations += [CommitOperationDelete(name) for name in removed]
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
-        return Pushed(str(url), commit.oid, commit.oid != before.sha, sorted(content), removed, left_out)
+        _check_nothing_ignored(api, repo, commit.oid, there, content)
+    changed = commit.oid != before.sha
+    return Pushed(str(url), commit.oid, changed, bool(before.private), sorted(content), removed, left_out)
+
+
+def _check_nothing_ignored(api: Any, repo: str, commit: str, there: list[str], content: Collection[str]) -> None:
+    """huggingface_hub leaves out, without a word, what a .gitignore in the repository names."""
+    if ".gitignore" not in there:
+        return
+    now = {sibling.rfilename for sibling in api.model_info(repo, revision=commit).siblings or []}
+    if missing := sorted(set(content) - now):
+        raise StageError(
+            f"the .gitignore of {repo} keeps out {', '.join(missing)}",
+            f"commit {commit} has the other files, and is no whole model",
+            "remove those lines from the .gitignore on the Hub, then run the same command again",
+        )
 
 
 @contextmanager

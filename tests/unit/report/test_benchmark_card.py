@@ -18,7 +18,7 @@ Text that a person wrote: 你好.
 
 None.
 """
-SCORE = BenchmarkScore("mmlu", "acc", 0.2543, "lm-eval 0.4.13", stderr=0.01, shots=5, version="2")
+SCORE = BenchmarkScore("mmlu", "acc", 0.2543, "lm-eval 0.4.13", stderr=0.01, shots="5", version="2", items=100)
 
 
 def test_scores_come_before_the_limits_and_the_rest_stays():
@@ -36,8 +36,8 @@ def test_the_hub_reads_the_same_numbers():
 
 
 def test_a_score_on_some_items_is_marked_and_no_result_for_the_hub():
-    text = with_benchmarks(CARD, "student", [replace(SCORE, limit=20)])
-    assert "mmlu (first 20 items)" in text
+    text = with_benchmarks(CARD, "student", [replace(SCORE, items=20, limited=True)])
+    assert "mmlu (20 items)" in text
     assert "model-index" not in text
 
 
