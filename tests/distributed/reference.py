@@ -1,18 +1,39 @@
 """What the engine has to equal: one plain PyTorch process, dense logits, no DeepSpeed, no micro-batches."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from minima.engine.schedule import Schedule
 from minima.models.causal_lm import load_plain
+from minima.models.weights import WeightSource
 from tests.distributed.tiny import step_documents, step_tokens, student_source, teacher_source
+from tests.pairs import pair_losses
 
 
 def plain_training(
     settings, hard: float, soft: float, temperature: float, packed: bool = False
 ) -> list[dict[str, float]]:
-    """Losses and gradient norms of the same run, step by step; packed rows are read document by document."""
+    """Losses and gradient norms of the same run, step by step; packed rows run document by document."""
     student, teacher = load_plain(student_source()).train(), load_plain(teacher_source())
+
+    def loss_of(step: int) -> Tensor:
+        tokens_BT, valid_BT = step_tokens(step)
+        return _mean_loss(student, teacher, _pieces(tokens_BT, valid_BT, step, packed), hard, soft, temperature)
+
+    return _train(settings, student, loss_of)
+
+
+def plain_preference(settings, reference: WeightSource, blocks: list[list[int]], seed: int, **kind) -> list[dict]:
+    """The same of preference optimisation, pair by pair, from the blocks of each step."""
+    student, frozen = load_plain(student_source()).train(), load_plain(reference)
+    return _train(
+        settings, student, lambda step: torch.stack([*pair_losses(student, frozen, blocks[step], seed, **kind)]).mean()
+    )
+
+
+def _train(settings, student: torch.nn.Module, loss_of: Callable[[int], Tensor]) -> list[dict[str, float]]:
     groups = [
         {"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -21,8 +42,7 @@ def plain_training(
     schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup_steps, "cosine", 0.1)
     records = []
     for step in range(settings.steps):
-        tokens_BT, valid_BT = step_tokens(step)
-        loss = _mean_loss(student, teacher, _pieces(tokens_BT, valid_BT, step, packed), hard, soft, temperature)
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)

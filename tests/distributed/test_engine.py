@@ -20,17 +20,6 @@ PER_STEP, MEAN = 3e-6, 1e-6
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("two-ranks")
-
-
-@pytest.fixture(scope="module")
-def two_ranks(folder):
-    names = ["language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary", "closing"]
-    return run_scenarios([*names, "bfloat16_start", "host_reads", "packed"], folder)
-
-
-@pytest.fixture(scope="module")
 def one_rank(two_ranks, folder):
     return run_scenarios(["load_elsewhere", "distillation_alone"], folder, world_size=1)
 

@@ -1,0 +1,20 @@
+"""One started pair of ranks for all tests here: starting it costs more than most scenarios."""
+
+import pytest
+
+from tests.distributed.ranks import run_scenarios
+
+SCENARIOS = [
+    "language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary", "closing",
+    "bfloat16_start", "host_reads", "packed", "preference", "preference_host_reads", "align_stage",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two-ranks")
+
+
+@pytest.fixture(scope="session")
+def two_ranks(folder):
+    return run_scenarios(SCENARIOS, folder, timeout_seconds=600)

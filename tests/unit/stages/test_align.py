@@ -1,0 +1,64 @@
+"""What an align stage refuses before any engine is built."""
+
+import pytest
+import torch.distributed as dist
+
+from minima.data.packing import StoreWriter
+from minima.errors import DataError, ShapeError, VocabularyMismatch
+from minima.launcher import Launch
+from minima.models.shape import ModelShape
+from minima.recipe.schema import Recipe
+from minima.stages import align
+from minima.stages.context import StageContext
+from tests.pairs import VOCABULARY, write_pairs
+
+SHAPE = ModelShape(vocabulary_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """A process group of this process; an engine must not be built in it."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    monkeypatch.setattr(align, "FrozenHost", None)
+    yield
+    dist.destroy_process_group()
+
+
+def stage_of(**changes) -> dict:
+    return {
+        "name": "aligned", "kind": "align", "model": {"random": SHAPE.model_dump()}, "batch_sequences": 2,
+        "micro_batch_sequences": 1, "steps": 1, "learning_rate": 1e-4, "data": "unknown", **changes,
+    }  # fmt: skip
+
+
+def run(tmp_path, **changes):
+    stages = [stage_of(data=str(tmp_path / "data"), **changes)]
+    recipe = Recipe.model_validate({"name": "pairs", "stages": stages})
+    path = tmp_path / "recipe.yaml"
+    return align.run(StageContext(recipe, path, recipe.stages[0], tmp_path / "own", tmp_path, Launch()))
+
+
+def test_text_is_no_preference(tmp_path):
+    for name in ("train", "held_out"):
+        with StoreWriter(tmp_path / "data" / name, sequence_length=4, vocabulary_size=9, end_token=0) as writer:
+            writer.finish()
+            writer.publish()
+    with pytest.raises(DataError, match=r"(?s)holds text.*align.*format: preferences"):
+        run(tmp_path)
+
+
+def test_a_reference_that_does_not_fit_is_refused(tmp_path):
+    for name in ("train", "held_out"):
+        write_pairs(tmp_path / "data" / name, 2)
+    other = SHAPE.model_copy(update={"vocabulary_size": VOCABULARY + 3})
+    with pytest.raises(VocabularyMismatch, match=r"61 tokens.*64"):
+        run(tmp_path, reference={"random": other.model_dump()})
+    short = SHAPE.model_copy(update={"max_positions": 4})
+    with pytest.raises(ShapeError, match="made for 4 positions"):
+        run(tmp_path, reference={"random": short.model_dump()})
+
+
+def test_smoothing_that_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"label_smoothing 0.1.*'ipo'"):
+        Recipe.model_validate({"name": "pairs", "stages": [stage_of(loss="ipo", label_smoothing=0.1)]})
+    Recipe.model_validate({"name": "pairs", "stages": [stage_of(label_smoothing=0.1)]})
