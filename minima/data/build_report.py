@@ -70,13 +70,14 @@ def build_report(
 
 def _chat_report(streams: list[SourceStream], written: dict[str, Any], set_aside: dict[str, Any]) -> dict[str, Any]:
     """What the report says of conversations and pairs alone."""
+    units = "pairs" if written["units"] < written["documents"] else "conversations"
     return {
-        "conversations": written["units"],
+        units: written["units"],
         "learnt_tokens": written["learnt_tokens"],
         "padding_tokens": written["padding_tokens"],
         "padding_share": written["padding_tokens"] / written["tokens"],
         "cut_conversations": sum(s.cut for s in streams),
-        "held_out_conversations": set_aside["units"],
+        f"held_out_{units}": set_aside["units"],
         "held_out_learnt_tokens": set_aside["learnt_tokens"],
         "held_out_padding_tokens": set_aside["padding_tokens"],
     }
