@@ -16,6 +16,7 @@ _ENTROPY_BLOCKS = 4096  # read at once
 
 
 def build_report(
+    format: str,
     streams: list[SourceStream],
     labels: list[str],
     written: dict[str, Any],
@@ -25,6 +26,7 @@ def build_report(
     """Everything that the report says but the time and the stage's settings.
 
     Args:
+        format: of the stage.
         streams: the sources, read.
         labels: what they are called.
         written: what the training store's writer finished with.
@@ -37,7 +39,7 @@ def build_report(
     for stream in streams:
         for reason, count in stream.rejected.counts.items():
             rejected[reason] = rejected.get(reason, 0) + count
-    chat = _chat_report(streams, written, set_aside) if "padding_tokens" in written else {}
+    chat = _chat_report(format, streams, written, set_aside) if format != "text" else {}
     return chat | {
         "documents": written["documents"],
         "tokens": written["tokens"],
@@ -68,9 +70,11 @@ def build_report(
     }
 
 
-def _chat_report(streams: list[SourceStream], written: dict[str, Any], set_aside: dict[str, Any]) -> dict[str, Any]:
+def _chat_report(
+    format: str, streams: list[SourceStream], written: dict[str, Any], set_aside: dict[str, Any]
+) -> dict[str, Any]:
     """What the report says of conversations and pairs alone."""
-    units = "pairs" if written["units"] < written["documents"] else "conversations"
+    units = "pairs" if format == "preferences" else format
     return {
         units: written["units"],
         "learnt_tokens": written["learnt_tokens"],

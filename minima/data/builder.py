@@ -153,7 +153,7 @@ def _encode(stage: BuildData, folder: Path, plan: _Plan) -> dict[str, Any]:
         show_rejected(label, stream.rejected)
     _LOG.info("wrote %d training and %d held-out blocks", written["blocks"], set_aside["blocks"])
     unigram = unigram_entropy(TokenStore.open(folder / "held_out"))
-    return build_report(streams, labels, written, set_aside, train.beyond_tokens) | {
+    return build_report(stage.format, streams, labels, written, set_aside, train.beyond_tokens) | {
         "unigram_entropy": unigram, "sequence_length": length, "vocabulary_size": plan.vocabulary_size,
     }  # fmt: skip
 
