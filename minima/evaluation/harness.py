@@ -198,7 +198,7 @@ def _tee(command_line: Sequence[str], environment: Mapping[str, str], log: Path)
 
 def _failure(call: Call, code: int, log: Path) -> StageError:
     text = log.read_text(encoding="utf-8", errors="replace")
-    if "confirm_run_unsafe_code" in text:
+    if "is marked as unsafe" in text:
         check_code_execution(["humaneval"], allowed=False)
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
     tail = "\n    ".join([line for line in lines if line.strip()][-_TAIL_LINES:])

@@ -116,6 +116,15 @@ class Benchmark(Stage):
                 "nothing would be measured",
                 "give `suite: minima`, a list of `tasks`, or `answers`",
             )
+        idle = ["num_fewshot"] if self.num_fewshot is not None and not self.tasks else []
+        if self.suite is None and not self.tasks:
+            idle += [key for key in ("task_folder", "data_folder", "limit") if getattr(self, key) is not None]
+        if idle:
+            raise RecipeError(
+                f"benchmark stage {self.name!r} sets {', '.join(idle)}, which nothing in it reads",
+                "the result would not be what the recipe seems to say",
+                "remove it, or name the `tasks` that it is for (`suite: minima` has its own number of examples)",
+            )
         return self
 
 

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def run(context: StageContext) -> dict[str, Any]:
     """Ask, store and show. Calls and answers that an earlier start finished are kept.
 
-    Leaves `benchmark.json`, lm-eval's own results, samples and logs under `lm_eval/`, and `answers/`.
+    Leaves `benchmark.json`, lm-eval's own results, samples and logs under `lm_eval/`, the task files with this
+    machine's paths under `task_files/`, and `answers/`.
 
     Returns:
         For each task `score` (a fraction), `metric`, `filter`, `shots`, `items`, `stderr`, `version`, `limited` and
@@ -122,13 +123,13 @@ def _scores(
         limit=stage.limit,
         chat=stage.chat,
         seed=stage.seed,
-        task_folders=(write_tasks(folder / "tasks", data), *own),
+        task_folders=(write_tasks(context.folder / "task_files", data), *own),
         allow_code_execution=context.allow_code_execution,
     )
     results = {each.call.name: ask(each.call, settings, folder) for each in asked}
     scores = {each.name: score(each, results[each.call.name], stage.limit) for each in asked}
     first = next(iter(results.values()))
-    files = [data / name for entry in SUITE for name in entry.files] if data is not None and stage.suite else []
+    files = [data / name for entry in SUITE for name in entry.files if (data / name).exists()] if data else []
     write_json(
         context.folder / "benchmark.json",
         {

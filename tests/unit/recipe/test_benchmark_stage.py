@@ -1,0 +1,31 @@
+"""What a benchmark stage refuses in a recipe."""
+
+import pytest
+
+from minima.errors import RecipeError
+from minima.recipe.release import Benchmark
+
+
+def stage(**keys):
+    return Benchmark(name="scores", kind="benchmark", model="m", **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "names no suite, no tasks and no answers"),
+        ({"suite": "minima", "num_fewshot": 3}, "sets num_fewshot, which nothing in it reads"),
+        (
+            {"answers": [{"format": "mt_bench", "questions": "q"}], "limit": 3, "data_folder": "d"},
+            "sets data_folder, limit, which nothing in it reads",
+        ),
+    ],
+)
+def test_refused(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        stage(**keys)
+
+
+def test_accepted():
+    assert stage(suite="minima", limit=3, data_folder="d", task_folder="t").seed == 1234
+    assert stage(tasks=["piqa"], num_fewshot=0).num_fewshot == 0
