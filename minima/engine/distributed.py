@@ -5,6 +5,8 @@ import datetime
 import logging
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -19,6 +21,7 @@ from minima.launcher import Launch, export_launch
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
 logger = logging.getLogger("minima.distributed")
+_alone = False
 
 
 def start(launch: Launch) -> None:
@@ -60,6 +63,21 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While rank 0 does what needs no other rank, nothing waits for them, though they are in its process group."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def _together() -> bool:
+    return dist.is_initialized() and not _alone
 
 
 def rank() -> int:
@@ -106,7 +124,7 @@ def raise_together(error: MinimaError | None) -> None:
     Args:
         error: this rank's, or None.
     """
-    if not dist.is_initialized():
+    if not _together():
         if error is not None:
             raise error
         return
@@ -124,12 +142,12 @@ def all_reduce_max(value: float) -> float:
 
 def share() -> tuple[int, int]:
     """This rank and the number of ranks, for work that is divided; (0, 1) outside of a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if _together() else (0, 1)
 
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank; without a process group this process's own."""
-    if not dist.is_initialized():
+    if not _together():
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)

@@ -1,9 +1,10 @@
 """What every rank does: run stages one after another in one process group, and publish each."""
 
 import importlib
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minima.disk import disk_full_named
@@ -123,7 +124,8 @@ def _run(module, context: StageContext, write) -> None:
     main, folder = context.launch.rank == 0, context.folder
     _begin(module, context, write)
     began = time.monotonic()
-    metrics = module.run(context)
+    with _alone(module):
+        metrics = module.run(context)
     if module.RANKS:
         from minima.engine import distributed
 
@@ -161,6 +163,18 @@ def _begin(module, context: StageContext, write) -> None:
         distributed.raise_together(refusal)
     elif refusal is not None:
         raise refusal
+
+
+@contextmanager
+def _alone(module) -> Iterator[None]:
+    """Around a stage that one process does: the other ranks of a group, if there is one, wait for its folder."""
+    if module.RANKS or "torch.distributed" not in sys.modules:  # no group can be there, and build_data needs no torch
+        yield
+        return
+    from minima.engine import distributed
+
+    with distributed.alone():
+        yield
 
 
 def _wait(folder: Path) -> None:
