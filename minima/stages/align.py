@@ -10,9 +10,9 @@ from minima.engine.objectives.preference import Preference
 from minima.engine.reference import HostReference, Reference
 from minima.engine.student import StudentView
 from minima.engine.teacher.host import FrozenHost
+from minima.errors import VocabularyMismatch
 from minima.evaluation.kept_reference import keep_references
 from minima.evaluation.preference import evaluate_preference
-from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
 from minima.models.weights import model_identity
 from minima.recipe.chat import Align
@@ -34,7 +34,7 @@ def run(context: StageContext) -> dict[str, Any]:
     references = _References(context, stage, origin)
 
     def objective(data: Path, student: ModelShape) -> Objective:
-        check_vocabularies(student.vocabulary_size, shape.vocabulary_size)
+        _check_vocabularies(student.vocabulary_size, shape.vocabulary_size, origin.identity)
         check_fit(shape, TokenStore.open(data / "train"), origin.identity)
         check_tokens(data, origin.tokenizer, origin.identity)
         references.open(data)
@@ -67,6 +67,15 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     finally:
         references.close()
+
+
+def _check_vocabularies(model: int, reference: int, name: str) -> None:
+    if model != reference:
+        raise VocabularyMismatch(
+            f"the model's vocabulary has {model} tokens, that of its reference {name} has {reference}",
+            "both say how likely the same answers are, so both must choose among the same tokens",
+            "take a reference with the model's own tokenizer, or leave `reference` out: the starting weights are one",
+        )
 
 
 def _objective(stage: Align, reference: Reference) -> Preference:

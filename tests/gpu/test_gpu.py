@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minima.losses import linear_distillation_loss
+from minima.losses import linear_distillation_loss, linear_token_log_probs
 from tests.distributed.ranks import run_scenarios
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +33,26 @@ def test_the_loss_and_its_gradients_equal_float64(dtype, tolerance):
     torch.testing.assert_close(loss.total.double(), wanted, rtol=1e-5, atol=1e-4)
     for found, reference in ((student.grad, exact.grad), (head.grad, exact_head.grad)):
         assert (found.double() - reference).abs().max() / reference.abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.2e-2)])
+def test_log_probabilities_and_their_gradients_equal_float64(dtype, tolerance):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 64, generator=generator, device="cuda").to(dtype).requires_grad_()
+    head = (torch.randn(1001, 64, generator=generator, device="cuda") * 0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, 1001, (300,), generator=generator, device="cuda")
+    labels[::5] = -100
+    above = torch.randn(300, generator=generator, device="cuda")
+    found = linear_token_log_probs(hidden, head, labels, chunk_tokens=64)
+    found.backward(above)
+
+    exact, exact_head = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
+    log_probs = (exact @ exact_head.T).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    wanted = log_probs * (labels != -100)
+    wanted.backward(above.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    for gradient, reference in ((hidden.grad, exact.grad), (head.grad, exact_head.grad)):
+        assert (gradient.double() - reference).abs().max() / reference.abs().max() < tolerance
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):

@@ -51,7 +51,7 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     for name in ("train", "held_out"):
         write_pairs(tmp_path / "data" / name, 2)
     other = SHAPE.model_copy(update={"vocabulary_size": VOCABULARY + 3})
-    with pytest.raises(VocabularyMismatch, match=r"61 tokens.*64"):
+    with pytest.raises(VocabularyMismatch, match=r"(?s)61 tokens.*reference.*64.*leave `reference` out"):
         run(tmp_path, reference={"random": other.model_dump()})
     short = SHAPE.model_copy(update={"max_positions": 4})
     with pytest.raises(ShapeError, match="made for 4 positions"):
