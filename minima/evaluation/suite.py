@@ -33,7 +33,7 @@ class Entry:
         files: what the local task reads, below the data folder.
         stand_in: the local items are hand-made, because the real ones cannot be had: no score of the benchmark.
         executes: executes what the model wrote.
-        paper: percent, of MiniMA-3B and MiniChat-3B (README of GeneZC/MiniMA).
+        paper: percent, of `PAPER_MODELS` (README of GeneZC/MiniMA).
         paper_harness: which gave those.
     """
 
@@ -50,6 +50,7 @@ class Entry:
     executes: bool = False
 
 
+PAPER_MODELS = ("MiniMA-3B", "MiniChat-3B")
 SUITE = (
     Entry("mmlu", "mmlu", "local_mmlu", 5, "acc,none", (28.51, 38.40), "hendrycks/test", files=("mmlu",)),
     Entry("ceval", "ceval-valid", "stand_in_ceval", 5, "acc,none", (28.23, 36.48), "hkust-nlp/ceval", stand_in=True),
@@ -219,8 +220,7 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
         "hashes": {leaf: results.get("task_hashes", {}).get(leaf) for leaf in leaves},
     }
     if asked.entry is not None:
-        names = ("MiniMA-3B", "MiniChat-3B")
-        paper = dict(zip(names, asked.entry.paper, strict=True)) | {"harness": asked.entry.paper_harness}
+        paper = dict(zip(PAPER_MODELS, asked.entry.paper, strict=True)) | {"harness": asked.entry.paper_harness}
         found["paper"] = None if asked.stand_in else paper
     return found
 
@@ -234,19 +234,19 @@ def _leaves(task: str, members: Mapping[str, Sequence[str]]) -> list[str]:
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Our scores in percent, beside the paper's, which other harnesses gave."""
+    compared = [found["paper"]["harness"] for found in scores.values() if found.get("paper")]
     rows: list[tuple[Any, ...]] = []
     for name, found in scores.items():
-        paper = found.get("paper") or {}
         marks = ["hand-made items: no score of the benchmark"] if found["stand_in"] else []
         marks += [f"limited: {found['items']} of {found['items_in_all']} items"] if found["limited"] else []
-        stderr = None if not isinstance(found["stderr"], int | float) else 100.0 * found["stderr"]
+        stderr = None if found["stderr"] is None else 100.0 * found["stderr"]
         own = (name, found["shots"], found["metric"], found["items"], 100.0 * found["score"], stderr)
-        rows.append((*own, paper.get("MiniMA-3B"), paper.get("MiniChat-3B"), "; ".join(marks) or None))
-    headers = ("task", "shots", "metric", "items", "score %", "stderr", "MiniMA-3B*", "MiniChat-3B*", "mark")
-    text = text_table(rows, headers)
-    if any(found.get("paper") for found in scores.values()):
-        used = dict.fromkeys(found["paper"]["harness"] for found in scores.values() if found.get("paper"))
-        text += f"\n* the paper's numbers, from ANOTHER harness each ({', '.join(used)}): not to be compared closely"
+        paper = found.get("paper") or {}
+        rows.append((*own, *([paper.get(model) for model in PAPER_MODELS] if compared else []), "; ".join(marks)))
+    theirs = [f"{model}*" for model in PAPER_MODELS] if compared else []
+    text = text_table(rows, ("task", "shots", "metric", "items", "score %", "stderr", *theirs, "mark"))
+    if compared:
+        text += f"\n* the paper's, each from ANOTHER harness ({', '.join(dict.fromkeys(compared))}): compare with care"
     return text
 
 

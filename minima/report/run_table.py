@@ -30,8 +30,15 @@ def _result(metrics: Mapping[str, Any]) -> str:
     losses = [value["loss"] for value in metrics.values() if isinstance(value, Mapping) and "loss" in value]
     if losses:  # an evaluation: one block of numbers for each model
         return f"{len(losses)} models, loss {number(min(losses))} to {number(max(losses))}"
+    scores = [value for value in metrics.items() if isinstance(value[1], Mapping) and "score" in value[1]]
+    if scores:  # a benchmark
+        return ", ".join(f"{name} {_percent(value)}" for name, value in scores)
     shown = [f"{key} {number(metrics[key])}" for key in _SHOWN if isinstance(metrics.get(key), int | float)]
     return ", ".join(shown)
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    return f"{100.0 * found['score']:.1f} %" + (f" of {found['items']} items only" if found.get("limited") else "")
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:

@@ -1,8 +1,8 @@
 """What a benchmark stage refuses in a recipe."""
 
 import pytest
+from pydantic import ValidationError
 
-from minima.errors import RecipeError
 from minima.recipe.release import Benchmark
 
 
@@ -22,7 +22,7 @@ def stage(**keys):
     ],
 )
 def test_refused(keys, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ValidationError, match=message):
         stage(**keys)
 
 

@@ -34,3 +34,12 @@ def test_while_stages_are_left_there_is_no_summary():
 )  # fmt: skip
 def test_numbers(value, text):
     assert number(value) == text
+
+
+def test_a_benchmark_shows_its_scores():
+    scores = {"mmlu": {"score": 0.285, "items": 7, "limited": True}, "drop": {"score": 0.5, "limited": False}}
+    assert (
+        run_table([row("b", scores | {"left_out": ["humaneval"]})], None)
+        .splitlines()[-1]
+        .endswith("mmlu 28.5 % of 7 items only, drop 50.0 %")
+    )
