@@ -25,15 +25,19 @@ def read_shuffled(
     return shuffled(read(source, rejected), f"{seed}:{number}:{passes}")
 
 
-def training_texts(sources: list[tuple[int, Source]], held_out: HeldOut, max_characters: int) -> Iterator[str]:
+def training_texts(
+    sources: list[tuple[int, Source]], held_out: HeldOut, max_characters: int, rejected: Rejected | None = None
+) -> Iterator[str]:
     """What is not held out, in proportion to the sources' weights, until enough was given or all of it.
 
     Args:
         sources: each with its place among the stage's sources.
         held_out: says what is; its seed orders the documents.
         max_characters: the last document is cut there.
+        rejected: takes records that are no text.
     """
-    readers = [read_shuffled(source, number, held_out.seed, Rejected()) for number, source in sources]
+    rejected = Rejected() if rejected is None else rejected
+    readers = [read_shuffled(source, number, held_out.seed, rejected) for number, source in sources]
     taken = [0.0] * len(readers)
     active, left = list(range(len(readers))), max_characters
     while active and left > 0:

@@ -21,7 +21,7 @@ UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 _LINE_CHARACTERS = 1000
 
 
-def train_sentencepiece(texts: Iterable[str], vocabulary_size: int) -> bytes:
+def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, *, space_before: bool = True) -> bytes:
     """A SentencePiece BPE model in the layout of Llama's.
 
     Byte fallback, identity normalisation, digits apart, a space put before the text. The same texts in the same
@@ -31,6 +31,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int) -> bytes:
     Args:
         texts: documents; lines are learnt from one by one, so no piece holds a line break.
         vocabulary_size: pieces, three control pieces and 256 bytes included.
+        space_before: whether a space is put before the text; in training, before each line.
 
     Returns:
         The content of a `tokenizer.model`.
@@ -51,7 +52,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             split_digits=True,
-            add_dummy_prefix=True,
+            add_dummy_prefix=space_before,
             allow_whitespace_only_pieces=False,
             character_coverage=0.99995,  # Llama's; what is rarer is spelt in bytes
             unk_id=0,

@@ -103,10 +103,15 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
         ShapeError: the size leaves no room.
     """
     _check_room(stage, base, rows)
-    aside = _Documents(stage)
-    before = _tokens_per_character(base.folder, base.size, aside.reported)
-    found = _train(stage, base, donor) if isinstance(donor, DonorTraining) else _read(base, donor)
-    counts = found.count(aside.counted()) if stage.count_on else None
+    texts = _Texts(stage)
+    held_out = texts.held_out()
+    before = _tokens_per_character(base.folder, base.size, held_out)
+    if isinstance(donor, DonorTraining):
+        logger.info("training a donor of %d pieces", donor.vocabulary_size)
+        found = base.train_donor(texts.for_donor(donor), donor.vocabulary_size)
+    else:
+        found = _read(base, donor)
+    counts = found.count(texts.to_count()) if stage.count_on else None
     sizes: list[int] = []
 
     def room(passing: int) -> int:
@@ -120,7 +125,7 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
     size, added = sizes[0], chosen.added
     _check_found(chosen, size - base.size)
     base.write(folder, added)
-    after = _tokens_per_character(folder, size, aside.reported)
+    after = _tokens_per_character(folder, size, held_out)
     metrics = {
         "vocabulary_before": rows,
         "vocabulary": size,
@@ -132,40 +137,51 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
         "donor_pieces": len(found.pieces),
         "left_out": chosen.left_out,
         "tokens_per_character": {label: {"before": before[label], "after": after[label]} for label in before},
-        "rejected": dict(aside.rejected.counts),
+        "rejected": {use: dict(rejected.counts) for use, rejected in texts.rejected.items() if rejected.counts},
     }
     return Expansion(size, base.size, base.split(added), metrics)
 
 
-class _Documents:
+class _Texts:
     """The texts of a stage's sources; what is held out is held out of all of them alike.
 
     Attributes:
-        reported: held-out texts of `report_on`, by label.
-        rejected: records of all sources that gave no text.
+        rejected: records that gave no text, by what they were read for.
     """
 
     def __init__(self, stage: ExpandVocabulary) -> None:
-        self._stage, self.rejected = stage, Rejected()
-        self._held_out = HeldOut(stage.held_out_fraction, stage.seed)
-        self.reported: dict[str, list[str]] = {}
-        for number, label in enumerate(source_labels(stage.report_on)):
-            self.reported[label] = list(self._texts(stage.report_on[number], number, held_out=True))
-            if not self.reported[label]:
+        self._stage, self._aside = stage, HeldOut(stage.held_out_fraction, stage.seed)
+        self.rejected = {use: Rejected() for use in ("donor", "count_on", "report_on")}
+
+    def for_donor(self, donor: DonorTraining) -> Iterator[str]:
+        """What a donor learns from."""
+        sources = list(enumerate(donor.sources))
+        return training_texts(sources, self._aside, donor.max_characters, self.rejected["donor"])
+
+    def to_count(self) -> Iterator[str]:
+        """Texts of `count_on` that are not held out."""
+        for number, source in enumerate(self._stage.count_on):
+            yield from self._read(source, number, "count_on", held_out=False)
+
+    def held_out(self) -> dict[str, list[str]]:
+        """Held-out texts of `report_on`, by label."""
+        sources = self._stage.report_on
+        texts = {
+            label: list(self._read(sources[number], number, "report_on", held_out=True))
+            for number, label in enumerate(source_labels(sources))
+        }
+        for label, found in texts.items():
+            if not found:
                 raise DataError(
                     f"no document of source {label!r} is held out",
                     "tokens per character are reported on held-out text",
                     "raise `held_out_fraction`, give the source more documents, or take it out of `report_on`",
                 )
+        return texts
 
-    def counted(self) -> Iterator[str]:
-        """Texts of `count_on` that are not held out."""
-        for number, source in enumerate(self._stage.count_on):
-            yield from self._texts(source, number, held_out=False)
-
-    def _texts(self, source: Source, number: int, *, held_out: bool) -> Iterator[str]:
-        for batch in batched(read_shuffled(source, number, self._stage.seed, self.rejected)):
-            aside = self._held_out.mask([text.encode("utf-8") for text in batch])
+    def _read(self, source: Source, number: int, use: str, *, held_out: bool) -> Iterator[str]:
+        for batch in batched(read_shuffled(source, number, self._stage.seed, self.rejected[use])):
+            aside = self._aside.mask([text.encode("utf-8") for text in batch])
             yield from (text for text, is_aside in zip(batch, aside, strict=True) if is_aside == held_out)
 
 
@@ -178,30 +194,26 @@ def _tokens_per_character(folder: Path, size: int, texts: Mapping[str, list[str]
     return lengths
 
 
-def _train(stage: ExpandVocabulary, base: Base, donor: DonorTraining) -> Donor:
-    logger.info("training a donor of %d pieces", donor.vocabulary_size)
-    held_out = HeldOut(stage.held_out_fraction, stage.seed)
-    texts = training_texts(list(enumerate(donor.sources)), held_out, donor.max_characters)
-    return base.train_donor(texts, donor.vocabulary_size)
-
-
 def _read(base: Base, path: Path) -> Donor:
     """The donor in a file, or in a folder's `tokenizer.model` or tokenizer.json."""
+    wants_json = isinstance(base, ByteLevelVocabulary)
     if path.is_dir():
-        names = [name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not names:
+        names = sorted(("tokenizer.model", "tokenizer.json"), key=lambda name: name.endswith("json") != wants_json)
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
             raise DataError(
                 f"the donor's folder {path} holds neither tokenizer.model nor tokenizer.json",
                 "there are no pieces to take from it",
                 "give the tokenizer's file, or another folder",
             )
-        path = path / names[0]
+        path = found[0]
     with path.open("rb") as file:
         is_json = file.read(1024).lstrip()[:1] == b"{"
-    if is_json == isinstance(base, SentencePieceVocabulary):
+    if is_json != wants_json:
         raise TokenizerMismatch(
-            f"donor {path} is a {'tokenizer.json' if is_json else 'SentencePiece model'}, the base a {base.kind}",
-            "the two kinds spell text in different pieces, so those of one mean nothing to the other",
+            f"donor {path} is {'a' if is_json else 'no'} JSON file, and the base is a {base.kind}",
+            "a SentencePiece BPE is read from its tokenizer.model, a byte-level BPE from its tokenizer.json; they spell "
+            "text in different pieces",
             "give a donor of the base's kind, or train one (`donor: {vocabulary_size: N, sources: [...]}`)",
         )
     return base.read_donor(path)

@@ -13,7 +13,7 @@ class DonorTraining(Strict):
     """A donor tokenizer of the base tokenizer's kind that is trained here.
 
     Attributes:
-        vocabulary_size: pieces, byte fallback and control pieces included.
+        vocabulary_size: pieces, byte fallback and control pieces included. Single characters are at most half of them.
         sources: the text it is trained on; its held-out documents are left out.
         max_characters: text that training sees at most.
     """
@@ -31,8 +31,9 @@ class ExpandVocabulary(Stage):
         tokenizer: the base tokenizer: an earlier stage, a folder or a Hub id; the model's own when not given.
         donor: a `tokenizer.model` or `tokenizer.json` file, a folder that holds one, a Hub id, or how to train one. It
             has to be of the base's kind: SentencePiece BPE, or byte-level BPE.
-        script: take only pieces with a character of this script: text without one keeps its tokens. All when not
-            given; then neighbouring old tokens of any text may become one new token.
+        script: take only pieces with a character of this script (or, with Han and Kana, of the punctuation that only
+            East Asian text has): text without one keeps its tokens. All when not given; then neighbouring old tokens
+            of any text may become one new token.
         count_on: text on which the donor's pieces are counted; the most frequent come first. In the donor's own order
             when not given. Its held-out documents are left out.
         minimum_count: pieces that `count_on` holds less often are left out, but for parts of others and what fills
