@@ -160,18 +160,16 @@ def talk(conversation: Conversation, read: Callable[[str], str], prompt: str = "
     while True:
         try:
             text = read(prompt).strip()
-        except EOFError:
-            conversation.note("the end")
-            return
-        except KeyboardInterrupt:
-            conversation.note("Ctrl-D or /exit ends")
-            continue
-        try:
             if text.startswith("/"):
                 if not conversation.command(text):
                     return
             elif text:
                 conversation.ask(text, whole=False)
+        except EOFError:
+            conversation.note("the end")
+            return
+        except KeyboardInterrupt:  # while nothing was being answered
+            conversation.note("Ctrl-D or /exit ends")
         except MinimaError as error:
             conversation.note(f"{error.what}; {error.do}")
 

@@ -1,5 +1,6 @@
 """Which files make up a model folder in Hugging Face's layout. No torch."""
 
+import json
 from pathlib import Path
 
 TOKENIZER_FILES = (
@@ -27,5 +28,5 @@ def has_chat_template(folder: Path) -> bool:
     """Whether the tokenizer in a folder says how a conversation is written down."""
     settings = folder / "tokenizer_config.json"
     return any(folder.glob("chat_template*")) or (
-        settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8")
+        settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     )

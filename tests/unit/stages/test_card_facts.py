@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from minima.launcher import Launch
+from minima.models.shape import ModelShape
 from minima.recipe.schema import Recipe
-from minima.stages.card_facts import _scores
+from minima.report.cards import model_card
+from minima.stages.card_facts import _scores, gather_card
 from minima.stages.context import StageContext
 
 TRAINING = {"data": "c", "batch_sequences": 4, "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3}
@@ -63,3 +65,82 @@ def test_an_evaluation_that_has_not_ended_shows_nothing(scores):
     found, said = scores("student", "student", finished=False)
     assert not found
     assert "no finished evaluate stage" in said
+
+
+CHAT = Recipe(
+    name="chat",
+    stages=[
+        {"name": "text", "kind": "build_data", "sources": [{"hub": "org/text"}, {"path": "x.txt"}], "tokenizer": "t",
+         "sequence_length": 8},
+        {"name": "talks", "kind": "build_data", "sources": [{"hub": "org/talks"}], "tokenizer": "t",
+         "sequence_length": 8, "format": "conversations"},
+        {"name": "pairs", "kind": "build_data", "sources": [{"embedded": "preferences"}], "tokenizer": "t",
+         "sequence_length": 8, "format": "preferences"},
+        {"name": "grown", "kind": "expand_vocabulary", "model": "org/base", "donor": "d"},
+        {"name": "adapted", "kind": "adapt", "model": "grown", **TRAINING | {"data": "text"}},
+        {"name": "cut", "kind": "prune", "model": "adapted@5", "target": {"num_layers": 2}, "score": "random"},
+        {"name": "tuned", "kind": "instruct", "model": "cut", **TRAINING | {"data": "talks"}},
+        {"name": "aligned", "kind": "align", "model": "tuned", **TRAINING | {"data": "pairs"}},
+        {"name": "out", "kind": "export", "model": "aligned", "languages": ["en"], "datasets": ["org/more"]},
+    ],
+)  # fmt: skip
+CONFIG = ModelShape(vocabulary_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2).to_config()
+MEASURED = {"parameters": 10, "dtype": "float32", "max_logit_difference": 0.0, "checked_by": []}
+
+
+@pytest.fixture
+def card(tmp_path):
+    """The card of the chat recipe's export, or of another model of it."""
+    metrics = {
+        "adapted": {"step": 10, "tokens": 800, "held_out_loss": 3.0},
+        "tuned": {"step": 10, "tokens": 80, "held_out_loss": 2.0, "loss": 2.5},
+        "aligned": {"step": 9, "tokens": 8, "held_out_loss": 0.6, "held_out_accuracy": 0.7, "held_out_margin": 0.1},
+    }
+    for name, found in metrics.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"metrics": found}))
+    records = [{"step": 5, "tokens": 400, "loss": 3.4}, {"step": 5, "held_out_loss": 3.3}, {"step": 10, "tokens": 800}]
+    (tmp_path / "adapted" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def card(**changes):
+        stage = CHAT.stage("out").model_copy(update=changes)
+        context = StageContext(CHAT, Path("r.yaml"), stage, tmp_path / "out", tmp_path, Launch())
+        return gather_card(context, CONFIG, MEASURED, chat_template=True)
+
+    return card
+
+
+def test_the_way_of_a_chat_model_is_told_from_its_first_stage_on(card):
+    made = card()
+    assert [kind for _, kind, _ in made.stages] == ["expand_vocabulary", "adapt", "prune", "instruct", "align"]
+    assert made.training == {
+        "adapted": {"steps": 5, "tokens": 400, "held_out_loss": 3.3},
+        "tuned": {"steps": 10, "tokens": 80, "held_out_loss": 2.0},
+        "aligned": {"steps": 9, "tokens": 8, "held_out_loss": 0.6, "held_out_accuracy": 0.7, "held_out_margin": 0.1},
+    }
+    assert made.data == [
+        "org/text (stage `text`)",
+        "x.txt (stage `text`)",
+        "org/talks (stage `talks` of conversations)",
+        "preferences (stage `pairs` of preferences)",
+    ]
+    assert "over 488 tokens in 3 training stages" in model_card(made)
+
+
+def test_what_the_hub_can_link_is_named(card, tmp_path, monkeypatch):
+    made = card()
+    assert made.datasets == ["org/more", "org/text", "org/talks"]
+    assert made.base_model == "org/base"
+    assert card(base_model="org/other").base_model == "org/other"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    (tmp_path / "org" / "text").mkdir()
+    local = card()
+    assert local.base_model is None, "a folder of that name comes first"
+    assert local.datasets == ["org/more", "org/talks"]
+
+
+def test_a_model_that_nothing_here_trained(card):
+    made = card(model="org/base")
+    assert (made.stages, made.training, made.data) == ([], {}, [])
+    assert made.base_model == "org/base"

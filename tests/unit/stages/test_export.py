@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from minima.engine import distributed
 from minima.errors import CheckpointError
@@ -21,7 +21,9 @@ from minima.recipe.schema import Recipe
 from minima.stages import evaluate as evaluate_stage
 from minima.stages import export as export_stage
 from minima.stages.context import StageContext
+from minima.stages.generation_settings import CHAT_SAMPLING
 from minima.stages.manifest import write_json
+from tests.chat_model import ANSWER, QUESTION, WINDOW
 from tests.fakes import TextStore
 
 SHAPE = {"vocabulary_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
@@ -34,6 +36,8 @@ RECIPE = Recipe(
         {"name": "student", "kind": "distil", "model": "cut", "teacher": "t", "data": "corpus", "batch_sequences": 4,
          "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3, "precision": "bfloat16"},
         {"name": "quality", "kind": "evaluate", "models": ["cut"], "teacher": "cut", "data": "corpus"},
+        {"name": "tuned", "kind": "instruct", "model": "student", "data": "corpus", "batch_sequences": 4,
+         "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3, "precision": "bfloat16"},
         {"name": "out", "kind": "export", "model": "cut", "licence": "apache-2.0", "shard_bytes": 8000},
     ],
 )  # fmt: skip
@@ -170,7 +174,8 @@ def test_logits_that_are_rounded_are_not_compared_with_plain_ones(context, monke
 def test_dtype_is_that_of_training(context):
     source = RandomSource(ModelShape(**SHAPE).to_config(), 1)
     assert export_stage.trained_dtype(context, source) == "float32"
-    assert export_stage.trained_dtype(for_stage(context, "out", model="student@5"), source) == "bfloat16"
+    for model in ("student@5", "tuned"):
+        assert export_stage.trained_dtype(for_stage(context, "out", model=model), source) == "bfloat16"
 
 
 def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context):
@@ -184,6 +189,26 @@ def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context)
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] == 1
     assert config.get("pad_token_id") is None
+
+
+def test_an_exported_chat_model_answers_through_transformers_own_pipeline(context, chat_folder, capfd):
+    export_stage.run(for_stage(context, "out", model=str(chat_folder)))
+    folder = context.folder / "model"
+    assert (folder / "chat_template.jinja").read_bytes() == (chat_folder / "chat_template.jinja").read_bytes()
+    chat = pipeline("text-generation", model=str(folder), device="cpu")
+    messages = [{"role": "user", "content": QUESTION}]
+    [told] = chat(messages, do_sample=False, temperature=None, top_p=None)
+    assert told["generated_text"] == [*messages, {"role": "assistant", "content": ANSWER}], "it ends at the stop id"
+    capfd.readouterr()
+    answers = {chat(messages)[0]["generated_text"][-1]["content"] for _ in range(2)}  # as its folder suggests
+    assert answers == {ANSWER}
+    said = capfd.readouterr().err
+    assert "pad_token" not in said
+    assert "generation flags" not in said
+    found = json.loads((folder / "generation_config.json").read_text())
+    assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} | CHAT_SAMPLING
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == WINDOW
+    assert "llama chat model" in (folder / "README.md").read_text()
 
 
 def test_evaluate_builds_the_teacher_once_and_closes_every_model(context, monkeypatch, capsys):
