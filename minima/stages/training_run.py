@@ -140,7 +140,8 @@ class TrainingRun:
         self.patience.add(step, found["held_out_loss"])
         if self.log is not None and self.progress is not None:
             self.log.write({"step": step, **found})
-            shown = ", ".join(f"{name.removeprefix('held_out_')} {value:.4f}" for name, value in found.items())
+            named = {name.removeprefix("held_out_"): value for name, value in found.items()}
+            shown = ", ".join(f"{name} {named[name]:.4f}" for name in (*PARTS, "perplexity") if name in named)
             self.progress.note(f"step {step}: held-out {shown}")
             if self.patience.spent:
                 best = f"step {self.patience.best_step}'s loss of {self.patience.best:.4f}"
