@@ -95,13 +95,15 @@ class Hub:
             head = repo.heads[branch]
             return 200, {"id": f"{owner}/{name}", "sha": head, "private": repo.private, "siblings": siblings}
         if verb == "preupload":
-            return 200, {"files": [self._mode(file["path"], files) for file in json.loads(body)["files"]]}
+            asked = json.loads(body)
+            ignored = self.ignored if "gitIgnore" not in asked else set()
+            return 200, {"files": [self._mode(file["path"], files, ignored) for file in asked["files"]]}
         assert verb == "commit"
         return 200, self._commit(f"{owner}/{name}", branch, [json.loads(line) for line in body.splitlines()])
 
-    def _mode(self, path: str, files: dict[str, bytes]) -> dict[str, Any]:
+    def _mode(self, path: str, files: dict[str, bytes], ignored: set[str]) -> dict[str, Any]:
         large = path.endswith(".safetensors")
-        found = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": path in self.ignored}
+        found = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": path in ignored}
         if path in files:
             content = files[path]
             git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

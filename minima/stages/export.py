@@ -24,8 +24,7 @@ from minima.models.layout import TOKENIZER_FILES, has_chat_template
 from minima.models.legacy_config import tokenizer_with_4x_names
 from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource, WeightSource, tensor_sha256, write_folder
-from minima.recipe.references import STEPPED
-from minima.recipe.schema import Export
+from minima.recipe.schema import AnyTraining, Export
 from minima.report.cards import model_card
 from minima.stages.card_facts import gather_card
 from minima.stages.context import ResolvedModel, StageContext
@@ -75,8 +74,8 @@ def trained_dtype(context: StageContext, source: WeightSource) -> str:
     assert isinstance(context.stage, Export)
     name = context.stage.model.rpartition("@")[0] or context.stage.model
     stage = next((stage for stage in context.recipe.stages if stage.name in (name, context.stage.model)), None)
-    if stage is not None and stage.kind in STEPPED:
-        return str(getattr(stage, "precision"))  # noqa: B009  (the kinds that leave checkpoints are those that train)
+    if isinstance(stage, AnyTraining):
+        return stage.precision
     return str(source.read(source.names()[-1]).dtype).removeprefix("torch.")
 
 

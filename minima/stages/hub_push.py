@@ -6,7 +6,7 @@ another number of shards, say) goes in the same commit; files that are not a mod
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +119,11 @@ def push(
         raise StageError(
             f"{repo!r} is no name of a repository", "the Hub needs to know whose it is", "write organisation/name"
         )
-    token = get_token()
+    with _refusals(repo, revision, None):
+        token = get_token()
     if token is None:
         raise StageError(
-            "no token for the Hub",
+            "there is no token for the Hub",
             "it takes files from known users only",
             "log in with `hf auth login`, or set HF_TOKEN",
         )
@@ -134,29 +135,17 @@ def push(
         before = api.model_info(repo, revision=revision)
         there = [sibling.rfilename for sibling in before.siblings or []]
         removed = [name for name in there if matches(name, PUSHED_MODEL_FILES) and name not in content]
-        operations: list[Any] = [CommitOperationAdd(name, file) for name, file in content.items()]
-        operations += [CommitOperationDelete(name) for name in removed]
+        added = [CommitOperationAdd(name, file) for name, file in content.items()]
+        # A .gitignore in the repository would make the library leave out what it names, without a word.
+        api.preupload_lfs_files(repo, added, revision=revision, gitignore_content="", free_memory=False)
+        operations: list[Any] = [*added, *(CommitOperationDelete(name) for name in removed)]
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
-        _check_nothing_ignored(api, repo, commit.oid, there, content)
     changed = commit.oid != before.sha
     return Pushed(str(url), commit.oid, changed, bool(before.private), sorted(content), removed, left_out)
 
 
-def _check_nothing_ignored(api: Any, repo: str, commit: str, there: list[str], content: Collection[str]) -> None:
-    """huggingface_hub leaves out, without a word, what a .gitignore in the repository names."""
-    if ".gitignore" not in there:
-        return
-    now = {sibling.rfilename for sibling in api.model_info(repo, revision=commit).siblings or []}
-    if missing := sorted(set(content) - now):
-        raise StageError(
-            f"the .gitignore of {repo} keeps out {', '.join(missing)}",
-            f"commit {commit} has the other files, and is no whole model",
-            "remove those lines from the .gitignore on the Hub, then run the same command again",
-        )
-
-
 @contextmanager
-def _refusals(repo: str, revision: str | None, token: str) -> Iterator[None]:
+def _refusals(repo: str, revision: str | None, token: str | None) -> Iterator[None]:
     """What the Hub, or the way to it, answers, told so that it can be mended, and without the token."""
     try:
         yield
@@ -164,8 +153,8 @@ def _refusals(repo: str, revision: str | None, token: str) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries below (HTTP, LFS, Xet) have classes of their own, and may quote headers
         status = getattr(getattr(error, "response", None), "status_code", None)
-        text = " ".join(str(error).replace(token, "***").split())[:400]
-        raise StageError(*_told(status, text, repo, revision, type(error).__name__)) from None
+        text = str(error) if token is None else str(error).replace(token, "***")
+        raise StageError(*_told(status, " ".join(text.split())[:400], repo, revision, type(error).__name__)) from None
 
 
 def _told(status: int | None, text: str, repo: str, revision: str | None, kind: str) -> tuple[str, str, str]:
