@@ -88,11 +88,15 @@ def check_code_execution(tasks: Sequence[str], allowed: bool) -> None:
         StageError: names the tasks and the flag.
     """
     if not allowed and (executing := [task for task in tasks if task.startswith(_CODE_TASKS)]):
-        raise StageError(
-            f"{', '.join(executing)} would execute programs that the model wrote",
-            "nobody has read them, so only whoever starts the run can say that this machine may run them",
-            "give `minima run` the flag --allow-code-execution, best in a container; or take the task out",
-        )
+        raise _refusal(executing)
+
+
+def _refusal(tasks: Sequence[str]) -> StageError:
+    return StageError(
+        f"{', '.join(tasks)} would execute programs that the model wrote",
+        "nobody has read them, so only whoever starts the run can say that this machine may run them",
+        "give `minima run` the flag --allow-code-execution, best in a container; or take the task out",
+    )
 
 
 def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any]:
@@ -198,8 +202,8 @@ def _tee(command_line: Sequence[str], environment: Mapping[str, str], log: Path)
 
 def _failure(call: Call, code: int, log: Path) -> StageError:
     text = log.read_text(encoding="utf-8", errors="replace")
-    if "is marked as unsafe" in text:
-        check_code_execution(["humaneval"], allowed=False)
+    if "is marked as unsafe" in text:  # lm-eval knows of more tasks than _CODE_TASKS names
+        return _refusal(call.tasks)
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
     tail = "\n    ".join([line for line in lines if line.strip()][-_TAIL_LINES:])
     how = f"ended with exit code {code}" if code else "ended without a result"

@@ -19,8 +19,9 @@ from minima.stages import benchmark
 from minima.stages.context import StageContext
 
 SHOTS = 2
-TASKS = ["choice", "minima_continuation", "local_mmlu", "stand_in_ceval", "local_drop", "stand_in_bbh", "local_gsm8k",
-         "local_humaneval"]  # fmt: skip
+TASKS = ["choice", "hub_drop", "minima_continuation", "local_mmlu", "stand_in_ceval", "local_drop", "stand_in_bbh",
+         "local_gsm8k", "local_humaneval"]  # fmt: skip
+NO_DATE = {"day": "", "month": "", "year": ""}
 QUESTIONS = ("What does the {} see", "Whom does the {} hear", "What would the {} like")
 ANIMALS = ("cat", "dog", "bird", "fish", "horse", "cow")
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
@@ -58,7 +59,9 @@ def write_model(folder: Path) -> None:
     config = LlamaConfig(vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, max_position_embeddings=4096, initializer_range=0.3,
                          eos_token_id=0, bos_token_id=None)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[0] *= 4  # the end token is likely soon: a thousand random ones cost seconds
+    model.save_pretrained(folder)
 
 
 def write_tasks(folder: Path) -> None:
@@ -83,6 +86,27 @@ def write_tasks(folder: Path) -> None:
         "metadata": {"version": 7.0},
     }
     (folder / "choice.yaml").write_text(yaml.safe_dump(task))
+
+
+def write_hub_drop(folder: Path, task_files: Path) -> None:
+    """The task that reads DROP from the Hub, given records in the Hub's form from this machine."""
+    splits = {"train": range(4), "validation": range(4, 6)}
+    for split, numbers in splits.items():
+        rows = [
+            {
+                "query_id": str(number),
+                "passage": f"It rained {number} days.",
+                "question": f"How long? ({number})",
+                "answer": {"number": f"{number}.5", "date": NO_DATE, "spans": []},
+                "validated_answers": {"number": [""], "date": [NO_DATE], "spans": [["a", "few days"]]},
+            }
+            for number in numbers
+        ]
+        write_lines(folder / f"drop_{split}.jsonl", rows)
+    files = {split: str(folder / f"drop_{split}.jsonl") for split in splits}
+    kwargs = {"data_files": files, "cache_dir": str(folder / ".cache")}
+    task = {"include": str(task_files / "minima_drop.yaml"), "task": "hub_drop", "dataset_path": "json"}
+    (folder / "hub_drop.yaml").write_text(yaml.safe_dump(task | {"dataset_kwargs": kwargs}))
 
 
 def write_data(folder: Path) -> None:
@@ -114,6 +138,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     write_model(folder / "model")
     write_tasks(folder / "tasks")
+    write_hub_drop(folder / "tasks", folder / "run" / "scores" / "task_files")
     write_data(folder / "data")
     asked = recipe(
         folder, tasks=TASKS, task_folder=str(folder / "tasks"), data_folder=str(folder / "data"), num_fewshot=SHOTS
@@ -172,7 +197,7 @@ def test_every_local_task_of_the_suite_runs(run):
     _, metrics = run
     counts = {name: metrics[name]["items"] for name in TASKS}
     assert counts == {
-        "choice": 20, "minima_continuation": 64, "local_mmlu": 5, "stand_in_ceval": 8, "local_drop": 1,
+        "choice": 20, "hub_drop": 2, "minima_continuation": 64, "local_mmlu": 5, "stand_in_ceval": 8, "local_drop": 1,
         "stand_in_bbh": 15, "local_gsm8k": 1, "local_humaneval": 1,
     }  # fmt: skip
     assert metrics["local_humaneval"]["shots"] == 0 and metrics["local_humaneval"]["score"] == 0.0
@@ -194,6 +219,18 @@ def test_prompts_of_the_local_tasks(run):
     assert len(worked) == SHOTS + 1 and "The answer is 6." in worked[0] and worked[-1] == "Q: 1 + 1?\nA:"
     assert prompt("stand_in_bbh_navigate").count("Q: If you follow these instructions") == SHOTS + 1
     assert prompt("local_humaneval") == "def f():\n"
+
+
+def test_drop_from_the_hub_shows_answers_and_accepts_each_of_them(run):
+    folder, _ = run
+    path = folder / "run" / "scores" / "lm_eval" / "tasks" / "samples_hub_drop.jsonl"
+    sample = json.loads(path.read_text().splitlines()[0])
+    shots = sample["arguments"]["gen_args_0"]["arg_0"].split("\n\n")
+    assert len(shots) == SHOTS + 1 and shots[-1] == "It rained 4 days. How long? (4)\nAnswer:"
+    for shot in shots[:-1]:
+        number = shot.removeprefix("It rained ")[0]
+        assert shot == f"It rained {number} days. How long? ({number})\nAnswer: {number}.5"
+    assert sample["doc"]["answers"] == [["4.5"], ["a", "few days"]]
 
 
 def test_a_second_start_asks_nothing_and_answers_go_on(run):

@@ -97,7 +97,7 @@ def test_an_end_without_results_is_a_failure_too(tmp_path, stand_in):
 
 def test_a_task_that_lm_eval_alone_knows_to_be_unsafe(tmp_path, stand_in):
     stand_in("ValueError: which is marked as unsafe. Set confirm_run_unsafe_code=True", "1")
-    with pytest.raises(StageError, match="--allow-code-execution"):
+    with pytest.raises(StageError, match=r"own_code_task would execute(.*\n)*.*--allow-code-execution"):
         ask(Call("tasks", ("own_code_task",)), settings(tmp_path), tmp_path / "lm_eval")
 
 

@@ -64,7 +64,8 @@ def test_alpaca_eval_outputs(tmp_path):
     parrot = Parrot()
     write(tmp_path, parrot, INSTRUCTIONS, ALPACA, "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == [
-        {"instruction": "Name a colour.", "output": "1: Name a colour.", "generator": "mini", "dataset": "helpful_base"},
+        {"instruction": "Name a colour.", "output": "1: Name a colour.", "generator": "mini",
+         "dataset": "helpful_base"},
         {"instruction": "Sum up.", "input": "A text.", "output": "1: Sum up.\n\nA text.", "generator": "mini",
          "dataset": "koala"},
     ]  # fmt: skip
