@@ -82,15 +82,18 @@ def drop(wheel: zipfile.ZipFile) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     yield "drop/test.jsonl", [{key: request["doc"][key] for key in keys} for request in found]
     shots = [match.groupdict() for match in DROP_SHOT.finditer(found[0]["request"]["context"])]
     assert len(shots) == 5 and not any(shot["question"] == found[0]["doc"]["question"] for shot in shots)
-    yield "drop/shots.jsonl", [
-        {
-            "query_id": f"shot-{index}",
-            "passage": shot["passage"],
-            "question": shot["question"],
-            "answers": [[shot["answer"]]],
-        }
-        for index, shot in enumerate(shots)
-    ]
+    yield (
+        "drop/shots.jsonl",
+        [
+            {
+                "query_id": f"shot-{index}",
+                "passage": shot["passage"],
+                "question": shot["question"],
+                "answers": [[shot["answer"]]],
+            }
+            for index, shot in enumerate(shots)
+        ],
+    )
 
 
 def gsm8k(wheel: zipfile.ZipFile) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -31,6 +31,7 @@ class Entry:
         metric: of lm-eval's result, with its filter: the one that stands beside the paper's number.
         local_metric: the same of the local task, where it is called otherwise.
         files: what the local task reads, below the data folder.
+        full: items of the whole benchmark: a data folder may hold fewer, and its score is then marked.
         stand_in: the local items are hand-made, because the real ones cannot be had: no score of the benchmark.
         executes: executes what the model wrote.
         paper: percent, of `PAPER_MODELS` (README of GeneZC/MiniMA).
@@ -46,21 +47,22 @@ class Entry:
     paper_harness: str
     local_metric: str | None = None
     files: tuple[str, ...] = ()
+    full: int = 0
     stand_in: bool = False
     executes: bool = False
 
 
 PAPER_MODELS = ("MiniMA-3B", "MiniChat-3B")
 SUITE = (
-    Entry("mmlu", "mmlu", "local_mmlu", 5, "acc,none", (28.51, 38.40), "hendrycks/test", files=("mmlu",)),
+    Entry("mmlu", "mmlu", "local_mmlu", 5, "acc,none", (28.51, 38.40), "hendrycks/test", None, ("mmlu",), 14_042),
     Entry("ceval", "ceval-valid", "stand_in_ceval", 5, "acc,none", (28.23, 36.48), "hkust-nlp/ceval", stand_in=True),
     Entry(
         "drop", "minima_drop", "local_drop", 3, "em,none", (22.50, 22.58), "declare-lab/instruct-eval",
-        files=("drop/test.jsonl", "drop/shots.jsonl"),
+        None, ("drop/test.jsonl", "drop/shots.jsonl"), 9_536,
     ),
     Entry(
         "humaneval", "humaneval", "local_humaneval", 0, "pass@1,create_test", (10.98, 18.29),
-        "declare-lab/instruct-eval", "pass_at_1,create_test", ("humaneval/test.jsonl",), executes=True,
+        "declare-lab/instruct-eval", "pass_at_1,create_test", ("humaneval/test.jsonl",), 164, executes=True,
     ),
     Entry(
         "bbh", "minima_bbh", "stand_in_bbh", 3, "exact_match,none", (31.61, 31.36), "declare-lab/instruct-eval",
@@ -68,7 +70,7 @@ SUITE = (
     ),
     Entry(
         "gsm8k", "gsm8k_cot", "local_gsm8k", 8, "exact_match,flexible-extract", (8.11, 29.72),
-        "Guangxuan-Xiao/GSM8K-eval", files=("gsm8k/test.jsonl",),
+        "Guangxuan-Xiao/GSM8K-eval", None, ("gsm8k/test.jsonl",), 1_319,
     ),
 )  # fmt: skip
 FETCH = "tools/fetch_benchmarks.py"
@@ -203,6 +205,8 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
     counts = [results["n-samples"][leaf] for leaf in leaves]
     shots = sorted({results["n-shot"][leaf] for leaf in leaves})
     items, in_all = sum(count["effective"] for count in counts), sum(count["original"] for count in counts)
+    if asked.entry is not None and asked.task == asked.entry.local and not asked.stand_in:
+        in_all = max(in_all, asked.entry.full)
     found = {
         "task": asked.task,
         "version": results["versions"].get(asked.task),

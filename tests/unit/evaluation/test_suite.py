@@ -97,6 +97,16 @@ def test_a_groups_numbers():
     assert (other["score"], other["stderr"]) == (0.4, None)
 
 
+def test_a_data_folder_with_a_part_of_the_items_is_marked():
+    entry = next(entry for entry in SUITE if entry.name == "drop")
+    here = {**RESULTS["n-samples"], "local_drop": {"original": 1000, "effective": 1000}}
+    numbers = RESULTS["results"] | {"local_drop": {"em,none": 0.1, "f1,none": 0.2}}
+    results = RESULTS | {"results": numbers, "n-samples": here, "n-shot": {"local_drop": 3}}
+    found = score(Asked("drop", "local_drop", Call("drop", ("local_drop",), 3), entry.metric, entry), results, None)
+    assert (found["items"], found["items_in_all"], found["limited"]) == (1000, 9536, True)
+    assert "limited: 1000 of 9536 items" in table({"drop": found})
+
+
 def test_a_number_that_lm_eval_did_not_give():
     with pytest.raises(StageError, match=r"no pass@1,create_test for b \(it gave acc,none\)"):
         score(Asked("b", "b", Call("b", ("b",)), "pass@1,create_test"), RESULTS, None)
