@@ -71,10 +71,10 @@ stages:
     model: teacher
     data: talks
     neftune_alpha: 5
-    steps: 30
-    evaluate_every_steps: 10
+    steps: 120
+    evaluate_every_steps: 40
     patience: 3
-    learning_rate: 3e-3{TRAINING}
+    learning_rate: 1e-2{TRAINING}
   - name: too_fast
     kind: instruct
     model: chat
@@ -190,7 +190,7 @@ def test_bad_records_are_counted(place):
 def test_it_learns_to_answer_and_so_does_a_student_of_it(place):
     quality = place.metrics("quality")
     assert quality["chat"]["loss"] < quality["teacher"]["loss"] - 0.5
-    assert quality["chat_distilled"]["loss"] < quality["teacher"]["loss"] - 0.3
+    assert quality["chat"]["loss"] < quality["chat_distilled"]["loss"] < quality["teacher"]["loss"] - 0.3
     learnt = place.metrics("chat")["learnt_tokens"]
     assert 0 < learnt < 8 * 64 / 2, "questions, markers and padding are not learnt"
     assert quality["chat"]["tokens"] < place.metrics("talks")["held_out_tokens"] / 2
