@@ -40,6 +40,7 @@ setup(
         "protobuf",
         "pydantic>=2.8",
         "pyyaml>=6.0",
+        "jinja2",  # chat templates
         "safetensors>=0.5",
         "tensorboard>=2.16",
         "huggingface_hub",

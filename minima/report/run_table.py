@@ -33,6 +33,8 @@ def _result(metrics: Mapping[str, Any]) -> str:
     scores = [value for value in metrics.items() if isinstance(value[1], Mapping) and "score" in value[1]]
     if scores:  # a benchmark
         return ", ".join(f"{name} {_percent(value)}" for name, value in scores)
+    if "url" in metrics:
+        return str(metrics["url"])
     shown = [f"{key} {number(metrics[key])}" for key in _SHOWN if isinstance(metrics.get(key), int | float)]
     return ", ".join(shown)
 

@@ -99,7 +99,16 @@ def lineage(context: StageContext, name: str) -> tuple[list[Ancestor], str | Non
 
 
 def _settings(stage: AnyStage) -> dict[str, Any]:
-    return stage.model_dump(mode="json", exclude_unset=True, exclude={"name", "kind"})
+    return _without_folders(stage.model_dump(mode="json", exclude_unset=True, exclude={"name", "kind"}))
+
+
+def _without_folders(value: Any) -> Any:
+    """The same settings, of absolute paths the last part only: where a file lay is nobody else's business."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _data_stages(context: StageContext, ancestors: list[Ancestor]) -> list[BuildData | str]:

@@ -8,7 +8,7 @@ from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.recipe.references import references
-from minima.recipe.schema import AnyStage, Benchmark, Recipe
+from minima.recipe.schema import AnyStage, Benchmark, Publish, Recipe
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.preview import walk
@@ -44,6 +44,12 @@ def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], 
                 "the run would end there, after everything before it",
                 "pip install 'minima[benchmark]', or run the other stages with --stages",
             )
+        if isinstance(stage, Publish) and _has_no_token():
+            raise RecipeError(
+                f"stages.{stage.name}: there is no token for the Hub",
+                "the run would end there, after everything before it",
+                "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
+            )
         project = getattr(stage, "wandb_project", None)
         if project is not None and find_spec("wandb") is None:
             raise RecipeError(
@@ -51,6 +57,12 @@ def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], 
                 "the run would not be logged where you look for it",
                 "pip install 'minima[wandb]', or remove the key",
             )
+
+
+def _has_no_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is None
 
 
 def _check_ranks(recipe: Recipe, ranks: int, needed: bool) -> None:

@@ -91,8 +91,9 @@ def input_hashes(
         key = f"{field} ({source.label})"
         # Text that was put away once its blocks were built, or that stayed on another machine, has not changed.
         hashes[key] = built[key] if key in built and is_gone(source) else source_digest(source)
-    for field in ("chat_template", "task_folder", "data_folder"):
-        text = getattr(stage, field, None)
+    files = [(field, getattr(stage, field, None)) for field in ("chat_template", "task_folder", "data_folder")]
+    files += [("answers", answers.questions) for answers in getattr(stage, "answers", [])]
+    for field, text in files:
         if text is not None and (path := Path(text).expanduser()).exists():
             hashes[f"{field} ({text})"] = folder_digest(path)
     return hashes

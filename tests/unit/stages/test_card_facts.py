@@ -10,7 +10,7 @@ from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Recipe
 from minima.report.cards import model_card
-from minima.stages.card_facts import _scores, gather_card
+from minima.stages.card_facts import _scores, _settings, gather_card
 from minima.stages.context import StageContext
 
 TRAINING = {"data": "c", "batch_sequences": 4, "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3}
@@ -144,3 +144,13 @@ def test_a_model_that_nothing_here_trained(card):
     made = card(model="org/base")
     assert (made.stages, made.training, made.data) == ([], {}, [])
     assert made.base_model == "org/base"
+
+
+def test_a_card_does_not_tell_where_files_lay():
+    corpus = {
+        "name": "corpus", "kind": "build_data", "sequence_length": 8, "tokenizer": "~/tokenizer/",
+        "sources": [{"path": "/home/somebody/own.jsonl"}, {"path": "data/open.jsonl"}],
+    }  # fmt: skip
+    told = _settings(Recipe(name="test", stages=[corpus]).stage("corpus"))
+    assert told["sources"] == [{"path": "own.jsonl"}, {"path": "data/open.jsonl"}]
+    assert told["tokenizer"] == "tokenizer"
