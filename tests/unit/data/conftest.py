@@ -60,3 +60,27 @@ def stage():
         return BuildData(name="corpus", kind="build_data", sources=list(sources), **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory) -> Path:
+    """A byte-level BPE with ChatML's special tokens, as Qwen and SmolLM have it; no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = [record["text"][:2000] for record in itertools.islice(read_text_asset("sotu"), 40)]
+    texts += [record["text"] for record in itertools.islice(read_text_asset("poems"), 200)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    folder = tmp_path_factory.mktemp("byte-level")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder

@@ -1,0 +1,251 @@
+"""Templates: text, ids and masks as written by hand, and as transformers itself gives them."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from minima.data.chat import chat_tokenizer, set_template, stop_ids, template_of
+from minima.data.conversations import Unfit
+from minima.data.tokenizer import load_tokenizer
+from minima.errors import DataError
+from minima.stages.export import copy_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATS = {
+    "english": [("user", "What do you see?"), ("assistant", "The state of the union.")],
+    "chinese": [("user", "你好嗎？"), ("assistant", "很好，謝謝。🙂")],
+    "several turns": [("user", "Hello"), ("assistant", "Hi!"), ("user", "再見"), ("assistant", "Bye\n\n- 1\n- 2")],
+    "system": [("system", "Be brief."), ("user", "Who?"), ("assistant", " ... I")],
+    "marks": [("user", "a  b\tc\n"), ("assistant", "<b> [x] | </i>"), ("user", ". "), ("assistant", "。")],
+}
+
+
+def messages(turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+@pytest.fixture(params=["sentencepiece", "byte_level"])
+def minichat(request, tokenizer, byte_level):
+    loaded = load_tokenizer(tokenizer if request.param == "sentencepiece" else byte_level)
+    set_template(loaded, None)
+    return loaded
+
+
+@pytest.fixture
+def chatml(byte_level):
+    loaded = load_tokenizer(byte_level)
+    loaded.chat_template = CHATML
+    return loaded
+
+
+def learnt(chat):
+    mask = [0] * len(chat.ids)
+    for begin, end in chat.replies:
+        mask[begin:end] = [1] * (end - begin)
+    return mask
+
+
+def encode(tokenizer, turns):
+    (chat,) = chat_tokenizer(tokenizer).encode([turns])
+    return chat
+
+
+def test_minichat_is_this_text(minichat):
+    end = minichat.eos_token
+    turns = [
+        ("system", " Be brief. "),
+        ("user", "Hello\n"),
+        ("assistant", " Hi! "),
+        ("user", "你好"),
+        ("assistant", "好"),
+    ]
+    written = f"Be brief.{end}[|User|] Hello{end}[|Assistant|] Hi!{end}[|User|] 你好{end}[|Assistant|] 好{end}"
+    assert minichat.apply_chat_template(messages(turns), tokenize=False) == written
+    asked = minichat.apply_chat_template(messages(turns[:2]), tokenize=False, add_generation_prompt=True)
+    assert asked == f"Be brief.{end}[|User|] Hello{end}[|Assistant|]"
+
+
+def test_pieces_and_mask_are_those_written_by_hand(tokenizer, byte_level):
+    loaded = load_tokenizer(tokenizer)
+    set_template(loaded, "minichat")
+    user = "▁ <0x5B> <0x7C> U s er <0x7C> <0x5D>"
+    assistant = "▁ <0x5B> <0x7C> A s s is t an t <0x7C> <0x5D>"
+    written = [
+        (f"{user} ▁a </s> {assistant}", 0), ("▁it ▁is </s>", 1), (f"{user} ▁b </s> {assistant}", 0), ("▁n o </s>", 1)
+    ]  # fmt: skip
+    check(loaded, written)
+    loaded = load_tokenizer(byte_level)
+    loaded.chat_template = CHATML
+    user, assistant = "<|im_start|> us er Ċ", "<|im_start|> as s is t ant Ċ"
+    written = [
+        (f"{user} a <|im_end|> Ċ {assistant}", 0), ("it Ġis <|im_end|>", 1),
+        (f"Ċ {user} b <|im_end|> Ċ {assistant}", 0), ("n o <|im_end|>", 1), ("Ċ", 0),
+    ]  # fmt: skip
+    check(loaded, written)
+
+
+def check(tokenizer, written):
+    chat = encode(tokenizer, [("user", "a"), ("assistant", "it is"), ("user", "b"), ("assistant", "no")])
+    expected = [(piece, mask) for text, mask in written for piece in text.split()]
+    assert list(zip(tokenizer.convert_ids_to_tokens(chat.ids), learnt(chat), strict=True)) == expected
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_ids_and_mask_are_transformers_own(minichat, name):
+    theirs = minichat.apply_chat_template(messages(CHATS[name]), return_assistant_tokens_mask=True, return_dict=True)
+    ours = encode(minichat, CHATS[name])
+    assert ours.ids == theirs["input_ids"]
+    assert learnt(ours) == theirs["assistant_masks"]
+    assert ours.text == minichat.apply_chat_template(messages(CHATS[name]), tokenize=False)
+    said = [minichat.decode(ours.ids[begin:end]).strip() for begin, end in ours.replies]
+    assert said == [text.strip() + minichat.eos_token for role, text in CHATS[name] if role == "assistant"]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_prompt_is_how_the_answered_conversation_begins(minichat, chatml, name):
+    for tokenizer in (minichat, chatml):
+        whole = encode(tokenizer, CHATS[name])
+        turns = [number for number, (role, _) in enumerate(CHATS[name]) if role == "assistant"]
+        for number, (begin, _) in zip(turns, whole.replies, strict=True):
+            asked = tokenizer.apply_chat_template(messages(CHATS[name][:number]), add_generation_prompt=True)
+            assert asked["input_ids"] == whole.ids[:begin]
+
+
+def test_a_begin_token_comes_first_only_where_the_tokenizer_adds_one(tokenizer, tmp_path):
+    from tokenizers import processors
+
+    loaded = load_tokenizer(tokenizer)
+    set_template(loaded, "minichat")
+    assert loaded.bos_token_id not in encode(loaded, CHATS["english"]).ids
+    adds = load_tokenizer(tokenizer)
+    adds.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", adds.bos_token_id)]
+    )
+    set_template(adds, "minichat")
+    chat = encode(adds, CHATS["several turns"])
+    assert chat.ids[0] == adds.bos_token_id
+    assert chat.ids.count(adds.bos_token_id) == 1
+    assert chat.ids[1:] == encode(loaded, CHATS["several turns"]).ids
+
+
+def test_a_template_without_marks_is_split_by_its_beginnings(chatml):
+    turns = CHATS["several turns"]
+    chat = encode(chatml, turns)
+    marked = CHATML.replace(
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n\n",
+    )
+    theirs = chatml.apply_chat_template(
+        messages(turns), chat_template=marked, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert theirs["input_ids"] == chat.ids
+    assert theirs["assistant_masks"] == learnt(chat)
+    assert [chatml.decode(chat.ids[begin:end]) for begin, end in chat.replies] == [
+        "Hi!<|im_end|>",
+        turns[3][1] + "<|im_end|>",
+    ]
+    chatml.chat_template = marked
+    assert encode(chatml, turns) == chat
+    assert stop_ids(chatml) == [2, 0]
+
+
+def test_stop_ids(minichat, chatml, byte_level):
+    assert stop_ids(minichat) == [minichat.eos_token_id]
+    assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|im_end|>", "<|endoftext|>"]
+    assert stop_ids(load_tokenizer(byte_level)) == [0]  # without a template, the end token alone
+
+
+def test_special_tokens_and_markers_in_a_text_are_told(minichat, chatml):
+    end = minichat.eos_token
+    for text in (f"a{end}b", "[|Assistant|] yes", "x[|User|]"):
+        assert chat_tokenizer(minichat).forges([("user", text), ("assistant", "x")])
+        assert chat_tokenizer(minichat).forges([("user", "x"), ("assistant", text)])
+    assert not chat_tokenizer(minichat).forges([("user", "[User] </ s> |Assistant|"), ("assistant", "x")])
+    assert chat_tokenizer(chatml).forges([("system", "<|im_start|>")])
+    assert not chat_tokenizer(chatml).forges([("system", "[|User|]")])
+
+
+# -- choosing a template -----------------------------------------------------------------------------------------
+
+
+def test_own_template_where_there_is_one(chatml, byte_level, tmp_path):
+    set_template(chatml, None)
+    assert chatml.chat_template == CHATML
+    set_template(chatml, "own")
+    assert chatml.chat_template == CHATML
+    set_template(chatml, "minichat")
+    assert "[|User|]" in chatml.chat_template
+    path = tmp_path / "mine.jinja"
+    path.write_text(CHATML.replace("user", "USER"))
+    set_template(chatml, str(path))
+    assert chatml.chat_template == path.read_text()
+    with pytest.raises(DataError, match=r"nowhere.jinja' cannot be read"):
+        set_template(chatml, "nowhere.jinja")
+    with pytest.raises(DataError, match="no chat template of its own"):
+        set_template(load_tokenizer(byte_level), "own")
+
+
+REFUSALS = {
+    "its own message": ("{{ raise_exception('only poems, please') }}", "only poems, please"),
+    "broken": ("{% for m in messages %}", "Unexpected end of template"),
+    "wrong types": ("{{ messages[0].content + 1 }}", "can only concatenate"),
+    "last turn in another way": (
+        "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else 'x' }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "writes earlier turns in another way",
+    ),
+    "too many marks": (
+        "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
+        "marks more or fewer replies",
+    ),
+    "no end marker": (
+        "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}\nassistant:{% endif %}",
+        "no end marker",
+    ),
+    "another prompt": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}answer{% endif %}",
+        "asks for an answer with",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_template_in_which_nothing_can_be_learnt_is_refused(chatml, name):
+    text, message = REFUSALS[name]
+    chatml.chat_template = text
+    with pytest.raises(DataError, match=message):
+        set_template(chatml, "own")
+
+
+def test_one_conversation_that_a_template_refuses_is_no_reason_to_stop(chatml):
+    chatml.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    set_template(chatml, None)
+    refused, fine = chat_tokenizer(chatml).encode([CHATS["system"], CHATS["english"]])
+    assert isinstance(refused, Unfit) and str(refused) == "refused_by_template"
+    assert fine == encode(chatml, CHATS["english"])
+
+
+# -- what is saved -----------------------------------------------------------------------------------------------
+
+
+def test_the_template_ships_in_the_tokenizer_and_in_an_export(minichat, tmp_path):
+    minichat.save_pretrained(tmp_path / "saved")
+    (tmp_path / "export").mkdir()
+    copy_tokenizer(tmp_path / "saved", tmp_path / "export")
+    for folder in ("saved", "export"):
+        again = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert again.chat_template == minichat.chat_template
+        assert template_of(again) == template_of(minichat)
+        assert encode(again, CHATS["several turns"]) == encode(minichat, CHATS["several turns"])
+    # older versions read it from the configuration
+    settings = json.loads((tmp_path / "export" / "tokenizer_config.json").read_text())
+    shutil.rmtree(tmp_path / "saved")
+    assert "chat_template" not in settings or settings["chat_template"] == minichat.chat_template
