@@ -122,6 +122,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
         "add_eos_token": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # 4.x adds token types, which a Llama refuses
         "model_max_length": 1 << 30,
     }
     for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
