@@ -119,9 +119,8 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
         sizes.append(stage.size or max(whole, -(-rows // stage.multiple) * stage.multiple))
         return min(sizes[0], whole) - base.size
 
-    chosen = select(
-        found.pieces, base, script=stage.script, counts=counts, minimum_count=stage.minimum_count, room=room
-    )
+    minimum = stage.minimum_count if stage.minimum_count is not None else int(stage.size is None)
+    chosen = select(found.pieces, base, script=stage.script, counts=counts, minimum_count=minimum, room=room)
     size, added = sizes[0], chosen.added
     _check_found(chosen, size - base.size)
     base.write(folder, added)
@@ -212,8 +211,8 @@ def _read(base: Base, path: Path) -> Donor:
     if is_json != wants_json:
         raise TokenizerMismatch(
             f"donor {path} is {'a' if is_json else 'no'} JSON file, and the base is a {base.kind}",
-            "a SentencePiece BPE is read from its tokenizer.model, a byte-level BPE from its tokenizer.json; they spell "
-            "text in different pieces",
+            "a SentencePiece BPE is read from its tokenizer.model, a byte-level BPE from its tokenizer.json; their "
+            "pieces spell text in two ways",
             "give a donor of the base's kind, or train one (`donor: {vocabulary_size: N, sources: [...]}`)",
         )
     return base.read_donor(path)

@@ -27,14 +27,21 @@ def _bytes_by_letter() -> dict[str, int]:
 _BYTES = _bytes_by_letter()
 
 
-def read_tokenizer(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+def read_content(text: str, name: str) -> dict[str, Any]:
     """The `model` part of a byte-level BPE's tokenizer.json.
+
+    Args:
+        text: of the file.
+        name: what to call it.
 
     Raises:
         DataError: it is another kind of tokenizer, or a piece of it is empty or shares its id with another.
     """
-    content = json.loads(tokenizer.to_str())
-    model, around = content["model"], json.dumps([content["pre_tokenizer"], content["decoder"]])
+    try:
+        content = json.loads(text, object_pairs_hook=_each_once)
+    except ValueError as error:
+        raise _unreadable(name, error) from error
+    model, around = content.get("model") or {}, json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
     kind = model.get("type")
     suffixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if kind != "BPE" or '"ByteLevel"' not in around or suffixed:
@@ -58,6 +65,23 @@ def read_tokenizer(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     return model
 
 
+def _unreadable(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"{name} cannot be read: {error}",
+        "its pieces are not known",
+        "fetch it again, or give another tokenizer.json of a byte-level BPE",
+    )
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose names may come again: the second would replace the first without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in found if names.count(name) > 1)!r} twice")
+    return found
+
+
 class ByteLevelDonor:
     """Pieces to choose from.
 
@@ -65,8 +89,7 @@ class ByteLevelDonor:
         pieces: what merging makes, in the order in which it is merged.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
-        merges: list[Pair] = read_tokenizer(tokenizer, name)["merges"]
+    def __init__(self, tokenizer: Tokenizer, merges: Sequence[Pair]) -> None:
         self.pieces = list(dict.fromkeys(left + right for left, right in merges))
         self._tokenizer = tokenizer
 
@@ -104,7 +127,7 @@ class ByteLevelVocabulary:
                 "give a tokenizer with a tokenizer.json, or a SentencePiece BPE with its tokenizer.model",
             )
         self._tokenizer: Tokenizer = backend
-        model = read_tokenizer(backend, str(folder))
+        model = read_content(backend.to_str(), str(folder))
         self._merges: list[Pair] = model["merges"]
         self._ranks = {pair: rank for rank, pair in enumerate(self._merges)}
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -146,16 +169,12 @@ class ByteLevelVocabulary:
 
     def read_donor(self, path: Path) -> ByteLevelDonor:
         """The donor in a tokenizer.json."""
+        text = path.read_text(encoding="utf-8", errors="replace")
+        merges = read_content(text, str(path))["merges"]
         try:
-            return ByteLevelDonor(Tokenizer.from_file(str(path)), str(path))
-        except DataError:
-            raise
+            return ByteLevelDonor(Tokenizer.from_str(text), merges)
         except Exception as error:  # tokenizers raises this class itself
-            raise DataError(
-                f"{path} cannot be read: {error}",
-                "its pieces are not known",
-                "give the tokenizer.json of a byte-level BPE",
-            ) from error
+            raise _unreadable(str(path), error) from error
 
     def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> ByteLevelDonor:
         """A donor that learns from texts, cut before merging as the base cuts them."""
@@ -171,7 +190,7 @@ class ByteLevelVocabulary:
                 "too little text has too few different words",
                 "give the donor more text, or a smaller `vocabulary_size`",
             )
-        return ByteLevelDonor(tokenizer, "the trained donor")
+        return ByteLevelDonor(tokenizer, read_content(tokenizer.to_str(), "the trained donor")["merges"])
 
     def write(self, folder: Path, added: Sequence[str]) -> None:
         """Write the grown tokenizer: all of the base's files, with the new pieces and merges after the old ones.
@@ -183,7 +202,8 @@ class ByteLevelVocabulary:
         path = folder / "tokenizer.json"
         content = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]
-        vocabulary = model["vocab"] | {piece: index for index, piece in enumerate(added, self.size)}
+        # Tokens that stand only in `added_tokens` would be moved behind the new pieces when the file is read.
+        vocabulary = {**self.known, **{piece: index for index, piece in enumerate(added, self.size)}}
         pairs = (
             (piece[:cut], piece[cut:])
             for piece in added

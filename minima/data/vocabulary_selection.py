@@ -141,8 +141,8 @@ def select(
     places = {piece: place for place, piece in enumerate(piece for piece in listed if base.writable(piece))}
     needs: dict[str, list[str]] = {}
     for piece in places:
-        made = derive(piece, lambda left, right: base.order(left, right, places)) or [""]
-        if all(part in base.known or part in places for part in made):
+        made = derive(piece, lambda left, right: base.order(left, right, places))
+        if made is not None and all(part in base.known or part in places for part in made):
             needs[piece] = [part for part in dict.fromkeys(made) if part in places]
     ranked = [piece for piece in needs if base.stands_alone(piece)]
     frequent = len(ranked)

@@ -181,7 +181,9 @@ class SentencePieceVocabulary:
         model = content["model"]
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         model["merges"] = self._with_merges(merges, added, vocabulary)
-        model["vocab"] |= {piece: vocabulary[piece] for piece in added}
+        model["vocab"] = (
+            vocabulary  # with the tokens that stood only in `added_tokens`: these would be moved to the end
+        )
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def _with_merges(
@@ -193,18 +195,19 @@ class SentencePieceVocabulary:
         which comes where its own merges are.
         """
         new = set(added)
-        old: dict[str, list[tuple[str, ...]]] = {}
-        for piece in self._scores:
+        places: dict[int, list[tuple[str, ...]]] = {}
+        own: dict[str, int] = {}
+        for piece, score in self._scores.items():
             pairs = [pair for pair in _pairs(piece, vocabulary) if new.intersection(pair)]
             if pairs:
-                old[piece] = pairs
-        last = {left + right: at for at, (left, right) in enumerate(merges)} if old else {}
+                own = own or {left + right: at for at, (left, right) in enumerate(merges)}
+                later = (at for at, merge in enumerate(merges) if self._scores.get("".join(merge), score) < score)
+                at = own[piece] + 1 if piece in own else next(later, len(merges))
+                places.setdefault(at, []).extend(pairs)
         grown: list[tuple[str, ...]] = []
         for at, merge in enumerate(merges):
-            grown.append(merge)
-            piece = "".join(merge)
-            if piece in old and last[piece] == at:
-                grown += old[piece]
+            grown += [*places.get(at, []), merge]
+        grown += places.get(len(merges), [])
         return grown + [pair for piece in added for pair in _pairs(piece, vocabulary)]
 
 

@@ -37,7 +37,8 @@ class ExpandVocabulary(Stage):
         count_on: text on which the donor's pieces are counted; the most frequent come first. In the donor's own order
             when not given. Its held-out documents are left out.
         minimum_count: pieces that `count_on` holds less often are left out, but for parts of others and what fills
-            the rows up to a multiple.
+            the rows up to a multiple. When not given, 1, or none with a `size`: a row that is there anyway is of more
+            use to a rare piece than to none.
         size: rows of the grown embedding, a multiple of `multiple`. Every piece that passes the filters, rounded up,
             when not given. A cut is closed under merges: a piece is added with all that it is made of.
         multiple: the embedding's rows are a multiple of it, filled with real pieces first and reserved rows last,
@@ -53,7 +54,7 @@ class ExpandVocabulary(Stage):
     donor: str | DonorTraining
     script: Literal["han", "hiragana", "katakana", "hangul", "cyrillic", "arabic", "greek", "latin"] | None = None
     count_on: list[Source] = []
-    minimum_count: int = Field(default=1, ge=0)
+    minimum_count: int | None = Field(default=None, ge=0)
     size: int | None = Field(default=None, gt=0)
     multiple: int = Field(default=64, gt=0)
     report_on: list[Source] = []
@@ -72,7 +73,7 @@ class ExpandVocabulary(Stage):
                 "rows that do not divide evenly are slow on every GPU and cannot be shared by some",
                 f"choose {near} or {near + self.multiple}, or another `multiple`",
             )
-        if "minimum_count" in self.model_fields_set and not self.count_on:
+        if self.minimum_count is not None and not self.count_on:
             raise RecipeError(
                 f"{where} gives a minimum_count and no count_on",
                 "without text there is nothing to count on, so it would not be used",
