@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from minima.data.block_packing import PackedWriter
 from minima.data.build_report import build_report, check_enough, show_rejected, unigram_entropy
-from minima.data.chat import set_template, template_of
+from minima.data.chat import template_of
 from minima.data.chat_encoding import ChatEncoder
 from minima.data.conversations import read_conversations
 from minima.data.documents import HeldOut
@@ -21,6 +21,7 @@ from minima.data.mixture import Reader, SourceStream, mix, source_labels, traini
 from minima.data.packing import StoreWriter
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
+from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.disk import disk_full_named
 from minima.errors import DataError

@@ -1,12 +1,11 @@
 """Chat templates: a conversation as text, what of it the assistant says, and the ids that end its turn."""
 
 import re
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from minima.assets import read_template
 from minima.data.conversations import ASSISTANT, USER, Turn, Unfit
 from minima.errors import DataError
 
@@ -14,11 +13,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-MINICHAT, OWN = "minichat", "own"
 _MINICHAT_MARKS = ("[|User|]", "[|Assistant|]")
-_PROBE: list[Turn] = [(USER, "one"), (ASSISTANT, "two"), (USER, "three"), (ASSISTANT, "four")]
+# Words that no template says by itself, so that they can be found in its text.
+PROBE: list[Turn] = [(USER, "zebra"), (ASSISTANT, "walnut"), (USER, "tundra"), (ASSISTANT, "violin")]
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_BEGIN = "{{- bos_token -}}\n"
 
 Span = tuple[int, int]
 
@@ -71,12 +69,12 @@ class ChatTemplate(NamedTuple):
             Unfit: the text of the first turns is not how the text of all of them begins.
         """
         if _MARKED.search(self.text):
-            text, spans = self._render(turns, spans=True)
+            text, found = self._render(turns, spans=True)
+            spans = _joined(found)
             if len(spans) != sum(role == ASSISTANT for role, _ in turns):
                 raise Unfit("not_splittable")
             return text, spans
-        text = self.render(turns)
-        spans = []
+        text, spans = self.render(turns), []
         for number, (role, _) in enumerate(turns):
             if role != ASSISTANT:
                 continue
@@ -156,42 +154,23 @@ class ChatTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans that touch as one: a template may mark a reply and its end marker apart."""
+    joined: list[Span] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return joined
+
+
 def _tokens_of(spans: list[Span], offsets: list[Span]) -> list[Span]:
     """Spans of characters as spans of tokens: all that have a character in it."""
     begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     firsts = np.searchsorted(ends, [begin for begin, _ in spans], side="right").tolist()
     lasts = np.searchsorted(begins, [end for _, end in spans], side="left").tolist()
     return list(zip(firsts, lasts, strict=True))
-
-
-# -- which template ----------------------------------------------------------------------------------------------
-
-
-def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> None:
-    """Give a tokenizer its chat template, after a look at whether conversations can be learnt in it.
-
-    Args:
-        tokenizer: is changed; saved with `save_pretrained`, the template lies beside it.
-        chosen: `minichat`, `own`, the path of a Jinja file, or None for the tokenizer's own where it has one.
-
-    Raises:
-        DataError: there is no such template, the template refuses a plain conversation, its text cannot be split into
-            turns, or it writes nothing after a reply.
-    """
-    own = tokenizer.chat_template is not None
-    name = chosen or (OWN if own else MINICHAT)
-    if name == MINICHAT:
-        adds_begin = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = (_BEGIN if adds_begin else "") + read_template(MINICHAT)
-    elif name != OWN:
-        tokenizer.chat_template = _read(Path(name).expanduser())
-    elif not own:
-        raise DataError(
-            "the tokenizer has no chat template of its own",
-            "a conversation has to become one text",
-            "set `chat_template: minichat`, or give the path of a Jinja file",
-        )
-    _check(chat_tokenizer(tokenizer), "its own" if name == OWN else repr(name))
 
 
 def chat_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> ChatTokenizer:
@@ -222,63 +201,14 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that end an assistant's turn.
 
     Returns:
-        What the chat template writes after a reply, where that is a special token, then the end token.
+        The first special token that the chat template writes after a reply, where it does, then the end token.
     """
-    ids: list[int] = []
-    if tokenizer.chat_template is not None:
-        chat = chat_tokenizer(tokenizer)
-        (probe,) = chat.encode([_PROBE])
-        if isinstance(probe, TokenizedChat):
-            end = probe.replies[0][1]
-            ids = [token for token in probe.ids[end - 1 : end + 1] if token in chat.special_ids][:1]
-    return list(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the chat template {str(path)!r} cannot be read: {error}",
-            "a conversation has to become one text",
-            f"give `{MINICHAT}`, `{OWN}` or the path of a Jinja file (looked from {Path.cwd()})",
-        ) from error
-
-
-def _check(chat: ChatTokenizer, name: str) -> None:
-    """Refuse a template in which plain conversations cannot be learnt."""
     from jinja2 import TemplateError
 
-    mend = "set `chat_template: minichat`, or mend the template"
-    try:
-        text, replies = chat.template.replies(_PROBE)
-        prompts = [chat.template.render(_PROBE[:turns], prompt=True) for turns in (1, 3)]
-    except TemplateError as error:
-        raise DataError(
-            f"the chat template ({name}) refuses a conversation of two exchanges: {error}",
-            "none could be learnt in it",
-            mend,
-        ) from error
-    except Unfit as error:
-        raise DataError(
-            f"the chat template ({name}) writes earlier turns in another way once there are later ones, or marks more "
-            "or fewer replies than there are",
-            "so it cannot be told which of the text the assistant says",
-            f"{mend} (put its replies between {{% generation %}} and {{% endgeneration %}})",
-        ) from error
-    ids = chat.encode_text(text)
-    for prompt in prompts:
-        asked = chat.encode_text(prompt)
-        if not text.startswith(prompt) or ids[: len(asked)] != asked:
-            raise DataError(
-                f"the chat template ({name}) asks for an answer with {prompt[-40:]!r}, whose tokens are not those of "
-                "the answered conversation",
-                "the model would be asked in another way than it learns",
-                mend,
-            )
-    if any(text[begin:end].endswith(answer) for (begin, end), (_, answer) in zip(replies, _PROBE[1::2], strict=True)):
-        raise DataError(
-            f"the chat template ({name}) has no end marker in {text!r}, or does not mark it as the reply's",
-            "a model would never learn to stop",
-            mend,
-        )
+    ids: list[int] = []
+    if tokenizer.chat_template is not None and tokenizer.is_fast:
+        chat = chat_tokenizer(tokenizer)
+        with suppress(TemplateError):
+            after = chat.template.render(PROBE).partition(PROBE[1][1])[2].partition(PROBE[2][1])[0]
+            ids = [token for token in chat.encode_text(after) if token in chat.special_ids][:1]
+    return list(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))

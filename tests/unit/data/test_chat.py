@@ -6,8 +6,9 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from minima.data.chat import chat_tokenizer, set_template, stop_ids, template_of
+from minima.data.chat import chat_tokenizer, stop_ids, template_of
 from minima.data.conversations import Unfit
+from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import DataError
 from minima.stages.export import copy_tokenizer
@@ -159,6 +160,27 @@ def test_stop_ids(minichat, chatml, byte_level):
     assert stop_ids(minichat) == [minichat.eos_token_id]
     assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|im_end|>", "<|endoftext|>"]
     assert stop_ids(load_tokenizer(byte_level)) == [0]  # without a template, the end token alone
+
+
+def test_marks_that_touch_are_one_reply(chatml):
+    apart = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>\n\n{% endgeneration %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+    )
+    chatml.chat_template = apart
+    set_template(chatml, None)
+    theirs = chatml.apply_chat_template(
+        messages(CHATS["several turns"]), return_assistant_tokens_mask=True, return_dict=True
+    )
+    ours = encode(chatml, CHATS["several turns"])
+    assert (ours.ids, learnt(ours)) == (theirs["input_ids"], theirs["assistant_masks"])
+    assert stop_ids(chatml) == [2, 0]  # not <|im_start|>, which comes after it
+
+
+def test_a_template_that_refuses_everything_leaves_the_end_token(chatml):
+    chatml.chat_template = "{{ raise_exception('no') }}"
+    assert stop_ids(chatml) == [0]
 
 
 def test_special_tokens_and_markers_in_a_text_are_told(minichat, chatml):

@@ -1,0 +1,92 @@
+"""Which chat template a tokenizer gets, and whether conversations can be learnt in it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minima.assets import read_template
+from minima.data.chat import PROBE, ChatTokenizer, chat_tokenizer
+from minima.data.conversations import Unfit
+from minima.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MINICHAT, OWN = "minichat", "own"
+_BEGIN = "{{- bos_token -}}\n"
+
+
+def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> None:
+    """Give a tokenizer its chat template, after a look at whether conversations can be learnt in it.
+
+    Args:
+        tokenizer: is changed; saved with `save_pretrained`, the template lies beside it.
+        chosen: `minichat`, `own`, the path of a Jinja file, or None for the tokenizer's own where it has one.
+
+    Raises:
+        DataError: there is no such template, the template refuses a plain conversation, its text cannot be split into
+            turns, or it writes nothing after a reply.
+    """
+    own = tokenizer.chat_template is not None
+    name = chosen or (OWN if own else MINICHAT)
+    if name == MINICHAT:
+        adds_begin = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = (_BEGIN if adds_begin else "") + read_template(MINICHAT)
+    elif name != OWN:
+        tokenizer.chat_template = _read(Path(name).expanduser())
+    elif not own:
+        raise DataError(
+            "the tokenizer has no chat template of its own",
+            "a conversation has to become one text",
+            "set `chat_template: minichat`, or give the path of a Jinja file",
+        )
+    _check(chat_tokenizer(tokenizer), "its own" if name == OWN else repr(name))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the chat template {str(path)!r} cannot be read: {error}",
+            "a conversation has to become one text",
+            f"give `{MINICHAT}`, `{OWN}` or the path of a Jinja file (looked from {Path.cwd()})",
+        ) from error
+
+
+def _check(chat: ChatTokenizer, name: str) -> None:
+    """Refuse a template in which plain conversations cannot be learnt."""
+    from jinja2 import TemplateError
+
+    mend = "set `chat_template: minichat`, or mend the template"
+    try:
+        text, replies = chat.template.replies(PROBE)
+        prompts = [chat.template.render(PROBE[:turns], prompt=True) for turns in (1, 3)]
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template ({name}) refuses a conversation of two exchanges: {error}",
+            "none could be learnt in it",
+            mend,
+        ) from error
+    except Unfit as error:
+        raise DataError(
+            f"the chat template ({name}) writes earlier turns in another way once there are later ones, or marks more "
+            "or fewer replies than there are",
+            "so it cannot be told which of the text the assistant says",
+            f"{mend} (put its replies between {{% generation %}} and {{% endgeneration %}})",
+        ) from error
+    ids = chat.encode_text(text)
+    for prompt in prompts:
+        asked = chat.encode_text(prompt)
+        if not text.startswith(prompt) or ids[: len(asked)] != asked:
+            raise DataError(
+                f"the chat template ({name}) asks for an answer with {prompt[-40:]!r}, whose tokens are not those of "
+                "the answered conversation",
+                "the model would be asked in another way than it learns",
+                mend,
+            )
+    if any(text[begin:end].endswith(answer) for (begin, end), (_, answer) in zip(replies, PROBE[1::2], strict=True)):
+        raise DataError(
+            f"the chat template ({name}) has no end marker in {text!r}, or does not mark it as the reply's",
+            "a model would never learn to stop",
+            mend,
+        )
