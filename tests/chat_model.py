@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from minima.data.chat import set_template
+from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer, train_sentencepiece, write_tokenizer
 from minima.models.causal_lm import load_plain
 from minima.models.shape import ModelShape
