@@ -21,7 +21,8 @@ class Source(BaseModel):
         split: split of the dataset.
         revision: revision of the dataset.
         streaming: read the dataset without downloading it first.
-        format: of the files; by their names when `auto`. One plain text file is one document.
+        format: of the files; by their names when `auto`: a `.json` is one array of records, or JSON lines. One plain
+            text file is one document.
         field: of a record, the one that holds the text; not read for conversations and preferences, whose layout is
             told from the record.
         weight: share of the training tokens, relative to the other sources' weights. All weights equal to their

@@ -1,4 +1,4 @@
-"""Text in, token blocks out. One process without ranks; it starts its own workers."""
+"""Text, conversations or preferences in, token blocks out. One process without ranks; it starts its own workers."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ def run(context: StageContext) -> dict[str, Any]:
     Returns:
         Metrics: documents, tokens, blocks, dropped and held-out tokens, rejected records by reason, tokens per
         character, bytes per token, `unigram_entropy` of the held-out tokens in nats, seconds, and per source its
-        documents, tokens, share and epochs.
+        documents, tokens, share and epochs. Of conversations and pairs also how many there are (`conversations` or
+        `pairs`, with `held_out_` in front those set aside), `learnt_tokens`, `padding_tokens`, `padding_share` and
+        `cut_conversations`, and the entropy is that of the tokens to be learnt.
     """
     stage = context.stage
     assert isinstance(stage, BuildData)
