@@ -112,16 +112,17 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
     else:
         found = _read(base, donor)
     counts = found.count(texts.to_count()) if stage.count_on else None
-    sizes: list[int] = []
+    minimum = stage.minimum_count if stage.minimum_count is not None else int(stage.size is None)
+
+    def up(size: int) -> int:
+        return -(-size // stage.multiple) * stage.multiple
 
     def room(passing: int) -> int:
-        whole = -(-(base.size + passing) // stage.multiple) * stage.multiple
-        sizes.append(stage.size or max(whole, -(-rows // stage.multiple) * stage.multiple))
-        return min(sizes[0], whole) - base.size
+        return min(stage.size or up(base.size + passing), up(base.size + passing)) - base.size
 
-    minimum = stage.minimum_count if stage.minimum_count is not None else int(stage.size is None)
     chosen = select(found.pieces, base, script=stage.script, counts=counts, minimum_count=minimum, room=room)
-    size, added = sizes[0], chosen.added
+    added = chosen.added
+    size = stage.size or up(max(base.size + len(added), rows))
     _check_found(chosen, size - base.size)
     base.write(folder, added)
     after = _tokens_per_character(folder, size, held_out)

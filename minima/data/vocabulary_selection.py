@@ -88,7 +88,7 @@ class Mergeable(Protocol):
         ...
 
     def in_script(self, piece: str, script: str) -> bool:
-        """Whether only text with a character of the script holds the piece."""
+        """Whether only text with a character of the script holds the piece, one that is `writable`."""
         ...
 
     def writable(self, piece: str) -> bool:
@@ -137,8 +137,9 @@ def select(
         room: how many pieces may be added, given how many there are that `minimum_count` lets through.
     """
     new = [piece for piece in donor if piece not in base.known]
-    listed = [piece for piece in new if script is None or base.in_script(piece, script)]
-    places = {piece: place for place, piece in enumerate(piece for piece in listed if base.writable(piece))}
+    writable = [piece for piece in new if base.writable(piece)]
+    listed = [piece for piece in writable if script is None or base.in_script(piece, script)]
+    places = {piece: place for place, piece in enumerate(listed)}
     needs: dict[str, list[str]] = {}
     for piece in places:
         made = derive(piece, lambda left, right: base.order(left, right, places))
@@ -155,10 +156,11 @@ def select(
         missing = [part for part in needs[piece] if part not in chosen]
         if len(chosen) + len(missing) <= limit:
             chosen.update(missing)
+    parts_only = sum(not base.stands_alone(piece) for piece in chosen)
     left_out = {
         "known": len(donor) - len(new),
-        "other_script": len(new) - len(listed),
-        "unreachable": len(listed) - len(ranked) - sum(not base.stands_alone(piece) for piece in chosen),
+        "other_script": len(writable) - len(listed),
+        "unreachable": len(new) - len(writable) + len(listed) - len(ranked) - parts_only,
         "rare": sum(piece not in chosen for piece in ranked[frequent:]),
         "cut": sum(piece not in chosen for piece in ranked[:frequent]),
     }

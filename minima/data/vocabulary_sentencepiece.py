@@ -4,12 +4,14 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers.models import BPE
 
 from minima.data.documents import batched
 from minima.data.tokenizer import SPACE, load_tokenizer, save_tokenizer, train_sentencepiece
@@ -74,22 +76,22 @@ class SentencePieceDonor:
         processor = SentencePieceProcessor(model_proto=self._model.SerializeToString())
         counts = np.zeros(len(self._model.pieces), dtype=np.int64)
         for batch in batched(texts):
-            for ids in processor.encode(batch, num_threads=1):
-                counts += np.bincount(ids, minlength=len(counts))
+            ids = chain.from_iterable(processor.encode(batch, num_threads=1))
+            counts += np.bincount(np.fromiter(ids, dtype=np.int64), minlength=len(counts))
         return Counter({self._model.pieces[i].piece: int(counts[i]) for i in np.flatnonzero(counts)})
 
 
 class SentencePieceVocabulary:
     """The base: a `tokenizer.model`, with or without the tokenizer.json that transformers reads.
 
-    Tokens that transformers adds beyond the model's own (`<pad>`, roles) become control pieces of the grown model, so
-    that both files keep the same ids.
+    Tokens that transformers adds beyond the model's own (`<pad>`, roles) become pieces of the grown model: control ones
+    where they are special, else such that are matched whole. So both files keep the same ids.
 
     Args:
         folder: of the tokenizer.
 
     Raises:
-        DataError: it is no SentencePiece BPE, or the two files have other ids.
+        DataError: it is no SentencePiece BPE, transformers makes no such BPE of it, or the two have other ids.
     """
 
     kind = "SentencePiece BPE"
@@ -107,6 +109,12 @@ class SentencePieceVocabulary:
 
     def _fill_up(self) -> None:
         """Give the model file the tokens that only the other one has, and refuse one with other ids."""
+        if not isinstance(getattr(getattr(self._fast, "backend_tokenizer", None), "model", None), BPE):
+            raise DataError(
+                f"transformers loads {self.folder} as {type(self._fast).__name__}, which has no list of merges",
+                "pieces are added to its merges and to the tokenizer.model alike",
+                "remove the tokenizer.json and tokenizer_config.json beside the tokenizer.model",
+            )
         ids = {index: piece for piece, index in self._fast.get_vocab().items()}
         own = [piece.piece for piece in self._model.pieces]
         for index in range(len(own), max(ids) + 1):
@@ -181,9 +189,8 @@ class SentencePieceVocabulary:
         model = content["model"]
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         model["merges"] = self._with_merges(merges, added, vocabulary)
-        model["vocab"] = (
-            vocabulary  # with the tokens that stood only in `added_tokens`: these would be moved to the end
-        )
+        # Tokens that stand only in `added_tokens` would be moved behind the new pieces when the file is read.
+        model["vocab"] = vocabulary
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def _with_merges(
