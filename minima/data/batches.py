@@ -38,5 +38,7 @@ def read_batch(
         if num_documents == 1 and store.format != "preferences":  # plain causal attention is the same, and faster
             documents_BT = None
     batch = make_batch(tokens_BT, valid_BT, documents_BT)
+    if batch.positions_BT is not None:  # what fills up a block may be longer than any document, and than the model
+        batch = batch._replace(positions_BT=batch.positions_BT.clamp_max(store.longest - 1))
     numbers = tuple(int(block) for block in blocks)
     return batch._replace(num_documents=num_documents, samples=samples, blocks=numbers)

@@ -161,7 +161,8 @@ class StoreWriter:
         self.documents += documents.shape[1] - (0 if filling is None else int(filling[inside].sum()))
         if learnt is not None:
             learnt = np.concatenate([self._held_learnt, learnt[:taken].astype(np.uint8)])
-            self._longest = max(self._longest, int(lengths.max()))
+            real = lengths if filling is None else lengths[~filling]
+            self._longest = max(self._longest, int(real.max(initial=0)))
         with disk_full_named(self.folder):
             documents = np.concatenate([self._open, documents], axis=1)
             self._take(np.asarray(tokens, dtype=self._dtype), learnt, documents)

@@ -43,9 +43,11 @@ class HeldOut:
         loss: nats per predicted token.
         perplexity: exp(loss).
         bits_per_byte: loss / (ln 2 x bytes per token), which compares models with different tokenizers. Bytes are
-            those of the text in UTF-8, averaged over all tokens of the store; end tokens have none, but their
-            prediction costs bits, as it should: where a text ends is part of it.
-        tokens: predicted tokens; the first of each block is given, not predicted.
+            those of the text in UTF-8 (of conversations, of the replies), averaged over all tokens of the store that
+            are to be learnt: what is given and not predicted counts as costly as the rest. End tokens have no bytes,
+            but their prediction costs bits, as it should: where a text ends is part of it.
+        tokens: predicted tokens. The first of each block is given, and where documents are kept apart the first of
+            each document.
         kl: mean KL(teacher || model) per predicted token, in nats; none without a teacher.
         top1_agreement: share of predicted tokens whose most likely token is the teacher's, too; none without one.
     """

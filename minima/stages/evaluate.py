@@ -17,7 +17,7 @@ from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
-from minima.stages.origin import check_fit, check_tokens, open_store
+from minima.stages.origin import LEARNABLE, check_fit, check_format, check_tokens, open_store
 
 RANKS = True
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
@@ -37,6 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
     stage = context.stage
     assert isinstance(stage, Evaluate)
     store = open_store(context.data(stage.data) / "held_out")
+    check_format(store, stage.kind, LEARNABLE)
     scores: dict[str, Any] = {}
     progress = Progress(stage.name, len(stage.models))
     with _teacher(context, stage) as teacher:

@@ -13,6 +13,8 @@ from minima.models.weights import RandomSource, WeightSource
 from minima.recipe.base import ModelInput
 from minima.stages.context import StageContext
 
+LEARNABLE = ("text", "conversations")  # formats of data whose tokens have a loss of their own
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -29,7 +29,7 @@ from minima.recipe.schema import Prune
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
-from minima.stages.origin import Origin, check_fit, check_tokens, open_origin, open_store
+from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 
 RANKS = True
 SCORES = "scores.safetensors"
@@ -126,6 +126,7 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
     assert stage.data is not None
     source, data = origin.source, context.data(stage.data)
     store = open_store(data / "train")
+    check_format(store, stage.kind, LEARNABLE)
     check_fit(shape, store, stage.model.source or "random weights", stage.sequence_length)
     length = stage.sequence_length or store.sequence_length
     if length > store.sequence_length:

@@ -20,7 +20,7 @@ from minima.models.shape import ModelShape
 from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 from minima.stages.feed import Feed
-from minima.stages.origin import check_fit, check_format, check_tokens, open_origin, open_store
+from minima.stages.origin import LEARNABLE, check_fit, check_format, check_tokens, open_origin, open_store
 from minima.stages.training_run import Measure, TrainingRun, held_out_loss
 
 
@@ -31,7 +31,7 @@ def run_training(
     frozen_flops_per_token: Callable[[int], float] = lambda sequence_length: 0.0,
     identities: dict[str, Any] | None = None,
     *,
-    formats: tuple[str, ...] = ("text", "conversations"),
+    formats: tuple[str, ...] = LEARNABLE,
     measure: Measure = held_out_loss,
     counted: str = "valid_tokens",
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minima.data import block_packing
+from minima.data.batches import read_batch
 from minima.data.block_packing import PackedWriter, best_fit
 from minima.data.encoding import Encoded
 from minima.data.store import TokenStore
@@ -94,7 +95,7 @@ def test_every_unit_is_whole_and_there_once(tmp_path_factory, spec, at_once, win
     assert finished["tokens"] == len(units.ids) + finished["padding_tokens"] == len(store) * LENGTH
     assert finished["learnt_tokens"] == store.learnt_tokens == int(units.learnt.sum())
     assert store.bytes == 5 * len(units.ids)
-    assert store.longest == max((len(ids) for _, ids, _ in documents), default=0)
+    assert store.longest == max((size for unit in spec for size in unit), default=0), "filling is no document"
 
 
 @settings(max_examples=100, deadline=None)
@@ -134,3 +135,12 @@ def test_padding_is_little(tmp_path):
     spec = [(int(size), 0) for size in rng.integers(1, LENGTH // 2, 3000)]
     finished, _ = write(tmp_path / "train", [units_of(spec[:900]), units_of(spec[900:1800]), units_of(spec[1800:2700])])
     assert finished["padding_tokens"] / finished["tokens"] < 0.005
+
+
+def test_what_fills_a_block_is_no_document_and_no_position_is_beyond_the_longest_one(tmp_path):
+    write(tmp_path / "train", [units_of([(3, 0), (2, 0)])])
+    store = TokenStore.open(tmp_path / "train")
+    assert store.longest == 3 and store.num_documents == 2
+    batch = read_batch(store, np.array([0]))
+    assert batch.documents_BT.max() == 2, "the rest of the block is one more document"
+    assert batch.positions_BT.max() == 2 < LENGTH - 5
