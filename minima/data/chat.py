@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from minima.data.conversations import ASSISTANT, USER, Turn, Unfit
+from minima.data.turns import ASSISTANT, USER, Turn, Unfit
 from minima.errors import DataError
 
 if TYPE_CHECKING:
@@ -124,7 +124,12 @@ class ChatTokenizer:
 
     def forges(self, turns: list[Turn]) -> bool:
         """Whether a text holds the name of a special token or of a marker, by which it could open or end a turn."""
-        return any(self._forged.search(text) for _, text in turns)
+        return self.forged(turns) is not None
+
+    def forged(self, turns: list[Turn]) -> str | None:
+        """The first such name in a text; none where there is none."""
+        found = (self._forged.search(text) for _, text in turns)
+        return next((match[0] for match in found if match is not None), None)
 
     def encode(self, conversations: list[list[Turn]]) -> list[TokenizedChat | Unfit]:
         """Tokenize conversations; in the place of one that the template cannot take, why."""

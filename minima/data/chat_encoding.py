@@ -6,9 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minima.data.chat import ChatTemplate, ChatTokenizer, TokenizedChat
-from minima.data.conversations import ASSISTANT, SYSTEM, Conversation, Pair, Turn, Unfit, unpack
+from minima.data.conversations import Conversation, unpack
 from minima.data.encoding import Batch, Encoded, Result
+from minima.data.preferences import Pair
 from minima.data.store import token_dtype
+from minima.data.turns import ASSISTANT, SYSTEM, Turn, Unfit
 
 _AT_ONCE = 64  # conversations given to the tokenizer in one call
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from minima.assets import read_template
 from minima.data.chat import PROBE, ChatTokenizer, chat_tokenizer
-from minima.data.conversations import Unfit
+from minima.data.turns import Unfit
 from minima.errors import DataError
 
 if TYPE_CHECKING:

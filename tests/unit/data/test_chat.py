@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from minima.data.chat import chat_tokenizer, stop_ids, template_of
-from minima.data.conversations import Unfit
 from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer
+from minima.data.turns import Unfit
 from minima.errors import DataError
 from minima.stages.export import copy_tokenizer
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from minima.assets import read_chat_asset
-from minima.data.conversations import Conversation, Pair, Unfit, conversation_of, pair_of, read_conversations, unpack
+from minima.data.conversations import Conversation, conversation_of, read_conversations, unpack
 from minima.data.documents import Rejected
+from minima.data.turns import Unfit
 from minima.errors import DataError
 from minima.recipe.data import Source
 
@@ -102,76 +103,6 @@ def test_what_is_no_conversation_is_told_why(record, reason):
         conversation_of(record)
 
 
-PAIR = Pair([("user", "one")], "two", "2")
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"prompt": "one", "chosen": "two", "rejected": "2"},
-        {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:2], "rejected": [{"role": "assistant", "content": "2"}]},
-        {"prompt": "one", "chosen": MESSAGES[:2], "rejected": [MESSAGES[0], {"role": "assistant", "content": "2"}]},
-        {"chosen": MESSAGES[:2], "rejected": [MESSAGES[0], {"role": "assistant", "content": "2"}]},
-        {"chosen": "one two", "rejected": "one 2"},
-        {
-            "conversations": SHAREGPT[:1],
-            "chosen": {"from": "gpt", "value": "two"},
-            "rejected": {"from": "gpt", "value": "2"},
-        },
-        {"instruction": "one", "input": "", "chosen": "two", "rejected": "2"},
-    ],
-    ids=str,
-)
-def test_each_layout_gives_the_same_pair(record):
-    assert pair_of(record) == PAIR
-
-
-def test_a_pair_after_several_turns_and_a_system_message():
-    long = [("system", "be brief"), *TWO[:3]]
-    prompt = [{"role": role, "content": text} for role, text in long]
-    other = {"role": "assistant", "content": "vier"}
-    assert pair_of({"prompt": prompt, "chosen": "four", "rejected": "vier"}) == Pair(long, "four", "vier")
-    whole = {"chosen": [*prompt, MESSAGES[3]], "rejected": [*prompt, other]}
-    assert pair_of(whole) == Pair(long, "four", "vier")
-    beside = {"prompt": prompt[:1], "chosen": MESSAGES, "rejected": [*MESSAGES[:3], other]}
-    assert pair_of(beside) == Pair(long, "four", "vier")
-    goes_on = {"prompt": prompt[:2], "chosen": MESSAGES[1:], "rejected": [*MESSAGES[1:3], other]}
-    assert pair_of(goes_on) == Pair(long, "four", "vier")
-
-
-def test_a_common_beginning_ends_where_a_word_begins():
-    pair = pair_of({"chosen": "2 + 2 is four", "rejected": "2 + 2 is five"})
-    assert pair == Pair([("user", "2 + 2 is")], "four", "five")
-    assert pair_of({"chosen": "問：你好嗎？好", "rejected": "問：你好嗎？不"}) == Pair(
-        [("user", "問：你好嗎？")], "好", "不"
-    )
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"prompt": "one", "chosen": "two"}, "not_a_pair"),
-        (MESSAGES, "not_a_pair"),
-        ({"prompt": "one", "chosen": "two", "rejected": " two "}, "equal_answers"),
-        ({"chosen": "one two", "rejected": "one two"}, "equal_answers"),
-        ({"chosen": "one", "rejected": "two"}, "prompts_differ"),
-        ({"chosen": MESSAGES[:2], "rejected": MESSAGES}, "prompts_differ"),
-        ({"prompt": "one", "chosen": "", "rejected": "two"}, "empty_assistant_turn"),
-        ({"prompt": "one", "chosen": [], "rejected": "two"}, "empty_assistant_turn"),
-        (
-            {"prompt": "", "chosen": MESSAGES[1:2], "rejected": [{"role": "assistant", "content": "2"}]},
-            "empty_user_turn",
-        ),
-        ({"prompt": MESSAGES[:2], "chosen": "two", "rejected": "2"}, "roles_out_of_order"),
-        ({"prompt": MESSAGES[:1], "chosen": MESSAGES[2:3], "rejected": MESSAGES[:1]}, "roles_out_of_order"),
-    ],
-    ids=str,
-)
-def test_what_is_no_pair_is_told_why(record, reason):
-    with pytest.raises(Unfit, match=f"^{reason}$"):
-        pair_of(record)
-
-
 # -- files -------------------------------------------------------------------------------------------------------
 
 
@@ -229,10 +160,9 @@ def test_max_documents(tmp_path):
     assert len(read(path=str(path), max_documents=3)) == 3
 
 
-def test_a_hash_of_the_content_is_the_same_in_every_layout_and_for_all_answers():
+def test_a_hash_of_the_content_is_the_same_in_every_layout():
     same = {conversation_of(record).content for record in records()}
     assert len(same) == 1
-    assert PAIR.content == PAIR._replace(chosen="zwei").content != PAIR._replace(prompt=[("user", "eins")]).content
 
 
 def test_the_embedded_examples_are_whole():

@@ -1,0 +1,134 @@
+"""Turns of many layouts as turns of one: who speaks, and what."""
+
+import json
+from typing import Any
+
+Turn = tuple[str, str]  # role and text
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+# OpenAI's names, ShareGPT's, and what its users put in their place.
+_ROLES = {
+    "system": SYSTEM, "developer": SYSTEM, "user": USER, "human": USER, "prompter": USER,
+    "assistant": ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
+}  # fmt: skip
+_TURN_FIELDS = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue")
+
+
+class Unfit(Exception):
+    """A record that is no conversation or pair: never shown, but counted by its reason."""
+
+
+# -- layouts -------------------------------------------------------------------------------------------------------
+
+
+def turns_in(record: Any) -> list[Turn] | None:
+    """The turns of a list of them, or of a record that holds such a list; None where there is none."""
+    if isinstance(record, dict):
+        for field in _TURN_FIELDS:
+            if isinstance(record.get(field), list):
+                turns = _listed(record[field])
+                return turns if turns and turns[0][0] == SYSTEM else system_of(record) + turns
+        return None
+    return _listed(record) if isinstance(record, list) else None
+
+
+def _listed(turns: list[Any]) -> list[Turn]:
+    found: list[Turn] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise Unfit("not_a_conversation")
+        if "User" in turn and "Assistant" in turn:
+            found += [(USER, text_of(turn["User"])), (ASSISTANT, text_of(turn["Assistant"]))]
+        elif "role" in turn:
+            found.append((_role(turn["role"]), text_of(turn.get("content"))))
+        elif "from" in turn:
+            found.append((_role(turn["from"]), text_of(turn.get("value"))))
+        else:
+            raise Unfit("not_a_conversation")
+    return found
+
+
+def alpaca_prompt(record: dict[str, Any]) -> list[Turn]:
+    """The turns before the answer of a record with an `instruction`."""
+    turns = system_of(record)
+    for exchange in record.get("history") or []:
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
+            raise Unfit("not_a_conversation")
+        turns += [(USER, text_of(exchange[0])), (ASSISTANT, text_of(exchange[1]))]
+    parts = [text_of(record.get(field)) for field in ("instruction", "input")]
+    return [*turns, (USER, "\n".join(part for part in parts if part))]
+
+
+def system_of(record: dict[str, Any]) -> list[Turn]:
+    """The system message that stands in a field of its own, if there is one."""
+    system = text_of(record.get("system"))
+    return [(SYSTEM, system)] if system else []
+
+
+def prompt_turns(prompt: Any) -> list[Turn]:
+    """The turns of a prompt, which is a list of them or what the user says."""
+    if isinstance(prompt, list):
+        return _listed(prompt)
+    text = text_of(prompt)
+    return [(USER, text)] if text else []
+
+
+def answer_turns(answer: Any) -> list[Turn]:
+    """An answer's turns; the prompt's may be in front."""
+    if isinstance(answer, dict):
+        answer = [answer]
+    if isinstance(answer, list):
+        return without_empty_system(_listed(answer))
+    return [(ASSISTANT, text_of(answer))]
+
+
+# -- turns -------------------------------------------------------------------------------------------------------
+
+
+def _role(name: Any) -> str:
+    if isinstance(name, str) and name.lower() in _ROLES:
+        return _ROLES[name.lower()]
+    raise Unfit("unknown_role")
+
+
+def text_of(content: Any) -> str:
+    """A turn's text, stripped; of a list of parts (OpenAI's), all of them."""
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise Unfit("not_text")  # an image, say
+        content = "".join(part["text"] for part in content)
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise Unfit("not_text")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise Unfit("not_utf8") from None
+    return content.strip()
+
+
+def without_empty_system(turns: list[Turn]) -> list[Turn]:
+    """Without an empty system message, which says nothing."""
+    return [turn for turn in turns if turn != (SYSTEM, "")]
+
+
+def in_order(turns: list[Turn]) -> list[Turn]:
+    """Turns that alternate and hold something.
+
+    Raises:
+        Unfit: they do not.
+    """
+    turns = without_empty_system(turns)
+    begins = int(bool(turns) and turns[0][0] == SYSTEM)
+    for number, (role, text) in enumerate(turns[begins:]):
+        if role != (USER, ASSISTANT)[number % 2]:
+            raise Unfit("roles_out_of_order")
+        if not text:
+            raise Unfit(f"empty_{role}_turn")
+    return turns
+
+
+def compact(content: Any) -> str:
+    """Content as JSON on one line."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
