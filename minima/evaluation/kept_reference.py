@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.reference import HostReference, KeptReference
 from minima.engine.teacher.host import FrozenHost
-from minima.errors import MinimaError, NotFinite
+from minima.errors import MinimaError, NotFinite, StageError
 from minima.evaluation.held_out import held_out_batch, rank_blocks
 from minima.launcher import terminal_columns
 from minima.models.weights import tensor_sha256
@@ -64,6 +65,7 @@ def keep_references(
     Raises:
         NotFinite: a log-probability is infinite or not a number.
         DiskFull: no space for the file; nothing of it is left.
+        StageError: the file cannot be written for another reason; nothing of it is left.
     """
     facts = [
         {"format": FORMAT, "store": store.sha256(), "model": model, "precision": precision, "blocks": len(store)}
@@ -162,7 +164,16 @@ def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({_TENSOR: values_LS}, partial, metadata={"reference": said})
                 os.replace(partial, path)
-        except MinimaError as found:
-            partial.unlink(missing_ok=True)
-            error = found
+        except (MinimaError, OSError, SafetensorError) as found:
+            with suppress(OSError):  # what forbade the file may forbid this, and the other ranks wait
+                partial.unlink(missing_ok=True)
+            error = found if isinstance(found, MinimaError) else _cannot_write(path, found)
     distributed.raise_together(error)
+
+
+def _cannot_write(path: Path, cause: Exception) -> StageError:
+    return StageError(
+        f"{path} could not be written ({cause})",
+        "the reference's values are kept there, and without them it would be run again at every start",
+        "make the folder writable (or give the run another output folder), then run the same command again",
+    )

@@ -130,7 +130,7 @@ def plan_tasks(tasks: Sequence[str], shots: int | None, allow_code_execution: bo
         StageError: one of them is known to execute what the model wrote, which is not allowed.
     """
     check_code_execution(tasks, allow_code_execution)
-    call = Call("tasks", tuple(dict.fromkeys(tasks)), shots)
+    call = Call("tasks", tuple(tasks), shots)
     return [Asked(task, task, call, stand_in=task.startswith("stand_in_")) for task in call.tasks]
 
 

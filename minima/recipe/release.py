@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from minima.errors import RecipeError
 from minima.recipe.base import Stage, Strict
 
+SUITE_NAMES = ("mmlu", "ceval", "drop", "humaneval", "bbh", "gsm8k")
+_BESIDE_SCORES = ("left_out", "answers")  # what a benchmark stage's metrics hold beside the scores
+
 
 class Evaluate(Stage):
     """Held-out loss, perplexity and bits per byte of models, and their agreement with a teacher.
@@ -80,7 +83,7 @@ class Benchmark(Stage):
         suite: `minima` is what the paper reports: MMLU 5-shot, C-Eval 5-shot, DROP 3-shot, HumanEval 0-shot, BBH
             3-shot and GSM8K 8-shot. HumanEval executes what the model wrote, so it is left out, with a warning, unless
             `minima run` is given `--allow-code-execution`.
-        tasks: further tasks, each a name that lm-eval or `task_folder` knows.
+        tasks: further tasks, each a name that lm-eval or `task_folder` knows, and none of the suite's own names.
         task_folder: a folder of lm-eval task files for data on this machine, which come before lm-eval's own; those
             that minima ships under `assets/tasks` are always known.
         data_folder: where the suite's items lie on this machine (see `tools/fetch_benchmarks.py`); from the Hub when
@@ -124,6 +127,22 @@ class Benchmark(Stage):
                 f"benchmark stage {self.name!r} sets {', '.join(idle)}, which nothing in it reads",
                 "the result would not be what the recipe seems to say",
                 "remove it, or name the `tasks` that it is for (`suite: minima` has its own number of examples)",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> Self:
+        taken = {*_BESIDE_SCORES}
+        if self.suite is not None:
+            taken |= {name + end for name in SUITE_NAMES for end in ("", "_stand_in")}
+        twice = [task for number, task in enumerate(self.tasks) if task in taken or task in self.tasks[:number]]
+        if twice:
+            raise RecipeError(
+                f"tasks of benchmark stage {self.name!r} give {', '.join(dict.fromkeys(twice))}, a name that its "
+                "results have already",
+                "results are kept by name, so one of the two would be lost",
+                "name each task once, call your own task otherwise, and ask a task of the suite in another way in a "
+                "benchmark stage of its own",
             )
         return self
 

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from minima.engine import distributed
 from minima.engine.objectives.preference import Preference
 from minima.engine.reference import HostReference
-from minima.errors import DataError, DiskFull, NotFinite, TokenizerMismatch
+from minima.errors import DataError, DiskFull, MinimaError, NotFinite, StageError, TokenizerMismatch
 from minima.evaluation import kept_reference
 from minima.evaluation.kept_reference import keep_references
 from minima.evaluation.preference import evaluate_preference
@@ -195,3 +195,49 @@ def test_a_full_disk_leaves_no_file(keep, monkeypatch):
     with pytest.raises(DiskFull):
         keep()
     assert keep.hosts[0].closed and list(keep.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system"), SafetensorError("os error 13")],
+)
+def test_a_file_that_may_not_be_written_is_told_to_every_rank(keep, monkeypatch, error):
+    told: list[MinimaError | None] = []
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise error
+
+    def together(met):
+        told.append(met)
+        raise_together(met)
+
+    raise_together = distributed.raise_together
+    monkeypatch.setattr(distributed, "raise_together", together)
+    monkeypatch.setattr(kept_reference, "save_file", half)
+    with pytest.raises(StageError, match=r"reference-.* could not be written \(.*13|.*Read-only"):
+        keep()
+    assert [type(met) for met in told] == [StageError]
+    assert keep.hosts[0].closed and list(keep.folder.iterdir()) == []
+
+
+def test_a_folder_that_forbids_even_to_clean_up_is_told_to_every_rank(keep, monkeypatch):
+    def forbid(*given, **named):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(kept_reference.os, "replace", forbid)
+    monkeypatch.setattr(type(keep.folder), "unlink", forbid)
+    with pytest.raises(StageError, match="Read-only"):
+        keep()
+    assert keep.hosts[0].closed
+
+
+def test_a_folder_in_the_files_place_is_said(keep):
+    made = keep()
+    path = sorted(keep.folder.iterdir())[0]
+    path.unlink()
+    path.mkdir()
+    (path / "own").touch()
+    with pytest.raises(StageError, match="could not be written"):
+        keep()
+    assert len(made) == 2 and not list(keep.folder.glob(".*"))

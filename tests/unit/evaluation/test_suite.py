@@ -11,6 +11,7 @@ import yaml
 from minima.errors import StageError
 from minima.evaluation.harness import Call
 from minima.evaluation.suite import SUITE, Asked, file_hashes, plan_suite, plan_tasks, score, table, write_tasks
+from minima.recipe.release import SUITE_NAMES
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "minima" / "assets" / "tasks"
@@ -39,6 +40,7 @@ def data(tmp_path):
 def test_the_suite_is_what_the_paper_reports():
     asked, left_out = plan_suite(None, allow_code_execution=True)
     assert not left_out and {each.name: each.call.shots for each in asked} == PAPER_SHOTS
+    assert tuple(entry.name for entry in SUITE) == SUITE_NAMES
     assert {entry.name: entry.paper for entry in SUITE}["gsm8k"] == (8.11, 29.72)
     assert [each.task for each in asked] == [
         "mmlu", "ceval-valid", "minima_drop", "humaneval", "minima_bbh", "gsm8k_cot",
@@ -66,7 +68,7 @@ def test_a_data_folder_without_items(data):
 
 
 def test_further_tasks_share_a_call():
-    asked = plan_tasks(["arc_easy", "piqa", "arc_easy"], 2, allow_code_execution=False)
+    asked = plan_tasks(["arc_easy", "piqa"], 2, allow_code_execution=False)
     assert [each.name for each in asked] == ["arc_easy", "piqa"]
     assert {each.call for each in asked} == {Call("tasks", ("arc_easy", "piqa"), 2)}
     with pytest.raises(StageError, match="--allow-code-execution"):

@@ -19,6 +19,10 @@ def stage(**keys):
             {"answers": [{"format": "mt_bench", "questions": "q"}], "limit": 3, "data_folder": "d"},
             "sets data_folder, limit, which nothing in it reads",
         ),
+        ({"suite": "minima", "tasks": ["piqa", "mmlu"]}, "give mmlu, a name that its results have already"),
+        ({"suite": "minima", "tasks": ["bbh_stand_in"]}, "give bbh_stand_in, a name"),
+        ({"tasks": ["piqa", "arc_easy", "piqa"]}, "give piqa, a name"),
+        ({"tasks": ["left_out", "answers"]}, "give left_out, answers, a name"),
     ],
 )
 def test_refused(keys, message):
@@ -29,3 +33,5 @@ def test_refused(keys, message):
 def test_accepted():
     assert stage(suite="minima", limit=3, data_folder="d", task_folder="t").seed == 1234
     assert stage(tasks=["piqa"], num_fewshot=0).num_fewshot == 0
+    assert stage(tasks=["mmlu"]).tasks == ["mmlu"]  # without the suite the name is free
+    assert stage(suite="minima", tasks=["mmlu_anatomy"]).tasks == ["mmlu_anatomy"]
