@@ -145,7 +145,10 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
         for key in dict.fromkeys([*before.get("inputs", {}), *description["inputs"]])
         if before.get("inputs", {}).get(key) != description["inputs"].get(key)
     ]
-    changed = changed or ["micro_batch_sequences has changed"]
+    before_micro, now_micro = old.get("micro_batch_sequences"), new.get("micro_batch_sequences")
+    if not changed and before_micro != now_micro:
+        changed = [f"micro_batch_sequences is {now_micro} and was {before_micro}"]
+    changed = changed or ["it was made by a version of minima that tells its inputs in another way"]
     raise StageError(
         f"stage {new['name']!r} is {state} in {folder}, but {'; '.join(changed)}",
         "going on would mix results of two different runs under one name",
