@@ -1,7 +1,6 @@
 """Chat templates: a conversation as text, what of it the assistant says, and the ids that end its turn."""
 
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,7 +107,7 @@ class ChatTokenizer:
         template: the chat template.
 
     Attributes:
-        special_ids: of the tokenizer's special tokens.
+        marker_ids: of the tokenizer's special and added tokens, by which a turn can end; none of white space.
     """
 
     def __init__(self, tokenizer: "Tokenizer", template: ChatTemplate) -> None:
@@ -117,9 +116,10 @@ class ChatTokenizer:
         tokenizer.no_padding()
         self._tokenizer, self.template = tokenizer, template
         added = tokenizer.get_added_tokens_decoder()
-        self.special_ids = {number for number, token in added.items() if token.special}
-        special = [added[number].content for number in self.special_ids]
+        self.marker_ids = {number for number, token in added.items() if token.special or token.content.strip()}
+        special = [token.content for token in added.values() if token.special]
         marks = [mark for mark in _MINICHAT_MARKS if mark in template.text]
+        marks += [added[number].content for number in self.end_ids()]  # may be added and yet not special
         self._forged = re.compile("|".join(re.escape(mark) for mark in sorted({*special, *marks})) or r"(?!)")
 
     def forges(self, turns: list[Turn]) -> bool:
@@ -154,6 +154,17 @@ class ChatTokenizer:
             found.append(TokenizedChat(encoding.ids, _tokens_of(item[1], encoding.offsets), item[0]))
         return found
 
+    def end_ids(self) -> list[int]:
+        """The first special or added token that the template writes after a reply; none where it writes none."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self.template.render(PROBE)
+        except TemplateError:
+            return []
+        after = text.partition(PROBE[1][1])[2].partition(PROBE[2][1])[0]
+        return [token for token in self.encode_text(after) if token in self.marker_ids][:1]
+
     def encode_text(self, text: str) -> list[int]:
         """The ids of a rendered text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -182,7 +193,7 @@ def chat_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> ChatTokenizer:
     """The same tokenizer and template, as workers use them.
 
     Raises:
-        DataError: the tokenizer has no `tokenizers` backend.
+        DataError: the tokenizer has no `tokenizers` backend, or several templates and none by default.
     """
     from tokenizers import Tokenizer
 
@@ -197,23 +208,28 @@ def chat_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> ChatTokenizer:
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
-    """A tokenizer's chat template, and the special tokens that it can name."""
+    """A tokenizer's chat template, and the special tokens that it can name.
+
+    Raises:
+        DataError: it has several templates, and none is the default.
+    """
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return ChatTemplate(tokenizer.get_chat_template(), names)
+    try:
+        return ChatTemplate(tokenizer.get_chat_template(), names)
+    except ValueError as error:
+        raise DataError(
+            f"the tokenizer has no chat template that is its default: {str(error)[:200]}",
+            "a conversation has to become one text",
+            "set `chat_template: minichat`, or give the path of a Jinja file",
+        ) from error
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that end an assistant's turn.
 
     Returns:
-        The first special token that the chat template writes after a reply, where it does, then the end token.
+        The first special or added token that the chat template writes after a reply, where it does, then the end token.
     """
-    from jinja2 import TemplateError
-
-    ids: list[int] = []
-    if tokenizer.chat_template is not None and tokenizer.is_fast:
-        chat = chat_tokenizer(tokenizer)
-        with suppress(TemplateError):
-            after = chat.template.render(PROBE).partition(PROBE[1][1])[2].partition(PROBE[2][1])[0]
-            ids = [token for token in chat.encode_text(after) if token in chat.special_ids][:1]
+    has_template = tokenizer.chat_template is not None and tokenizer.is_fast
+    ids = chat_tokenizer(tokenizer).end_ids() if has_template else []
     return list(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minima.assets import read_template
-from minima.data.chat import PROBE, ChatTokenizer, chat_tokenizer
+from minima.data.chat import PROBE, ChatTokenizer, Span, chat_tokenizer
 from minima.data.turns import Unfit
 from minima.errors import DataError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MINICHAT, OWN = "minichat", "own"
 _BEGIN = "{{- bos_token -}}\n"
+_MEND = "set `chat_template: minichat`, or mend the template"
 
 
 def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> None:
@@ -24,7 +25,7 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> No
 
     Raises:
         DataError: there is no such template, the template refuses a plain conversation, its text cannot be split into
-            turns, or it writes nothing after a reply.
+            turns, leaves some of them out, learns more than the replies, or ends a reply with no token of its own.
     """
     own = tokenizer.chat_template is not None
     name = chosen or (OWN if own else MINICHAT)
@@ -57,7 +58,6 @@ def _check(chat: ChatTokenizer, name: str) -> None:
     """Refuse a template in which plain conversations cannot be learnt."""
     from jinja2 import TemplateError
 
-    mend = "set `chat_template: minichat`, or mend the template"
     try:
         text, replies = chat.template.replies(PROBE)
         prompts = [chat.template.render(PROBE[:turns], prompt=True) for turns in (1, 3)]
@@ -65,14 +65,14 @@ def _check(chat: ChatTokenizer, name: str) -> None:
         raise DataError(
             f"the chat template ({name}) refuses a conversation of two exchanges: {error}",
             "none could be learnt in it",
-            mend,
+            _MEND,
         ) from error
     except Unfit as error:
         raise DataError(
             f"the chat template ({name}) writes earlier turns in another way once there are later ones, or marks more "
             "or fewer replies than there are",
             "so it cannot be told which of the text the assistant says",
-            f"{mend} (put its replies between {{% generation %}} and {{% endgeneration %}})",
+            f"{_MEND} (put its replies between {{% generation %}} and {{% endgeneration %}})",
         ) from error
     ids = chat.encode_text(text)
     for prompt in prompts:
@@ -82,11 +82,40 @@ def _check(chat: ChatTokenizer, name: str) -> None:
                 f"the chat template ({name}) asks for an answer with {prompt[-40:]!r}, whose tokens are not those of "
                 "the answered conversation",
                 "the model would be asked in another way than it learns",
-                mend,
+                _MEND,
             )
-    if any(text[begin:end].endswith(answer) for (begin, end), (_, answer) in zip(replies, PROBE[1::2], strict=True)):
+    _check_replies(chat, name, text, replies)
+
+
+def _check_replies(chat: ChatTokenizer, name: str, text: str, replies: list[Span]) -> None:
+    """Refuse a template whose replies are not an answer and one token that ends it."""
+    missing = [said for _, said in PROBE if said not in text]
+    if missing:
         raise DataError(
-            f"the chat template ({name}) has no end marker in {text!r}, or does not mark it as the reply's",
-            "a model would never learn to stop",
-            mend,
+            f"the chat template ({name}) leaves out what is said: {', '.join(missing)} of {text!r}",
+            "the model would learn to answer what it does not see",
+            _MEND,
         )
+    (chats,) = chat.encode([PROBE])
+    assert not isinstance(chats, Unfit)
+    for (begin, end), (first, last), (_, answer) in zip(replies, chats.replies, PROBE[1::2], strict=True):
+        before, found, after = text[begin:end].partition(answer)
+        if not found or before.strip():
+            raise DataError(
+                f"the chat template ({name}) takes {text[begin:end]!r} for the reply {answer!r}",
+                "a model would learn to write what comes before its answer, or not learn the answer",
+                f"{_MEND}: write the assistant's header for `add_generation_prompt` too, or put replies between "
+                "{% generation %} and {% endgeneration %}",
+            )
+        if not after:
+            raise DataError(
+                f"the chat template ({name}) has no end marker in {text!r}, or does not mark it as the reply's",
+                "a model would never learn to stop",
+                _MEND,
+            )
+        if not chat.marker_ids.intersection(chats.ids[first:last]):
+            raise DataError(
+                f"the chat template ({name}) ends a reply with {after!r}, which is no special or added token",
+                "generation stops at single tokens only, so the model would write it and go on",
+                f"add {after.strip()!r} to the tokenizer as a special token, or end replies with `eos_token`",
+            )

@@ -236,6 +236,41 @@ REFUSALS = {
         "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}answer{% endif %}",
         "asks for an answer with",
     ),
+    "no end marker that is learnt": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}<|im_end|>{% endif %}{% endfor %}",
+        "no end marker",
+    ),
+    "an end marker of plain text": (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n###\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}",
+        r"(?s)ends a reply with '\\n###', which is no special.*add '###' to the tokenizer",
+    ),
+    "an end marker that is not registered": (
+        CHATML.replace("im_end", "end_of_turn"),
+        r"with '<\|end_of_turn\|>', which is no special",
+    ),
+    "a plain end marker before a token that is not learnt": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}###"
+        "{% endgeneration %}<|im_end|>{% endif %}{% endfor %}",
+        "ends a reply with '###'",
+    ),
+    "no prompt for an answer": (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}",
+        r"(?s)takes 'assistant:walnut<\|im_end\|>' for the reply 'walnut'.*add_generation_prompt",
+    ),
+    "marks around something else": (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{% generation %}<|im_end|>"
+        "{% endgeneration %}{% endif %}{% endfor %}",
+        "for the reply 'walnut'",
+    ),
+    "empty": ("", "leaves out what is said: zebra, walnut, tundra, violin"),
+    "constant": ("hello<|im_end|>", "leaves out what is said"),
+    "no questions": (
+        "{% for m in messages if m.role == 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}",
+        "leaves out what is said: zebra, tundra of",
+    ),
 }  # fmt: skip
 
 
@@ -245,6 +280,24 @@ def test_a_template_in_which_nothing_can_be_learnt_is_refused(chatml, name):
     chatml.chat_template = text
     with pytest.raises(DataError, match=message):
         set_template(chatml, "own")
+
+
+def test_an_end_marker_may_be_added_without_being_special(chatml):
+    chatml.chat_template = CHATML.replace("im_end", "end_of_turn")
+    chatml.add_tokens(["<|end_of_turn|>", "  ", "<think>"])
+    set_template(chatml, "own")
+    assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|end_of_turn|>", "<|endoftext|>"]
+    assert chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "x<|end_of_turn|>y")])
+    assert not chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "a  b <think>")])
+
+
+def test_several_templates_need_a_default(chatml):
+    chatml.chat_template = {"one": CHATML, "two": CHATML}
+    with pytest.raises(DataError, match="no chat template that is its default"):
+        set_template(chatml, "own")
+    chatml.chat_template = {"default": CHATML, "two": "{{ messages }}"}
+    set_template(chatml, "own")
+    assert template_of(chatml).text == CHATML
 
 
 def test_one_conversation_that_a_template_refuses_is_no_reason_to_stop(chatml):
