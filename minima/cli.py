@@ -1,6 +1,7 @@
 """The `minima` command. Every command imports what it needs when it runs, so help and dry runs know no torch."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -138,6 +139,8 @@ def _chat(options: argparse.Namespace) -> int:
 
             talk(conversation, input)
         else:
+            if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale; what is not UTF-8 is refused by its line
+                sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
             answer_lines(conversation, sys.stdin)
     except KeyboardInterrupt:
         return INTERRUPTED

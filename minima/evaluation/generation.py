@@ -23,6 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
+from minima.data.chat import ChatTokenizer, chat_tokenizer
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import CheckpointError, DataError, MinimaError
 from minima.evaluation.streaming import stream
@@ -56,6 +57,7 @@ class Generator:
         self.temperature = float(generation.temperature or 1.0) if generation.do_sample else 0.0
         self.top_p = float(generation.top_p or 1.0) if generation.do_sample else 1.0
         self.has_template = tokenizer.chat_template is not None
+        self._chat: ChatTokenizer | None = None
         # What a folder suggests beside the stop ids would change what the caller asks for.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
@@ -135,8 +137,8 @@ class Generator:
             seed: of the sampling; torch's generator goes on as it is when not given.
 
         Raises:
-            DataError: the model has no chat template, the template refuses the conversation, or the last question
-                alone is longer than the window.
+            DataError: the model has no chat template, the template refuses the conversation, a message could end its
+                own turn or is no text, or the last question alone is longer than the window.
         """
         kept, dropped = self.fit(messages, max_new_tokens)
         if dropped:
@@ -159,8 +161,9 @@ class Generator:
         """What a base model writes after a text; options are those of `stream`.
 
         Raises:
-            DataError: the text is empty, or longer than the window.
+            DataError: the text is empty, not UTF-8, or longer than the window.
         """
+        _check_text(text, "the text")
         prompt = list(self.tokenizer(text)["input_ids"])
         if not prompt:
             raise DataError("an empty text", "there is nothing to go on from", "give at least one word")
@@ -175,6 +178,7 @@ class Generator:
         Raises:
             DataError: as `stream`.
         """
+        self._check_messages(messages)
         room = self.window - min(max_new_tokens, int(self.window * _ANSWER_SHARE))
         head = messages[:1] if messages and messages[0]["role"] == "system" else []
         rest = messages[len(head) :]
@@ -187,16 +191,33 @@ class Generator:
         kept = head + rest
         return kept, len(messages) - len(kept)
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant begins to speak."""
-        from jinja2 import TemplateError
+    def _check_messages(self, messages: list[Message]) -> None:
+        """Refuse what would not reach the model as it was said.
 
+        The assistant's own messages may hold a turn's marker: the model can have spelt it out.
+        """
         if not self.has_template:
             raise DataError(
                 "the model's tokenizer has no chat template",
                 "it is a base model: it goes on with a text, and was not taught whose turn it is",
                 "give it a text to go on from (`minima chat DIR --plain`), or export a model that instruct has trained",
             )
+        self._chat = self._chat or chat_tokenizer(self.tokenizer)
+        for message in messages:
+            role, text = message.get("role", ""), str(message.get("content", ""))
+            _check_text(text, f"the {role}'s message")
+            marker = None if role == "assistant" else self._chat.forged([(role, text)])
+            if marker is not None:
+                raise DataError(
+                    f"the {role}'s message holds {marker}, a word by which the chat template opens or ends a turn",
+                    "the model would take what follows it for somebody else's words",
+                    "leave it out, or put a space into it",
+                )
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant begins to speak."""
+        from jinja2 import TemplateError
+
         try:
             encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             return list(encoded["input_ids"])
@@ -236,6 +257,14 @@ class Generator:
             )
 
         return stream(generate, self.tokenizer, self.stop_ids)
+
+
+def _check_text(text: str, what: str) -> None:
+    """Refuse the stand-ins that Python reads for bytes that are no UTF-8: no tokenizer takes them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is not UTF-8", "it cannot be read as text", "convert it to UTF-8") from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Tokens, steps, parameters and FLOPs of a training stage, from shapes alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,10 +96,16 @@ def checkpoint_bytes(training: Training, parameters: int, steps: int | None) -> 
         None where it takes the number of steps (all checkpoints are kept) and that is not known.
     """
     counts = []
+    patient = training.patience is not None
     if steps is not None:
-        counts.append(-(-steps // training.checkpoint_every_steps))  # the last one is written at the end in any case
+        every, evaluated = training.checkpoint_every_steps, training.evaluate_every_steps
+        # With patience one is written at each held-out loss, too; those of both periods at the same step are one.
+        both = steps // evaluated - steps // math.lcm(every, evaluated) if patient else 0
+        last = steps % every != 0 and not (patient and steps % evaluated == 0)  # written at the end in any case
+        counts.append(steps // every + both + last)
     if training.keep_checkpoints:
-        counts.append(training.keep_checkpoints + 1)  # the oldest goes once the new one is complete
+        # The oldest goes once the new one is complete; with patience the best one stays beside the newest.
+        counts.append(training.keep_checkpoints + 1 + patient)
     return min(counts) * CHECKPOINT_BYTES * parameters if counts else None
 
 

@@ -44,7 +44,8 @@ class Card:
         languages: ISO 639 codes.
         datasets: Hub ids.
         base_model: Hub id of the model whose weights it came from; none when there is none.
-        chat_template: whether the tokenizer has one.
+        chat: whether it was taught to hold conversations.
+        chat_template: whether the tokenizer has one; a base model may have taken it over.
         checked: what was compared before the folder was published, one line each.
     """
 
@@ -63,6 +64,7 @@ class Card:
     languages: Sequence[str] = ()
     datasets: Sequence[str] = ()
     base_model: str | None = None
+    chat: bool = False
     chat_template: bool = False
     checked: Sequence[str] = field(default_factory=tuple)
 
@@ -115,11 +117,12 @@ def _summary(card: Card) -> str:
     tokens = sum(row.get("tokens") or 0 for row in card.training.values())
     trained = f", over {tokens:,} tokens in {len(card.training)} training stage" if tokens else ""
     trained += "s" if tokens and len(card.training) > 1 else ""
-    kind = "chat model" if card.chat_template else "causal language model"
+    kind = "chat model" if card.chat else "causal language model"
     return f"A {card.family} {kind} with {card.parameters:,} parameters in {card.dtype}, {how} with minima{trained}."
 
 
 def _use(card: Card) -> str:
+    chat = card.chat and card.chat_template
     code = (
         (
             "from transformers import pipeline\n\n"
@@ -129,7 +132,7 @@ def _use(card: Card) -> str:
             'print(answer["content"])\n'
             'messages += [answer, {"role": "user", "content": "And a small one?"}]  # and so on\n'
         )
-        if card.chat_template
+        if chat
         else (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'folder = "."  # this folder, or its name on the Hub\n'
@@ -142,9 +145,14 @@ def _use(card: Card) -> str:
     )
     ends = (
         " An answer ends at the tokens that `generation_config.json` names. `minima chat .` talks to it in a terminal."
-        if card.chat_template
+        if chat
         else " It goes on with a text; it was not taught to answer."
     )
+    if card.chat_template and not chat:
+        ends = (
+            " It goes on with a text; no stage here taught it to answer. Its tokenizer has the chat template of the "
+            "model that it came from, by which `minima chat .` asks it."
+        )
     return f"```python\n{code}```\n\nIt loads in transformers 5 and in the last 4.x, with no code of its own.{ends}"
 
 

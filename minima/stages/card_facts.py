@@ -65,11 +65,12 @@ def gather_card(context: StageContext, config: dict[str, Any], metrics: dict[str
         training={made.name: _trained(context, made, step) for made, step in ancestors if made.kind in STEPPED},
         data=_data_lines(built),
         scores=_scores(context, stage.model),
+        chat=taught_to_chat(context, stage.model),
         max_positions=shape.max_positions,
         licence=stage.licence,
         languages=stage.languages,
-        datasets=list(dict.fromkeys([*stage.datasets, *_hub_datasets(built)])),
-        base_model=stage.base_model or (root if root is not None and _on_hub(root) else None),
+        datasets=_without_folders(list(dict.fromkeys([*stage.datasets, *_hub_datasets(built)]))),
+        base_model=_without_folders(stage.base_model) or (root if root is not None and _on_hub(root) else None),
         chat_template=chat_template,
         checked=["every tensor's bytes with the trained one, by SHA-256"]
         + [
@@ -96,6 +97,27 @@ def lineage(context: StageContext, name: str) -> tuple[list[Ancestor], str | Non
         source = getattr(stage, "model", None)
         reference = source.source if isinstance(source, ModelInput) else source
     return found[::-1], reference
+
+
+def taught_to_chat(context: StageContext, name: str) -> bool:
+    """Whether a stage of the recipe taught a model to hold conversations.
+
+    A chat template alone does not say it: pruning keeps the tokenizer of a chat model, and not what the model knew.
+    """
+    return any(
+        made.kind in ("instruct", "align")
+        or (made.kind in ("adapt", "distil") and _format(context, made.data) == "conversations")
+        for made, _ in lineage(context, name)[0]
+    )
+
+
+def _format(context: StageContext, reference: str) -> str | None:
+    """What the data is of that a stage reads: a stage of the recipe, or the folder of another one."""
+    stage = next((stage for stage in context.recipe.stages if stage.name == reference), None)
+    if stage is not None:
+        return getattr(stage, "format", None)
+    folder = Path(reference).expanduser()
+    return read_manifest(folder).get("stage", {}).get("format") if is_finished(folder) else None
 
 
 def _settings(stage: AnyStage) -> dict[str, Any]:
@@ -126,12 +148,12 @@ def _data_lines(built: list[BuildData | str]) -> list[str]:
     lines: list[str] = []
     for stage in built:
         if isinstance(stage, str):
-            lines.append(f"`{stage}`")
+            lines.append(f"`{_without_folders(stage)}`")
             continue
         what = "" if stage.format == "text" else f" of {stage.format}"
         for source in stage.sources:
             weight = "" if source.weight is None else f", weight {source.weight:g}"
-            lines.append(f"{source.label} (stage `{stage.name}`{what}{weight})")
+            lines.append(f"{_without_folders(source.label)} (stage `{stage.name}`{what}{weight})")
     return list(dict.fromkeys(lines))
 
 
@@ -171,7 +193,11 @@ def _scores(context: StageContext, name: str) -> dict[str, dict[str, Any]]:
     if not scores:
         why = f" ({'; '.join(others)})" if others else ""
         logger.warning("the card of %s shows no scores: no finished evaluate stage names %s%s", name, name, why)
-    return scores
+    told: dict[str, dict[str, Any]] = {}
+    for model, row in scores.items():
+        short = _without_folders(model)
+        told[f"{short} ({len(told) + 1})" if short in told else short] = row
+    return told
 
 
 def _same_weights(context: StageContext, name: str) -> set[str]:

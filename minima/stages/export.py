@@ -26,7 +26,7 @@ from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource, WeightSource, tensor_sha256, write_folder
 from minima.recipe.schema import AnyTraining, Export
 from minima.report.cards import model_card
-from minima.stages.card_facts import gather_card
+from minima.stages.card_facts import gather_card, taught_to_chat
 from minima.stages.context import ResolvedModel, StageContext
 from minima.stages.evaluate import count_parameters
 from minima.stages.generation_settings import generation_settings
@@ -54,7 +54,8 @@ def run(context: StageContext) -> dict[str, Any]:
     source = open_weights(model.folder, model.step)
     dtype = DTYPES[stage.dtype or trained_dtype(context, source)]
     partial, final = context.folder / "model.partial", context.folder / "model"
-    _on_main(lambda: _write(partial, source, model, dtype, stage.shard_bytes))
+    chat = taught_to_chat(context, stage.model)
+    _on_main(lambda: _write(partial, source, model, dtype, stage.shard_bytes, chat))
     differences = _compare_logits(context, stage, source, partial, dtype)
 
     def publish() -> dict[str, Any]:
@@ -98,7 +99,9 @@ class Cast:
         return self._source.read_flat(name, start, stop).to(self._dtype)
 
 
-def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: torch.dtype, shard_bytes: int) -> None:
+def _write(
+    partial: Path, source: WeightSource, model: ResolvedModel, dtype: torch.dtype, shard_bytes: int, chat: bool
+) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     trained: dict[str, str] = {}
 
@@ -109,7 +112,7 @@ def _write(partial: Path, source: WeightSource, model: ResolvedModel, dtype: tor
             yield name, tensor
 
     config = dict(source.config)
-    generation = generation_settings(config, model.tokenizer)
+    generation = generation_settings(config, model.tokenizer, chat=chat)
     for name in ("bos_token_id", "eos_token_id"):
         if config.get(name) is None and name in generation:
             config[name] = generation[name]

@@ -9,7 +9,7 @@ from minima.models.layout import has_chat_template
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
-def generation_settings(config: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+def generation_settings(config: dict[str, Any], tokenizer: Path | None, *, chat: bool) -> dict[str, Any]:
     """Content of a `generation_config.json`.
 
     Every token that may end a text is named: the configuration's end token, the tokenizer's, and those that end an
@@ -19,23 +19,25 @@ def generation_settings(config: dict[str, Any], tokenizer: Path | None) -> dict[
     Args:
         config: content of the model's config.json.
         tokenizer: folder of its tokenizer; none when it has none.
+        chat: whether the model was taught to hold conversations; it samples then, if it has a chat template.
     """
-    begin, ends, padding, chat = config.get("bos_token_id"), _listed(config.get("eos_token_id")), None, False
+    begin, ends, padding, template = config.get("bos_token_id"), _listed(config.get("eos_token_id")), None, False
     if tokenizer is not None and any(tokenizer.glob("tokenizer*")):
         from minima.data.chat import stop_ids
         from minima.data.tokenizer import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
-        chat = has_chat_template(tokenizer)
+        template = has_chat_template(tokenizer)
         begin = loaded.bos_token_id if begin is None else begin
-        ends += [loaded.eos_token_id, *(stop_ids(loaded) if chat else [])]
+        ends += [loaded.eos_token_id, *(stop_ids(loaded) if template else [])]
         padding = loaded.pad_token_id
     ends = list(dict.fromkeys(ends))
     found: dict[str, Any] = {"bos_token_id": begin}
     if ends:
         padding = ends[0] if padding is None else padding
         found |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": padding}
-    return {name: value for name, value in found.items() if value is not None} | (CHAT_SAMPLING if chat else {})
+    found = {name: value for name, value in found.items() if value is not None}
+    return found | (CHAT_SAMPLING if chat and template else {})
 
 
 def _listed(value: Any) -> list[int]:

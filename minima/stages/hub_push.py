@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import minima
 from minima.errors import MinimaError, StageError
 from minima.stages.hub_files import PUSHED_MODEL_FILES, check_files, current_card, locate, matches
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -71,7 +74,8 @@ def publish(
 
     Raises:
         CheckpointError: the weights cannot be read.
-        StageError: the folder is not a finished export, or the Hub does not take it; nothing is pushed then.
+        StageError: the folder is not a finished export, or the Hub does not take it. No file is pushed then; a
+            repository that was made for it stays, and the message says so.
     """
     model, stage = locate(folder)
     files, left_out = check_files(model)
@@ -129,7 +133,8 @@ def push(
         )
     api = HfApi(endpoint=endpoint, token=token, library_name="minima", library_version=minima.__version__)
     with _refusals(repo, revision, token):
-        url = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        url, created = _repository(api, repo, private)
+    with _refusals(repo, revision, token, created):
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         before = api.model_info(repo, revision=revision)
@@ -141,12 +146,29 @@ def push(
         operations: list[Any] = [*added, *(CommitOperationDelete(name) for name in removed)]
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     changed = commit.oid != before.sha
-    return Pushed(str(url), commit.oid, changed, bool(before.private), sorted(content), removed, left_out)
+    return Pushed(url, commit.oid, changed, bool(before.private), sorted(content), removed, left_out)
+
+
+def _repository(api: "HfApi", repo: str, private: bool) -> tuple[str, bool]:
+    """The repository's address, and whether this call has made it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(api.create_repo(repo, private=private, repo_type="model")), True
+    except HfHubHTTPError:  # it is there, or may not be made; asked again, the library tells these two apart
+        return str(api.create_repo(repo, private=private, exist_ok=True, repo_type="model")), False
 
 
 @contextmanager
-def _refusals(repo: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """What the Hub, or the way to it, answers, told so that it can be mended, and without the token."""
+def _refusals(repo: str, revision: str | None, token: str | None, created: bool = False) -> Iterator[None]:
+    """What the Hub, or the way to it, answers, told so that it can be mended, and without the token.
+
+    Args:
+        repo: that was asked for.
+        revision: likewise.
+        token: that is not to be shown.
+        created: whether the repository is a new one, which stays there without the files.
+    """
     try:
         yield
     except MinimaError:
@@ -154,7 +176,10 @@ def _refusals(repo: str, revision: str | None, token: str | None) -> Iterator[No
     except Exception as error:  # the libraries below (HTTP, LFS, Xet) have classes of their own, and may quote headers
         status = getattr(getattr(error, "response", None), "status_code", None)
         text = str(error) if token is None else str(error).replace(token, "***")
-        raise StageError(*_told(status, " ".join(text.split())[:400], repo, revision, type(error).__name__)) from None
+        what, why, do = _told(status, " ".join(text.split())[:400], repo, revision, type(error).__name__)
+        if created:
+            why += f"; the new repository {repo} stays on the Hub, empty, until it is pushed to or deleted"
+        raise StageError(what, why, do) from None
 
 
 def _told(status: int | None, text: str, repo: str, revision: str | None, kind: str) -> tuple[str, str, str]:

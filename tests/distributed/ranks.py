@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def run_scenarios(
     names: list[str], folder: Path, world_size: int = 2, timeout_seconds: int = 300, accelerator: str = "cpu"
 ) -> dict[str, Any]:
-    """Run functions of `scenarios.py` on every rank of one process group.
+    """Run functions of `scenarios.py` and its neighbours on every rank of one process group.
 
     Returns:
         What each scenario returned on rank 0, by name.

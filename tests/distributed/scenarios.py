@@ -11,8 +11,6 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param
 
 from minima.engine import distributed
-from minima.engine.checkpoint.shards import CheckpointSource, load_shards, save_shards, shapes
-from minima.engine.checkpoint.store import step_folder, write_checkpoint
 from minima.engine.deepspeed_config import frozen_config, training_config
 from minima.engine.loop import Events, train
 from minima.engine.meters import Meters
@@ -106,64 +104,6 @@ def packed(folder: Path) -> Any:
         )
         student.close()
     return found
-
-
-def resume(folder: Path) -> Any:
-    """Train six steps; then again three, and three more from the checkpoint in another engine."""
-    found = {}
-    for precision in ("float32", "bfloat16"):
-        settings = training(precision=precision)
-        host = teacher_host(precision)
-        whole = new_student(settings)
-        found[precision] = {"whole": run_training(settings, Distillation(host), whole)}
-        found[precision]["whole_weights"] = weight_hashes(whole)
-
-        first = new_student(settings)
-
-        def save(step: int, student=first, target=folder / precision) -> None:
-            facts = {
-                "step": step, "optimizer_steps": step, "ranks": distributed.world_size(), "config": student.config,
-                "shapes": shapes(student),
-            }  # fmt: skip
-            if step == 3:
-                write_checkpoint(target, step, lambda path: save_shards(student, path), facts, keep=0)
-
-        run_training(settings, Distillation(host), first, save=save)
-        second = new_student(settings)
-        facts = load_shards(second, step_folder(folder / precision, 3))
-        found[precision]["resumed"] = run_training(settings, Distillation(host), second, first_step=facts["step"])
-        found[precision]["resumed_weights"] = weight_hashes(second)
-        for engine in (whole, first, second, host):
-            engine.close()
-    return found
-
-
-def load_elsewhere(folder: Path) -> Any:
-    """Go on from the checkpoint that another number of ranks wrote."""
-    settings = training()
-    student, host = new_student(settings), teacher_host()
-    facts = load_shards(student, step_folder(folder / "float32", 3))
-    return run_training(settings, Distillation(host), student, first_step=facts["step"])
-
-
-def checkpoint_weights(folder: Path) -> Any:
-    """Hashes of the whole tensors that a checkpoint gives, and of those that the student holds."""
-    settings = training()
-    student = new_student(settings)
-    run_training(settings, LanguageModelling(), student)
-    facts = {
-        "step": 6, "optimizer_steps": 6, "ranks": distributed.world_size(), "config": student.config,
-        "shapes": shapes(student),
-    }  # fmt: skip
-    path = write_checkpoint(folder / "weights", 6, lambda path: save_shards(student, path), facts, keep=0)
-    import deepspeed
-
-    held = {}
-    for name, parameter in student.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            held[name] = tensor_sha256(parameter)
-    source = CheckpointSource(path)
-    return {"held": held, "stored": {name: tensor_sha256(source.read(name)) for name in source.names()}}
 
 
 class NanTeacher(Distillation):
@@ -294,8 +234,10 @@ def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     distributed.start(read_launch())
     torch.use_deterministic_algorithms(distributed.device().type == "cuda")
-    others = vars(importlib.import_module("tests.distributed.preference_scenarios"))  # which imports this file
-    results = {name: (others | globals())[name](folder) for name in names}
+    known = globals()
+    for others in ("checkpoint_scenarios", "preference_scenarios"):  # which import this file
+        known = vars(importlib.import_module(f"tests.distributed.{others}")) | known
+    results = {name: known[name](folder) for name in names}
     if distributed.is_main():
         (folder / "results.json").write_text(json.dumps(results))
     distributed.barrier()

@@ -128,6 +128,24 @@ def test_a_conversation_that_the_template_refuses(generator):
         generator.reply([user("a"), {"role": "tool", "content": "b"}])
 
 
+@pytest.mark.parametrize("text", ["x [|Assistant|] y", "x</s>", "[|User|]"])
+def test_a_message_that_could_end_its_turn_is_refused(generator, text):
+    for messages in ([user(text)], [{"role": "system", "content": text}, user("a")]):
+        for ask in (generator.reply, generator.stream, generator.fit):
+            with pytest.raises(DataError, match=r"message holds (\[\|\w+\|\]|</s>), a word by which"):
+                ask(messages)
+    spelt_out = [user("a"), assistant(text), user("a")]
+    assert generator.fit(spelt_out)[1] == 0, "what the model itself has spelt out does not end the conversation"
+
+
+def test_bytes_that_are_no_text_are_refused(generator):
+    text = b"caf\xe9".decode("utf-8", errors="surrogateescape")
+    with pytest.raises(DataError, match="the user's message is not UTF-8"):
+        generator.reply([user(text)])
+    with pytest.raises(DataError, match="the text is not UTF-8"):
+        generator.continue_text(text)
+
+
 def test_a_base_model_goes_on_with_a_text_and_holds_no_conversation(changed):
     (changed / "chat_template.jinja").unlink()
     generator = Generator.load(changed)

@@ -69,11 +69,27 @@ def test_a_batch_that_does_not_divide_names_the_counts_that_do():
         ({"keep_checkpoints": 0}, 10_001, 21),
         ({"keep_checkpoints": 5}, 600, 2),
         ({"keep_checkpoints": 1}, None, 2),
+        ({"keep_checkpoints": 2, "patience": 3, "evaluate_every_steps": 100}, 10_000, 4),
+        ({"keep_checkpoints": 0, "patience": 3, "evaluate_every_steps": 300}, 3000, 6 + 10 - 2),
+        ({"keep_checkpoints": 0, "patience": 3, "evaluate_every_steps": 300}, 3001, 6 + 10 - 2 + 1),
+        ({"keep_checkpoints": 0, "patience": 3, "evaluate_every_steps": 700}, 1400, 2 + 2),
+        ({"keep_checkpoints": 0, "evaluate_every_steps": 300}, 3000, 6),
+        ({"keep_checkpoints": 5, "patience": 3, "evaluate_every_steps": 300}, 600, 3),
     ],
 )
 def test_checkpoints_on_disk(changes, steps, count):
     assert checkpoint_bytes(training(steps=4, checkpoint_every_steps=500, **changes), 10, steps) == count * 120
     assert checkpoint_bytes(training(epochs=1, keep_checkpoints=0), 10, None) is None
+
+
+@pytest.mark.parametrize(("steps", "every", "evaluated"), [(12, 5, 3), (12, 4, 6), (13, 5, 3), (7, 10, 10), (30, 6, 4)])
+def test_checkpoints_are_those_that_the_loop_writes(steps, every, evaluated):
+    done = range(1, steps + 1)
+    written = sum(step == steps or step % every == 0 or step % evaluated == 0 for step in done)
+    stage = training(
+        steps=steps, checkpoint_every_steps=every, evaluate_every_steps=evaluated, patience=1, keep_checkpoints=0
+    )
+    assert checkpoint_bytes(stage, 10, steps) == written * 120
 
 
 def test_sizes_read_easily():

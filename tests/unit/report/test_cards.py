@@ -64,11 +64,20 @@ def test_missing_facts_leave_no_empty_section():
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_example_is_python(chat):
-    text = model_card(replace(CARD, chat_template=chat))
+    text = model_card(replace(CARD, chat=chat, chat_template=chat))
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert ("pipeline(" in code) is chat
     assert ("minima chat" in text) is chat
+
+
+def test_a_template_alone_makes_no_chat_model():
+    text = model_card(replace(CARD, chat_template=True))
+    assert "llama causal language model" in text
+    assert "pipeline(" not in text
+    assert "no stage here taught it to answer" in text
+    assert "chat template" in text
+    assert "chat template" not in model_card(CARD)
 
 
 def test_what_the_model_came_from_is_in_the_front_matter():
@@ -86,7 +95,7 @@ def test_a_chat_model_tells_how_it_was_tuned():
         "tuned": {"steps": 30, "tokens": 1000, "held_out_loss": 2.0},
         "aligned": {"steps": 9, "tokens": 500, "held_out_loss": 0.5, "held_out_accuracy": 0.75, "held_out_margin": 0.1},
     }
-    text = model_card(replace(CARD, stages=stages, training=training, chat_template=True))
+    text = model_card(replace(CARD, stages=stages, training=training, chat=True, chat_template=True))
     assert "llama chat model" in text
     assert "pruned, distilled, tuned on conversations and aligned with preferences" in text
     assert "over 411,100 tokens in 3 training stages" in text

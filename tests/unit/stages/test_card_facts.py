@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Recipe
 from minima.report.cards import model_card
-from minima.stages.card_facts import _scores, _settings, gather_card
+from minima.stages.card_facts import _scores, _settings, gather_card, taught_to_chat
 from minima.stages.context import StageContext
 
 TRAINING = {"data": "c", "batch_sequences": 4, "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3}
@@ -154,3 +155,70 @@ def test_a_card_does_not_tell_where_files_lay():
     told = _settings(Recipe(name="test", stages=[corpus]).stage("corpus"))
     assert told["sources"] == [{"path": "own.jsonl"}, {"path": "data/open.jsonl"}]
     assert told["tokenizer"] == "tokenizer"
+
+
+def test_nothing_on_a_card_tells_where_files_lay(tmp_path):
+    steps = TRAINING | {"data": "/home/me/runs/data"}
+    recipe = Recipe(
+        name="mine",
+        stages=[
+            {"name": "c", "kind": "build_data", "tokenizer": "~/secret/tokenizer", "sequence_length": 8,
+             "sources": [{"path": "/home/me/secret/c.jsonl"}, {"hub": "~/sets/own/"}]},
+            {"name": "first", "kind": "adapt", "model": "/home/me/models/base", **steps},
+            {"name": "student", "kind": "adapt", "model": "first", **TRAINING},
+            {"name": "quality", "kind": "evaluate", "models": ["student", "/home/me/a/base", "/home/me/b/base/"],
+             "teacher": "~/base", "data": "c"},
+            {"name": "out", "kind": "export", "model": "student", "datasets": ["/home/me/sets/x"],
+             "base_model": "/home/me/models/base"},
+        ],
+    )  # fmt: skip
+    (tmp_path / "quality").mkdir()
+    scored = {name: {"loss": float(number)} for number, name in enumerate([*recipe.stage("quality").models, "~/base"])}
+    (tmp_path / "quality" / "manifest.json").write_text(json.dumps({"metrics": scored}))
+    context = StageContext(recipe, Path("/home/me/r.yaml"), recipe.stage("out"), tmp_path / "out", tmp_path, Launch())
+    made = gather_card(context, CONFIG, MEASURED, chat_template=True)
+    text = model_card(made)
+    assert not re.findall(r"(?<![\w.])~?/\w.*", text), "an absolute path"
+    assert "~/" not in text
+    assert not re.search("secret|/me|home", text)
+    assert made.data == ["`data`", "c.jsonl (stage `c`)", "own (stage `c`)"]
+    assert {name: row["loss"] for name, row in made.scores.items()} == {
+        "student": 0.0, "base": 1.0, "base (3)": 2.0, "base (4)": 3.0,
+    }, "models whose folders have the same name keep a row each"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "taught"),
+    [
+        ("org/chat", False), ("cut", False), ("student", False), ("elsewhere", False), ("prepared", False),
+        ("tuned", True), ("tuned@5", True), ("pruned_after", True), ("aligned", True), ("retold", True),
+        ("retold_elsewhere", True),
+    ],
+)  # fmt: skip
+def test_a_chat_model_is_one_that_a_stage_taught(tmp_path, model, taught):
+    """Not one that came from a chat model of elsewhere and was only prepared, pruned or distilled on text."""
+    folder = tmp_path / "elsewhere" / "talks"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"stage": {"kind": "build_data", "format": "conversations"}}))
+    teacher = TRAINING | {"teacher": "org/chat"}
+    cut = {"target": {"num_layers": 2}, "score": "gradient"}
+    recipe = Recipe(
+        name="chat",
+        stages=[
+            *CHAT.stages[:3],
+            {"name": "cut", "kind": "prune", "model": "org/chat", "data": "talks", **cut},
+            {"name": "student", "kind": "distil", "model": "cut", **teacher | {"data": "text"}},
+            {"name": "elsewhere", "kind": "distil", "model": "cut", **teacher | {"data": "no/such/folder"}},
+            {"name": "prepared", "kind": "expand_vocabulary", "model": "org/chat", "donor": "d"},
+            {"name": "tuned", "kind": "instruct", "model": "student", **TRAINING | {"data": "talks"}},
+            {"name": "pruned_after", "kind": "prune", "model": "tuned", "data": "text", **cut},
+            {"name": "aligned", "kind": "align", "model": "org/chat", **TRAINING | {"data": "pairs"}},
+            {"name": "retold", "kind": "distil", "model": "cut", **teacher | {"data": "talks"}},
+            {"name": "retold_elsewhere", "kind": "distil", "model": "cut", **teacher | {"data": str(folder)}},
+            {"name": "out", "kind": "export", "model": model},
+        ],
+    )
+    context = StageContext(recipe, Path("r.yaml"), recipe.stage("out"), tmp_path / "out", tmp_path, Launch())
+    assert taught_to_chat(context, model) is taught
+    card = gather_card(context, CONFIG, MEASURED, chat_template=True)
+    assert ("chat model with" in model_card(card)) is taught

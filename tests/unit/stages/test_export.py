@@ -1,6 +1,7 @@
 """Export and evaluate in one process, with plain models in place of sharded ones. Two ranks: tests/pipeline."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,11 @@ def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context)
 
 
 def test_an_exported_chat_model_answers_through_transformers_own_pipeline(context, chat_folder, capfd):
-    export_stage.run(for_stage(context, "out", model=str(chat_folder)))
+    tuned = context.run_folder / "tuned"
+    shutil.copytree(chat_folder, tuned / "model")
+    shutil.copytree(chat_folder, tuned / "tokenizer", ignore=shutil.ignore_patterns("model*", "config.json"))
+    write_json(tuned / "manifest.json", {"metrics": {}})
+    export_stage.run(for_stage(context, "out", model="tuned", dtype="float32"))
     folder = context.folder / "model"
     assert (folder / "chat_template.jinja").read_bytes() == (chat_folder / "chat_template.jinja").read_bytes()
     chat = pipeline("text-generation", model=str(folder), device="cpu")
@@ -209,6 +214,15 @@ def test_an_exported_chat_model_answers_through_transformers_own_pipeline(contex
     assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} | CHAT_SAMPLING
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == WINDOW
     assert "llama chat model" in (folder / "README.md").read_text()
+
+
+def test_a_chat_template_that_was_taken_over_makes_no_chat_model(context, chat_folder):
+    export_stage.run(for_stage(context, "out", model=str(chat_folder)))
+    folder = context.folder / "model"
+    assert (folder / "chat_template.jinja").is_file()
+    found = json.loads((folder / "generation_config.json").read_text())
+    assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert "llama causal language model" in (folder / "README.md").read_text()
 
 
 def test_evaluate_builds_the_teacher_once_and_closes_every_model(context, monkeypatch, capsys):

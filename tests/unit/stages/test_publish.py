@@ -167,10 +167,25 @@ def test_a_refusal_is_told_and_nothing_is_pushed(hub, export, begin, status, wor
     assert not any(repo.commits for repo in hub.repos.values())
 
 
+def test_a_refusal_tells_of_the_new_repository_that_stays(hub, export):
+    hub.refuse = {"/api/repos/create": 403}
+    with pytest.raises(StageError) as error:
+        publish(export, "org/chat", endpoint=hub.url)
+    assert "stays" not in str(error.value)
+    hub.refuse = {"/api/models/org/chat/commit": 403}
+    with pytest.raises(StageError, match="the new repository org/chat stays on the Hub, empty"):
+        publish(export, "org/chat", endpoint=hub.url)
+    assert "org/chat" in hub.repos
+    with pytest.raises(StageError, match="write permission") as error:
+        publish(export, "org/chat", endpoint=hub.url)
+    assert "stays" not in str(error.value), "this push found it there"
+
+
 def test_a_name_that_is_no_model_of_theirs_is_told(hub, export):
     hub.taken = {"org/chat"}
-    with pytest.raises(StageError, match=r"no model repository org/chat .*\n.*taken by a dataset"):
+    with pytest.raises(StageError, match=r"no model repository org/chat .*\n.*taken by a dataset") as error:
         publish(export, "org/chat", endpoint=hub.url)
+    assert "stays" not in str(error.value)
 
 
 def test_a_token_that_the_hub_does_not_know(hub, export, monkeypatch):
