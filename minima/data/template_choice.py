@@ -1,16 +1,19 @@
 """Which chat template a tokenizer gets, and whether conversations can be learnt in it."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minima.assets import read_template
-from minima.data.chat import PROBE, ChatTokenizer, Span, chat_tokenizer
-from minima.data.turns import Unfit
+from minima.data.chat import PROBE, ChatTemplate, ChatTokenizer, Span, chat_tokenizer, template_of
+from minima.data.tokenizer import load_tokenizer
+from minima.data.turns import ASSISTANT, SYSTEM, Turn, Unfit
 from minima.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOG = logging.getLogger("minima.data")
 MINICHAT, OWN = "minichat", "own"
 _BEGIN = "{{- bos_token -}}\n"
 _MEND = "set `chat_template: minichat`, or mend the template"
@@ -41,6 +44,47 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> No
             "set `chat_template: minichat`, or give the path of a Jinja file",
         )
     _check(chat_tokenizer(tokenizer), "its own" if name == OWN else repr(name))
+
+
+def other_format(data: Path, own: Path) -> str | None:
+    """How a store's conversations are written down in another way than a model's tokenizer does it.
+
+    What the two templates write is compared, not how they are spelt: one with marks around its replies is the same.
+
+    Args:
+        data: folder of the tokenizer that the store was made with.
+        own: folder of the model's own.
+
+    Returns:
+        Where the two texts part; None where they do not, and where the model's tokenizer has no template.
+    """
+    try:
+        templates = [
+            None if tokenizer.chat_template is None else template_of(tokenizer)
+            for tokenizer in map(load_tokenizer, (data, own))
+        ]
+    except DataError as error:  # a model may have a tokenizer of a kind of its own
+        _LOG.warning("cannot tell whether %s and %s write conversations in one way: %s", data, own, error.what)
+        return None
+    theirs, ours = templates
+    if theirs is None or ours is None:
+        return None
+    for turns in (PROBE, [(SYSTEM, "quartz"), *PROBE], PROBE[:1], PROBE[:3]):
+        texts = [_written(template, turns) for template in (theirs, ours)]
+        if texts[0] != texts[1]:
+            parted = (n for n, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1])
+            begin = max(0, next(parted, min(map(len, texts))) - 20)
+            return " against ".join(repr(text[begin : begin + 60]) for text in texts)
+    return None
+
+
+def _written(template: ChatTemplate, turns: list[Turn]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return template.render(turns, prompt=turns[-1][0] != ASSISTANT)
+    except TemplateError:
+        return "(refused)"
 
 
 def _read(path: Path) -> str:

@@ -17,7 +17,7 @@ from minima.models.shape import ModelShape
 from minima.models.weights import model_identity
 from minima.recipe.chat import Align
 from minima.stages.context import StageContext
-from minima.stages.origin import Origin, check_fit, check_format, check_tokens, open_origin
+from minima.stages.origin import Origin, check_fit, check_format, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
 RANKS = True
@@ -37,6 +37,8 @@ def run(context: StageContext) -> dict[str, Any]:
         _check_vocabularies(student.vocabulary_size, shape.vocabulary_size, origin.identity)
         check_fit(shape, TokenStore.open(data / "train"), origin.identity)
         check_tokens(data, origin.tokenizer, origin.identity)
+        for model in filter(None, (stage.model, stage.reference)):
+            check_template(context, data, model, refuse=True)
         references.open(data)
         return _objective(stage, references.train)
 

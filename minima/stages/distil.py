@@ -12,7 +12,7 @@ from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Distil
 from minima.stages.context import StageContext
-from minima.stages.origin import check_fit, check_tokens, open_origin
+from minima.stages.origin import check_fit, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
 RANKS = True
@@ -23,8 +23,12 @@ def run(context: StageContext) -> dict[str, Any]:
     stage = context.stage
     assert isinstance(stage, Distil)
     if not stage.soft_weight:  # the teacher would run for nothing
-        alone = Distillation(None, hard_weight=stage.hard_weight, soft_weight=0, chunk_tokens=stage.chunk_tokens)
-        return run_training(context, stage, lambda data, shape: alone)
+
+        def alone(data: Path, student: ModelShape) -> Objective:
+            check_template(context, data, stage.model, refuse=False)
+            return Distillation(None, hard_weight=stage.hard_weight, soft_weight=0, chunk_tokens=stage.chunk_tokens)
+
+        return run_training(context, stage, alone)
     teacher = open_origin(context, stage.teacher, stage.seed)
     shape = ModelShape.from_config(teacher.source.config)
     hosts: list[FrozenHost] = []
@@ -33,6 +37,8 @@ def run(context: StageContext) -> dict[str, Any]:
         check_vocabularies(student.vocabulary_size, shape.vocabulary_size)
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
         check_tokens(data, teacher.tokenizer, teacher.identity)
+        check_template(context, data, stage.teacher, refuse=True)
+        check_template(context, data, stage.model, refuse=False)  # it may be taught the teacher's format
         precision = stage.teacher_precision or stage.precision
         config = frozen_config(
             context.deepspeed_json(stage.teacher_deepspeed),

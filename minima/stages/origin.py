@@ -1,18 +1,21 @@
 """The model that a stage starts from, and whether the data fits it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from minima.data.store import TokenStore
+from minima.data.template_choice import other_format
 from minima.data.tokenizer import check_same_tokens, check_vocabulary
 from minima.engine import distributed
 from minima.engine.weights import open_weights
-from minima.errors import DataError, MinimaError, ShapeError
+from minima.errors import DataError, MinimaError, ShapeError, TokenizerMismatch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.recipe.base import ModelInput
 from minima.stages.context import StageContext
 
+logger = logging.getLogger(__name__)
 LEARNABLE = ("text", "conversations")  # formats of data whose tokens have a loss of their own
 
 
@@ -93,6 +96,36 @@ def check_tokens(data: Path, own: Path | None, model: str) -> None:
             check_same_tokens(data / "tokenizer", own, model)
         except MinimaError as found:
             error = found
+    distributed.raise_together(error)
+
+
+def check_template(context: StageContext, data: Path, model: ModelInput, *, refuse: bool) -> None:
+    """Compare how conversations are written in a store and by the model's own tokenizer; every rank calls it.
+
+    Args:
+        context: of the stage.
+        data: a build_data stage's folder; of text, nothing is compared.
+        model: whose tokenizer may have a chat template; nothing is compared where it has none.
+        refuse: whether a difference is an error; it is a warning otherwise: a model's tokenizer can have a template
+            that the model was never taught, and tuning is how it is taught another one.
+
+    Raises:
+        TokenizerMismatch: they differ, and that is an error.
+    """
+    error: MinimaError | None = None
+    own = None if model.random is not None else context.model(model).tokenizer
+    compared = own is not None and (data / "tokenizer").is_dir() and TokenStore.open(data / "train").format != "text"
+    if own is not None and compared and distributed.share()[0] == 0:
+        found = other_format(data / "tokenizer", own)
+        if found is not None:
+            what = f"the conversations in {data} are not written as {model.source} writes them: {found}"
+            why = "the model would be trained, and answer afterwards, in another format than the one it knows"
+            if refuse:
+                error = TokenizerMismatch(
+                    what, why, "build the data with the tokenizer of that model and `chat_template: own`"
+                )
+            else:
+                logger.warning("%s; %s. Set `chat_template: own` if that is not what you want", what, why)
     distributed.raise_together(error)
 
 

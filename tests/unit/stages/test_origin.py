@@ -1,0 +1,128 @@
+"""Conversations in another format than the model's: an error where it knows one, a warning where it is taught one."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from minima.data.packing import StoreWriter
+from minima.data.template_choice import set_template
+from minima.errors import TokenizerMismatch
+from minima.launcher import Launch
+from minima.models.shape import ModelShape
+from minima.models.weights import RandomSource, write_folder
+from minima.recipe.schema import Recipe
+from minima.stages import align, distil, instruct
+from minima.stages.context import StageContext
+from tests.pairs import VOCABULARY, write_pairs
+
+SHAPE = ModelShape(vocabulary_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
+OTHER = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+STAGES = {"align": align, "distil": distil, "instruct": instruct}
+MINICHAT = "minichat"
+
+
+class Built(Exception):
+    """All checks of the data have passed."""
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """A process group of this process; no engine is built in it."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+
+    def refuse(*args, **kwargs):
+        raise Built
+
+    for module in (align, distil):
+        monkeypatch.setattr(module, "FrozenHost", refuse)
+    monkeypatch.setattr("minima.stages.training.Student", refuse)
+    yield
+    dist.destroy_process_group()
+
+
+def write_tokenizer(folder, template):
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", *map(str, range(VOCABULARY - 2))])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    loaded = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    if template is not None:
+        loaded.chat_template = template
+        set_template(loaded, MINICHAT if template == MINICHAT else None)
+    loaded.save_pretrained(folder)
+
+
+def write_model(folder, template):
+    config = SHAPE.to_config()
+    source = RandomSource(config, seed=0)
+    write_folder(folder, config, ((name, source.read(name)) for name in source.names()))
+    write_tokenizer(folder, template)
+    return str(folder)
+
+
+def write_data(folder, format, template):
+    for name in ("train", "held_out"):
+        if format == "preferences":
+            write_pairs(folder / name, 2)
+            continue
+        shape = {"sequence_length": 4, "vocabulary_size": VOCABULARY, "end_token": 0, "format": format}
+        with StoreWriter(folder / name, **shape, document_mask=format != "text") as writer:
+            learnt = None if format == "text" else np.ones(4, np.uint8)
+            writer.append(np.full(4, 5), np.array([4]), np.array([4]), learnt)
+            writer.finish()
+            writer.publish()
+    write_tokenizer(folder / "tokenizer", template)
+    return str(folder)
+
+
+def run(tmp_path, kind, data, **changes):
+    stage = {
+        "name": "tuned", "kind": kind, "data": data, "batch_sequences": 1, "micro_batch_sequences": 1, "steps": 1,
+        "learning_rate": 1e-4, "evaluate_every_steps": 0, "precision": "float32", **changes,
+    }  # fmt: skip
+    recipe = Recipe.model_validate({"name": "chat", "stages": [stage]})
+    context = StageContext(recipe, tmp_path / "r.yaml", recipe.stages[0], tmp_path / "own", tmp_path, Launch())
+    STAGES[kind].run(context)
+
+
+def test_preferences_in_another_format_are_refused(tmp_path):
+    same, other = (write_model(tmp_path / name, template) for name, template in (("same", MINICHAT), ("other", OTHER)))
+    bare = write_model(tmp_path / "bare", None)
+    data = write_data(tmp_path / "data", "preferences", MINICHAT)
+    for changes in ({"model": other}, {"model": same, "reference": other}):
+        with pytest.raises(TokenizerMismatch, match=r"(?s)not written as .*/other writes them.*\[\|User\|\].*against"):
+            run(tmp_path, "align", data, **changes)
+    for changes in ({"model": same}, {"model": bare, "reference": same}):
+        with pytest.raises(Built):
+            run(tmp_path, "align", data, **changes)
+
+
+def test_tuning_may_teach_another_format(tmp_path, caplog):
+    same, other = (write_model(tmp_path / name, template) for name, template in (("same", MINICHAT), ("other", OTHER)))
+    data = write_data(tmp_path / "data", "conversations", MINICHAT)
+    with caplog.at_level(logging.WARNING, "minima.stages"), pytest.raises(Built):
+        run(tmp_path, "instruct", data, model=same)
+    assert not caplog.records
+    for kind, changes in (
+        ("instruct", {}),
+        ("distil", {"teacher": same}),
+        ("distil", {"teacher": same, "soft_weight": 0}),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "minima.stages"), pytest.raises(Built):
+            run(tmp_path, kind, data, model=other, **changes)
+        assert "/other writes them" in caplog.text and "chat_template: own" in caplog.text
+
+
+def test_a_teacher_of_another_format_is_refused_but_not_for_text(tmp_path, caplog):
+    same, other = (write_model(tmp_path / name, template) for name, template in (("same", MINICHAT), ("other", OTHER)))
+    with pytest.raises(TokenizerMismatch, match="/other writes them"):
+        run(tmp_path, "distil", write_data(tmp_path / "chat", "conversations", MINICHAT), model=same, teacher=other)
+    with pytest.raises(Built):
+        run(tmp_path, "distil", write_data(tmp_path / "text", "text", MINICHAT), model=same, teacher=other)
+    assert "writes them" not in caplog.text
