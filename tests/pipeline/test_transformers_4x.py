@@ -10,13 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from minima.data.chat import chat_tokenizer
+from minima.data.template_choice import set_template
+from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.models.weights import RandomSource, write_folder
 from minima.stages.export import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "to be or <mark> not"
+CHAT = [
+    {"role": role, "content": text}
+    for role, text in [("system", "be brief"), ("user", "who are you"), ("assistant", " a small 模型\n"),
+                       ("user", "why"), ("assistant", "ok")]
+]  # fmt: skip
 WORDS = {word: number for number, word in enumerate(["<unk>", "</s>", "<mark>", "to", "be", "or", "not"])}
 COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 COMMON |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -56,7 +64,11 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         logits[folder.name] = model(torch.arange(96)[None] % 64).logits.clone()
 save_file(logits, root / "logits.safetensors")
 ids = AutoTokenizer.from_pretrained(root / "llama")(text)["input_ids"]
-(root / "seen.json").write_text(json.dumps({"version": __version__, "ids": ids}))
+chat = AutoTokenizer.from_pretrained(root / "mistral").apply_chat_template(
+    json.loads(sys.argv[3]), return_assistant_tokens_mask=True, return_dict=True
+)
+seen = {"version": __version__, "ids": ids, "chat": {name: chat[name] for name in chat}}
+(root / "seen.json").write_text(json.dumps(seen))
 """
 
 
@@ -79,6 +91,15 @@ def write_tokenizer_of_5(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def write_chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A MiniChat's tokenizer, as build_data writes it."""
+    write_tokenizer(train_sentencepiece(["who are you", "a small model", "why ok be brief"] * 5, 290), folder)
+    tokenizer = load_tokenizer(folder)
+    set_template(tokenizer, "minichat")
+    save_tokenizer(tokenizer, folder, folder / "chat")
+    return load_tokenizer(folder / "chat")
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What transformers 5 computed, and what the last 4.x did from the same folders."""
@@ -98,35 +119,52 @@ def seen(tmp_path_factory):
     written_by_5 = tmp_path_factory.mktemp("tokenizer")
     tokenizer = write_tokenizer_of_5(written_by_5)
     copy_tokenizer(written_by_5, root / "llama")
+    chat = write_chat_tokenizer(tmp_path_factory.mktemp("chat"))
+    copy_tokenizer(Path(chat.name_or_path), root / "mistral")
     # What transformers 5 alone would have written, to see that the logits tell.
     only_5 = root / "only-5"
     export(only_5, {"model_type": "llama"} | CONFIGS["llama"])
     config = json.loads((only_5 / "config.json").read_text())
     (only_5 / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "rope_theta"}))
     subprocess.run(
-        [sys.executable, "-c", CHILD, root, TEXT],
+        [sys.executable, "-c", CHILD, root, TEXT, json.dumps(CHAT)],
         env=os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"},
         check=True,
     )
     facts = json.loads((root / "seen.json").read_text())
-    return expected, load_file(root / "logits.safetensors"), facts, tokenizer(TEXT)["input_ids"]
+    return expected, load_file(root / "logits.safetensors"), facts, tokenizer(TEXT)["input_ids"], chat
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_last_4x_gives_the_same_logits(seen, name):
-    expected, found, facts, _ = seen
+    expected, found, facts, *_ = seen
     assert facts["version"].startswith("4.57.")
     torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.network
 def test_without_the_old_names_it_would_be_another_model(seen):
-    expected, found, _, _ = seen
+    expected, found, *_ = seen
     assert (found["only-5"] - expected["llama"]).abs().max() > 0.1
 
 
 @pytest.mark.network
 def test_the_last_4x_gives_the_same_token_ids(seen):
-    _, _, facts, ids = seen
+    _, _, facts, ids, _ = seen
     assert facts["ids"] == ids == [WORDS[word] for word in TEXT.split()]
+
+
+@pytest.mark.network
+def test_the_last_4x_gives_the_same_chat(seen):
+    """Ids and assistant mask of a shipped template, and those that the model was taught."""
+    *_, facts, _, tokenizer = seen
+    found = facts["chat"]
+    expected = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=True)
+    assert found["input_ids"] == expected["input_ids"]
+    assert found["assistant_masks"] == expected["assistant_masks"]
+    (taught,) = chat_tokenizer(tokenizer).encode([[(turn["role"], turn["content"]) for turn in CHAT]])
+    assert found["input_ids"] == taught.ids
+    learnt = {place for begin, end in taught.replies for place in range(begin, end)}
+    assert [place for place, mask in enumerate(found["assistant_masks"]) if mask] == sorted(learnt)
+    assert len(taught.replies) == 2 and learnt
