@@ -1,125 +1,40 @@
-"""lm-eval itself on a small model: one real start of it, shared by all tests here, checked against transformers."""
+"""lm-eval itself on a small model, checked against transformers: one run of the stage, which all tests here share.
+
+Its call of the further tasks is a real start; those of the suite are forks of one more (see `tests/lm_eval_server.py`).
+"""
 
 import json
-import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
 from minima.errors import StageError
+from minima.evaluation import harness
 from minima.launcher import Launch
 from minima.recipe.schema import Recipe
 from minima.stages import benchmark
 from minima.stages.context import StageContext
+from tests.lm_eval_starts import LmEvalServer
+from tests.small_benchmarks import items, write_data, write_hub_drop, write_lines, write_model, write_tasks
 
-SHOTS = 2
-TASKS = ["choice", "hub_drop", "minima_continuation", "local_mmlu", "stand_in_ceval", "local_drop", "stand_in_bbh",
-         "local_gsm8k", "local_humaneval"]  # fmt: skip
-NO_DATE = {"day": "", "month": "", "year": ""}
-QUESTIONS = ("What does the {} see", "Whom does the {} hear", "What would the {} like")
-ANIMALS = ("cat", "dog", "bird", "fish", "horse", "cow")
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
-
-
-def items(count: int, seed: int) -> list[dict]:
-    draw = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        choices = [f"the {word} {draw.choice(('there', 'at home', 'here'))}" for word in draw.sample(ANIMALS, 4)]
-        asked = draw.choice(QUESTIONS).format(draw.choice(ANIMALS))
-        rows.append({"question": asked, "choices": choices, "answer": draw.randrange(4)})
-    return rows
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_model(folder: Path) -> None:
-    """A random Llama whose choices differ, and a byte-level tokenizer trained on the questions."""
-    text = [f"{row['question']}? {' '.join(row['choices'])}" for row in items(200, 9)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=4096, initializer_range=0.3,
-                         eos_token_id=0, bos_token_id=None)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.lm_head.weight.data[0] *= 4  # the end token is likely soon: a thousand random ones cost seconds
-    model.save_pretrained(folder)
-
-
-def write_tasks(folder: Path) -> None:
-    rows = {"test": items(20, 1), "dev": items(4, 2)}
-    for split, content in rows.items():
-        write_lines(folder / f"{split}.jsonl", content)
-    task = {
-        "task": "choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {split: str(folder / f"{split}.jsonl") for split in rows},
-            "cache_dir": str(folder / ".cache"),
-        },
-        "test_split": "test",
-        "fewshot_split": "dev",
-        "fewshot_config": {"sampler": "first_n"},
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}?",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 7.0},
-    }
-    (folder / "choice.yaml").write_text(yaml.safe_dump(task))
-
-
-def write_hub_drop(folder: Path, task_files: Path) -> None:
-    """The task that reads DROP from the Hub, given records in the Hub's form from this machine."""
-    splits = {"train": range(4), "validation": range(4, 6)}
-    for split, numbers in splits.items():
-        rows = [
-            {
-                "query_id": str(number),
-                "passage": f"It rained {number} days.",
-                "question": f"How long? ({number})",
-                "answer": {"number": f"{number}.5", "date": NO_DATE, "spans": []},
-                "validated_answers": {"number": [""], "date": [NO_DATE], "spans": [["a", "few days"]]},
-            }
-            for number in numbers
-        ]
-        write_lines(folder / f"drop_{split}.jsonl", rows)
-    files = {split: str(folder / f"drop_{split}.jsonl") for split in splits}
-    kwargs = {"data_files": files, "cache_dir": str(folder / ".cache")}
-    task = {"include": str(task_files / "minima_drop.yaml"), "task": "hub_drop", "dataset_path": "json"}
-    (folder / "hub_drop.yaml").write_text(yaml.safe_dump(task | {"dataset_kwargs": kwargs}))
-
-
-def write_data(folder: Path) -> None:
-    """One or two items of each benchmark, in the form that tools/fetch_benchmarks.py writes."""
-    mmlu = [{"question": "?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1}]
-    for split in ("dev", "test"):
-        write_lines(folder / "mmlu" / "anatomy" / f"{split}.jsonl", mmlu * 5)
-    drop = {"query_id": "1", "passage": "It rained.", "question": "What?", "answers": [["rain", "water"], ["it"]]}
-    write_lines(folder / "drop" / "test.jsonl", [drop])
-    write_lines(folder / "drop" / "shots.jsonl", [drop | {"question": f"{index}?"} for index in range(3)])
-    write_lines(folder / "gsm8k" / "test.jsonl", [{"question": "1 + 1?", "answer": "2\n#### 2"}])
-    program = {"task_id": "0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 1"}
-    write_lines(folder / "humaneval" / "test.jsonl", [program])
+SHOTS = 2  # of the further tasks
+TASKS = ["choice", "hub_drop", "minima_continuation"]
+SUITE = {  # shots, items and tasks of each benchmark
+    "mmlu": (5, 10, ["local_mmlu_anatomy", "local_mmlu_astronomy"]),
+    "ceval_stand_in": (5, 8, ["stand_in_ceval"]),
+    "drop": (3, 5, ["local_drop"]),
+    "humaneval": (0, 5, ["local_humaneval"]),
+    "bbh_stand_in": (3, 15, [f"stand_in_bbh_{it}" for it in ("boolean_expressions", "navigate", "object_counting")]),
+    "gsm8k": (8, 5, ["local_gsm8k"]),
+}
+MARKS = {  # what stands once in the prompt for each example, and once for the item itself
+    "mmlu": "\nAnswer:", "ceval_stand_in": "\n答案：", "drop": "\nAnswer:", "bbh_stand_in": "Q: ", "gsm8k": "Q: ",
+}  # fmt: skip
 
 
 def recipe(folder: Path, **stage) -> Recipe:
@@ -132,18 +47,48 @@ def context(folder: Path, made: Recipe, allow: bool) -> StageContext:
     return StageContext(made, folder / "r.yaml", made.stages[0], own, folder / "run", Launch(), allow)
 
 
+def whole(folder: Path, **keys) -> Recipe:
+    """The suite and further tasks in one stage."""
+    return recipe(
+        folder, suite="minima", tasks=TASKS, task_folder=str(folder / "tasks"), data_folder=str(folder / "data"),
+        num_fewshot=SHOTS, **keys,
+    )  # fmt: skip
+
+
+def results(folder: Path, call: str) -> dict:
+    """What lm-eval itself wrote of a call."""
+    return json.loads((folder / "run" / "scores" / "lm_eval" / call / "results.json").read_text())
+
+
+def samples(folder: Path, call: str, task: str) -> list[dict]:
+    """Each item of a task as lm-eval wrote it, in order; once, where several filters have read its answer."""
+    path = folder / "run" / "scores" / "lm_eval" / call / f"samples_{task}.jsonl"
+    by_item = {sample["doc_id"]: sample for sample in map(json.loads, path.read_text().splitlines())}
+    return [by_item[number] for number in sorted(by_item)]
+
+
+def prompt(sample: dict) -> str:
+    return sample["arguments"]["gen_args_0"]["arg_0"]
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The stage's folder and metrics after its one start of lm-eval."""
+def server():
+    """Starts of lm-eval that are forks; it gets ready while others work."""
+    with LmEvalServer() as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, server):
+    """The stage's folder and metrics."""
     folder = tmp_path_factory.mktemp("benchmark")
     write_model(folder / "model")
     write_tasks(folder / "tasks")
     write_hub_drop(folder / "tasks", folder / "run" / "scores" / "task_files")
     write_data(folder / "data")
-    asked = recipe(
-        folder, tasks=TASKS, task_folder=str(folder / "tasks"), data_folder=str(folder / "data"), num_fewshot=SHOTS
-    )
-    metrics = benchmark.run(context(folder, asked, allow=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "_tee", server.instead_of(harness._tee, but="tasks"))
+        metrics = benchmark.run(context(folder, whole(folder), allow=True))
     return folder, metrics
 
 
@@ -169,8 +114,7 @@ def direct(folder: Path) -> tuple[list[list[float]], list[int]]:
 def test_the_harness_gives_the_numbers_of_a_direct_computation(run):
     folder, metrics = run
     scores, right = direct(folder)
-    samples = (folder / "run" / "scores" / "lm_eval" / "tasks" / "samples_choice.jsonl").read_text().splitlines()
-    found = sorted(map(json.loads, samples), key=lambda sample: sample["doc_id"])
+    found = samples(folder, "tasks", "choice")
     theirs = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in found]
     torch.testing.assert_close(torch.tensor(theirs), torch.tensor(scores), rtol=1e-4, atol=1e-3)
     chosen = [max(range(4), key=own.__getitem__) for own in scores]
@@ -189,43 +133,55 @@ def test_what_is_stored_with_a_number(run):
     stored = json.loads((folder / "run" / "scores" / "benchmark.json").read_text())
     assert stored["harness"]["name"] == "lm-eval" and stored["harness"]["version"].startswith("0.")
     assert (stored["window"], stored["limit"], stored["chat"]) == (4096, None, False)
-    assert set(stored["tasks"]) == set(TASKS)
+    assert list(stored["tasks"]) == [*SUITE, *TASKS]
     assert all(len(digest) == 64 for task in stored["tasks"].values() for digest in task["hashes"].values())
 
 
-def test_every_local_task_of_the_suite_runs(run):
-    _, metrics = run
-    counts = {name: metrics[name]["items"] for name in TASKS}
-    assert counts == {
-        "choice": 20, "hub_drop": 2, "minima_continuation": 64, "local_mmlu": 5, "stand_in_ceval": 8, "local_drop": 1,
-        "stand_in_bbh": 15, "local_gsm8k": 1, "local_humaneval": 1,
-    }  # fmt: skip
-    assert metrics["local_humaneval"]["shots"] == 0 and metrics["local_humaneval"]["score"] == 0.0
-    assert [name for name in TASKS if metrics[name]["stand_in"]] == ["stand_in_ceval", "stand_in_bbh"]
+def test_shots_and_items_of_the_suite_as_lm_eval_recorded_them(run):
+    folder, metrics = run
+    for name, (shots, count, tasks) in SUITE.items():
+        recorded = results(folder, name)
+        assert set(tasks) <= set(recorded["n-samples"])
+        assert {recorded["n-shot"][task] for task in tasks} == {shots}, name
+        asked = [sample for task in tasks for sample in samples(folder, name, task)]
+        assert len({sample["doc_hash"] for sample in asked}) == len(asked) == count, name
+        assert sum(recorded["n-samples"][task]["effective"] for task in tasks) == count
+        assert (metrics[name]["shots"], metrics[name]["items"]) == (shots, count)
+        assert name not in MARKS or {prompt(sample).count(MARKS[name]) for sample in asked} == {shots + 1}, name
+    assert metrics.keys() == {*SUITE, *TASKS}
+    assert [metrics[name]["items"] for name in TASKS] == [20, 2, 64]
+    assert [name for name in metrics if metrics[name]["stand_in"]] == ["ceval_stand_in", "bbh_stand_in"]
+
+
+def test_a_program_that_passes_is_counted(run):
+    folder, metrics = run
+    passed = [sample["pass_at_1"] for sample in samples(folder, "humaneval", "local_humaneval")]
+    assert passed == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert metrics["humaneval"]["score"] == pytest.approx(0.6)
 
 
 def test_prompts_of_the_local_tasks(run):
     folder, _ = run
 
-    def prompt(task: str) -> str:
-        path = folder / "run" / "scores" / "lm_eval" / "tasks" / f"samples_{task}.jsonl"
-        return json.loads(path.read_text().splitlines()[0])["arguments"]["gen_args_0"]["arg_0"]
+    def first(call: str, task: str) -> str:
+        return prompt(samples(folder, call, task)[0])
 
-    shot = "It rained. 0?\nAnswer: rain, water\n\nIt rained. 1?\nAnswer: rain, water\n\n"
-    assert prompt("local_drop") == shot + "It rained. What?\nAnswer:"
-    assert prompt("local_mmlu_anatomy").startswith("The following are multiple choice questions (with answers) about")
-    assert prompt("stand_in_ceval").startswith("以下是中国关于常识的单项选择题")
-    worked = prompt("local_gsm8k").split("\n\n")
-    assert len(worked) == SHOTS + 1 and "The answer is 6." in worked[0] and worked[-1] == "Q: 1 + 1?\nA:"
-    assert prompt("stand_in_bbh_navigate").count("Q: If you follow these instructions") == SHOTS + 1
-    assert prompt("local_humaneval") == "def f():\n"
+    examples = "".join(f"It rained. {number}?\nAnswer: rain, water\n\n" for number in range(3))
+    assert first("drop", "local_drop") == examples + "It rained. What?\nAnswer:"
+    mmlu = first("mmlu", "local_mmlu_anatomy")
+    assert mmlu.startswith("The following are multiple choice questions (with answers) about anatomy")
+    assert re.findall(r"(?m)^(\d)\. ", mmlu) == ["5", "6", "7", "8", "9", "0"]
+    assert first("ceval_stand_in", "stand_in_ceval").startswith("以下是中国关于常识的单项选择题")
+    worked = first("gsm8k", "local_gsm8k").split("\n\n")
+    assert len(worked) == 9 and "The answer is 6." in worked[0] and worked[-1] == "Q: 1 + 1?\nA:"
+    assert first("bbh_stand_in", "stand_in_bbh_navigate").count("Q: If you follow these instructions") == 4
+    assert first("humaneval", "local_humaneval") == "def f0():\n"
 
 
 def test_drop_from_the_hub_shows_answers_and_accepts_each_of_them(run):
     folder, _ = run
-    path = folder / "run" / "scores" / "lm_eval" / "tasks" / "samples_hub_drop.jsonl"
-    sample = json.loads(path.read_text().splitlines()[0])
-    shots = sample["arguments"]["gen_args_0"]["arg_0"].split("\n\n")
+    sample = samples(folder, "tasks", "hub_drop")[0]
+    shots = prompt(sample).split("\n\n")
     assert len(shots) == SHOTS + 1 and shots[-1] == "It rained 4 days. How long? (4)\nAnswer:"
     for shot in shots[:-1]:
         number = shot.removeprefix("It rained ")[0]
@@ -233,21 +189,19 @@ def test_drop_from_the_hub_shows_answers_and_accepts_each_of_them(run):
     assert sample["doc"]["answers"] == [["4.5"], ["a", "few days"]]
 
 
-def test_a_second_start_asks_nothing_and_answers_go_on(run):
+def test_a_second_start_asks_nothing_and_answers_go_on(run, monkeypatch):
     folder, metrics = run
     question = {"question_id": 1, "category": "math", "turns": ["What does the cat see?", "Why?"]}
     write_lines(folder / "q.jsonl", [question])
-    asked = recipe(
-        folder,
-        tasks=TASKS,
-        task_folder=str(folder / "tasks"),
-        data_folder=str(folder / "data"),
-        num_fewshot=SHOTS,
-        answers=[{"format": "mt_bench", "questions": str(folder / "q.jsonl"), "max_new_tokens": 6}],
-    )
-    again = benchmark.run(context(folder, asked, allow=True))
+    answers = {"format": "mt_bench", "questions": str(folder / "q.jsonl"), "max_new_tokens": 6}
+
+    def started(*_):
+        raise AssertionError("lm-eval was started again")
+
+    monkeypatch.setattr(harness, "_tee", started)
+    again = benchmark.run(context(folder, whole(folder, answers=[answers]), allow=True))
     assert again["answers"]["mt_bench"] | {"file": ""} == {"questions": 1, "resumed": 0, "unanswered": 0, "file": ""}
-    assert {name: again[name] for name in TASKS} == metrics
+    assert {name: again[name] for name in metrics} == metrics
     row = json.loads((folder / "run" / "scores" / "answers" / "mt_bench.jsonl").read_text())
     assert row["question_id"] == 1 and len(row["choices"][0]["turns"]) == 2
 
