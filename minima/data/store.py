@@ -75,6 +75,7 @@ class TokenStore:
         self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
         self._map = lru_cache(maxsize=None)(self._open_shard)
         self._map_learnt = lru_cache(maxsize=None)(self._open_learnt)
+        self._map_starts = lru_cache(maxsize=None)(self._open_starts)
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -111,12 +112,13 @@ class TokenStore:
         return int(self._first_block[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_map", "_map_learnt")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_map")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._map = lru_cache(maxsize=None)(self._open_shard)
         self._map_learnt = lru_cache(maxsize=None)(self._open_learnt)
+        self._map_starts = lru_cache(maxsize=None)(self._open_starts)
 
     @property
     def bytes_per_token(self) -> float:
@@ -191,7 +193,7 @@ class TokenStore:
         for number, shard in enumerate(self._shards):
             first = int(self._first_block[number]) * self.sequence_length
             if first < high and low < first + shard["tokens"] and shard["starts"]["bytes"]:
-                starts = np.memmap(self.folder / shard["starts"]["file"], dtype=STARTS_DTYPE, mode="r")
+                starts = self._map_starts(number)
                 left, right = np.searchsorted(starts, [max(0, low - first), min(high - first, shard["tokens"])])
                 found.append(first + starts[left:right].astype(np.int64))
         return np.concatenate(found)
@@ -221,6 +223,9 @@ class TokenStore:
     def _open_shard(self, number: int) -> np.ndarray:
         path = self.folder / self._shards[number]["file"]
         return np.memmap(path, dtype=self._dtype, mode="r").reshape(-1, self.sequence_length)
+
+    def _open_starts(self, number: int) -> np.ndarray:
+        return np.memmap(self.folder / self._shards[number]["starts"]["file"], dtype=STARTS_DTYPE, mode="r")
 
     def _open_learnt(self, number: int) -> np.ndarray:
         path = self.folder / self._shards[number]["learnt"]["file"]
