@@ -194,7 +194,9 @@ class TokenStore:
             first = int(self._first_block[number]) * self.sequence_length
             if first < high and low < first + shard["tokens"] and shard["starts"]["bytes"]:
                 starts = self._map_starts(number)
-                left, right = np.searchsorted(starts, [max(0, low - first), min(high - first, shard["tokens"])])
+                # Of the list's own type: for any other, numpy would copy the whole list, for every block.
+                ends = np.array([max(0, low - first), min(high - first, shard["tokens"]) - 1], dtype=STARTS_DTYPE)
+                left, right = np.searchsorted(starts, ends[0]), np.searchsorted(starts, ends[1], side="right")
                 found.append(first + starts[left:right].astype(np.int64))
         return np.concatenate(found)
 

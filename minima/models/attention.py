@@ -32,25 +32,38 @@ def document_mask(documents_BT: Tensor, window: int | None = None) -> Tensor:
         documents_BT: int64; equal numbers in a row are one document.
         window: see only the last so many tokens, oneself included; all when not given.
     """
-    length = documents_BT.shape[1]
-    places_T = torch.arange(length, device=documents_BT.device)
-    distance_TT = places_T[:, None] - places_T[None, :]
-    seen_TT = (distance_TT >= 0) if window is None else (distance_TT >= 0) & (distance_TT < window)
-    return (seen_TT & (documents_BT[:, :, None] == documents_BT[:, None, :])).unsqueeze(1)
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    seen_TT = places_T[:, None] >= places_T[None, :]
+    if window is not None:
+        seen_TT &= places_T[:, None] < places_T[None, :] + window
+    mask_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    mask_BTT &= seen_TT
+    return mask_BTT.unsqueeze(1)
 
 
-def attention_mask(config: PretrainedConfig, documents_BT: Tensor) -> Any:
-    """What a stock model's `attention_mask` is given to keep documents apart: a mask, or one for each kind of layer.
+def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.dtype) -> Any:
+    """What a stock model's `attention_mask` is given to keep documents apart: a bias, or one for each kind of layer.
+
+    A bias of 0 and minus infinity, made once for all layers: of a bool mask, attention would make one in every layer
+    and keep each for the backward pass.
 
     Args:
         config: of the model.
         documents_BT: int64; equal numbers in a row are one document.
+        dtype: of the model's activations.
+
+    Returns:
+        [B, 1, T, T] in `dtype`, or such by the names of `layer_types`.
     """
+
+    def bias(window: int | None) -> Tensor:
+        mask_B1TT = document_mask(documents_BT, window)
+        return torch.zeros(mask_B1TT.shape, dtype=dtype, device=mask_B1TT.device).masked_fill_(~mask_B1TT, -torch.inf)
+
     window = getattr(config, "sliding_window", None)
     if window is None or window >= documents_BT.shape[1]:
-        return document_mask(documents_BT)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    masks = {
-        kind: document_mask(documents_BT, window if kind == "sliding_attention" else None) for kind in sorted(kinds)
-    }
-    return masks if getattr(config, "layer_types", None) else masks["sliding_attention"]
+        return bias(None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return bias(window)
+    return {kind: bias(window if kind == "sliding_attention" else None) for kind in sorted(set(kinds))}

@@ -38,7 +38,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor |
     if embeddings_BTD is not None:
         given = {"inputs_embeds": embeddings_BTD}
     if batch.documents_BT is not None:
-        mask = attention_mask(model.config, batch.documents_BT)
+        mask = attention_mask(model.config, batch.documents_BT, model.dtype)
         given |= {"attention_mask": mask, "position_ids": batch.positions_BT}
     return backbone(model)(**given, use_cache=False).last_hidden_state
 

@@ -56,6 +56,20 @@ def test_the_loss_of_a_packed_block_is_that_of_its_documents_alone(family, confi
     assert abs(open_attention.total / 33 - packed.total / 30) > 1e-3, "without walls it is another loss"
 
 
+def test_one_bias_serves_all_layers():
+    model, batch = model_of("llama"), make_batch(TOKENS_BT, documents_BT=DOCUMENTS_BT)
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (12, 12):
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states(model, batch)
+    assert len(kept) == 1
+
+
 def test_the_host_is_not_asked():
     model, batch = model_of("llama"), make_batch(TOKENS_BT, documents_BT=DOCUMENTS_BT)
     with HostReads() as reads:
