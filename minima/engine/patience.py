@@ -21,6 +21,16 @@ class Patience:
         else:
             self._worse += 1
 
+    def state(self) -> dict[str, float | int | None]:
+        """What a checkpoint keeps."""
+        return {"best": self.best, "best_step": self.best_step, "worse": self._worse}
+
+    def restore(self, state: dict[str, float | int | None]) -> None:
+        """Go on from what a checkpoint has kept."""
+        best_step = state["best_step"]
+        self.best, self.best_step = state["best"], None if best_step is None else int(best_step)
+        self._worse = int(state["worse"] or 0)
+
     @property
     def spent(self) -> bool:
         """Whether the run is to end."""

@@ -35,7 +35,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     def objective(data: Path, student: ModelShape) -> Objective:
         _check_vocabularies(student.vocabulary_size, shape.vocabulary_size, origin.identity)
-        check_fit(shape, TokenStore.open(data / "train"), origin.identity)
+        for part in ("train", "held_out"):
+            check_fit(shape, TokenStore.open(data / part), origin.identity)
         check_tokens(data, origin.tokenizer, origin.identity)
         for model in filter(None, (stage.model, stage.reference)):
             check_template(context, data, model, refuse=True)

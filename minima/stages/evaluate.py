@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
@@ -40,10 +41,9 @@ def run(context: StageContext) -> dict[str, Any]:
     check_format(store, stage.kind, LEARNABLE)
     scores: dict[str, Any] = {}
     progress = Progress(stage.name, len(stage.models))
-    with _teacher(context, stage) as teacher:
+    with _teacher(context, stage, store) as teacher:
         for name in stage.models:
-            with _host(context, stage, name, teacher) as (source, host):
-                check_fit(ModelShape.from_config(source.config), store, name)
+            with _host(context, stage, name, teacher, store) as (source, host):
                 held_out = evaluate(
                     host,
                     store,
@@ -72,10 +72,11 @@ def count_parameters(source: WeightSource) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names())
 
 
-def _build(context: StageContext, stage: Evaluate, name: str) -> tuple[WeightSource, FrozenHost]:
+def _build(context: StageContext, stage: Evaluate, name: str, store: TokenStore) -> tuple[WeightSource, FrozenHost]:
     model = context.model(name)
     check_tokens(context.data(stage.data), model.tokenizer, name)
     source = open_weights(model.folder, model.step)
+    check_fit(ModelShape.from_config(source.config), store, name)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),
         precision=stage.precision,
@@ -85,9 +86,9 @@ def _build(context: StageContext, stage: Evaluate, name: str) -> tuple[WeightSou
 
 
 @contextmanager
-def _teacher(context: StageContext, stage: Evaluate) -> Iterator[FrozenHost | None]:
+def _teacher(context: StageContext, stage: Evaluate, store: TokenStore) -> Iterator[FrozenHost | None]:
     """The one teacher of the whole stage, closed at its end."""
-    host = None if stage.teacher is None else _build(context, stage, stage.teacher)[1]
+    host = None if stage.teacher is None else _build(context, stage, stage.teacher, store)[1]
     try:
         yield host
     finally:
@@ -97,14 +98,14 @@ def _teacher(context: StageContext, stage: Evaluate) -> Iterator[FrozenHost | No
 
 @contextmanager
 def _host(
-    context: StageContext, stage: Evaluate, name: str, teacher: FrozenHost | None
+    context: StageContext, stage: Evaluate, name: str, teacher: FrozenHost | None, store: TokenStore
 ) -> Iterator[tuple[WeightSource, FrozenHost]]:
     """One model, closed before the next is built; the teacher is not built twice."""
     if teacher is not None and name == stage.teacher:
         model = context.model(name)
         yield open_weights(model.folder, model.step), teacher
         return
-    source, host = _build(context, stage, name)
+    source, host = _build(context, stage, name, store)
     try:
         yield source, host
     finally:

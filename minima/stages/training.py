@@ -58,7 +58,9 @@ def run_training(
     shape = ModelShape.from_config(origin.source.config)
     check_fit(shape, store, origin.identity)
     check_tokens(data, origin.tokenizer, origin.identity)
-    if stage.evaluate_every_steps and not len(held_out):
+    if stage.evaluate_every_steps and len(held_out):
+        check_fit(shape, held_out, origin.identity)
+    elif stage.evaluate_every_steps:
         raise DataError(
             f"stage {stage.name!r} evaluates every {stage.evaluate_every_steps} steps, but {held_out.folder} is empty",
             "there is no text that it was not trained on",
@@ -105,7 +107,7 @@ def run_training(
         shutil.copytree(data / "tokenizer", context.folder / "tokenizer", dirs_exist_ok=True)
     try:
         run.start(first_step, total_steps)
-        ended = run.catch_up(first_step, total_steps)
+        ended = run.ended_after is not None or run.catch_up(first_step, total_steps)
         distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
         if not ended:
             train(student, objective, batches, schedule, run.events(), first_step)

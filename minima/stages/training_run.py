@@ -20,8 +20,10 @@ from minima.models.shape import ModelShape
 from minima.recipe.schema import AnyTraining
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
+from minima.stages.manifest import read_manifest, write_json
 from minima.stages.origin import Origin
 
+ENDED = "ended.json"  # where a run with patience has ended
 PARTS = ("loss", "hard", "soft", "kl", "accuracy", "margin")  # of a training record, what the progress line shows
 Measure = Callable[[StudentView, TokenStore, int | None, int], dict[str, float]]
 
@@ -69,23 +71,35 @@ class TrainingRun:
         self.last: dict[str, Any] = {}
         self.evaluated: dict[str, Any] = {}
         self.patience = Patience(stage.patience)
+        self.step = self.total = 0  # finished steps, and what is counted in them
+        self.ended_after: int | None = None  # the step after which an earlier start ended this run
 
     def resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the finished steps."""
+        known = distributed.is_main() and (self.context.folder / ENDED).is_file()
+        ended = distributed.broadcast_object(read_manifest(self.context.folder, ENDED) if known else None)
         steps = complete_steps(self.context.folder / "checkpoints")
         newest = distributed.broadcast_object(steps[-1] if steps else None)  # another node's view may be older
         if newest is None:
             return 0
         facts = load_shards(self.student, step_folder(self.context.folder / "checkpoints", newest))
+        self.step, self.total = facts["step"], facts["counted"]
+        self.patience.restore(facts["patience"])
+        if ended is not None:
+            self.step = self.ended_after = ended["step"]
+            self.patience.restore(ended["patience"])
         return facts["step"]
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Open the metrics and the progress line."""
+        accelerator = get_accelerator()
+        if accelerator.device_name() != "cpu":
+            accelerator.reset_peak_memory_stats()
         if not distributed.is_main():
             return
         self.log = MetricsLog(
             self.context.folder,
-            first_step,
+            max(first_step, self.ended_after or 0),
             tensorboard=self.stage.tensorboard,
             wandb_project=self.stage.wandb_project,
             config=self.stage.model_dump(mode="json"),
@@ -112,14 +126,14 @@ class TrainingRun:
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """One record of training metrics."""
-        steps, seconds = record.pop("steps"), record.pop("seconds")
-        valid = record.pop("tokens")
-        tokens = steps * self.stage.batch_sequences * self.store.sequence_length
+        steps, seconds = int(record.pop("steps")), record.pop("seconds")
+        self.step, self.total = step, self.total + int(record.pop("tokens"))
+        tokens = self._seen(step)["tokens"] - self._seen(step - steps)["tokens"]
         speed = tokens / max(seconds, 1e-9)
         self.last = {
             "step": step,
             **record,
-            self.counted: int(valid),
+            self.counted: self.total,
             **self._seen(step),
             "tokens_per_second": speed,
             "model_flops_per_second": speed * self.flops_per_token,
@@ -157,18 +171,22 @@ class TrainingRun:
         if not step or not every:
             return False
         records = read_records(self.context.folder / "metrics.jsonl") if distributed.is_main() else []
-        made = distributed.broadcast_object([record for record in records if "held_out_loss" in record])
-        for record in made:
-            self.patience.add(record["step"], record["held_out_loss"])
-            self.evaluated = {name: value for name, value in record.items() if name != "step"}
-        due = step % every == 0 or step == total_steps
-        if due and (not made or made[-1]["step"] != step):
+        made = [record for record in records if "held_out_loss" in record]
+        last = distributed.broadcast_object(made[-1] if made else None)
+        if last is not None:
+            self.evaluated = {name: value for name, value in last.items() if name != "step"}
+        if step % every and step != total_steps:
+            return self.patience.spent
+        if last is None or last["step"] != step:
             return self.evaluate(step)
+        self.patience.add(step, last["held_out_loss"])  # the checkpoint was written before it was known
         return self.patience.spent
 
     def settle(self) -> None:
         """With patience, leave the best checkpoint as the newest, so that whoever reads the stage takes it."""
         if self.stage.patience is not None and self.patience.best_step is not None:
+            if distributed.is_main():  # before anything is dropped: a start after a kill here does not train it again
+                write_json(self.context.folder / ENDED, {"step": self.step, "patience": self.patience.state()})
             drop_after(self.context.folder / "checkpoints", self.patience.best_step)
 
     def save(self, step: int) -> None:
@@ -177,6 +195,8 @@ class TrainingRun:
             "step": step,
             "optimizer_steps": step,
             **self._seen(step),
+            "counted": self.total,
+            "patience": self.patience.state(),
             "ranks": distributed.world_size(),
             "config": self.student.config,
             "shapes": shapes(self.student),
