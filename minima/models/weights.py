@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,11 @@ from minima.models.shape import read_config
 from minima.models.stock import architecture, parameter_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
-_IDENTITY_ELEMENTS = 4096  # of each tensor; one optimiser step changes some of the first 4096 elements of any matrix
+# Of each tensor its first and last elements count, and samples of its inside. One optimiser step changes some of the
+# first 4096 elements of any matrix. The samples lie ever closer towards the end, where a grown vocabulary has its new
+# rows: a model that differs in these alone, be they few and followed by rows of no token, is another model.
+_IDENTITY_ELEMENTS, _SAMPLE_ELEMENTS = 4096, 1024
+_SAMPLES = (1 / 4, *(1 - 2.0**-power for power in range(1, 9)))
 
 
 class WeightSource(Protocol):
@@ -204,15 +209,24 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def model_identity(source: WeightSource) -> str:
-    """A short hash of names, shapes and the first elements of every tensor: the same for a copy, not after a step."""
+    """A short hash of every tensor's name, shape, ends and samples: the same for a copy, not after a step."""
     digest = hashlib.sha256()
     for name in source.names():
-        size = 1
-        for length in source.shape(name):
-            size *= length
-        start = source.read_flat(name, 0, min(size, _IDENTITY_ELEMENTS)).float().contiguous()
-        digest.update(f"{name}{source.shape(name)}".encode() + start.numpy().tobytes())
+        digest.update(f"{name}{source.shape(name)}".encode())
+        # Random weights are drawn whole for any part of them, so once is enough.
+        drawn = MemorySource({}, {name: source.read(name)}) if isinstance(source, RandomSource) else source
+        for start, stop in _identity_parts(math.prod(source.shape(name))):
+            digest.update(drawn.read_flat(name, start, stop).float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _identity_parts(size: int) -> list[tuple[int, int]]:
+    """Which elements of a flattened tensor count; all of one that is small."""
+    if size <= 2 * _IDENTITY_ELEMENTS:
+        return [(0, size)]
+    last = size - _IDENTITY_ELEMENTS
+    inside = [(start, min(start + _SAMPLE_ELEMENTS, size)) for start in (int(size * sample) for sample in _SAMPLES)]
+    return [(0, _IDENTITY_ELEMENTS), *(part for part in inside if part[0] < last), (last, size)]
 
 
 def write_folder(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from minima.errors import CheckpointError
 from minima.models.causal_lm import load_plain
 from minima.models.shape import ModelShape
-from minima.models.weights import FolderSource, MemorySource, RandomSource, tensor_sha256, write_folder
+from minima.models.weights import FolderSource, MemorySource, RandomSource, model_identity, tensor_sha256, write_folder
 
 SHAPE = ModelShape(vocabulary_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, tied=True)
 
@@ -103,3 +103,41 @@ def test_a_checkpoint_of_the_bare_backbone_is_read(source, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({key.removeprefix("model."): value for key, value in load_file(path).items()}, path)
     assert FolderSource(tmp_path).read("model.norm.weight").eq(1).all()
+
+
+class Reads(MemorySource):
+    """Counts what is read of the tensors."""
+
+    def __init__(self, config, tensors) -> None:
+        super().__init__(config, tensors)
+        self.parts: list[int] = []
+
+    def read(self, name):
+        raise AssertionError("a tensor of a large model is not read whole")
+
+    def read_flat(self, name, start, stop):
+        self.parts.append(stop - start)
+        return super().read_flat(name, start, stop)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [(3000, 4000), (3800, 3937), (2000, 2002), (3999, 4000)],
+    ids=["many", "few, then 63 of no token", "middle", "the last"],
+)
+def test_rows_anywhere_make_another_model(first, last):
+    rows = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    norm = torch.ones(64)
+    one = Reads({}, {"embedding": rows, "norm": norm})
+    before = model_identity(one)
+    assert len(one.parts) <= 12 and sum(one.parts) < 20_000
+    assert model_identity(MemorySource({}, {"embedding": rows.clone(), "norm": norm})) == before
+    other = rows.clone()
+    other[first:last] += 1e-3
+    assert model_identity(MemorySource({}, {"embedding": other, "norm": norm})) != before
+
+
+def test_a_written_random_model_keeps_its_identity(tmp_path):
+    source = RandomSource(SHAPE.model_copy(update={"vocabulary_size": 2000}).to_config(), seed=3)
+    write(tmp_path, source)
+    assert model_identity(FolderSource(tmp_path)) == model_identity(source)
