@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from minima.batch import make_batch
 from minima.losses import linear_distillation_loss, linear_token_log_probs
+from minima.models.causal_lm import hidden_states, load_plain
+from minima.models.shape import ModelShape
+from minima.models.weights import RandomSource
 from tests.distributed.ranks import run_scenarios
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +57,18 @@ def test_log_probabilities_and_their_gradients_equal_float64(dtype, tolerance):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
     for gradient, reference in ((hidden.grad, exact.grad), (head.grad, exact_head.grad)):
         assert (gradient.double() - reference).abs().max() / reference.abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_packed_block_is_its_documents_alone(dtype, tolerance):
+    shape = ModelShape(vocabulary_size=97, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4)
+    model = load_plain(RandomSource(shape.to_config() | {"initializer_range": 0.2}, seed=1), dtype).to("cuda")
+    tokens_BT = torch.randint(0, 97, (2, 64), generator=torch.Generator().manual_seed(0))
+    documents_BT = torch.tensor([[0] * 20 + [1] * 44, [0] * 64])
+    with torch.no_grad():
+        packed = hidden_states(model, make_batch(tokens_BT, documents_BT=documents_BT).to(torch.device("cuda")))
+        alone = [hidden_states(model, make_batch(piece[None].cuda())) for piece in tokens_BT[0].split([20, 44])]
+    torch.testing.assert_close(packed[:1], torch.cat(alone, dim=1), rtol=tolerance, atol=tolerance)
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
