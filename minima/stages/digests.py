@@ -35,8 +35,18 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of the files that lie directly in a folder, by name and content; of one file, where it is one."""
-    return _files_digest(folder.iterdir()) if folder.is_dir() else file_digest(folder)
+    """Of the files of a model, of blocks or of anything else, by name and content; of one file, where it is one.
+
+    Those that lie directly in the folder count, and what is read of a folder that a stage wrote: `model/`,
+    `tokenizer/`, the newest complete checkpoint (its marker has the checksum of each of its files), and the index of
+    each store of blocks (it has those of all its files).
+    """
+    if not folder.is_dir():
+        return file_digest(folder)
+    inside = [file for name in ("model", "tokenizer") if (folder / name).is_dir() for file in (folder / name).iterdir()]
+    inside += [folder / split / "index.json" for split in ("train", "held_out")]
+    inside += sorted(folder.glob("checkpoints/step-*[0-9]/checkpoint.json"))[-1:]
+    return _files_digest([*folder.iterdir(), *inside], folder)
 
 
 def source_digest(source: Source) -> str:
@@ -58,8 +68,10 @@ def is_gone(source: Source) -> bool:
     return not path.exists() and not any(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
 
 
-def _files_digest(paths: Iterable[Path]) -> str:
-    return digest([(file.name, file_digest(file)) for file in sorted(paths) if file.is_file()])
+def _files_digest(paths: Iterable[Path], base: Path | None = None) -> str:
+    """By their names alone, or by their paths from a base."""
+    named = {file: file.name if base is None else str(file.relative_to(base)) for file in paths if file.is_file()}
+    return digest([(named[file], file_digest(file)) for file in sorted(named)])
 
 
 def _hidden(path: Path) -> bool:

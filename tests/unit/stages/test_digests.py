@@ -47,6 +47,46 @@ def test_the_inside_of_a_model_file_counts(tmp_path):
     assert folder_digest(tmp_path) != before
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "train/index.json", "held_out/index.json", "tokenizer/tokenizer.json", "model/config.json",
+        "model/model.safetensors", "checkpoints/step-00000012/checkpoint.json",
+    ],
+)  # fmt: skip
+def test_what_is_read_of_a_copied_stage_counts(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    without = folder_digest(tmp_path)
+    path.write_bytes(b"one")
+    before = folder_digest(tmp_path)
+    path.write_bytes(b"two")
+    assert len({without, before, folder_digest(tmp_path)}) == 3
+    path.write_bytes(b"one")
+    assert folder_digest(tmp_path) == before
+
+
+def test_the_same_file_elsewhere_in_a_folder_is_another_input(tmp_path):
+    for place in ("a/model", "b/tokenizer"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    assert folder_digest(tmp_path / "a") != folder_digest(tmp_path / "b")
+
+
+def test_what_is_not_read_of_a_copied_stage_does_not_count(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2):
+        (checkpoints / f"step-0000000{step}").mkdir(parents=True)
+        (checkpoints / f"step-0000000{step}" / "checkpoint.json").write_text(str(step))
+    before = folder_digest(tmp_path)
+    (checkpoints / "step-00000001" / "checkpoint.json").write_text("another")
+    (checkpoints / "step-00000003.partial").mkdir()
+    (checkpoints / "step-00000003.partial" / "checkpoint.json").touch()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0").touch()
+    assert folder_digest(tmp_path) == before
+
+
 @pytest.mark.parametrize("home", [False, True])
 @pytest.mark.parametrize("key", ["path", "hub"])
 def test_a_folder_of_text_counts_by_its_files(tmp_path, monkeypatch, key, home):

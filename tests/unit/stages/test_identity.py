@@ -111,6 +111,19 @@ def test_a_changed_model_folder_is_named(run, name, content):
         check_unchanged(description(run, "teacher"), run / "teacher")
 
 
+def test_changed_blocks_of_a_data_folder_given_by_path_are_named(run):
+    (run / "copy" / "train").mkdir(parents=True)
+    (run / "copy" / "train" / "index.json").write_text("[1]")
+    recipe = load_recipe(run / "x.yaml", ["stages.teacher.data=copy"])
+    (run / "teacher").mkdir()
+    write_started(run / "teacher", describe(recipe, recipe.stage("teacher"), run))
+    write_manifest(run / "teacher", {"loss": 1.5}, 2.0)
+    check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher")
+    (run / "copy" / "train" / "index.json").write_text("[2]")
+    with pytest.raises(StageError, match=r"its input data \(copy\) has changed"):
+        check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher")
+
+
 def test_half_written_names_beside_started_are_no_content(run):
     publish(run, "corpus")
     publish(run, "teacher", finished=False)
