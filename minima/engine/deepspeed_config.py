@@ -4,37 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
+from minima.recipe.overrides import nearest
 from minima.recipe.training import Training
 
-# Everything that decides what is computed. One owner each: a factor with two owners was the original's first bug.
-RECIPE_OWNS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "bfloat16",
-    "fp16",
-    "torch_autocast",
-    "amp",
-    "data_types",
-    "activation_checkpointing",
-    "managed_gradient_accumulation",
-    "data_efficiency",
-    "curriculum_learning",
-)
-
-# What a JSON may set otherwise. DeepSpeed's own lines are silent, since the loop logs.
+# Ours, whatever the JSON says; DeepSpeed's own lines are silent unless it asks for them, since the loop logs.
 _DEFAULTS = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "steps_per_print": 2**31,
-    "communication_data_type": "fp32",  # in bf16 a gradient is rounded again for every rank that adds to it
+    "communication_data_type": "fp32",
 }
 
 
@@ -42,7 +22,8 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON that keeps to sharding, offload, communication and profiling.
 
     Raises:
-        DeepSpeedConfigError: it cannot be read, sets what the recipe owns, or is not for ZeRO stage 3.
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or is not for
+            ZeRO stage 3.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -50,15 +31,15 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise DeepSpeedConfigError(
             f"{path} cannot be read as JSON: {error}", "DeepSpeed is configured by it", "mend or replace the file"
         ) from error
-    owned = [key for key in RECIPE_OWNS if key in config]
-    if owned:
+    if not isinstance(config, dict):
         raise DeepSpeedConfigError(
-            f"{path} sets {', '.join(owned)}",
-            "the recipe owns batch, clipping, precision, optimiser and schedule; with two owners one silently loses",
-            f"remove {'it' if len(owned) == 1 else 'them'} from the JSON and set the stage's keys in the recipe",
+            f"{path} holds no keys but {type(config).__name__}",
+            "DeepSpeed is configured by it",
+            'write {"zero_optimization": {"stage": 3, ...}}',
         )
-    zero = config.get("zero_optimization", {})
-    offloads = [zero.get(f"offload_{what}") or {} for what in ("param", "optimizer")]
+    _check_keys(path, config)
+    zero = _block(config, "zero_optimization")
+    offloads = [_block(zero, f"offload_{what}") for what in ("param", "optimizer")]
     unsupported = [key for key in ("mics_shard_size", "zero_hpz_partition_size") if zero.get(key, 1) not in (1, -1)]
     unsupported += ["offload to nvme"] if any(offload.get("device") == "nvme" for offload in offloads) else []
     if unsupported:
@@ -74,6 +55,40 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             'set "zero_optimization": {"stage": 3, ...}',
         )
     return config
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    owned = [key for key in RECIPE_OWNS if key in config]
+    if owned:
+        raise DeepSpeedConfigError(
+            f"{path} sets {', '.join(owned)}",
+            "the recipe owns batch, clipping, precision, optimiser and schedule; with two owners one silently loses",
+            f"remove {'it' if len(owned) == 1 else 'them'} from the JSON and set the stage's keys in the recipe: "
+            + "; ".join(f"{key} is {RECIPE_OWNS[key]}" for key in owned),
+        )
+    zero = _block(config, "zero_optimization")
+    blocks = [("", config, (*TOP, *RECIPE_OWNS)), ("zero_optimization.", zero, ZERO)]
+    for name in ("offload_param", "offload_optimizer"):
+        blocks.append((f"zero_optimization.{name}.", _block(zero, name), OFFLOAD))
+    unknown = [
+        f"{prefix}{key} ({value!r}{nearest(key, list(known))})"
+        for prefix, block, known in blocks
+        for key, value in block.items()
+        if key not in known
+    ]
+    if unknown:
+        raise DeepSpeedConfigError(
+            f"{path} sets {', '.join(unknown)}, unknown among the keys of sharding, offload, communication, profiling "
+            "and logging",
+            "a JSON may change when a run goes on, so no key counts of which it is not known that no number follows",
+            f"remove {'it' if len(unknown) == 1 else 'them'}, or mend the spelling",
+        )
+
+
+def _block(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """A block of keys; none where it is not there or is something else."""
+    found = config.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def accumulation_steps(training: Training, world_size: int) -> int:

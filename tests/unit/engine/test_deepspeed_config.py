@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from minima.engine.deepspeed_config import RECIPE_OWNS, accumulation_steps, frozen_config, training_config
+from minima.engine.deepspeed_config import accumulation_steps, frozen_config, training_config
+from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
 from minima.recipe.training import Training
 
@@ -27,11 +28,57 @@ def write(tmp_path):
 @pytest.mark.parametrize("key", RECIPE_OWNS)
 def test_what_the_recipe_owns_is_refused(write, key):
     path = write({"zero_optimization": {"stage": 3}, key: 8})
-    with pytest.raises(DeepSpeedConfigError, match=key):
+    with pytest.raises(DeepSpeedConfigError, match=rf"sets {key}\b(?s:.*){key} is {RECIPE_OWNS[key]}"):
         frozen_config(path, precision="float32")
 
 
-@pytest.mark.parametrize("content", ["{", {"zero_optimization": {"stage": 2}}, {}])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"nonsense": 1}, r"sets nonsense \(1\), unknown"),
+        ({"compile": {"deepcompile": True}}, r"sets compile "),
+        ({"zero_force_ds_cpu_optimizer": True}, r"zero_force_ds_cpu_optimizer \(True"),
+        ({"zero_optimisation": {"stage": 3}}, r"did you mean 'zero_optimization'"),
+        ({"gradient_cliping": 1.0}, r"did you mean 'gradient_clipping'"),
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, r"overlap_com \(True; did you mean 'overlap_comm'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, r"offload_optimizer\.ratio \(0\.5"),
+        ({"x": 1, "zero_optimization": {"zenflow": {}}}, r"sets x \(1\), zero_optimization\.zenflow(?s:.*)remove them"),
+    ],
+)
+def test_a_key_that_is_not_known_to_leave_numbers_alone_is_refused(write, content, said):
+    with pytest.raises(DeepSpeedConfigError, match=said):
+        frozen_config(write({"zero_optimization": {"stage": 3}} | content), precision="float32")
+
+
+def names_of(model) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def test_only_the_listed_keys_of_zero_are_accepted(write):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    known = names_of(DeepSpeedZeroConfig)
+    assert set(ZERO) - known == {"mics_shard_size"}, "DeepSpeed would refuse the others"
+    assert set(OFFLOAD) <= names_of(DeepSpeedZeroOffloadOptimizerConfig) | names_of(DeepSpeedZeroOffloadParamConfig)
+    others = known - set(ZERO)
+    assert {"zero_quantized_weights", "zero_quantized_gradients", "zenflow"} <= others
+    for key in others:
+        with pytest.raises(DeepSpeedConfigError, match=rf"zero_optimization\.{key} "):
+            frozen_config(write({"zero_optimization": {"stage": 3, key: True}}), precision="float32")
+
+
+def test_profiling_and_logging_are_the_jsons_own(write):
+    content = {key: {} for key in TOP} | {"steps_per_print": 7, "zero_optimization": {"stage": 3}}
+    assert frozen_config(write(content), precision="float32").items() >= content.items()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", {"zero_optimization": {"stage": 2}}, {}, {"zero_optimization": True}, "[1]", "3"]
+)
 def test_what_is_not_zero_3_or_not_json_is_refused(write, content):
     with pytest.raises(DeepSpeedConfigError):
         frozen_config(write(content), precision="float32")
@@ -51,11 +98,15 @@ def test_shards_that_would_be_read_wrongly_are_refused(write, zero):
         frozen_config(write({"zero_optimization": {"stage": 3, **zero}}), precision="float32")
 
 
-def test_offload_to_the_cpu_and_a_communication_dtype_are_the_jsons_own(write):
+def test_offload_to_the_cpu_is_the_jsons_own(write):
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
-    path = write({"zero_optimization": zero, "communication_data_type": "bf16"})
-    assert training_config(path, training(), 1)["communication_data_type"] == "bf16"
+    path = write({"zero_optimization": zero})
     assert frozen_config(path, precision="float32")["zero_optimization"] == zero
+
+
+def test_gradients_are_summed_in_float32(write):
+    path = write({"zero_optimization": {"stage": 3}})
+    assert training_config(path, training(precision="bfloat16"), 1)["communication_data_type"] == "fp32"
 
 
 def test_a_batch_that_does_not_divide_names_the_counts_that_do():

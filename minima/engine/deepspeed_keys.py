@@ -1,0 +1,92 @@
+"""Which keys of DeepSpeed a JSON may set, and who owns the others.
+
+A JSON may change between two starts of one stage, so nothing that changes a number may be among its keys. The names
+are those of https://www.deepspeed.ai/docs/config-json/ and of `deepspeed.runtime.zero.config`.
+"""
+
+# Everything that decides what is computed, and where it is set instead. One owner each: a factor with two owners was
+# the original's first bug.
+RECIPE_OWNS = {
+    "train_batch_size": "`batch_sequences`",
+    "train_micro_batch_size_per_gpu": "`micro_batch_sequences`",
+    "gradient_accumulation_steps": "`batch_sequences` and `micro_batch_sequences`",
+    "gradient_clipping": "`gradient_clip`",
+    "prescale_gradients": "never used",
+    "gradient_predivide_factor": "never used",
+    "gradient_allreduce_op": "always the mean",
+    "communication_data_type": "always float32",  # in bf16 a gradient is rounded again for every rank that adds to it
+    "optimizer": "`learning_rate`, `betas`, `epsilon` and `weight_decay`",
+    "scheduler": "`schedule` and `warmup_fraction`",
+    "bf16": "`precision`",
+    "bfloat16": "`precision`",
+    "fp16": "`precision`",
+    "torch_autocast": "`precision`",
+    "amp": "`precision`",
+    "data_types": "`precision`",
+    "activation_checkpointing": "`activation_checkpointing`",
+    "managed_gradient_accumulation": "`batch_sequences` and `micro_batch_sequences`",
+    "data_efficiency": "never used",
+    "curriculum_learning": "never used",
+    "progressive_layer_drop": "never used",
+}
+
+# Profiling and logging, beside the sharding.
+TOP = (
+    "zero_optimization",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "log_level",
+    "timers",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+)
+
+# Sharding, offload and communication. Not: quantised weights and gradients, and updates that come late (ZenFlow).
+ZERO = (
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "round_robin_gradients",
+    "sub_group_size",
+    "offload_param",
+    "offload_optimizer",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "memory_efficient_linear",
+    "ignore_unused_parameters",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+    "zero_hpz_partition_size",  # of these two only the value that turns them off
+    "mics_shard_size",
+)
+
+# Not: `ratio` and `super_offload`, which step a part of the weights with another optimiser.
+OFFLOAD = (
+    "device",
+    "nvme_path",  # the device nvme is refused, by its own name
+    "pin_memory",
+    "buffer_count",
+    "buffer_size",
+    "max_in_cpu",
+    "pipeline_read",
+    "pipeline_write",
+    "fast_init",
+)
