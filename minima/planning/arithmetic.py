@@ -70,18 +70,22 @@ def plan_training(training: Training, sequence_length: int, blocks: int | None) 
     )
 
 
-def training_flops(plan: TrainingPlan, student: ModelShape, teacher: ModelShape | None = None) -> float:
-    """FLOPs of the whole stage: forward and backward of the student, forward of the frozen teacher.
+def training_flops(
+    plan: TrainingPlan, student: ModelShape, teacher: ModelShape | None = None, teacher_sequences: int | None = None
+) -> float:
+    """FLOPs of the whole stage: forward and backward of the student, forward of the frozen model.
 
     Args:
         plan: how many tokens.
         student: the trained model.
-        teacher: the frozen one; none outside distillation.
+        teacher: the frozen one, a teacher or a reference; none where none runs.
+        teacher_sequences: that the frozen one reads; those that are trained on when not given.
     """
-    per_token = student.training_flops_per_token(plan.sequence_length)
+    flops = student.training_flops_per_token(plan.sequence_length) * plan.tokens
     if teacher is not None:
-        per_token += teacher.forward_flops_per_token(plan.sequence_length)
-    return per_token * plan.tokens
+        sequences = plan.sequences if teacher_sequences is None else teacher_sequences
+        flops += teacher.forward_flops_per_token(plan.sequence_length) * sequences * plan.sequence_length
+    return flops
 
 
 def checkpoint_bytes(training: Training, parameters: int, steps: int | None) -> int | None:

@@ -102,7 +102,7 @@ def _step(block: Any, part: str, text: str) -> Any:
                 f"give a number from 0 to {len(block) - 1}",
             )
         return block[int(part)]
-    if isinstance(block.get(part), str) and part in ("model", "teacher"):  # a plain string is a source
+    if isinstance(block.get(part), str) and part in ("model", "teacher", "reference"):  # a plain string is a source
         block[part] = {"source": block[part]}
     if block.get(part) is None:
         block[part] = {}

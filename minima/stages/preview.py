@@ -88,7 +88,7 @@ class _Preview(KnownInputs):
                 preview.notes.append(f"{source.path} (source {source.label}) is not on this machine")
 
     def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
-        blocks = self.blocks(stage)
+        blocks = self.blocks(stage.name)
         if blocks is None:
             preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))
             return
@@ -97,10 +97,11 @@ class _Preview(KnownInputs):
         line = f"{total:,} in {blocks:,} blocks of {stage.sequence_length:,}"
         preview.facts.append(("tokens", line + (f"; {left:,} left over are less than a block" if left else "")))
         tokens = blocks * stage.sequence_length + (stage.held_out_tokens or 0)
-        preview.facts.append(("disk", size_text(tokens * self.token_bytes(stage))))
+        learnt_bytes = stage.format != "text"  # one more for each token of chat: whether it is to be learnt
+        preview.facts.append(("disk", size_text(tokens * (self.token_bytes(stage) + learnt_bytes))))
 
     def _export(self, stage: Export, preview: StagePreview) -> None:
-        found = self.shape(ModelInput(source=stage.model))
+        found = self.shape(ModelInput(source=stage.model)) or self.made(stage.name)
         if found is None:
             return
         self.shapes[stage.name] = found
@@ -111,13 +112,16 @@ class _Preview(KnownInputs):
         preview.facts.append(("disk", _model_size(found, dtype)))
 
     def _expand(self, stage: ExpandVocabulary, preview: StagePreview) -> None:
-        shape = self.shape(stage.model)
-        if shape is None or stage.size is None:
+        shape, grown = self.shape(stage.model), self.made(stage.name)
+        if shape is not None:
+            preview.facts.append(("from", describe_shape(shape)))
+            if grown is None and stage.size is not None:
+                grown = shape.model_copy(update={"vocabulary_size": stage.size})
+        if grown is None:
             preview.notes.append("the grown vocabulary's size is known once the stage has run")
             return
-        grown = shape.model_copy(update={"vocabulary_size": stage.size})
         self.shapes[stage.name] = grown
-        preview.facts += [("from", describe_shape(shape)), ("to", describe_shape(grown))]
+        preview.facts.append(("to", describe_shape(grown)))
         preview.facts.append(("disk", _model_size(grown, None)))
 
     def _benchmark(self, stage: Benchmark, preview: StagePreview) -> None:
@@ -129,14 +133,19 @@ class _Preview(KnownInputs):
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
         shape = self.shape(stage.model)
-        if shape is None:
+        if shape is not None:
+            pruned: ModelShape | None = plan_target(shape, stage.target, selection=stage.selection).student
+            preview.facts.append(("from", describe_shape(shape)))
+        else:
+            pruned = self.made(stage.name)
+        if pruned is None:
             preview.notes.append("the model's shape is not known here, so neither is the pruned one's")
             return
-        pruned = plan_target(shape, stage.target, selection=stage.selection).student
         self.shapes[stage.name] = pruned
-        preview.facts += [("from", describe_shape(shape)), ("to", describe_shape(pruned))]
-        share = f"{pruned.parameters / shape.parameters:.4f} of the parameters stay"
-        preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
+        preview.facts.append(("to", describe_shape(pruned)))
+        if shape is not None:
+            share = f"{pruned.parameters / shape.parameters:.4f} of the parameters stay"
+            preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
         preview.facts.append(("disk", _model_size(pruned, None)))
         if stage.score == "gradient" and stage.scores is None:
             length = stage.sequence_length or self.length(stage.data)
@@ -145,10 +154,7 @@ class _Preview(KnownInputs):
 
     def _training(self, stage: AnyTraining, preview: StagePreview) -> None:
         check_batch(stage.name, stage, self.ranks)
-        shape = self.shape(stage.model)
-        frozen = stage.teacher if isinstance(stage, Distil) else None
-        if isinstance(stage, Align):
-            frozen = stage.reference or stage.model
+        shape, frozen = self.shape(stage.model) or self.made(stage.name), _frozen(stage)
         teacher = self.shape(frozen) if frozen is not None else None
         if shape is None:
             preview.notes.append("the model's config.json is not on this machine, and no `shape:` says what it is")
@@ -157,17 +163,16 @@ class _Preview(KnownInputs):
             preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
         if teacher is not None:
             preview.facts.append(("teacher" if isinstance(stage, Distil) else "reference", describe_shape(teacher)))
-            _check_vocabularies(stage.name, shape, teacher)
-        length = self.length(stage.data)
-        data = self.data_stage(stage.data)
-        plan = plan_training(stage, length, self.blocks(data) if data else None) if length else None
+            _check_vocabularies(stage, shape, teacher)
+        length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
+        plan = plan_training(stage, length, blocks) if length else None
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
-        pairs = data is not None and data.format == "preferences"  # two conversations share a block
-        if length and shape and length > shape.max_positions and not pairs:
+        if longest and shape and longest > shape.max_positions:
+            what = "blocks" if longest == length else "documents"
             raise RecipeError(
-                f"stages.{stage.name}: blocks of {length:,} tokens for a model of {shape.max_positions:,} positions",
-                "it has no positions for the rest of a block",
+                f"stages.{stage.name}: {what} of {longest:,} tokens for a model of {shape.max_positions:,} positions",
+                "it has no positions for the rest of them",
                 f"build the data with sequence_length of at most {shape.max_positions:,}",
             )
         disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None) if shape is not None else None
@@ -177,10 +182,14 @@ class _Preview(KnownInputs):
             preview.notes.append("tokens and steps follow once the data is built")
             return
         preview.facts += training_facts(plan, self.ranks, stage.micro_batch_sequences)
-        runs_teacher = isinstance(stage, Align) or (isinstance(stage, Distil) and stage.soft_weight > 0)
-        if shape is not None and (teacher is not None or not runs_teacher):
-            flops = training_flops(plan, shape, teacher if runs_teacher else None)
-            preview.facts.append(("FLOPs", flops_text(flops)))
+        if shape is None or (frozen is not None and teacher is None):
+            return
+        if isinstance(stage, Align) and stage.precompute_reference:
+            flops = training_flops(plan, shape, teacher, blocks or 0)
+            late = "" if blocks is not None else "; the reference runs once over the data, which is not built yet"
+            preview.facts.append(("FLOPs", flops_text(flops) + late))
+            return
+        preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
 
     def _check_held_out(self, stage: AnyTraining | Evaluate, how: str, do: str) -> None:
         data = self.data_stage(stage.data)
@@ -209,14 +218,29 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
     return previews
 
 
-def _check_vocabularies(name: str, student: ModelShape | None, teacher: ModelShape) -> None:
-    if student is not None and student.vocabulary_size != teacher.vocabulary_size:
+def _frozen(stage: AnyTraining) -> ModelInput | None:
+    """The model that runs beside the trained one."""
+    if isinstance(stage, Align):
+        return stage.reference or stage.model
+    return stage.teacher if isinstance(stage, Distil) and stage.soft_weight else None
+
+
+def _check_vocabularies(stage: AnyTraining, student: ModelShape | None, teacher: ModelShape) -> None:
+    if student is None or student.vocabulary_size == teacher.vocabulary_size:
+        return
+    if isinstance(stage, Align):
         raise VocabularyMismatch(
-            f"stages.{name}: a student with vocabulary {student.vocabulary_size:,} and a teacher with "
-            f"{teacher.vocabulary_size:,}",
-            "the loss compares the two models' probabilities of the same tokens",
-            "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
+            f"stages.{stage.name}: the model's vocabulary has {student.vocabulary_size:,} tokens, that of its "
+            f"reference {teacher.vocabulary_size:,}",
+            "both say how likely the same answers are, so both must choose among the same tokens",
+            "take a reference with the model's own tokenizer, or leave `reference` out: the starting weights are one",
         )
+    raise VocabularyMismatch(
+        f"stages.{stage.name}: a student with vocabulary {student.vocabulary_size:,} and a teacher with "
+        f"{teacher.vocabulary_size:,}",
+        "the loss compares the two models' probabilities of the same tokens",
+        "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
+    )
 
 
 def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:

@@ -1,5 +1,6 @@
 """What is known of a recipe's inputs on this machine from configurations and manifests alone. No torch."""
 
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -54,19 +55,27 @@ class KnownInputs:
             return model.random or model.shape
         assert model.source is not None
         base = model.source.rpartition("@")[0] or model.source
-        name = model.source if model.source in {stage.name for stage in self.recipe.stages} else base
-        if name in self.shapes:
-            return self.shapes[name]
+        names = {stage.name for stage in self.recipe.stages}
+        name = model.source if model.source in names else base
+        if name in names:
+            return self.shapes.get(name) or self.made(name)
         path = Path(model.source).expanduser()
-        config = path / "config.json" if path.is_dir() else _cached_config(model.source, model.revision)
-        return ModelShape.from_folder(config.parent) if config and config.is_file() else None
+        if path.is_dir():
+            return _shape_in(path)
+        config = _cached_config(model.source, model.revision)
+        return ModelShape.from_folder(config.parent) if config else None
+
+    def made(self, name: str) -> ModelShape | None:
+        """The shape of the model that a finished stage left; None where it left none, or is not finished."""
+        folder = self.folder / name
+        return _shape_in(folder) if is_finished(folder) else None
 
     def data_stage(self, reference: str) -> BuildData | None:
         """The build_data stage of that name, or the one that wrote that folder."""
         if reference in {stage.name for stage in self.recipe.stages}:
             found = self.recipe.stage(reference)
             return found if isinstance(found, BuildData) else None
-        folder = Path(reference).expanduser()
+        folder = self._data_folder(reference)
         if not is_finished(folder):
             return None
         try:
@@ -79,18 +88,49 @@ class KnownInputs:
         data = self.data_stage(reference) if reference is not None else None
         return data.sequence_length if data else None
 
-    def blocks(self, stage: BuildData) -> int | None:
-        """Training blocks of that stage; None until it has run, where no budget says it."""
-        folder = self.folder / stage.name
+    def blocks(self, reference: str) -> int | None:
+        """Training blocks of that data; None until it is built, where no budget says it."""
+        data, folder = self.data_stage(reference), self._data_folder(reference)
+        if data is None:
+            return None
         if is_finished(folder):
             blocks = read_manifest(folder).get("metrics", {}).get("blocks")
             if blocks is not None:
                 return int(blocks)
-        return stage.tokens // stage.sequence_length if stage.tokens is not None else None
+        return data.tokens // data.sequence_length if data.tokens is not None else None
+
+    def longest(self, reference: str) -> int | None:
+        """Tokens that a model needs positions for; None where only the built data tells: of chat, no block is one."""
+        data = self.data_stage(reference)
+        if data is None or data.format == "text":
+            return data.sequence_length if data else None
+        from minima.data.store import TokenStore  # it needs numpy, which is slow to import
+
+        try:
+            return TokenStore.open(self._data_folder(reference) / "train").longest
+        except MinimaError:  # not built yet, or put away: the stage that reads it says so
+            return None
+
+    def _data_folder(self, reference: str) -> Path:
+        own = reference in {stage.name for stage in self.recipe.stages}
+        return self.folder / reference if own else Path(reference).expanduser()
 
 
 def _bytes_of_a_token(vocabulary_size: int) -> int:
     return 2 if vocabulary_size <= 1 << 16 else 4  # minima.data.store.token_dtype
+
+
+def _shape_in(folder: Path) -> ModelShape | None:
+    """Of the model in a stage's folder or in Hugging Face's layout, in the order in which weights are looked for."""
+    for marker in folder.glob("checkpoints/step-*/checkpoint.json"):  # of a stage, all are of one model
+        try:
+            facts = json.loads(marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # whoever reads the checkpoint says so
+            continue
+        if isinstance(facts, dict) and isinstance(facts.get("config"), dict):
+            return ModelShape.from_config(facts["config"])
+    holder = folder / "model" if (folder / "model").is_dir() else folder
+    return ModelShape.from_folder(holder) if (holder / "config.json").is_file() else None
 
 
 def _cached_config(name: str, revision: str | None) -> Path | None:

@@ -12,8 +12,9 @@ from minima.stages.manifest import STARTED, is_finished, read_manifest, write_js
 def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """Write `summary.json` once every stage is finished, and give its content; None before that.
 
-    Beside what the recipe asks for it holds `tokens` (trained on, over all training stages), `seconds` (of all
-    stages' work over all their starts, without starting processes) and `export` (path of each export stage's model).
+    Beside what the recipe asks for it holds `tokens` (that the weights of all training stages were trained on: where
+    `patience` left an earlier checkpoint, those up to it, without the steps after it), `seconds` (of all stages' work
+    over all their starts, without starting processes) and `export` (path of each export stage's model).
 
     Raises:
         RecipeError: the recipe asks for a metric that its stage did not measure.

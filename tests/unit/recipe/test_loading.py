@@ -158,6 +158,13 @@ def test_override_into_a_model_given_as_a_string(load, recipe):
     assert (model.source, model.revision) == ("pruned", "abc")
 
 
+def test_override_into_a_reference_given_as_a_string(load, recipe):
+    aligned = {**recipe["stages"][1], "name": "aligned", "kind": "align", "reference": "org/chat"}
+    recipe["stages"].append(aligned)
+    reference = load(recipe, "stages.aligned.reference.revision=main").stage("aligned").reference
+    assert (reference.source, reference.revision) == ("org/chat", "main")
+
+
 def test_override_leaves_what_a_yaml_anchor_shares(load):
     text = """
 name: x

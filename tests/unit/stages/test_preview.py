@@ -1,0 +1,219 @@
+"""The dry run of stages that read what earlier ones left, here or in another run's folder."""
+
+import json
+
+import pytest
+import yaml
+
+from minima.data.store import FORMAT, TokenStore
+from minima.engine.checkpoint.store import MARKER, step_folder
+from minima.errors import MinimaError, RecipeError, ShapeError, VocabularyMismatch
+from minima.models.shape import ModelShape
+from minima.planning.arithmetic import plan_training, training_flops
+from minima.planning.dry_run import flops_text
+from minima.recipe.loading import load_recipe
+from minima.recipe.schema import Align, BuildData
+from minima.stages.origin import check_fit
+from minima.stages.preview import walk
+
+SMALL = {"vocabulary_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
+LENGTH = 256
+
+
+def data_stage(format="text", **changes) -> dict:
+    embedded = {"text": "sotu", "conversations": "chat", "preferences": "preferences"}[format]
+    return {
+        "name": "c",
+        "kind": "build_data",
+        "format": format,
+        "sources": [{"embedded": embedded}],
+        "tokenizer": "tok",
+        "sequence_length": LENGTH,
+        **changes,
+    }
+
+
+def training(kind, **changes) -> dict:
+    length = {} if {"steps", "tokens"} & set(changes) else {"epochs": 3}
+    given = {"name": "t", "kind": kind, "model": {"random": SMALL}, "data": "c", "learning_rate": 1e-3}
+    return given | {"batch_sequences": 4, "micro_batch_sequences": 2} | length | changes
+
+
+@pytest.fixture
+def show(tmp_path, monkeypatch):
+    """Gives the dry run's facts and notes of the last stage; the run's folder is `out`."""
+    monkeypatch.chdir(tmp_path)
+
+    def show(*stages: dict) -> tuple[dict[str, str], list[str]]:
+        path = tmp_path / "x.yaml"
+        path.write_text(yaml.safe_dump({"name": "x", "output": "out", "ranks": 1, "stages": list(stages)}))
+        last = walk(load_recipe(path), path)[-1]
+        return dict(last.facts), last.notes
+
+    return show
+
+
+@pytest.fixture
+def built(tmp_path):
+    """Leaves a finished build_data stage without tokens, as far as a dry run looks at one."""
+
+    def built(where: str, blocks: int, longest: int | None = None, **changes) -> dict:
+        stage, folder = data_stage(**changes), tmp_path / where
+        (folder / "train").mkdir(parents=True)
+        resolved = BuildData.model_validate(stage).model_dump(mode="json")
+        (folder / "manifest.json").write_text(json.dumps({"stage": resolved, "metrics": {"blocks": blocks}}))
+        chat = stage["format"] != "text"
+        index = {"format": FORMAT, "sequence_length": LENGTH, "vocabulary_size": 64, "end_token": 0, "tokens": 0}
+        index |= {"documents": 0, "bytes": 0, "dtype": "<u2", "shards": [], "document_mask": True}
+        index |= {"format_of_documents": stage["format"]} | ({"longest": longest or LENGTH} if chat else {})
+        (folder / "train" / "index.json").write_text(json.dumps(index))
+        return stage
+
+    return built
+
+
+@pytest.fixture
+def left(tmp_path):
+    """Leaves a finished stage with a model in `model/`, or in a checkpoint."""
+
+    def left(where: str, shape: ModelShape, step: int | None = None) -> None:
+        own = tmp_path / where
+        folder = own / "model" if step is None else step_folder(own / "checkpoints", step)
+        folder.mkdir(parents=True)
+        config = shape.to_config()
+        content = config if step is None else {"config": config, "step": step}
+        (folder / ("config.json" if step is None else MARKER)).write_text(json.dumps(content))
+        (own / "manifest.json").write_text("{}")
+
+    return left
+
+
+def flops(stage: dict, blocks: int, reference_blocks: int | None = None) -> float:
+    plan = plan_training(Align.model_validate(stage), LENGTH, blocks)
+    assert plan is not None
+    return training_flops(plan, ModelShape(**SMALL), ModelShape(**SMALL), reference_blocks)
+
+
+def test_a_precomputed_reference_runs_once_over_the_blocks(show, built):
+    data, stage = built("out/c", 7, format="preferences"), training("align")
+    each = show(data, stage)[0]["FLOPs"]
+    assert each == flops_text(flops(stage, 7))
+    once = show(data, stage | {"precompute_reference": True})[0]["FLOPs"]
+    assert once == flops_text(flops(stage, 7) * 10 / 12), "three epochs of three passes each, and one pass"
+
+
+def test_a_precomputed_reference_of_data_that_is_not_built_is_named(show):
+    stage = training("align", steps=5, precompute_reference=True)
+    shown = show(data_stage("preferences"), stage)[0]["FLOPs"]
+    assert shown == flops_text(flops(stage, 0, 0)) + "; the reference runs once over the data, which is not built yet"
+    budget = show(data_stage("preferences", tokens=9 * LENGTH), stage)[0]["FLOPs"]
+    assert budget == flops_text(flops(stage, 9, 9))
+
+
+@pytest.mark.parametrize(("format", "size"), [("text", "2.05 kB"), ("conversations", "3.07 kB")])
+def test_a_learnt_byte_for_each_token_of_chat_is_counted(show, format, size):
+    assert show(data_stage(format, tokens=4 * LENGTH))[0]["disk"] == size
+
+
+@pytest.mark.parametrize(("kind", "format"), [("instruct", "conversations"), ("align", "preferences")])
+@pytest.mark.parametrize("longest", [128, 129])
+def test_conversations_fit_where_the_stage_says_that_they_fit(show, built, tmp_path, kind, format, longest):
+    stage = training(kind, model={"random": SMALL | {"max_positions": 128}})
+    assert "tokens and steps follow once the data is built" in show(data_stage(format), stage)[1]
+    data = built("out/c", 7, longest=longest, format=format)
+    store = TokenStore.open(tmp_path / "out/c/train")
+    shape = ModelShape(**SMALL, max_positions=128)
+    if longest == 128:
+        check_fit(shape, store, "m")
+        assert "FLOPs" in show(data, stage)[0]
+        return
+    with pytest.raises(ShapeError):
+        check_fit(shape, store, "m")
+    with pytest.raises(RecipeError, match=r"stages\.t: documents of 129 tokens for a model of 128 positions"):
+        show(data, stage)
+
+
+def test_text_longer_than_the_positions_is_refused_before_it_is_built(show):
+    with pytest.raises(RecipeError, match=r"stages\.t: blocks of 256 tokens for a model of 128 positions"):
+        show(data_stage(), training("adapt", model={"random": SMALL | {"max_positions": 128}}))
+
+
+def test_a_teacher_that_does_not_run_may_have_any_vocabulary(show):
+    other = {"source": "b", "shape": SMALL | {"vocabulary_size": 96}}
+    stage = training("distil", steps=3, teacher=other)
+    with pytest.raises(VocabularyMismatch, match="student with vocabulary 64 and a teacher with 96"):
+        show(data_stage(), stage)
+    facts, _ = show(data_stage(), stage | {"soft_weight": 0})
+    assert facts["FLOPs"] == flops_text(flops(training("align", steps=3), 0, 0))
+    assert "teacher" not in facts
+
+
+def test_a_references_vocabulary_is_compared_in_its_own_words(show):
+    stage = training("align", steps=3, reference={"source": "b", "shape": SMALL | {"vocabulary_size": 96}})
+    with pytest.raises(VocabularyMismatch, match="model's vocabulary has 64 tokens, that of its reference 96") as error:
+        show(data_stage("preferences"), stage)
+    assert "student" not in str(error.value)
+
+
+def test_data_of_another_run_is_not_taken_for_a_stage_of_its_name(show, built):
+    own = built("out/c", 7)
+    built("runs/other/c", 100)
+    assert show(own, training("adapt"))[0]["tokens"].startswith("5,376 in 21 ")
+    assert show(own, training("adapt", data="runs/other/c"))[0]["tokens"].startswith("76,800 in 300 ")
+    assert show(training("adapt", data="runs/other/c"))[0]["tokens"].startswith("76,800 in 300 ")
+
+
+GROWN = ModelShape(**SMALL | {"vocabulary_size": 128})
+EXPAND = {"name": "g", "kind": "expand_vocabulary", "model": "base", "tokenizer": "tok", "donor": "donor"}
+
+
+def test_a_finished_stage_tells_the_grown_vocabulary(show, left):
+    later = training("adapt", model="g", steps=3)
+    assert "the grown vocabulary's size is known once the stage has run" in show(EXPAND)[1]
+    assert any("config.json is not on this machine" in note for note in show(data_stage(), EXPAND, later)[1])
+    left("out/g", GROWN)
+    facts, notes = show(EXPAND)
+    assert "vocabulary 128" in facts["to"]
+    assert not any("known once" in note for note in notes)
+    facts, _ = show(data_stage(), EXPAND, later)
+    assert "vocabulary 128" in facts["model"]
+    assert "FLOPs" in facts
+
+
+@pytest.mark.parametrize("step", [None, 12])
+def test_a_stages_folder_tells_its_models_shape(show, left, step):
+    left("runs/other/g", GROWN, step)
+    assert "vocabulary 128" in show(data_stage(), training("adapt", model="runs/other/g"))[0]["model"]
+
+
+def test_a_finished_training_stage_tells_a_shape_that_nothing_else_does(show, left, tmp_path):
+    stage = training("adapt", model="gone", steps=3)
+    left("out/t", GROWN, 3)
+    export = {"name": "e", "kind": "export", "model": "t"}
+    assert "vocabulary 128" in show(data_stage(), stage, export)[0]["model"]
+    (tmp_path / "out/t/manifest.json").unlink()
+    assert "model" not in show(data_stage(), stage, export)[0], "half-finished: whose it is is not sure"
+
+
+def test_a_finished_prune_stage_tells_what_stayed(show, left):
+    prune = {"name": "p", "kind": "prune", "model": "gone", "score": "magnitude", "target": {"sparsity": 50}}
+    assert "to" not in show(prune)[0]
+    left("out/p", GROWN)
+    assert "vocabulary 128" in show(prune)[0]["to"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": 3}'])
+def test_a_broken_marker_is_left_to_its_reader(show, left, tmp_path, content):
+    left("runs/other/g", GROWN, 3)
+    (tmp_path / "runs/other/g/checkpoints/step-00000003/checkpoint.json").write_text(content)
+    notes = show(data_stage(), training("adapt", model="runs/other/g"))[1]
+    assert any("config.json is not on this machine" in note for note in notes)
+
+
+def test_a_broken_store_is_left_to_its_reader(show, built, tmp_path):
+    data = built("out/c", 7, longest=300, format="conversations")
+    stage = training("instruct", model={"random": SMALL | {"max_positions": 128}})
+    with pytest.raises(MinimaError):
+        show(data, stage)
+    (tmp_path / "out/c/train/index.json").write_text("{")
+    assert "FLOPs" in show(data, stage)[0]
