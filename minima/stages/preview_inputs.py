@@ -104,11 +104,14 @@ class KnownInputs:
         data = self.data_stage(reference)
         if data is None or data.format == "text":
             return data.sequence_length if data else None
+        folder = self._data_folder(reference)
+        if not is_finished(folder):
+            return None
         from minima.data.store import TokenStore  # it needs numpy, which is slow to import
 
         try:
-            return TokenStore.open(self._data_folder(reference) / "train").longest
-        except MinimaError:  # not built yet, or put away: the stage that reads it says so
+            return TokenStore.open(folder / "train").longest
+        except MinimaError:  # damaged, or put away: the stage that reads it says so
             return None
 
     def _data_folder(self, reference: str) -> Path:
