@@ -1,6 +1,6 @@
 """What a frozen reference gives over whole stores, kept in a file whose name says of what.
 
-Shapes: L blocks of a store, S documents of a block (even).
+Shapes: L blocks of a store, C of them that are summed over the ranks at once, S documents of a block (even).
 """
 
 import hashlib
@@ -8,7 +8,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from minima.report.progress import Progress
 
 FORMAT = "minima-reference-1"
 _TENSOR = "log_probs"
+_VALUES_AT_ONCE = 1 << 22  # 16 MB of float32 on the device, whatever the store's size
+_BLOCKS_AT_ONCE = 1 << 16  # whose documents are counted in one go
 logger = logging.getLogger(__name__)
 
 
@@ -43,20 +46,23 @@ def keep_references(
     precision: str,
     micro_batch_sequences: int,
     chunk_tokens: int = 1024,
+    limits: Sequence[int | None] | None = None,
     name: str = "reference",
 ) -> list[KeptReference]:
     """A frozen model's log-probabilities of every answer of some stores; every rank calls it.
 
-    What is in the folder is read; what is not there, or is damaged, is made by all ranks together and written.
+    What is in the folder is read; what is not there, or is damaged, is made by all ranks together and written. A file
+    of more blocks than are wanted serves, too.
 
     Args:
-        folder: holds one file for each store, model and precision.
+        folder: holds one file for each store, model, precision and number of blocks.
         stores: of preferences.
         build_host: gives the frozen model; called once if something has to be made, and closed here again.
         model: its identity (`models.weights.model_identity`).
         precision: of its weights.
         micro_batch_sequences: blocks of one forward pass on one rank.
         chunk_tokens: tokens whose logits exist at one time.
+        limits: for each store, the first so many blocks are wanted; None for all of one, or of all stores.
         name: what progress and errors call it.
 
     Returns:
@@ -67,62 +73,97 @@ def keep_references(
         DiskFull: no space for the file; nothing of it is left.
         StageError: the file cannot be written for another reason; nothing of it is left.
     """
-    facts = [
-        {"format": FORMAT, "store": store.sha256(), "model": model, "precision": precision, "blocks": len(store)}
-        for store in stores
+    wanted = [
+        (store, _facts(store, limit, model, precision))
+        for store, limit in zip(stores, limits or [None] * len(stores), strict=True)
     ]
-    paths = [kept_path(folder, fact) for fact in facts]
-    kept = [_read_together(path, fact) for path, fact in zip(paths, facts, strict=True)]
+    kept = [_find_together(folder, facts) for _, facts in wanted]
     if any(values_LS is None for values_LS in kept):
         host = build_host()
         try:
             reference = HostReference(host, chunk_tokens)
-            for number, (store, path, fact) in enumerate(zip(stores, paths, facts, strict=True)):
+            for number, (store, facts) in enumerate(wanted):
                 if kept[number] is None:
-                    kept[number] = values_LS = _measure(reference, store, micro_batch_sequences, name)
-                    _write(path, values_LS, fact)
+                    kept[number] = values_LS = _measure(reference, store, facts["blocks"], micro_batch_sequences, name)
+                    _write(kept_path(folder, facts), values_LS, facts)
         finally:
             host.close()
     return [KeptReference(values_LS) for values_LS in kept if values_LS is not None]
 
 
 def kept_path(folder: Path, facts: dict[str, Any]) -> Path:
-    """Where the values of a store, a model and a precision lie."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return folder / f"reference-{digest[:32]}.safetensors"
+    """Where the values of a store's first blocks, a model and a precision lie."""
+    return folder / f"{_stem(facts)}{facts['blocks']}.safetensors"
 
 
-def _measure(reference: HostReference, store: TokenStore, micro_batch_sequences: int, name: str) -> Tensor:
+def _facts(store: TokenStore, limit: int | None, model: str, precision: str) -> dict[str, Any]:
+    blocks = len(store) if limit is None else min(limit, len(store))
+    return {"format": FORMAT, "store": store.sha256(), "model": model, "precision": precision, "blocks": blocks}
+
+
+def _stem(facts: dict[str, Any]) -> str:
+    """What names begin with that differ in the number of blocks alone."""
+    others = {key: value for key, value in facts.items() if key != "blocks"}
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    return f"reference-{digest[:32]}-"
+
+
+def _measure(
+    reference: HostReference, store: TokenStore, num_blocks: int, micro_batch_sequences: int, name: str
+) -> Tensor:
     """Float32 [L, S] on the CPU, the same on every rank; each block is run by one of them."""
-    device = reference.host.device
-    values_LS = torch.zeros(len(store), _documents_of_a_block(store), dtype=torch.float32, device=device)
+    device, documents = reference.host.device, _documents_of_a_block(store, num_blocks)
+    values_LS = torch.zeros(num_blocks, documents, dtype=torch.float32)
     world_size = distributed.world_size()
-    turns = -(-len(store) // (micro_batch_sequences * world_size))
-    progress = Progress(name, turns, columns=terminal_columns())
-    for turn, blocks in enumerate(rank_blocks(len(store), micro_batch_sequences, distributed.rank(), world_size)):
-        if turn and turn % max(1, turns // 10) == 0 and distributed.is_main():
-            progress.update(turn, {"reference of": f"{len(store):,} blocks"})
-        batch = held_out_batch(store, blocks, micro_batch_sequences).to(device)
-        found_BS = reference(batch)[: len(blocks)]
-        values_LS[blocks.start : blocks.stop, : found_BS.shape[1]] = found_BS
-    progress.close()
-    values_LS = distributed.all_reduce_sum(values_LS).cpu()  # all other ranks have zeros there, so the sum is exact
-    if not values_LS.isfinite().all():
-        raise NotFinite(
-            f"{name}: the reference gives a log-probability that is not finite in {store.folder}",
-            "every loss against it would be not a number",
-            "take another reference, or run it with `reference_precision: float32`",
-        )
+    turn_blocks = micro_batch_sequences * world_size
+    turns_at_once = max(1, _VALUES_AT_ONCE // (turn_blocks * documents))
+    turns = -(-num_blocks // turn_blocks)
+    plan = enumerate(rank_blocks(num_blocks, micro_batch_sequences, distributed.rank(), world_size))
+    with closing(Progress(name, turns, columns=terminal_columns())) as progress:
+        for first in range(0, num_blocks, turns_at_once * turn_blocks):
+            rows = min(turns_at_once * turn_blocks, num_blocks - first)
+            part_CS = torch.zeros(rows, documents, dtype=torch.float32, device=device)
+            for turn, blocks in islice(plan, turns_at_once):
+                if turn and turn % max(1, turns // 10) == 0 and distributed.is_main():
+                    progress.update(turn, {"reference of": f"{num_blocks:,} blocks"})
+                batch = held_out_batch(store, blocks, micro_batch_sequences).to(device)
+                found_BS = reference(batch)[: len(blocks)]
+                part_CS[blocks.start - first : blocks.stop - first, : found_BS.shape[1]] = found_BS
+            part_CS = distributed.all_reduce_sum(part_CS)  # all other ranks have zeros there, so the sum is exact
+            if not part_CS.isfinite().all():
+                raise NotFinite(
+                    f"{name}: the reference gives a log-probability that is not finite in {store.folder}",
+                    "every loss against it would be not a number",
+                    "take another reference, or run it with `reference_precision: float32`",
+                )
+            values_LS[first : first + rows] = part_CS.cpu()
     return values_LS
 
 
-def _documents_of_a_block(store: TokenStore) -> int:
-    """Documents of the block that has most of them, rounded up to pairs."""
-    length = store.sequence_length
-    starts = store.document_starts()
-    inside = starts[starts % length != 0] // length  # a block's own start begins its first document in any case
-    most = 1 + (int(np.bincount(inside).max()) if len(inside) else 0)
+def _documents_of_a_block(store: TokenStore, num_blocks: int) -> int:
+    """Documents of the block that has most of them, of the first so many, rounded up to pairs."""
+    length, most = store.sequence_length, 1
+    for first in range(0, num_blocks, _BLOCKS_AT_ONCE):
+        starts = store.document_starts(first, min(first + _BLOCKS_AT_ONCE, num_blocks)) - first * length
+        inside = starts[starts % length != 0] // length  # a block's own start begins its first document in any case
+        most = max(most, 1 + int(np.bincount(inside, minlength=1).max()))
     return most + most % 2
+
+
+def _find_together(folder: Path, facts: dict[str, Any]) -> Tensor | None:
+    """The kept values of the blocks that are wanted, from the smallest sound file that has them; None if there is none.
+
+    Every rank looks at the same files.
+    """
+    blocks, stem = facts["blocks"], _stem(facts)
+    numbers = [path.stem.removeprefix(stem) for path in folder.glob(f"{stem}*.safetensors")]
+    found = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= blocks)
+    for number in distributed.broadcast_object(found):
+        larger = facts | {"blocks": number}
+        values_LS = _read_together(kept_path(folder, larger), larger)
+        if values_LS is not None:
+            return values_LS if number == blocks else values_LS[:blocks].clone()
+    return None
 
 
 def _read_together(path: Path, facts: dict[str, Any]) -> Tensor | None:
@@ -131,7 +172,7 @@ def _read_together(path: Path, facts: dict[str, Any]) -> Tensor | None:
     found = distributed.gather_objects((digest, wrong))
     said = next((wrong for _, wrong in found if wrong), None)
     if said is not None and distributed.is_main():
-        logger.warning("%s %s; it is made again", path, said)
+        logger.warning("%s %s; it is not used", path, said)
     return values_LS if all(other == found[0] for other in found) else None
 
 

@@ -110,15 +110,16 @@ class _References:
             self._host = self._build()
             self.train = self.held_out = HostReference(self._host, stage.chunk_tokens)
             return
-        folders = [data / "train"] + ([data / "held_out"] if stage.evaluate_every_steps else [])
+        limits = {"train": None} | ({"held_out": stage.evaluate_sequences} if stage.evaluate_every_steps else {})
         kept = keep_references(
             self.context.run_folder / "cache",
-            [TokenStore.open(folder) for folder in folders],
+            [TokenStore.open(data / split) for split in limits],
             self._build,
             model=model_identity(self.origin.source),
             precision=self._precision,
             micro_batch_sequences=stage.micro_batch_sequences,
             chunk_tokens=stage.chunk_tokens,
+            limits=list(limits.values()),
             name=stage.name,
         )
         self.train, self.held_out = kept[0], kept[-1]

@@ -105,7 +105,7 @@ class Keeping:
     """Calls of `keep_references` that count how often the model is built."""
 
     def __init__(self, folder, stores) -> None:
-        self.folder, self.stores, self.hosts = folder, stores, []
+        self.folder, self.stores, self.hosts, self.limits = folder, stores, [], None
 
     def __call__(self, seed: int = 2, precision: str = "float32", micro_batch: int = 2):
         def build() -> PlainHost:
@@ -114,7 +114,7 @@ class Keeping:
 
         return keep_references(
             self.folder, self.stores, build, model=model_identity(source(seed)), precision=precision,
-            micro_batch_sequences=micro_batch,
+            micro_batch_sequences=micro_batch, limits=self.limits,
         )  # fmt: skip
 
 
@@ -148,6 +148,69 @@ def test_kept_values_give_the_computed_loss(keep, store):
     )
     assert kept.as_dict() == pytest.approx(computed.as_dict(), rel=1e-5)
     assert abs(kept.margin) > 1e-3
+
+
+@pytest.mark.parametrize(("world_size", "values"), [(1, 1), (1, 30), (2, 1), (2, 10**6), (3, 30)])
+def test_values_are_summed_over_the_ranks_in_parts(keep, tmp_path, monkeypatch, world_size, values):
+    """Each rank's own parts, laid one after the other, sum up to what one rank makes of the whole store."""
+    made = keep()
+    monkeypatch.setattr(kept_reference, "_VALUES_AT_ONCE", values)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    shares = []
+    for rank in range(world_size):
+        parts: list[torch.Tensor] = []
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda part, parts=parts: parts.append(part) or part)
+        Keeping(tmp_path / f"rank{rank}", keep.stores)()
+        turn = 2 * world_size * made[0].log_probs_LS.shape[1]
+        assert all(part.numel() <= max(values, turn) for part in parts)
+        assert len(parts) > 2 or values >= turn, "the store is not summed at once"
+        shares.append(torch.cat([part.flatten() for part in parts]))
+    torch.testing.assert_close(sum(shares), torch.cat([one.log_probs_LS.flatten() for one in made]))
+
+
+def test_documents_are_counted_in_parts(keep, monkeypatch):
+    made, asked = keep(), []
+    document_starts = type(keep.stores[0]).document_starts
+
+    def watched(self, first=0, last=None):
+        asked.append((len(self) if last is None else last) - first)
+        return document_starts(self, first, last)
+
+    monkeypatch.setattr(kept_reference, "_BLOCKS_AT_ONCE", 2)
+    monkeypatch.setattr(type(keep.stores[0]), "document_starts", watched)
+    again = keep(precision="bfloat16")
+    assert max(asked) == 2
+    assert [new.log_probs_LS.shape for new in again] == [old.log_probs_LS.shape for old in made]
+
+
+def test_of_a_limited_store_only_the_first_blocks_are_run(keep, store):
+    keep.limits = [3, None]
+    limited = keep()
+    assert keep.hosts[0].calls == 2 + 2 and [len(one.log_probs_LS) for one in limited] == [3, 3]
+    assert sorted(path.stem.split("-")[-1] for path in keep.folder.iterdir()) == ["3", "3"]
+    policy = PlainHost(source(1))
+    scores = [
+        evaluate_preference(policy, store, Preference(reference), sequences=3)
+        for reference in (limited[0], HostReference(PlainHost(source(2))))
+    ]
+    assert scores[0].as_dict() == pytest.approx(scores[1].as_dict(), rel=1e-5)
+    keep.limits = [BLOCKS + 5, None]
+    assert len(keep()[0].log_probs_LS) == BLOCKS and keep.hosts[1].calls == 4, "three blocks do not serve seven"
+
+
+def test_kept_values_of_more_blocks_serve_fewer(keep, caplog):
+    keep.stores = keep.stores[:1]
+    whole = keep()[0].log_probs_LS
+    keep.limits = [2]
+    assert keep()[0].log_probs_LS.equal(whole[:2]) and len(keep.hosts) == 1
+    assert len(list(keep.folder.iterdir())) == 1
+    damage(next(keep.folder.iterdir()), "flipped")
+    found = keep()[0].log_probs_LS
+    assert len(keep.hosts) == 2 and "damaged" in caplog.text
+    torch.testing.assert_close(found, whole[:2, : found.shape[1]])
+    caplog.clear()
+    assert keep()[0].log_probs_LS.equal(found) and len(keep.hosts) == 2 and not caplog.text
 
 
 def damage(path, how: str) -> None:

@@ -58,6 +58,30 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
         run(tmp_path, reference={"random": short.model_dump()})
 
 
+class Asked(Exception):
+    """The reference is wanted; nothing after it is needed here."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, {"train": None}),
+        ({"evaluate_every_steps": 1}, {"train": None, "held_out": None}),
+        ({"evaluate_every_steps": 1, "evaluate_sequences": 3}, {"train": None, "held_out": 3}),
+    ],
+)
+def test_no_more_held_out_blocks_are_precomputed_than_are_scored(tmp_path, monkeypatch, changes, wanted):
+    def ask(folder, stores, build_host, *, limits, **named):
+        raise Asked(dict(zip((store.folder.name for store in stores), limits, strict=True)))
+
+    monkeypatch.setattr(align, "keep_references", ask)
+    for name in ("train", "held_out"):
+        write_pairs(tmp_path / "data" / name, 4)
+    with pytest.raises(Asked) as asked:
+        run(tmp_path, precompute_reference=True, **changes)
+    assert asked.value.args == (wanted,)
+
+
 def test_smoothing_that_would_do_nothing_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing 0.1.*'ipo'"):
         Recipe.model_validate({"name": "pairs", "stages": [stage_of(loss="ipo", label_smoothing=0.1)]})
