@@ -37,10 +37,12 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             "DeepSpeed is configured by it",
             'write {"zero_optimization": {"stage": 3, ...}}',
         )
+    _check_blocks(path, config)
     _check_keys(path, config)
     zero = _block(config, "zero_optimization")
     offloads = [_block(zero, f"offload_{what}") for what in ("param", "optimizer")]
-    unsupported = [key for key in ("mics_shard_size", "zero_hpz_partition_size") if zero.get(key, 1) not in (1, -1)]
+    unsupported = ["mics_shard_size"] if "mics_shard_size" in zero else []
+    unsupported += ["zero_hpz_partition_size"] if zero.get("zero_hpz_partition_size", 1) != 1 else []
     unsupported += ["offload to nvme"] if any(offload.get("device") == "nvme" for offload in offloads) else []
     if unsupported:
         raise DeepSpeedConfigError(
@@ -55,6 +57,19 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             'set "zero_optimization": {"stage": 3, ...}',
         )
     return config
+
+
+def _check_blocks(path: Path, config: dict[str, Any]) -> None:
+    zero = config.get("zero_optimization")
+    inner = zero if isinstance(zero, dict) else {}
+    blocks = {"zero_optimization": zero} | {name: inner.get(name) for name in ("offload_param", "offload_optimizer")}
+    for name, block in blocks.items():
+        if block is not None and not isinstance(block, dict):
+            raise DeepSpeedConfigError(
+                f"{path} sets {name} to {block!r}",
+                "DeepSpeed reads a block of keys there",
+                f'write "{name}": {{...}}',
+            )
 
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
@@ -78,17 +93,16 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     ]
     if unknown:
         raise DeepSpeedConfigError(
-            f"{path} sets {', '.join(unknown)}, unknown among the keys of sharding, offload, communication, profiling "
-            "and logging",
-            "a JSON may change when a run goes on, so no key counts of which it is not known that no number follows",
+            f"{path} sets {', '.join(unknown)}, which is not among the keys of sharding, offload, communication, "
+            "profiling and logging that minima knows to leave results as they are",
+            "the JSON may be changed in the middle of a run, so nothing in it may change a number",
             f"remove {'it' if len(unknown) == 1 else 'them'}, or mend the spelling",
         )
 
 
 def _block(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """A block of keys; none where it is not there or is something else."""
-    found = config.get(key)
-    return found if isinstance(found, dict) else {}
+    """A block of keys; none where it is not there."""
+    return config.get(key) or {}
 
 
 def accumulation_steps(training: Training, world_size: int) -> int:

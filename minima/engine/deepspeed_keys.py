@@ -24,6 +24,8 @@ RECIPE_OWNS = {
     "amp": "`precision`",
     "data_types": "`precision`",
     "activation_checkpointing": "`activation_checkpointing`",
+    "zero_allow_untested_optimizer": "always true",
+    "zero_force_ds_cpu_optimizer": "always false",
     "managed_gradient_accumulation": "`batch_sequences` and `micro_batch_sequences`",
     "data_efficiency": "never used",
     "curriculum_learning": "never used",
@@ -74,8 +76,8 @@ ZERO = (
     "ignore_unused_parameters",
     "log_trace_cache_warnings",
     "enable_sanity_checks",
-    "zero_hpz_partition_size",  # of these two only the value that turns them off
-    "mics_shard_size",
+    "zero_hpz_partition_size",  # of it only the value that turns it off
+    "mics_shard_size",  # refused by its own name
 )
 
 # Not: `ratio` and `super_offload`, which step a part of the weights with another optimiser.

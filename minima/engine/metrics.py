@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class MetricsLog:
         """Write one record; it has a `step` and numbers."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint that follows is synced, too
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         if self._tensorboard is not None:
             for name, value in numbers.items():

@@ -107,7 +107,7 @@ def run_training(
         shutil.copytree(data / "tokenizer", context.folder / "tokenizer", dirs_exist_ok=True)
     try:
         run.start(first_step, total_steps)
-        ended = run.ended_after is not None or run.catch_up(first_step, total_steps)
+        ended = run.ended is not None or run.catch_up(first_step, total_steps)
         distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
         if not ended:
             train(student, objective, batches, schedule, run.events(), first_step)

@@ -1,5 +1,6 @@
 """What happens around the training loop: checkpoints, held-out losses, metrics and the line that a person sees."""
 
+import json
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +8,22 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from minima.data.store import TokenStore
+from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import load_shards, save_shards, shapes
-from minima.engine.checkpoint.store import complete_steps, drop_after, step_folder, write_checkpoint
+from minima.engine.checkpoint.store import complete_steps, drop_after, read_marker, step_folder, write_checkpoint
 from minima.engine.loop import Events
 from minima.engine.metrics import MetricsLog, read_records
 from minima.engine.patience import Patience
 from minima.engine.student import Student, StudentView
+from minima.errors import CheckpointError, MinimaError
 from minima.evaluation.held_out import evaluate
 from minima.launcher import terminal_columns
 from minima.models.shape import ModelShape
 from minima.recipe.schema import AnyTraining
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
-from minima.stages.manifest import read_manifest, write_json
+from minima.stages.manifest import write_json
 from minima.stages.origin import Origin
 
 ENDED = "ended.json"  # where a run with patience has ended
@@ -72,23 +75,41 @@ class TrainingRun:
         self.evaluated: dict[str, Any] = {}
         self.patience = Patience(stage.patience)
         self.step = self.total = 0  # finished steps, and what is counted in them
-        self.ended_after: int | None = None  # the step after which an earlier start ended this run
+        self.ended: dict[str, Any] | None = None  # what an earlier start left when it ended the run
 
     def resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the finished steps."""
-        known = distributed.is_main() and (self.context.folder / ENDED).is_file()
-        ended = distributed.broadcast_object(read_manifest(self.context.folder, ENDED) if known else None)
         steps = complete_steps(self.context.folder / "checkpoints")
-        newest = distributed.broadcast_object(steps[-1] if steps else None)  # another node's view may be older
+        ended = self._read_end(steps) if distributed.is_main() else None
+        # Another node's view may be older: rank 0's is taken.
+        newest, self.ended = distributed.broadcast_object((steps[-1] if steps else None, ended))
         if newest is None:
             return 0
-        facts = load_shards(self.student, step_folder(self.context.folder / "checkpoints", newest))
+        checkpoint = step_folder(self.context.folder / "checkpoints", newest)
+        facts = load_shards(self.student, checkpoint)
+        if "counted" not in facts:
+            raise CheckpointError(
+                f"{checkpoint} was written by an earlier version of minima",
+                "it does not say what was counted before it, so the run's numbers would be wrong",
+                f"remove {self.context.folder} to train the stage again; the checkpoint can still be read by others",
+            )
         self.step, self.total = facts["step"], facts["counted"]
         self.patience.restore(facts["patience"])
-        if ended is not None:
-            self.step = self.ended_after = ended["step"]
-            self.patience.restore(ended["patience"])
         return facts["step"]
+
+    def _read_end(self, steps: list[int]) -> dict[str, Any] | None:
+        """How an earlier start ended the run; forgotten where the checkpoint that it chose is no longer there."""
+        path = self.context.folder / ENDED
+        try:
+            ended = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:  # cut off by a power failure
+            ended = {}
+        if ended.get("best_step") in steps:
+            return ended
+        path.unlink()
+        return None
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Open the metrics and the progress line."""
@@ -99,7 +120,7 @@ class TrainingRun:
             return
         self.log = MetricsLog(
             self.context.folder,
-            max(first_step, self.ended_after or 0),
+            first_step if self.ended is None else self.ended["step"],
             tensorboard=self.stage.tensorboard,
             wandb_project=self.stage.wandb_project,
             config=self.stage.model_dump(mode="json"),
@@ -184,10 +205,19 @@ class TrainingRun:
 
     def settle(self) -> None:
         """With patience, leave the best checkpoint as the newest, so that whoever reads the stage takes it."""
-        if self.stage.patience is not None and self.patience.best_step is not None:
-            if distributed.is_main():  # before anything is dropped: a start after a kill here does not train it again
-                write_json(self.context.folder / ENDED, {"step": self.step, "patience": self.patience.state()})
-            drop_after(self.context.folder / "checkpoints", self.patience.best_step)
+        best = self.patience.best_step if self.ended is None else self.ended["best_step"]
+        if self.stage.patience is None or best is None:
+            return
+        error: MinimaError | None = None
+        if self.ended is None and distributed.is_main():  # before anything is dropped: a start after a kill here
+            ended = {"step": self.step, "best_step": best, "metrics": self.metrics()}  # does not train it again
+            try:
+                with disk_full_named(self.context.folder):
+                    write_json(self.context.folder / ENDED, ended)
+            except MinimaError as found:
+                error = found
+        distributed.raise_together(error)
+        drop_after(self.context.folder / "checkpoints", best)
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` updates."""
@@ -197,6 +227,7 @@ class TrainingRun:
             **self._seen(step),
             "counted": self.total,
             "patience": self.patience.state(),
+            "record": self.last,  # of this step: a log line comes before each checkpoint
             "ranks": distributed.world_size(),
             "config": self.student.config,
             "shapes": shapes(self.student),
@@ -215,13 +246,17 @@ class TrainingRun:
 
     def metrics(self) -> dict[str, Any]:
         """What the manifest says."""
+        if self.ended is not None:
+            return self.ended["metrics"]
+        records = read_records(self.context.folder / "metrics.jsonl")
         best = self.patience.best_step if self.stage.patience is not None else None
         last, evaluated = self.last, self.evaluated
-        if not last or best is not None:  # every step was done before this start, or an earlier one is the result
-            records = read_records(self.context.folder / "metrics.jsonl")
-            records = [record for record in records if best is None or record["step"] == best]
+        if best is not None:  # an earlier step may be the result
+            last = read_marker(step_folder(self.context.folder / "checkpoints", best))["record"]
+            made = [record for record in records if record["step"] == best and "held_out_loss" in record]
+            evaluated = made[-1] if made else {"held_out_loss": self.patience.best}
+        elif not last:  # every step was done before this start
             last = next((record for record in reversed(records) if "loss" in record), last)
-            evaluated = next((record for record in reversed(records) if "held_out_loss" in record), evaluated)
         kept = ("step", "sequences", "tokens", self.counted, "loss", *PARTS, "tokens_per_second", "memory_bytes")
         final = {name: last[name] for name in kept if name in last}
         found = {name: value for name, value in evaluated.items() if name != "step"}

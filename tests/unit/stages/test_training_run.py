@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from minima.engine.patience import Patience
-from minima.stages.training_run import TrainingRun
+from minima.stages.training_run import ENDED, TrainingRun
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,21 @@ def test_a_start_after_the_end_by_patience_does_not_train_on(tmp_path):
         ended[limit] = TrainingRun.catch_up(run, 20, total_steps=100)
         assert run.patience.best_step == 10
     assert ended == {2: True, 3: False}
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "kept"),
+    [
+        ('{"step": 80, "best_step": 40, "metrics": {"step": 40}}', [20, 40], True),
+        ('{"step": 80, "best_step": 40, "metrics": {"step": 40}}', [20], False),
+        ('{"step": 80, "best_step": 40, "metrics": {"step": 40}}', [], False),
+        ('{"step": 80, "be', [40], False),
+    ],
+)
+def test_the_end_of_a_run_counts_only_while_its_checkpoint_is_there(tmp_path, text, steps, kept):
+    (tmp_path / ENDED).write_text(text)
+    run = SimpleNamespace(context=SimpleNamespace(folder=tmp_path))
+    found = TrainingRun._read_end(run, steps)
+    assert found == (json.loads(text) if kept else None)
+    assert (tmp_path / ENDED).exists() == kept
+    assert TrainingRun._read_end(SimpleNamespace(context=SimpleNamespace(folder=tmp_path / "none")), [1]) is None
