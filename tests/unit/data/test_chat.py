@@ -10,7 +10,6 @@ from minima.data.chat import chat_tokenizer, stop_ids, template_of
 from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer
 from minima.data.turns import Unfit
-from minima.errors import DataError
 from minima.stages.export import copy_tokenizer
 
 CHATML = (
@@ -191,113 +190,6 @@ def test_special_tokens_and_markers_in_a_text_are_told(minichat, chatml):
     assert not chat_tokenizer(minichat).forges([("user", "[User] </ s> |Assistant|"), ("assistant", "x")])
     assert chat_tokenizer(chatml).forges([("system", "<|im_start|>")])
     assert not chat_tokenizer(chatml).forges([("system", "[|User|]")])
-
-
-# -- choosing a template -----------------------------------------------------------------------------------------
-
-
-def test_own_template_where_there_is_one(chatml, byte_level, tmp_path):
-    set_template(chatml, None)
-    assert chatml.chat_template == CHATML
-    set_template(chatml, "own")
-    assert chatml.chat_template == CHATML
-    set_template(chatml, "minichat")
-    assert "[|User|]" in chatml.chat_template
-    path = tmp_path / "mine.jinja"
-    path.write_text(CHATML.replace("user", "USER"))
-    set_template(chatml, str(path))
-    assert chatml.chat_template == path.read_text()
-    with pytest.raises(DataError, match=r"nowhere.jinja' cannot be read"):
-        set_template(chatml, "nowhere.jinja")
-    with pytest.raises(DataError, match="no chat template of its own"):
-        set_template(load_tokenizer(byte_level), "own")
-
-
-REFUSALS = {
-    "its own message": ("{{ raise_exception('only poems, please') }}", "only poems, please"),
-    "broken": ("{% for m in messages %}", "Unexpected end of template"),
-    "wrong types": ("{{ messages[0].content + 1 }}", "can only concatenate"),
-    "last turn in another way": (
-        "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else 'x' }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}",
-        "writes earlier turns in another way",
-    ),
-    "too many marks": (
-        "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
-        "marks more or fewer replies",
-    ),
-    "no end marker": (
-        "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}\nassistant:{% endif %}",
-        "no end marker",
-    ),
-    "another prompt": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}"
-        "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}answer{% endif %}",
-        "asks for an answer with",
-    ),
-    "no end marker that is learnt": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}<|im_end|>{% endif %}{% endfor %}",
-        "no end marker",
-    ),
-    "an end marker of plain text": (
-        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n###\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:\n{% endif %}",
-        r"(?s)ends a reply with '\\n###', which is no special.*add '###' to the tokenizer",
-    ),
-    "an end marker that is not registered": (
-        CHATML.replace("im_end", "end_of_turn"),
-        r"with '<\|end_of_turn\|>', which is no special",
-    ),
-    "a plain end marker before a token that is not learnt": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}###"
-        "{% endgeneration %}<|im_end|>{% endif %}{% endfor %}",
-        "ends a reply with '###'",
-    ),
-    "no prompt for an answer": (
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}",
-        r"(?s)takes 'assistant:walnut<\|im_end\|>' for the reply 'walnut'.*add_generation_prompt",
-    ),
-    "marks around something else": (
-        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{% generation %}<|im_end|>"
-        "{% endgeneration %}{% endif %}{% endfor %}",
-        "for the reply 'walnut'",
-    ),
-    "empty": ("", "leaves out what is said: zebra, walnut, tundra, violin"),
-    "constant": ("hello<|im_end|>", "leaves out what is said"),
-    "no questions": (
-        "{% for m in messages if m.role == 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>{% endif %}",
-        "leaves out what is said: zebra, tundra of",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_a_template_in_which_nothing_can_be_learnt_is_refused(chatml, name):
-    text, message = REFUSALS[name]
-    chatml.chat_template = text
-    with pytest.raises(DataError, match=message):
-        set_template(chatml, "own")
-
-
-def test_an_end_marker_may_be_added_without_being_special(chatml):
-    chatml.chat_template = CHATML.replace("im_end", "end_of_turn")
-    chatml.add_tokens(["<|end_of_turn|>", "  ", "<think>"])
-    set_template(chatml, "own")
-    assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|end_of_turn|>", "<|endoftext|>"]
-    assert chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "x<|end_of_turn|>y")])
-    assert not chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "a  b <think>")])
-
-
-def test_several_templates_need_a_default(chatml):
-    chatml.chat_template = {"one": CHATML, "two": CHATML}
-    with pytest.raises(DataError, match="no chat template that is its default"):
-        set_template(chatml, "own")
-    chatml.chat_template = {"default": CHATML, "two": "{{ messages }}"}
-    set_template(chatml, "own")
-    assert template_of(chatml).text == CHATML
 
 
 def test_one_conversation_that_a_template_refuses_is_no_reason_to_stop(chatml):
