@@ -46,4 +46,6 @@ def test_without_a_tokenizer_the_configuration_tells_all(tmp_path):
 
 
 def test_transformers_takes_what_is_suggested(chat_folder):
-    GenerationConfig(**generation_settings({}, chat_folder, chat=True)).validate(strict=True)
+    config = GenerationConfig(**generation_settings({}, chat_folder, chat=True))
+    config.validate(strict=True)  # raises where two settings do not go together
+    assert config.do_sample and config.temperature == 0.7
