@@ -35,3 +35,25 @@ def row_blocks(logits_CV: Tensor) -> list[slice]:
     num_tokens, vocabulary = logits_CV.shape
     rows = max(1, _BLOCK_ELEMENTS[logits_CV.device.type] // vocabulary)
     return [slice(start, start + rows) for start in range(0, num_tokens, rows)]
+
+
+def add_gradients(
+    gradient_CV: Tensor,
+    hidden_CD: Tensor,
+    head_VD: Tensor,
+    grad_hidden_CD: Tensor | None,
+    grad_head_VD: Tensor | None,
+) -> None:
+    """What the gradient of a chunk's logits is for the hidden states and for the head, where each is wanted.
+
+    Args:
+        gradient_CV: in the hidden states' dtype.
+        hidden_CD: of the chunk.
+        head_VD: the output head.
+        grad_hidden_CD: is overwritten.
+        grad_head_VD: float32; is added to.
+    """
+    if grad_hidden_CD is not None:
+        torch.mm(gradient_CV, head_VD.to(hidden_CD.dtype), out=grad_hidden_CD)
+    if grad_head_VD is not None:
+        add_outer(grad_head_VD, gradient_CV, hidden_CD)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minima.errors import VocabularyMismatch
-from minima.losses.linear import add_outer, float_logits, row_blocks
+from minima.losses.linear import add_gradients, float_logits, row_blocks
 from minima.losses.loss_sum import LossSum
 
 
@@ -193,10 +193,8 @@ class _LinearDistillation(torch.autograd.Function):
             )
             del teacher_CV
             gradient_CV = student_CV.to(hidden_CD.dtype)
-            if grad_hidden_ND is not None:
-                torch.mm(gradient_CV, student_head_VD.to(hidden_CD.dtype), out=grad_hidden_ND[chunk])
-            if grad_head_VD is not None:
-                add_outer(grad_head_VD, gradient_CV, hidden_CD)
+            grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]
+            add_gradients(gradient_CV, hidden_CD, student_head_VD, grad_hidden_CD, grad_head_VD)
             del student_CV, gradient_CV
         ctx.head_dtype = student_head_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)

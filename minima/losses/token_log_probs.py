@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
-from minima.losses.linear import add_outer, float_logits, row_blocks
+from minima.losses.linear import add_gradients, float_logits, row_blocks
 
 
 def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
@@ -67,10 +67,8 @@ class _TokenLogProbs(torch.autograd.Function):
             logits_CV = float_logits(hidden_CD, head_VD)
             _overwrite(logits_CV, labels_N[chunk], keep_N[chunk], log_total_N[chunk], grad_N[chunk])
             gradient_CV = logits_CV.to(hidden_CD.dtype)
-            if grad_hidden_ND is not None:
-                torch.mm(gradient_CV, head_VD.to(hidden_CD.dtype), out=grad_hidden_ND[chunk])
-            if grad_head_VD is not None:
-                add_outer(grad_head_VD, gradient_CV, hidden_CD)
+            grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]
+            add_gradients(gradient_CV, hidden_CD, head_VD, grad_hidden_CD, grad_head_VD)
             del logits_CV, gradient_CV
         return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None
 
