@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minima
-from minima.errors import MinimaError
+from minima.errors import MinimaError, Stopped
 
 USER_ERROR, OWN_ERROR, INTERRUPTED = 2, 1, 130
 _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after the first one fails
@@ -52,7 +52,39 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("overrides", nargs="*", metavar="NAME|key.path=value", help="stages (A,B) and overrides")
     stage.add_argument("--stages", metavar="A,B", help="only these; all that are not finished when not given")
     stage.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
+    stage.add_argument("--part", metavar="I/N", help="encode only the I-th of N parts (from 0) of a build_data stage")
     stage.set_defaults(command=_stage)
+
+    submit = commands.add_parser("submit", help="run the stages that are not finished as jobs on a Slurm cluster")
+    submit.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    submit.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    submit.add_argument(
+        "--cluster", required=True, metavar="FILE", help="YAML: partition, resources of each stage, set-up"
+    )
+    submit.add_argument("--stages", metavar="A,B", help="only these; all when not given")
+    submit.add_argument("--grid", metavar="FILE", help="YAML: run the recipe once for each cell, as one job array")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the scripts and the sbatch commands; submit nothing"
+    )
+    submit.set_defaults(command=_submit)
+
+    status = commands.add_parser("status", help="stages, jobs, progress and failures of a run")
+    status.add_argument("run", metavar="RUN", help="the run's folder, or its recipe")
+    status.set_defaults(command=_status)
+
+    cancel = commands.add_parser("cancel", help="cancel a run's jobs; what is running saves first")
+    cancel.add_argument("run", metavar="RUN", help="the run's folder, or its recipe")
+    cancel.set_defaults(command=_cancel)
+
+    doctor = commands.add_parser("doctor", help="check this machine, or each rank of an allocation under a launcher")
+    doctor.add_argument("--folder", metavar="DIR", default=".", help="where runs will lie; every rank has to see it")
+    doctor.set_defaults(command=_doctor)
+
+    fetch = commands.add_parser("fetch", help="download a recipe's models and data, for nodes without a network")
+    fetch.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    fetch.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    fetch.add_argument("--stages", metavar="A,B", help="only what these read; all when not given")
+    fetch.set_defaults(command=_fetch)
 
     chat = commands.add_parser("chat", help="talk to an exported model in the terminal")
     chat.add_argument("folder", metavar="DIR", help="an export stage's folder, or any in Hugging Face's layout")
@@ -109,6 +141,11 @@ def _stage(options: argparse.Namespace) -> int:
     try:
         path = find_recipe(options.recipe)
         run_alone(load_recipe(path, overrides), path, names, launch, _write, options.allow_code_execution)
+    except Stopped as stopped:
+        if launch.rank == 0:
+            _write(str(stopped))
+        _leave(128 + stopped.signal, launch.world_size)
+        return 128 + stopped.signal
     except MinimaError as error:
         if launch.rank != 0:  # rank 0 says it, unless it alone fares well: then this rank lives long enough to speak
             time.sleep(_OTHER_RANK_SECONDS)
@@ -121,6 +158,41 @@ def _stage(options: argparse.Namespace) -> int:
         _leave(OWN_ERROR, launch.world_size)
         return OWN_ERROR
     return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from minima.cluster.submit import submit
+    from minima.stages.shipped import find_recipe
+
+    grid = None if options.grid is None else Path(options.grid).expanduser()
+    cluster = Path(options.cluster).expanduser()
+    names = _names(options.stages)
+    return submit(find_recipe(options.recipe), options.overrides, cluster, names, grid, options.dry_run, _write)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from minima.cluster.status import status
+
+    return status(options.run, _write)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from minima.cluster.cancel import cancel
+
+    return cancel(options.run, _write)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from minima.cluster.doctor import doctor
+
+    return doctor(Path(options.folder).expanduser(), _write)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from minima.stages.fetch import fetch
+    from minima.stages.shipped import find_recipe
+
+    return fetch(find_recipe(options.recipe), options.overrides, _names(options.stages), _write)
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -18,6 +18,19 @@ class MinimaError(ValueError):
         return type(self), (self.what, self.why, self.do)
 
 
+class Stopped(Exception):
+    """A signal asked the run to end, and it did, with nothing lost. Not a mistake: the same command goes on.
+
+    Args:
+        signal: its number; the process's exit code is 128 more.
+        where: what is saved: `stage student after step 120`.
+    """
+
+    def __init__(self, signal: int, where: str) -> None:
+        super().__init__(f"stopped by signal {signal}: {where} is saved, and the same command goes on from there")
+        self.signal, self.where = signal, where
+
+
 class RecipeError(MinimaError):
     """A recipe that cannot be read, or that asks for something impossible."""
 
@@ -68,3 +81,7 @@ class NotFinite(MinimaError):
 
 class DiskFull(MinimaError):
     """No space left where a stage writes."""
+
+
+class ClusterError(MinimaError):
+    """A cluster file that cannot be used, or a scheduler that refuses."""

@@ -146,7 +146,7 @@ AnyStage = Annotated[
 
 
 RESERVED_NAMES = frozenset(
-    {"lock", "logs", "cache", "recipe.yaml", "summary.json", "hub.json"}
+    {"lock", "logs", "cache", "cluster", "cells", "recipe.yaml", "summary.json", "hub.json"}
 )  # beside the stages' folders
 
 
