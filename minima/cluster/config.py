@@ -1,0 +1,228 @@
+"""The cluster file: where jobs go, what each stage asks for, and how a job is set up. No torch."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from minima.errors import ClusterError
+from minima.recipe.base import Strict
+from minima.recipe.schema import AnyStage
+from minima.stages.running import uses_ranks
+
+CELLS = "cells"  # the key of a grid's jobs under `stages`; no stage can have this name
+# What a #SBATCH line can hold: Slurm reads quotes, backslashes and # in it by rules of its own.
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=+/@%&|*()\[\]-]+$")]
+_Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\r\n\x00]*)?$")]
+_Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+_NOT_SECRET = frozenset({"TOKENIZERS_PARALLELISM"})
+_MAX_SIGNAL_SECONDS = 65535  # sbatch(1), --signal
+
+
+class Placement(Strict):
+    """Where a job goes; each is the option of sbatch that has its name.
+
+    Attributes:
+        partition: of the cluster; its default when not given.
+        account: that is charged.
+        qos: quality of service.
+        reservation: to run in.
+        constraint: features that the nodes must have.
+        time: limit of one start of a job: minutes, `HH:MM:SS` or `D-HH:MM:SS`. A stage may take many starts.
+    """
+
+    partition: _Word | None = None
+    account: _Word | None = None
+    qos: _Word | None = None
+    reservation: _Word | None = None
+    constraint: _Word | None = None
+    time: str | None = None
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _is_time(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        text = str(value)
+        if isinstance(value, bool) or not isinstance(value, int | str) or not _TIME.fullmatch(text):
+            raise ClusterError(
+                f"the time limit {value!r} is none that Slurm reads",
+                "the scheduler would refuse the job, or end it at another time than was meant",
+                "write minutes, HH:MM:SS or D-HH:MM:SS",
+            )
+        return text
+
+
+class Resources(Placement):
+    """What one stage asks for.
+
+    Attributes:
+        nodes: machines; 1 when not given. Kinds that one process does always take one.
+        ranks_per_node: processes on each; one for each GPU, or 1 without, when not given.
+        gpus_per_node: GPUs on each.
+        gpu_type: of the GPUs, as the cluster calls it.
+        cpus_per_task: processor cores of each rank; also its OMP_NUM_THREADS.
+        memory: of each node, as sbatch's --mem.
+        exclusive: share the nodes with no other job.
+        array: jobs that a build_data stage is shared out to; another one merges what they made.
+        array_limit: at most so many of an array's jobs at one time.
+        hub_offline: take nothing from the Hub; False by default for publish alone, which pushes to it.
+        sbatch_options: more options, each `--name=value`.
+    """
+
+    nodes: int | None = Field(default=None, gt=0)
+    ranks_per_node: int | None = Field(default=None, gt=0)
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    gpu_type: _Word | None = None
+    cpus_per_task: int | None = Field(default=None, gt=0)
+    memory: _Word | None = None
+    exclusive: bool | None = None
+    array: int | None = Field(default=None, gt=1)
+    array_limit: int | None = Field(default=None, gt=0)
+    hub_offline: bool | None = None
+    sbatch_options: list[_Option] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes over all nodes."""
+        return (self.nodes or 1) * (self.ranks_per_node or 1)
+
+
+class Container(Strict):
+    """The image that a stage's processes run in; `python` is the image's own, with minima in it.
+
+    Attributes:
+        image: a path, or a name that the runtime knows.
+        runtime: `pyxis` (srun --container-image) or `apptainer`.
+        mounts: paths that the container sees: `PATH`, or `OUTSIDE:INSIDE`. The working directory is always one.
+        options: more options: of srun for pyxis, of `apptainer exec` for apptainer.
+    """
+
+    image: _Line
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: list[_Line] = []
+    options: list[_Line] = []
+
+
+class Cluster(Placement):
+    """A cluster file. What a stage gets: its name's entry, then its kind's, then `defaults`, then this level.
+
+    Attributes:
+        signal_lead_seconds: how long before the time limit the ranks are told to save. Slurm may be a minute early.
+        requeue: let a job go on after the time limit, a preemption or a lost node.
+        max_requeues: fail rather than start a job again more often than this; no limit when not given.
+        preamble: shell lines before everything else, such as `module load cuda`.
+        venv: folder of a virtual environment; when neither this nor a container is given, the Python that submits.
+        container: to run in.
+        environment: variables of the jobs. Never a token: those are inherited from the shell that submits.
+        hub_offline: HF_HUB_OFFLINE=1, as compute nodes often have no network; see `minima fetch`.
+        working_directory: where the commands run; where `minima submit` runs when not given.
+        srun_options: more options of srun, each `--name=value`.
+        defaults: what every stage asks for.
+        stages: by the name of a stage or by kind, and `cells` for the jobs of a grid.
+    """
+
+    signal_lead_seconds: int = Field(default=300, gt=0, le=_MAX_SIGNAL_SECONDS)
+    requeue: bool = True
+    max_requeues: int | None = Field(default=None, ge=0)
+    preamble: list[_Line] = []
+    venv: _Line | None = None
+    container: Container | None = None
+    environment: dict[str, str] = {}
+    hub_offline: bool = True
+    working_directory: _Line | None = None
+    srun_options: list[_Option] = []
+    defaults: Resources = Resources()
+    stages: dict[str, Resources] = {}
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
+                raise ClusterError(
+                    f"environment: {name!r} cannot be a variable's name",
+                    "the job's shell would not take it",
+                    "use letters, digits and _, a digit not first",
+                )
+            if _SECRET.search(str(name)) and name not in _NOT_SECRET:
+                raise ClusterError(
+                    f"environment: {name} looks like a secret",
+                    "it would stand in job scripts, which others may read",
+                    f"export {name} in your shell before `minima submit`: jobs inherit its environment",
+                )
+            if isinstance(text, dict | list) or text is None or "\0" in str(text):
+                raise ClusterError(f"environment: {name} is {text!r}", "a variable is text", "write a text or a number")
+        return {name: "1" if text is True else "0" if text is False else str(text) for name, text in value.items()}
+
+    @model_validator(mode="after")
+    def _lead_fits(self) -> Self:
+        for key, block in {"defaults": self.defaults, **self.stages}.items():
+            seconds = time_seconds(block.time or self.defaults.time or self.time)
+            if seconds is not None and seconds <= self.signal_lead_seconds:
+                raise ClusterError(
+                    f"{key}: a time limit of {seconds} s with signal_lead_seconds {self.signal_lead_seconds}",
+                    "a job would be told to save and leave as it starts, and never get anywhere",
+                    "give it more time, or lower signal_lead_seconds to what a save takes",
+                )
+        return self
+
+    def resources(self, stage: AnyStage) -> Resources:
+        """What a stage asks for.
+
+        Raises:
+            ClusterError: an array of jobs for a stage that cannot be shared out, or several ranks for one that one
+                process does.
+        """
+        found = self.merged(stage.kind, stage.name)
+        own = {**_given(self.stages.get(stage.kind)), **_given(self.stages.get(stage.name))}
+        if stage.kind != "build_data" and "array" in own:
+            raise ClusterError(
+                f"stages: {stage.name} ({stage.kind}) asks for an array of jobs",
+                "only the data of a build_data stage can be shared out to jobs",
+                "remove `array` there",
+            )
+        if not uses_ranks(stage):
+            for key in ("nodes", "ranks_per_node"):
+                if own.get(key, 1) != 1:
+                    raise ClusterError(
+                        f"stages: {stage.name} ({stage.kind}) asks for {key} {own[key]}",
+                        f"one process does a {stage.kind} stage, so the rest would be paid for and idle",
+                        f"remove `{key}` there",
+                    )
+            found = found.model_copy(update={"nodes": 1, "ranks_per_node": 1})
+        return found if stage.kind == "build_data" else found.model_copy(update={"array": None})
+
+    def merged(self, *keys: str) -> Resources:
+        """The top level, `defaults` and the entries of some keys, each over the one before it."""
+        top = {name: value for name, value in _given(self).items() if name in Placement.model_fields}
+        merged = top | _given(self.defaults)
+        for key in keys:
+            merged |= _given(self.stages.get(key))
+        merged.setdefault("ranks_per_node", merged.get("gpus_per_node") or 1)
+        if keys[0] == "publish" and "hub_offline" not in merged:
+            merged["hub_offline"] = False
+        merged.setdefault("hub_offline", self.hub_offline)
+        return Resources(**merged)
+
+
+def _given(block: Strict | None) -> dict[str, Any]:
+    return {} if block is None else {name: getattr(block, name) for name in block.model_fields_set}
+
+
+def time_seconds(text: str | None) -> int | None:
+    """A time limit of Slurm in seconds; None for none. One number is minutes, two are minutes and seconds."""
+    match = _TIME.fullmatch(text or "")
+    if match is None:
+        return None
+    days, parts = match[1], [int(part) for part in match.groups()[1:] if part is not None]
+    if days is not None:  # D-HH[:MM[:SS]]
+        parts += [0] * (3 - len(parts))
+        return int(days) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+    if len(parts) < 3:
+        parts = [0, *parts, 0][:3] if len(parts) == 1 else [0, *parts]
+    return parts[0] * 3600 + parts[1] * 60 + parts[2]

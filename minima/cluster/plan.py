@@ -1,0 +1,124 @@
+"""Which jobs a run needs: one for each stage that is not finished and has none. Nothing is submitted here."""
+
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minima.cluster.config import CELLS, Cluster
+from minima.cluster.loading import load_cluster
+from minima.cluster.render import Place, Script, check_place, python, quoted, render
+from minima.errors import ClusterError
+from minima.planning.arithmetic import check_batch
+from minima.recipe.overrides import nearest
+from minima.recipe.schema import AnyStage, AnyTraining, Recipe
+from minima.stages.checks import check_stages
+from minima.stages.manifest import is_finished
+from minima.stages.running import output_folder, uses_ranks
+
+_KINDS = [
+    typing.get_args(kind.model_fields["kind"].annotation)[0] for kind in typing.get_args(typing.get_args(AnyStage)[0])
+]
+
+
+def make_place(recipe: Recipe, cluster_path: Path) -> Place:
+    """Where a recipe's jobs work.
+
+    Raises:
+        ClusterError: the cluster file is refused, or its working directory is not the current one.
+    """
+    cluster, here = load_cluster(cluster_path), Path.cwd()
+    if cluster.working_directory is not None:
+        meant = Path(cluster.working_directory).expanduser()
+        if not meant.is_dir() or not meant.samefile(here):
+            raise ClusterError(
+                f"the cluster file's working_directory is {meant}, and this is {here}",
+                "the recipe's relative paths are looked up where a command runs, so the jobs would read other files",
+                f"submit from there: cd {meant}",
+            )
+        here = meant.absolute()
+    place = Place(cluster, here, output_folder(recipe))
+    check_place(place)
+    return place
+
+
+def warn_unread(cluster: Cluster, recipe: Recipe, write: Callable[[str], None]) -> None:
+    """Say which entries of the cluster file's `stages` no stage of this recipe reads."""
+    known = [*_KINDS, CELLS, *(stage.name for stage in recipe.stages)]
+    for key in cluster.stages:
+        if key not in known:
+            write(f"warning: the cluster file's stages.{key} is neither a kind nor a stage here{nearest(key, known)}")
+
+
+def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> None:
+    """Refuse, before anything waits in a queue, what is sure to fail later.
+
+    Args:
+        recipe: the whole run.
+        recipe_path: its file.
+        stages: that will run, or whose jobs are queued.
+        place: with the resources of each.
+
+    Raises:
+        MinimaError: see `check_stages`; or a batch cannot be shared by the ranks of its stage.
+    """
+    for stage in stages:
+        resources = place.cluster.resources(stage)
+        if isinstance(stage, AnyTraining) and not is_finished(place.run_folder / stage.name):
+            check_batch(stage.name, stage, resources.ranks)
+    alone = recipe.model_copy(update={"ranks": 1})  # the ranks of this machine do not matter
+    check_stages(alone, recipe_path, stages, place.run_folder, 1)
+
+
+def stage_scripts(
+    recipe: Recipe, recipe_file: Path, overrides: Sequence[str], stage: AnyStage, place: Place
+) -> list[Script]:
+    """The jobs of one stage: one; or an array and the job that merges what it made.
+
+    Args:
+        recipe: the whole run.
+        recipe_file: that the jobs read.
+        overrides: for every job.
+        stage: to run.
+        place: where.
+    """
+    resources = place.cluster.resources(stage)
+    if resources.array is None:
+        return [_script(recipe, recipe_file, overrides, stage, place, "stage")]
+    return [_script(recipe, recipe_file, overrides, stage, place, role) for role in ("parts", "merge")]
+
+
+def _script(recipe, recipe_file, overrides, stage, place, role) -> Script:
+    resources = place.cluster.resources(stage)
+    suffix = "" if role == "stage" else f".{role}"
+    command = [*python(place, resources), "-m", "minima", "stage", str(recipe_file), "--stages", stage.name, *overrides]
+    work = run_stage(place, stage, command)
+    if role == "parts":
+        work += f' --part "$SLURM_ARRAY_TASK_ID/{resources.array}"'
+    lines = [work]
+    if role != "parts" and stage.name == recipe.stages[-1].name:
+        lines.append(summary(place, recipe, recipe_file, overrides))
+    what = {"stage": "Stage", "parts": "A part of stage", "merge": "The merging of stage"}[role]
+    ranks = f"{resources.ranks} ranks on {resources.nodes or 1} nodes" if uses_ranks(stage) else "one process"
+    return render(
+        place,
+        name=f"{recipe.name}.{stage.name}{suffix}",
+        stage=stage.name,
+        role=role,
+        resources=resources,
+        work=lines,
+        note=f"{what} {stage.name} ({stage.kind}): {ranks}.",
+    )
+
+
+def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Path | None = None) -> str:
+    """The line of a script that runs a stage's command on the job's ranks, or on one where one process does it."""
+    one = "" if uses_ranks(stage) else "srun_options+=(--nodes=1 --ntasks=1)\n"
+    return one + f"run_stage {quoted([str(folder or place.run_folder), stage.name, *command])}"
+
+
+def summary(place: Place, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], folder: Path | None = None):
+    """The lines that end a run: its table, and summary.json once every stage is finished. They run no stage."""
+    last = recipe.stages[-1].name
+    command = [*python(place, place.cluster.merged("export")), "-m", "minima", "run", str(recipe_file)]
+    line = quoted([str(folder or place.run_folder), "summary", *command, "--stages", last, *overrides])
+    return f"srun_options+=(--nodes=1 --ntasks=1)\nrun_stage {line}"

@@ -1,0 +1,64 @@
+"""Which jobs a run has: `RUN/cluster/jobs.json`, written anew with each job that is submitted."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minima.errors import ClusterError
+from minima.stages.manifest import write_json
+
+FOLDER, FILE = "cluster", "jobs.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job that was submitted.
+
+    Attributes:
+        id: Slurm's.
+        name: Slurm's name for it.
+        stage: that it runs; `cells` for a grid.
+        role: `stage`, `parts` (an array, each task one part of the data), `merge` (of those) or `cells` (an array, each
+            task one cell of a grid).
+        ranks: processes over all nodes.
+        after: ids of the jobs that have to succeed before it.
+        submitted: when, in ISO 8601.
+        cells: names of a grid's cells by the index of their task.
+    """
+
+    id: str
+    name: str
+    stage: str
+    role: str
+    ranks: int
+    after: list[str] = field(default_factory=list)
+    submitted: str = ""
+    cells: dict[str, str] = field(default_factory=dict)
+
+
+def read_jobs(run_folder: Path) -> list[Job]:
+    """The jobs that were submitted for a run, oldest first; none when it was never submitted.
+
+    Raises:
+        ClusterError: the record cannot be read.
+    """
+    path = run_folder / FOLDER / FILE
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return [Job(**entry) for entry in content["jobs"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClusterError(
+            f"{path} cannot be read ({error})",
+            "it says which jobs of this run wait or run; a second job for a stage would be in the first one's way",
+            "look with squeue for jobs of this run, end them with scancel, and move the file away",
+        ) from None
+
+
+def add_job(run_folder: Path, job: Job) -> None:
+    """Keep one more job; the file is there whole or as it was."""
+    jobs = [*read_jobs(run_folder), job]
+    (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(run_folder / FOLDER / FILE, {"jobs": [asdict(each) for each in jobs]})

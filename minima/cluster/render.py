@@ -1,0 +1,187 @@
+"""A job's script and the command that submits it. Everything that anybody named is quoted, or never in a script."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minima.cluster.config import Cluster, Resources
+from minima.errors import ClusterError
+from minima.stages.shipped import shipped_folder
+
+_DIRECTIVE = re.compile(r"--[a-z-]+(=[A-Za-z0-9_.,:=+/@%&|*()\[\]-]*)?")  # what a #SBATCH line says as it stands
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's jobs work.
+
+    Attributes:
+        cluster: the cluster file.
+        working_directory: absolute; every command starts there.
+        run_folder: as the recipe says it, so relative to the working directory or absolute.
+    """
+
+    cluster: Cluster
+    working_directory: Path
+    run_folder: Path
+
+    @property
+    def logs(self) -> Path:
+        """The folder of all logs, absolute."""
+        return self.working_directory / self.run_folder / "logs"
+
+    @property
+    def scripts(self) -> Path:
+        """The folder of scripts and job records, absolute."""
+        return self.working_directory / self.run_folder / "cluster"
+
+
+@dataclass(frozen=True)
+class Script:
+    """A job that can be submitted.
+
+    Attributes:
+        name: Slurm's name for it.
+        stage: that it runs; `cells` for a grid.
+        role: see `records.Job`.
+        resources: what it asks for.
+        text: of the script.
+        options: of sbatch that no #SBATCH line can hold.
+        path: where the script is written.
+        cells: names of a grid's cells, in the order of the array's tasks.
+    """
+
+    name: str
+    stage: str
+    role: str
+    resources: Resources
+    text: str
+    options: tuple[str, ...]
+    path: Path
+    cells: tuple[str, ...] = ()
+
+    def command(self, after: Sequence[str]) -> list[str]:
+        """The command that submits it, once some jobs have succeeded.
+
+        Args:
+            after: their ids.
+        """
+        waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["sbatch", "--parsable", *waits, *self.options, str(self.path)]
+
+
+def check_place(place: Place) -> None:
+    """Refuse folders that neither sbatch nor srun can be told.
+
+    Raises:
+        ClusterError: a path holds a control character or a backslash.
+    """
+    for path in (place.working_directory, place.run_folder):
+        if _UNPRINTABLE.search(str(path)):
+            raise ClusterError(
+                f"the folder {str(path)!r} holds a backslash or a control character",
+                "Slurm reads such characters in the names of logs by rules of its own",
+                "take another folder with output=PATH, or another working directory",
+            )
+
+
+def render(
+    place: Place, *, name: str, stage: str, role: str, resources: Resources, work: Sequence[str], note: str
+) -> Script:
+    """A job's script.
+
+    Args:
+        place: where it works.
+        name: of the job: letters, digits, `_`, `.` and `-`.
+        stage: that it runs.
+        role: see `records.Job`.
+        resources: what it asks for.
+        work: its last lines, quoted already.
+        note: one line that says what it does: of names with letters, digits, `_`, `.` and `-` alone.
+    """
+    array = role in ("parts", "cells")
+    log = f"{stage}-%A_%a.log" if array else f"{stage}-%j.log"
+    options = [f"--job-name={name}", *_asked(resources, array), *_lasting(place.cluster)]
+    options += [f"--chdir={place.working_directory}", f"--output={str(place.logs).replace('%', '%%')}/{log}"]
+    inside = [option for option in options if _DIRECTIVE.fullmatch(option)]
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in inside)]
+    lines += [f"# {note} Written by `minima submit`.", "set -eo pipefail", "", *_setup(place, resources), "set -u", ""]
+    body = (shipped_folder("slurm") / "run_stage.sh").read_text(encoding="utf-8")
+    lines += [body.split("\n", 1)[1], *_settings(place, resources), *work]
+    path = place.scripts / (f"{stage}.sbatch" if role in ("stage", "cells") else f"{stage}.{role}.sbatch")
+    outside = tuple(option for option in options if option not in inside)
+    return Script(name, stage, role, resources, "\n".join(lines) + "\n", outside, path)
+
+
+def quoted(arguments: Sequence[str]) -> str:
+    """Arguments as a shell reads them back."""
+    return " ".join(shlex.quote(argument) for argument in arguments)
+
+
+def python(place: Place, resources: Resources) -> list[str]:
+    """How a job's processes start Python: in the container, in the venv, or the one that submits."""
+    container = place.cluster.container
+    if container is None:
+        return ["python" if place.cluster.venv else sys.executable]
+    if container.runtime == "pyxis":
+        return ["python"]
+    mounts = [f"--bind={mount}" for mount in (str(place.working_directory), *container.mounts)]
+    gpus = ["--nv"] if resources.gpus_per_node else []
+    where = f"--pwd={place.working_directory}"
+    return ["apptainer", "exec", *gpus, *mounts, where, *container.options, container.image, "python"]
+
+
+def _asked(resources: Resources, array: bool) -> list[str]:
+    gpu_type = f"{resources.gpu_type}:" if resources.gpu_type else ""
+    options = [f"--nodes={resources.nodes or 1}", f"--ntasks-per-node={resources.ranks_per_node or 1}"]
+    options += [f"--gpus-per-node={gpu_type}{resources.gpus_per_node}"] if resources.gpus_per_node else []
+    options += [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
+    options += [f"--mem={resources.memory}"] if resources.memory else []
+    options += ["--exclusive"] if resources.exclusive else []
+    for key in ("partition", "account", "qos", "reservation", "constraint", "time"):
+        if value := getattr(resources, key):
+            options.append(f"--{key}={value}")
+    if array:
+        limit = f"%{resources.array_limit}" if resources.array_limit else ""
+        options.append(f"--array=0-{(resources.array or 1) - 1}{limit}")
+    return options + (resources.sbatch_options or [])
+
+
+def _lasting(cluster: Cluster) -> list[str]:
+    return [
+        f"--signal=B:USR1@{cluster.signal_lead_seconds}",
+        "--requeue" if cluster.requeue else "--no-requeue",
+        "--open-mode=append",  # a job that is started again goes on in its log
+        "--export=ALL",
+    ]
+
+
+def _setup(place: Place, resources: Resources) -> list[str]:
+    cluster = place.cluster
+    lines = [f"cd {shlex.quote(str(place.working_directory))}", *cluster.preamble]
+    if cluster.venv:
+        lines += ["# shellcheck disable=SC1091", f"source {shlex.quote(cluster.venv + '/bin/activate')}"]
+    lines += ["export HF_HUB_OFFLINE=1"] if resources.hub_offline else []
+    lines += [f"export OMP_NUM_THREADS={resources.cpus_per_task}"] if resources.cpus_per_task else []
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+
+
+def _settings(place: Place, resources: Resources) -> list[str]:
+    cluster = place.cluster
+    options = list(cluster.srun_options)
+    # srun takes it from the job only up to Slurm 22.04, and a rank would get one core
+    options += [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
+    if cluster.container is not None and cluster.container.runtime == "pyxis":
+        here = f"{place.working_directory}:{place.working_directory}"
+        options.append(f"--container-image={cluster.container.image}")
+        options.append(f"--container-mounts={','.join([here, *cluster.container.mounts])}")
+        options.append(f"--container-workdir={place.working_directory}")
+        options += cluster.container.options
+    lines = [f"srun_options=({quoted(options)})"]
+    if not cluster.requeue:
+        return [*lines, "max_requeues=0"]
+    return lines if cluster.max_requeues is None else [*lines, f"max_requeues={cluster.max_requeues}"]

@@ -1,0 +1,169 @@
+"""Slurm's commands: started without a shell, read without guessing."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minima.errors import ClusterError
+from minima.launcher import cleaned_environment
+
+_TIMEOUT_SECONDS = 120  # slurmctld may be busy; its own MessageTimeout is 10 s by default, and commands try again
+# Of a job that may still run: squeue(1), job state codes.
+ACTIVE = frozenset(
+    {
+        "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
+        "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED",
+    }
+)  # fmt: skip
+_UNKNOWN = "Invalid job id"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, or one task of a job array, as Slurm shows it.
+
+    Attributes:
+        job: its id; of the array, for a task.
+        index: of the task in its array; none for a plain job.
+        state: Slurm's word for it.
+        name: of the job.
+        reason: why it waits, or why it ended.
+    """
+
+    job: str
+    index: int | None
+    state: str
+    name: str
+    reason: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits, runs or is about to."""
+        return self.state in ACTIVE
+
+
+def is_here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("squeue") is not None
+
+
+def call(command: Sequence[str], doing: str) -> str:
+    """Run one of Slurm's commands and give what it prints.
+
+    Args:
+        command: program and arguments; no shell reads them.
+        doing: what for, as an error says it.
+
+    Raises:
+        ClusterError: it is not installed, or refuses.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            env=cleaned_environment(),  # a job inherits it: no place in the group of a launcher that started us
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_SECONDS,
+        )
+    except FileNotFoundError:
+        raise ClusterError(
+            f"{command[0]} is not on this machine, {doing}",
+            "jobs are handed to Slurm by its own commands",
+            "run this on a login node of the cluster; --dry-run shows the scripts anywhere",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"{command[0]} does not answer within {_TIMEOUT_SECONDS} s, {doing}",
+            "Slurm's controller is down or overloaded",
+            "try again later; `scontrol ping` says whether it is up",
+        ) from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise ClusterError(
+            f"{command[0]} refuses, {doing}: {said}",
+            "Slurm did not do what was asked",
+            "mend what it names: most often a partition, an account or a limit in the cluster file",
+        )
+    return done.stdout
+
+
+def tasks(jobs: Sequence[tuple[str, str]], ended: bool = False) -> list[Task]:
+    """What squeue knows of some jobs. One that is not in it has ended some time ago.
+
+    Args:
+        jobs: ids and names. Another job that has got the id of an old one has another name, and is left out.
+        ended: those too that ended a short time ago.
+
+    Raises:
+        ClusterError: squeue fails.
+    """
+    if not jobs:
+        return []
+    command = ["squeue", "--noheader", "--array", f"--jobs={','.join(job for job, _ in jobs)}"]
+    command += ["--format=%F|%K|%T|%j|%r", *(["--states=all"] if ended else [])]
+    try:
+        text = call(command, "asked for the jobs of this run")
+    except ClusterError as error:
+        if _UNKNOWN in error.what:
+            return []
+        raise
+    found, names = [], dict(jobs)
+    for line in text.splitlines():
+        fields = line.strip().split("|", 4)
+        if len(fields) == 5 and names.get(fields[0]) == fields[3]:
+            index = int(fields[1]) if fields[1].isdigit() else None
+            found.append(Task(fields[0], index, fields[2].split()[0], fields[3], fields[4]))
+    return found
+
+
+def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:
+    """What Slurm still knows of jobs that have left the queue: from its accounting, else from its controller.
+
+    Args:
+        jobs: ids and names, as for `tasks`.
+    """
+    if not jobs:
+        return []
+    found, names = [], dict(jobs)
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", "--array"]
+    command += [f"--jobs={','.join(job for job, _ in jobs)}", "--format=JobID,State,JobName"]
+    try:
+        text = call(command, "asked for jobs that ended")
+    except ClusterError:  # no accounting on this cluster
+        text = ""
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) == 3:
+            job, _, index = fields[0].partition("_")
+            if names.get(job) == fields[2]:
+                found.append(Task(job, int(index) if index.isdigit() else None, fields[1].split()[0], fields[2]))
+    for job, name in jobs:
+        if not any(task.job == job for task in found):
+            found += [Task(job, None, state, name, reason) for state, reason in _shown(job, name)]
+    return found
+
+
+def _shown(job: str, name: str) -> list[tuple[str, str]]:
+    try:
+        lines = call(["scontrol", "show", "job", "--oneliner", job], "asked for a job that ended").splitlines()
+    except ClusterError:
+        return []
+    found = []
+    for line in lines:
+        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if fields.get("JobName") == name and "JobState" in fields:
+            found.append((fields["JobState"], fields.get("Reason", "")))
+    return found
+
+
+def restarts(job: str) -> int:
+    """How often Slurm has started a job again; 0 when it does not say."""
+    try:
+        text = call(["scontrol", "show", "job", "--oneliner", job], "asked for a job's restarts")
+    except ClusterError:
+        return 0
+    counts = [part.removeprefix("Restarts=") for part in text.split() if part.startswith("Restarts=")]
+    return max((int(count) for count in counts if count.isdigit()), default=0)

@@ -1,0 +1,45 @@
+"""The recipe as it was submitted: what a job reads hours later, whatever has become of the file since. No torch."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from minima.recipe.schema import Recipe
+from minima.stages.shipped import find_deepspeed_json, shipped_folder
+
+_JSONS = ("deepspeed", "teacher_deepspeed", "reference_deepspeed")
+
+
+def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Path:
+    """A copy of the recipe's file, with the DeepSpeed JSONs that lie beside it.
+
+    Each content has a folder of its own, so submitting an edited recipe leaves what waiting jobs read as it is.
+
+    Args:
+        recipe: as it was loaded.
+        recipe_path: its file.
+        folder: for all copies.
+        write: make the copy; otherwise only its path is given.
+
+    Returns:
+        The copy's path.
+    """
+    files = {recipe_path.name: recipe_path.read_bytes()}
+    for stage in recipe.stages:
+        for name in (getattr(stage, key, None) for key in _JSONS):
+            if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
+                continue
+            path = find_deepspeed_json(name, recipe_path)
+            if path != shipped_folder("ds_configs") / name:
+                files[f"ds_configs/{name}"] = path.read_bytes()
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{len(name)} {name} {len(content)} ".encode() + content)
+    target = folder / digest.hexdigest()[:12]
+    for name, content in files.items() if write else ():
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    return target / recipe_path.name

@@ -1,0 +1,104 @@
+# shellcheck shell=bash
+# How a job runs one stage: its ranks through srun, and a way back after the time limit, a preemption or a lost node.
+#   source slurm/run_stage.sh
+#   run_stage RUN_FOLDER STAGE COMMAND...
+# `minima submit` writes this text into its scripts, so a job that waits does not change with minima.
+#
+# What happens to signals (no exit code requeues a job by itself, and a SIGTERM to srun would kill the ranks unsaved):
+#   USR1 to this shell, which #SBATCH --signal=B:USR1@SECONDS asks for before the time limit: SIGTERM to the ranks, which
+#     save at the end of their step; then the job is requeued under its own id, so jobs that wait for it go on waiting.
+#   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued.
+#   SIGTERM to this shell (scancel; a preemption without a grace time, which Slurm requeues): the ranks save, no more.
+# Set before run_stage, where wanted:
+#   srun_options=(...)   more options for srun, such as --container-image
+#   max_requeues=N       fail rather than requeue once the job has been started N times again
+
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+job=${job:-${SLURM_JOB_ID:?run_stage.sh belongs into a job of sbatch}}
+declare -a srun_options
+unset RANK WORLD_SIZE LOCAL_RANK  # of a launcher that the job was submitted from; the ranks' own come from srun
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+compgen -G '/dev/nvidia[0-9]*' >/dev/null || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+
+say() { printf '%s job %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$job" "$*"; }
+
+job_is() { # job_is FIELD PATTERN: whether scontrol shows FIELD=PATTERN for this job
+  scontrol show job --oneliner "$job" 2>/dev/null | grep -Eq "(^| )$1=$2( |\$)"
+}
+
+is_preempted() { job_is JobState '[A-Z]*RUNNING' && job_is PreemptTime '[0-9]+[^ ]*'; }
+
+was_told() { # whether Slurm has sent SIGTERM to the ranks itself: a second one would end them at once
+  job_is JobState '(COMPLETING|CANCELLED|PENDING|REQUEUED|PREEMPTED|TIMEOUT|NODE_FAIL)[^ ]*' && return
+  is_preempted && ! scontrol show config 2>/dev/null | grep -q '^PreemptParameters.*send_user_signal'
+}
+
+tell_ranks() { # SIGTERM to every rank, once; never through srun, which answers it by killing them
+  [ -z "$told" ] || return 0
+  told=yes
+  was_told || scancel --signal=TERM "$job" || say "the ranks could not be told"
+}
+
+on_usr1() {
+  interrupted=yes leave=yes
+  say "told to leave (time limit or preemption); the ranks save"
+  tell_ranks
+}
+
+on_term() {
+  interrupted=yes ended=yes
+  say "told to end; the ranks save"
+  tell_ranks
+}
+
+progress_of() { # what is there to go on from: complete checkpoints and finished stages
+  find "$1" -maxdepth 4 \( -name checkpoint.json -o -name manifest.json \) 2>/dev/null | sort
+}
+
+requeue() {
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "${max_requeues:-1000000}" ]; then
+    say "it was started ${SLURM_RESTART_COUNT:-0} times again, the most that is allowed: not requeued"
+  elif [ -n "$leave" ] && [ "$before" = "$(progress_of "$folder")" ] && ! is_preempted; then
+    say "nothing new was saved before the time limit, so another start would end here too: not requeued; give it more"
+  elif scontrol requeue "$job"; then
+    say "requeued; it goes on from what is saved"
+  else
+    say "it could not be requeued: submit it again to go on"
+  fi
+}
+
+run_job() { # run_job FOLDER COMMAND...: run a command whose work is in FOLDER, and requeue the job where it may go on
+  folder=$1 told='' leave='' ended='' interrupted='' code=0
+  shift
+  before=$(progress_of "$folder")
+  trap on_usr1 USR1
+  trap on_term TERM
+  say "start ${SLURM_RESTART_COUNT:-0} on ${SLURM_JOB_NODELIST:-}"
+  (printf '+' && printf ' %q' "$@" && printf '\n')
+  "$@" &
+  local child=$!
+  while :; do # a trap ends `wait` early
+    code=0
+    wait $child || code=$?
+    [ -n "$interrupted" ] || break
+    interrupted=''
+  done
+  trap '' USR1
+  case $code in
+    0) ;;
+    1 | 2 | 4) say "failed with exit code $code" ;; # minima's own error, a mistake, a rank that hung: not the cluster's
+    *)
+      say "ended with exit code $code"
+      if [ -z "$ended" ] && { [ -n "$leave" ] || is_preempted; }; then requeue; fi
+      ;;
+  esac
+  return "$code"
+}
+
+run_stage() { # run_stage RUN_FOLDER STAGE COMMAND...
+  local run=$1 stage=$2
+  shift 2
+  mkdir -p "$run/logs"
+  run_job "$run/$stage" srun --kill-on-bad-exit=1 --open-mode=append \
+    --output="${run//%/%%}/logs/$stage-$job-rank%t.log" "${srun_options[@]}" "$@"
+}
