@@ -24,8 +24,11 @@ def build_sharded(source: WeightSource, config: dict[str, Any], precision: str) 
         precision: `float32` or `bfloat16`; the dtype of the shards.
     """
     dtype = DTYPES[precision]
-    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+    # The configuration tells zero.Init the dtype. DeepSpeed 0.19 forgets a `dtype=` argument on processors without
+    # float16 arithmetic, and takes bfloat16 for whatever was asked.
+    with deepspeed.zero.Init(config_dict_or_path=config):
         model = build_empty(source.config, dtype)
+    assert all(parameter.ds_tensor.dtype == dtype for parameter in model.parameters()), "shards of another precision"
     for name, parameter in sharded_parameters(model):
         parameter.ds_tensor.data.copy_(read_shard(parameter, source, name))
     _restore_rotary(model)

@@ -5,8 +5,8 @@ import pytest
 from tests.distributed.ranks import run_scenarios
 
 SCENARIOS = [
-    "language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary", "closing",
-    "bfloat16_start", "host_reads", "packed", "preference", "preference_host_reads", "align_stage",
+    "shard_dtypes", "language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary",
+    "closing", "bfloat16_start", "host_reads", "packed", "preference", "preference_host_reads", "align_stage",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_local_fp32_param
 
 from minima.engine import distributed
@@ -50,6 +51,8 @@ def run_training(settings, objective, student, *, first_step=0, save=None, feed=
         log=lambda step, record: records.append({"step": step, **record}),
         evaluate=lambda step: False,
         save=save or (lambda step: None),
+        writing=lambda: False,
+        settle=lambda: None,
         log_every=1,
         evaluate_every=0,
         save_every=3,
@@ -217,6 +220,20 @@ def rotary(folder: Path) -> Any:
     buffers = {name: str(buffer.dtype) for name, buffer in host.model.named_buffers()}
     values = host.model.model.rotary_emb.inv_freq.tolist()
     return {"dtypes": buffers, "inv_freq": values, "weights": str(host.head_VE.dtype)}
+
+
+def shard_dtypes(folder: Path) -> Any:
+    """The shards' dtypes where the processor has float16 arithmetic and where it has none."""
+    found, accelerator = {}, get_accelerator()
+    before = accelerator.is_fp16_supported
+    for supported in (True, False):
+        accelerator.is_fp16_supported = lambda supported=supported: supported
+        for precision in ("float32", "bfloat16"):
+            host = teacher_host(precision)
+            found[f"{precision}, {supported}"] = sorted({str(p.ds_tensor.dtype) for p in host.model.parameters()})
+            host.close()
+    accelerator.is_fp16_supported = before
+    return found
 
 
 def bfloat16_start(folder: Path) -> Any:

@@ -37,6 +37,11 @@ def test_language_modelling_equals_a_plain_process(two_ranks):
     expect_same(two_ranks["language_modelling"], plain_training(training(), 1.0, 0.0, 1.0))
 
 
+def test_shards_have_the_precision_that_is_asked_for_on_any_processor(two_ranks):
+    for asked, dtypes in two_ranks["shard_dtypes"].items():
+        assert dtypes == [f"torch.{asked.split(',')[0]}"], asked
+
+
 @pytest.mark.parametrize("micro_batch", ["1", "2", "4"])
 def test_distillation_equals_a_plain_process_however_the_batch_is_cut(two_ranks, micro_batch):
     found = two_ranks["distillation"][micro_batch]
