@@ -79,6 +79,10 @@ class NotFinite(MinimaError):
     """A loss or a gradient that is infinite or not a number."""
 
 
+class RankHung(MinimaError):
+    """A rank that no longer comes further, while the others wait for it."""
+
+
 class DiskFull(MinimaError):
     """No space left where a stage writes."""
 

@@ -22,14 +22,17 @@ from minima.launcher import Launch, export_launch
 TIMEOUT = datetime.timedelta(hours=2)
 logger = logging.getLogger("minima.distributed")
 _alone = False
+_joined: Launch | None = None
 
 
 def start(launch: Launch) -> None:
     """Join the process group that the launcher described; a second call does nothing."""
+    global _joined
     if dist.is_initialized():
         return
     # Two thousand lines a run about names that DeepSpeed, not we, will have to change.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    _joined = launch
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its number on the machine.
@@ -63,6 +66,20 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def open_store(prefix: str, timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the process group's key-value store, for a thread beside the collectives.
+
+    Args:
+        prefix: of its keys.
+        timeout_seconds: that one call may take.
+    """
+    if _joined is None or _joined.world_size == 1:
+        return dist.PrefixStore(prefix, dist.HashStore())
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store = dist.TCPStore(_joined.master_address, _joined.master_port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(prefix, store)
 
 
 @contextmanager

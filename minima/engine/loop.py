@@ -1,9 +1,10 @@
 """The one training loop. It never sees logits, knows no DeepSpeed, and divides by the global count in one place."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,8 +13,10 @@ from minima.engine.distributed import all_reduce_sum
 from minima.engine.meters import Meters
 from minima.engine.objectives.objective import Objective
 from minima.engine.schedule import Schedule
+from minima.engine.signals import StopRequest
 from minima.engine.student import Student
-from minima.errors import NotFinite
+from minima.engine.watchdog import Watchdog
+from minima.errors import NotFinite, Stopped
 
 
 class Batches(Protocol):
@@ -30,7 +33,9 @@ class Events:
 
     Attributes:
         log: at every `log_every` steps, before each checkpoint and at the end, with the steps' record.
-        save: a checkpoint, at every `save_every` steps and at the end.
+        save: begins a checkpoint, at every `save_every` steps, at the end, and when the run is asked to end.
+        writing: whether this rank is still writing the last one's files.
+        settle: completes the last one, waiting for its files; called on every rank, also where there is none.
         evaluate: held-out loss, at every `evaluate_every` steps and at the end; 0 for never. After the checkpoint, so
             that no step is lost by it. True ends the run.
         save_evaluated: a checkpoint before each evaluation, too.
@@ -39,26 +44,73 @@ class Events:
     log: Callable[[int, dict[str, float]], None]
     evaluate: Callable[[int], bool]
     save: Callable[[int], None]
+    writing: Callable[[], bool]
+    settle: Callable[[], None]
     log_every: int
     evaluate_every: int
     save_every: int
     save_evaluated: bool = False
 
 
+class Votes(NamedTuple):
+    """What a rank says before a step; of all ranks, how many say so.
+
+    Attributes:
+        stop: 1 where this rank has been asked to end.
+        writing: 1 where this rank's last checkpoint is not on disk yet.
+    """
+
+    stop: int = 0
+    writing: int = 0
+
+
+_NO_VOTES = Votes()
+
+
+class StepResult(NamedTuple):
+    """What an optimiser step gives on the host.
+
+    Attributes:
+        norm: global gradient norm before clipping.
+        votes: of all ranks.
+    """
+
+    norm: float
+    votes: Votes
+
+
 def train(
-    student: Student, objective: Objective, batches: Batches, schedule: Schedule, events: Events, first_step: int = 0
+    student: Student,
+    objective: Objective,
+    batches: Batches,
+    schedule: Schedule,
+    events: Events,
+    first_step: int = 0,
+    *,
+    stop: StopRequest | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Train from `first_step` finished steps to the schedule's end, or to where an evaluation ends the run.
 
+    Args:
+        stop: asks the run to end. One rank's wish is enough: all of them end after the same step.
+        watchdog: is told how far the loop has come.
+
     Raises:
         NotFinite: a loss or a gradient is not finite. Its step has changed no weight and the last checkpoint stands.
+        Stopped: the run was asked to end, and a checkpoint of its last step is complete.
     """
-    meters = Meters(student.device)
+    meters, stop, watchdog = Meters(student.device), stop or StopRequest(), watchdog or Watchdog(0)
     for step in range(first_step, schedule.total_steps):
         done, started = step + 1, time.perf_counter()
+        watchdog.mark(f"step {done}: reading its blocks")
         learning_rate = schedule.learning_rate(step)
-        norm = train_step(student, objective, batches.step(step), learning_rate, meters)
+        votes = Votes(int(stop.requested), int(events.writing()))
+        result = train_step(student, objective, batches.step(step), learning_rate, meters, votes, watchdog.mark)
+        norm, agreed = result.norm, result.votes
+        watchdog.mark(f"step {done}: done")
         if norm != norm or norm in (float("inf"), float("-inf")):
+            events.settle()
             raise NotFinite(
                 f"step {done}: the gradient norm is {norm}; losses since the last log line: {meters.reduce()}",
                 "an update with it would destroy the weights; it has not been applied, and the last checkpoint stands",
@@ -66,26 +118,47 @@ def train(
                 "resumes from its last checkpoint",
             )
         meters.step(norm, learning_rate, time.perf_counter() - started)
+        if not agreed.writing:  # all ranks' files were on disk as the step began
+            events.settle()
         last = done == schedule.total_steps
         evaluating = events.evaluate_every > 0 and (last or done % events.evaluate_every == 0)
-        saving = last or done % events.save_every == 0 or (evaluating and events.save_evaluated)
+        saving = last or done % events.save_every == 0 or (evaluating and events.save_evaluated) or agreed.stop
         if saving or done % events.log_every == 0:  # sums never cross a checkpoint: a resumed run's lines are the same
             events.log(done, meters.reduce())
         if saving:
             events.save(done)
+        if last or agreed.stop or evaluating:  # an evaluation may be long: no step is lost by what ends it
+            events.settle()
+        if agreed.stop:
+            raise Stopped(stop.signal or signal.SIGTERM, f"step {done} of {schedule.total_steps}")
         if evaluating and events.evaluate(done):
             return
 
 
 def train_step(
-    student: Student, objective: Objective, micro_batches: list[Batch], learning_rate: float, meters: Meters
-) -> float:
-    """One optimiser step over this rank's micro-batches; returns the global gradient norm before clipping."""
+    student: Student,
+    objective: Objective,
+    micro_batches: list[Batch],
+    learning_rate: float,
+    meters: Meters,
+    votes: Votes = _NO_VOTES,
+    mark: Callable[[str], None] = lambda place: None,
+) -> StepResult:
+    """One optimiser step over this rank's micro-batches.
+
+    The ranks' votes travel with the count of valid tokens, in the one small collective that a step needs anyway, and
+    are read once the update is made: they cost no collective and no wait of their own.
+    """
+    mark("counting the step's valid tokens")
     counts = torch.stack([objective.count(batch) for batch in micro_batches])
-    count = all_reduce_sum(counts.sum()).clamp_min(1)
-    norm = 0.0
+    said = torch.tensor(votes, dtype=torch.int64, device=counts.device)
+    sums = all_reduce_sum(torch.cat([counts.sum().view(1), said]))
+    count, agreed = sums[0].clamp_min(1), sums[1:]
+    norm, number = 0.0, 0
     for window in _windows(micro_batches, objective.window):
         for batch in objective.prepare(window):
+            number += 1
+            mark(f"micro-batch {number} of {len(micro_batches)}")
             loss = student(objective, batch)
             # A loss that is not finite on one rank must stop all of them before the update. Without asking the host, it
             # makes the gradients NaN, which the global norm shows everywhere; a finite one is multiplied by 1.
@@ -93,7 +166,7 @@ def train_step(
             student.backward(loss.total / count * finite)
             meters.add(loss)
             norm = student.step(learning_rate)
-    return norm
+    return StepResult(norm, Votes(*agreed.tolist()))
 
 
 def _windows(batches: Sequence[Batch], size: int) -> Iterator[list[Batch]]:

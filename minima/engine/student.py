@@ -30,15 +30,18 @@ class StudentView:
         config: content of the model's `config.json`.
         device: where it computes.
         head_VE: the output head [V, E], whole on every rank.
+        mark: is called at each forward pass.
     """
 
     config: dict[str, Any]
     device: torch.device
     head_VE: Tensor
     root: nn.Module
+    mark: Callable[[], None]
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [B, T, E] of `batch`, without gradients."""
+        self.mark()
         with torch.no_grad():
             return self.root(_backbone, batch)
 
@@ -119,14 +122,18 @@ class Student:
         return float(self.engine.get_global_grad_norm())
 
     @contextmanager
-    def measured(self) -> Iterator["StudentView"]:
-        """The student as a host that only predicts, for held-out losses between two steps."""
+    def measured(self, mark: Callable[[], None] = lambda: None) -> Iterator["StudentView"]:
+        """The student as a host that only predicts, for held-out losses between two steps.
+
+        Args:
+            mark: is called at each of its forward passes.
+        """
         self._root.eval()
         weight = head_weight(self.model)
         try:
             with deepspeed.zero.GatheredParameters([weight]):
                 head_VE = weight.detach().clone()
-            yield StudentView(self.config, self.device, head_VE, self._root)
+            yield StudentView(self.config, self.device, head_VE, self._root, mark)
         finally:
             self._root.train()
 

@@ -32,6 +32,9 @@ class Training(BaseModel):
         deterministic: on a GPU, the same run gives the same bits, at some cost in speed. A CPU always does.
         checkpoint_every_steps: steps between checkpoints; one is written at the end in any case.
         keep_checkpoints: how many of the newest are kept; 0 keeps all.
+        keep_every_steps: those after a multiple of so many steps are kept, too; 0 for none.
+        watchdog_seconds: end the job, naming the rank that hangs, after so long without progress in training; 0 never
+            does. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
         evaluate_every_steps: steps between held-out losses; 0 for none.
         evaluate_sequences: held-out blocks of one such loss; all when not given.
         patience: end early once so many held-out losses in a row were no better than the best one, and leave the best
@@ -64,6 +67,8 @@ class Training(BaseModel):
     deterministic: bool = False
     checkpoint_every_steps: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, ge=0)
+    keep_every_steps: int = Field(default=0, ge=0)
+    watchdog_seconds: float = Field(default=1800, ge=0)
     evaluate_every_steps: int = Field(default=0, ge=0)
     evaluate_sequences: int | None = Field(default=None, gt=0)
     patience: int | None = Field(default=None, gt=0)

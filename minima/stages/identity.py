@@ -17,6 +17,8 @@ FREE_KEYS = frozenset(
     {
         "log_every_steps",
         "keep_checkpoints",
+        "keep_every_steps",
+        "watchdog_seconds",
         "checkpoint_every_steps",
         "evaluate_every_steps",
         "evaluate_sequences",

@@ -14,6 +14,7 @@ from minima.engine.deepspeed_config import training_config
 from minima.engine.loop import train
 from minima.engine.objectives.objective import Objective
 from minima.engine.schedule import Schedule
+from minima.engine.signals import StopRequest
 from minima.engine.student import Student
 from minima.errors import DataError, RecipeError
 from minima.models.shape import ModelShape
@@ -110,7 +111,9 @@ def run_training(
         ended = run.ended is not None or run.catch_up(first_step, total_steps)
         distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
         if not ended:
-            train(student, objective, batches, schedule, run.events(), first_step)
+            with run.watchdog:
+                stop = StopRequest().listen()  # until here a signal ends the process at once: nothing would be lost
+                train(student, objective, batches, schedule, run.events(), first_step, stop=stop, watchdog=run.watchdog)
         run.settle()
         return run.metrics()
     finally:

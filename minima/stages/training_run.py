@@ -10,12 +10,14 @@ from deepspeed.accelerator import get_accelerator
 from minima.data.store import TokenStore
 from minima.disk import disk_full_named
 from minima.engine import distributed
-from minima.engine.checkpoint.shards import load_shards, save_shards, shapes
-from minima.engine.checkpoint.store import complete_steps, drop_after, read_marker, step_folder, write_checkpoint
+from minima.engine.checkpoint.shards import shapes, snapshot_shards
+from minima.engine.checkpoint.store import complete_steps, drop_after, read_marker, step_folder
+from minima.engine.checkpoint.writer import CheckpointWriter
 from minima.engine.loop import Events
 from minima.engine.metrics import MetricsLog, read_records
 from minima.engine.patience import Patience
 from minima.engine.student import Student, StudentView
+from minima.engine.watchdog import Watchdog
 from minima.errors import CheckpointError, MinimaError
 from minima.evaluation.held_out import evaluate
 from minima.launcher import terminal_columns
@@ -25,6 +27,7 @@ from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
 from minima.stages.origin import Origin
+from minima.stages.resume import load_newest
 
 ENDED = "ended.json"  # where a run with patience has ended
 PARTS = ("loss", "hard", "soft", "kl", "accuracy", "margin")  # of a training record, what the progress line shows
@@ -74,19 +77,20 @@ class TrainingRun:
         self.last: dict[str, Any] = {}
         self.evaluated: dict[str, Any] = {}
         self.patience = Patience(stage.patience)
+        self.checkpoints = context.folder / "checkpoints"
+        self.writer = CheckpointWriter(self.checkpoints, stage.keep_checkpoints, stage.keep_every_steps)
+        self.watchdog = Watchdog(stage.watchdog_seconds)
         self.step = self.total = 0  # finished steps, and what is counted in them
         self.ended: dict[str, Any] | None = None  # what an earlier start left when it ended the run
 
     def resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the finished steps."""
-        steps = complete_steps(self.context.folder / "checkpoints")
-        ended = self._read_end(steps) if distributed.is_main() else None
+        facts = load_newest(self.student, self.checkpoints)
         # Another node's view may be older: rank 0's is taken.
-        newest, self.ended = distributed.broadcast_object((steps[-1] if steps else None, ended))
-        if newest is None:
+        self.ended = distributed.broadcast_object(self._read_end() if distributed.is_main() else None)
+        if facts is None:
             return 0
-        checkpoint = step_folder(self.context.folder / "checkpoints", newest)
-        facts = load_shards(self.student, checkpoint)
+        checkpoint = step_folder(self.checkpoints, facts["step"])
         if "counted" not in facts:
             raise CheckpointError(
                 f"{checkpoint} was written by an earlier version of minima",
@@ -97,7 +101,7 @@ class TrainingRun:
         self.patience.restore(facts["patience"])
         return facts["step"]
 
-    def _read_end(self, steps: list[int]) -> dict[str, Any] | None:
+    def _read_end(self) -> dict[str, Any] | None:
         """How an earlier start ended the run; forgotten where the checkpoint that it chose is no longer there."""
         path = self.context.folder / ENDED
         try:
@@ -106,7 +110,7 @@ class TrainingRun:
             return None
         except ValueError:  # cut off by a power failure
             ended = {}
-        if ended.get("best_step") in steps:
+        if ended.get("best_step") in complete_steps(self.checkpoints):
             return ended
         path.unlink()
         return None
@@ -139,6 +143,8 @@ class TrainingRun:
             self.write,
             self.evaluate,
             self.save,
+            lambda: self.writer.writing,
+            self.writer.finish,
             stage.log_every_steps,
             stage.evaluate_every_steps,
             stage.checkpoint_every_steps,
@@ -159,6 +165,7 @@ class TrainingRun:
             "tokens_per_second": speed,
             "model_flops_per_second": speed * self.flops_per_token,
             "memory_bytes": int(distributed.all_reduce_max(_peak_memory_bytes())),
+            **self.writer.take_times(),
         }
         if self.log is not None and self.progress is not None:
             self.log.write(self.last)
@@ -169,7 +176,7 @@ class TrainingRun:
     def evaluate(self, step: int) -> bool:
         """Held-out loss of the student as it is; whether the run is to end here."""
         stage = self.stage
-        with self.student.measured() as view:
+        with self.student.measured(lambda: self.watchdog.mark(f"step {step}: evaluating")) as view:
             found = self.measure(view, self.held_out, stage.evaluate_sequences, stage.micro_batch_sequences)
         self.evaluated = found
         self.patience.add(step, found["held_out_loss"])
@@ -217,7 +224,7 @@ class TrainingRun:
             except MinimaError as found:
                 error = found
         distributed.raise_together(error)
-        drop_after(self.context.folder / "checkpoints", best)
+        drop_after(self.checkpoints, best)
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` updates."""
@@ -233,10 +240,9 @@ class TrainingRun:
             "shapes": shapes(self.student),
             **self.facts,
         }
-        folder = self.context.folder / "checkpoints"
         spare = self.patience.best_step if self.stage.patience is not None else None
-        keep = self.stage.keep_checkpoints
-        write_checkpoint(folder, step, lambda path: save_shards(self.student, path), facts, keep, spare)
+        self.watchdog.mark(f"step {step}: beginning a checkpoint")
+        self.writer.begin(step, lambda: snapshot_shards(self.student), facts, spare)
 
     def _seen(self, step: int) -> dict[str, int]:
         """Sequences and tokens after `step` steps; those that fill up the last step are none."""
@@ -252,7 +258,7 @@ class TrainingRun:
         best = self.patience.best_step if self.stage.patience is not None else None
         last, evaluated = self.last, self.evaluated
         if best is not None:  # an earlier step may be the result
-            last = read_marker(step_folder(self.context.folder / "checkpoints", best))["record"]
+            last = read_marker(step_folder(self.checkpoints, best))["record"]
             made = [record for record in records if record["step"] == best and "held_out_loss" in record]
             evaluated = made[-1] if made else {"held_out_loss": self.patience.best}
         elif not last:  # every step was done before this start

@@ -6,8 +6,9 @@ from typing import Any
 import deepspeed
 
 from minima.engine import distributed
-from minima.engine.checkpoint.shards import CheckpointSource, load_shards, save_shards, shapes
-from minima.engine.checkpoint.store import step_folder, write_checkpoint
+from minima.engine.checkpoint.shards import CheckpointSource, load_shards, shapes, snapshot_shards
+from minima.engine.checkpoint.store import step_folder
+from minima.engine.checkpoint.writer import write_checkpoint
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.models.weights import tensor_sha256
@@ -33,7 +34,7 @@ def resume(folder: Path) -> Any:
                 "shapes": shapes(student),
             }  # fmt: skip
             if step == 3:
-                write_checkpoint(target, step, lambda path: save_shards(student, path), facts, keep=0)
+                write_checkpoint(target, step, snapshot_shards(student), facts, keep=0)
 
         run_training(settings, Distillation(host), first, save=save)
         second = new_student(settings)
@@ -62,7 +63,7 @@ def checkpoint_weights(folder: Path) -> Any:
         "step": 6, "optimizer_steps": 6, "ranks": distributed.world_size(), "config": student.config,
         "shapes": shapes(student),
     }  # fmt: skip
-    path = write_checkpoint(folder / "weights", 6, lambda path: save_shards(student, path), facts, keep=0)
+    path = write_checkpoint(folder / "weights", 6, snapshot_shards(student), facts, keep=0)
     held = {}
     for name, parameter in student.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):

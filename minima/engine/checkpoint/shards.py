@@ -5,6 +5,7 @@ Every file holds flat shards without padding, so that any number of ranks can re
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +81,34 @@ def shapes(student: Student) -> dict[str, list[int]]:
     return {name: list(parameter.ds_shape) for name, parameter in sharded_parameters(student.model)}
 
 
-def save_shards(student: Student, folder: Path) -> list[Path]:
-    """Write this rank's state into `folder`; returns the files."""
+def snapshot_shards(student: Student) -> Callable[[Path], list[Path]]:
+    """Copy this rank's state to the host's memory, and return what writes the copy into a folder.
+
+    The copy takes 12 bytes a parameter of this rank's shard. What is returned may run in another thread while the
+    student trains on; it gives the files that it wrote.
+    """
     rank, ranks = distributed.rank(), distributed.world_size()
-    files = []
-    for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS):
-        shards = {}
-        for name, parameter in sharded_parameters(student.model):
-            start, stop = shard_range(parameter)
+    kinds: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, FIRST_MOMENTS: {}, SECOND_MOMENTS: {}}
+    for name, parameter in sharded_parameters(student.model):
+        start, stop = shard_range(parameter)
+        for kind, shards in kinds.items():
             if kind == WEIGHTS:
                 shard = safe_get_local_fp32_param(parameter)
             else:
                 shard = safe_get_local_optimizer_state(parameter, kind)
-            shards[name] = shard.detach().view(-1)[: stop - start].cpu().clone()
-        files.append(folder / file_name(kind, rank, ranks))
-        save_file(shards, files[-1])
-    files.append(folder / f"random-{rank:05d}-of-{ranks:05d}.json")
-    files[-1].write_text(json.dumps(_random_states()), encoding="utf-8")
-    return files
+            shards[name] = shard.detach().view(-1)[: stop - start].to("cpu", copy=True)
+    random_states = json.dumps(_random_states())
+
+    def write(folder: Path) -> list[Path]:
+        files = []
+        for kind, shards in kinds.items():
+            files.append(folder / file_name(kind, rank, ranks))
+            save_file(shards, files[-1])
+        files.append(folder / f"random-{rank:05d}-of-{ranks:05d}.json")
+        files[-1].write_text(random_states, encoding="utf-8")
+        return files
+
+    return write
 
 
 def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
@@ -108,8 +119,9 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it is of a model of another shape.
-        StoreCorrupted: a file is missing or damaged.
+        StoreCorrupted: a file is missing or damaged; on every rank, before anything of the student has changed.
     """
+    verify_together(checkpoint)
     facts = read_marker(checkpoint)
     if facts["shapes"] != shapes(student):
         raise CheckpointError(
@@ -117,7 +129,6 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
             "its tensors do not fit this one",
             "use another output folder, or the recipe that the run was started with",
         )
-    verify_together(checkpoint)
     optimizer = student.engine.optimizer
     _make_moments(optimizer, facts["optimizer_steps"])
     sources = {kind: CheckpointSource(checkpoint, kind) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}

@@ -4,15 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from minima.disk import is_no_space
 from minima.engine import distributed
-from minima.errors import CheckpointError, DiskFull, MinimaError, StoreCorrupted
+from minima.errors import CheckpointError, MinimaError, StoreCorrupted
 
 FORMAT = "minima-checkpoint-1"
 MARKER = "checkpoint.json"  # written last: a checkpoint without it does not count
@@ -34,10 +30,20 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another format.
+        StoreCorrupted: the marker is there and is torn.
     """
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        own = facts.pop("marker_sha256", None)  # markers of earlier versions have none
+        if own is not None and own != marker_sha256(facts):
+            raise ValueError("its content does not have the checksum that it says")
+    except (ValueError, AttributeError) as error:  # no text, no JSON, no object, or not what was written
+        raise StoreCorrupted(
+            f"{checkpoint / MARKER} is damaged: {error}",
+            "it says which files belong to the checkpoint, and what they have to hold",
+            f"remove {checkpoint} to go on from the checkpoint before it",
+        ) from error
+    except OSError as error:
         raise CheckpointError(
             f"{checkpoint} is no complete checkpoint: {error}",
             "its marker is written last, so some of its files may be missing",
@@ -52,63 +58,21 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def write_checkpoint(
-    folder: Path,
-    step: int,
-    write_files: Callable[[Path], list[Path]],
-    facts: dict[str, Any],
-    keep: int,
-    spare: int | None = None,
-) -> Path:
-    """Write one checkpoint; every rank calls it, and none returns before it is complete.
+def marker_sha256(facts: dict[str, Any]) -> str:
+    """SHA-256 of what a marker says, whatever the order and the spaces."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    Args:
-        folder: holds the stage's checkpoints.
-        step: finished updates.
-        write_files: writes this rank's files into the folder that it is given, and returns them.
-        facts: what the marker says besides format and checksums; rank 0's is taken.
-        keep: how many of the newest stay; 0 keeps all.
-        spare: the checkpoint after this step stays, too.
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it no longer counts; nothing of it is removed. One rank calls it.
 
     Returns:
-        The checkpoint's folder.
-
-    Raises:
-        DiskFull: no space is left. The checkpoints that were complete before still are.
+        Its new path.
     """
-    final = step_folder(folder, step)
-    partial = final.with_name(final.name + ".partial")
-    failure: str | None = None
-    full, hashes = False, {}
-    try:
-        if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as error:
-        failure, full = str(error), is_no_space(error)
-    distributed.raise_together(None if failure is None else _cannot_write(partial, [failure], full))
-    try:
-        for path in write_files(partial):
-            _sync(path)
-            hashes[path.name] = file_sha256(path)
-    except (OSError, SafetensorError) as error:
-        failure, full = str(error), is_no_space(error)
-    reports = distributed.gather_objects((failure, full, hashes))  # also the barrier after the last file
-    failures = [f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0] is not None]
-    full = any(report[1] for report in reports)
-    if not failures and distributed.is_main():
-        try:
-            _complete(partial, final, facts, {name: digest for *_, files in reports for name, digest in files.items()})
-        except OSError as error:
-            failures, full = [f"rank 0: {error}"], is_no_space(error)
-    failures, full = distributed.broadcast_object((failures, full))
-    if failures:
-        if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot_write(partial, failures, full)
-    if distributed.is_main():
-        _prune(folder, keep, spare)
-    return final
+    aside = checkpoint.with_name(checkpoint.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    return aside
 
 
 def drop_after(folder: Path, step: int) -> None:
@@ -116,52 +80,32 @@ def drop_after(folder: Path, step: int) -> None:
     if distributed.is_main():
         for later in complete_steps(folder):
             if later > step:
-                _remove(step_folder(folder, later))
+                remove(step_folder(folder, later))
     distributed.barrier()
 
 
-def _complete(partial: Path, final: Path, facts: dict[str, Any], hashes: dict[str, str]) -> None:
-    marker = partial / MARKER
-    marker.write_text(json.dumps({"format": FORMAT, **facts, "sha256": hashes}, indent=1), encoding="utf-8")
-    _sync(marker)
-    _remove(final)  # the same step, saved before a run went back to an earlier one
-    partial.rename(final)
-    _sync(final.parent)
+def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: int | None = None) -> None:
+    """Remove all but the newest complete ones, and what a removal or a save that was cut short has left.
 
-
-def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError:
-    why = "the run cannot go on without a place for its checkpoints; those that were complete before still are"
-    if full:
-        return DiskFull(
-            f"no space left for {partial}: {'; '.join(failures)}",
-            why,
-            "free some space (or lower keep_checkpoints), then run again: it resumes from its last checkpoint",
-        )
-    return CheckpointError(
-        f"{partial} could not be written: {'; '.join(failures)}", why, "mend the cause, then run again"
-    )
-
-
-def _prune(folder: Path, keep: int, spare: int | None) -> None:
-    """Remove all but the newest complete ones, and what a removal or a save that was cut short has left."""
-    kept = {*(complete_steps(folder)[-keep:] if keep else complete_steps(folder)), spare}
+    Args:
+        folder: holds the stage's checkpoints.
+        keep: how many of the newest stay; 0 keeps all.
+        keep_every_steps: those after a multiple of so many steps stay, too; 0 for none.
+        spare: the one after this step stays, too.
+    """
+    steps = complete_steps(folder)
+    kept = {*(steps[-keep:] if keep else steps), spare}
+    kept |= {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
     for path in folder.glob("step-*"):
         number = path.name.removesuffix(".partial")[5:]
         if number.isdigit() and int(number) not in kept and (keep or not (path / MARKER).is_file()):
-            _remove(path)
+            remove(path)
 
 
-def _remove(checkpoint: Path) -> None:
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there."""
     (checkpoint / MARKER).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
     shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_checkpoint, write_checkpoint
+from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_checkpoint
+from minima.engine.checkpoint.writer import write_checkpoint
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
 
 

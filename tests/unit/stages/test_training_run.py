@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from minima.engine.checkpoint.store import MARKER, step_folder
 from minima.engine.patience import Patience
 from minima.stages.training_run import ENDED, TrainingRun
 
@@ -63,8 +64,13 @@ def test_a_start_after_the_end_by_patience_does_not_train_on(tmp_path):
 )
 def test_the_end_of_a_run_counts_only_while_its_checkpoint_is_there(tmp_path, text, steps, kept):
     (tmp_path / ENDED).write_text(text)
-    run = SimpleNamespace(context=SimpleNamespace(folder=tmp_path))
-    found = TrainingRun._read_end(run, steps)
+    checkpoints = tmp_path / "checkpoints"
+    for step in steps:
+        step_folder(checkpoints, step).mkdir(parents=True)
+        (step_folder(checkpoints, step) / MARKER).write_text("{}")
+    run = SimpleNamespace(context=SimpleNamespace(folder=tmp_path), checkpoints=checkpoints)
+    found = TrainingRun._read_end(run)
     assert found == (json.loads(text) if kept else None)
     assert (tmp_path / ENDED).exists() == kept
-    assert TrainingRun._read_end(SimpleNamespace(context=SimpleNamespace(folder=tmp_path / "none")), [1]) is None
+    run.context.folder = tmp_path / "none"
+    assert TrainingRun._read_end(run) is None

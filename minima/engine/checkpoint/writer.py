@@ -1,0 +1,197 @@
+"""Checkpoints written beside the training: a snapshot in memory, files in a thread, a marker once all are there."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from minima.disk import is_no_space
+from minima.engine import distributed
+from minima.engine.checkpoint.store import FORMAT, MARKER, file_sha256, marker_sha256, prune, remove, step_folder
+from minima.errors import CheckpointError, DiskFull, MinimaError
+
+WriteFiles = Callable[[Path], list[Path]]  # writes this rank's files into a folder, and returns them
+
+
+@dataclass
+class _Report:
+    """What one rank wrote of one checkpoint; sent to the others."""
+
+    failure: str | None = None
+    full: bool = False
+    sha256: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+class CheckpointWriter:
+    """Writes a stage's checkpoints, at most one at a time. Every rank makes every call, in the same order.
+
+    `begin` returns once the files are being written; the checkpoint counts only after `finish`, which the ranks call
+    together: in the loop, at the first step's edge where none of them is still writing.
+
+    Args:
+        folder: holds the stage's checkpoints.
+        keep: how many of the newest stay; 0 keeps all.
+        keep_every_steps: those after a multiple of so many steps stay, too; 0 for none.
+
+    Attributes:
+        waited_seconds: that training stood still for checkpoints on this rank, since the last `take_times`.
+        last_seconds: from the last finished checkpoint's begin until it was complete, on the slowest rank.
+        last_bytes: of its files, over all ranks.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every_steps: int = 0) -> None:
+        self.folder, self.keep, self.keep_every_steps = folder, keep, keep_every_steps
+        self.waited_seconds = self.last_seconds = 0.0
+        self.last_bytes = 0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint has begun and is not finished."""
+        return self._thread is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's files are not all on disk yet."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(
+        self, step: int, snapshot: Callable[[], WriteFiles], facts: dict[str, Any], spare: int | None = None
+    ) -> None:
+        """Take a snapshot and begin to write it; waits for the checkpoint before it, if that is still being written.
+
+        Args:
+            step: finished updates.
+            snapshot: copies this rank's state, and returns what writes the copy.
+            facts: what the marker says besides format, checksums and cost; rank 0's is taken.
+            spare: the checkpoint after this step stays, too.
+
+        Raises:
+            DiskFull, CheckpointError: this checkpoint or the one before it cannot be written; on every rank.
+        """
+        self.finish()
+        began = time.perf_counter()
+        final = step_folder(self.folder, step)
+        self._began, self._final, self._facts, self._spare = began, final, facts, spare
+        self._partial = final.with_name(final.name + ".partial")
+        self._report = _Report()
+        try:
+            if distributed.is_main():
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir(parents=True)
+        except OSError as error:
+            self._report = _Report(str(error), is_no_space(error))
+        failure, full = self._report.failure, self._report.full
+        distributed.raise_together(None if failure is None else _cannot_write(self._partial, [failure], full))
+        self._thread = threading.Thread(target=self._write, args=(snapshot(),), name="checkpoint", daemon=True)
+        self._thread.start()
+        self.waited_seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Wait for all ranks' files, and complete the checkpoint; without one in flight, nothing.
+
+        Raises:
+            DiskFull, CheckpointError: a rank could not write; on every rank. Complete checkpoints still are.
+        """
+        if self._thread is None:
+            return
+        began = time.perf_counter()
+        self._thread.join()
+        self._thread = None
+        reports: list[_Report] = distributed.gather_objects(self._report)
+        failures = [f"rank {rank}: {report.failure}" for rank, report in enumerate(reports) if report.failure]
+        full = any(report.full for report in reports)
+        self.last_bytes = sum(report.num_bytes for report in reports)
+        self.last_seconds = max(report.seconds for report in reports)
+        if not failures and distributed.is_main():
+            hashes = {name: digest for report in reports for name, digest in report.sha256.items()}
+            cost = {"save_seconds": round(self.last_seconds, 3), "save_bytes": self.last_bytes}
+            try:
+                _complete(self._partial, self._final, self._facts | cost | {"sha256": hashes})
+            except OSError as error:
+                failures, full = [f"rank 0: {error}"], is_no_space(error)
+        failures, full = distributed.broadcast_object((failures, full))
+        if failures:
+            if distributed.is_main():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise _cannot_write(self._partial, failures, full)
+        if distributed.is_main():
+            prune(self.folder, self.keep, self.keep_every_steps, self._spare)
+        self.waited_seconds += time.perf_counter() - began
+
+    def take_times(self) -> dict[str, float]:
+        """What checkpoints have cost since the last call, for a log record; nothing where there was none."""
+        if not self.waited_seconds:
+            return {}
+        times = {"checkpoint_wait_seconds": round(self.waited_seconds, 4)}
+        if self.last_bytes:
+            times |= {"checkpoint_seconds": round(self.last_seconds, 4), "checkpoint_bytes": float(self.last_bytes)}
+        self.waited_seconds, self.last_bytes = 0.0, 0
+        return times
+
+    def _write(self, write_files: WriteFiles) -> None:
+        try:
+            for path in write_files(self._partial):
+                _sync(path)
+                self._report.sha256[path.name] = file_sha256(path)
+                self._report.num_bytes += path.stat().st_size
+        except (OSError, SafetensorError) as error:
+            self._report.failure, self._report.full = str(error) or type(error).__name__, is_no_space(error)
+        except Exception as error:  # whatever it is, all ranks have to hear of it: the thread's own end would be silent
+            self._report.failure = f"{type(error).__name__}: {error}"
+        self._report.seconds = time.perf_counter() - self._began
+
+
+def write_checkpoint(
+    folder: Path, step: int, write_files: WriteFiles, facts: dict[str, Any], keep: int, spare: int | None = None
+) -> Path:
+    """Write one checkpoint and wait for it; every rank calls it. Arguments and errors are those of `begin`.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    writer = CheckpointWriter(folder, keep)
+    writer.begin(step, lambda: write_files, facts, spare)
+    writer.finish()
+    return step_folder(folder, step)
+
+
+def _complete(partial: Path, final: Path, facts: dict[str, Any]) -> None:
+    marker = partial / MARKER
+    content = {"format": FORMAT, **facts}
+    marker.write_text(json.dumps(content | {"marker_sha256": marker_sha256(content)}, indent=1), encoding="utf-8")
+    _sync(marker)
+    _sync(partial)
+    remove(final)  # the same step, saved before a run went back to an earlier one
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError:
+    why = "the run cannot go on without a place for its checkpoints; those that were complete before still are"
+    if full:
+        return DiskFull(
+            f"no space left for {partial}: {'; '.join(failures)}",
+            why,
+            "free some space (or lower keep_checkpoints), then run again: it resumes from its last checkpoint",
+        )
+    return CheckpointError(
+        f"{partial} could not be written: {'; '.join(failures)}", why, "mend the cause, then run again"
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""A rank that hangs leaves the others waiting for ever in a collective: the watchdog names it and ends the job."""
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from minima.engine import distributed
+from minima.errors import RankHung
+
+EXIT_CODE = 4  # of `minima stage`
+_LONGEST_BEAT_SECONDS = 10.0
+_GRACE_SECONDS = 2.0  # launchers end the other ranks about a second after the first one: the message comes before that
+_WAITING = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/zero/")  # files of a rank that only waits
+logger = logging.getLogger("minima.watchdog")
+
+
+class Watchdog:
+    """Watches one rank's training loop from a thread, and compares it with the others' when it stands still.
+
+    Every rank tells the others, through the process group's key-value store, how far it has come. A rank that has not
+    come further for `seconds` asks what the others say: the one that says nothing any more, or that is furthest
+    behind, or that is not waiting in a collective while the others are, is the one that hangs. Then every rank that
+    still can ends with exit code 4, so that the launcher ends the rest.
+
+    Args:
+        seconds: without progress that end the job; 0 watches nothing.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._beat_seconds = min(_LONGEST_BEAT_SECONDS, seconds / 4)
+        self._progress, self._place, self._since = 0, "before the first step", time.monotonic()
+        self._main = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds > 0:
+            self._store = distributed.open_store("watchdog", timeout_seconds=max(5.0, self._beat_seconds))
+            self._since = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def mark(self, place: str) -> None:
+        """The loop has come to `place`. Costs nothing; the same sequence of marks is made on every rank."""
+        self._place, self._since = place, time.monotonic()
+        self._progress += 1
+
+    def _watch(self) -> None:
+        rank, world_size, beat = distributed.rank(), distributed.world_size(), 0
+        while not self._stopped.wait(self._beat_seconds):
+            beat += 1
+            try:
+                self._tell(rank, beat)
+                if time.monotonic() - self._since > self.seconds:
+                    self._end(rank, world_size)
+            except Exception as error:  # of the store: rank 0 (or the launcher's agent) holds it
+                logger.debug("rank %d cannot reach the other ranks' watchdogs: %s", rank, error)
+                if time.monotonic() - self._since > self.seconds and not self._stopped.is_set():
+                    verdict = f"rank 0 gave no sign of life while rank {rank} waited for {self.seconds:g} s ({error})"
+                    self._leave(verdict, 0.0 if rank == 1 else _GRACE_SECONDS)
+
+    def _tell(self, rank: int, beat: int) -> None:
+        frames = sys._current_frames().get(self._main)
+        stack = traceback.extract_stack(frames)[-40:] if frames is not None else []
+        said = {
+            "beat": beat,
+            "progress": self._progress,
+            "place": self._place,
+            "host": socket.gethostname(),
+            "waiting": any(part in frame.filename for frame in stack[-6:] for part in _WAITING),
+            "at": f"{stack[-1].filename}:{stack[-1].lineno} ({stack[-1].name})" if stack else "unknown",
+            "stack": "".join(traceback.format_list(stack[-8:])),
+        }
+        self._store.set(str(rank), json.dumps(said))
+
+    def _end(self, rank: int, world_size: int) -> None:
+        before = self._ask(world_size)
+        if self._stopped.wait(2.5 * self._beat_seconds):
+            return
+        after = self._ask(world_size)
+        if time.monotonic() - self._since <= self.seconds:  # it was only slow
+            return
+        silent = [number for number in range(world_size) if after[number].get("beat") == before[number].get("beat")]
+        speaker = min((number for number in range(world_size) if number not in silent), default=rank)
+        self._leave(_verdict(after, silent, self.seconds), 0.0 if rank == speaker else _GRACE_SECONDS)
+
+    def _ask(self, world_size: int) -> list[dict[str, Any]]:
+        """What every rank said last; nothing of one that has never spoken."""
+        found = []
+        for number in range(world_size):
+            said = json.loads(self._store.get(str(number))) if self._store.check([str(number)]) else {}
+            found.append(said)
+        return found
+
+    def _leave(self, verdict: str, wait_seconds: float) -> None:
+        if wait_seconds:
+            time.sleep(wait_seconds)
+        else:
+            error = RankHung(
+                verdict,
+                "the other ranks wait for it, on idle machines that cost; the last complete checkpoint stands",
+                "run the same command again: it resumes from there. If it hangs at the same place, look at what is "
+                "named here; if the rank is only slow, raise watchdog_seconds",
+            )
+            sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
+
+def _verdict(said: list[dict[str, Any]], silent: list[int], seconds: float) -> str:
+    """Which rank hangs, from what all of them said last."""
+    if silent:
+        named = ", ".join(f"rank {number}{_on(said[number])}" for number in silent)
+        return f"{named} gave no sign of life while the others waited for {seconds:g} s{_last(said[silent[0]])}"
+    least = min(facts["progress"] for facts in said)
+    behind = [number for number, facts in enumerate(said) if facts["progress"] == least]
+    if len(behind) == len(said):  # all at the same place: then the one that does something else than wait
+        behind = [number for number in behind if not said[number]["waiting"]]
+    if not behind or len(behind) == len(said):
+        return f"no rank has come further for {seconds:g} s, and none can be told from the others{_last(said[0])}"
+    named = ", ".join(f"rank {number}{_on(said[number])}" for number in behind)
+    stack = said[behind[0]]["stack"]
+    return f"{named} hangs: nothing has moved for {seconds:g} s{_last(said[behind[0]])}\nits stack:\n{stack}".rstrip()
+
+
+def _on(facts: dict[str, Any]) -> str:
+    return f" on {facts['host']}" if facts else ""
+
+
+def _last(facts: dict[str, Any]) -> str:
+    return f"; it was last seen at {facts['place']}, in {facts['at']}" if facts else ""

@@ -1,0 +1,52 @@
+"""Where a training stage goes on: the newest complete checkpoint whose bytes are those that were written."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from minima.engine import distributed
+from minima.engine.checkpoint.shards import load_shards
+from minima.engine.checkpoint.store import complete_steps, set_aside, step_folder
+from minima.engine.student import Student
+from minima.errors import CheckpointError, StoreCorrupted
+
+logger = logging.getLogger("minima.resume")
+
+
+def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint into a student that has just been built; every rank calls it.
+
+    A damaged one is named, set aside as `step-N.damaged`, and passed over.
+
+    Args:
+        student: gets weights, optimiser and random states.
+        checkpoints: the stage's folder of checkpoints.
+
+    Returns:
+        What its marker says; None where no checkpoint was ever complete.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    passed_over: list[str] = []
+    while True:
+        steps = complete_steps(checkpoints) if distributed.is_main() else []
+        newest = distributed.broadcast_object(steps[-1] if steps else None)  # another node's view may be older
+        if newest is None:
+            break
+        checkpoint = step_folder(checkpoints, newest)
+        try:
+            return load_shards(student, checkpoint)
+        except StoreCorrupted as error:  # all ranks have met it
+            passed_over.append(error.what)
+            if distributed.is_main():
+                aside = set_aside(checkpoint)
+                logger.warning("%s; it is passed over and kept as %s", error.what, aside)
+            distributed.barrier()
+    if passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} is whole: {'; '.join(passed_over)}",
+            "the run would silently start again from its first step",
+            f"copy an undamaged checkpoint back as {checkpoints}/step-N, or remove {checkpoints} to train again",
+        )
+    return None
