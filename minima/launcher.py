@@ -220,6 +220,26 @@ def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str
     return environment
 
 
+def ranks_of_session(session: int) -> list[int]:
+    """Processes of a session that are ranks of some launcher running `minima stage`, not the launcher's own.
+
+    Args:
+        session: the id of the session that `minima run` started the launcher in.
+    """
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) != session or not {"minima", "stage"} <= set(process.cmdline()):
+                continue
+            if {"RANK", "OMPI_COMM_WORLD_RANK"} & set(process.environ()):
+                found.append(process.pid)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return found
+
+
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -111,16 +111,15 @@ def accumulation_steps(training: Training, world_size: int) -> int:
     Raises:
         DeepSpeedConfigError: the batch does not divide by the ranks.
     """
-    micro_batches = training.batch_sequences // training.micro_batch_sequences
-    if micro_batches % world_size:
-        counts = ", ".join(str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0)
+    batch = training.batch_sequences
+    if batch % world_size:
+        counts = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
         raise DeepSpeedConfigError(
-            f"a batch of {training.batch_sequences} sequences is {micro_batches} micro-batches of "
-            f"{training.micro_batch_sequences}, which do not divide by {world_size} ranks",
+            f"a batch of {batch} sequences does not divide by {world_size} ranks",
             "every rank has to do the same work, or the others wait and collectives no longer match",
-            f"use one of {counts} ranks, or change batch_sequences or micro_batch_sequences",
+            f"use one of {counts} ranks, or change batch_sequences",
         )
-    return micro_batches // world_size
+    return batch // (world_size * training.micro_batch_on(world_size))
 
 
 def training_config(path: Path, training: Training, world_size: int) -> dict[str, Any]:
@@ -134,8 +133,8 @@ def training_config(path: Path, training: Training, world_size: int) -> dict[str
         | read_deepspeed_json(path)
         | {
             "train_batch_size": training.batch_sequences,
-            "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
             "gradient_accumulation_steps": accumulation_steps(training, world_size),
+            "train_micro_batch_size_per_gpu": training.micro_batch_on(world_size),
             "gradient_clipping": training.gradient_clip,
             "bf16": {"enabled": training.precision == "bfloat16"},
             "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3 takes bf16 when it is not said

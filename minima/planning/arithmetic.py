@@ -130,17 +130,14 @@ def check_batch(name: str, training: Training, ranks: int) -> None:
     Raises:
         RecipeError: names the rank counts that do.
     """
-    batch, micro = training.batch_sequences, training.micro_batch_sequences
-    if batch % (micro * ranks) == 0:
+    batch = training.batch_sequences
+    if batch % ranks == 0:
         return
-    counts = [count for count in range(1, batch // micro + 1) if batch % (micro * count) == 0]
-    micros = [size for size in range(1, batch + 1) if batch % (size * ranks) == 0]
+    counts = [count for count in range(1, batch + 1) if batch % count == 0]
     raise RecipeError(
-        f"stages.{name}: batch_sequences {batch} does not divide by {ranks} ranks of micro_batch_sequences {micro}",
-        "every rank runs the same number of whole micro-batches in a step",
-        f"take {_some(counts)} ranks"
-        + (f", or micro_batch_sequences {_some(micros)}" if micros else "")
-        + f", or a batch that is a multiple of {micro * ranks}",
+        f"stages.{name}: batch_sequences {batch} does not divide by {ranks} ranks",
+        "every rank runs the same number of sequences in a step, and the batch, which decides the result, stays",
+        f"take {_some(counts)} ranks, or a batch that is a multiple of {ranks}",
     )
 
 

@@ -14,7 +14,8 @@ class Training(BaseModel):
 
     Attributes:
         batch_sequences: sequences of one optimiser step, over all ranks and micro-batches.
-        micro_batch_sequences: sequences that one rank runs at once. Does not change the result, only memory and speed.
+        micro_batch_sequences: sequences that one rank runs at once, at most: where a rank's share of the batch is no
+            multiple of it, the largest number below it that is. Does not change the result, only memory and speed.
         steps: optimiser steps; exactly one of `steps`, `tokens` and `epochs` is given.
         tokens: training tokens, counted as whole blocks; the last step is filled with masked sequences.
         epochs: passes over the training blocks.
@@ -119,6 +120,16 @@ class Training(BaseModel):
             return self.tokens // sequence_length
         assert self.epochs is not None
         return round(self.epochs * blocks)
+
+    def micro_batch_on(self, ranks: int) -> int:
+        """Sequences that one of so many ranks runs at once; `batch_sequences` divides by them.
+
+        A run may go on with another number of ranks than it began with: its batch stays, and what is cut anew is each
+        rank's share of it.
+        """
+        share, rest = divmod(self.batch_sequences, ranks)
+        assert share > 0 and rest == 0, "checked before the run"
+        return max(size for size in range(1, min(self.micro_batch_sequences, share) + 1) if share % size == 0)
 
     def warmup(self, total_steps: int) -> int:
         """Steps of linear warm-up."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from minima.launcher import ranks_of_session
 from minima.stages.running import ERROR, HEADER
 
 
@@ -53,7 +54,8 @@ class Log:
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, lock: int) -> int:
     """Run a command to its end in a session of its own, and give its exit code.
 
-    SIGINT and SIGTERM are passed on to the whole group, so that the ranks can save; the code is then at least 128.
+    SIGINT and SIGTERM are passed on to the ranks, so that they can save; the code is then at least 128. The launcher
+    between is left alone: some end their ranks half a minute after a signal, saved or not.
 
     Args:
         command: what to run.
@@ -74,7 +76,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
-        signal_group(child.pid, number)
+        signal_ranks(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -92,6 +94,18 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
             signal.signal(number, handler)
     code = 128 - code if code < 0 else code
     return 128 + received[0] if received and code else code
+
+
+def signal_ranks(session: int, number: int) -> None:
+    """Send a signal to the ranks of a launcher's session; to all of its processes where there is no rank yet."""
+    ranks = ranks_of_session(session)
+    if not ranks:  # a stage of one process, a launcher that has not come so far, or one with ranks elsewhere
+        signal_group(session, number)
+    for rank in ranks:
+        try:
+            os.kill(rank, number)
+        except ProcessLookupError:
+            continue
 
 
 def signal_group(group: int, number: int) -> None:

@@ -1,6 +1,7 @@
 """The driver behind `minima run`: which stages are left, in which process groups, and what they came to. No torch."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ SHORT_KINDS = (
 )  # neighbours of these kinds share a process group: starting one costs 10 s
 
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of what a signal has ended
 ALLOW_CODE_EXECUTION = "--allow-code-execution"
 
 
@@ -115,8 +117,12 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
         code = 1
     if code:
         name = left[0].name if left else group[-1].name
+        log_file = folder / "logs" / f"{name}.log"
+        if code in STOPPED and not log.error:
+            write(f"stage {name} was ended by a signal; the same command goes on from what it has saved ({log_file})")
+            return code
         reason = f": {log.error}" if log.error else ""
-        write(f"stage {name} failed with exit code {code}{reason}\nits log is {folder / 'logs' / (name + '.log')}")
+        write(f"stage {name} failed with exit code {code}{reason}\nits log is {log_file}")
     return code
 
 

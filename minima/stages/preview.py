@@ -181,7 +181,7 @@ class _Preview(KnownInputs):
         if plan is None:
             preview.notes.append("tokens and steps follow once the data is built")
             return
-        preview.facts += training_facts(plan, self.ranks, stage.micro_batch_sequences)
+        preview.facts += training_facts(plan, self.ranks, stage.micro_batch_on(self.ranks))
         if shape is None or (frozen is not None and teacher is None):
             return
         if isinstance(stage, Align) and stage.precompute_reference:

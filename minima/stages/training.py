@@ -91,7 +91,7 @@ def run_training(
         store,
         seed=stage.seed,
         batch_sequences=stage.batch_sequences,
-        micro_batch_sequences=stage.micro_batch_sequences,
+        micro_batch_sequences=stage.micro_batch_on(distributed.world_size()),
         total_sequences=stage.total_sequences(store.sequence_length, len(store)),
         rank=distributed.rank(),
         world_size=distributed.world_size(),

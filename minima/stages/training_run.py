@@ -133,6 +133,10 @@ class TrainingRun:
         parameters = f"{self.shape.parameters:,} parameters"
         tokens = f"{self._seen(total_steps)['tokens']:,} tokens"
         self.progress.note(f"{parameters}, {total_steps:,} steps, {tokens}")
+        micro_batch = self.stage.micro_batch_on(distributed.world_size())
+        if micro_batch != self.stage.micro_batch_sequences:
+            share = self.stage.batch_sequences // distributed.world_size()
+            self.progress.note(f"micro-batches of {micro_batch} sequences: a rank's share of the batch is {share}")
         if first_step:
             self.progress.note(f"resuming after step {first_step}")
 

@@ -112,8 +112,16 @@ def test_gradients_are_summed_in_float32(write):
 
 def test_a_batch_that_does_not_divide_names_the_counts_that_do():
     assert accumulation_steps(training(), 4) == 3
-    with pytest.raises(DeepSpeedConfigError, match=r"(?s)12 micro-batches.*5 ranks.*1, 2, 3, 4, 6, 12 ranks"):
+    with pytest.raises(DeepSpeedConfigError, match=r"(?s)24 sequences.*5 ranks.*1, 2, 3, 4, 6, 8, 12, 24 ranks"):
         accumulation_steps(training(), 5)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 6), (3, 8), (4, 6), (6, 4), (8, 3), (12, 2), (24, 1)])
+def test_another_number_of_ranks_keeps_the_batch_and_cuts_micro_batches_anew(root, ranks, micro_batch):
+    settings = training(micro_batch_sequences=8)
+    config = training_config(root / "ds_configs/student_zero3.json", settings, ranks)
+    assert config["train_micro_batch_size_per_gpu"] == micro_batch <= settings.micro_batch_sequences
+    assert ranks * micro_batch * config["gradient_accumulation_steps"] == config["train_batch_size"] == 24
 
 
 def test_the_recipe_is_carried_over_whole(root):

@@ -49,3 +49,13 @@ def test_two_epochs_see_each_block_twice_and_the_last_step_is_filled_with_masked
     last = [feed(rank, 2).step(3) for rank in range(2)]
     assert [len(batches) for batches in last] == [3, 3], "no rank does less"
     assert sum(len(trained(batches)) for batches in last) == 44 - 3 * 12
+
+
+def test_ranks_that_change_in_mid_epoch_see_each_sample_once():
+    places = [(0, 2, 3), (1, 1, 12), (2, 3, 2), (3, 6, 1)]  # step, ranks from then on, micro-batch
+    seen = []
+    for step, ranks, micro in places:
+        for rank in range(ranks):
+            for batch in feed(rank, ranks, micro).step(step):
+                seen += [sample for sample, row in zip(batch.samples, batch.labels_BT, strict=True) if row[0] >= 0]
+    assert sorted(seen) == list(range(44))
