@@ -140,7 +140,13 @@ def _stage(options: argparse.Namespace) -> int:
     logging.getLogger("minima").setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
     try:
         path = find_recipe(options.recipe)
-        run_alone(load_recipe(path, overrides), path, names, launch, _write, options.allow_code_execution)
+        recipe = load_recipe(path, overrides)
+        if options.part is not None:
+            from minima.stages.part import run_part
+
+            run_part(recipe, path, names, options.part, launch, _write)
+        else:
+            run_alone(recipe, path, names, launch, _write, options.allow_code_execution)
     except Stopped as stopped:
         if launch.rank == 0:
             _write(str(stopped))

@@ -17,8 +17,10 @@ from minima.data.chat_encoding import ChatEncoder
 from minima.data.conversations import read_conversations
 from minima.data.documents import HeldOut
 from minima.data.encoding import Batch, Encoder, EncodingPool, Result
-from minima.data.mixture import Reader, SourceStream, mix, source_labels, training_texts
+from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
+from minima.data.part_files import folder_sha256
+from minima.data.parts import RecordedParts
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.template_choice import set_template
@@ -32,7 +34,9 @@ _LOG = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
 
 
-def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTraining) -> dict[str, Any]:
+def build(
+    stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTraining, parts: RecordedParts | None = None
+) -> dict[str, Any]:
     """Write `tokenizer/`, `train/`, `held_out/` and `report.json` into a folder.
 
     The result depends on the stage and its sources, not on the number of processes. All of it is written under
@@ -42,6 +46,7 @@ def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTrain
         stage: what to build.
         folder: exists; an earlier result in it is replaced.
         tokenizer: the folder or Hub id of a tokenizer, or how to train one.
+        parts: take from them what would be read and encoded; the result is the same to the byte.
 
     Returns:
         The report's numbers, without the examples of rejected records.
@@ -56,9 +61,12 @@ def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTrain
         with disk_full_named(folder):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            plan = _make_tokenizer(stage, tokenizer, unfinished)
-        report = _encode(stage, folder, plan)
-        report["seconds"] = round(time.monotonic() - started, 3)
+            plan = make_tokenizer(stage, tokenizer, unfinished)
+        if parts is not None:
+            parts.check_tokenizer(folder_sha256(unfinished))
+        report = _encode(stage, folder, plan, parts)
+        earlier_seconds = parts.seconds if parts is not None else 0.0
+        report["seconds"] = round(earlier_seconds + time.monotonic() - started, 3)
         with disk_full_named(folder):
             _replace(unfinished, folder / "tokenizer")
             _write_json(folder / "report.json", report)
@@ -72,23 +80,28 @@ def build(stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTrain
     return metrics
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How documents become tokens."""
 
     end_token: int
     vocabulary_size: int
     make: Callable[[], Callable[[Batch], Result]]  # an encoder
-    read: Reader = read_source
+    read: Callable[..., Iterator[str]] = read_source
     writer: type[StoreWriter] | type[PackedWriter] = StoreWriter
 
 
-def _make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, folder: Path) -> _Plan:
+def processes_of(stage: BuildData) -> int:
+    """How many processes encode."""
+    return stage.processes or len(os.sched_getaffinity(0))
+
+
+def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, folder: Path) -> Plan:
     """Write the tokenizer, and say how it encodes."""
     if isinstance(tokenizer, TokenizerTraining):
         _LOG.info("training a tokenizer of %d pieces", tokenizer.vocabulary_size)
         model = train_sentencepiece(_tokenizer_texts(stage, tokenizer), tokenizer.vocabulary_size)
         write_tokenizer(model, folder)
-        return _Plan(2, tokenizer.vocabulary_size, partial(Encoder, folder, 2, tokenizer.vocabulary_size))
+        return Plan(2, tokenizer.vocabulary_size, partial(Encoder, folder, 2, tokenizer.vocabulary_size))
     if Path(tokenizer).expanduser().is_dir():
         tokenizer = Path(tokenizer).expanduser()
     loaded = load_tokenizer(tokenizer)
@@ -96,12 +109,12 @@ def _make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining,
     size = max(len(loaded), end_token + 1)
     if stage.format == "text":
         save_tokenizer(loaded, tokenizer, folder)
-        return _Plan(end_token, size, partial(Encoder, folder, end_token, size))
+        return Plan(end_token, size, partial(Encoder, folder, end_token, size))
     set_template(loaded, stage.chat_template)
     save_tokenizer(loaded, tokenizer, folder)
     pairs = stage.format == "preferences"
     make = partial(ChatEncoder, folder, template_of(loaded), size, stage.sequence_length, pairs)
-    return _Plan(end_token, size, make, partial(read_conversations, pairs=pairs), PackedWriter)
+    return Plan(end_token, size, make, partial(read_conversations, pairs=pairs), PackedWriter)
 
 
 def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[str]:
@@ -121,7 +134,7 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
     return training_texts(chosen, HeldOut(stage.held_out_fraction, stage.seed), training.max_characters)
 
 
-def _encode(stage: BuildData, folder: Path, plan: _Plan) -> dict[str, Any]:
+def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | None) -> dict[str, Any]:
     """Write and publish both stores; everything that the report says but the time."""
     length = stage.sequence_length
     shape: dict[str, Any] = {
@@ -130,15 +143,15 @@ def _encode(stage: BuildData, folder: Path, plan: _Plan) -> dict[str, Any]:
     }  # fmt: skip
     budget = None if stage.tokens is None else stage.tokens // length
     held_out_budget = None if stage.held_out_tokens is None else stage.held_out_tokens // length
-    processes = stage.processes or len(os.sched_getaffinity(0))
     labels = source_labels(stage.sources)
     aside_rule = HeldOut(stage.held_out_fraction, stage.seed)
     with (
-        EncodingPool(plan.make, processes) as pool,
+        parts or EncodingPool(plan.make, processes_of(stage)) as pool,
         plan.writer(folder / "train", **shape, max_blocks=budget) as train,
         plan.writer(folder / "held_out", **shape, max_blocks=held_out_budget) as held_out,
     ):
-        streams = [SourceStream(source, n, pool, aside_rule, plan.read) for n, source in enumerate(stage.sources)]
+        readers = [plan.read if parts is None else partial(parts.read, n) for n in range(len(stage.sources))]
+        streams = [SourceStream(source, n, pool, aside_rule, readers[n]) for n, source in enumerate(stage.sources)]
         progress = _Progress()
         for documents, aside in mix(streams, endless=budget is not None):
             held_out.add(aside)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from minima.data.documents import Rejected
 from minima.data.preferences import Pair, pair_of
+from minima.data.share import Share
 from minima.data.sources import read_records, some
 from minima.data.turns import (
     ASSISTANT,
@@ -44,20 +45,24 @@ class Conversation(NamedTuple):
         return [self.turns]
 
 
-def read_conversations(source: Source, rejected: Rejected, *, pairs: bool = False) -> Iterator[str]:
+def read_conversations(
+    source: Source, rejected: Rejected, *, pairs: bool = False, share: Share | None = None
+) -> Iterator[str]:
     """The conversations or preference pairs of a source, packed into strings; `unpack` gives them back.
 
     Args:
         source: says where and in which format; the layout is told from each record.
         rejected: takes what is none.
         pairs: read preference pairs.
+        share: read only its records; all when not given.
 
     Raises:
         DataError: the source is missing, cannot be opened, or gives not one.
     """
+    share = share or Share()
 
     def packed() -> Iterator[str]:
-        for where, record in read_records(source, rejected):
+        for where, record in read_records(source, rejected, share):
             try:
                 item = pair_of(record) if pairs else conversation_of(record)
             except Unfit as unfit:
@@ -66,7 +71,7 @@ def read_conversations(source: Source, rejected: Rejected, *, pairs: bool = Fals
                 yield f"{compact(item)}\n{where}"
 
     what = "preference pairs" if pairs else "conversations"
-    yield from some(packed(), source, rejected, f"that its records are {what} in a layout that is known")
+    yield from some(packed(), source, rejected, f"that its records are {what} in a layout that is known", share)
 
 
 def unpack(packed: str, *, pairs: bool = False) -> tuple[Conversation | Pair, str]:

@@ -3,11 +3,12 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+T = TypeVar("T", bound=Sized)  # a text, or what stands for one
 _EXAMPLES = 3  # of each reason are shown
 _EXCERPT_CHARACTERS = 80
 # Documents wait here to be drawn at random: a source that fits is permuted as a whole, a larger one is shuffled
@@ -39,10 +40,7 @@ class Rejected:
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            if isinstance(content, bytes):
-                content = content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
-            excerpt = content if isinstance(content, str) else repr(content)
-            examples.append({"where": where, "excerpt": printable(excerpt).strip()[:_EXCERPT_CHARACTERS]})
+            examples.append({"where": where, "excerpt": _shown(content)[:_EXCERPT_CHARACTERS]})
 
     def describe(self) -> str:
         """All of it in one sentence."""
@@ -56,6 +54,18 @@ class Rejected:
     def report(self) -> dict[str, Any]:
         """Counts and examples, for the stage's report."""
         return {"counts": dict(sorted(self.counts.items())), "examples": dict(sorted(self.examples.items()))}
+
+
+def shortened(content: object) -> str:
+    """Rejected content of which `Rejected.add` keeps the same excerpt as of the whole."""
+    text = _shown(content)
+    return text if len(text) <= _EXCERPT_CHARACTERS else f"{text[:_EXCERPT_CHARACTERS]}..."  # no space at its end
+
+
+def _shown(content: object) -> str:
+    if isinstance(content, bytes):
+        content = content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
+    return printable(content if isinstance(content, str) else repr(content)).strip()
 
 
 def printable(text: str) -> str:
@@ -83,7 +93,7 @@ class HeldOut(NamedTuple):
         return np.array([int.from_bytes(digest, "little") < limit for digest in digests], dtype=bool)
 
 
-def shuffled(texts: Iterable[str], seed: str, window_characters: int = SHUFFLE_CHARACTERS) -> Iterator[str]:
+def shuffled(texts: Iterable[T], seed: str, window_characters: int = SHUFFLE_CHARACTERS) -> Iterator[T]:
     """Texts in a seeded random order.
 
     Args:
@@ -92,7 +102,8 @@ def shuffled(texts: Iterable[str], seed: str, window_characters: int = SHUFFLE_C
         window_characters: as much text waits to be drawn from. If all of it fits, the order is a permutation drawn
             uniformly; else a text can come out early from anywhere but only as far ahead as the window reaches.
     """
-    order, waiting, held = random.Random(seed), [], 0
+    order, held = random.Random(seed), 0
+    waiting: list[T] = []
     for text in texts:
         waiting.append(text)
         held += len(text)
@@ -107,9 +118,9 @@ def shuffled(texts: Iterable[str], seed: str, window_characters: int = SHUFFLE_C
         yield waiting.pop()
 
 
-def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+def batched(texts: Iterable[T]) -> Iterator[list[T]]:
     """Neighbouring texts in lists of about `BATCH_CHARACTERS`; cut by content alone, never by timing."""
-    batch: list[str] = []
+    batch: list[T] = []
     held = 0
     for text in texts:
         batch.append(text)

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -164,6 +164,22 @@ def _start_worker(make: Callable[[], Callable[[Batch], Result]]) -> None:
 def _encode_in_worker(batch: Batch) -> Result:
     assert _encode is not None
     return _encode(batch)
+
+
+class Pool(Protocol):
+    """Where encoded batches come from: worker processes, or what parts have recorded.
+
+    Attributes:
+        processes: says how far batches are asked for ahead.
+    """
+
+    processes: int
+
+    def submit(self, batch: Batch) -> Any:
+        """Ask for a batch; give what comes back to `result`."""
+
+    def result(self, task: Any) -> Result:
+        """Wait for it."""
 
 
 class EncodingPool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minima.data.documents import HeldOut, Rejected, batched, shuffled
-from minima.data.encoding import Batch, Encoded, EncodingPool
+from minima.data.encoding import Batch, Encoded, Pool
 from minima.data.sources import no_document, read_source
 from minima.errors import DataError
 from minima.recipe.data import Source
@@ -15,12 +15,13 @@ from minima.recipe.data import Source
 # A source takes its turn for so many tokens, or one document if that is longer; the mixture is right to that.
 TURN_TOKENS = 1024
 
-Reader = Callable[[Source, Rejected], Iterator[str]]  # a source's texts, or packed conversations or pairs
+# A source's texts, or packed conversations or pairs; or what stands for them where parts have recorded them.
+Reader = Callable[[Source, Rejected], Iterator[Any]]
 
 
 def read_shuffled(
     source: Source, number: int, seed: int, rejected: Rejected, passes: int = 0, read: Reader = read_source
-) -> Iterator[str]:
+) -> Iterator[Any]:
     """The documents of the stage's n-th source in the seeded order of a pass."""
     return shuffled(read(source, rejected), f"{seed}:{number}:{passes}")
 
@@ -72,9 +73,7 @@ class SourceStream:
         cut: documents of which turns were left out, in the first pass.
     """
 
-    def __init__(
-        self, source: Source, number: int, pool: EncodingPool, held_out: HeldOut, read: Reader = read_source
-    ) -> None:
+    def __init__(self, source: Source, number: int, pool: Pool, held_out: HeldOut, read: Reader = read_source) -> None:
         self.source, self.weight, self._read = source, source.weight or 1.0, read
         self.rejected = Rejected()
         self.passes = self.tokens = self.learnt_tokens = self.documents = self.bytes = self.characters = 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minima.data.encoding import Encoded
 
 
-class _HashedFile:
+class HashedFile:
     """A new file whose size and sha256 are known when it closes."""
 
     def __init__(self, path: Path) -> None:
@@ -84,8 +84,8 @@ class StoreWriter:
         self._max_tokens = None if max_blocks is None else max_blocks * sequence_length
         self._shards: list[dict[str, Any]] = []
         self._format, self._document_mask = format, document_mask
-        self._file: _HashedFile | None = None
-        self._learnt_file: _HashedFile | None = None
+        self._file: HashedFile | None = None
+        self._learnt_file: HashedFile | None = None
         self._starts: list[np.ndarray] = []
         self._held = np.empty(0, dtype=self._dtype)  # tokens of the block that is not full yet
         self._held_learnt = np.empty(0, dtype=np.uint8)
@@ -176,7 +176,7 @@ class StoreWriter:
         written = 0
         while written < whole:
             if self._file is None:
-                self._file = _HashedFile(self._partial / f"tokens-{len(self._shards):05d}.bin")
+                self._file = HashedFile(self._partial / f"tokens-{len(self._shards):05d}.bin")
                 self._shard_begin = self._flushed
             room = self._shard_begin + self._shard_tokens - self._flushed
             piece = stream[written : min(whole, written + room)]
@@ -196,14 +196,14 @@ class StoreWriter:
 
     def _write_learnt(self, learnt: np.ndarray) -> None:
         if self._learnt_file is None:
-            self._learnt_file = _HashedFile(self._partial / f"learnt-{len(self._shards):05d}.bin")
+            self._learnt_file = HashedFile(self._partial / f"learnt-{len(self._shards):05d}.bin")
         self._learnt_file.write(learnt.data)
         self._learnt_tokens += int(learnt.sum())
 
     def _close_shard(self) -> None:
         assert self._file is not None
         shard = self._file.close() | {"tokens": self._flushed - self._shard_begin}
-        starts = _HashedFile(self._partial / f"starts-{len(self._shards):05d}.bin")
+        starts = HashedFile(self._partial / f"starts-{len(self._shards):05d}.bin")
         starts.write(np.concatenate(self._starts).tobytes())
         shard |= {"starts": starts.close()}
         if self._learnt_file is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minima.data.documents import Rejected
+from minima.data.share import Share
 from minima.errors import DataError
 from minima.recipe.data import Source
 
@@ -30,8 +31,8 @@ def no_column(where: str, field: str, columns: list[str]) -> DataError:
     )
 
 
-def read_dataset(source: Source, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
-    """A field of all records of a Hugging Face dataset, or the whole records.
+def read_dataset(source: Source, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
+    """A field of a share's records of a Hugging Face dataset, or the whole records.
 
     Raises:
         DataError: it cannot be opened or read, or has no such column.
@@ -50,7 +51,8 @@ def read_dataset(source: Source, field: str | None, rejected: Rejected) -> Itera
     row = 0
     try:
         for row, record in enumerate(dataset, 1):
-            yield from field_of(record, field, f"{source.hub}:{row}", rejected)
+            if share.mine(row - 1):
+                yield from field_of(record, field, f"{source.hub}:{row}", rejected)
     except Exception as error:
         raise _unreadable(source, f"cannot be read after row {row}", error) from error
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from minima.assets import CHATS, read_chat_asset, read_text_asset
 from minima.data.documents import Rejected
 from minima.data.records import field_of, no_column, read_dataset
+from minima.data.share import Share
 from minima.errors import DataError
 from minima.recipe.data import Source
 
@@ -25,46 +26,50 @@ _FORMATS = {
 _UNPACK = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _PARQUET_ROWS = 1024
 _SNIFF_BYTES = 1 << 12
+T = TypeVar("T")
 
 
-def read_source(source: Source, rejected: Rejected) -> Iterator[str]:
+def read_source(source: Source, rejected: Rejected, *, share: Share | None = None) -> Iterator[str]:
     """The texts of a source, in an order that is always the same.
 
     Args:
         source: says where and in which format.
         rejected: takes what is no text: each such record is counted and left out.
+        share: read only its records; all when not given.
 
     Raises:
         DataError: the source is missing, cannot be opened, or gives not one text.
     """
-    texts = _texts(_read(source, source.field, rejected), rejected)
-    yield from some(texts, source, rejected, f"that `field: {source.field}` names the text")
+    share = share or Share()
+    texts = _texts(_read(source, source.field, rejected, share), rejected)
+    yield from some(texts, source, rejected, f"that `field: {source.field}` names the text", share)
 
 
-def read_records(source: Source, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def read_records(source: Source, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
     """The whole records of a source, each with where it lies: file and line, or source and row.
 
     Args:
         source: says where and in which format; its `field` is not read.
         rejected: takes what cannot be decoded.
+        share: whose records.
 
     Raises:
         DataError: the source is missing or cannot be opened.
     """
-    return _read(source, None, rejected)
+    return _read(source, None, rejected, share)
 
 
-def some(items: Iterator[str], source: Source, rejected: Rejected, check: str) -> Iterator[str]:
+def some(items: Iterator[T], source: Source, rejected: Rejected, check: str, share: Share) -> Iterator[T]:
     """The first `max_documents` of a source's items.
 
     Raises:
-        DataError: there is not one.
+        DataError: there is not one (of a share, that is no error: other parts have them).
     """
     found = False
     for item in islice(items, source.max_documents):
         found = True
         yield item
-    if not found:
+    if not found and share.whole:
         raise no_document(source, rejected, check)
 
 
@@ -77,15 +82,19 @@ def no_document(source: Source, rejected: Rejected, check: str) -> DataError:
     )
 
 
-def _read(source: Source, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read(source: Source, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
     """What the records' field holds, or the records themselves."""
-    if source.embedded in CHATS:
-        return ((f"{source.embedded}:{n}", record) for n, record in enumerate(read_chat_asset(source.embedded), 1))
     if source.embedded is not None:
-        return ((f"{source.embedded}:{record['id']}", record["text"]) for record in read_text_asset(source.embedded))
+        return (record for number, record in enumerate(_embedded(source.embedded)) if share.mine(number))
     if source.hub is not None:
-        return read_dataset(source, field, rejected)
-    return _read_files(source, field, rejected)
+        return read_dataset(source, field, rejected, share)
+    return _read_files(source, field, rejected, share)
+
+
+def _embedded(name: str) -> Iterator[tuple[str, Any]]:
+    if name in CHATS:
+        return ((f"{name}:{number}", record) for number, record in enumerate(read_chat_asset(name), 1))
+    return ((f"{name}:{record['id']}", record["text"]) for record in read_text_asset(name))
 
 
 def _texts(records: Iterator[tuple[str, Any]], rejected: Rejected) -> Iterator[str]:
@@ -112,19 +121,23 @@ def _is_unicode(text: str) -> bool:
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-def _read_files(source: Source, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_files(source: Source, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
     assert source.path is not None
     readers = {"text": _read_text, "json": _read_json, "jsonl": _read_jsonl, "parquet": _read_parquet}
     known = 0
     files = find_files(source.path)
-    for path in files:
+    share.begin(len(files))
+    for number, path in enumerate(files):
         name = source.format if source.format != "auto" else _format(path)
-        if name is None:
-            rejected.add("unknown_suffix", str(path), path.name)
+        known += name is not None
+        if not share.open(number):
             continue
-        known += 1
+        if name is None:
+            if share.mine(0):
+                rejected.add("unknown_suffix", str(path), path.name)
+            continue
         try:
-            yield from readers[name](path, field, rejected)
+            yield from readers[name](path, field, rejected, share)
         except (OSError, EOFError, lzma.LZMAError) as error:
             raise DataError(
                 f"{path} cannot be read: {error}",
@@ -174,7 +187,9 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], opener(path, "rb"))
 
 
-def _read_text(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_text(path: Path, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
+    if not share.mine(0):
+        return
     with _open(path) as file:
         content = file.read()
     try:
@@ -183,7 +198,7 @@ def _read_text(path: Path, field: str | None, rejected: Rejected) -> Iterator[tu
         rejected.add("not_utf8", str(path), content)
 
 
-def _read_json(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
     """A file that is one array of records; any other is read as JSON lines, which bear that suffix too."""
     with _open(path) as file:
         is_array = file.read(_SNIFF_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
@@ -192,15 +207,19 @@ def _read_json(path: Path, field: str | None, rejected: Rejected) -> Iterator[tu
         with _open(path) as file, suppress(ValueError, RecursionError):
             records = json.loads(file.read().decode("utf-8-sig"))
     if not isinstance(records, list):
-        yield from _read_jsonl(path, field, rejected)
+        yield from _read_jsonl(path, field, rejected, share)
         return
     for number, record in enumerate(records, 1):
+        if not share.mine(number - 1):
+            continue
         yield from field_of(record, field, f"{path}:{number}", rejected)
 
 
-def _read_jsonl(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(path: Path, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            if not share.mine(number - 1):
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
@@ -217,7 +236,7 @@ def _read_jsonl(path: Path, field: str | None, rejected: Rejected) -> Iterator[t
             yield from field_of(record, field, where, rejected)
 
 
-def _read_parquet(path: Path, field: str | None, rejected: Rejected) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -228,9 +247,13 @@ def _read_parquet(path: Path, field: str | None, rejected: Rejected) -> Iterator
             row = 0
             columns = None if field is None else [field]
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                for value in batch.to_pylist() if field is None else batch.column(0).to_pylist():
-                    row += 1
-                    yield f"{path}:{row}", value
+                rows = range(row, row + batch.num_rows)
+                row += batch.num_rows
+                if any(share.mine(number) for number in rows):  # turning others' rows into Python's objects is slow
+                    values = batch.to_pylist() if field is None else batch.column(0).to_pylist()
+                    for number, value in zip(rows, values, strict=True):
+                        if share.mine(number):
+                            yield f"{path}:{number + 1}", value
     except pyarrow.ArrowInvalid as error:
         raise DataError(
             f"{path} is not a whole parquet file: {error}",

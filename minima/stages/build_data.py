@@ -1,29 +1,83 @@
-"""Text, conversations or preferences in, token blocks out. One process without ranks; it starts its own workers."""
+"""Text, conversations or preferences in, token blocks out. One process without ranks; it starts its own workers.
 
+A large build can be divided into parts, each a process on a machine of its own: see `run_part`.
+"""
+
+import shutil
 from pathlib import Path
 from typing import Any
 
-from minima.data.builder import build
+from minima.data.builder import build, processes_of
+from minima.data.part_building import build_part, is_recorded
+from minima.data.part_files import PARTS, Part
+from minima.data.parts import RecordedParts, check_counts
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
 from minima.stages.context import StageContext
+from minima.stages.manifest import STARTED, read_manifest, write_json
 
 RANKS = False
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write `tokenizer/`, `train/`, `held_out/` and `report.json`.
+    """Write `tokenizer/`, `train/`, `held_out/` and `report.json`; where parts are there, by merging them.
 
     Returns:
         Metrics: documents, tokens, blocks, dropped and held-out tokens, rejected records by reason, tokens per
-        character, bytes per token, `unigram_entropy` of the held-out tokens in nats, seconds, and per source its
-        documents, tokens, share and epochs. Of conversations and pairs also how many there are (`conversations` or
-        `pairs`, with `held_out_` in front those set aside), `learnt_tokens`, `padding_tokens`, `padding_share` and
-        `cut_conversations`, and the entropy is that of the tokens to be learnt.
+        character, bytes per token, `unigram_entropy` of the held-out tokens in nats, seconds (those of all parts
+        included), and per source its documents, tokens, share and epochs. Of conversations and pairs also how many
+        there are (`conversations` or `pairs`, with `held_out_` in front those set aside), `learnt_tokens`,
+        `padding_tokens`, `padding_share` and `cut_conversations`, and the entropy is that of the tokens to be learnt.
     """
     stage = context.stage
     assert isinstance(stage, BuildData)
-    return build(stage, context.folder, _tokenizer(context, stage))
+    folder = context.folder / PARTS
+    if not folder.is_dir():
+        return build(stage, context.folder, _tokenizer(context, stage))
+    command = f"minima stage {context.recipe_path} --stages {stage.name} --part"
+    started = read_manifest(context.folder, STARTED)
+    parts = RecordedParts(folder, started["identity"], command, processes_of(stage))
+    metrics = build(stage, context.folder, _tokenizer(context, stage), parts)
+    earlier_seconds = started.get("earlier_seconds", 0.0) + parts.seconds
+    write_json(context.folder / STARTED, started | {"earlier_seconds": round(earlier_seconds, 3)})
+    return metrics
+
+
+def tidy(context: StageContext) -> None:
+    """Remove the parts, once what was merged from them is published."""
+    shutil.rmtree(context.folder / PARTS, ignore_errors=True)
+
+
+def run_part(context: StageContext, part: tuple[int, int]) -> str:
+    """Encode one part, unless it is finished and whole.
+
+    Args:
+        context: of the stage; its folder has a `started.json`.
+        part: number, from 0, and how many there are.
+
+    Returns:
+        What came of it, for a person.
+    """
+    stage, folder, one = context.stage, context.folder / PARTS, Part(*part)
+    assert isinstance(stage, BuildData)
+    identity = read_manifest(context.folder, STARTED)["identity"]
+    if is_recorded(folder / one.name, identity):
+        return f"part {one} of stage {stage.name} was finished before"
+    counts = build_part(stage, folder, _tokenizer(context, stage), one, identity)
+    return (
+        f"part {one} of stage {stage.name} finished in {counts['seconds']:.1f} s: {counts['documents']} documents, "
+        f"{counts['tokens']} tokens"
+    )
+
+
+def lock_folder(folder: Path, part: tuple[int, int]) -> Path:
+    """Where the lock of one part lies, in a stage's folder."""
+    return folder / PARTS / "locks" / Part(*part).name
+
+
+def check_total(folder: Path, total: int) -> None:
+    """Refuse another number of parts than those that lie in a stage's folder; `StageError` names both."""
+    check_counts(folder / PARTS, total)
 
 
 def _tokenizer(context: StageContext, stage: BuildData) -> str | Path | TokenizerTraining:

@@ -133,6 +133,8 @@ def _run(module, context: StageContext, write) -> None:
     if main:
         seconds = time.monotonic() - began
         write_manifest(folder, metrics, seconds)
+        if hasattr(module, "tidy"):
+            module.tidy(context)
         write(f"stage {context.stage.name} finished in {seconds:.1f} s")
     if module.RANKS:
         distributed.barrier()

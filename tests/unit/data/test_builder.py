@@ -11,7 +11,7 @@ import pytest
 from minima.data.builder import build
 from minima.data.documents import HeldOut, Rejected, batched, shuffled
 from minima.data.encoding import Encoder, EncodingPool
-from minima.data.packing import _HashedFile
+from minima.data.packing import HashedFile
 from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import DataError, DiskFull
@@ -199,7 +199,7 @@ def test_a_full_disk_keeps_the_older_result(tmp_path, stage, jsonl, addresses, t
     def no_space(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_HashedFile, "write", no_space)
+    monkeypatch.setattr(HashedFile, "write", no_space)
     with pytest.raises(DiskFull, match="No space left"):
         build(stage({"path": path}, seed=2), tmp_path, tokenizer)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before

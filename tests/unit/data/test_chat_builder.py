@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from minima.data.batches import read_batch
 from minima.data.builder import build
 from minima.data.documents import HeldOut
-from minima.data.packing import _HashedFile
+from minima.data.packing import HashedFile
 from minima.data.store import TokenStore
 from minima.errors import DataError, DiskFull
 
@@ -275,7 +275,7 @@ def test_a_full_disk_keeps_the_older_result(folder, records, chat_stage, tokeniz
     def no_space(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_HashedFile, "write", no_space)
+    monkeypatch.setattr(HashedFile, "write", no_space)
     with pytest.raises(DiskFull, match="No space left"):
         build(chat_stage({"path": path}, seed=2), folder, tokenizer)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minima.data.packing import StoreWriter, _HashedFile
+from minima.data.packing import HashedFile, StoreWriter
 from minima.data.store import TokenStore
 from minima.errors import DataError, DiskFull, StoreCorrupted
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, number):
     def no_space(self, content):
         raise OSError(number, "no space")
 
-    monkeypatch.setattr(_HashedFile, "write", no_space)
+    monkeypatch.setattr(HashedFile, "write", no_space)
     with pytest.raises(DiskFull, match="no space"):
         write(tmp_path / "train", [[6] * 100])
     assert [path.name for path in tmp_path.iterdir()] == ["train"]  # the older result is still whole
@@ -162,6 +162,6 @@ def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path, monkeyp
     def refused(self, content):
         raise OSError(errno.EACCES, "not allowed")
 
-    monkeypatch.setattr(_HashedFile, "write", refused)
+    monkeypatch.setattr(HashedFile, "write", refused)
     with pytest.raises(PermissionError):
         write(tmp_path / "train", [[6] * 100])

@@ -1,0 +1,186 @@
+"""The files of one part of a divided build: encoded documents in pieces, and an index with a checksum for each."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from minima.data.packing import HashedFile
+from minima.data.store import file_sha256
+from minima.errors import StoreCorrupted
+
+INDEX = "index.json"
+FORMAT = "minima-part-1"
+PARTS = "parts"  # the folder of all parts, inside a build_data stage's
+_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})(\.partial)?")
+
+# Columns of a piece's table, one row a document: where its ids begin in the piece, how many there are, and the other
+# numbers of `Encoded`; whether it is held out; its length before it was encoded, which decides its place in the seeded
+# order; and whether the encoder took it.
+BEGIN, LENGTH, SIZE, CHARACTERS, FIRST, CUT, HELD_OUT, ORDER, TAKEN = range(9)
+COLUMNS = 9
+
+
+class Part(NamedTuple):
+    """One of several builds that divide a stage's records.
+
+    Attributes:
+        number: from 0.
+        total: how many there are.
+    """
+
+    number: int
+    total: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"part-{self.number:05d}-of-{self.total:05d}"
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+
+def part_of(name: str) -> Part | None:
+    """The part whose folder, finished or not, has this name."""
+    found = _NAME.fullmatch(name)
+    return Part(int(found[1]), int(found[2])) if found else None
+
+
+class Piece(NamedTuple):
+    """Documents in the order of their source.
+
+    Attributes:
+        tokens: unsigned int array; all ids.
+        learnt: uint8 array like `tokens`; none for text.
+        table: int64 [documents, COLUMNS].
+        runs: int64 [runs, 3]: of neighbouring documents their file, their block and how many they are.
+        rejected: what gave no document: the run before whose n-th document it lay, n, reason, place, content.
+        refused: by its row in the table, what the encoder did not take: reason, place, content.
+    """
+
+    tokens: np.ndarray
+    learnt: np.ndarray | None
+    table: np.ndarray
+    runs: np.ndarray
+    rejected: list[tuple[int, int, str, str, str]]
+    refused: dict[int, tuple[str, str, str]]
+
+
+def write_piece(folder: Path, name: str, piece: Piece) -> dict[str, Any]:
+    """Write one; what the index says of it."""
+    arrays = {"tokens": piece.tokens, "learnt": piece.learnt, "table": piece.table, "runs": piece.runs}
+    entry: dict[str, Any] = {"documents": len(piece.table), "tokens": len(piece.tokens)}
+    files = {}
+    for kind, array in arrays.items():
+        if array is not None:
+            file = HashedFile(folder / f"{name}.{kind}.npy")
+            np.lib.format.write_array(cast(Any, file), np.ascontiguousarray(array), allow_pickle=False)
+            files[kind] = file.close()
+    file = HashedFile(folder / f"{name}.rejected.json")
+    notes = {"rejected": piece.rejected, "refused": list(piece.refused.items())}
+    file.write(json.dumps(notes, ensure_ascii=False).encode("utf-8"))
+    return entry | {"files": files | {"rejected": file.close()}}
+
+
+def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
+    """Open one; its ids stay on disk until they are asked for.
+
+    Args:
+        folder: the part's.
+        entry: what the index says of the piece.
+        verify: compare checksums, not only sizes.
+
+    Raises:
+        StoreCorrupted: a file is missing or damaged; names it.
+    """
+    for file in entry["files"].values():
+        check_file(folder, file, verify)
+    files = {kind: folder / file["file"] for kind, file in entry["files"].items()}
+    arrays: dict[str, Any] = {
+        kind: np.load(path, mmap_mode="r", allow_pickle=False)
+        for kind, path in files.items()
+        if kind != "rejected" and entry["tokens"]
+    }
+    if not entry["tokens"]:  # nothing can be mapped of an empty array
+        arrays = {kind: np.load(path, allow_pickle=False) for kind, path in files.items() if kind != "rejected"}
+    notes = json.loads(files["rejected"].read_text(encoding="utf-8"))
+    return Piece(
+        np.asarray(arrays["tokens"]),
+        np.asarray(arrays["learnt"]) if "learnt" in arrays else None,
+        np.array(arrays["table"]),
+        np.array(arrays["runs"]),
+        [tuple(record) for record in notes["rejected"]],
+        {row: tuple(record) for row, record in notes["refused"]},
+    )
+
+
+def check_file(folder: Path, file: dict[str, Any], verify: bool) -> None:
+    """Compare a file with what the index says of it.
+
+    Raises:
+        StoreCorrupted: it is missing, or has another size or checksum.
+    """
+    path = folder / file["file"]
+    if not path.is_file():
+        raise _damaged(path, "is missing")
+    if path.stat().st_size != file["bytes"]:
+        raise _damaged(path, f"has {path.stat().st_size} bytes, {file['bytes']} were written")
+    if verify and (actual := file_sha256(path)) != file["sha256"]:
+        raise _damaged(path, f"has sha256 {actual}, {file['sha256']} was written")
+
+
+def write_index(folder: Path, content: dict[str, Any]) -> None:
+    """Write a part's index: the last of its files, with a checksum of its own."""
+    with (folder / INDEX).open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, "sha256": _digest(content), "content": content}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A part's index.
+
+    Raises:
+        StoreCorrupted: it is missing or damaged.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        right = index["format"] == FORMAT and index["sha256"] == _digest(index["content"])
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
+    except (ValueError, KeyError, TypeError):
+        right = False
+    if not right:
+        raise _damaged(path, "is not what was written")
+    content: dict[str, Any] = index["content"]
+    return content
+
+
+def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the index says of every file."""
+    return [file for pieces in index["sources"] for piece in pieces for file in piece["files"].values()]
+
+
+def folder_sha256(folder: Path) -> str:
+    """One checksum for the files of a tokenizer's folder and their names."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return _digest([(str(file.relative_to(folder)), file_sha256(file)) for file in files])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _damaged(path: Path, how: str) -> StoreCorrupted:
+    part = part_of(path.parent.name)
+    return StoreCorrupted(
+        f"{path} {how}",
+        "blocks would be built from tokens that are not the text's",
+        f"run that part again (--part {part}); it makes anew what is damaged, and the other parts stay",
+    )

@@ -1,0 +1,134 @@
+"""What `minima stage --part I/N` does: one part of a build_data stage, beside other parts that run at the same time."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minima.disk import disk_full_named
+from minima.errors import LauncherError, RecipeError, StageError
+from minima.launcher import Launch
+from minima.recipe.loading import resolved_yaml
+from minima.recipe.schema import BuildData, Recipe
+from minima.stages.context import StageContext
+from minima.stages.identity import check_unchanged, describe
+from minima.stages.lock import run_lock
+from minima.stages.manifest import STARTED, is_begun, is_finished, read_manifest, write_json, write_started
+from minima.stages.run_folder import check_run_folder, claim_run_folder
+from minima.stages.running import HEADER, output_folder, select
+
+# Parts that start together take the run folder's lock one after the other, each for as long as it takes to look
+# whether the folder is theirs.
+_LOCK_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """The number and the total of `I/N`.
+
+    Raises:
+        RecipeError: it is none, or I is not below N.
+    """
+    number, slash, total = text.partition("/")
+    if not (slash and number.isascii() and number.isdigit() and total.isascii() and total.isdigit()):
+        raise RecipeError(
+            f"--part {text!r} is not I/N",
+            "it says which of how many parts to encode",
+            "give the part's number, counted from 0, and how many parts there are: --part 3/16",
+        )
+    if not int(number) < int(total):
+        raise RecipeError(
+            f"--part {text}: {total} parts are numbered 0 to {int(total) - 1}" if int(total) else f"--part {text}",
+            "there is no such part, and nothing would be encoded",
+            "count from 0: a job array over N parts is --array=0-(N-1)",
+        )
+    return int(number), int(total)
+
+
+def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, part: str, launch: Launch, write) -> None:
+    """Encode one part of a build_data stage into the stage's `parts/`; `minima stage` without `--part` merges them.
+
+    The run folder's lock is held only while the part looks at it, so that parts can run at the same time, and none
+    beside a run in that folder. Each part has a lock of its own.
+
+    Args:
+        recipe: the whole run.
+        recipe_path: its file.
+        names: of the stage; the recipe's only build_data stage when not given.
+        part: `I/N`.
+        launch: this process's place, alone.
+        write: takes one line of text for a person.
+
+    Raises:
+        MinimaError: the part cannot be encoded; nothing of other parts is touched.
+    """
+    number, total = parse_part(part)
+    stages = select(recipe, names)
+    if names is None:
+        stages = [stage for stage in stages if isinstance(stage, BuildData)]
+    if len(stages) != 1 or not isinstance(stages[0], BuildData):
+        chosen = ", ".join(f"{stage.name} ({stage.kind})" for stage in stages) or "none"
+        raise RecipeError(
+            f"--part {part} with the stages {chosen}",
+            "one stage of kind build_data is divided at a time",
+            "name it: --stages NAME",
+        )
+    if launch.world_size > 1:
+        raise LauncherError(
+            f"--part {part} under a launcher with {launch.world_size} ranks",
+            "a part is the work of one process, which starts its own workers",
+            "start it once for each part, as the tasks of a job array",
+        )
+    stage, run_folder = stages[0], output_folder(recipe)
+    folder = run_folder / stage.name
+    with disk_full_named(folder):
+        description = describe(recipe, stage, run_folder)
+        with _run_lock(run_folder):
+            stage_names = [one.name for one in recipe.stages]
+            check_run_folder(run_folder, recipe.name, stage_names)
+            check_unchanged(description, folder)
+            if is_finished(folder):
+                write(f"stage {stage.name} was finished before")
+                return
+            claim_run_folder(run_folder, recipe.name, stage_names, resolved_yaml(recipe))
+            _begin(folder, description, total)
+        from minima.stages import build_data
+
+        with run_lock(build_data.lock_folder(folder, (number, total))):
+            write(f"{HEADER}{stage.name} ({stage.kind}), part {number}/{total}")
+            context = StageContext(recipe, recipe_path, stage, folder, run_folder, launch)
+            write(build_data.run_part(context, (number, total)))
+
+
+def _begin(folder: Path, description: dict[str, Any], total: int) -> None:
+    """Say what is being made, once for all parts, and refuse another number of them."""
+    from minima.stages import build_data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    build_data.check_total(folder, total)
+    same = (folder / STARTED).is_file() and read_manifest(folder, STARTED).get("identity") == description["identity"]
+    if not (same and is_begun(folder)):
+        write_started(folder, description)
+    started = read_manifest(folder, STARTED)
+    if started.pop("began", None) is not None:  # parts count their own seconds; between them the folder waits
+        write_json(folder / STARTED, started)
+
+
+@contextmanager
+def _run_lock(folder: Path) -> Iterator[None]:
+    """The run folder's lock, waited for."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        lock = run_lock(folder)
+        try:
+            lock.__enter__()
+            break
+        except StageError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
