@@ -52,7 +52,7 @@ on_term() {
 }
 
 progress_of() { # what is there to go on from: complete checkpoints and finished stages
-  find "$1" -maxdepth 4 \( -name checkpoint.json -o -name manifest.json \) 2>/dev/null | sort
+  find "$1" -maxdepth 4 \( -name checkpoint.json -o -name manifest.json \) 2>/dev/null | sort || true
 }
 
 requeue() {
