@@ -9,6 +9,7 @@
 #     save at the end of their step; then the job is requeued under its own id, so jobs that wait for it go on waiting.
 #   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued.
 #   SIGTERM to this shell (scancel; a preemption without a grace time, which Slurm requeues): the ranks save, no more.
+#     `minima cancel` sends it to this shell alone: the save may then take longer than Slurm's KillWait.
 # Set before run_stage, where wanted:
 #   srun_options=(...)   more options for srun, such as --container-image
 #   max_requeues=N       fail rather than requeue once the job has been started N times again
@@ -67,6 +68,11 @@ requeue() {
   fi
 }
 
+cancel() { # after a SIGTERM that is not Slurm's own: `minima cancel` asks so, since scancel waits KillWait seconds only
+  say "cancelled; submit it again to go on from what is saved"
+  scancel "$job" || true
+}
+
 run_job() { # run_job FOLDER COMMAND...: run a command whose work is in FOLDER, and requeue the job where it may go on
   folder=$1 told='' leave='' ended='' interrupted='' code=0
   shift
@@ -89,7 +95,11 @@ run_job() { # run_job FOLDER COMMAND...: run a command whose work is in FOLDER, 
     1 | 2 | 4) say "failed with exit code $code" ;; # minima's own error, a mistake, a rank that hung: not the cluster's
     *)
       say "ended with exit code $code"
-      if [ -z "$ended" ] && { [ -n "$leave" ] || is_preempted; }; then requeue; fi
+      if [ -n "$ended" ]; then
+        is_preempted || ! job_is JobState RUNNING || cancel
+      elif [ -n "$leave" ] || is_preempted; then
+        requeue
+      fi
       ;;
   esac
   return "$code"

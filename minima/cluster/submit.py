@@ -10,10 +10,11 @@ from minima.cluster import slurm
 from minima.cluster.plan import check_run, make_place, stage_scripts, warn_unread
 from minima.cluster.records import Job, add_job, read_jobs
 from minima.cluster.render import Place, Script, quoted
+from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
 from minima.cluster.snapshot import snapshot
 from minima.errors import ClusterError
-from minima.recipe.loading import load_recipe
+from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
 from minima.stages.run_folder import check_run_folder
@@ -77,6 +78,10 @@ def submit(
         scripts = [script for stage in missing for script in stage_scripts(recipe, copy, overrides, stage, place)]
         for warning in save_warnings(missing, place, dry_run):
             write(f"warning: {warning}")
+        if scripts and not dry_run:
+            write_file(
+                place.scripts / RESOLVED, resolved_yaml(recipe)
+            )  # `minima status` knows the stages before they begin
         submit_chain(scripts, [job.id for job in queued], place, dry_run, write)
     if not scripts:
         write("nothing to submit")
@@ -132,10 +137,7 @@ def submit_chain(
 
 def _submit(script: Script, command: Sequence[str], after: Sequence[str], place: Place) -> Job:
     place.logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log; the job would fail unheard
-    temporary = script.path.with_name(f".{script.path.name}.{os.getpid()}")
-    temporary.write_text(script.text, encoding="utf-8")
-    temporary.chmod(0o755)
-    os.replace(temporary, script.path)
+    write_file(script.path, script.text)
     printed = slurm.call(command, f"handed the job of stage {script.stage}")
     identifier = printed.strip().splitlines()[-1].split(";")[0] if printed.strip() else ""
     if not identifier.isdigit():
@@ -149,3 +151,10 @@ def _submit(script: Script, command: Sequence[str], after: Sequence[str], place:
     job = Job(identifier, script.name, script.stage, script.role, script.resources.ranks, list(after), now, cells)
     add_job(place.run_folder, job)
     return job
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,90 @@
+"""Why a stage failed: what Slurm and its script said, and the last lines of the rank that failed first. No torch."""
+
+import re
+from pathlib import Path
+
+from minima.stages.running import ERROR, HEADER
+
+_TAIL_BYTES = 262144
+_SHOWN_LINES = 15
+_FAILED_TASK = re.compile(r"srun: error: (\S+): tasks? (\d+)[\d,\- ]*: (.*)")
+_START = re.compile(r" job \S+: start \d+ on ")
+_OWN = re.compile(r" job \S+: (?!start )")
+_SLURM_ERROR = re.compile(r"(slurmstepd|srun|slurmd)[^ ]*: error: ")
+_SAVED = "exit code 143"  # a rank that saved and left after SIGTERM
+
+
+def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
+    """What a person has to read to know why a stage failed; empty when its logs do not say.
+
+    Args:
+        run_folder: with `logs/`.
+        stage: its name.
+        job: id of its last job; None for a run without jobs.
+    """
+    logs = run_folder / "logs"
+    if job is None:
+        text = _tail(logs / f"{stage}.log")
+        own = text[max((index for index, line in enumerate(text) if line.startswith(HEADER)), default=0) :]
+        return _from_error(own) if any(line.startswith(ERROR) for line in own) else []
+    batch_logs = sorted(
+        [logs / f"{stage}-{job}.log", *logs.glob(f"{stage}-{job}_*[0-9].log")], key=lambda path: path.name
+    )
+    for path in batch_logs:
+        batch = _tail(path)
+        start = max((index for index, line in enumerate(batch) if _START.search(line)), default=0)
+        last_start = batch[start:]
+        said = [line for line in last_start if _OWN.search(line)][-2:]
+        errors = [line for line in last_start if _SLURM_ERROR.search(line) and not _FAILED_TASK.search(line)][-3:]
+        rank = _first_failed(last_start)
+        if rank is not None:
+            number, line = rank
+            lines = _rank_lines(path.with_name(f"{path.stem}-rank{number}.log"))
+            return [line, *errors, *said, f"the last lines of rank {number}:", *(f"  {each}" for each in lines)]
+        if found := _with_error(path):
+            name, lines = found
+            return [*errors, *said, f"the last lines of {name}:", *(f"  {each}" for each in lines)]
+        if any("exit code" in line for line in said) or errors:
+            return [*errors, *said, *(f"  {line}" for line in last_start[-_SHOWN_LINES:] if line not in said)]
+        if last_start and not any(_START.search(line) for line in last_start):  # it ended in its preamble
+            return last_start[-_SHOWN_LINES:]
+    return []
+
+
+def _first_failed(lines: list[str]) -> tuple[int, str] | None:
+    """Number of the rank that srun names first, and its line; one that left with its work saved only if all did."""
+    matches = [match for match in map(_FAILED_TASK.search, lines) if match]
+    for match in [*(match for match in matches if _SAVED not in match[3]), *matches]:
+        return int(match[2]), match[0]
+    return None
+
+
+def _with_error(batch_log: Path) -> tuple[str, list[str]] | None:
+    for path in sorted(batch_log.parent.glob(f"{batch_log.stem}-rank*.log")):
+        if any(ERROR in line for line in _tail(path)):
+            return path.name, _rank_lines(path)
+    return None
+
+
+def _rank_lines(path: Path) -> list[str]:
+    return _from_error(_tail(path))
+
+
+def _from_error(lines: list[str]) -> list[str]:
+    """From the last error that minima told on, where it is among the last lines; else the last lines."""
+    last = lines[-4 * _SHOWN_LINES :]
+    told = [index for index, line in enumerate(last) if re.match(rf"(\[rank \d+\] )?{ERROR}", line)]
+    return last[told[-1] :][:_SHOWN_LINES] if told else last[-_SHOWN_LINES:]
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a log, each as a terminal would have left it."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return ["".join(letter for letter in line if letter.isprintable() or letter == "\t") for line in lines if line]

@@ -1,0 +1,66 @@
+"""A run by its folder or its recipe, and what Slurm says of its jobs. No torch."""
+
+import os
+from pathlib import Path
+
+from minima.cluster import slurm
+from minima.cluster.records import FOLDER, Job, read_jobs
+from minima.errors import ClusterError
+from minima.recipe.loading import load_recipe
+from minima.recipe.schema import Recipe
+from minima.stages.running import output_folder
+from minima.stages.shipped import find_recipe
+
+RESOLVED = "recipe.yaml"  # in the run's folder once a stage began, and in its `cluster/` once it was submitted
+
+
+def open_run(run: str) -> tuple[Recipe, Path]:
+    """A run's recipe and folder.
+
+    Args:
+        run: the folder, or a recipe's path or name.
+
+    Raises:
+        ClusterError: the folder is none of a run.
+        MinimaError: there is no such recipe, or it is broken.
+    """
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        recipe = load_recipe(find_recipe(run))
+        return recipe, output_folder(recipe)
+    resolved = [path for path in (folder / RESOLVED, folder / FOLDER / RESOLVED) if path.is_file()]
+    if not resolved:
+        raise ClusterError(
+            f"{folder} is no run's folder: it has no {RESOLVED}",
+            "the recipe says which stages there are",
+            "give the folder of a run (its `output`), or its recipe",
+        )
+    return load_recipe(max(resolved, key=os.path.getmtime)), folder
+
+
+def newest_jobs(folder: Path) -> dict[str, list[Job]]:
+    """Each stage's last submission: one job, or the array of its parts and the job that merges them."""
+    found: dict[str, list[Job]] = {}
+    for job in read_jobs(folder):
+        if job.role == "merge" and found.get(job.stage):
+            found[job.stage].append(job)
+        else:
+            found[job.stage] = [job]
+    return found
+
+
+def look_up(jobs: list[Job]) -> dict[str, list[slurm.Task]]:
+    """What Slurm says of jobs, by their ids: from its queue, else from what it keeps of those that ended.
+
+    Raises:
+        ClusterError: Slurm is there and does not answer.
+    """
+    if not jobs or not slurm.is_here():
+        return {}
+    pairs = [(job.id, job.name) for job in jobs]
+    found: dict[str, list[slurm.Task]] = {}
+    for task in slurm.tasks(pairs, ended=True):
+        found.setdefault(task.job, []).append(task)
+    for task in slurm.accounted([pair for pair in pairs if pair[0] not in found]):
+        found.setdefault(task.job, []).append(task)
+    return found

@@ -1,0 +1,130 @@
+"""`minima status`: a run's stages, jobs, progress and failures. No torch; Slurm only where there is one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minima.cluster import slurm
+from minima.cluster.failure import failure
+from minima.cluster.progress import progress
+from minima.cluster.records import Job
+from minima.cluster.runs import look_up, newest_jobs, open_run
+from minima.recipe.schema import AnyStage, Recipe
+from minima.report.run_table import number
+from minima.report.tables import text_table
+from minima.stages.manifest import STARTED, is_finished
+
+_HEADERS = ("stage", "kind", "state", "job", "slurm", "step", "tokens", "loss", "tokens/s", "left", "checkpoint")
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
+_FAILED = ("failed", "cancelled", "begun")  # a stage in such a state may have left a reason
+
+
+def status(run: str, write: Callable[[str], None]) -> int:
+    """Say how a run gets on.
+
+    Args:
+        run: its folder, or its recipe.
+        write: takes text for a person.
+
+    Returns:
+        0, or 1 when a stage has failed.
+
+    Raises:
+        MinimaError: there is no such run, or Slurm does not answer.
+    """
+    recipe, folder = open_run(run)
+    submitted = newest_jobs(folder)
+    known = look_up([job for jobs in submitted.values() for job in jobs])
+    rows, reasons, failed = [], [], False
+    for stage in recipe.stages:
+        jobs = submitted.get(stage.name, [])
+        state, slurm_state = _state(folder / stage.name, jobs, known, bool(submitted))
+        rows.append(_row(recipe, stage, folder, jobs, state, slurm_state))
+        failed = failed or state == "failed"
+        if state in _FAILED and (lines := failure(folder, stage.name, jobs[-1].id if jobs else None)):
+            reasons.append("\n".join([f"{stage.name} {'failed' if state == 'begun' else state}:", *_indented(lines)]))
+    cells = submitted.get("cells", [])
+    if not cells or any(row[2] != "not submitted" for row in rows):
+        write(text_table(rows, _HEADERS))
+    if cells:
+        write(text_table(_cell_rows(recipe, folder, cells[-1], known), ("cell", "state", "job", "slurm", "finished")))
+    for reason in reasons:
+        write(f"\n{reason}")
+    write(f"\nlogs are in {folder / 'logs'}")
+    return 1 if failed else 0
+
+
+def _state(folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]], submitted: bool) -> tuple[str, str]:
+    """A stage's state, and Slurm's words for it."""
+    tasks = [task for job in jobs for task in known.get(job.id, [])]
+    words = ", ".join(sorted({_words(task) for task in tasks}))
+    if is_finished(folder):
+        return "finished", words
+    if any(task.state in _RUNNING for task in tasks):
+        return "running", words
+    if any(task.active for task in tasks):
+        again = any(slurm.restarts(task.job) for task in tasks if task.active)
+        return ("requeued" if again or any("REQUEUE" in task.state for task in tasks) else "pending"), words
+    begun = (folder / STARTED).is_file()
+    if not jobs:
+        return ("begun" if begun else "not submitted" if submitted else "not begun"), words
+    if not slurm.is_here():
+        return "submitted", "no Slurm here"
+    if any(task.state.startswith("CANCELLED") for task in tasks):
+        return "cancelled", words
+    return "failed", words or "gone"
+
+
+def _words(task: slurm.Task) -> str:
+    plain = task.reason in ("", "None", "N/A")
+    return task.state if plain else f"{task.state} ({task.reason})"
+
+
+def _row(recipe: Recipe, stage: AnyStage, folder: Path, jobs: Sequence[Job], state: str, slurm_state: str) -> list[Any]:
+    found = progress(recipe, stage, folder)
+    step = "" if found.step is None else f"{found.step:,}" + (f"/{found.steps:,}" if found.steps else "")
+    left = found.seconds_left if state in ("running", "requeued", "pending", "begun") else None
+    return [
+        stage.name,
+        stage.kind,
+        state,
+        ", ".join(job.id for job in jobs),
+        slurm_state,
+        step,
+        "" if found.tokens is None else f"{found.tokens:,}",
+        "" if found.loss is None else number(found.loss),
+        "" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f}",
+        "" if left is None else _duration(left),
+        "" if found.checkpoint_step is None else f"step {found.checkpoint_step:,}",
+    ]
+
+
+def _cell_rows(recipe: Recipe, folder: Path, job: Job, known: dict[str, list[slurm.Task]]) -> list[list[Any]]:
+    tasks = {task.index: task for task in known.get(job.id, [])}
+    rows = []
+    for index, name in job.cells.items():
+        own, task = folder / "cells" / name, tasks.get(int(index))
+        done = [stage.name for stage in recipe.stages if is_finished(own / stage.name)]
+        if len(done) == len(recipe.stages):
+            state = "finished"
+        elif task is not None and task.active:
+            state = "running" if task.state in _RUNNING else "pending"
+        else:
+            state = "failed" if slurm.is_here() else "submitted"
+        rows.append(
+            [name, state, f"{job.id}_{index}", _words(task) if task else "", f"{len(done)}/{len(recipe.stages)}"]
+        )
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
