@@ -119,7 +119,7 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, part: Part) -> list[list
         for number, source in enumerate(stage.sources):
             pieces: list[dict[str, Any]] = []
             waiting = _Waiting()
-            for run, result in _encoded(_runs(source, Share(*part), plan), pool, rule):
+            for run, result in _encoded(_runs(source, Share(*part, number), plan), pool, rule):
                 waiting.add(run, result)
                 tokens += len(result.documents.ids)
                 if waiting.full:

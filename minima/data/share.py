@@ -16,11 +16,13 @@ class Share:
     Args:
         part: number of the part, from 0.
         parts: how many there are; of one, everything is its own.
+        first: whose the source's first records are; another part's for each source, so that small sources do not all
+            fall to the same one.
     """
 
-    def __init__(self, part: int = 0, parts: int = 1) -> None:
+    def __init__(self, part: int = 0, parts: int = 1, first: int = 0) -> None:
         assert 0 <= part < parts, (part, parts)
-        self.part, self.parts = part, parts
+        self.parts, self._turn = parts, (part - first) % parts
         self._by_file = False
         self._file = self._record = 0
 
@@ -41,9 +43,9 @@ class Share:
     def open(self, file: int) -> bool:
         """Whether a file, counted from 0, can hold records of this part."""
         self._file, self._record = file, 0
-        return self.whole or not self._by_file or file % self.parts == self.part
+        return self.whole or not self._by_file or file % self.parts == self._turn
 
     def mine(self, record: int) -> bool:
         """Whether a record of the opened file, counted from 0, belongs to this part."""
         self._record = record
-        return self.whole or self._by_file or (self._file + record // BLOCK_RECORDS) % self.parts == self.part
+        return self.whole or self._by_file or (self._file + record // BLOCK_RECORDS) % self.parts == self._turn

@@ -99,11 +99,12 @@ def test_files_of_every_kind_and_what_they_reject(tmp_path, stage, jsonl, addres
     assert report["sources"]["limited"]["documents"] + report["sources"]["limited"]["held_out_documents"] == 57
 
 
-@pytest.mark.parametrize("embedded", ["chat", "preferences"])
-@pytest.mark.parametrize("tokens", [None, 200_000])
-def test_conversations_and_pairs(tmp_path, stage, byte_level, embedded, tokens):
+@pytest.mark.parametrize(
+    ("embedded", "length", "tokens"), [("chat", 72, 200_000), ("preferences", 128, None), ("preferences", 128, 100_000)]
+)
+def test_conversations_and_pairs(tmp_path, stage, byte_level, embedded, length, tokens):
     kind = "conversations" if embedded == "chat" else embedded
-    chosen = stage({"embedded": embedded}, format=kind, sequence_length=72, tokens=tokens, seed=3)
+    chosen = stage({"embedded": embedded}, format=kind, sequence_length=length, tokens=tokens, seed=3)
     report = assert_same(tmp_path, chosen, byte_level, 3)
     assert report["rejected"]["too_long"] > 3, "what the encoder refuses is in the report as well"
 
