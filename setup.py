@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-BUNDLED = {f"minima.bundled.{folder}": folder for folder in ("ds_configs", "launch", "recipes")}
+BUNDLED = {f"minima.bundled.{folder}": folder for folder in ("ds_configs", "launch", "recipes", "slurm")}
 VERSION = next(
     line.split('"')[1]
     for line in (ROOT / "minima" / "__init__.py").read_text(encoding="utf-8").splitlines()
@@ -27,6 +27,7 @@ setup(
         "minima.bundled.ds_configs": ["*.json"],
         "minima.bundled.launch": ["*.sh"],
         "minima.bundled.recipes": ["*.yaml"],
+        "minima.bundled.slurm": ["*.sh", "*.yaml"],
         "minima.assets": ["**/*"],
         "minima": ["py.typed"],
     },

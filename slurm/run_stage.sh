@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # How a job runs one stage: its ranks through srun, and a way back after the time limit, a preemption or a lost node.
 #   source slurm/run_stage.sh
-#   run_stage RUN_FOLDER STAGE COMMAND...
+#   run_stage RUN_FOLDER STAGE COMMAND...    on every rank of the job
+#   run_alone RUN_FOLDER STAGE COMMAND...    once: data, vocabularies and benchmarks, which one process makes
 # `minima submit` writes this text into its scripts, so a job that waits does not change with minima.
 #
 # What happens to signals (no exit code requeues a job by itself, and a SIGTERM to srun would kill the ranks unsaved):
@@ -10,7 +11,7 @@
 #   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued.
 #   SIGTERM to this shell (scancel; a preemption without a grace time, which Slurm requeues): the ranks save, no more.
 #     `minima cancel` sends it to this shell alone: the save may then take longer than Slurm's KillWait.
-# Set before run_stage, where wanted:
+# Set before this is sourced, where wanted:
 #   srun_options=(...)   more options for srun, such as --container-image
 #   max_requeues=N       fail rather than requeue once the job has been started N times again
 
@@ -19,6 +20,9 @@ job=${job:-${SLURM_JOB_ID:?run_stage.sh belongs into a job of sbatch}}
 declare -a srun_options
 unset RANK WORLD_SIZE LOCAL_RANK  # of a launcher that the job was submitted from; the ranks' own come from srun
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+# srun takes the cores of a rank from the job only up to Slurm 22.04; later ones would give it one
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
 compgen -G '/dev/nvidia[0-9]*' >/dev/null || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 
 say() { printf '%s job %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$job" "$*"; }
@@ -52,14 +56,14 @@ on_term() {
   tell_ranks
 }
 
-progress_of() { # what is there to go on from: complete checkpoints and finished stages
+progress_of() { # what there is to go on from: complete checkpoints and finished stages
   find "$1" -maxdepth 4 \( -name checkpoint.json -o -name manifest.json \) 2>/dev/null | sort || true
 }
 
 requeue() {
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "${max_requeues:-1000000}" ]; then
     say "it was started ${SLURM_RESTART_COUNT:-0} times again, the most that is allowed: not requeued"
-  elif [ -n "$leave" ] && [ "$before" = "$(progress_of "$folder")" ] && ! is_preempted; then
+  elif [ -n "$leave" ] && [ "$before" = "$(progress_of "$run")" ] && ! is_preempted; then
     say "nothing new was saved before the time limit, so another start would end here too: not requeued; give it more"
   elif scontrol requeue "$job"; then
     say "requeued; it goes on from what is saved"
@@ -73,23 +77,25 @@ cancel() { # after a SIGTERM that is not Slurm's own: `minima cancel` asks so, s
   scancel "$job" || true
 }
 
-run_job() { # run_job FOLDER COMMAND...: run a command whose work is in FOLDER, and requeue the job where it may go on
-  folder=$1 told='' leave='' ended='' interrupted='' code=0
+run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job where it may go on
+  local code=0 child
+  run=$1
   shift
-  before=$(progress_of "$folder")
-  trap on_usr1 USR1
-  trap on_term TERM
+  before=${before-$(progress_of "$run")}
   say "start ${SLURM_RESTART_COUNT:-0} on ${SLURM_JOB_NODELIST:-}"
   (printf '+' && printf ' %q' "$@" && printf '\n')
-  "$@" &
-  local child=$!
-  while :; do # a trap ends `wait` early
-    code=0
-    wait $child || code=$?
-    [ -n "$interrupted" ] || break
-    interrupted=''
-  done
-  trap '' USR1
+  if [ -n "$leave$ended" ]; then # told so before there was anything to tell
+    code=143
+  else
+    "$@" &
+    child=$!
+    while :; do # a trap ends `wait` early
+      code=0
+      wait $child || code=$?
+      [ -n "$interrupted" ] || break
+      interrupted=''
+    done
+  fi
   case $code in
     0) ;;
     1 | 2 | 4) say "failed with exit code $code" ;; # minima's own error, a mistake, a rank that hung: not the cluster's
@@ -105,10 +111,23 @@ run_job() { # run_job FOLDER COMMAND...: run a command whose work is in FOLDER, 
   return "$code"
 }
 
-run_stage() { # run_stage RUN_FOLDER STAGE COMMAND...
-  local run=$1 stage=$2
+run_step() { # run_step RUN_FOLDER STAGE SRUN_OPTIONS... -- COMMAND...
+  local folder=$1 stage=$2 options=()
   shift 2
-  mkdir -p "$run/logs"
-  run_job "$run/$stage" srun --kill-on-bad-exit=1 --open-mode=append \
-    --output="${run//%/%%}/logs/$stage-$job-rank%t.log" "${srun_options[@]}" "$@"
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  mkdir -p "$folder/logs"
+  run_job "$folder" srun --kill-on-bad-exit=1 --open-mode=append \
+    --output="${folder//%/%%}/logs/$stage-$job-rank%t.log" "${srun_options[@]}" "${options[@]}" "$@"
 }
+
+run_stage() { run_step "$1" "$2" -- "${@:3}"; }
+
+run_alone() { run_step "$1" "$2" --nodes=1 --ntasks=1 -- "${@:3}"; }
+
+told='' leave='' ended='' interrupted=''
+trap on_usr1 USR1
+trap on_term TERM

@@ -111,14 +111,30 @@ def _script(recipe, recipe_file, overrides, stage, place, role) -> Script:
 
 
 def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Path | None = None) -> str:
-    """The line of a script that runs a stage's command on the job's ranks, or on one where one process does it."""
-    one = "" if uses_ranks(stage) else "srun_options+=(--nodes=1 --ntasks=1)\n"
-    return one + f"run_stage {quoted([str(folder or place.run_folder), stage.name, *command])}"
+    """The line of a script that runs a stage's command on the job's ranks, or once where one process does it.
+
+    Args:
+        place: where the job works.
+        stage: to run.
+        command: program and arguments.
+        folder: of the run, where it is not the place's: a cell's.
+    """
+    function = "run_stage" if uses_ranks(stage) else "run_alone"
+    return f"{function} {quoted([str(folder or place.run_folder), stage.name, *command])}"
 
 
-def summary(place: Place, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], folder: Path | None = None):
-    """The lines that end a run: its table, and summary.json once every stage is finished. They run no stage."""
-    last = recipe.stages[-1].name
+def summary(
+    place: Place, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], folder: Path | None = None
+) -> str:
+    """The line that ends a run: its table, and summary.json once every stage is finished. It runs no stage.
+
+    Args:
+        place: where the job works.
+        recipe: the whole run.
+        recipe_file: that the jobs read.
+        overrides: of the recipe.
+        folder: of the run, where it is not the place's: a cell's.
+    """
     command = [*python(place, place.cluster.merged("export")), "-m", "minima", "run", str(recipe_file)]
-    line = quoted([str(folder or place.run_folder), "summary", *command, "--stages", last, *overrides])
-    return f"srun_options+=(--nodes=1 --ntasks=1)\nrun_stage {line}"
+    command += ["--stages", recipe.stages[-1].name, *overrides]
+    return f"run_alone {quoted([str(folder or place.run_folder), 'summary', *command])}"

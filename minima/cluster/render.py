@@ -111,7 +111,7 @@ def render(
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in inside)]
     lines += [f"# {note} Written by `minima submit`.", "set -eo pipefail", "", *_setup(place, resources), "set -u", ""]
     body = (shipped_folder("slurm") / "run_stage.sh").read_text(encoding="utf-8")
-    lines += [body.split("\n", 1)[1], *_settings(place, resources), *work]
+    lines += [*_settings(place), "", body.split("\n", 1)[1], *work]
     path = place.scripts / (f"{stage}.sbatch" if role in ("stage", "cells") else f"{stage}.{role}.sbatch")
     outside = tuple(option for option in options if option not in inside)
     return Script(name, stage, role, resources, "\n".join(lines) + "\n", outside, path)
@@ -170,11 +170,9 @@ def _setup(place: Place, resources: Resources) -> list[str]:
     return lines + [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
 
 
-def _settings(place: Place, resources: Resources) -> list[str]:
+def _settings(place: Place) -> list[str]:
     cluster = place.cluster
     options = list(cluster.srun_options)
-    # srun takes it from the job only up to Slurm 22.04, and a rank would get one core
-    options += [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
     if cluster.container is not None and cluster.container.runtime == "pyxis":
         here = f"{place.working_directory}:{place.working_directory}"
         options.append(f"--container-image={cluster.container.image}")

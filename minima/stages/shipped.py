@@ -11,7 +11,7 @@ _CLONE = _PACKAGE.parent
 
 
 def shipped_folder(kind: str) -> Path:
-    """The folder of shipped `recipes`, `ds_configs` or `launch` files: the clone's, or the wheel's copy."""
+    """The folder of shipped `recipes`, `ds_configs`, `launch` or `slurm` files: the clone's, or the wheel's copy."""
     return _CLONE / kind if (_CLONE / "pyproject.toml").is_file() else _PACKAGE / "bundled" / kind
 
 

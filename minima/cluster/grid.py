@@ -1,0 +1,190 @@
+"""`minima submit --grid`: one recipe with many overrides, as one job array; each task runs one cell. No torch."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minima.cluster.config import CELLS
+from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_unread
+from minima.cluster.render import Place, Script, python, render
+from minima.cluster.runs import RESOLVED
+from minima.cluster.snapshot import snapshot
+from minima.cluster.submit import queued_jobs, submit_chain, write_file
+from minima.errors import ClusterError
+from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.overrides import RecipeLoader, nearest
+from minima.recipe.schema import Recipe
+from minima.stages.lock import run_lock
+from minima.stages.manifest import is_finished
+from minima.stages.pipeline import group_stages
+from minima.stages.run_folder import check_run_folder
+from minima.stages.running import select
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,-]*")
+_DO = "write `cells: [{name: a, overrides: [key.path=value]}]`, or `axes: {key.path: [values]}`, or both"
+
+
+def submit_grid(
+    recipe_path: Path,
+    overrides: Sequence[str],
+    cluster_path: Path,
+    names: Sequence[str] | None,
+    grid: Path,
+    dry_run: bool,
+    write: Callable[[str], None],
+) -> int:
+    """Submit the cells of a grid whose stages are not all finished and that have no job, as one job array.
+
+    A cell is the whole recipe in a folder of its own, `RUN/cells/NAME`; its stages run one after another in one job,
+    with what the cluster file's `stages.cells` asks for. Arguments and result are those of `submit`.
+
+    Raises:
+        MinimaError: the grid's file or one of its cells is refused, or Slurm is.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    place = make_place(recipe, cluster_path)
+    warn_unread(place.cluster, recipe, write)
+    cells = read_grid(grid)
+    with ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(run_lock(place.scripts))
+        queued = [job for job in queued_jobs(place.run_folder, dry_run, write) if job.role == "cells"]
+        waiting = {name for job in queued for name in job.cells.values()}
+        missing: dict[str, list[str]] = {}
+        for name, own in cells.items():
+            changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]
+            cell = load_recipe(recipe_path, changes)
+            folder = place.run_folder / "cells" / name
+            if all(is_finished(folder / stage.name) for stage in select(cell, names)):
+                write(f"{name}: finished")
+            elif name in waiting:
+                write(f"{name}: in the queue")
+            else:
+                _check(cell, recipe_path, names, place, folder)
+                missing[name] = changes
+        if not missing:
+            write("nothing to submit")
+            return 0
+        copy = snapshot(recipe, recipe_path, place.run_folder / "cluster" / "recipes", write=not dry_run)
+        script = _script(recipe, recipe_path, copy, missing, names, place)
+        if not dry_run:
+            write_file(place.scripts / RESOLVED, resolved_yaml(recipe))
+        # Cells have folders of their own, so they wait for nothing.
+        submit_chain([script], [], place, dry_run, write)
+        write(f"cells: {', '.join(missing)}")
+    return 0
+
+
+def read_grid(path: Path) -> dict[str, list[str]]:
+    """The cells of a grid by name, each with its overrides.
+
+    Args:
+        path: YAML with `cells` (`name` and `overrides` of each), `axes` (values by `key.path`, all combinations), or
+            both: then every cell is combined with all of them.
+
+    Raises:
+        ClusterError: it cannot be read, or names no cell, or one twice.
+    """
+    try:
+        raw: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ClusterError(
+            f"the grid {path} cannot be read ({' '.join(str(error).split())})", "it says which cells there are", _DO
+        ) from None
+    unknown = [key for key in raw if key not in ("cells", "axes")] if isinstance(raw, dict) else []
+    if not isinstance(raw, dict) or not raw or unknown:
+        found = ", ".join(f"{key!r}{nearest(str(key), ['cells', 'axes'])}" for key in unknown) or "nothing"
+        raise ClusterError(f"the grid {path} holds {found}", "it says which cells there are", _DO)
+    cells = _cells(path, raw["cells"]) if "cells" in raw else [("", [])]
+    products = _products(path, raw["axes"]) if "axes" in raw else [("", [])]
+    named: dict[str, list[str]] = {}
+    for (first, own), (second, changes) in itertools.product(cells, products):
+        name = ",".join(part for part in (first, second) if part)
+        if name in named or not _NAME.fullmatch(name):
+            raise ClusterError(
+                f"the grid {path} has {'two cells' if name in named else 'a cell'} called {name!r}",
+                "a cell's name is its folder",
+                "give each cell a name of its own, of letters, digits, _ . - = and ,",
+            )
+        named[name] = [*own, *changes]
+    return named
+
+
+def _cells(path: Path, raw: Any) -> list[tuple[str, list[str]]]:
+    found = []
+    for cell in raw if isinstance(raw, list) and raw else [None]:
+        own = cell.get("overrides", []) if isinstance(cell, dict) else None
+        if not isinstance(cell, dict) or set(cell) - {"name", "overrides"} or "name" not in cell:
+            raise ClusterError(f"the grid {path} has a cell {cell!r}", "a cell has a name and overrides", _DO)
+        if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
+            raise ClusterError(f"cell {cell['name']!r} has overrides {own!r}", "they are a list of texts", _DO)
+        found.append((str(cell["name"]), own))
+    return found
+
+
+def _products(path: Path, raw: Any) -> list[tuple[str, list[str]]]:
+    if not isinstance(raw, dict) or not raw or not all(isinstance(values, list) and values for values in raw.values()):
+        raise ClusterError(f"the grid {path} has axes {raw!r}", "an axis is a key.path with a list of values", _DO)
+    found = []
+    for values in itertools.product(*raw.values()):
+        pairs = list(zip(raw, values, strict=True))
+        parts = [f"{key.split('.')[-1]}={_short(value)}" for key, value in pairs]
+        if len({key.split(".")[-1] for key in raw}) < len(raw):  # two stages' seeds, say
+            parts = [f"{key.removeprefix('stages.')}={_short(value)}" for key, value in pairs]
+        changes = [
+            f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()}" for key, value in pairs
+        ]
+        found.append((",".join(parts), [text.removesuffix("\n...") for text in changes]))
+    return found
+
+
+def _short(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value))
+
+
+def _output(folder: Path) -> str:
+    return f"output={json.dumps(str(folder), ensure_ascii=False)}"  # which YAML reads back, whatever the path holds
+
+
+def _check(cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: Place, folder: Path) -> None:
+    check_run_folder(folder, cell.name, [stage.name for stage in cell.stages])
+    cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
+    check_run(cell, recipe_path, select(cell, names), Place(cluster, place.working_directory, folder))
+
+
+def _script(
+    recipe: Recipe,
+    recipe_path: Path,
+    copy: Path,
+    cells: dict[str, list[str]],
+    names: Sequence[str] | None,
+    place: Place,
+) -> Script:
+    resources = place.cluster.merged(CELLS).model_copy(update={"array": len(cells)})
+    lines = ['case "$SLURM_ARRAY_TASK_ID" in']
+    for index, (name, changes) in enumerate(cells.items()):
+        folder = place.run_folder / "cells" / name
+        lines.append(f"{index}) # {name}")
+        for group in group_stages(select(load_recipe(recipe_path, changes), names)):
+            stages = ",".join(stage.name for stage in group)
+            command = [*python(place, resources), "-m", "minima", "stage", str(copy), "--stages", stages, *changes]
+            lines.append(f"  {run_stage(place, group[0], command, folder)}")
+        lines += [f"  {summary(place, recipe, copy, changes, folder)}", "  ;;"]
+    lines.append("esac")
+    made = render(
+        place,
+        name=f"{recipe.name}.cells",
+        stage=CELLS,
+        role="cells",
+        resources=resources,
+        work=lines,
+        note=f"{len(cells)} cells of a grid, each with {resources.ranks} ranks on {resources.nodes or 1} nodes.",
+    )
+    return replace(made, cells=tuple(cells))
