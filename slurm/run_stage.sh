@@ -28,14 +28,14 @@ compgen -G '/dev/nvidia[0-9]*' >/dev/null || export DS_ACCELERATOR="${DS_ACCELER
 say() { printf '%s job %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$job" "$*"; }
 
 job_is() { # job_is FIELD PATTERN: whether scontrol shows FIELD=PATTERN for this job
-  scontrol show job --oneliner "$job" 2>/dev/null | grep -Eq "(^| )$1=$2( |\$)"
+  scontrol show job --oneliner "$job" 2>/dev/null | grep -E "(^| )$1=$2( |\$)" >/dev/null # -q would break the pipe
 }
 
 is_preempted() { job_is JobState '[A-Z]*RUNNING' && job_is PreemptTime '[0-9]+[^ ]*'; }
 
 was_told() { # whether Slurm has sent SIGTERM to the ranks itself: a second one would end them at once
   job_is JobState '(COMPLETING|CANCELLED|PENDING|REQUEUED|PREEMPTED|TIMEOUT|NODE_FAIL)[^ ]*' && return
-  is_preempted && ! scontrol show config 2>/dev/null | grep -q '^PreemptParameters.*send_user_signal'
+  is_preempted && ! scontrol show config 2>/dev/null | grep '^PreemptParameters.*send_user_signal' >/dev/null
 }
 
 tell_ranks() { # SIGTERM to every rank, once; never through srun, which answers it by killing them

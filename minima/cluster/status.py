@@ -16,7 +16,7 @@ from minima.stages.manifest import STARTED, is_finished
 
 _HEADERS = ("stage", "kind", "state", "job", "slurm", "step", "tokens", "loss", "tokens/s", "left", "checkpoint")
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
-_FAILED = ("failed", "cancelled", "begun")  # a stage in such a state may have left a reason
+_FAILED = ("failed", "begun")  # a stage in such a state may have left a reason
 
 
 def status(run: str, write: Callable[[str], None]) -> int:
@@ -42,7 +42,7 @@ def status(run: str, write: Callable[[str], None]) -> int:
         rows.append(_row(recipe, stage, folder, jobs, state, slurm_state))
         failed = failed or state == "failed"
         if state in _FAILED and (lines := failure(folder, stage.name, jobs[-1].id if jobs else None)):
-            reasons.append("\n".join([f"{stage.name} {'failed' if state == 'begun' else state}:", *_indented(lines)]))
+            reasons.append("\n".join([f"{stage.name} failed:", *_indented(lines)]))
     cells = submitted.get("cells", [])
     if not cells or any(row[2] != "not submitted" for row in rows):
         write(text_table(rows, _HEADERS))

@@ -1,0 +1,115 @@
+"""The cluster file: what it says for each stage, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from minima.cluster.config import Cluster, time_seconds
+from minima.cluster.loading import load_cluster
+from minima.errors import ClusterError
+from minima.recipe.schema import Recipe
+from tests.unit.cluster.conftest import BASE, CORPUS, OUT
+
+RECIPE = Recipe(name="test", stages=[CORPUS, BASE, OUT])
+
+
+def load(tmp_path: Path, text: str) -> Cluster:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_cluster(path)
+
+
+def test_a_name_wins_over_a_kind_over_defaults_over_the_top(tmp_path):
+    cluster = load(
+        tmp_path,
+        """
+        partition: top
+        account: money
+        time: 60
+        defaults: {partition: default, nodes: 2, gpus_per_node: 4, qos: low}
+        stages:
+          adapt: {partition: kind, nodes: 3}
+          base: {partition: name}
+        """,
+    )
+    base, out = cluster.resources(RECIPE.stage("base")), cluster.resources(RECIPE.stage("out"))
+    assert (base.partition, base.nodes, base.qos, base.account, base.time) == ("name", 3, "low", "money", "60")
+    assert (out.partition, out.nodes) == ("default", 2)
+    assert base.ranks == 12  # one for each GPU
+
+
+def test_one_process_is_given_one_rank_whatever_the_defaults_say(tmp_path):
+    cluster = load(tmp_path, "defaults: {nodes: 4, ranks_per_node: 8}")
+    assert cluster.resources(RECIPE.stage("corpus")).ranks == 1
+    assert cluster.resources(RECIPE.stage("base")).ranks == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: {build_data: {nodes: 2}}", "one process does a build_data stage"),
+        ("stages: {corpus: {ranks_per_node: 2}}", "one process does a build_data stage"),
+        ("stages: {base: {array: 4}}", "only the data of a build_data stage"),
+    ],
+)
+def test_resources_that_nothing_would_use(tmp_path, text, message):
+    cluster = load(tmp_path, text)
+    with pytest.raises(ClusterError, match=message):
+        for stage in RECIPE.stages:
+            cluster.resources(stage)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partitoin: gpu", "did you mean 'partition'"),
+        ("defaults: {node: 3}", "did you mean 'nodes'"),
+        ("stages: {base: {gpus: 3}}", r"stages.base.gpus: no such key"),
+        ("container: {img: x}", r"container.img"),
+        ("partition: gpu\npartition: cpu", "given twice"),
+        ("- a", "no keys and values"),
+        ("time: soon", "time limit 'soon'"),
+        ("time: 4\nsignal_lead_seconds: 300", "told to save and leave as it starts"),
+        ("time: 60\nstages: {base: {time: 5}}", "stages|base: a time limit of 300 s"),
+        ("partition: 'gpu --wrap=x'", "partition"),
+        ('account: "a\\nb"', "account"),
+        ("defaults: {memory: '1 G'}", "memory"),
+        ("defaults: {sbatch_options: ['-p x']}", "sbatch_options"),
+        ("environment: {'A B': 1}", "cannot be a variable's name"),
+        ("environment: {A: [1]}", "a variable is text"),
+        ("defaults: {nodes: 0}", "nodes"),
+    ],
+)
+def test_what_is_refused(tmp_path, text, message):
+    with pytest.raises(ClusterError, match=message):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "wandb_apikey"])
+def test_a_token_is_refused_and_not_repeated(tmp_path, name):
+    with pytest.raises(ClusterError, match="jobs inherit its environment") as caught:
+        load(tmp_path, f"environment: {{{name}: hf_verysecret}}")
+    assert "verysecret" not in str(caught.value)
+
+
+def test_a_variable_that_only_sounds_like_one(tmp_path):
+    cluster = load(tmp_path, "environment: {TOKENIZERS_PARALLELISM: false, NCCL_DEBUG: WARN, N: 2}")
+    assert cluster.environment == {"TOKENIZERS_PARALLELISM": "0", "NCCL_DEBUG": "WARN", "N": "2"}
+
+
+def test_a_time_is_not_read_as_a_number_of_base_60(tmp_path):
+    assert load(tmp_path, "time: 24:00:00").time == "24:00:00"  # YAML 1.1 says 86400, which Slurm reads as 60 days
+    assert load(tmp_path, "time: 90").time == "90"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("10:30", 630), ("24:00:00", 86400), ("1-12", 129600), ("1-0:30", 88200), (None, None)],
+)
+def test_times_as_slurm_reads_them(text, seconds):
+    assert time_seconds(text) == seconds
+
+
+def test_a_missing_file():
+    with pytest.raises(ClusterError, match="cluster.example.yaml"):
+        load_cluster(Path("nowhere.yaml"))

@@ -1,0 +1,158 @@
+"""What a job does when it is told to leave: slurm/run_stage.sh, run by bash with stand-ins for Slurm."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+RUN_STAGE = Path(__file__).parents[3] / "slurm" / "run_stage.sh"
+RUNNING = "JobId=7 JobName=x JobState=RUNNING Restarts=0 PreemptTime=None"
+PREEMPTED = "JobId=7 JobName=x JobState=RUNNING PreemptTime=2026-01-01T00:00:00 "
+CANCELLED = "JobId=7 JobName=x JobState=COMPLETING PreemptTime=None"
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "job.sh"
+    path.write_text(f"set -euo pipefail\n{{settings}}\nsource {RUN_STAGE}\nrun_stage {tmp_path}/run base train 'a b'\n")
+
+    def write(settings: str = "") -> Path:
+        path.write_text(path.read_text().replace("{settings}", settings))
+        return path
+
+    return write
+
+
+def end(slurm, job, *signals, told_by_slurm: bool = False) -> tuple[int, str]:
+    """Send signals once the ranks run, and give the job's exit code and log.
+
+    Args:
+        slurm: the stand-ins.
+        job: as it was started.
+        signals: for its shell.
+        told_by_slurm: the ranks get SIGTERM from Slurm, once the shell has had the time to tell them so itself.
+    """
+    if signals:
+        until = time.monotonic() + 20
+        while not (slurm.folder / "srun.started").exists():
+            assert time.monotonic() < until, "srun was not started"
+            time.sleep(0.02)
+    for number in signals:
+        job.send_signal(number)
+    if told_by_slurm:
+        time.sleep(1.0)
+        (slurm.folder / "told").touch()
+    log, _ = job.communicate(timeout=40)
+    return job.returncode, log
+
+
+def saved(tmp_path: Path, step: int = 10) -> str:
+    return str(tmp_path / f"run/base/checkpoints/step-{step:08}/checkpoint.json")
+
+
+def test_the_ranks_are_started_by_srun(slurm, script, tmp_path):
+    code, _ = end(slurm, slurm.job(script(), SLURM_CPUS_PER_TASK="3"))
+    [arguments] = slurm.calls("srun")
+    assert code == 0
+    assert arguments[-2:] == ["train", "a b"]
+    assert {"--kill-on-bad-exit=1", "--open-mode=append", "--cpus-per-task=3"} < set(arguments)
+    assert f"--output={tmp_path}/run/logs/base-7-rank%t.log" in arguments
+    assert not slurm.calls("scancel") and ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_before_the_time_limit_the_ranks_save_and_the_job_is_requeued(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    code, log = end(slurm, slurm.job(script()), signal.SIGUSR1)
+    assert slurm.calls("scancel") == [["--signal=TERM", "7"]]  # to the ranks: SIGTERM, not USR1, and not through srun
+    assert slurm.calls("scontrol")[-1] == ["requeue", "7"]
+    assert code == 143 and "requeued" in log
+
+
+def test_ranks_that_finish_after_all_are_not_requeued(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 0 {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    code, _ = end(slurm, slurm.job(script()), signal.SIGUSR1)
+    assert code == 0 and ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+@pytest.mark.parametrize("code", [1, 2, 4])
+def test_a_stage_that_fails_by_itself_is_not_requeued(slurm, script, tmp_path, code):
+    slurm.answer(srun=f"wait {code} {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    assert end(slurm, slurm.job(script()), signal.SIGUSR1)[0] == code
+    assert ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_killed_rank_is_not_requeued(slurm, script):
+    slurm.answer(srun="exit 137", scontrol_show_job=RUNNING)
+    assert end(slurm, slurm.job(script()))[0] == 137
+    assert ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_start_that_saves_nothing_new_would_be_repeated_for_ever(slurm, script, tmp_path):
+    old = Path(saved(tmp_path, 5))
+    old.parent.mkdir(parents=True)
+    old.touch()
+    slurm.answer(srun="wait 143", scontrol_show_job=RUNNING)
+    code, log = end(slurm, slurm.job(script()), signal.SIGUSR1)
+    assert code == 143 and "nothing new was saved" in log
+    assert ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_the_most_requeues(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    job = slurm.job(script("max_requeues=2"), SLURM_RESTART_COUNT="2")
+    code, log = end(slurm, job, signal.SIGUSR1)
+    assert code == 143 and "not requeued" in log and ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=CANCELLED)
+    code, log = end(slurm, slurm.job(script()), signal.SIGTERM, told_by_slurm=True)
+    assert code == 143 and "the ranks save" in log
+    assert not slurm.calls("scancel")  # a second SIGTERM would end the ranks before they have saved
+    assert ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_job_that_is_told_alone_tells_its_ranks_and_cancels_itself(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    code, log = end(slurm, slurm.job(script()), signal.SIGTERM)
+    assert slurm.calls("scancel") == [["--signal=TERM", "7"], ["7"]]
+    assert code == 143 and "cancelled" in log and ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_preemption_that_told_the_ranks_alone(slurm, script, tmp_path):
+    slurm.answer(srun=f"exit 143 {saved(tmp_path)}", scontrol_show_job=PREEMPTED)
+    assert end(slurm, slurm.job(script()))[0] == 143
+    assert slurm.calls("scontrol")[-1] == ["requeue", "7"]  # else it counts as failed, and so does what waits for it
+
+
+def test_a_warning_that_follows_a_preemption_does_not_tell_the_ranks_twice(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=PREEMPTED)
+    end(slurm, slurm.job(script()), signal.SIGUSR1, told_by_slurm=True)
+    assert not slurm.calls("scancel")
+    assert slurm.calls("scontrol")[-1] == ["requeue", "7"]
+
+
+def test_where_a_preemption_sends_usr1_alone_the_ranks_are_told(slurm, script, tmp_path):
+    config = "PreemptParameters       = send_user_signal"
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=PREEMPTED, scontrol_show_config=config)
+    end(slurm, slurm.job(script()), signal.SIGUSR1)
+    assert slurm.calls("scancel") == [["--signal=TERM", "7"]]
+
+
+def test_two_warnings_tell_the_ranks_once(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    end(slurm, slurm.job(script()), signal.SIGUSR1, signal.SIGUSR1)
+    assert slurm.calls("scancel") == [["--signal=TERM", "7"]]
+
+
+def test_a_task_of_an_array_speaks_of_itself_alone(slurm, script, tmp_path):
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=RUNNING)
+    end(slurm, slurm.job(script(), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3"), signal.SIGUSR1)
+    assert slurm.calls("scancel") == [["--signal=TERM", "7_3"]]
+    assert slurm.calls("scontrol")[-1] == ["requeue", "7_3"]
+
+
+def test_a_launcher_that_the_job_was_submitted_from_is_forgotten(slurm, script):
+    end(slurm, slurm.job(script(), RANK="3", WORLD_SIZE="8", LOCAL_RANK="3"))
+    assert [entry["rank"] for entry in slurm.entries("srun")] == [None]
