@@ -1,4 +1,4 @@
-"""Conversations in another format than the model's: an error where it knows one, a warning where it is taught one."""
+"""What a stage refuses before it begins: damaged data, and conversations in another format than the model's."""
 
 import logging
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minima.data.packing import StoreWriter
 from minima.data.template_choice import set_template
-from minima.errors import TokenizerMismatch
+from minima.errors import StoreCorrupted, TokenizerMismatch
 from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, write_folder
@@ -126,3 +126,24 @@ def test_a_teacher_of_another_format_is_refused_but_not_for_text(tmp_path, caplo
     with pytest.raises(Built):
         run(tmp_path, "distil", write_data(tmp_path / "text", "text", MINICHAT), model=same, teacher=other)
     assert "writes them" not in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("shard", ["tokens-00000.bin", "starts-00000.bin", "learnt-00000.bin"])
+@pytest.mark.parametrize("kind", ["instruct", "distil"])
+def test_a_damaged_shard_is_named_before_anything_is_trained(tmp_path, kind, shard, split):
+    model = write_model(tmp_path / "same", MINICHAT)
+    data = write_data(tmp_path / "data", "conversations", MINICHAT)
+    changes = {"model": model} | ({"teacher": model} if kind == "distil" else {})
+    file = tmp_path / "data" / split / shard
+    whole = file.read_bytes()
+    flipped = bytes([whole[0] ^ 1]) + whole[1:]
+    for content, how in ((flipped, "has sha256"), (whole[:-1], f"has {len(whole) - 1} bytes"), (None, "is missing")):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(StoreCorrupted, match=f"{split}/{shard} {how}"):
+            run(tmp_path, kind, data, **changes)
+        file.write_bytes(whole)
+    with pytest.raises(Built):
+        run(tmp_path, kind, data, **changes)
