@@ -63,7 +63,8 @@ def build(
             unfinished.mkdir(parents=True)
             plan = make_tokenizer(stage, tokenizer, unfinished)
         if parts is not None:
-            parts.check_tokenizer(folder_sha256(unfinished))
+            rule = HeldOut(stage.held_out_fraction, stage.seed)
+            parts.prepare(folder_sha256(unfinished), plan.read, plan.make, rule)
         report = _encode(stage, folder, plan, parts)
         earlier_seconds = parts.seconds if parts is not None else 0.0
         report["seconds"] = round(earlier_seconds + time.monotonic() - started, 3)

@@ -1,15 +1,16 @@
 """The merge of a divided build: what its parts have recorded, read as if it were being encoded now."""
 
 import heapq
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from minima.data.documents import Rejected
-from minima.data.encoding import Batch, Encoded, Result
+from minima.data.documents import HeldOut, Rejected
+from minima.data.encoding import Batch, Encoded, EncodingPool, Result
 from minima.data.part_files import (
     BEGIN,
     CHARACTERS,
@@ -29,10 +30,14 @@ from minima.data.part_files import (
     read_index,
     read_piece,
 )
+from minima.data.recording import Reader, Waiting, encoded, runs
 from minima.data.share import Share
-from minima.data.sources import some
+from minima.data.sources import read_source, some
 from minima.errors import DataError, StageError
 from minima.recipe.data import Source
+
+_LOG = logging.getLogger("minima.data")
+Encode = Callable[[Batch], Result]
 
 
 class RecordedDocument:
@@ -131,6 +136,10 @@ class RecordedParts:
                 check_file(one, file, verify=False)
         self.seconds = sum(index["seconds"] for index in self._indices)
         self._command, self._verified = command, set[tuple[Path, str]]()
+        self._read: Reader = read_source
+        self._make: Callable[[], Encode] | None = None
+        self._held_out = HeldOut(0.0, 0)
+        self._pool: EncodingPool | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -138,24 +147,29 @@ class RecordedParts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        if self._pool is not None:
+            self._pool.__exit__(kind, error, trace)
 
-    def check_tokenizer(self, sha256: str) -> None:
-        """Refuse parts that were encoded by another tokenizer than the build's own.
+    def prepare(self, sha256: str, read: Reader, make: Callable[[], Encode], held_out: HeldOut) -> None:
+        """Refuse parts that were encoded by another tokenizer than the build's own, and say how it encodes.
 
         Args:
             sha256: of the tokenizer's folder.
+            read: of a source, for what the parts have left to the merge.
+            make: makes an encoder.
+            held_out: says which documents are set aside.
 
         Raises:
             StageError: names the first such part.
         """
+        self._read, self._make, self._held_out = read, make, held_out
         for part, (folder, index) in enumerate(zip(self._folders, self._indices, strict=True)):
             if index["tokenizer"] != sha256:
                 raise StageError(
                     f"{folder} was encoded with another tokenizer than the one that this build makes",
                     "the same ids would mean different pieces",
-                    f"run it again ({self._command} {part}/{len(self._folders)}) with the same versions of the "
-                    "libraries; where tokenizers that are trained differ, train one in a stage of its own and name it",
+                    f"remove it and run it again ({self._command} {part}/{len(self._folders)}), with the same versions "
+                    "of the libraries; where they still differ, train the tokenizer in a stage of its own and name it",
                 )
 
     def read(self, number: int, source: Source, rejected: Rejected) -> Iterator[RecordedDocument]:
@@ -170,10 +184,12 @@ class RecordedParts:
             StoreCorrupted: a file is damaged; names it.
             DataError: there is not one document.
         """
-        yield from some(self._documents(number, rejected), source, rejected, "that they hold documents", Share())
+        yield from some(
+            self._documents(number, source, rejected), source, rejected, "that they hold documents", Share()
+        )
 
-    def _documents(self, number: int, rejected: Rejected) -> Iterator[RecordedDocument]:
-        of_parts = [self._runs(part, number) for part in range(len(self._folders))]
+    def _documents(self, number: int, source: Source, rejected: Rejected) -> Iterator[RecordedDocument]:
+        of_parts = [self._runs(part, number, source) for part in range(len(self._folders))]
         for _, piece, rows, records in heapq.merge(*of_parts, key=lambda run: run.place):
             lengths = piece.table[rows.start : rows.stop, ORDER].tolist()
             at = 0
@@ -185,20 +201,31 @@ class RecordedParts:
             for record in records[at:]:
                 rejected.add(*record[2:])
 
-    def _runs(self, part: int, number: int) -> Iterator[_Run]:
+    def _runs(self, part: int, number: int, source: Source) -> Iterator[_Run]:
         """A part's runs of documents of a source, in order."""
-        folder = self._folders[part]
-        for entry in self._indices[part]["sources"][number]:
+        folder, index = self._folders[part], self._indices[part]
+        for entry in index["sources"][number]:
             name = folder, entry["files"]["tokens"]["file"]
             piece = read_piece(folder, entry, verify=name not in self._verified)
             self._verified.add(name)
-            first = at = 0
-            for run, (file, block, documents) in enumerate(piece.runs.tolist()):
-                begin = at
-                while at < len(piece.rejected) and piece.rejected[at][0] == run:
-                    at += 1
-                yield _Run((file, block), piece, range(first, first + documents), piece.rejected[begin:at])
-                first += documents
+            yield from _runs_of(piece)
+        if index["stopped"][number] is not None:
+            yield from self._more(part, number, source, tuple(index["stopped"][number]))
+
+    def _more(self, part: int, number: int, source: Source, after: tuple[int, ...]) -> Iterator[_Run]:
+        """Encode what a part has left of a source."""
+        assert self._make is not None
+        _LOG.warning(
+            "source %s: part %d has encoded less than the mixture takes, so the merge encodes more", source.label, part
+        )
+        if self._pool is None:
+            self._pool = EncodingPool(self._make, self.processes)
+        share = Share(part, len(self._folders), number, whole_files=False)
+        left = (run for run in runs(source, share, self._read) if run.place > after)
+        for run, result in encoded(left, self._pool, self._held_out):
+            waiting = Waiting()
+            waiting.add(run, result)
+            yield from _runs_of(waiting.piece())
 
     def submit(self, batch: Batch) -> Batch:
         """A batch of recorded documents, for `result`."""
@@ -224,3 +251,13 @@ class RecordedParts:
             columns |= {"firsts": table[:, FIRST], "cut": table[:, CUT]}
         everything = np.concatenate([np.empty(0, dtype=some_piece.tokens.dtype), *ids])
         return Result(Encoded(ids=everything, **columns), table[:, HELD_OUT] > 0, refused)
+
+
+def _runs_of(piece: Piece) -> Iterator[_Run]:
+    first = at = 0
+    for run, (file, block, documents) in enumerate(piece.runs.tolist()):
+        begin = at
+        while at < len(piece.rejected) and piece.rejected[at][0] == run:
+            at += 1
+        yield _Run((file, block), piece, range(first, first + documents), piece.rejected[begin:at])
+        first += documents

@@ -18,12 +18,14 @@ class Share:
         parts: how many there are; of one, everything is its own.
         first: whose the source's first records are; another part's for each source, so that small sources do not all
             fall to the same one.
+        whole_files: let a part own whole files where there are enough; not where only a source's beginning is wanted,
+            which may be the files of few parts.
     """
 
-    def __init__(self, part: int = 0, parts: int = 1, first: int = 0) -> None:
+    def __init__(self, part: int = 0, parts: int = 1, first: int = 0, *, whole_files: bool = True) -> None:
         assert 0 <= part < parts, (part, parts)
         self.parts, self._turn = parts, (part - first) % parts
-        self._by_file = False
+        self._whole_files, self._by_file = whole_files, False
         self._file = self._record = 0
 
     @property
@@ -34,11 +36,11 @@ class Share:
     @property
     def place(self) -> tuple[int, int]:
         """File and block of the record that was asked for last; over all parts, places in order are the source's."""
-        return self._file, 0 if self._by_file else self._record // BLOCK_RECORDS
+        return self._file, self._record // BLOCK_RECORDS
 
     def begin(self, files: int) -> None:
         """Say how many files the source has."""
-        self._by_file = files >= _FILES_A_PART * self.parts
+        self._by_file = self._whole_files and files >= _FILES_A_PART * self.parts
 
     def open(self, file: int) -> bool:
         """Whether a file, counted from 0, can hold records of this part."""

@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minima.data import part_building, parts, share
+from minima.data import part_building, parts, recording, share
 from minima.data.builder import build
 from minima.data.documents import Rejected, shortened, shuffled
 from minima.data.part_building import build_part, is_recorded
@@ -26,7 +26,8 @@ def small(monkeypatch):
     """Blocks, batches and pieces so small that a few documents fill several of each."""
     monkeypatch.setattr(share, "BLOCK_RECORDS", 8)
     monkeypatch.setattr("minima.data.documents.BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(part_building, "PIECE_TOKENS", 3000)
+    monkeypatch.setattr(recording, "PIECE_TOKENS", 3000)
+    monkeypatch.setattr("minima.data.documents.SHUFFLE_CHARACTERS", 20_000)
     monkeypatch.setattr(shuffled, "__defaults__", (20_000,))  # the window: sources are larger than it
 
 
@@ -74,6 +75,22 @@ def test_the_merge_is_the_undivided_build(tmp_path, stage, jsonl, addresses, tok
     report = assert_same(tmp_path, stage(*sources, tokens=tokens, shard_tokens=4096), tokenizer, total)
     if tokens:
         assert report["sources"]["small"]["epochs"] > 1, "later passes are merged too"
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+@pytest.mark.parametrize("margin", [1.05, 0.3])
+def test_parts_encode_what_the_mixture_takes_and_the_merge_what_is_short(
+    tmp_path, stage, jsonl, addresses, tokenizer, monkeypatch, caplog, margin, weight
+):
+    monkeypatch.setattr(part_building, "MARGIN", margin)
+    path, small = jsonl(addresses * 5), jsonl(addresses[:40])
+    chosen = stage({"name": "large", "path": path, "weight": weight}, {"path": small, "weight": weight}, tokens=40_000)
+    report = assert_same(tmp_path, chosen, tokenizer, 3)
+    assert report["tokens"] == 40_000 // 32 * 32
+    indices = [read_index(folder) for folder in (tmp_path / "parts").iterdir()]
+    recorded = sum(piece["documents"] for index in indices for piece in index["sources"][0])
+    assert recorded < (600 if weight else 1000), "of 2000"
+    assert ("source large: part" in caplog.text) is (margin < 1)
 
 
 def test_files_of_every_kind_and_what_they_reject(tmp_path, stage, jsonl, addresses, tokenizer):
