@@ -31,8 +31,11 @@ need_folder() {
     fail "MINIMA_DEV_CLUSTER=$folder: slurm.conf needs an absolute path without spaces, quotes, or any of # , = % \\"
   [ ${#folder} -le 80 ] || fail "$folder is longer than the 80 characters that its sockets' paths leave"
   mkdir -p "$folder"
+  [ -e "$folder/.minima-dev-cluster" ] || [ -z "$(ls -A "$folder")" ] ||
+    fail "$folder holds files of something else: set MINIMA_DEV_CLUSTER to a folder that is new or empty"
   [ -O "$folder" ] || fail "$folder belongs to somebody else: set MINIMA_DEV_CLUSTER to a folder of your own"
-  chmod 755 "$folder"  # munge wants a path that nobody else can write, and that its clients can read
+  chmod 755 "$folder" # munge wants a path that others can enter and cannot write
+  touch "$folder/.minima-dev-cluster"
 }
 
 # Ports below the ephemeral range, so that no client sits on one, and below those that minima derives for its ranks.

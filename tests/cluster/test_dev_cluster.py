@@ -1,9 +1,16 @@
 """What tools/dev_cluster.sh promises to the person who calls it."""
 
+import contextlib
 import os
+import shutil
+import signal
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
+
+from tests.cluster.slurm import Slurm, wait_for
 
 pytestmark = pytest.mark.ranks
 
@@ -27,29 +34,50 @@ def test_both_nodes_run_a_task_of_one_job(slurm):
     assert sorted(printed.split()) == ["n1", "n2"]
 
 
-def test_one_that_was_killed_is_started_anew_and_stops_with_all_that_it_left(slurm, root, tmp_path):
-    folder = tmp_path / "c"
+@pytest.fixture
+def folder():
+    """A short path that anybody may look into, as munge wants for its socket."""
+    folder = Path(tempfile.mkdtemp(prefix="minima-dc-"))
+    folder.chmod(0o755)
+    yield folder / "c"
+    shutil.rmtree(folder)
+
+
+def test_one_that_was_killed_is_started_anew_and_stops_with_all_that_it_left(slurm, root, folder):
     try:
         assert call(root, "start", folder=folder).returncode == 0
-        other = type(slurm)(folder / "slurm.conf", slurm.environment["PATH"])
+        other = Slurm(folder / "slurm.conf", slurm.environment["PATH"])
         other.call("sbatch", "--output=/dev/null", "--wrap", "srun sleep 1000")
+        wait_for("process of the job", lambda: len(processes_of(folder)) > 3)
         for path in folder.glob("*.pid"):
-            subprocess.run(["kill", "-9", path.read_text().strip()], check=True)
-        assert "started" in call(root, "start", folder=folder).stdout
-        assert set(other.nodes().values()) == {"idle"}
+            os.kill(int(path.read_text()), signal.SIGKILL)
+        again = call(root, "start", folder=folder)
+        assert again.returncode == 0 and "started" in again.stdout, again.stderr
+        assert set(other.nodes().values()) == {"idle"} and other.call("squeue", "--noheader") == ""
     finally:
         stopped = call(root, "stop", folder=folder)
     assert stopped.returncode == 0 and not (folder / "slurm.conf").exists()
-    mine = f"SLURM_CONF={folder}/slurm.conf".encode()
-    left = subprocess.run(["grep", "-l", "-a", "-s", "-e", mine, "-r", "/proc", "--include=environ"], capture_output=True)
-    assert left.stdout == b""
+    assert processes_of(folder) == []
+
+
+def processes_of(folder):
+    mine, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if mine in path.read_bytes().split(b"\0") else []
+    return found
 
 
 def test_what_it_cannot_use_is_refused(root, tmp_path):
     refused = call(root, "start", folder=tmp_path / "a b")
     assert refused.returncode == 2 and "without spaces" in refused.stderr
     assert call(root, "env", folder=tmp_path / "none").returncode == 2
-    bare = subprocess.run(
-        ["bash", "-c", "PATH=/nowhere; shopt -s expand_aliases; . /dev/stdin"], input="", capture_output=True
+
+
+def test_missing_packages_are_named(root, tmp_path):
+    for program in ("bash", "env", "id"):
+        (tmp_path / program).symlink_to(shutil.which(program))
+    refused = subprocess.run(
+        [root / "tools" / "dev_cluster.sh", "start"], env={"PATH": str(tmp_path)}, capture_output=True, text=True
     )
-    assert bare.returncode == 0
+    assert refused.returncode == 2 and "missing Debian packages: slurm-client\n" in refused.stderr
