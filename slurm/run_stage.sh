@@ -34,7 +34,8 @@ job_is() { # job_is FIELD PATTERN: whether scontrol shows FIELD=PATTERN for this
 is_preempted() { job_is JobState '[A-Z]*RUNNING' && job_is PreemptTime '[0-9]+[^ ]*'; }
 
 was_told() { # whether Slurm has sent SIGTERM to the ranks itself: a second one would end them at once
-  job_is JobState '(COMPLETING|CANCELLED|PENDING|REQUEUED|PREEMPTED|TIMEOUT|NODE_FAIL)[^ ]*' && return 0 # plain `return` in a trap gives an older status
+  # `return` without a number would give the status from before the trap
+  job_is JobState '(COMPLETING|CANCELLED|PENDING|REQUEUED|PREEMPTED|TIMEOUT|NODE_FAIL)[^ ]*' && return 0
   is_preempted && ! scontrol show config 2>/dev/null | grep '^PreemptParameters.*send_user_signal' >/dev/null
 }
 

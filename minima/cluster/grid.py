@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
+from minima.cluster.chain import queued_tasks, submit_chain, write_file
 from minima.cluster.config import CELLS
 from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_unread
 from minima.cluster.render import Place, Script, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.snapshot import snapshot
-from minima.cluster.submit import queued_jobs, submit_chain, write_file
 from minima.errors import ClusterError
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.overrides import RecipeLoader, nearest
@@ -55,8 +55,8 @@ def submit_grid(
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))
-        queued = [job for job in queued_jobs(place.run_folder, dry_run, write) if job.role == "cells"]
-        waiting = {name for job in queued for name in job.cells.values()}
+        queued = queued_tasks(place.run_folder, dry_run, write)
+        waiting = {job.cells.get(str(task.index)) for job, task in queued}
         missing: dict[str, list[str]] = {}
         for name, own in cells.items():
             changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]

@@ -39,10 +39,13 @@ def open_run(run: str) -> tuple[Recipe, Path]:
 
 
 def newest_jobs(folder: Path) -> dict[str, list[Job]]:
-    """Each stage's last submission: one job, or the array of its parts and the job that merges them."""
+    """Each stage's last submission: one job, or the array of its parts and the job that merges them.
+
+    Under `cells` are all submissions of a grid's cells, oldest first.
+    """
     found: dict[str, list[Job]] = {}
     for job in read_jobs(folder):
-        if job.role == "merge" and found.get(job.stage):
+        if job.role in ("merge", "cells") and found.get(job.stage):
             found[job.stage].append(job)
         else:
             found[job.stage] = [job]

@@ -47,7 +47,7 @@ def status(run: str, write: Callable[[str], None]) -> int:
     if not cells or any(row[2] != "not submitted" for row in rows):
         write(text_table(rows, _HEADERS))
     if cells:
-        write(text_table(_cell_rows(recipe, folder, cells[-1], known), ("cell", "state", "job", "slurm", "finished")))
+        write(text_table(_cell_rows(recipe, folder, cells, known), ("cell", "state", "job", "slurm", "finished")))
     for reason in reasons:
         write(f"\n{reason}")
     write(f"\nlogs are in {folder / 'logs'}")
@@ -99,11 +99,14 @@ def _row(recipe: Recipe, stage: AnyStage, folder: Path, jobs: Sequence[Job], sta
     ]
 
 
-def _cell_rows(recipe: Recipe, folder: Path, job: Job, known: dict[str, list[slurm.Task]]) -> list[list[Any]]:
-    tasks = {task.index: task for task in known.get(job.id, [])}
+def _cell_rows(
+    recipe: Recipe, folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]]
+) -> list[list[Any]]:
+    newest = {name: (job.id, int(index)) for job in jobs for index, name in job.cells.items()}
+    tasks = {(task.job, task.index): task for job in jobs for task in known.get(job.id, [])}
     rows = []
-    for index, name in job.cells.items():
-        own, task = folder / "cells" / name, tasks.get(int(index))
+    for name, (job, index) in newest.items():
+        own, task = folder / "cells" / name, tasks.get((job, index))
         done = [stage.name for stage in recipe.stages if is_finished(own / stage.name)]
         if len(done) == len(recipe.stages):
             state = "finished"
@@ -111,9 +114,7 @@ def _cell_rows(recipe: Recipe, folder: Path, job: Job, known: dict[str, list[slu
             state = "running" if task.state in _RUNNING else "pending"
         else:
             state = "failed" if slurm.is_here() else "submitted"
-        rows.append(
-            [name, state, f"{job.id}_{index}", _words(task) if task else "", f"{len(done)}/{len(recipe.stages)}"]
-        )
+        rows.append([name, state, f"{job}_{index}", _words(task) if task else "", f"{len(done)}/{len(recipe.stages)}"])
     return rows
 
 

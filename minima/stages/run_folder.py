@@ -9,7 +9,7 @@ import yaml
 
 from minima.errors import StageError
 
-_OWN = ("lock", "logs", "cluster")  # what may lie in a folder before its recipe does
+_OWN = ("lock", "logs", "cluster", "cells")  # what may lie in a folder before its recipe does
 
 
 def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: str) -> None:

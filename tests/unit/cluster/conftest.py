@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.stages.identity import describe
+
 _STAND_IN = """#!{python}
 import json, os, sys, time
 from pathlib import Path
@@ -134,7 +137,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def finish(folder: Path) -> None:
-    """Leave a stage's manifest, as far as `minima submit` looks at it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"identity": "x", "seconds": 1.0, "metrics": {}}))
+def finish(run_folder: Path, *names: str) -> None:
+    """Leave manifests of stages of `recipe.yaml`, as if they had run."""
+    recipe = load_recipe(Path("recipe.yaml"))
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / "recipe.yaml").write_text(resolved_yaml(recipe))
+    for name in names:
+        folder = run_folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        described = describe(recipe, recipe.stage(name), run_folder, {})
+        (folder / "manifest.json").write_text(json.dumps(described | {"seconds": 1.0, "metrics": {}}))

@@ -1,0 +1,157 @@
+"""What `minima status` says and `minima cancel` does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minima.cluster.cancel import cancel
+from minima.cluster.status import status
+from minima.cluster.submit import submit
+from minima.errors import ClusterError
+from tests.unit.cluster.conftest import finish
+
+RUN = Path("runs/test")
+
+
+def send() -> None:
+    submit(Path("recipe.yaml"), [], Path("cluster.yaml"), None, None, False, lambda text: None)
+
+
+def show(run: str = str(RUN)) -> tuple[int, str]:
+    said: list[str] = []
+    code = status(run, said.append)
+    return code, "\n".join(said)
+
+
+def row(text: str, stage: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.startswith(f"{stage} "))
+
+
+def train(step: int = 40) -> None:
+    """Leave what a training stage has left after some steps."""
+    folder = RUN / "base"
+    checkpoint = folder / f"checkpoints/step-{step - 10:08}/checkpoint.json"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text(json.dumps({"step": step - 10, "save_seconds": 1.0}))
+    (folder / "started.json").write_text("{}")
+    record = {"step": step, "loss": 2.5, "tokens": step * 256, "tokens_per_second": 128.0}
+    lines = [json.dumps(record), json.dumps({"step": step, "held_out_loss": 2.75}), '{"step": 4']
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def test_every_state(slurm, project):
+    send()
+    finish(RUN, "corpus")
+    train()
+    slurm.answer(squeue="102|N/A|RUNNING|test.base|None\n103|N/A|PENDING|test.out|Dependency")
+    code, text = show()
+    assert code == 0
+    assert row(text, "corpus")[2:4] == ["finished", "101"]
+    # 60 steps of 256 tokens are left, at 128 tokens a second
+    assert row(text, "base")[2:] == [
+        "running", "102", "RUNNING", "40/100", "10,240", "2.5000", "128", "2m00s", "step", "30",
+    ]  # fmt: skip
+    assert row(text, "out")[2:] == ["pending", "103", "PENDING", "(Dependency)"]
+    assert show("recipe.yaml")[1] == text  # by its recipe, too
+
+
+def test_a_job_that_was_requeued(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|PENDING|test.corpus|BeginTime")
+    slurm.answer(scontrol_show_job="JobId=101 JobName=test.corpus JobState=PENDING Restarts=2 Requeue=1")
+    assert row(show()[1], "corpus")[2] == "requeued"
+
+
+def test_the_rank_that_failed_first(slurm, project):
+    send()
+    slurm.answer(squeue="102|N/A|FAILED|test.base|NonZeroExitCode\n103|N/A|CANCELLED|test.out|Dependency")
+    logs = RUN / "logs"
+    (logs / "base-102.log").write_text(
+        "srun: error: n9: task 9: Exited with exit code 9\n"  # of the start before
+        "2026-01-01 00:00:00 job 102: start 1 on n[1-2]\n"
+        "srun: error: n2: tasks 3,5: Exited with exit code 2\n"
+        "srun: error: n1: task 0: Killed\n"
+        "2026-01-01 00:00:09 job 102: ended with exit code 137\n"
+    )
+    (logs / "base-102-rank3.log").write_text("step 1\nminima: DataError: the shard is short\n  what to do: x\n")
+    (logs / "base-102-rank0.log").write_text("nothing to see\n")
+    code, text = show()
+    assert code == 1 and row(text, "base")[2] == "failed" and row(text, "out")[2] == "cancelled"
+    assert "n2: tasks 3,5: Exited with exit code 2" in text and "the last lines of rank 3" in text
+    assert "DataError: the shard is short" in text and "nothing to see" not in text and "n9" not in text
+
+
+def test_ranks_that_had_saved_are_not_blamed(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")
+    (RUN / "logs" / "corpus-101.log").write_text(
+        "srun: error: n1: task 0: Exited with exit code 143\nsrun: error: n2: task 1: Killed\n"
+    )
+    (RUN / "logs" / "corpus-101-rank1.log").write_text("Segmentation\n")
+    assert "the last lines of rank 1" in show()[1]
+
+
+def test_a_job_that_ended_in_its_preamble(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")
+    (RUN / "logs" / "corpus-101.log").write_text("module: command not found\n")
+    assert "module: command not found" in show()[1]
+
+
+def test_what_left_the_queue_is_asked_of_the_accounting(slurm, project):
+    send()
+    slurm.answer(squeue="error Invalid job id specified", sacct="101|OUT_OF_MEMORY|test.corpus\n102|FAILED|theirs")
+    code, text = show()
+    assert code == 1 and row(text, "corpus")[2:5] == ["failed", "101", "OUT_OF_MEMORY"]
+    assert row(text, "base")[4] == "gone"
+
+
+def test_without_slurm(project, monkeypatch, tmp_path):
+    finish(RUN, "corpus")
+    train()
+    (RUN / "logs").mkdir()
+    (RUN / "logs" / "base.log").write_text(
+        "== stage base (adapt)\nminima: NotFinite: the loss is nan\n  what to do: x\n"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _, text = show()
+    assert row(text, "corpus")[2] == "finished" and row(text, "base")[2:4] == ["begun", "40/100"]
+    assert row(text, "out")[2:] == ["not", "begun"]
+    assert "the loss is nan" in text
+
+
+def test_a_log_cannot_command_the_terminal(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")
+    (RUN / "logs" / "corpus-101.log").write_text("\x1b]0;owned\x07 not found\n")
+    assert "\x1b" not in show()[1]
+
+
+def test_no_run(project, tmp_path):
+    with pytest.raises(ClusterError, match=r"no run's folder"):
+        show(str(tmp_path))
+
+
+def test_what_waits_is_cancelled_before_what_runs_is_told_to_save(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|COMPLETING|test.corpus|None\n102|N/A|RUNNING|test.base|None\n"
+                 "103|N/A|PENDING|test.out|Dependency")  # fmt: skip
+    said: list[str] = []
+    assert cancel(str(RUN), said.append) == 0
+    assert slurm.calls("scancel") == [["--state=PENDING", "103"], ["--batch", "--signal=TERM", "102"]]
+    assert "out: job 103 was waiting; cancelled" in said and "base: job 102 saves and ends" in said[1]
+
+
+def test_a_task_of_an_array_is_told_alone(slurm, project):
+    send()
+    slurm.answer(squeue="102|3|RUNNING|test.base|None\n102|4|PENDING|test.base|Resources")
+    cancel(str(RUN), lambda text: None)
+    assert slurm.calls("scancel") == [["--state=PENDING", "102"], ["--batch", "--signal=TERM", "102_3"]]
+
+
+def test_nothing_to_cancel(slurm, project):
+    send()
+    said: list[str] = []
+    cancel(str(RUN), said.append)
+    assert said == [f"no job of {RUN} waits or runs"] and not slurm.calls("scancel")

@@ -1,0 +1,211 @@
+"""Which jobs are submitted, in which order, and what is refused before any is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minima.cluster.records import read_jobs
+from minima.cluster.submit import submit
+from minima.errors import ClusterError, RecipeError, StageError
+from minima.stages.lock import run_lock
+from tests.unit.cluster.conftest import finish
+
+RUN = Path("runs/test")
+
+
+def send(*overrides: str, names=None, dry_run=False) -> str:
+    said: list[str] = []
+    assert submit(Path("recipe.yaml"), overrides, Path("cluster.yaml"), names, None, dry_run, said.append) == 0
+    return "\n".join(said)
+
+
+def test_one_job_for_each_stage_after_the_one_before_it(slurm, project):
+    said = send()
+    calls = slurm.calls("sbatch")
+    assert [Path(call[-1]).name for call in calls] == ["corpus.sbatch", "base.sbatch", "out.sbatch"]
+    assert not any("--dependency" in word for word in calls[0])
+    assert {"--dependency=afterok:101", "--kill-on-invalid-dep=yes"} < set(calls[1])
+    assert "--dependency=afterok:102" in calls[2]
+    assert [(job.id, job.stage, job.ranks, job.after) for job in read_jobs(RUN)] == [
+        ("101", "corpus", 1, []),
+        ("102", "base", 4, ["101"]),
+        ("103", "out", 1, ["102"]),
+    ]
+    assert "base: job 102, 4 ranks on 2 nodes, after 101" in said
+    assert (RUN / "logs").is_dir()
+
+
+def test_submitted_again_what_is_missing(slurm, project):
+    send()
+    finish(RUN, "corpus")
+    slurm.answer(squeue="103|N/A|PENDING|test.out|Dependency")
+    said = send(names=["corpus", "base", "out"])
+    assert "corpus: finished" in said and "out: job 103 is in the queue" in said
+    assert [Path(call[-1]).name for call in slurm.calls("sbatch")][3:] == ["base.sbatch"]
+    assert "--dependency=afterok:103" in slurm.calls("sbatch")[3]  # one job at a time writes into the run's folder
+
+
+def test_everything_is_in_the_queue(slurm, project):
+    send()
+    queue = [("101", "RUNNING", "corpus"), ("102", "PENDING", "base"), ("103", "PENDING", "out")]
+    slurm.answer(squeue="\n".join(f"{job}|N/A|{state}|test.{stage}|None" for job, state, stage in queue))
+    assert "nothing to submit" in send()
+    assert len(slurm.calls("sbatch")) == 3
+
+
+def test_a_job_of_somebody_else_that_has_got_the_id(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|RUNNING|their.job|None")
+    send()
+    assert len(slurm.calls("sbatch")) == 6
+
+
+def test_squeue_that_has_forgotten_the_jobs(slurm, project):
+    send(names=["corpus"])
+    slurm.answer(squeue="error slurm_load_jobs error: Invalid job id specified")
+    send()
+    assert len(slurm.calls("sbatch")) == 4
+
+
+def test_squeue_that_does_not_answer_submits_nothing_twice(slurm, project):
+    send()
+    slurm.answer(squeue="error Unable to contact slurm controller")
+    with pytest.raises(ClusterError, match="Unable to contact"):
+        send()
+    assert len(slurm.calls("sbatch")) == 3
+
+
+def test_a_refusal_in_the_middle_keeps_what_was_submitted(slurm, project):
+    slurm.answer(sbatch="--fail 2")
+    with pytest.raises(ClusterError, match=r"stage base: .*invalid partition"):
+        send()
+    assert [job.stage for job in read_jobs(RUN)] == ["corpus"]
+
+
+def test_a_dry_run_submits_and_writes_nothing(slurm, project):
+    before = sorted(project.rglob("*"))
+    said = send(dry_run=True)
+    assert said.count("#!/usr/bin/env bash") == 3 and not slurm.calls("sbatch")
+    assert sorted(project.rglob("*")) == before
+
+
+def test_a_batch_that_the_ranks_of_its_stage_cannot_share(slurm, project):
+    cluster = {"stages": {"adapt": {"nodes": 3}}}
+    Path("cluster.yaml").write_text(yaml.safe_dump(cluster))
+    with pytest.raises(RecipeError, match="does not divide by 3 ranks"):
+        send()
+    assert not slurm.calls("sbatch")
+
+
+def test_an_input_that_is_neither_finished_nor_queued(slurm, project):
+    with pytest.raises(StageError, match="not finished"):
+        send(names=["out"])
+    send(names=["corpus", "base"])
+    slurm.answer(squeue="101|N/A|RUNNING|test.corpus|None\n102|N/A|PENDING|test.base|Dependency")
+    send(names=["out"])
+    assert "--dependency=afterok:101:102" in slurm.calls("sbatch")[-1]
+
+
+def test_the_jobs_read_the_recipe_as_it_was_submitted(slurm, project):
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["stages"][1]["deepspeed"] = "mine.json"
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    Path("mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    send("stages.base.steps=7")
+    slurm.job(RUN / "cluster" / "base.sbatch").communicate()
+    [arguments] = slurm.calls("srun")
+    copy = Path(arguments[arguments.index("stage") + 1])
+    assert arguments[-3:] == ["--stages", "base", "stages.base.steps=7"]
+    assert copy.read_text() == Path("recipe.yaml").read_text()
+    assert (copy.parent / "ds_configs" / "mine.json").is_file()
+    Path("mine.json").write_text('{"zero_optimization": {"stage": 3, "overlap_comm": true}}')
+    send("stages.base.steps=7")
+    assert len(list((RUN / "cluster" / "recipes").iterdir())) == 2  # the first is as its jobs left it
+
+
+def test_the_last_job_writes_the_summary(slurm, project):
+    send()
+    slurm.job(RUN / "cluster" / "out.sbatch").communicate()
+    first, second = slurm.calls("srun")
+    assert first[-5:-2] == ["minima", "stage", second[-3]] and first[-1] == "out"
+    assert second[-4:-2] == ["run", first[-3]] and second[-1] == "out"
+    assert "--ntasks=1" in second
+    assert len(slurm.calls("srun")) == 2
+
+
+def test_data_shared_out_to_an_array_of_jobs(slurm, project):
+    Path("cluster.yaml").write_text(yaml.safe_dump({"stages": {"build_data": {"array": 4, "array_limit": 2}}}))
+    send()
+    calls = slurm.calls("sbatch")
+    assert [Path(call[-1]).name for call in calls] == [
+        "corpus.parts.sbatch",
+        "corpus.merge.sbatch",
+        "base.sbatch",
+        "out.sbatch",
+    ]
+    assert "--dependency=afterok:101" in calls[1] and "--dependency=afterok:102" in calls[2]
+    parts = (RUN / "cluster/corpus.parts.sbatch").read_text()
+    assert "#SBATCH --array=0-3%2\n" in parts and "corpus-%A_%a.log" in parts
+    slurm.job(RUN / "cluster/corpus.parts.sbatch", SLURM_ARRAY_JOB_ID="101", SLURM_ARRAY_TASK_ID="3").communicate()
+    slurm.job(RUN / "cluster/corpus.merge.sbatch").communicate()
+    part, merge = slurm.calls("srun")
+    assert part[-2:] == ["--part", "3/4"] and "--part" not in merge
+
+
+def test_tokens_and_the_launcher_of_the_shell(slurm, project, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("RANK", "3")
+    send()
+    entries = slurm.entries("sbatch")
+    assert {entry["token"] for entry in entries} == {"hf_verysecret"}  # inherited
+    assert {entry["rank"] for entry in entries} == {None}  # or every job would take itself for rank 3
+    assert "verysecret" not in json.dumps([entry["arguments"] for entry in entries])
+    for path in RUN.rglob("*"):
+        assert not path.is_file() or "verysecret" not in path.read_text()
+
+
+def test_a_save_that_takes_longer_than_the_signals_lead(slurm, project):
+    marker = RUN / "base/checkpoints/step-00000010/checkpoint.json"
+    marker.parent.mkdir(parents=True)
+    Path("cluster.yaml").write_text(yaml.safe_dump({"partition": "gpu"}))
+    (RUN / "recipe.yaml").write_text(Path("recipe.yaml").read_text())
+    marker.write_text(json.dumps({"step": 10, "save_seconds": 20.0}))
+    slurm.answer(scontrol_show_partition="PartitionName=gpu GraceTime=10 PreemptMode=REQUEUE")
+    said = send()
+    assert "GraceTime=10" in said and "signal_lead_seconds" not in said
+    marker.write_text(json.dumps({"step": 10, "save_seconds": 400.0}))
+    assert "set signal_lead_seconds to 860 or more" in send()
+
+
+def test_another_working_directory(slurm, project, tmp_path):
+    Path("cluster.yaml").write_text(yaml.safe_dump({"working_directory": str(tmp_path)}))
+    with pytest.raises(ClusterError, match="submit from there"):
+        send()
+    Path("cluster.yaml").write_text(yaml.safe_dump({"working_directory": str(project)}))
+    send()
+
+
+def test_an_entry_for_no_stage(slurm, project):
+    Path("cluster.yaml").write_text(yaml.safe_dump({"stages": {"bas": {"nodes": 2}}}))
+    assert "stages.bas is neither a kind nor a stage here; did you mean 'base'?" in send()
+
+
+def test_two_submissions_at_once(slurm, project):
+    with run_lock(RUN / "cluster"), pytest.raises(StageError, match="is in use"):
+        send()
+
+
+def test_without_slurm(project, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match="sbatch is not on this machine"):
+        send()
+
+
+def test_a_login_node_needs_no_torch():
+    code = "import sys, minima.cluster.submit, minima.cluster.grid, minima.cluster.status, minima.cluster.cancel\n"
+    code += "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
