@@ -39,9 +39,11 @@ need_folder() {
 }
 
 # Ports below the ephemeral range, so that no client sits on one, and below those that minima derives for its ranks.
+# Each folder begins elsewhere, so that no other cluster takes the port of a node that is down for a while.
 free_ports() {
-  local port found=()
-  for port in $(seq 16817 19999); do
+  local port found=() first
+  first=$(($(cksum <<<"$folder" | cut -d ' ' -f 1) % 3000 + 16817))
+  for port in $(seq $first 19999) $(seq 16817 $((first - 1))); do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || found+=("$port")
     [ ${#found[@]} -lt "$1" ] || break
   done
