@@ -163,6 +163,7 @@ def _stage(options: argparse.Namespace) -> int:
         sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
         _leave(OWN_ERROR, launch.world_size)
         return OWN_ERROR
+    _leave(0, launch.world_size)  # all is published; what libraries tear down at a process's end has crashed ranks
     return 0
 
 
@@ -240,7 +241,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _leave(code: int, world_size: int) -> None:
-    """End a failed rank at once: tearing down its process group would wait for ranks that wait for it."""
+    """End a rank at once: after a failure, tearing down its process group would wait for ranks that wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     if world_size > 1:

@@ -36,6 +36,7 @@ class Watchdog:
         self.seconds = seconds
         self._beat_seconds = min(_LONGEST_BEAT_SECONDS, seconds / 4)
         self._progress, self._place, self._since = 0, "before the first step", time.monotonic()
+        self._beat = 0
         self._main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,11 +60,10 @@ class Watchdog:
         self._progress += 1
 
     def _watch(self) -> None:
-        rank, world_size, beat = distributed.rank(), distributed.world_size(), 0
+        rank, world_size = distributed.rank(), distributed.world_size()
         while not self._stopped.wait(self._beat_seconds):
-            beat += 1
             try:
-                self._tell(rank, beat)
+                self._tell(rank)
                 if time.monotonic() - self._since > self.seconds:
                     self._end(rank, world_size)
             except Exception as error:  # of the store: rank 0 (or the launcher's agent) holds it
@@ -72,11 +72,12 @@ class Watchdog:
                     verdict = f"rank 0 gave no sign of life while rank {rank} waited for {self.seconds:g} s ({error})"
                     self._leave(verdict, 0.0 if rank == 1 else _GRACE_SECONDS)
 
-    def _tell(self, rank: int, beat: int) -> None:
+    def _tell(self, rank: int) -> None:
+        self._beat += 1
         frames = sys._current_frames().get(self._main)
         stack = traceback.extract_stack(frames)[-40:] if frames is not None else []
         said = {
-            "beat": beat,
+            "beat": self._beat,
             "progress": self._progress,
             "place": self._place,
             "host": socket.gethostname(),
@@ -88,8 +89,10 @@ class Watchdog:
 
     def _end(self, rank: int, world_size: int) -> None:
         before = self._ask(world_size)
-        if self._stopped.wait(2.5 * self._beat_seconds):
-            return
+        for _ in range(3):  # whoever lives says so in this time
+            if self._stopped.wait(self._beat_seconds):
+                return
+            self._tell(rank)
         after = self._ask(world_size)
         if time.monotonic() - self._since <= self.seconds:  # it was only slow
             return

@@ -1,7 +1,9 @@
 """One writer per run folder: a file lock that the kernel frees when its holder dies, and that names the holder."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -11,9 +13,13 @@ from pathlib import Path
 
 from minima.errors import StageError
 
+_POLL_SECONDS = 0.2
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks: Lustre mounted with noflock
+logger = logging.getLogger("minima.lock")
+
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[int]:
+def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
     """Hold the lock of a run folder.
 
     The kernel frees it when the last process that holds it ends, however it ends, so a dead holder's lock is simply
@@ -21,6 +27,8 @@ def run_lock(folder: Path) -> Iterator[int]:
 
     Args:
         folder: the run's; made if it is missing.
+        wait_seconds: for another holder to leave. The server of a network file system keeps a lost machine's locks for
+            a while, so a job that was requeued after a node failure finds its own earlier life there.
 
     Yields:
         The file descriptor to hand to a launcher (`pass_fds`).
@@ -31,14 +39,7 @@ def run_lock(folder: Path) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(
-                f"{folder} is in use by {_holder(descriptor)}",
-                "two runs in one folder would overwrite each other's stages",
-                "wait for it, end it (or the ranks that it left behind), or take another folder with output=PATH",
-            ) from None
+        _take(descriptor, folder, wait_seconds)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
@@ -48,6 +49,27 @@ def run_lock(folder: Path) -> Iterator[int]:
             os.ftruncate(descriptor, 0)  # nobody is named by a lock that nobody holds
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path, wait_seconds: float) -> None:
+    until = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise StageError(
+                    f"{folder} is in use by {_holder(descriptor)}",
+                    "two runs in one folder would overwrite each other's stages",
+                    "wait for it, end it (or the ranks that it left behind), or take another folder with output=PATH",
+                ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return logger.warning(
+                "%s: this file system keeps no locks, so a second run here would not be refused", folder
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def _holder(descriptor: int) -> str:

@@ -11,6 +11,24 @@ from minima.launcher import child_environment, free_port
 ROOT = Path(__file__).parents[2]
 
 
+def start_ranks(
+    module: list[str], logs: Path, cwd: Path, world_size: int = 2, accelerator: str = "cpu"
+) -> list[subprocess.Popen]:
+    """Start `python -m MODULE ARGUMENTS` once for each rank of one process group; each writes `rank-R.log`."""
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+        environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        environment |= {"DS_ACCELERATOR": accelerator, "PYTHONPATH": str(ROOT)}
+        environment.pop("MINIMA_DRIVER")  # no driver holds the lock for these
+        command = [sys.executable, "-m", *module]
+        with open(logs / f"rank-{rank}.log", "wb") as log:
+            processes.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
 def run_scenarios(
     names: list[str], folder: Path, world_size: int = 2, timeout_seconds: int = 300, accelerator: str = "cpu"
 ) -> dict[str, Any]:
@@ -22,16 +40,7 @@ def run_scenarios(
     Raises:
         AssertionError: a rank failed; carries the end of its output.
     """
-    port = free_port()
-    processes = []
-    for rank in range(world_size):
-        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
-        environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        environment["DS_ACCELERATOR"] = accelerator
-        command = [sys.executable, "-m", "tests.distributed.scenarios", str(folder), *names]
-        with open(folder / f"rank-{rank}.log", "wb") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    processes = start_ranks(["tests.distributed.scenarios", str(folder), *names], folder, ROOT, world_size, accelerator)
     try:
         codes = [process.wait(timeout=timeout_seconds) for process in processes]
     finally:

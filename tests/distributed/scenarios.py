@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -259,6 +260,8 @@ def main() -> None:
         (folder / "results.json").write_text(json.dumps(results))
     distributed.barrier()
     distributed.stop()
+    sys.stdout.flush()
+    os._exit(0)  # as `minima stage` does
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import threading
 
 import pytest
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_checkpoint
-from minima.engine.checkpoint.writer import write_checkpoint
+from minima.engine.checkpoint.writer import CheckpointWriter, write_checkpoint
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
 
 
@@ -88,3 +89,43 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     (tmp_path / "checkpoint.json").write_text('{"format": "other"}')
     with pytest.raises(CheckpointError, match="other"):
         read_marker(tmp_path)
+
+
+def test_those_after_a_multiple_of_steps_stay(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=1, keep_every_steps=10)
+    for step in (5, 10, 15, 20, 25):
+        writer.begin(step, lambda: files(b"x"), {"step": step})
+        writer.finish()
+    assert complete_steps(tmp_path) == [10, 20, 25]
+
+
+def test_it_counts_once_it_is_finished_and_says_what_it_cost(tmp_path):
+    writer, let_go = CheckpointWriter(tmp_path, keep=0), threading.Event()
+
+    def slow(folder):
+        let_go.wait(10)
+        return files(b"slow")(folder)
+
+    writer.begin(3, lambda: slow, {"step": 3})
+    assert writer.in_flight and writer.writing and complete_steps(tmp_path) == []
+    threading.Timer(0.3, let_go.set).start()
+    writer.begin(6, lambda: files(b"fast"), {"step": 6})  # waits for the one before it
+    assert complete_steps(tmp_path) == [3]
+    writer.finish()
+    assert complete_steps(tmp_path) == [3, 6] and not writer.in_flight
+    marker = read_marker(step_folder(tmp_path, 3))
+    assert marker["save_bytes"] == 4 and marker["save_seconds"] >= 0.2
+    times = writer.take_times()
+    assert times["checkpoint_wait_seconds"] >= 0.2 and times["checkpoint_bytes"] == 4
+    assert writer.take_times() == {}
+
+
+def test_an_error_of_another_kind_in_the_thread_is_told_too(tmp_path):
+    def broken(folder):
+        raise ZeroDivisionError("of our own")
+
+    writer = CheckpointWriter(tmp_path, keep=0)
+    writer.begin(3, lambda: broken, {"step": 3})
+    with pytest.raises(CheckpointError, match="ZeroDivisionError: of our own"):
+        writer.finish()
+    assert not list(tmp_path.iterdir())

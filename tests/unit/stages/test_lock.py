@@ -1,10 +1,13 @@
 """One writer per run folder."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -71,3 +74,18 @@ def test_it_can_be_taken_again(tmp_path):
         with run_lock(tmp_path):
             pass
     assert (tmp_path / "lock").read_text() == ""
+
+
+def test_a_holder_that_leaves_in_time_is_waited_for(tmp_path, holder):
+    threading.Timer(0.5, holder.kill).start()
+    with run_lock(tmp_path, wait_seconds=20):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run_lock(tmp_path):
+        assert "keeps no locks" in caplog.text

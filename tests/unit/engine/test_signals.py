@@ -1,0 +1,42 @@
+"""A first signal is a wish, its echo is the same one, and a second one ends the process."""
+
+import signal
+import subprocess
+import sys
+import time
+
+CODE = """
+import time
+from minima.engine.signals import StopRequest
+stop = StopRequest().listen()
+print("listening", flush=True)
+while not stop.requested:
+    time.sleep(0.01)
+print(stop.signal, flush=True)
+time.sleep(30)
+"""
+
+
+def process() -> subprocess.Popen:
+    child = subprocess.Popen([sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "listening\n"
+    return child
+
+
+def test_the_first_is_noted_and_a_later_one_ends_at_once():
+    child = process()
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout is not None and child.stdout.readline() == "15\n"
+    child.send_signal(signal.SIGINT)  # an echo: launchers hand on what their ranks have had
+    time.sleep(2.2)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=5) == 128 + signal.SIGINT
+
+
+def test_an_interrupt_from_the_keyboard_is_a_wish_too():
+    child = process()
+    child.send_signal(signal.SIGINT)
+    assert child.stdout is not None and child.stdout.readline() == "2\n"
+    child.kill()
+    child.wait()

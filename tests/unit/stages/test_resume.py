@@ -1,0 +1,68 @@
+"""The newest whole checkpoint is taken; damaged ones are named, kept aside, and never silently all passed over."""
+
+import pytest
+import torch.distributed as dist
+
+from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_together
+from minima.engine.checkpoint.writer import write_checkpoint
+from minima.errors import CheckpointError, StoreCorrupted
+from minima.stages import resume
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """A process group of this process, and no engine: a checkpoint's marker is all that is loaded."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+
+    def load(student, checkpoint):
+        verify_together(checkpoint)
+        return read_marker(checkpoint)
+
+    monkeypatch.setattr(resume, "load_shards", load)
+    yield
+    dist.destroy_process_group()
+
+
+def write(folder, *steps):
+    for step in steps:
+
+        def files(path, step=step):
+            (path / "weights").write_bytes(b"%d" % step)
+            return [path / "weights"]
+
+        write_checkpoint(folder, step, files, {"step": step}, keep=0)
+
+
+def damage(folder, step):
+    (step_folder(folder, step) / "weights").write_bytes(b"?")
+
+
+def test_the_newest_whole_one(tmp_path, caplog):
+    write(tmp_path, 5, 10, 15)
+    damage(tmp_path, 15)
+    facts = resume.load_newest(None, tmp_path)
+    assert facts["step"] == 10 and complete_steps(tmp_path) == [5, 10]
+    assert "step-00000015/weights is damaged" in caplog.text
+    assert (tmp_path / "step-00000015.damaged" / "weights").read_bytes() == b"?"
+
+
+def test_without_any_there_is_nothing_to_load(tmp_path):
+    assert resume.load_newest(None, tmp_path) is None
+
+
+def test_where_all_are_damaged_the_run_does_not_start_again(tmp_path):
+    write(tmp_path, 5, 10)
+    damage(tmp_path, 5)
+    damage(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=r"(?s)step-00000010/weights.*step-00000005/weights.*start again"):
+        resume.load_newest(None, tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-9], lambda text: text.replace('"step": 10', '"step": 11')])
+def test_a_marker_that_is_torn_or_changed(tmp_path, change):
+    write(tmp_path, 5, 10)
+    marker = step_folder(tmp_path, 10) / "checkpoint.json"
+    marker.write_text(change(marker.read_text()))
+    with pytest.raises(StoreCorrupted, match="is damaged"):
+        read_marker(marker.parent)
+    assert resume.load_newest(None, tmp_path)["step"] == 5

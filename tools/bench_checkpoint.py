@@ -1,0 +1,133 @@
+"""What checkpoints cost a training run: none, written while it waits, and written beside it, in one run of real ranks.
+
+    python tools/bench_checkpoint.py [--ranks 2] [--width 512] [--layers 6] [--steps 24] [--every 12] [--folder DIR]
+
+Prints, for each way, seconds of a step with its share of checkpoints, the share of the time that training stood still
+for them, and bytes a second from the snapshot to the complete checkpoint. The ways alternate, round after round, over
+the same model; ratios of one run count, since machines differ. The folder decides what the disk can do: give the one
+where runs lie.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from minima.launcher import child_environment, default_ranks, free_port, read_launch
+
+WAYS = ("none", "waiting", "beside")
+VOCABULARY, SEQUENCE_TOKENS, MICRO_BATCH = 8192, 128, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=default_ranks())
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=24, help="of each way in each round")
+    parser.add_argument("--every", type=int, default=12, help="steps between checkpoints")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints go; a temporary folder")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        _rank(options)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        port, ranks = free_port(), []
+        for rank in range(options.ranks):
+            place = {"RANK": rank, "WORLD_SIZE": options.ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks}
+            environment = child_environment(options.ranks) | {name: str(value) for name, value in place.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, __file__, *sys.argv[1:], "--rank", "--folder", folder]
+            ranks.append(subprocess.Popen(command, env=environment))
+        codes = [rank.wait() for rank in ranks]
+        if any(codes):
+            sys.exit(f"ranks ended with exit codes {codes}")
+        _print(json.loads((Path(folder) / "results.json").read_text()))
+
+
+def _rank(options: argparse.Namespace) -> None:
+    import torch
+
+    from minima.batch import make_batch
+    from minima.engine import distributed
+    from minima.engine.checkpoint.shards import shapes, snapshot_shards
+    from minima.engine.checkpoint.writer import CheckpointWriter
+    from minima.engine.deepspeed_config import training_config
+    from minima.engine.loop import Votes, train_step
+    from minima.engine.meters import Meters
+    from minima.engine.objectives.language_modelling import LanguageModelling
+    from minima.engine.student import Student
+    from minima.models.shape import ModelShape
+    from minima.models.weights import RandomSource
+    from minima.recipe.training import Training
+    from minima.stages.shipped import shipped_folder
+
+    distributed.start(read_launch())
+    shape = ModelShape(
+        vocabulary_size=VOCABULARY, hidden_size=options.width, intermediate_size=options.width * 5 // 2,
+        num_layers=options.layers, num_heads=options.width // 64, max_positions=SEQUENCE_TOKENS,
+    )  # fmt: skip
+    settings = Training(
+        batch_sequences=MICRO_BATCH * options.ranks, micro_batch_sequences=MICRO_BATCH, steps=1,
+        learning_rate=1e-4, precision="float32",
+    )  # fmt: skip
+    config = training_config(shipped_folder("ds_configs") / "student_zero3.json", settings, options.ranks)
+    student = Student(RandomSource(shape.to_config(), seed=1), config, settings)
+    tokens_BT = torch.randint(0, VOCABULARY, (MICRO_BATCH, SEQUENCE_TOKENS), device=student.device)
+    batch = make_batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), None)
+
+    facts = {"ranks": options.ranks, "config": student.config, "shapes": shapes(student), "optimizer_steps": 0}
+    writer = CheckpointWriter(options.folder / "checkpoints", keep=1)
+    meters, objective = Meters(student.device), LanguageModelling()
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for turn in range(options.rounds * len(WAYS) + 1):  # the first turn only warms up
+        way, steps = WAYS[turn % len(WAYS)], options.steps if turn else 2
+        distributed.barrier()
+        began = time.perf_counter()
+        for step in range(1, steps + 1):  # as the training loop does it
+            votes = Votes(0, int(writer.writing))
+            agreed = train_step(student, objective, [batch], settings.learning_rate, meters, votes).votes
+            if not agreed.writing:
+                writer.finish()
+            if way != "none" and step % options.every == options.every // 2:
+                writer.begin(step, lambda: snapshot_shards(student), {**facts, "step": step})
+                if way == "waiting":
+                    writer.finish()
+        seconds = time.perf_counter() - began
+        writer.finish()
+        times = writer.take_times()
+        if turn:
+            share = times.get("checkpoint_wait_seconds", 0.0) / seconds
+            found[way].append({"seconds": seconds / steps, "share": share, **times})
+    if distributed.is_main():
+        results = {"parameters": shape.parameters, "options": vars(options) | {"folder": ""}, "ways": found}
+        (options.folder / "results.json").write_text(json.dumps(results))
+    distributed.barrier()
+    distributed.stop()
+
+
+def _print(results: dict) -> None:
+    options, ways = results["options"], results["ways"]
+    print(f"{results['parameters']:,} parameters on {options['ranks']} ranks, a checkpoint every {options['every']} "
+          f"steps, medians of {options['rounds']} rounds")  # fmt: skip
+    without = statistics.median(round_["seconds"] for round_ in ways["none"])
+    print(f"{'written':<10}{'s a step':>10}{'slower by':>11}{'stood still':>13}{'MB':>9}{'s':>8}{'MB/s':>8}")
+    for way, rounds in ways.items():
+        seconds = statistics.median(round_["seconds"] for round_ in rounds)
+        share = statistics.median(round_["share"] for round_ in rounds)
+        line = f"{way:<10}{seconds:>10.3f}{seconds / without - 1:>11.1%}{share:>13.1%}"
+        if way != "none":
+            size = statistics.median(round_["checkpoint_bytes"] for round_ in rounds) / 1e6
+            cost = statistics.median(round_["checkpoint_seconds"] for round_ in rounds)
+            line += f"{size:>9.1f}{cost:>8.2f}{size / cost:>8.0f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
