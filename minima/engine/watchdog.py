@@ -8,15 +8,19 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from minima.engine import distributed
 from minima.errors import RankHung
 
 EXIT_CODE = 4  # of `minima stage`
 _LONGEST_BEAT_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
 _GRACE_SECONDS = 2.0  # launchers end the other ranks about a second after the first one: the message comes before that
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/zero/")  # files of a rank that only waits
+_T = TypeVar("_T")
 logger = logging.getLogger("minima.watchdog")
 
 
@@ -37,13 +41,14 @@ class Watchdog:
         self._beat_seconds = min(_LONGEST_BEAT_SECONDS, seconds / 4)
         self._progress, self._place, self._since = 0, "before the first step", time.monotonic()
         self._beat = 0
+        self._asking: threading.Thread | None = None
         self._main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
-            self._store = distributed.open_store("watchdog", timeout_seconds=max(5.0, self._beat_seconds))
+            self._store = distributed.open_store("watchdog", timeout_seconds=_ANSWER_SECONDS)
             self._since = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -63,10 +68,10 @@ class Watchdog:
         rank, world_size = distributed.rank(), distributed.world_size()
         while not self._stopped.wait(self._beat_seconds):
             try:
-                self._tell(rank)
+                self._answered(lambda: self._tell(rank))
                 if time.monotonic() - self._since > self.seconds:
                     self._end(rank, world_size)
-            except Exception as error:  # of the store: rank 0 (or the launcher's agent) holds it
+            except (TimeoutError, RuntimeError) as error:  # of the store: rank 0 (or the launcher's agent) holds it
                 logger.debug("rank %d cannot reach the other ranks' watchdogs: %s", rank, error)
                 if time.monotonic() - self._since > self.seconds and not self._stopped.is_set():
                     verdict = f"rank 0 gave no sign of life while rank {rank} waited for {self.seconds:g} s ({error})"
@@ -88,17 +93,40 @@ class Watchdog:
         self._store.set(str(rank), json.dumps(said))
 
     def _end(self, rank: int, world_size: int) -> None:
-        before = self._ask(world_size)
+        before = self._answered(lambda: self._ask(world_size))
         for _ in range(3):  # whoever lives says so in this time
             if self._stopped.wait(self._beat_seconds):
                 return
-            self._tell(rank)
-        after = self._ask(world_size)
+            self._answered(lambda: self._tell(rank))
+        after = self._answered(lambda: self._ask(world_size))
         if time.monotonic() - self._since <= self.seconds:  # it was only slow
             return
         silent = [number for number in range(world_size) if after[number].get("beat") == before[number].get("beat")]
         speaker = min((number for number in range(world_size) if number not in silent), default=rank)
         self._leave(_verdict(after, silent, self.seconds), 0.0 if rank == speaker else _GRACE_SECONDS)
+
+    def _answered(self, ask: Callable[[], _T]) -> _T:
+        """What the store answers, asked from a thread: a stopped process that holds it would never answer at all.
+
+        Raises:
+            TimeoutError: nothing in time, to this or to an earlier question.
+            RuntimeError: the connection is lost.
+        """
+        answers: list[_T] = []
+
+        def run() -> None:
+            with suppress(Exception):
+                answers.append(ask())
+
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=run, name="watchdog store", daemon=True)
+            self._asking.start()
+            self._asking.join(_ANSWER_SECONDS)
+        if self._asking.is_alive():
+            raise TimeoutError(f"its key-value store has not answered in {_ANSWER_SECONDS:g} s")
+        if not answers:
+            raise RuntimeError("the connection to its key-value store is lost")
+        return answers[0]
 
     def _ask(self, world_size: int) -> list[dict[str, Any]]:
         """What every rank said last; nothing of one that has never spoken."""

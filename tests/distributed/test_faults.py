@@ -71,7 +71,7 @@ class Run:
         while any(rank.poll() is None for rank in ranks):
             if failed_at is None and any(rank.poll() not in (None, 0) for rank in ranks):
                 failed_at = time.monotonic()
-            if time.monotonic() > until or (failed_at is not None and time.monotonic() > failed_at + 15):
+            if time.monotonic() > until or (failed_at is not None and time.monotonic() > failed_at + 5):
                 for rank in ranks:
                     rank.kill()
             time.sleep(0.05)
