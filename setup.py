@@ -67,6 +67,7 @@ setup(
             "wheel",
             "setuptools>=68",
             "ninja",
+            "mpi4py",  # mpirun over several machines tells the ranks where rank 0 is through it
         ],
     },
 )
