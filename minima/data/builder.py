@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from minima.data.chat import template_of
 from minima.data.chat_encoding import ChatEncoder
 from minima.data.conversations import read_conversations
 from minima.data.documents import HeldOut
-from minima.data.encoding import Batch, Encoder, EncodingPool, Result
+from minima.data.encoding import Batch, Encoded, Encoder, EncodingPool, Result
 from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
 from minima.data.part_files import folder_sha256
@@ -32,6 +33,7 @@ from minima.recipe.schema import BuildData
 
 _LOG = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
+_ADD_TOKENS = 1 << 16
 
 
 def build(
@@ -154,12 +156,14 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
         readers = [plan.read if parts is None else partial(parts.read, n) for n in range(len(stage.sources))]
         streams = [SourceStream(source, n, pool, aside_rule, readers[n]) for n, source in enumerate(stage.sources)]
         progress = _Progress()
+        gathered = _Gathered(train, stage)
         for documents, aside in mix(streams, endless=budget is not None):
             held_out.add(aside)
-            train.add(documents)
+            gathered.add(documents)
             progress.show(train.tokens, streams)
             if train.full:
                 break
+        gathered.flush()
         written, set_aside = train.finish(), held_out.finish()
         check_enough(stage, written, set_aside, held_out_documents=sum(s.held_out_documents for s in streams))
         train.publish()
@@ -171,6 +175,36 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
     return build_report(stage.format, streams, labels, written, set_aside, train.beyond_tokens) | {
         "unigram_entropy": unigram, "sequence_length": length, "vocabulary_size": plan.vocabulary_size,
     }  # fmt: skip
+
+
+class _Gathered:
+    """Hands documents on to a writer in larger pieces: the turns of a mixture cost more to add than to take.
+
+    What is written is the same. Conversations, whose writer gathers them itself, and the last documents before the
+    store is full are handed on at once.
+    """
+
+    def __init__(self, writer: StoreWriter | PackedWriter, stage: BuildData) -> None:
+        self._writer, self._at_once = writer, stage.format != "text"
+        self._limit_tokens = sys.maxsize if stage.tokens is None else stage.tokens - stage.sequence_length
+        self._waiting: list[Encoded] = []
+        self._tokens = 0
+
+    def add(self, documents: Encoded) -> None:
+        tokens = len(documents.ids)
+        if self._at_once or self._writer.tokens + self._tokens + tokens >= self._limit_tokens:
+            self.flush()
+            self._writer.add(documents)
+            return
+        self._waiting.append(documents)
+        self._tokens += tokens
+        if self._tokens >= _ADD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._writer.add(Encoded.joined(self._waiting))
+        self._waiting, self._tokens = [], 0
 
 
 class _Progress:
