@@ -141,7 +141,7 @@ def test_shell_files_are_clean(root):
 def test_the_wheel_works_without_a_clone(root, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("minima", "ds_configs", "launch", "recipes", "setup.py", "pyproject.toml"):
+    for name in ("minima", "ds_configs", "launch", "recipes", "slurm", "setup.py", "pyproject.toml"):
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         copy(root / name, source / name)
     code = "import setuptools.build_meta as build, sys; print(build.build_wheel(sys.argv[1]))"
@@ -156,6 +156,8 @@ def test_the_wheel_works_without_a_clone(root, tmp_path):
         "from minima.cli import main\nfrom minima.stages.shipped import *\n"
         "assert find_launcher('deepspeed', Path('x.yaml')).is_file()\n"
         "assert find_deepspeed_json('student_zero3.json', Path('x.yaml')).is_file()\n"
+        "cluster = str(shipped_folder('slurm') / 'cluster.example.yaml')\n"
+        "assert main(['submit', 'quickstart', '--cluster', cluster, '--dry-run', '--stages', 'english']) == 0\n"
         "sys.exit(main(['run', 'quickstart', '--dry-run']))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
