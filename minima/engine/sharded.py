@@ -28,7 +28,7 @@ def build_sharded(source: WeightSource, config: dict[str, Any], precision: str) 
     # float16 arithmetic, and takes bfloat16 for whatever was asked.
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = build_empty(source.config, dtype)
-    assert all(parameter.ds_tensor.dtype == dtype for parameter in model.parameters()), "shards of another precision"
+    assert all(parameter.ds_tensor.dtype == dtype for _, parameter in sharded_parameters(model)), "another precision"
     for name, parameter in sharded_parameters(model):
         parameter.ds_tensor.data.copy_(read_shard(parameter, source, name))
     _restore_rotary(model)

@@ -1,13 +1,11 @@
 """What `minima stage --part I/N` does: one part of a build_data stage, beside other parts that run at the same time."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minima.disk import disk_full_named
-from minima.errors import LauncherError, RecipeError, StageError
+from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import BuildData, Recipe
@@ -21,7 +19,6 @@ from minima.stages.running import HEADER, output_folder, select
 # Parts that start together take the run folder's lock one after the other, each for as long as it takes to look
 # whether the folder is theirs.
 _LOCK_SECONDS = 60.0
-_POLL_SECONDS = 0.2
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -84,7 +81,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
     folder = run_folder / stage.name
     with disk_full_named(folder):
         description = describe(recipe, stage, run_folder)
-        with _run_lock(run_folder):
+        with run_lock(run_folder, _LOCK_SECONDS):
             stage_names = [one.name for one in recipe.stages]
             check_run_folder(run_folder, recipe.name, stage_names)
             check_unchanged(description, folder)
@@ -113,22 +110,3 @@ def _begin(folder: Path, description: dict[str, Any], total: int) -> None:
     started = read_manifest(folder, STARTED)
     if started.pop("began", None) is not None:  # parts count their own seconds; between them the folder waits
         write_json(folder / STARTED, started)
-
-
-@contextmanager
-def _run_lock(folder: Path) -> Iterator[None]:
-    """The run folder's lock, waited for."""
-    until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        lock = run_lock(folder)
-        try:
-            lock.__enter__()
-            break
-        except StageError:
-            if time.monotonic() > until:
-                raise
-        time.sleep(_POLL_SECONDS)
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
