@@ -14,7 +14,7 @@ import pytest
 
 from minima import cli
 from minima.assets import read_text_asset
-from minima.errors import LauncherError, RecipeError, StageError
+from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import build_data, part
