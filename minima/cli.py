@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--dry-run", action="store_true", help="print the scripts and the sbatch commands; submit nothing"
     )
+    submit.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
     submit.set_defaults(command=_submit)
 
     status = commands.add_parser("status", help="stages, jobs, progress and failures of a run")
@@ -174,7 +175,8 @@ def _submit(options: argparse.Namespace) -> int:
     grid = None if options.grid is None else Path(options.grid).expanduser()
     cluster = Path(options.cluster).expanduser()
     names = _names(options.stages)
-    return submit(find_recipe(options.recipe), options.overrides, cluster, names, grid, options.dry_run, _write)
+    path, allowed = find_recipe(options.recipe), options.allow_code_execution
+    return submit(path, options.overrides, cluster, names, grid, options.dry_run, _write, allowed)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from minima.recipe.overrides import RecipeLoader, nearest
 from minima.recipe.schema import Recipe
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
-from minima.stages.pipeline import group_stages
+from minima.stages.pipeline import ALLOW_CODE_EXECUTION, group_stages
 from minima.stages.run_folder import check_run_folder
 from minima.stages.running import select
 
@@ -39,6 +39,7 @@ def submit_grid(
     grid: Path,
     dry_run: bool,
     write: Callable[[str], None],
+    allow_code_execution: bool = False,
 ) -> int:
     """Submit the cells of a grid whose stages are not all finished and that have no job, as one job array.
 
@@ -49,7 +50,7 @@ def submit_grid(
         MinimaError: the grid's file or one of its cells is refused, or Slurm is.
     """
     recipe = load_recipe(recipe_path, overrides)
-    place = make_place(recipe, cluster_path)
+    place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     warn_unread(place.cluster, recipe, write)
     cells = read_grid(grid)
     with ExitStack() as stack:
@@ -174,7 +175,8 @@ def _script(
         lines.append(f"{index}) # {name}")
         for group in group_stages(select(load_recipe(recipe_path, changes), names)):
             stages = ",".join(stage.name for stage in group)
-            command = [*python(place, resources), "-m", "minima", "stage", str(copy), "--stages", stages, *changes]
+            command = [*python(place, resources), "-m", "minima", "stage", str(copy), "--stages", stages]
+            command += [*changes, *place.flags]
             lines.append(f"  {run_stage(place, group[0], command, folder)}")
         lines += [f"  {summary(place, recipe, copy, changes, folder)}", "  ;;"]
     lines.append("esac")

@@ -20,7 +20,7 @@ _KINDS = [
 ]
 
 
-def make_place(recipe: Recipe, cluster_path: Path) -> Place:
+def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) -> Place:
     """Where a recipe's jobs work.
 
     Raises:
@@ -36,7 +36,7 @@ def make_place(recipe: Recipe, cluster_path: Path) -> Place:
                 f"submit from there: cd {meant}",
             )
         here = meant.absolute()
-    place = Place(cluster, here, output_folder(recipe))
+    place = Place(cluster, here, output_folder(recipe), flags)
     check_place(place)
     return place
 
@@ -90,7 +90,8 @@ def stage_scripts(
 def _script(recipe, recipe_file, overrides, stage, place, role) -> Script:
     resources = place.cluster.resources(stage)
     suffix = "" if role == "stage" else f".{role}"
-    command = [*python(place, resources), "-m", "minima", "stage", str(recipe_file), "--stages", stage.name, *overrides]
+    command = [*python(place, resources), "-m", "minima", "stage", str(recipe_file), "--stages", stage.name]
+    command += [*overrides, *place.flags]
     work = run_stage(place, stage, command)
     if role == "parts":
         work += f' --part "$SLURM_ARRAY_TASK_ID/{resources.array}"'

@@ -23,11 +23,13 @@ class Place:
         cluster: the cluster file.
         working_directory: absolute; every command starts there.
         run_folder: as the recipe says it, so relative to the working directory or absolute.
+        flags: of `minima stage`, for every job.
     """
 
     cluster: Cluster
     working_directory: Path
     run_folder: Path
+    flags: tuple[str, ...] = ()
 
     @property
     def logs(self) -> Path:

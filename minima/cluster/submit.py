@@ -14,6 +14,7 @@ from minima.cluster.snapshot import snapshot
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
+from minima.stages.pipeline import ALLOW_CODE_EXECUTION
 from minima.stages.run_folder import check_run_folder
 from minima.stages.running import select
 
@@ -26,6 +27,7 @@ def submit(
     grid: Path | None,
     dry_run: bool,
     write: Callable[[str], None],
+    allow_code_execution: bool = False,
 ) -> int:
     """Submit a job for each stage that is not finished and has none; each waits for the one before it.
 
@@ -39,6 +41,7 @@ def submit(
         grid: a file that lists cells: the whole recipe runs once for each.
         dry_run: print scripts and commands, and submit and write nothing; needs no Slurm.
         write: takes text for the person who waits.
+        allow_code_execution: let benchmarks execute what a model wrote; handed on to the stages.
 
     Returns:
         0.
@@ -48,10 +51,10 @@ def submit(
             goes on from there.
     """
     if grid is not None:
-        return submit_grid(recipe_path, overrides, cluster_path, names, grid, dry_run, write)
+        return submit_grid(recipe_path, overrides, cluster_path, names, grid, dry_run, write, allow_code_execution)
     recipe = load_recipe(recipe_path, overrides)
     stages = select(recipe, names)
-    place = make_place(recipe, cluster_path)
+    place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     warn_unread(place.cluster, recipe, write)

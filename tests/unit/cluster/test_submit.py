@@ -209,3 +209,11 @@ def test_a_login_node_needs_no_torch():
     code = "import sys, minima.cluster.submit, minima.cluster.grid, minima.cluster.status, minima.cluster.cancel\n"
     code += "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_that_a_model_wrote_is_executed_only_where_the_person_allows_it(slurm, project, allowed):
+    said: list[str] = []
+    assert submit(Path("recipe.yaml"), [], Path("cluster.yaml"), None, None, True, said.append, allowed) == 0
+    commands = [line for line in "\n".join(said).splitlines() if " -m minima stage " in line]
+    assert len(commands) == 3 and all(("--allow-code-execution" in line) == allowed for line in commands)
