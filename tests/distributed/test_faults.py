@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minima.engine.checkpoint.store import complete_steps, step_folder, verify_checkpoint
-from tests.distributed.ranks import ROOT, start_ranks
+from tests.distributed.ranks import start_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -267,7 +267,3 @@ def test_a_full_disk_in_a_save_is_named_and_the_run_goes_on_once_there_is_room(r
         assert complete_steps(folder) == [STEPS - 5, STEPS]
     finally:
         _unmount(folder)
-
-
-def test_the_tests_start_this_clones_code():
-    assert (ROOT / "minima").is_dir()
