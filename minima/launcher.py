@@ -9,6 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minima.errors import LauncherError
+from minima.nodes import (
+    SlurmJob,
+    broadcast_master,
+    derived_port,
+    job_of,
+    master_of_step,
+    number,
+    partial,
+    step_local_size,
+)
 
 _GENERIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -23,7 +33,6 @@ _FOREIGN = re.compile(
     r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|ACCELERATE_.*"
     r"|MINIMA_(RANKS|DRIVER|TERMINAL)"
 )
-_PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which begins at 32,768, so no client socket sits on one
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,14 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         return _launch(environment, _GENERIC, local_size, None)
     if any(name in environment for name in _OPENMPI):
         launch = _launch(environment, _OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE", _openmpi_master)
-    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    elif number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         launch = _launch(environment, _SLURM, None, _slurm_master)
     elif generic:
-        raise _partial(_GENERIC, environment)
+        raise partial(_GENERIC, environment)
     else:
         return Launch(master_port=free_port())
     for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world_size), ("LOCAL_RANK", launch.local_rank)):
-        if _number(environment, name, value) != value:
+        if number(environment, name, value) != value:
             raise LauncherError(
                 f"{name}={environment[name]} beside a launcher that says {value}",
                 "ranks that disagree about their group wait for each other for ever",
@@ -84,12 +93,12 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 def _launch(environment, names, local_size_name, master) -> Launch:
     if any(name not in environment for name in names):
-        raise _partial(names, environment)
-    rank, world_size, local_rank = (_number(environment, name, 0) for name in names)
+        raise partial(names, environment)
+    rank, world_size, local_rank = (number(environment, name, 0) for name in names)
     if local_size_name is None:
-        local_size = _slurm_local_size(environment, world_size)
+        local_size = step_local_size(environment, world_size)
     else:
-        local_size = _number(environment, local_size_name, world_size)
+        local_size = number(environment, local_size_name, world_size)
     if not 0 <= rank < world_size or not 0 <= local_rank < local_size <= world_size or local_rank > rank:
         shown = ", ".join(f"{name}={environment[name]}" for name in (*names, local_size_name) if name in environment)
         raise LauncherError(
@@ -97,7 +106,7 @@ def _launch(environment, names, local_size_name, master) -> Launch:
             "a rank lies between 0 and its group's size, on its machine and over all of them",
             "start the ranks through one of the launchers, or unset these variables to run one process",
         )
-    address, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT", 0)
+    address, port = environment.get("MASTER_ADDR"), number(environment, "MASTER_PORT", 0)
     if (not address or not port) and world_size > 1:
         found = master(environment, local_size == world_size) if master else (None, 0)
         address, port = address or found[0], port or found[1]
@@ -110,59 +119,31 @@ def _launch(environment, names, local_size_name, master) -> Launch:
     return Launch(rank, world_size, local_rank, local_size, address or "127.0.0.1", port or free_port())
 
 
-def _partial(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
-    given = [f"{name}={environment[name]}" for name in names if name in environment]
-    missing = [name for name in names if name not in environment]
-    return LauncherError(
-        f"{' and '.join(given)} without {' and '.join(missing)}",
-        "a rank has to know its number, its group's size and its number on its machine; a guess could hang the group",
-        f"set {', '.join(missing)} too, or unset {', '.join(name for name in names if name in environment)}",
-    )
-
-
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name, "").strip()
-    if not text:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise LauncherError(
-            f"{name}={text!r} is not a whole number",
-            "a rank's place in its group is counted",
-            f"unset {name}, or start the ranks through one of the launchers",
-        ) from None
-
-
 def _openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
+    if not one_machine:
+        world_size = number(environment, "OMPI_COMM_WORLD_SIZE", 1)
+        return broadcast_master(socket.gethostname(), environment.get("MASTER_ADDR"), free_port(), world_size)
     job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or ""
-    return ("127.0.0.1", _derived_port(job)) if one_machine and job else (None, 0)
+    return ("127.0.0.1", derived_port(job)) if job else (None, 0)
 
 
 def _slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
-    job = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
-    return ("127.0.0.1" if one_machine else first_host(nodes)), _derived_port(job)
+    host, port = master_of_step(environment)
+    return "127.0.0.1" if one_machine else host, port
 
 
-def _slurm_local_size(environment: Mapping[str, str], world_size: int) -> int:
-    counts: list[int] = []  # "4(x2),3" is four tasks on each of the first two nodes and three on the third
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
-            counts += [int(match[1])] * int(match[2] or 1)
-    node = _number(environment, "SLURM_NODEID", 0)
-    return counts[node] if 0 <= node < len(counts) else world_size
+def step_master(environment: Mapping[str, str] | None = None) -> tuple[str | None, int]:
+    """Host and port of rank 0 in an `srun` step: its first node, and a port that follows from the job and the step."""
+    return master_of_step(os.environ if environment is None else environment)
 
 
-def first_host(nodes: str) -> str | None:
-    """The first host of a Slurm node list: `gpu[03-05,9]-a,cpu1` gives `gpu03-a`."""
-    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
-    return "".join(part or "" for part in match.groups()) or None if match else None
+def slurm_job(environment: Mapping[str, str] | None = None) -> SlurmJob | None:
+    """The Slurm job that this process belongs to, or None outside of one.
 
-
-def _derived_port(job: str) -> int:
-    first, last = _PORTS
-    return first + sum(ord(letter) * 31**index for index, letter in enumerate(job)) % (last - first)
+    Args:
+        environment: read instead of the process's own.
+    """
+    return job_of(os.environ if environment is None else environment)
 
 
 def num_accelerators() -> int:

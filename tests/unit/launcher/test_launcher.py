@@ -9,7 +9,8 @@ import pytest
 
 from minima import launcher
 from minima.errors import LauncherError
-from minima.launcher import Launch, child_environment, first_host, read_launch
+from minima.launcher import Launch, child_environment, read_launch
+from minima.nodes import first_host
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7",

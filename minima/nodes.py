@@ -1,0 +1,178 @@
+"""What Slurm's and Open MPI's variables say of machines. The launcher alone reads the process's, and hands them on."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from minima.errors import LauncherError
+
+_PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which begins at 32,768, so no client socket sits on one
+_master: tuple[str, int] | None = None  # what the ranks of an mpirun have agreed on
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job of Slurm.
+
+    Attributes:
+        job_id: as `squeue` shows it; of an array's task with its number: `77_3`.
+        restarts: how often it was requeued.
+        nodes: host names of the allocation, in Slurm's order.
+        nodelist: the same as Slurm writes it: `gpu[03-05]`.
+        step: the `srun` step; None in the batch script itself.
+    """
+
+    job_id: str
+    restarts: int
+    nodes: tuple[str, ...]
+    nodelist: str
+    step: str | None
+
+
+def job_of(environment: Mapping[str, str]) -> SlurmJob | None:
+    """The job that these variables tell of; None for none."""
+    job = environment.get("SLURM_JOB_ID", "")
+    if not job:
+        return None
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    nodelist = environment.get("SLURM_JOB_NODELIST", "")
+    return SlurmJob(
+        job_id=f"{array}_{task}" if array and task else job,
+        restarts=number(environment, "SLURM_RESTART_COUNT", 0),
+        nodes=tuple(host_names(nodelist)),
+        nodelist=nodelist,
+        step=environment.get("SLURM_STEP_ID"),
+    )
+
+
+def master_of_step(environment: Mapping[str, str]) -> tuple[str | None, int]:
+    """Host and port of rank 0 of an `srun` step; the same on all of its ranks, and another in another step."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    job = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
+    return first_host(nodes), derived_port(job)
+
+
+def step_local_size(environment: Mapping[str, str], world_size: int) -> int:
+    """Tasks of an `srun` step on this node.
+
+    Raises:
+        LauncherError: the step is on several nodes, and nothing says how many tasks this one has.
+    """
+    counts: list[int] = []  # "4(x2),3" is four tasks on each of the first two nodes and three on the third
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = number(environment, "SLURM_NODEID", 0)
+    if 0 <= node < len(counts) and sum(counts) == world_size:
+        return counts[node]
+    nodes = max(number(environment, "SLURM_STEP_NUM_NODES", 1), node + 1)
+    if nodes == 1:
+        return world_size
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
+    told = ", ".join(f"{name}={environment.get(name, 'missing')}" for name in names)
+    raise LauncherError(
+        f"impossible launcher variables: {told}",
+        "a rank on several nodes has to know how many ranks are on its own: they share its GPUs",
+        "start the ranks with srun, and hand on all of its variables (--export=ALL)",
+    )
+
+
+def host_names(nodes: str) -> list[str]:
+    """The hosts of a Slurm node list: `gpu[03-05,9]-a,cpu1` gives `gpu03-a`, `gpu04-a`, `gpu05-a`, `gpu9-a`, `cpu1`."""
+    found: list[str] = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        names = [""]
+        for plain, bracket in re.findall(r"([^\[]+)|\[([^\]]*)\]", entry):
+            ends = [plain] if plain else [end for part in bracket.split(",") for end in _numbers(part)]
+            names = [name + end for name in names for end in ends]
+        found += [name.strip() for name in names if name.strip()]
+    return found
+
+
+def _numbers(text: str) -> list[str]:
+    """`03-05` as `03`, `04`, `05`."""
+    first, dash, last = text.partition("-")
+    if not dash or not (first.isdigit() and last.isdigit()):
+        return [text]
+    return [str(value).zfill(len(first)) for value in range(int(first), int(last) + 1)]
+
+
+def first_host(nodes: str) -> str | None:
+    """The first host of a Slurm node list; None of an empty one."""
+    return next(iter(host_names(nodes)), None)
+
+
+def derived_port(job: str) -> int:
+    """A port that all ranks of a job find by themselves, and that ranks of other jobs hardly share."""
+    first, last = _PORTS
+    return first + sum(ord(letter) * 31**index for index, letter in enumerate(job)) % (last - first)
+
+
+def broadcast_master(own_host: str, address: str | None, own_port: int, world_size: int) -> tuple[str, int]:
+    """Rank 0's host and port on every rank of an `mpirun` over several machines. Every rank calls it.
+
+    MPI is begun and ended here: a rank that ends later without having ended MPI would count as failed.
+
+    Args:
+        own_host: this machine's name.
+        address: what rank 0 takes instead of its machine's name.
+        own_port: a free port of this machine.
+        world_size: how many ranks there are, as mpirun says.
+
+    Raises:
+        LauncherError: mpi4py is not installed, or it is built for another MPI than this mpirun's.
+    """
+    global _master
+    if _master is not None:
+        return _master
+    do = "export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port there) for every rank: mpirun -x NAME"
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # a RuntimeError where there is no MPI library to load
+        raise LauncherError(
+            f"{world_size} ranks of mpirun on several machines without MASTER_ADDR and MASTER_PORT, and mpi4py cannot "
+            f"be loaded ({error})",
+            "the ranks find each other through rank 0's address, which mpi4py would tell them",
+            f"pip install 'minima[mpi]', or {do}",
+        ) from error
+    found: tuple[str, int] = MPI.COMM_WORLD.bcast((address or own_host, own_port), root=0)
+    size = MPI.COMM_WORLD.Get_size()
+    MPI.Finalize()  # once only: MPI cannot be begun a second time
+    if size != world_size:
+        raise LauncherError(
+            f"mpirun started {world_size} ranks, and mpi4py sees {size}",
+            "mpi4py is built for another MPI than this mpirun's, so its ranks cannot find each other",
+            f"rebuild it with this MPI's mpicc (pip install --no-binary mpi4py mpi4py), or {do}",
+        )
+    _master = found
+    return found
+
+
+def number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A variable as a whole number.
+
+    Raises:
+        LauncherError: it is none.
+    """
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise LauncherError(
+            f"{name}={text!r} is not a whole number",
+            "a rank's place in its group is counted",
+            f"unset {name}, or start the ranks through one of the launchers",
+        ) from None
+
+
+def partial(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
+    """What to raise for a set of variables of which some are missing."""
+    given = [f"{name}={environment[name]}" for name in names if name in environment]
+    missing = [name for name in names if name not in environment]
+    return LauncherError(
+        f"{' and '.join(given)} without {' and '.join(missing)}",
+        "a rank has to know its number, its group's size and its number on its machine; a guess could hang the group",
+        f"set {', '.join(missing)} too, or unset {', '.join(name for name in names if name in environment)}",
+    )
