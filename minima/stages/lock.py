@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minima.errors import StageError
+from minima.launcher import slurm_job
 
 _POLL_SECONDS = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks: Lustre mounted with noflock
@@ -41,6 +42,7 @@ def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
     try:
         _take(descriptor, folder, wait_seconds)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        holder |= {"job": job.job_id} if (job := slurm_job()) else {}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         try:
@@ -75,6 +77,7 @@ def _take(descriptor: int, folder: Path, wait_seconds: float) -> None:
 def _holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        job = f" (Slurm job {holder['job']})" if "job" in holder else ""
+        return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
     except (json.JSONDecodeError, KeyError, TypeError):
         return "another run that has not said which"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minima.disk import disk_full_named
 from minima.errors import MinimaError, RecipeError, StageError
-from minima.launcher import Launch, started_by_driver
+from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.context import StageContext
@@ -29,6 +29,8 @@ from minima.stages.run_folder import check_run_folder, claim_run_folder
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
 ERROR = "minima: "  # begins the line that tells a user's mistake
 ALONE = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that one process does
+# A file server keeps the locks of a machine that it has lost, by default for 90 s (Linux nfsd, nfsv4leasetime).
+_REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
 
 
@@ -66,7 +68,8 @@ def run_alone(
         if launch.rank == 0:
             check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
             if not started_by_driver():
-                stack.enter_context(run_lock(folder))
+                job = slurm_job()
+                stack.enter_context(run_lock(folder, _REQUEUED_SECONDS if job and job.restarts else 0.0))
         run_stages(recipe, recipe_path, stages, launch, write, allow_code_execution)
 
 

@@ -34,6 +34,12 @@ def test_a_second_run_is_refused_and_told_who(tmp_path, holder):
         pass
 
 
+def test_a_job_is_named_by_its_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with run_lock(tmp_path), pytest.raises(StageError, match=r"\(Slurm job 77\), since"), run_lock(tmp_path):
+        pass
+
+
 def test_a_dead_holders_lock_is_taken_over(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
