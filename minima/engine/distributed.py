@@ -25,8 +25,13 @@ _alone = False
 _joined: Launch | None = None
 
 
-def start(launch: Launch) -> None:
-    """Join the process group that the launcher described; a second call does nothing."""
+def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
+    """Join the process group that the launcher described; a second call does nothing.
+
+    Args:
+        launch: this rank's place.
+        timeout: of joining, and of each collective.
+    """
     global _joined
     if dist.is_initialized():
         return
@@ -46,7 +51,7 @@ def start(launch: Launch) -> None:
         dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=TIMEOUT,
+        timeout=timeout,
         rank=launch.rank,
         world_size=launch.world_size,
     )

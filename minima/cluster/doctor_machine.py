@@ -1,0 +1,224 @@
+"""What `minima doctor` finds on one machine without torch: programs, disk, locks, memory that is shared, the Hub."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from minima.launcher import cleaned_environment, num_accelerators, slurm_job
+
+State = Literal["ok", "warning", "FAILED"]
+_PROGRAM_SECONDS = 20  # `scontrol` asks a controller that may be busy
+_HUB_SECONDS = 10
+_DISK_BYTES = (1 << 30, 50 << 30)  # FAILED below the first, a warning below the second: the shards of a small model
+_SHM_BYTES = 1 << 30  # containers often come with 64 MiB, which NCCL's buffers and data loaders outgrow
+_SKEW_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: what was looked at.
+        state: `ok`, `warning` (a run can work all the same) or `FAILED`.
+        found: what there is.
+        do: what to do about it; none when it is ok.
+    """
+
+    check: str
+    state: State
+    found: str
+    do: str | None = None
+
+
+def guarded(check: str, look: Callable[[], Finding]) -> Finding:
+    """What a check finds; a check that breaks is a finding, too."""
+    try:
+        return look()
+    except Exception as error:  # a doctor who dies tells nobody what is wrong
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Finding(check, "FAILED", said, "mend what this error names, then call the doctor again")
+
+
+def check_programs() -> list[Finding]:
+    """Python and what has to be installed beside it."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    python = Finding("Python", "ok", f"{version}, {sys.prefix}")
+    return [python, guarded("torch", _torch), guarded("DeepSpeed", lambda: _package("DeepSpeed", "deepspeed"))]
+
+
+def check_machine(folder: Path) -> list[Finding]:
+    """What belongs to the machine and not to a rank.
+
+    Args:
+        folder: where runs will lie.
+    """
+    checks = {
+        "disk": lambda: _disk(folder),
+        "locks": lambda: _locks(folder),
+        "file times": lambda: _file_times(folder),
+        "/dev/shm": _shared_memory,
+        "Slurm": _slurm,
+        "MPI": _mpi,
+        "Hub": _hub,
+    }
+    return [guarded(name, look) for name, look in checks.items()]
+
+
+def _package(check: str, name: str) -> Finding:
+    try:
+        return Finding(check, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(check, "FAILED", "not installed", "pip install minima, into the environment of this Python")
+
+
+def _torch() -> Finding:
+    found = _package("torch", "torch")
+    if found.state == "FAILED":
+        return found
+    import torch
+
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the processor alone"
+    gpus = num_accelerators()
+    text = f"{torch.__version__}, built {build}"
+    if gpus and not torch.cuda.is_available():
+        do = "install the build of torch for the CUDA version that nvidia-smi shows, or set DS_ACCELERATOR=cpu"
+        return Finding("torch", "FAILED", f"{text}; it cannot use the {gpus} GPUs that are here", do)
+    return Finding("torch", "ok", text)
+
+
+def _disk(folder: Path) -> Finding:
+    if not folder.is_dir():
+        return Finding("disk", "FAILED", f"{folder} is not there", "make it, or name another with --folder")
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "FAILED", f"{folder} cannot be written", "name a folder of yours with --folder")
+    free = shutil.disk_usage(folder).free
+    text = f"{_size(free)} free in {folder.resolve()}"
+    state: State = "FAILED" if free < _DISK_BYTES[0] else "warning" if free < _DISK_BYTES[1] else "ok"
+    do = "free some space or take another folder; `minima run RECIPE --dry-run` says how much a run needs"
+    return Finding("disk", state, text, None if state == "ok" else do)
+
+
+def _locks(folder: Path) -> Finding:
+    do = "take a folder on a file system with locks (Lustre: mounted with -o flock), or never start two runs in one"
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".minima-doctor-") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return Finding("locks", "warning", f"flock does not work in {folder}: {error.strerror}", do)
+        with open(file.name, "rb") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return Finding("locks", "ok", "flock keeps a second writer out")
+    return Finding("locks", "warning", f"flock in {folder} lets two writers in", do)
+
+
+def _file_times(folder: Path) -> Finding:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".minima-doctor-") as file:
+        file.write(b"now")
+        file.flush()
+        before = time.time()
+        skew = os.stat(file.name).st_mtime - before
+    text = f"the file system's clock is {abs(skew):.1f} s from this machine's"
+    if abs(skew) > _SKEW_SECONDS:
+        return Finding("file times", "warning", text, "let both follow one clock (chrony or ntpd); file times mislead")
+    return Finding("file times", "ok", f"within {_SKEW_SECONDS:.0f} s of this machine's clock")
+
+
+def _shared_memory() -> Finding:
+    usage = shutil.disk_usage("/dev/shm")
+    text = f"{_size(usage.free)} free of {_size(usage.total)}"
+    if usage.free < _SHM_BYTES:
+        do = "give it more: docker run --shm-size=8g or --ipc=host; remove what dead processes left there"
+        return Finding("/dev/shm", "warning", text, do)
+    return Finding("/dev/shm", "ok", text)
+
+
+def _slurm() -> Finding:
+    job = slurm_job()
+    if shutil.which("scontrol") is None:
+        if job is None:
+            return Finding("Slurm", "ok", "not installed here")
+        return Finding(
+            "Slurm",
+            "warning",
+            f"job {job.job_id}, but no scontrol",
+            "a job is requeued through scontrol: put it on PATH",
+        )
+    code, said = _ask(["scontrol", "--version"])
+    if code:
+        do = "set SLURM_CONF where it is elsewhere; without Slurm, take another launcher"
+        return Finding("Slurm", "warning", f"installed, and finds no cluster: {said}", do)
+    return Finding(
+        "Slurm", "ok", f"{said.removeprefix('slurm ')}{f', job {job.job_id} on {job.nodelist}' if job else ''}"
+    )
+
+
+def _mpi() -> Finding:
+    try:
+        mpi4py = metadata.version("mpi4py")
+    except metadata.PackageNotFoundError:
+        mpi4py = None
+    if shutil.which("mpirun") is None:
+        return Finding("MPI", "ok", "no mpirun here")
+    code, said = _ask(["mpirun", "--version"])
+    if code:
+        return Finding(
+            "MPI", "warning", f"mpirun does not run: {said}", "load its module again, or take another launcher"
+        )
+    if "Open MPI" not in said:
+        return Finding("MPI", "warning", f"{said}", "launch/mpirun.sh speaks to Open MPI: load its module")
+    version = said.removeprefix("mpirun (Open MPI) ")
+    if mpi4py is None:
+        do = "pip install 'minima[mpi]': ranks of several machines find each other through it under mpirun"
+        return Finding("MPI", "warning", f"Open MPI {version} without mpi4py", do)
+    return Finding("MPI", "ok", f"Open MPI {version}, mpi4py {mpi4py}")
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants, get_token
+
+    cache = f"cache {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        return Finding("Hub", "ok", f"HF_HUB_OFFLINE=1, so it is not asked; {cache}")
+    host = constants.ENDPOINT.rpartition("@")[2].removeprefix("https://")
+    do = "fetch what the recipe reads where there is a network (`minima fetch RECIPE`), and set HF_HUB_OFFLINE=1 here"
+    try:
+        with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models?limit=1", timeout=_HUB_SECONDS):
+            pass
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            return Finding("Hub", "warning", f"{host} answers {error.code}; {cache}", do)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or type(error).__name__
+        return Finding("Hub", "warning", f"{host} cannot be reached ({reason}); {cache}", do)
+    token = "a token is set" if get_token() else "no token, so no gated models"
+    return Finding("Hub", "ok", f"{host} answers; {token}; {cache}")
+
+
+def _ask(command: list[str]) -> tuple[int, str]:
+    """A program's exit code and the first line that it says."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROGRAM_SECONDS, env=cleaned_environment(), check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, f"{type(error).__name__}"
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return done.returncode, lines[-1 if done.returncode else 0] if lines else f"exit code {done.returncode}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"

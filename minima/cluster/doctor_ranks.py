@@ -1,0 +1,277 @@
+"""What `minima doctor` finds with torch: the devices of each rank, and what the ranks do together."""
+
+import datetime
+import fcntl
+import secrets
+import socket
+import subprocess
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minima.cluster.doctor_machine import Finding, guarded
+from minima.engine import distributed
+from minima.launcher import Launch
+from minima.stages.manifest import NFS_SECONDS, look_again
+
+_JOIN_SECONDS = 120  # a rank that has not come by then does not come
+_REACH_SECONDS = 60
+_LARGE_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}  # large enough that latency does not count
+_SMALL_BYTES = 4 << 10
+_REPEATS = 5
+_SLOW_BYTES_PER_SECOND = (
+    1e9  # below what one GPU link or one modern network card gives: NCCL has gone through something else
+)
+_SKEW_SECONDS = 2.0
+_hosts: list[str] = []
+
+
+def join(launch: Launch) -> Finding:
+    """Join the process group, within a time in which somebody still waits."""
+    check = "ranks"
+    at = f"{launch.master_address}:{launch.master_port}"
+    if launch.rank != 0 and (refused := _unreachable(launch)):
+        do = (
+            "see to it that the machines know each other's names and that no firewall is between them, or export "
+            "MASTER_ADDR with an address of rank 0's machine that the others reach"
+        )
+        return Finding(check, "FAILED", f"rank {launch.rank} does not reach rank 0 at {at}: {refused}", do)
+    try:
+        distributed.start(launch, datetime.timedelta(seconds=_JOIN_SECONDS))
+        distributed.barrier()
+        _hosts[:] = distributed.gather_objects(socket.gethostname())
+    except Exception as error:  # of torch, DeepSpeed, NCCL, the network: whatever it is, it is what is wrong
+        do = "see that every rank was started and can reach rank 0; NCCL_DEBUG=INFO shows more"
+        said = " ".join(str(error).split())[:300]
+        return Finding(check, "FAILED", f"the process group at {at} does not come up: {said}", do)
+    counts = Counter(_hosts)
+    if launch.world_size == 1:
+        return Finding(check, "ok", "one process; under a launcher all ranks are checked together")
+    found = ", ".join(f"{count} on {host}" for host, count in counts.items())
+    wrong = distributed.gather_objects(counts[socket.gethostname()] != launch.local_world_size)
+    if any(wrong):
+        do = "the launcher counts the ranks of a machine otherwise: check its variables (LOCAL_WORLD_SIZE)"
+        return Finding(check, "warning", f"{found}; rank {wrong.index(True)} was told another number", do)
+    return Finding(check, "ok", found)
+
+
+def _unreachable(launch: Launch) -> str | None:
+    until, said = time.monotonic() + _REACH_SECONDS, ""
+    while time.monotonic() < until:
+        try:
+            with socket.create_connection((launch.master_address, launch.master_port), timeout=5):
+                return None
+        except OSError as error:  # rank 0 may be a little later
+            said = str(error)
+        time.sleep(0.2)
+    return said
+
+
+def hosts() -> list[str]:
+    """The machine of each rank."""
+    return list(_hosts)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder on rank 0; the others see it if it is shared."""
+    if distributed.is_main():
+        with suppress(OSError):  # the check of the disk says so
+            folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    look_again(folder)
+
+
+def gather(findings: list[Finding]) -> dict[int, list[Finding]]:
+    """What each rank found, by rank."""
+    return dict(enumerate(distributed.gather_objects(findings)))
+
+
+def leave(code: int) -> int:
+    """Rank 0's exit code, on every rank, once none waits for another."""
+    code = int(distributed.broadcast_object(code))
+    distributed.stop()
+    return code
+
+
+def check_device(launch: Launch) -> list[Finding]:
+    """This rank's GPU, or that there is none, and the op that ranks on a processor exchange through."""
+    return [guarded("GPU", lambda: _gpu(launch)), guarded("DeepSpeed's ops", lambda: _ops(launch))]
+
+
+def _gpu(launch: Launch) -> Finding:
+    if distributed.device().type == "cpu":
+        return Finding("GPU", "ok", f"none; on the processor with {torch.get_num_threads()} threads a rank")
+    if launch.world_size == 1:
+        every = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        return Finding("GPU", "ok", "; ".join(f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in every))
+    own = torch.cuda.get_device_properties(distributed.device())
+    free, total = torch.cuda.mem_get_info()
+    found = f"{own.name}, {total / 2**30:.0f} GiB"
+    if free < 0.9 * total:
+        do = "end what else uses it (nvidia-smi), or ask for whole nodes (exclusive)"
+        return Finding("GPU", "warning", f"{found}, of which {free / 2**30:.0f} GiB are free", do)
+    return Finding("GPU", "ok", found)
+
+
+def _ops(launch: Launch) -> Finding:
+    check = "DeepSpeed's ops"
+    if distributed.device().type != "cpu":
+        return Finding(check, "ok", "training on GPUs needs none")
+    from deepspeed.accelerator import get_accelerator
+
+    try:
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        said = " ".join(str(error).split())[:160]
+        do = "install g++, Python's headers and ninja; without it gloo carries everything, more slowly"
+        return Finding(check, "warning", f"the shared-memory op cannot be built: {said}", do)
+    return Finding(check, "ok", "the shared-memory op loads")
+
+
+def check_together(launch: Launch, folder: Path) -> list[Finding]:
+    """What needs all ranks at once; the findings are rank 0's to show. Every rank calls it."""
+    if launch.world_size == 1:
+        return []
+    return [_all_reduce(), _own_gpus(), _shared(folder), _locks_across(folder), _clocks()]
+
+
+def _all_reduce() -> Finding:
+    device, ranks = distributed.device(), distributed.world_size()
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    expected = ranks * (ranks + 1) / 2  # of rank + 1, a whole number that float32 holds
+    told, right, speed = [], True, 0.0
+    for size in (_SMALL_BYTES, _LARGE_BYTES[kind]):
+        tensor, seconds = torch.empty(size // 4, device=device), []
+        for _ in range(_REPEATS):
+            tensor.fill_(distributed.rank() + 1)
+            _wait(device)
+            distributed.barrier()
+            began = time.perf_counter()
+            distributed.all_reduce_sum(tensor)
+            _wait(device)
+            seconds.append(time.perf_counter() - began)
+            right &= bool((tensor == expected).all())
+        slowest = distributed.all_reduce_max(sorted(seconds)[len(seconds) // 2])
+        speed = 2 * (ranks - 1) / ranks * size / slowest  # what each rank sends: nccl-tests' bus bandwidth
+        told.append(f"{_bytes(size)} in {slowest * 1e3:.2f} ms")
+    wrong = [rank for rank, one in enumerate(distributed.gather_objects(right)) if not one]
+    backend = dist.get_backend()
+    if wrong:
+        where = ", ".join(sorted({_hosts[rank] for rank in wrong}))
+        do = f"data is corrupted on the way to {where}: leave that out (sbatch --exclude), and tell whoever runs it"
+        return Finding("all-reduce", "FAILED", f"{backend}: wrong sums on rank {', '.join(map(str, wrong))}", do)
+    text = f"{backend}: right; {', '.join(told)}, {speed / 1e9:.2f} GB/s a rank"
+    if kind == "gpu" and speed < _SLOW_BYTES_PER_SECOND:
+        do = "NCCL has found no fast way: NCCL_DEBUG=INFO says which it took (NCCL_SOCKET_IFNAME, NCCL_IB_HCA choose)"
+        return Finding("all-reduce", "warning", text, do)
+    return Finding("all-reduce", "ok", text)
+
+
+def _own_gpus() -> Finding:
+    device = distributed.device()
+    own = None if device.type == "cpu" else str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
+    holders: dict[Any, list[int]] = {}
+    for rank, uuid in enumerate(distributed.gather_objects(own)):
+        if uuid is not None:
+            holders.setdefault((_hosts[rank], uuid), []).append(rank)
+    twice = [ranks for ranks in holders.values() if len(ranks) > 1]
+    if twice:
+        do = "start one rank for each GPU: fewer ranks on a machine, or make more GPUs visible"
+        return Finding(
+            "a GPU each", "FAILED", f"ranks {', '.join(map(str, twice[0]))} share one on {_hosts[twice[0][0]]}", do
+        )
+    return Finding("a GPU each", "ok", "every rank has its own" if holders else "on the processor")
+
+
+def _shared(folder: Path) -> Finding:
+    """Whether every rank reads what rank 0 writes."""
+    token, error = str(distributed.broadcast_object(secrets.token_hex(16))), ""
+    path = folder / f".minima-doctor-{token}"
+    if distributed.is_main():
+        try:
+            path.write_text(token, encoding="ascii")
+        except OSError as met:
+            error = str(met)
+    error = str(distributed.broadcast_object(error))
+    began, seen = time.monotonic(), False
+    while not error and not (seen := _reads(path, token)) and time.monotonic() < began + NFS_SECONDS:
+        look_again(path)
+        time.sleep(0.2)
+    waited = distributed.gather_objects((seen, time.monotonic() - began))
+    if distributed.is_main():
+        path.unlink(missing_ok=True)
+    if error:
+        return Finding("shared folder", "FAILED", f"rank 0 cannot write: {error}", "name another folder with --folder")
+    blind = [rank for rank, (saw, _) in enumerate(waited) if not saw]
+    if blind:
+        where = ", ".join(f"{rank} ({_hosts[rank]})" for rank in blind)
+        do = f"put runs where every machine sees them (--folder, output=), which {folder.absolute()} is not"
+        return Finding("shared folder", "FAILED", f"rank {where} does not see what rank 0 ({_hosts[0]}) writes", do)
+    return Finding("shared folder", "ok", f"all ranks see it, the last after {max(one for _, one in waited):.1f} s")
+
+
+def _reads(path: Path, token: str) -> bool:
+    try:
+        return path.read_text(encoding="ascii") == token
+    except OSError:
+        return False
+
+
+def _locks_across(folder: Path) -> Finding:
+    """Whether a lock of rank 0 keeps ranks of other machines out."""
+    name = str(distributed.broadcast_object(secrets.token_hex(16)))
+    path, refused = folder / f".minima-doctor-{name}", True
+    try:
+        with open(path, "ab") as own:
+            if distributed.is_main():
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            distributed.barrier()
+            if not distributed.is_main():
+                refused = _is_refused(own)
+            distributed.barrier()
+    except OSError:  # said by the check of each machine; the others still have to be met
+        distributed.barrier()
+        distributed.barrier()
+    both = [rank for rank, one in enumerate(distributed.gather_objects(refused)) if not one]
+    if distributed.is_main():
+        path.unlink(missing_ok=True)
+    if both:
+        do = "locks hold on one machine only: see to it that no two jobs share a run's folder"
+        where = ", ".join(sorted({_hosts[rank] for rank in both}))
+        return Finding("locks between machines", "warning", f"rank 0's lock is not seen on {where}", do)
+    return Finding("locks between machines", "ok", "rank 0's lock keeps every other rank out")
+
+
+def _is_refused(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def _clocks() -> Finding:
+    skews = []
+    for _ in range(3):  # the least of three: a rank that was held up shows a skew that is none
+        distributed.barrier()
+        times = distributed.gather_objects(time.time())
+        skews.append((max(times) - min(times), _hosts[times.index(max(times))], _hosts[times.index(min(times))]))
+    skew, ahead, behind = min(skews)
+    if skew > _SKEW_SECONDS:
+        do = "let all machines follow one clock (chrony or ntpd): times in logs and of files mislead"
+        return Finding("clocks", "warning", f"{ahead} is {skew:.1f} s ahead of {behind}", do)
+    return Finding("clocks", "ok", f"within {skew:.2f} s of each other")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def _bytes(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"
