@@ -5,9 +5,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from minima.errors import DiskFull, MinimaError
+from minima.errors import DiskFull, MinimaError, StoreCorrupted
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -21,6 +22,22 @@ def is_no_space(error: BaseException) -> bool:
         return error.errno in _NO_SPACE
     number = re.search(r"os error (\d+)", str(error))
     return number is not None and int(number[1]) in _NO_SPACE
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The file that an index or a manifest in `folder` names. Such files can come from anywhere.
+
+    Raises:
+        StoreCorrupted: the name leads out of the folder.
+    """
+    path = PurePosixPath(name) if isinstance(name, str) and name else None
+    if path is None or path.is_absolute() or ".." in path.parts or "\0" in str(path):
+        raise StoreCorrupted(
+            f"an index in {folder} names the file {name!r}",
+            "what an index names lies beside it; this would read or change something else",
+            f"fetch or make {folder} again, from somebody you trust",
+        )
+    return folder / path
 
 
 @contextmanager

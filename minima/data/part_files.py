@@ -11,6 +11,7 @@ import numpy as np
 
 from minima.data.packing import HashedFile
 from minima.data.store import file_sha256
+from minima.disk import inside
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
@@ -125,7 +126,7 @@ def check_file(folder: Path, file: dict[str, Any], verify: bool) -> None:
     Raises:
         StoreCorrupted: it is missing, or has another size or checksum.
     """
-    path = folder / file["file"]
+    path = inside(folder, file["file"])
     if not path.is_file():
         raise _damaged(path, "is missing")
     if path.stat().st_size != file["bytes"]:

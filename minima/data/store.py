@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minima.disk import inside
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
@@ -100,7 +101,7 @@ class TokenStore:
             raise _damaged(folder / INDEX, f"says format {index.get('format')!r}, expected {FORMAT!r}")
         store = cls(folder, index)
         for file in store._files():
-            path = folder / file["file"]
+            path = inside(folder, file["file"])
             if not path.exists():
                 raise _damaged(path, "is missing")
             if path.stat().st_size != file["bytes"]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minima.disk import inside
 from minima.errors import CheckpointError
 from minima.models.legacy_config import stored_name, with_4x_names
 from minima.models.shape import read_config
@@ -135,7 +136,7 @@ class FolderSource:
                     "it says which file holds which tensor",
                     "fetch or write the folder again",
                 ) from error
-            return {name: self.folder / file for name, file in weight_map.items()}
+            return {name: inside(self.folder, file) for name, file in weight_map.items()}
         if not single.is_file():
             pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
                 path.name for path in self.folder.glob("*.pt*")

@@ -1,6 +1,7 @@
 """A launcher as a child process: its output to the terminal and to a log for each stage, signals passed on."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from typing import Self
 
 from minima.launcher import ranks_of_session
 from minima.stages.running import ERROR, HEADER
+
+# A stage's name alone: what a model or a file says must not choose where a log goes.
+_STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
 
 class Log:
@@ -35,9 +39,9 @@ class Log:
         """Take the next bytes of the stream."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
-            if line.startswith(HEADER.encode()):
+            if started := _STARTED.match(line):
                 self._file.close()
-                self._file = self._open(line[len(HEADER) :].split()[0].decode())
+                self._file = self._open(started[1].decode())
             if line.startswith(ERROR.encode()) and self.error is None:
                 self.error = line[len(ERROR) :].decode(errors="replace")
             self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from minima.disk import inside
 from minima.engine import distributed
 from minima.errors import CheckpointError, MinimaError, StoreCorrupted
 
@@ -142,7 +143,7 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
     """
     hashes = read_marker(checkpoint)["sha256"]
     for name in hashes if files is None else files:
-        path = checkpoint / name
+        path = inside(checkpoint, name)
         found = file_sha256(path) if path.is_file() else "no file"
         if found != hashes[name]:
             raise StoreCorrupted(

@@ -13,6 +13,7 @@ import pytest
 from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError
 from minima.recipe.loading import load_recipe
 from minima.stages import checks, pipeline
+from minima.stages.child import Log
 
 TRAINING = "data: corpus, batch_sequences: 8, micro_batch_sequences: 4, steps: 4, learning_rate: 1e-3"
 RECIPE = f"""
@@ -208,7 +209,7 @@ def test_a_launcher_beside_the_recipe_comes_first(run, tmp_path):
     for name in ("mine", "torchrun"):
         (tmp_path / "launch" / f"{name}.sh").touch()
         assert find_launcher(name, recipe) == tmp_path / "launch" / f"{name}.sh"
-    with pytest.raises(RecipeError, match="choose among deepspeed, local, mine, torchrun"):
+    with pytest.raises(RecipeError, match="choose among deepspeed, local, mine, mpirun, srun, torchrun"):
         find_launcher("other", recipe)
     assert run("launcher=mine")[0] == 0
 
@@ -287,3 +288,10 @@ def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
 
 def test_the_recipe_of_these_tests_is_whole(run, tmp_path):
     assert len(load_recipe(tmp_path / "tiny.yaml").stages) == 6
+
+
+def test_what_a_stage_prints_does_not_choose_another_folder_for_its_log(tmp_path):
+    with Log(tmp_path / "logs", "first") as log:
+        log.write(b"== stage ../../outside (adapt)\n== stage second (adapt)\nhello\n")
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"first.log", "second.log"}
+    assert (tmp_path / "logs" / "first.log").read_text() == "== stage ../../outside (adapt)\n"
