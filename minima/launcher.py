@@ -221,6 +221,19 @@ def ranks_of_session(session: int) -> list[int]:
     return found
 
 
+def runs_in_session(session: int, program: str) -> bool:
+    """Whether a program of that name runs in a session."""
+    import psutil
+
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.name() == program:
+                return True
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return False
+
+
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from minima.launcher import ranks_of_session
+from minima.launcher import ranks_of_session, runs_in_session, slurm_job
 from minima.stages.running import ERROR, HEADER
 
 # A stage's name alone: what a model or a file says must not choose where a log goes.
@@ -102,8 +102,10 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
 
 def signal_ranks(session: int, number: int) -> None:
     """Send a signal to the ranks of a launcher's session; to all of its processes where there is no rank yet."""
-    ranks = ranks_of_session(session)
-    if not ranks:  # a stage of one process, a launcher that has not come so far, or one with ranks elsewhere
+    ranks, job = ranks_of_session(session), slurm_job()
+    if not ranks and job is not None and runs_in_session(session, "srun"):  # srun would kill its ranks at once
+        subprocess.run(["scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", job.job_id])
+    elif not ranks:  # a stage of one process, or a launcher that has not come so far
         signal_group(session, number)
     for rank in ranks:
         try:
