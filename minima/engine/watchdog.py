@@ -48,7 +48,11 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
-            self._store = distributed.open_store("watchdog", timeout_seconds=_ANSWER_SECONDS)
+            try:
+                self._store = distributed.open_store("watchdog", timeout_seconds=_ANSWER_SECONDS)
+            except RuntimeError as error:
+                logger.warning("no watchdog: the ranks' key-value store cannot be reached a second time (%s)", error)
+                return self
             self._since = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()

@@ -1,0 +1,43 @@
+"""Which rank the watchdog names, from what the ranks said last. Real ranks that hang: distributed/test_faults.py."""
+
+import pytest
+
+from minima.engine import watchdog
+from minima.engine.watchdog import Watchdog, _verdict
+
+
+def said(progress: int, waiting: bool = True, **more) -> dict:
+    facts = {"progress": progress, "waiting": waiting, "host": "n1", "place": f"place {progress}", "at": "f.py:1 (g)"}
+    return facts | {"stack": "  File f.py\n"} | more
+
+
+@pytest.mark.parametrize(
+    ("ranks", "silent", "named"),
+    [
+        ([said(9), said(9), said(9, host="n2")], [2], "rank 2 on n2 gave no sign of life"),
+        ([said(9), {}, said(9)], [1], "rank 1 gave no sign of life"),
+        ([said(9), said(7, host="n7"), said(9)], [], "rank 1 on n7 hangs: nothing has moved for 60 s"),
+        ([said(9), said(9), said(9, waiting=False)], [], "rank 2 on n1 hangs"),
+        ([said(9), said(8, waiting=False), said(8)], [], "rank 1 on n1, rank 2 on n1 hangs"),
+        ([said(9), said(9)], [], "none can be told from the others"),
+        ([said(9, waiting=False), said(9, waiting=False)], [], "none can be told from the others"),
+    ],
+)
+def test_the_one_that_is_silent_or_behind_or_not_waiting(ranks, silent, named):
+    assert named in _verdict(ranks, silent, 60)
+
+
+def test_a_store_that_cannot_be_reached_costs_the_watchdog_and_not_the_run(monkeypatch, caplog):
+    def refuse(prefix, timeout_seconds):
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(watchdog.distributed, "open_store", refuse)
+    with Watchdog(5) as watching:
+        watching.mark("step 1")
+    assert "no watchdog" in caplog.text
+
+
+def test_none_where_none_is_asked_for(monkeypatch):
+    monkeypatch.setattr(watchdog.distributed, "open_store", None)
+    with Watchdog(0) as watching:
+        watching.mark("step 1")
