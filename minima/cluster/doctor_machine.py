@@ -64,8 +64,8 @@ def check_machine(folder: Path) -> list[Finding]:
     Args:
         folder: where runs will lie.
     """
+    disk = guarded("disk", lambda: _disk(folder))
     checks = {
-        "disk": lambda: _disk(folder),
         "locks": lambda: _locks(folder),
         "file times": lambda: _file_times(folder),
         "/dev/shm": _shared_memory,
@@ -73,7 +73,9 @@ def check_machine(folder: Path) -> list[Finding]:
         "MPI": _mpi,
         "Hub": _hub,
     }
-    return [guarded(name, look) for name, look in checks.items()]
+    if not folder.is_dir() or not os.access(folder, os.W_OK):  # the one finding says it
+        del checks["locks"], checks["file times"]
+    return [disk, *(guarded(name, look) for name, look in checks.items())]
 
 
 def _package(check: str, name: str) -> Finding:

@@ -7,7 +7,7 @@ from minima.errors import StageError
 from minima.stages.manifest import write_json
 
 COMMITS = "hub.json"
-_PATTERNS = ["*.json", "*.model", "*.txt"]
+_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, weights: bool = True) -> Path:

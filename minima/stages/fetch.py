@@ -1,0 +1,200 @@
+"""`minima fetch`: what a recipe reads from the Hub, downloaded where there is a network, for jobs that have none."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minima.disk import disk_full_named
+from minima.errors import DataError, StageError
+from minima.launcher import cleaned_environment
+from minima.recipe.data import Source
+from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.references import Reference, references, sources
+from minima.recipe.schema import AnyStage, Benchmark, BuildData, ModelInput, Publish, Recipe
+from minima.stages.hub import snapshot
+from minima.stages.run_folder import claim_run_folder
+from minima.stages.running import output_folder, select
+
+FETCHED, THERE, LOCAL, MISSING, LEFT = "fetched", "was there", "on this machine", "MISSING", "NOT FETCHED"
+NOTE = "left out"  # no job misses it
+# In a process of its own, as lm-eval always is: it makes the tasks, and so downloads what they read.
+_LM_EVAL = """
+import sys
+from lm_eval.tasks import TaskManager
+folders, names = sys.argv[1].split(chr(10)), sys.argv[2].split(",")
+TaskManager(include_path=[folder for folder in folders if folder]).load(names)
+"""
+
+
+@dataclass(frozen=True)
+class Got:
+    """What came of one input.
+
+    Attributes:
+        what: the input: `model org/name`.
+        state: one of the words above.
+        more: size, place, or what to do.
+    """
+
+    what: str
+    state: str
+    more: str = ""
+
+
+def fetch(
+    recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None, write: Callable[[str], None]
+) -> int:
+    """Download models, tokenizers, data sets and benchmarks of a recipe into the Hub's cache on this machine.
+
+    The commit of each model is kept in the run's folder, as a run keeps it, so that jobs take that one.
+
+    Args:
+        recipe_path: the recipe's file.
+        overrides: `key.path=value`.
+        names: only what these stages read; all for None.
+        write: takes a line for each input.
+
+    Returns:
+        0 when jobs find all of it without a network, else 1.
+
+    Raises:
+        MinimaError: the recipe cannot be read, a model or a data set cannot be had, or the disk is full.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise StageError(
+            "HF_HUB_OFFLINE=1 is set here",
+            "nothing would be downloaded",
+            "call it where there is a network: env -u HF_HUB_OFFLINE minima fetch ...",
+        )
+    recipe = load_recipe(recipe_path, overrides)
+    cache, left, counts = Path(constants.HF_HUB_CACHE), 0, dict.fromkeys((FETCHED, THERE, LOCAL), 0)
+    for stage in select(recipe, names):
+        with disk_full_named(cache):
+            for got in _inputs(recipe, stage, cache):
+                left += got.state in (MISSING, LEFT)
+                if got.state in counts:
+                    counts[got.state] += 1
+                write(f"{stage.name}: {got.what}: {got.state}{f' ({got.more})' if got.more else ''}")
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    write(f"{told}; the cache is {cache}")
+    if left:
+        write(f"{left} of what the recipe reads {'is' if left == 1 else 'are'} not there for a job without a network")
+        return 1
+    write("jobs may run with HF_HUB_OFFLINE=1, where they see this cache")
+    return 0
+
+
+def _inputs(recipe: Recipe, stage: AnyStage, cache: Path) -> Iterator[Got]:
+    for reference in references(recipe, stage):
+        if reference.stage is None:
+            yield _reference(recipe, stage, reference, cache)
+    fields = stage.format == "text" if isinstance(stage, BuildData) else True
+    for _, source in sources(stage):
+        yield _source(source, source.field if fields else None, cache)
+    if isinstance(stage, Benchmark):
+        yield from _benchmark(stage)
+    if isinstance(stage, Publish):
+        yield Got(f"repository {stage.repo}", NOTE, "it pushes to the Hub: run this stage where there is a network")
+
+
+def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Path) -> Got:
+    what = f"{reference.field} {reference.text}"
+    path = Path(reference.text).expanduser()
+    if path.exists():
+        return Got(what, LOCAL)
+    if reference.what in ("data", "scores", "exported"):
+        return Got(what, MISSING, "it is not on the Hub but a folder: mend its path, or make it")
+    folder = output_folder(recipe)
+    claim_run_folder(folder, recipe.name, [each.name for each in recipe.stages], resolved_yaml(recipe))
+    before = _files(cache, "models", reference.text)
+    revision = _revision(stage, reference)
+    found = snapshot(reference.text, revision, folder, keep=True, weights=reference.what != "tokenizer")
+    return _got(f"{what}, commit {found.name[:12]}", before, _files(cache, "models", reference.text))
+
+
+def _revision(stage: AnyStage, reference: Reference) -> str | None:
+    value = getattr(stage, reference.field, None)
+    return value.revision if isinstance(value, ModelInput) else reference.revision
+
+
+def _source(source: Source, field: str | None, cache: Path) -> Got:
+    from minima.data.documents import Rejected
+    from minima.data.records import read_dataset
+    from minima.data.share import Share
+    from minima.data.sources import find_files
+
+    if source.embedded is not None:
+        return Got(f"text {source.embedded}", LOCAL, "minima ships it")
+    if source.path is not None:
+        try:
+            return Got(f"files {source.path}", LOCAL, f"{len(find_files(source.path)):,} files")
+        except DataError:
+            return Got(f"files {source.path}", MISSING, "mend the path, or put them there")
+    assert source.hub is not None
+    what = f"data set {source.hub} ({', '.join(part for part in (source.config, source.split) if part)})"
+    if Path(source.hub).expanduser().is_dir():
+        return Got(what, LOCAL)
+    if source.streaming:
+        return Got(what, LEFT, "it is streamed while it is read: set streaming: false, or give its jobs a network")
+    before = _files(cache, "datasets", source.hub)
+    next(read_dataset(source, field, Rejected(), Share()), None)  # it is there as a whole before its first row is
+    return _got(what, before, _files(cache, "datasets", source.hub))
+
+
+def _benchmark(stage: Benchmark) -> Iterator[Got]:
+    from minima.evaluation.suite import Asked, plan_suite, plan_tasks, write_tasks
+
+    for answers in stage.answers:
+        there = Path(answers.questions).expanduser().is_file()
+        yield Got(f"questions {answers.questions}", LOCAL if there else MISSING)
+    asked: list[Asked] = []
+    data = None if stage.data_folder is None else Path(stage.data_folder).expanduser()
+    if data is not None and not data.is_dir():
+        yield Got(f"data_folder {data}", MISSING, "make it with `python tools/fetch_benchmarks.py`")
+        return
+    if stage.suite:
+        asked, left_out = plan_suite(data, allow_code_execution=False)
+        if left_out and data is None:
+            yield Got(
+                f"benchmark {', '.join(left_out)}", NOTE, "it executes programs: a run without leave for that has none"
+            )
+    if stage.tasks:
+        asked += plan_tasks(stage.tasks, stage.num_fewshot, allow_code_execution=True)
+    if not asked:
+        return
+    what = f"benchmarks {', '.join(one.name for one in asked)}"
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [write_tasks(Path(scratch) / "tasks", data)]
+        folders += [Path(stage.task_folder).expanduser().resolve()] if stage.task_folder else []
+        names = ",".join(task for one in asked for task in one.call.tasks)
+        done = subprocess.run(
+            [sys.executable, "-c", _LM_EVAL, "\n".join(map(str, folders)), names],
+            env=cleaned_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        yield Got(what, LEFT, f"lm-eval: {said[:300]}")
+    else:
+        yield Got(what, FETCHED, "what lm-eval reads of them")
+
+
+def _files(cache: Path, kind: str, name: str) -> dict[str, int]:
+    """What the Hub's cache holds of a repository: bytes by the name of the file."""
+    folder = cache / f"{kind}--{name.replace('/', '--')}" / "blobs"
+    return {path.name: path.stat().st_size for path in folder.glob("*") if path.suffix != ".incomplete"}
+
+
+def _got(what: str, before: dict[str, int], after: dict[str, int]) -> Got:
+    new = [size for name, size in after.items() if name not in before]
+    if not new:
+        return Got(what, THERE)
+    return Got(what, FETCHED, f"{len(new):,} file{'s' if len(new) > 1 else ''}, {sum(new) / 1e6:,.1f} MB")
