@@ -146,6 +146,11 @@ def slurm_job(environment: Mapping[str, str] | None = None) -> SlurmJob | None:
     return job_of(os.environ if environment is None else environment)
 
 
+def node_name() -> str:
+    """This machine's name: Slurm's for it inside a job, else its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def num_accelerators() -> int:
     """GPUs that this process may use, counted without torch; 0 where `DS_ACCELERATOR=cpu` is set."""
     devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]

@@ -1,12 +1,11 @@
 """`minima doctor`: what is wrong with this machine, or with the ranks of an allocation, and what to do about it."""
 
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minima.cluster.doctor_machine import Finding, check_machine, check_programs
-from minima.launcher import Launch, read_launch, slurm_job
+from minima.launcher import Launch, node_name, read_launch, slurm_job
 from minima.report.tables import text_table
 
 _SAME = ("Python", "torch", "DeepSpeed")  # what all machines have to have in the same version
@@ -57,9 +56,9 @@ def _report(launch: Launch, gathered: dict[int, list[Finding]], hosts: Sequence[
     merged = _merged(gathered, hosts) + _different(gathered)
     rows = [[finding.state, finding.check, text] for finding, text in merged]
     job = slurm_job()
-    where = f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()}"
+    where = f"rank {launch.rank} of {launch.world_size} on {node_name()}"
     if launch.world_size == 1:
-        where = f"one process on {socket.gethostname()}"
+        where = f"one process on {node_name()}"
     elif hosts:
         where = f"{launch.world_size} ranks on {len(set(hosts))} machine{'s' if len(set(hosts)) > 1 else ''}"
     lines = [f"minima doctor: {where}{f', job {job.job_id} of Slurm' if job else ''}", ""]

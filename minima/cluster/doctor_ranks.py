@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minima.cluster.doctor_machine import Finding, guarded
 from minima.engine import distributed
-from minima.launcher import Launch
+from minima.launcher import Launch, node_name
 from minima.stages.manifest import NFS_SECONDS, look_again
 
 _JOIN_SECONDS = 120  # a rank that has not come by then does not come
@@ -44,7 +44,7 @@ def join(launch: Launch) -> Finding:
     try:
         distributed.start(launch, datetime.timedelta(seconds=_JOIN_SECONDS))
         distributed.barrier()
-        _hosts[:] = distributed.gather_objects(socket.gethostname())
+        _hosts[:] = distributed.gather_objects(node_name())
     except Exception as error:  # of torch, DeepSpeed, NCCL, the network: whatever it is, it is what is wrong
         do = "see that every rank was started and can reach rank 0; NCCL_DEBUG=INFO shows more"
         said = " ".join(str(error).split())[:300]
@@ -53,7 +53,7 @@ def join(launch: Launch) -> Finding:
     if launch.world_size == 1:
         return Finding(check, "ok", "one process; under a launcher all ranks are checked together")
     found = ", ".join(f"{count} on {host}" for host, count in counts.items())
-    wrong = distributed.gather_objects(counts[socket.gethostname()] != launch.local_world_size)
+    wrong = distributed.gather_objects(counts[node_name()] != launch.local_world_size)
     if any(wrong):
         do = "the launcher counts the ranks of a machine otherwise: check its variables (LOCAL_WORLD_SIZE)"
         return Finding(check, "warning", f"{found}; rank {wrong.index(True)} was told another number", do)

@@ -63,6 +63,14 @@ def test_slurm_job():
     assert (slurm_job(array).job_id, slurm_job(array).restarts, slurm_job(array).step) == ("7_2", 0, "0")
 
 
+def test_a_node_has_slurms_name_inside_a_job(monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    assert launcher.node_name() == "n2"
+    monkeypatch.delenv("SLURMD_NODENAME")
+    monkeypatch.setattr(launcher.socket, "gethostname", lambda: "vm")
+    assert launcher.node_name() == "vm"
+
+
 # -- mpirun over several machines -----------------------------------------------------------------------------------
 
 
