@@ -1,5 +1,7 @@
 """Which rank the watchdog names, from what the ranks said last. Real ranks that hang: distributed/test_faults.py."""
 
+import threading
+
 import pytest
 
 from minima.engine import watchdog
@@ -39,5 +41,7 @@ def test_a_store_that_cannot_be_reached_costs_the_watchdog_and_not_the_run(monke
 
 def test_none_where_none_is_asked_for(monkeypatch):
     monkeypatch.setattr(watchdog.distributed, "open_store", None)
+    threads = threading.active_count()
     with Watchdog(0) as watching:
         watching.mark("step 1")
+        assert threading.active_count() == threads
