@@ -1,11 +1,12 @@
-"""What checkpoints cost a training run: none, written while it waits, and written beside it, in one run of real ranks.
+"""What exact resume costs a training run: checkpoints, and on a GPU `deterministic: true`, in one run of real ranks.
 
     python tools/bench_checkpoint.py [--ranks 2] [--width 512] [--layers 6] [--steps 24] [--every 12] [--folder DIR]
 
-Prints, for each way, seconds of a step with its share of checkpoints, the share of the time that training stood still
-for them, and bytes a second from the snapshot to the complete checkpoint. The ways alternate, round after round, over
-the same model; ratios of one run count, since machines differ. The folder decides what the disk can do: give the one
-where runs lie.
+Ways: no checkpoint; written while the training waits; written beside it; and none, with deterministic algorithms (a
+CPU's always are). Prints, for each, seconds of a step with its share of checkpoints, the share of the time that
+training stood still for them, and bytes a second from the snapshot to the complete checkpoint. The ways alternate,
+round after round, over the same model; ratios of one run count, since machines differ. The folder decides what the disk
+can do: give the one where runs lie.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from minima.launcher import child_environment, default_ranks, free_port, read_launch
 
-WAYS = ("none", "waiting", "beside")
+WAYS = ("none", "waiting", "beside", "fixed bits")
+WRITTEN = ("waiting", "beside")
 VOCABULARY, SEQUENCE_TOKENS, MICRO_BATCH = 8192, 128, 2
 
 
@@ -88,6 +90,7 @@ def _rank(options: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(options.rounds * len(WAYS) + 1):  # the first turn only warms up
         way, steps = WAYS[turn % len(WAYS)], options.steps if turn else 2
+        torch.use_deterministic_algorithms(way == "fixed bits")
         distributed.barrier()
         began = time.perf_counter()
         for step in range(1, steps + 1):  # as the training loop does it
@@ -95,7 +98,7 @@ def _rank(options: argparse.Namespace) -> None:
             agreed = train_step(student, objective, [batch], settings.learning_rate, meters, votes).votes
             if not agreed.writing:
                 writer.finish()
-            if way != "none" and step % options.every == options.every // 2:
+            if way in WRITTEN and step % options.every == options.every // 2:
                 writer.begin(step, lambda: snapshot_shards(student), {**facts, "step": step})
                 if way == "waiting":
                     writer.finish()
@@ -117,12 +120,12 @@ def _print(results: dict) -> None:
     print(f"{results['parameters']:,} parameters on {options['ranks']} ranks, a checkpoint every {options['every']} "
           f"steps, medians of {options['rounds']} rounds")  # fmt: skip
     without = statistics.median(round_["seconds"] for round_ in ways["none"])
-    print(f"{'written':<10}{'s a step':>10}{'slower by':>11}{'stood still':>13}{'MB':>9}{'s':>8}{'MB/s':>8}")
+    print(f"{'way':<10}{'s a step':>10}{'slower by':>11}{'stood still':>13}{'MB':>9}{'s':>8}{'MB/s':>8}")
     for way, rounds in ways.items():
         seconds = statistics.median(round_["seconds"] for round_ in rounds)
         share = statistics.median(round_["share"] for round_ in rounds)
         line = f"{way:<10}{seconds:>10.3f}{seconds / without - 1:>11.1%}{share:>13.1%}"
-        if way != "none":
+        if way in WRITTEN:
             size = statistics.median(round_["checkpoint_bytes"] for round_ in rounds) / 1e6
             cost = statistics.median(round_["checkpoint_seconds"] for round_ in rounds)
             line += f"{size:>9.1f}{cost:>8.2f}{size / cost:>8.0f}"
