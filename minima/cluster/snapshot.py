@@ -4,10 +4,9 @@ import hashlib
 import os
 from pathlib import Path
 
+from minima.recipe.references import deepspeed_jsons
 from minima.recipe.schema import Recipe
 from minima.stages.shipped import find_deepspeed_json, shipped_folder
-
-_JSONS = ("deepspeed", "teacher_deepspeed", "reference_deepspeed")
 
 
 def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Path:
@@ -26,8 +25,8 @@ def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Pa
     """
     files = {recipe_path.name: recipe_path.read_bytes()}
     for stage in recipe.stages:
-        for name in (getattr(stage, key, None) for key in _JSONS):
-            if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
+        for name in deepspeed_jsons(stage):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 continue
             path = find_deepspeed_json(name, recipe_path)
             if path != shipped_folder("ds_configs") / name:

@@ -68,6 +68,13 @@ def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
     return fields
 
 
+def deepspeed_jsons(stage: AnyStage) -> list[str]:
+    """The DeepSpeed JSONs that a stage names, its defaults included."""
+    names = [getattr(stage, key, None) for key in ("deepspeed", "reference_deepspeed")]
+    names.append(getattr(getattr(stage, "teacher", None), "deepspeed", None))
+    return [name for name in names if name is not None]
+
+
 def sources(stage: AnyStage) -> list[tuple[str, Source]]:
     """The texts that a stage reads, each with the field that names it."""
     found: list[tuple[str, Source]] = []

@@ -8,6 +8,7 @@ from minima.errors import RecipeError
 from minima.recipe.base import ModelInput, Stage, Strict, as_model
 from minima.recipe.chat import Align, Instruct
 from minima.recipe.data import Source, TokenizerTraining
+from minima.recipe.distillation import Distil
 from minima.recipe.pruning import Prune
 from minima.recipe.release import Benchmark, Evaluate, Export, Publish
 from minima.recipe.training import Training
@@ -97,45 +98,6 @@ class Adapt(Training, Stage):
     data: str
 
     _coerce_model = field_validator("model", mode="before")(as_model)
-
-
-class Distil(Training, Stage):
-    """Train a student on text and on a frozen teacher's predictions for it.
-
-    Attributes:
-        model: the student's starting weights.
-        teacher: the frozen model.
-        data: a build_data stage, or the path of its folder.
-        hard_weight: weight of the cross-entropy with the text. 0.5 as published.
-        soft_weight: weight of the cross-entropy with the teacher. 0.5 as published.
-        temperature: divides both models' logits in the soft part, which is scaled by its square.
-        chunk_tokens: tokens whose logits exist at one time.
-        teacher_precision: dtype of the teacher's weights; the student's when not given.
-        teacher_deepspeed: DeepSpeed JSON for the frozen teacher.
-    """
-
-    kind: Literal["distil"]
-    model: ModelInput
-    teacher: ModelInput
-    data: str
-    hard_weight: float = Field(default=0.5, ge=0)
-    soft_weight: float = Field(default=0.5, ge=0)
-    temperature: float = Field(default=1.0, gt=0)
-    chunk_tokens: int = Field(default=1024, gt=0)
-    teacher_precision: Literal["float32", "bfloat16"] | None = None
-    teacher_deepspeed: str = "teacher_zero3.json"
-
-    _coerce_model = field_validator("model", "teacher", mode="before")(as_model)
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> Self:
-        if self.hard_weight + self.soft_weight == 0:
-            raise RecipeError(
-                f"distil stage {self.name!r} has hard_weight 0 and soft_weight 0",
-                "nothing would be learnt",
-                "give at least one of them a weight above 0",
-            )
-        return self
 
 
 AnyTraining = Adapt | Distil | Instruct | Align

@@ -29,7 +29,14 @@ class Training(BaseModel):
         epsilon: AdamW's.
         gradient_clip: largest global gradient norm; 0 clips nothing.
         precision: of weights and activations. Master weights, optimiser and accumulated gradients are float32 always.
-        activation_checkpointing: `full` recomputes each layer in the backward pass instead of keeping its activations.
+        activation_checkpointing: what the backward pass recomputes instead of keeping it: `full`, all of each layer;
+            `selective`, what is cheap (norms, rotary embeddings, activation functions), while the outputs of matrix
+            products and of attention stay; `none`; `auto`, the least of it with which the memory plan says that the
+            stage fits.
+        compile: compile each decoder layer, and the frozen teacher's, with `torch.compile`. The first step takes
+            minutes longer.
+        kernels: `liger` replaces norms and SwiGLUs of student and teacher by liger-kernel's fused ones (a GPU, and
+            the `liger` extra); `stock` leaves the models as they are.
         deterministic: on a GPU, the same run gives the same bits, at some cost in speed. A CPU always does.
         checkpoint_every_steps: steps between checkpoints; one is written at the end in any case.
         keep_checkpoints: how many of the newest are kept; 0 keeps all.
@@ -64,7 +71,9 @@ class Training(BaseModel):
     epsilon: float = Field(default=1e-8, gt=0)
     gradient_clip: float = Field(default=1.0, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "none"
+    compile: bool = False
+    kernels: Literal["stock", "liger"] = "stock"
     deterministic: bool = False
     checkpoint_every_steps: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, ge=0)

@@ -39,9 +39,9 @@ def run(context: StageContext) -> dict[str, Any]:
         check_tokens(data, teacher.tokenizer, teacher.identity)
         check_template(context, data, stage.teacher, refuse=True)
         check_template(context, data, stage.model, refuse=False)  # it may be taught the teacher's format
-        precision = stage.teacher_precision or stage.precision
+        precision = stage.teacher.precision or stage.precision
         config = frozen_config(
-            context.deepspeed_json(stage.teacher_deepspeed),
+            context.deepspeed_json(stage.teacher.deepspeed or "teacher_zero3.json"),
             precision=precision,
             micro_batch_sequences=stage.micro_batch_sequences,
         )

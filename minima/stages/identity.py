@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minima.errors import StageError
+from minima.recipe.distillation import PLACING
 from minima.recipe.references import Reference, references, sources
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.digests import digest, folder_digest, is_gone, source_digest
@@ -25,10 +26,11 @@ FREE_KEYS = frozenset(
         "tensorboard",
         "wandb_project",
         "deepspeed",
-        "teacher_deepspeed",
         "reference_deepspeed",
         "precompute_reference",
         "activation_checkpointing",
+        "compile",
+        "kernels",
         "chunk_tokens",
         "processes",
         "batch_size",
@@ -63,6 +65,8 @@ def describe(
     inputs = input_hashes(recipe, stage, run_folder, planned)
     chosen = stage.model_dump(mode="json", exclude_defaults=True)
     kept = {key: value for key, value in chosen.items() if key not in _free_keys(stage)} | {"defaults": _DEFAULTS}
+    if "teacher" in kept:
+        kept["teacher"] = _without_place(kept["teacher"])
     return {"stage": resolved, "inputs": inputs, "identity": digest({"stage": kept, "inputs": inputs})}
 
 
@@ -140,7 +144,7 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
     changed = [
         f"{key} is {_short(new.get(key))} and was {_short(old.get(key))}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and key not in free
+        if _without_place(old.get(key)) != _without_place(new.get(key)) and key not in free
     ]
     changed = changed or [  # only where the stage itself is the same: a changed field changes the inputs with it
         f"its input {key} has changed"
@@ -180,6 +184,11 @@ def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> N
         own = stage.name in chosen and (is_finished(folder) or is_begun(folder))
         if own or (is_finished(folder) and any(read.stage in remade for read in references(recipe, stage))):
             check_unchanged(describe(recipe, stage, run_folder, planned), folder)
+
+
+def _without_place(value: Any) -> Any:
+    """A stage's value without where a teacher lives: that may change between two starts."""
+    return {key: inner for key, inner in value.items() if key not in PLACING} if isinstance(value, dict) else value
 
 
 def _free_keys(stage: AnyStage) -> frozenset[str]:

@@ -8,7 +8,7 @@ from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_s
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.references import references, sources
+from minima.recipe.references import deepspeed_jsons, references, sources
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -54,12 +54,11 @@ class _Preview(KnownInputs):
         preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
         for reference in references(self.recipe, stage):
             preview.reads.append(self.reads(reference, preview))
-        for key in ("deepspeed", "teacher_deepspeed", "reference_deepspeed"):
-            if name := getattr(stage, key, None):
-                try:
-                    find_deepspeed_json(name, self.recipe_path)
-                except RecipeError as error:
-                    preview.notes.append(error.what)
+        for name in deepspeed_jsons(stage):
+            try:
+                find_deepspeed_json(name, self.recipe_path)
+            except RecipeError as error:
+                preview.notes.append(error.what)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)

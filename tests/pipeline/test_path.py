@@ -53,10 +53,9 @@ stages:
     name: student
     kind: distil
     model: pruned
-    teacher: teacher
+    teacher: {{source: teacher, placement: zero3, precision: float32}}
     steps: 80
     precision: bfloat16
-    teacher_precision: float32
     activation_checkpointing: full
     checkpoint_every_steps: 20
     evaluate_every_steps: 40
