@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
+from minima.engine.layers import prepare_layers
 from minima.engine.objectives.objective import Objective
 from minima.engine.sharded import build_sharded, read_shard, release, sharded_parameters
 from minima.losses import LossSum
@@ -70,8 +71,13 @@ class Student:
         self.config = source.config
         self.device = distributed.device()
         self.model = build_sharded(source, deepspeed_config, training.precision)
-        if training.activation_checkpointing == "full":
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert training.activation_checkpointing != "auto", "the stage has chosen one by its memory plan"
+        prepare_layers(
+            self.model,
+            activation_checkpointing=training.activation_checkpointing,
+            compiled=training.compile,
+            kernels=training.kernels,
+        )
         root = _StudentRoot(self.model).train()
         # Matrices decay, norms and biases do not; a shard is flat, so the whole parameter's shape decides.
         matrices = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) >= 2]

@@ -1,0 +1,43 @@
+"""How the decoder layers of a built sharded model run: fused kernels, recomputation, compilation.
+
+`prepare_layers(model, activation_checkpointing=..., compiled=..., kernels=...)` is called on what `build_sharded` gave,
+student or frozen model alike, after the weights are in and before `deepspeed.initialize`: DeepSpeed reads there which
+modules it gathers as one.
+"""
+
+from deepspeed.utils import set_z3_leaf_modules
+from transformers import PreTrainedModel
+
+from minima.models.compiling import Recomputation, compile_layers, decoder_layers, recompute
+from minima.models.kernels import use_liger
+
+
+def prepare_layers(
+    model: PreTrainedModel,
+    *,
+    activation_checkpointing: Recomputation = "none",
+    compiled: bool = False,
+    kernels: str = "stock",
+    backend: str = "inductor",
+) -> None:
+    """Choose how one model's layers run. Names and parameters stay what they are.
+
+    Args:
+        model: from `build_sharded`, whole or sharded, its engine still to be made.
+        activation_checkpointing: what the backward pass computes again; `none` for a frozen model that only predicts.
+        compiled: compile each decoder layer. Its weights are then one leaf for ZeRO-3, gathered and let go of
+            together around the compiled code: a hook inside would break the graph.
+        kernels: `stock`, or `liger` for liger-kernel's norms and SwiGLUs.
+        backend: of `torch.compile`.
+
+    Raises:
+        RecipeError: the kernels cannot run here, or not together with compilation.
+    """
+    if kernels == "liger":
+        use_liger(model)
+    recompute(model, activation_checkpointing)
+    if compiled:
+        set_z3_leaf_modules(
+            model, sorted({type(layer) for layer in decoder_layers(model)}, key=lambda kind: kind.__name__)
+        )
+        compile_layers(model, backend)

@@ -1,0 +1,77 @@
+"""What the backward pass of a stock model recomputes, and its decoder layers compiled one by one."""
+
+import functools
+import inspect
+import types
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Recomputation = Literal["none", "selective", "full"]
+
+_aten = torch.ops.aten
+# Matrix products and attention: what costs FLOPs. All else of a layer is bound by memory, and cheap to run again.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_attention_math_for_mps.default,
+    torch.ops.higher_order.flex_attention,
+}
+# A compiled model meets one layer's code with gradients, without them (held-out losses), with and without walls between
+# documents, per kind of layer and per size of a micro-batch. Beyond the limit, PyTorch's default of 8, it would refuse.
+_RECOMPILE_LIMIT = 64
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The repeated blocks of a stock model, in its order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute(model: PreTrainedModel, what: Recomputation) -> None:
+    """Choose what the backward pass of `model` computes again, layer by layer.
+
+    Args:
+        model: a stock model; only this instance changes. In evaluation mode, or without gradients, nothing does.
+        what: `none`; `selective`, all but matrix products and attention; `full`, whole layers.
+    """
+    if what == "none":
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if what == "selective":
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    model.gradient_checkpointing_enable(settings)
+
+
+def _keep_products(_context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile the forward pass of each decoder layer, hooks on the layer itself left out.
+
+    One graph serves all layers of a model that are alike. A graph break is an error, so there is none. Only this
+    instance changes, and recomputation that was chosen before becomes part of the graph.
+
+    Args:
+        model: a stock model. What is hooked into the inside of a layer becomes part of its graph, and has to fit it.
+        backend: of `torch.compile`.
+    """
+    settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from PyTorch 2.13 on
+        settings |= {"recompile_limit": _RECOMPILE_LIMIT, "isolate_recompiles": True}
+    compiled: dict[type, Any] = {}
+    for layer in decoder_layers(model):
+        kind = type(layer)
+        if kind not in compiled:
+            compiled[kind] = torch.compile(kind.forward, **settings)
+        # `forward`, not `__call__`: ZeRO-3's hooks gather the layer's weights before it and let go of them after it.
+        layer.forward = types.MethodType(compiled[kind], layer)  # type: ignore[method-assign]

@@ -1,0 +1,82 @@
+"""Fused norms and SwiGLUs from liger-kernel, for one model: no class and no module of a library changes."""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minima.errors import RecipeError, UnsupportedFamily
+from minima.models.families import family_of
+
+# liger-kernel's own way patches classes for all models of the process, and its rotary option a whole module. Taken here
+# are its two autograd functions alone.
+
+
+def use_liger(model: PreTrainedModel) -> list[str]:
+    """Let this instance's RMSNorms and SwiGLUs run liger-kernel's kernels, on the same parameters by the same names.
+
+    Args:
+        model: a stock model, whole or partitioned by ZeRO-3.
+
+    Returns:
+        Paths of the modules that run them.
+
+    Raises:
+        UnsupportedFamily: there is nothing to replace.
+        RecipeError: liger-kernel is not installed, or there is no GPU.
+    """
+    family = family_of(model.config.model_type)
+    if not family.rms:
+        raise UnsupportedFamily(
+            f"kernels: liger for a {family.name} model",
+            "it has neither RMSNorms nor SwiGLUs, so the key would change nothing",
+            "set kernels: stock; with compile: true its norms and activations are fused, too",
+        )
+    functions = _liger_functions()
+    replaced = []
+    for path, module in model.named_modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(_rms_norm, module, functions.LigerRMSNormFunction)  # type: ignore[method-assign]
+        elif _is_swiglu(module, model.config):
+            module.forward = functools.partial(_swiglu, module, functions.LigerSiLUMulFunction)  # type: ignore[method-assign]
+        else:
+            continue
+        replaced.append(path)
+    return replaced
+
+
+def _liger_functions() -> Any:
+    """liger-kernel's autograd functions."""
+    try:
+        functions = importlib.import_module("liger_kernel.ops")
+    except ImportError as error:
+        raise RecipeError(
+            f"kernels: liger, and liger-kernel cannot be imported: {error}",
+            "its kernels are not part of minima",
+            'pip install "minima[liger]" on every machine, or set kernels: stock',
+        ) from error
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            "kernels: liger without a GPU",
+            "its kernels are written for one; a CPU runs the stock modules",
+            "set kernels: stock, or run this stage on a GPU",
+        )
+    return functions
+
+
+def _is_swiglu(module: nn.Module, config: Any) -> bool:
+    parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
+    return parts and config.hidden_act in ("silu", "swish")
+
+
+def _rms_norm(norm: Any, function: Any, hidden: Tensor) -> Tensor:
+    # As Llama casts: statistics in float32, the product in the activations' dtype. Not in place: the gradient that
+    # would be overwritten belongs to whoever made it, which may be the loss.
+    return function.apply(hidden, norm.weight, norm.variance_epsilon, 0.0, "llama", False, None)
+
+
+def _swiglu(mlp: Any, function: Any, hidden: Tensor) -> Tensor:
+    return mlp.down_proj(function.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden), 1.0, 1.0))
