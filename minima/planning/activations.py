@@ -1,0 +1,96 @@
+"""Bytes that a decoder layer's forward pass leaves for its backward pass, and those that come and go.
+
+What autograd saves was read off stock models of transformers 5.23 with `saved_tensors_hooks`, and
+`tests/unit/planning/test_activations.py` holds the sums below against them, family by family. They are those of PyTorch
+operators with attention through SDPA; fused kernels (`kernels: liger`) and compiled layers save less.
+"""
+
+from minima.models.shape import ModelShape
+from minima.planning.sharding import BYTES
+
+
+def _norm(width: int, size: int) -> int:
+    """Of one token in an RMSNorm: what is squared in float32, what is scaled, and the reciprocal root."""
+    return width * (4 + size) + 4
+
+
+def layer_saved_bytes(shape: ModelShape, precision: str, checkpointing: str) -> int:
+    """Bytes of one token that one layer keeps for the backward pass.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`.
+        checkpointing: `none`; `selective`, the layer's input and the outputs of matrix products and attention; `full`,
+            the input.
+    """
+    size = BYTES[precision]
+    width, neurons = shape.hidden_size, shape.intermediate_size
+    query, key_value = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
+    scores = 4 * shape.num_heads  # log-sum-exp of each head, in float32
+    gated = shape.family not in ("gpt_neox", "gpt2")
+    if checkpointing == "full":
+        return size * width
+    if checkpointing == "selective":
+        products = 2 * query + 2 * key_value + width + (2 if gated else 1) * neurons + width
+        return size * (width + products) + scores
+    if not gated:
+        inputs = 1 if shape.family == "gpt_neox" else 2  # both norms of a parallel layer read the same tensor
+        norms = size * (inputs + 2) * width + 2 * 2 * size
+        attention = size * (4 * width if shape.family == "gpt2" else 7 * width) + scores
+        return norms + attention + size * neurons * (5 if shape.family == "gpt2" else 2)
+    norms = 2 * (_norm(width, size) + size * width)
+    if shape.family == "qwen3":
+        norms += (4 + size) * (query + key_value) + 4 * (shape.num_heads + shape.num_key_value_heads)
+    return norms + size * (2 * query + 2 * key_value) + scores + size * 4 * neurons
+
+
+def saved_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: int, sequence_length: int) -> int:
+    """Bytes that the whole model keeps for the backward pass of one micro-batch, the final hidden states included.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`.
+        checkpointing: `none`, `selective` or `full`.
+        tokens: of the micro-batch.
+        sequence_length: of one of its sequences.
+    """
+    size, width = BYTES[precision], shape.hidden_size
+    layers = shape.num_layers * layer_saved_bytes(shape, precision, checkpointing)
+    gated = shape.family not in ("gpt_neox", "gpt2")
+    final = _norm(width, size) + size * width if gated else size * (2 * width + 2)
+    rotary = 2 * size * shape.head_size * sequence_length if shape.family != "gpt2" else 0
+    return tokens * (layers + final) + rotary
+
+
+def recomputed_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: int) -> int:
+    """Bytes that come and go while one layer's backward pass runs: what it recomputes, and its gradients."""
+    size, width = BYTES[precision], shape.hidden_size
+    query = shape.num_heads * shape.head_size
+    again = layer_saved_bytes(shape, precision, "none") - layer_saved_bytes(shape, precision, checkpointing)
+    # Gradients of a layer's output and of the widest part of it: of both factors and of their product.
+    gradients = size * (2 * width + max(3 * shape.intermediate_size, 4 * query))
+    return tokens * (max(0, again) + gradients)
+
+
+def forward_bytes(shape: ModelShape, precision: str, tokens: int, ranks: int = 1) -> int:
+    """Bytes that come and go while one layer runs without gradients, its input left out.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`.
+        tokens: that run together.
+        ranks: that each matrix is split over.
+    """
+    size, width, neurons = BYTES[precision], shape.hidden_size, shape.intermediate_size // ranks
+    query = shape.num_heads * shape.head_size // ranks
+    key_value = shape.num_key_value_heads * shape.head_size // ranks
+    norm = 8 * width  # the float32 copy and its product
+    attention = size * (2 * width + 3 * query + 3 * key_value)  # queries and keys before and after their rotation
+    mlp = size * (2 * width + 3 * neurons)
+    return tokens * max(norm + size * width, attention, mlp)
+
+
+def norm_bytes(shape: ModelShape, precision: str, tokens: int) -> int:
+    """Bytes that come and go in the final norm over so many tokens without gradients, its output included."""
+    rms = shape.family not in ("gpt_neox", "gpt2")
+    return tokens * shape.hidden_size * (8 if rms else BYTES[precision])

@@ -1,0 +1,225 @@
+"""Every place where a frozen teacher's weights could live on a machine, with what each rank would need."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from minima.models.shape import ModelShape
+from minima.planning.dry_run import size_text
+from minima.planning.memory import Memory, Offload, Placement, Work, frozen_memory, trained_memory
+from minima.planning.sharding import TEACHER, Sharding
+from minima.recipe.distillation import Teacher
+from minima.recipe.training import Training
+
+Checkpointing = Literal["none", "selective", "full"]
+TeacherSharding = Callable[[Placement, Offload], Sharding]
+
+# Of a device's memory, what the plan leaves free: the driver's context and the collectives' buffers, and what the
+# allocator loses by rounding and fragmentation. A choice, not a measurement: 76e9 bytes, the most that a step of the
+# published shapes may take on a device that is sold as 80 GB and has 85e9 bytes, are 0.9 of it.
+MARGIN = 0.1
+# Of a node's memory, what stays for the processes, for data and for the page cache that feeds them. A choice, too.
+HOST_MARGIN = 0.2
+LARGEST_WINDOW = 8  # micro-batches: traffic is then an eighth, and a wider window would save little more
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a stage runs on. Totals, never what is free at the moment: every rank and every start has to choose alike.
+
+    Attributes:
+        ranks: of the process group.
+        ranks_per_node: of them on one machine.
+        device_bytes: memory of one rank's device; on a CPU, the machine's divided by its ranks. None when not known.
+        host_bytes: memory of one machine; None when not known.
+        host_is_device: on a CPU both are the same memory.
+    """
+
+    ranks: int
+    ranks_per_node: int
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    host_is_device: bool = False
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What the plan may use of a device."""
+        return None if self.device_bytes is None else int((1 - MARGIN) * self.device_bytes)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate.
+
+    Attributes:
+        placement: of the teacher; None where there is none.
+        offload: of its shards.
+        group: ranks that share one copy of it.
+        window: micro-batches that one traversal of it serves.
+        checkpointing: of the student.
+        student: bytes of one rank.
+        teacher: bytes of one rank.
+        peak_bytes: on the device. What passes within the teacher's forward is gone when the student's comes, so of
+            both the larger counts.
+        host_bytes: of one machine's memory, for all of its ranks.
+        refused: why it does not fit; empty where it does, or where the machine is not known.
+    """
+
+    placement: Placement | None
+    offload: Offload
+    group: int
+    window: int
+    checkpointing: Checkpointing
+    student: Memory
+    teacher: Memory
+    peak_bytes: int
+    host_bytes: int
+    refused: str = ""
+
+    @property
+    def name(self) -> str:
+        """Placement and offload in one word."""
+        return (self.placement or "no teacher") + (f"+{self.offload}" if self.offload != "none" else "")
+
+
+def shipped(placement: Placement, offload: Offload) -> Sharding:
+    """The sizes in the DeepSpeed JSON that minima ships for a placement."""
+    return replace(TEACHER, offload_weights=offload, pinned=offload == "cpu")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains, and on what.
+
+    Attributes:
+        name: of the stage.
+        training: its settings.
+        student: shape of the trained model.
+        sequence_length: tokens of one block.
+        sharding: sizes of the student's DeepSpeed JSON.
+        teacher: the recipe's; None where no model is frozen beside the trained one.
+        teacher_shape: its shape.
+        teacher_sharding: sizes of its DeepSpeed JSON, by placement and offload.
+    """
+
+    name: str
+    training: Training
+    student: ModelShape
+    sequence_length: int
+    sharding: Sharding
+    teacher: Teacher | None = None
+    teacher_shape: ModelShape | None = None
+    teacher_sharding: TeacherSharding = shipped
+
+    def work(self, ranks: int) -> Work:
+        """What each of so many ranks runs at once."""
+        micro_batch = self.training.micro_batch_on(ranks)
+        return Work(
+            micro_batch_sequences=micro_batch,
+            sequence_length=self.sequence_length,
+            chunk_tokens=getattr(self.training, "chunk_tokens", 1024),
+            accumulation=self.training.batch_sequences // (ranks * micro_batch),
+        )
+
+
+def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> tuple[list[Row], list[str]]:
+    """All places that could be, in the order in which they are tried, and a sentence for each that could not.
+
+    A teacher that is named is the only one.
+    """
+    trained = trained_memory(
+        stage.student,
+        stage.training.precision,
+        checkpointing,
+        stage.work(machine.ranks),
+        machine.ranks,
+        stage.sharding,
+        taught=stage.teacher is not None,
+    )
+    if stage.teacher is None or stage.teacher_shape is None:
+        return [_judged(Row(None, "none", 1, 1, checkpointing, trained, Memory(), 0, 0), machine)], []
+    rows, excluded = [], []
+    for placement, offload, group, problem in _places(stage.teacher, stage.teacher_shape, machine):
+        if problem:
+            excluded.append(f"{placement}{'' if offload == 'none' else '+' + offload} cannot be: {problem}")
+        else:
+            rows.append(_widest(stage, machine, checkpointing, trained, placement, offload, group))
+    return rows, excluded
+
+
+def _places(teacher: Teacher, shape: ModelShape, machine: Machine) -> Iterator[tuple[Placement, Offload, int, str]]:
+    """Placement, offload, ranks that share a copy, and what stands against it, in the order of `auto`."""
+    node = min(machine.ranks, machine.ranks_per_node)
+    nodes = -(-machine.ranks // node)
+    split = teacher.tensor_parallel_ranks or node
+    groups: dict[Placement, int] = {"replica": 1, "zero3_node": node, "zero3": machine.ranks, "tensor_parallel": split}
+    if teacher.placement != "auto":
+        yield teacher.placement, teacher.offload, groups[teacher.placement], ""
+        return
+    alone = "one rank has nobody to share it with"
+    uneven = "the machines have different numbers of ranks" if machine.ranks % node else ""
+    same = "on one machine it is what zero3_node is" if nodes == 1 else ""
+    yield "replica", "none", 1, ""
+    yield "zero3_node", "none", node, uneven or (alone if node == 1 else "")
+    yield "zero3", "none", machine.ranks, same if node > 1 else (alone if nodes == 1 else "")
+    yield "tensor_parallel", "none", split, alone if split == 1 else _unsplittable(shape, split, node)
+    both = "the host's memory is the devices'" if machine.host_is_device else ""
+    missing = "" if teacher.nvme_path is not None else "no nvme_path is given"
+    for offload, problem in (("cpu", both), ("nvme", missing)):
+        yield "zero3_node", offload, node, problem or uneven  # type: ignore[misc]
+        if nodes > 1:
+            yield "zero3", offload, machine.ranks, problem  # type: ignore[misc]
+
+
+def _unsplittable(shape: ModelShape, split: int, node: int) -> str:
+    if node % split:
+        return f"groups of {split} ranks do not fill a machine of {node}"
+    for count, what in ((shape.num_heads, "heads"), (shape.num_key_value_heads, "key-value heads")):
+        if count % split:
+            return f"{count} {what} do not divide by {split} ranks"
+    return ""
+
+
+def _widest(
+    stage: Stage,
+    machine: Machine,
+    checkpointing: Checkpointing,
+    trained: Memory,
+    placement: Placement,
+    offload: Offload,
+    group: int,
+) -> Row:
+    """The candidate with the widest window that fits; with the narrowest one where none does."""
+    assert stage.teacher is not None and stage.teacher_shape is not None
+    work = stage.work(machine.ranks)
+    travels = placement in ("zero3_node", "zero3") and (group > 1 or offload != "none")
+    widest = min(work.accumulation, LARGEST_WINDOW) if travels else 1
+    named = stage.teacher.window_micro_batches
+    windows = [min(named, work.accumulation)] if named is not None else list(range(widest, 0, -1))
+    precision = stage.teacher.precision or stage.training.precision
+    sharding = stage.teacher_sharding(placement, offload)
+    for window in windows:
+        frozen = frozen_memory(stage.teacher_shape, precision, placement, offload, work, group, sharding, window=window)
+        row = _judged(Row(placement, offload, group, window, checkpointing, trained, frozen, 0, 0), machine)
+        if not row.refused:
+            break
+    return row
+
+
+def _judged(row: Row, machine: Machine) -> Row:
+    """The candidate with its sums, and with what does not fit."""
+    student, teacher = row.student, row.teacher
+    hidden = teacher.passing.get("hidden", 0)
+    passing = max(student.passing_bytes, teacher.passing_bytes - hidden)
+    peak = student.resident_bytes + teacher.resident_bytes + hidden + passing
+    host = student.host_bytes + teacher.host_bytes
+    if machine.host_is_device:
+        peak, host = peak + host, 0
+    host *= min(machine.ranks, machine.ranks_per_node)
+    refused = []
+    if machine.usable_bytes is not None and peak > machine.usable_bytes:
+        refused.append(f"needs {size_text(peak)} of {size_text(machine.usable_bytes)} on a device")
+    usable = None if machine.host_bytes is None else int((1 - HOST_MARGIN) * machine.host_bytes)
+    if usable is not None and host > usable:
+        refused.append(f"needs {size_text(host)} of {size_text(usable)} in a machine's memory")
+    return replace(row, peak_bytes=peak, host_bytes=host, refused=" and ".join(refused))

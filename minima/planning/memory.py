@@ -1,0 +1,224 @@
+"""Bytes that each rank needs for a trained model and for a frozen one, part by part, from shapes alone.
+
+The parts of the trained model are those that DeepSpeed 0.19.8 allocates in `runtime/zero/stage3.py`:
+`_create_fp16_partitions_with_defragmentation` (weights), `_create_fp32_partitions` (master weights),
+`_setup_for_real_optimizer` (reduce bucket, gradients) and `_prepare_fp32_grad_for_sub_group` (one sub-group's
+gradients once more). `tests/distributed/test_memory_plan.py` holds them against the tensors of two real ranks.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from minima.models.shape import ModelShape
+from minima.planning.activations import forward_bytes, norm_bytes, recomputed_bytes, saved_bytes
+from minima.planning.sharding import (
+    BYTES,
+    Sharding,
+    layer_tensors,
+    outer_tensors,
+    persistent_elements,
+    shard_elements,
+    tensors,
+)
+
+Placement = Literal["replica", "zero3_node", "zero3", "tensor_parallel"]
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by part.
+
+    Attributes:
+        device: in the memory of the rank's device, between two steps, too.
+        passing: there as well, at most at one time within a step.
+        host: in the host's memory.
+        disk: in files.
+    """
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    passing: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, int] = field(default_factory=dict)
+    disk: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def resident_bytes(self) -> int:
+        """On the device between two steps."""
+        return sum(self.device.values())
+
+    @property
+    def passing_bytes(self) -> int:
+        """On the device within a step alone."""
+        return sum(self.passing.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device, at most."""
+        return self.resident_bytes + self.passing_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory, all parts."""
+        return sum(self.host.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """In files, all parts."""
+        return sum(self.disk.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank runs at once.
+
+    Attributes:
+        micro_batch_sequences: of one micro-batch.
+        sequence_length: tokens of one sequence.
+        chunk_tokens: tokens whose logits exist at one time.
+        accumulation: micro-batches of one step on one rank.
+    """
+
+    micro_batch_sequences: int
+    sequence_length: int
+    chunk_tokens: int = 1024
+    accumulation: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.micro_batch_sequences * self.sequence_length
+
+
+def trained_memory(
+    shape: ModelShape,
+    precision: str,
+    checkpointing: str,
+    work: Work,
+    ranks: int,
+    sharding: Sharding,
+    *,
+    taught: bool = True,
+) -> Memory:
+    """Of a model in training under ZeRO-3 over all ranks.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`, of weights and activations.
+        checkpointing: `none`, `selective` or `full`.
+        work: what a rank runs at once.
+        ranks: that share the model.
+        sharding: sizes of its DeepSpeed JSON.
+        taught: whether the loss holds a teacher's logits, too.
+    """
+    size, shard = BYTES[precision], shard_elements(shape, ranks)
+    table = shape.vocabulary_size * shape.hidden_size
+    copies = 0 if precision == "float32" and not sharding.offload_optimizer else 1  # float32 shards are the masters
+    states = {"master": 4 * shard * copies, "moments": 8 * shard, "gradients": 4 * shard}
+    bucket = 4 * min(sharding.reduce_bucket_elements, shape.parameters)
+    device = {"weights": size * shard, "persistent": _persistent(shape, precision, ranks, sharding)}
+    host: dict[str, int] = {}
+    if sharding.offload_optimizer:  # and the gradients once more, where the optimiser on the host reads them
+        host = states | {"gradients": 2 * states["gradients"]}
+        update = 0
+    else:
+        device |= states
+        update = 4 * min(shard, sharding.sub_group_elements + max(tensors(shape)) // ranks)
+    device["buckets"] = 4 * sharding.reduce_bucket_elements
+    passing: dict[str, int] = {}
+    if ranks > 1:
+        passing["gathered"] = size * _gathered(shape, sharding, sharding.reuse_elements // 2)
+    # The whole head stays gathered from the loss to the end of the backward pass. Its gradient is float32 in the loss;
+    # then a rounded copy of it is there as well, and is made float32 again to be reduced.
+    passing["head"] = (size * table if ranks > 1 else 0) + (4 if precision == "float32" else 6) * table
+    # The final hidden states are kept twice: what the norm gave, and its gradient, which the loss makes at once.
+    kept = saved_bytes(shape, precision, checkpointing, work.tokens, work.sequence_length)
+    passing["activations"] = kept + 2 * size * work.tokens * shape.hidden_size
+    logits = work.chunk_tokens * shape.vocabulary_size
+    loss = logits * ((8 if taught else 4) + (2 if precision == "bfloat16" else 0))
+    # Layers go backward when the loss's chunks are gone; their gradients are copied once more to be scattered.
+    layer = recomputed_bytes(shape, precision, checkpointing, work.tokens) + bucket
+    passing["loss or layer"] = max(loss, layer)
+    passing["update"] = max(0, update - sum(passing.values()))  # what the backward pass has not needed
+    return Memory(device, passing, host)
+
+
+def frozen_memory(
+    shape: ModelShape,
+    precision: str,
+    placement: Placement,
+    offload: Offload,
+    work: Work,
+    group: int,
+    sharding: Sharding,
+    *,
+    window: int = 1,
+) -> Memory:
+    """Of a frozen model that gives final hidden states.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`.
+        placement: where its weights are.
+        offload: where its shards lie: `none` for the device, `cpu` or `nvme`.
+        work: what a rank runs at once.
+        group: ranks that share one copy.
+        sharding: sizes of its DeepSpeed JSON.
+        window: micro-batches that one traversal of the layers serves.
+    """
+    size, tokens = BYTES[precision], work.tokens
+    hidden = size * shape.hidden_size * tokens * window
+    head = size * shape.vocabulary_size * shape.hidden_size
+    if placement == "replica":
+        layer = max(forward_bytes(shape, precision, tokens), norm_bytes(shape, precision, tokens))
+        return Memory({"weights": size * shape.parameters}, {"activations": layer, "hidden": hidden})
+    if placement == "tensor_parallel":
+        inputs = size * shape.hidden_size * tokens * group
+        layer = inputs + max(
+            forward_bytes(shape, precision, tokens * group, group), norm_bytes(shape, precision, tokens * group)
+        )
+        weights = {"weights": size * split_elements(shape, group), "head": head}
+        return Memory(weights, {"activations": layer, "hidden": hidden})
+    layer = max(forward_bytes(shape, precision, tokens), norm_bytes(shape, precision, tokens * window))
+    device = {"head": head, "persistent": _persistent(shape, precision, group, sharding)}
+    passing = {"activations": layer, "hidden": hidden}
+    shard = size * shard_elements(shape, group)
+    if group > 1 or offload != "none":
+        passing["gathered"] = size * _gathered(shape, sharding)
+    if offload == "none":
+        return Memory(device | {"weights": shard}, passing)
+    if offload == "cpu":
+        return Memory(device, passing, {"weights": sum(_pinned(shape, size, group)) if sharding.pinned else shard})
+    buffers = size * sharding.nvme_buffers * sharding.nvme_buffer_elements
+    return Memory(device, passing, {"buffers": buffers}, {"weights": shard})
+
+
+def split_elements(shape: ModelShape, ranks: int) -> int:
+    """Elements of one rank's part when the layers' matrices are split over `ranks`; embeddings and norms stay whole."""
+    width = shape.hidden_size
+    small = 2 * shape.norm_parameters
+    layer = sum(layer_tensors(shape)) - small
+    table = shape.vocabulary_size * width
+    outer = sum(outer_tensors(shape)) - (0 if shape.tied else table)  # the head is gathered, and counted there
+    return outer + shape.num_layers * (-(-layer // ranks) + small)
+
+
+def _persistent(shape: ModelShape, precision: str, group: int, sharding: Sharding) -> int:
+    return BYTES[precision] * persistent_elements(shape, sharding) if group > 1 else 0
+
+
+def _gathered(shape: ModelShape, sharding: Sharding, retained: int = 0) -> int:
+    """Elements that are whole at one time: a layer and what is gathered ahead of it, or what is kept to be used again.
+
+    The head is not among them; the embeddings are, while they run.
+    """
+    layer = shape.layer_parameters
+    layers = shape.num_layers * layer
+    ahead = layer + sharding.prefetch_elements
+    return max(outer_tensors(shape)[0], min(layers, max(ahead, layer + retained)))
+
+
+def _pinned(shape: ModelShape, size: int, ranks: int) -> Iterator[int]:
+    """Bytes of each shard in page-locked memory, which PyTorch hands out in powers of two."""
+    for elements in tensors(shape):
+        yield 1 << (size * -(-elements // ranks) - 1).bit_length()

@@ -1,0 +1,180 @@
+"""Where a frozen teacher's weights live, how much is recomputed, and the window: the first that fits, and why."""
+
+from dataclasses import dataclass
+
+from minima.errors import RecipeError
+from minima.models.shape import ModelShape
+from minima.planning.candidates import (
+    MARGIN,
+    Checkpointing,
+    Machine,
+    Row,
+    Stage,
+    TeacherSharding,
+    candidates,
+    shipped,
+)
+from minima.planning.dry_run import size_text
+from minima.planning.memory import Offload, Placement
+from minima.planning.sharding import STUDENT, Sharding
+from minima.recipe.distillation import Teacher
+from minima.recipe.training import Training
+
+LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+_COLUMNS = ("weights", "gathered", "activations", "head", "hidden", "student", "peak", "host")
+_UNITS = (
+    "weights to hidden: the teacher's, on a rank's device. student: all of the student's. peak: less than",
+    "their sum, since the teacher's gathered layer and activations are gone when the student's come.",
+    "host: of one machine's memory, for all of its ranks.",
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was taken, and why.
+
+    Attributes:
+        placement: where the teacher's weights live; None where there is no teacher.
+        offload: where its shards lie.
+        activation_checkpointing: what the student's backward pass recomputes.
+        window_micro_batches: that one traversal of the teacher serves.
+        tensor_parallel_ranks: ranks that one copy is split over; None for other placements.
+        reason: a sentence for each candidate that was passed over; empty where the first one was taken.
+        warning: what does not seem to fit though it was asked for; empty otherwise.
+        rows: all candidates at the chosen checkpointing.
+        chosen: the one that was taken.
+        machine: that it was chosen for.
+    """
+
+    placement: Placement | None
+    offload: Offload
+    activation_checkpointing: Checkpointing
+    window_micro_batches: int
+    tensor_parallel_ranks: int | None
+    reason: str
+    warning: str
+    rows: tuple[Row, ...]
+    chosen: Row
+    machine: Machine
+
+
+def choose(
+    name: str,
+    training: Training,
+    student: ModelShape,
+    machine: Machine,
+    sequence_length: int,
+    *,
+    teacher: Teacher | None = None,
+    teacher_shape: ModelShape | None = None,
+    sharding: Sharding = STUDENT,
+    teacher_sharding: TeacherSharding = shipped,
+) -> Choice:
+    """What `auto` stands for in a stage, from total memory alone, so the same on every rank and at every start.
+
+    A placement, a checkpointing or a window that the recipe names is taken as it is, with a warning where it does not
+    seem to fit. Recomputing costs more than gathering within a node, so the least recomputation with which the teacher
+    fits on the devices comes first, and only then the host's memory.
+
+    Args:
+        name: of the stage.
+        training: its settings.
+        student: shape of the trained model.
+        machine: what it runs on; `device_bytes` has to be known.
+        sequence_length: tokens of one block.
+        teacher: the recipe's; None where no model is frozen beside the trained one.
+        teacher_shape: its shape.
+        sharding: sizes of the student's DeepSpeed JSON.
+        teacher_sharding: sizes of the teacher's, by placement and offload.
+
+    Raises:
+        RecipeError: `auto` finds nothing that fits; carries the table.
+    """
+    assert machine.device_bytes is not None, "what fits is not known"
+    stage = Stage(name, training, student, sequence_length, sharding, teacher, teacher_shape, teacher_sharding)
+    asked = training.activation_checkpointing
+    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
+    tables = {level: candidates(stage, machine, level) for level in levels}
+    for offload in ("none", "cpu", "nvme"):
+        for level in levels:
+            for row in tables[level][0]:
+                if row.offload == offload and not row.refused:
+                    return _choice(row, tables, machine)
+    rows = tables[levels[-1]][0]
+    if teacher is None or teacher.placement != "auto":
+        return _choice(rows[0], tables, machine, f"{rows[0].name} may not fit: it {rows[0].refused}")
+    least = min(rows, key=lambda row: row.peak_bytes)
+    raise RecipeError(
+        f"stages.{name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
+        f"the smallest, {least.name}, {least.refused}, and the run would end in the middle of a step:\n"
+        + "\n".join(table(rows, machine)),
+        "lower micro_batch_sequences, keep the optimiser in the hosts' memory with deepspeed: "
+        "student_zero3_offload.json, take more ranks, or name a placement to try it all the same",
+    )
+
+
+def _choice(
+    row: Row, tables: dict[Checkpointing, tuple[list[Row], list[str]]], machine: Machine, warning: str = ""
+) -> Choice:
+    rows, excluded = tables[row.checkpointing]
+    passed = []
+    for level in LEVELS[: LEVELS.index(row.checkpointing)]:
+        others = [other for other in tables[level][0] if other.offload == "none"] if level in tables else []
+        if others:
+            least = min(others, key=lambda other: other.peak_bytes)
+            passed.append(f"with activation_checkpointing {level}, {least.name} as the smallest {least.refused}")
+    passed += [f"{other.name} {other.refused}" for other in rows[: rows.index(row)] if other.refused]
+    passed += excluded if row.offload != "none" or row.placement == "tensor_parallel" else []
+    return Choice(
+        placement=row.placement,
+        offload=row.offload,
+        activation_checkpointing=row.checkpointing,
+        window_micro_batches=row.window,
+        tensor_parallel_ranks=row.group if row.placement == "tensor_parallel" else None,
+        reason="; ".join(passed),
+        warning=warning,
+        rows=tuple(rows),
+        chosen=row,
+        machine=machine,
+    )
+
+
+def table(rows: list[Row] | tuple[Row, ...], machine: Machine) -> list[str]:
+    """Lines of a memory table, one for each candidate, at most 100 columns wide."""
+    widths = [max(8, len(name) + 1) for name in _COLUMNS]
+    lines = [f"{'placement':<16}" + "".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, widths, strict=True))]
+    lines[0] += "  fits"
+    for row in rows:
+        teacher, fits = row.teacher, "-" if machine.usable_bytes is None else "no" if row.refused else "yes"
+        sizes = [
+            teacher.device.get("weights", 0) + teacher.device.get("persistent", 0),
+            teacher.passing.get("gathered", 0),
+            teacher.passing.get("activations", 0),
+            teacher.device.get("head", 0),
+            teacher.passing.get("hidden", 0),
+            row.student.device_bytes,
+            row.peak_bytes,
+            row.host_bytes,
+        ]
+        cells = [f"{size_text(size) if size else '-':>{width}}" for size, width in zip(sizes, widths, strict=True)]
+        lines.append(f"{row.name:<16}" + "".join(cells) + f"{fits:>6}")
+    return lines
+
+
+def render(choice: Choice) -> str:
+    """The memory table of a choice, with what was taken and why."""
+    machine, row = choice.machine, choice.chosen
+    assert machine.device_bytes is not None and machine.usable_bytes is not None, "what fits is not known"
+    taken = f"activation_checkpointing {choice.activation_checkpointing}"
+    if choice.placement is not None:
+        taken = f"teacher {row.name}, window of {row.window} micro-batches, " + taken
+    lines = [
+        f"memory of one rank ({machine.ranks} ranks, {machine.ranks_per_node} on a machine); usable are "
+        f"{size_text(machine.usable_bytes)}, {1 - MARGIN:.0%} of a device",
+        *table(choice.rows, machine),
+        *_UNITS,
+        f"taken: {taken}",
+    ]
+    lines += [f"because {choice.reason}"] if choice.reason else []
+    lines += [f"warning: {choice.warning}"] if choice.warning else []
+    return "\n".join(lines)

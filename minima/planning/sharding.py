@@ -1,0 +1,105 @@
+"""How ZeRO-3 cuts a model, as far as its bytes follow from it: a model's tensors, and the sizes in a DeepSpeed JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minima.models.shape import ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a DeepSpeed JSON says of sizes; the defaults are those of DeepSpeed 0.19 (`runtime/zero/config.py`).
+
+    Attributes:
+        reduce_bucket_elements: gradients that are reduced together; a float32 buffer of this size always exists.
+        prefetch_elements: weights that are gathered ahead of the layer that runs.
+        persistence_elements: tensors of at most so many elements stay whole on every rank.
+        reuse_elements: a gathered weight that is needed again within so many elements is kept until then.
+        sub_group_elements: shard elements that one call of the optimiser updates.
+        offload_optimizer: master weights, moments and gradients lie in the host's memory.
+        offload_weights: where shards of the weights lie: `none`, `cpu` or `nvme`.
+        pinned: host memory that holds them is page-locked.
+        nvme_buffers: buffers in host memory through which weights on NVMe travel.
+        nvme_buffer_elements: of one of them.
+    """
+
+    reduce_bucket_elements: int = 500_000_000
+    prefetch_elements: int = 50_000_000
+    persistence_elements: int = 100_000
+    reuse_elements: int = 1_000_000_000
+    sub_group_elements: int = 1_000_000_000
+    offload_optimizer: bool = False
+    offload_weights: str = "none"
+    pinned: bool = False
+    nvme_buffers: int = 5
+    nvme_buffer_elements: int = 100_000_000
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Sharding":
+        """From the content of a DeepSpeed JSON, or of the whole configuration made from one."""
+        zero = config.get("zero_optimization") or {}
+        weights, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
+        names = {
+            "reduce_bucket_elements": "reduce_bucket_size",
+            "prefetch_elements": "stage3_prefetch_bucket_size",
+            "persistence_elements": "stage3_param_persistence_threshold",
+            "reuse_elements": "stage3_max_reuse_distance",
+            "sub_group_elements": "sub_group_size",
+        }
+        given: dict[str, Any] = {field: int(zero[name]) for field, name in names.items() if name in zero}
+        for field, name in (("nvme_buffers", "buffer_count"), ("nvme_buffer_elements", "buffer_size")):
+            if name in weights:
+                given[field] = int(weights[name])
+        return cls(
+            offload_optimizer=optimizer.get("device", "none") != "none",
+            offload_weights=str(weights.get("device", "none")),
+            pinned=bool(weights.get("pin_memory") or optimizer.get("pin_memory")),
+            **given,
+        )
+
+
+# What `ds_configs/student_zero3.json` and `teacher_zero3*.json` say, for whoever has no file at hand.
+STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 100_000_000)
+TEACHER = Sharding(prefetch_elements=100_000_000, persistence_elements=1000, reuse_elements=0)
+
+
+def layer_tensors(shape: ModelShape) -> list[int]:
+    """Elements of each parameter of one decoder layer."""
+    width, neurons = shape.hidden_size, shape.intermediate_size
+    query, key_value = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
+    if shape.family in ("gpt_neox", "gpt2"):  # one fused projection; biases everywhere; norms with a bias
+        attention = [3 * width * width, 3 * width, width * width, width]
+        return [*attention, width * neurons, neurons, neurons * width, width, *[width] * 4]
+    tensors = [width * query, width * key_value, width * key_value, query * width, *[width * neurons] * 3, width, width]
+    if shape.family == "qwen2" or (shape.attention_bias and shape.family in ("llama", "qwen3")):
+        tensors += [query, key_value, key_value]
+        tensors += [] if shape.family == "qwen2" else [width]
+    if shape.family == "qwen3":
+        tensors += [shape.head_size] * 2
+    return tensors
+
+
+def outer_tensors(shape: ModelShape) -> list[int]:
+    """Elements of each parameter outside the layers: embeddings, the final norm, an untied head."""
+    width, table = shape.hidden_size, shape.vocabulary_size * shape.hidden_size
+    positions = [shape.max_positions * width] if shape.family == "gpt2" else []
+    norm = [width] * (2 if shape.family in ("gpt_neox", "gpt2") else 1)
+    return [table, *positions, *norm, *([] if shape.tied else [table])]
+
+
+def tensors(shape: ModelShape) -> list[int]:
+    """Elements of each parameter of a model; a tied head counts once."""
+    return outer_tensors(shape) + layer_tensors(shape) * shape.num_layers
+
+
+def shard_elements(shape: ModelShape, ranks: int) -> int:
+    """Elements that each of `ranks` ranks holds: of every tensor an equal part, rounded up."""
+    return sum(-(-size // ranks) for size in tensors(shape))
+
+
+def persistent_elements(shape: ModelShape, sharding: Sharding) -> int:
+    """Elements of the tensors that stay whole on every rank."""
+    return sum(size for size in tensors(shape) if size <= sharding.persistence_elements)
