@@ -1,26 +1,73 @@
 """Causal attention that asks nothing of the host, with or without walls between the documents of a packed block.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences, T tokens, H query heads, K key-value heads, A head size, N blocks of tokens.
 """
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, PretrainedConfig
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_BLOCK = 128  # flex attention's default: a block of so many rows and columns is computed, or left out, as one
+_SMALLEST_HEAD = 16  # flex attention's kernels refuse smaller ones
+
+
+def attention(
+    module: nn.Module,
+    query_BHTA: Tensor,
+    key_BKTA: Tensor,
+    value_BKTA: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The stock `sdpa`, or flex attention where the mask is one of blocks; [B, T, H, A] as stock layers want it."""
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query_BHTA, key_BKTA, value_BKTA, attention_mask, **kwargs)
+    assert not kwargs.get("dropout"), "nothing drops out"
+    # Inside of a compiled layer it becomes part of the layer's graph.
+    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    output_BHTA = attend(
+        query_BHTA,
+        key_BKTA,
+        value_BKTA,
+        block_mask=attention_mask,
+        scale=kwargs.get("scaling"),
+        enable_gqa=query_BHTA.shape[1] != key_BKTA.shape[1],
+    )
+    return output_BHTA.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """Flex attention for layers that are not compiled; uncompiled it would hold all scores of all heads."""
+    options = {}
+    if hasattr(importlib.import_module("torch._inductor.config"), "wrap_inductor_compiled_regions"):
+        options["wrap_inductor_compiled_regions"] = True  # selective recomputation then sees it, and keeps its output
+    return torch.compile(flex_attention, fullgraph=True, options=options)
+
 
 # The stock `sdpa` looks, in every forward pass, whether position ids describe a packed batch, and reads the answer on
 # the host: on a GPU each micro-batch would wait for it twice, for teacher and student. Under a name of its own, for
-# which no mask is made, the same kernel runs with `is_causal`, to the same bits; a four-dimensional mask that is given
-# is taken as it is. A new entry; no stock one is changed.
+# which no mask is made, the same kernel runs with `is_causal`, to the same bits; a mask that is given is taken as it
+# is. New entries; no stock one is changed.
 CAUSAL = "minima_causal"
-AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+AttentionInterface.register(CAUSAL, attention)
+# Where a sliding window needs a mask, the stock one is made if none is given.
+WINDOWED = "minima_windowed"
+AttentionInterface.register(WINDOWED, attention)
+AttentionMaskInterface.register(WINDOWED, sdpa_mask)
 
 
 def attention_implementation(config: PretrainedConfig) -> str:
-    """The attention of a stock model: plain causal, or `sdpa` where a sliding window needs a mask."""
-    return CAUSAL if getattr(config, "sliding_window", None) is None else "sdpa"
+    """The attention of a stock model: plain causal, or with a mask where a sliding window needs one."""
+    return CAUSAL if getattr(config, "sliding_window", None) is None else WINDOWED
 
 
 def document_mask(documents_BT: Tensor, window: int | None = None) -> Tensor:
@@ -41,11 +88,53 @@ def document_mask(documents_BT: Tensor, window: int | None = None) -> Tensor:
     return mask_BTT.unsqueeze(1)
 
 
-def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.dtype) -> Any:
-    """What a stock model's `attention_mask` is given to keep documents apart: a bias, or one for each kind of layer.
+def document_blocks(documents_BT: Tensor, window: int | None = None) -> BlockMask:
+    """The same as `document_mask`, for flex attention: which blocks of it are empty, full, or to be looked at.
 
-    A bias of 0 and minus infinity, made once for all layers: of a bool mask, attention would make one in every layer
-    and keep each for the backward pass.
+    Found from the smallest and largest document of each block of tokens, so that neither [T, T] is ever made nor the
+    host asked. Where a document's numbers do not follow each other, more blocks than need be are looked at.
+    """
+    num_tokens = documents_BT.shape[1]
+    num_blocks = -(-num_tokens // _BLOCK)
+    last_B1 = documents_BT[:, -1:]  # fills the last block up; no token sees what is behind it
+    filled_BT = torch.cat([documents_BT, last_B1.expand(-1, num_blocks * _BLOCK - num_tokens)], dim=1)
+    low_BN, high_BN = filled_BT.view(len(documents_BT), num_blocks, _BLOCK).aminmax(dim=2)
+    numbers_N = torch.arange(num_blocks, device=documents_BT.device)
+    apart_NN = (numbers_N[:, None] - numbers_N[None, :]) * _BLOCK  # tokens from a column block's start to a row block's
+    some_BNN = (low_BN[:, :, None] <= high_BN[:, None, :]) & (high_BN[:, :, None] >= low_BN[:, None, :])
+    some_BNN &= apart_NN >= 0
+    full_BNN = (low_BN[:, :, None] == high_BN[:, None, :]) & (high_BN[:, :, None] == low_BN[:, None, :])
+    full_BNN &= apart_NN > 0
+    if window is not None:
+        some_BNN &= apart_NN - (_BLOCK - 1) < window
+        full_BNN &= apart_NN + (_BLOCK - 1) < window
+
+    def seen(row: Tensor, _head: Tensor, place: Tensor, other: Tensor) -> Tensor:
+        visible = (place >= other) & (documents_BT[row, place] == documents_BT[row, other])
+        return visible if window is None else visible & (place - other < window)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some_BNN & ~full_BNN),
+        *_listed(some_BNN & full_BNN),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=seen,
+        seq_lengths=(num_tokens, num_tokens),
+    )
+
+
+def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are True, [B, 1, N], and their columns first, [B, 1, N, N]."""
+    counts_BN = blocks_BNN.sum(dim=-1, dtype=torch.int32)
+    columns_BNN = blocks_BNN.int().argsort(dim=-1, descending=True, stable=True).int()
+    return counts_BN.unsqueeze(1), columns_BNN.unsqueeze(1)
+
+
+def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.dtype) -> Any:
+    """What a stock model's `attention_mask` is given to keep documents apart, or such for each kind of layer.
+
+    On a GPU blocks for flex attention, made once for all layers. They belong to these sequences: unlike a tensor they
+    cannot be cut along the batch. Elsewhere a bias of 0 and minus infinity: of a bool mask, attention would make one in
+    every layer and keep each for the backward pass.
 
     Args:
         config: of the model.
@@ -53,17 +142,24 @@ def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.
         dtype: of the model's activations.
 
     Returns:
-        [B, 1, T, T] in `dtype`, or such by the names of `layer_types`.
+        A `BlockMask`, or [B, 1, T, T] in `dtype`; or such by the names of `layer_types`.
     """
 
-    def bias(window: int | None) -> Tensor:
+    def made(window: int | None) -> Tensor | BlockMask:
+        if documents_BT.device.type == "cuda" and _takes_blocks(config):
+            return document_blocks(documents_BT, window)
         mask_B1TT = document_mask(documents_BT, window)
         return torch.zeros(mask_B1TT.shape, dtype=dtype, device=mask_B1TT.device).masked_fill_(~mask_B1TT, -torch.inf)
 
     window = getattr(config, "sliding_window", None)
     if window is None or window >= documents_BT.shape[1]:
-        return bias(None)
+        return made(None)
     kinds = getattr(config, "layer_types", None)
     if not kinds:
-        return bias(window)
-    return {kind: bias(window if kind == "sliding_attention" else None) for kind in sorted(set(kinds))}
+        return made(window)
+    return {kind: made(window if kind == "sliding_attention" else None) for kind in sorted(set(kinds))}
+
+
+def _takes_blocks(config: PretrainedConfig) -> bool:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_size >= _SMALLEST_HEAD and config.model_type != "gpt2"  # whose stock model asks a mask for its `ndim`

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minima.batch import make_batch
-from minima.models.attention import CAUSAL
+from minima.models.attention import CAUSAL, WINDOWED
 from minima.models.causal_lm import hidden_states, load_plain
 from minima.models.shape import FAMILIES, ModelShape
 from minima.models.stock import build_empty
@@ -34,7 +34,9 @@ def test_the_bits_are_the_stock_ones_and_the_host_is_not_asked(family):
 
 def test_a_sliding_window_keeps_its_mask():
     config = ModelShape(family="mistral", **SMALL).to_config() | {"sliding_window": 4, "initializer_range": 0.3}
-    assert build_empty(config).config._attn_implementation == "sdpa"
+    assert build_empty(config).config._attn_implementation == WINDOWED
     windowed, whole = (load_plain(RandomSource(config | {"sliding_window": size}, seed=1)) for size in (4, None))
     outputs = [hidden_states(model, make_batch(TOKENS_BT)) for model in (windowed, whole)]
+    windowed.set_attn_implementation("sdpa")
+    assert outputs[0].equal(hidden_states(windowed, make_batch(TOKENS_BT)))
     assert outputs[0][:, :4].allclose(outputs[1][:, :4], atol=1e-6) and not outputs[0].allclose(outputs[1], atol=1e-3)
