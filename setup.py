@@ -58,6 +58,7 @@ setup(
             "lm-eval>=0.4.13",
             "accelerate",
             "trl",  # its preference loss is what ours is compared with
+            'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels
             "gguf",  # tools/fetch_smollm2.py reads a model from it
             "hypothesis",
             "ruff",

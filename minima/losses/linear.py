@@ -11,13 +11,50 @@ from torch import Tensor
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
 
 
-def float_logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-    """Float32 logits [C, V]. Rounding them to bfloat16 would cost 18 % of the gradient at a KL of 0.01 nats."""
-    if hidden_CD.dtype == torch.float32:
-        return hidden_CD @ head_VD.to(torch.float32).t()
-    if hidden_CD.is_cuda:
-        return torch.mm(hidden_CD, head_VD.to(hidden_CD.dtype).t(), out_dtype=torch.float32)
-    return hidden_CD.float() @ head_VD.float().t()  # no CPU kernel multiplies bfloat16 into float32
+class ChunkBuffers:
+    """Matrices of the size of one chunk's logits, taken once and used for every chunk.
+
+    A block of memory as large as that goes back to the system as soon as it is free, so that a CPU would be given new
+    pages, and clear them, for every chunk.
+
+    Args:
+        chunk_tokens: rows of the largest chunk.
+        vocabulary: columns.
+        device: where they lie.
+    """
+
+    def __init__(self, chunk_tokens: int, vocabulary: int, device: torch.device) -> None:
+        self._shape, self._device = (chunk_tokens, vocabulary), device
+        self._kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The first rows of the matrix called `name`; what is in them is what was left there."""
+        if name not in self._kept:
+            self._kept[name] = torch.empty(self._shape, dtype=dtype, device=self._device)
+        return self._kept[name][:num_tokens]
+
+
+def logits_head(head_VD: Tensor, hidden_dtype: torch.dtype) -> Tensor:
+    """The head as `float_logits` wants it for all chunks of hidden states of this dtype."""
+    if hidden_dtype == torch.float32 or not head_VD.is_cuda:
+        return head_VD.float()  # no CPU kernel multiplies bfloat16 into float32
+    return head_VD.to(hidden_dtype)
+
+
+def float_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor | None = None) -> Tensor:
+    """Float32 logits [C, V]. Rounding them to bfloat16 would cost 18 % of the gradient at a KL of 0.01 nats.
+
+    Args:
+        hidden_CD: of one chunk.
+        head_VD: the output head, from `logits_head` where there are many chunks.
+        out_CV: is overwritten and returned, where given.
+    """
+    head_VD = logits_head(head_VD, hidden_CD.dtype)
+    if head_VD.dtype == torch.float32:
+        return torch.mm(hidden_CD.float(), head_VD.t(), out=out_CV)
+    if out_CV is None:
+        return torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32)
+    return torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32, out=out_CV)
 
 
 def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
@@ -25,7 +62,10 @@ def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
     if gradient_CV.dtype == torch.float32:
         sum_VD.addmm_(gradient_CV.t(), hidden_CD)
     elif gradient_CV.is_cuda:
-        sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD, out_dtype=torch.float32))
+        try:  # one pass over the sum, and no second matrix of its size
+            torch.addmm(sum_VD, gradient_CV.t(), hidden_CD, out_dtype=torch.float32, out=sum_VD)
+        except RuntimeError:  # torch before 2.10 wants a sum in the factors' dtype
+            sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD, out_dtype=torch.float32))
     else:
         sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD))
 

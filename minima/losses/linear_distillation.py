@@ -3,22 +3,28 @@
 Shapes: N tokens, C tokens of one chunk, D student width, E teacher width, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+import importlib.util
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minima.errors import VocabularyMismatch
-from minima.losses.linear import add_gradients, float_logits, row_blocks
+from minima.losses.divergences import DivergenceName, SoftTerm
+from minima.losses.eager import Terms, losses_and_gradient
+from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head
 from minima.losses.loss_sum import LossSum
 
+Kernel = Literal["auto", "eager", "triton"]
 
-class _Weights(NamedTuple):
-    hard: float
-    soft: float
-    temperature: float
+
+class _Way(NamedTuple):
+    """How a loss is computed; nothing here changes it beyond rounding."""
+
     chunk_tokens: int
+    kernel: Kernel
 
 
 def linear_distillation_loss(
@@ -31,16 +37,35 @@ def linear_distillation_loss(
     hard_weight: float = 0.5,
     soft_weight: float = 0.5,
     temperature: float = 1.0,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    top_k: int | None = None,
+    top_p: float | None = None,
     chunk_tokens: int = 1024,
     ignore_index: int = -100,
+    kernel: Kernel = "auto",
 ) -> LossSum:
-    """Cross-entropy with the labels plus cross-entropy with the teacher, without the logits of all tokens.
+    """Cross-entropy with the labels plus a divergence from the teacher, without the logits of all tokens.
 
     total = sum over valid tokens of hard_weight * -log p_S(label)
-            + soft_weight * temperature^2 * -sum_v p_T(v) log p_S(v), the latter with both logits over temperature
-    (arXiv 2311.07052, sec. 3; the scaling by temperature squared is Hinton et al., 2015, sec. 2.1). The soft part is
-    the forward KL plus the teacher's entropy, so its gradient is the forward KL's. Gradients are computed chunk by
-    chunk in the forward pass and scaled in the backward pass, so no logits are kept or recomputed.
+            + soft_weight * temperature^2 * D, the latter with both logits over temperature
+    (the scaling by temperature squared is Hinton et al., 2015, sec. 2.1). Gradients are computed chunk by chunk in the
+    forward pass and scaled in the backward pass, so no logits are kept or recomputed. With the teacher's distribution
+    T and the student's S, D is, by `divergence`:
+
+    - `forward_kl`: -sum_v T(v) log S(v), as published (arXiv 2311.07052, sec. 3). This is KL(T || S) plus the
+      teacher's entropy, so its gradient is the forward KL's;
+    - `reverse_kl`: KL(S || T);
+    - `jensen_shannon`: beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649,
+      eq. 1, and TRL's `generalized_jsd_loss`). Over beta it tends to the forward KL as beta falls to 0; both ends are
+      divergences of their own here;
+    - `skew_forward_kl`: KL(T || alpha T + (1 - alpha) S), and
+    - `skew_reverse_kl`: KL(S || alpha S + (1 - alpha) T) (DistiLLM, arXiv 2402.03898, sec. 3.1);
+    - `total_variation`: sum_v |T(v) - S(v)| / 2.
+
+    With `top_k` or `top_p` the teacher's other tokens become one, for teacher and student alike, and D is taken over
+    the kept tokens and this tail.
 
     Args:
         student_hidden_ND: final hidden states, differentiable, any float dtype; logits and softmax are float32.
@@ -51,12 +76,20 @@ def linear_distillation_loss(
         hard_weight: weight of the labels' part. With a zero, that part costs nothing and is not in `parts`.
         soft_weight: weight of the teacher's part, likewise.
         temperature: divides both models' logits in the soft part.
+        divergence: D.
+        beta: in `jensen_shannon` only; between 0 and 1, both excluded.
+        alpha: in the skew divergences only; likewise. 0.1 as in their publication.
+        top_k: keeps the teacher's so many likeliest tokens; None keeps all.
+        top_p: keeps the smallest set of the teacher's likeliest tokens whose probability at `temperature` is at least
+            this; between 0 and 1, both excluded. With `top_k`, the smaller set.
         chunk_tokens: tokens whose logits exist at one time.
         ignore_index: label of tokens that are left out.
+        kernel: `triton` fuses all between the logits and their gradient; a cut teacher is left to `eager`, plain torch.
+            `auto` is `triton` on a GPU where it can be, else `eager`.
 
     Returns:
         `total` and `count`, and `parts` with the unweighted sums `hard` (nats), `soft` (nats, times temperature
-        squared) and `kl` (KL(teacher || student) at `temperature`, not scaled).
+        squared) and `kl` (KL(teacher || student) over all tokens at `temperature`, not scaled).
 
     Raises:
         VocabularyMismatch: the two heads have different numbers of rows.
@@ -64,7 +97,9 @@ def linear_distillation_loss(
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
     keep_N = labels_N != ignore_index
     count = keep_N.sum()
-    weights = _Weights(hard_weight, soft_weight, temperature, chunk_tokens)
+    term = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p)
+    term.check()
+    assert kernel != "triton" or not term.truncated, "a cut teacher has no Triton kernel"
     # Ignored tokens stay in their chunk with a weight of zero: picking them out would need their number on the host.
     total, sums = _LinearDistillation.apply(
         student_hidden_ND,
@@ -73,7 +108,8 @@ def linear_distillation_loss(
         teacher_head_VE.detach(),
         labels_N,
         keep_N,
-        weights,
+        Terms(hard_weight, soft_weight, term),
+        _Way(chunk_tokens, kernel),
     )
     parts = {"hard": sums[0]} if hard_weight else {}
     if soft_weight:
@@ -88,6 +124,7 @@ def linear_cross_entropy(
     *,
     chunk_tokens: int = 1024,
     ignore_index: int = -100,
+    kernel: Kernel = "auto",
 ) -> LossSum:
     """Next-token cross-entropy from hidden states, without the logits of all tokens.
 
@@ -97,52 +134,15 @@ def linear_cross_entropy(
         labels_N: int64 next tokens; those equal to `ignore_index` are left out.
         chunk_tokens: tokens whose logits exist at one time.
         ignore_index: label of tokens that are left out.
+        kernel: as for `linear_distillation_loss`.
 
     Returns:
         Sum of -log p(label) over the valid tokens in nats, and their count; no parts.
     """
     keep_N = labels_N != ignore_index
-    weights = _Weights(1.0, 0.0, 1.0, chunk_tokens)
-    total, _ = _LinearDistillation.apply(hidden_ND, head_VD, None, None, labels_N, keep_N, weights)
+    terms, way = Terms(1.0, 0.0, SoftTerm()), _Way(chunk_tokens, kernel)
+    total, _ = _LinearDistillation.apply(hidden_ND, head_VD, None, None, labels_N, keep_N, terms, way)
     return LossSum(total, keep_N.sum(), {})
-
-
-def linear_agreement(
-    student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
-    teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
-    labels_N: Tensor,
-    *,
-    chunk_tokens: int = 1024,
-    ignore_index: int = -100,
-) -> dict[str, Tensor]:
-    """How far a student follows a teacher over the valid tokens; no gradients.
-
-    Args:
-        student_hidden_ND: as for `linear_distillation_loss`, and so are the other arguments.
-
-    Returns:
-        Sums over valid tokens: `kl`, KL(teacher || student) in nats; `same_top1`, tokens on which both models' most
-        likely next tokens agree; `count`, valid tokens.
-
-    Raises:
-        VocabularyMismatch: the two heads have different numbers of rows.
-    """
-    check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
-    keep_N = labels_N != ignore_index
-    kl = torch.zeros((), dtype=torch.float64, device=labels_N.device)
-    same = torch.zeros((), dtype=torch.int64, device=labels_N.device)
-    with torch.no_grad():
-        for start in range(0, labels_N.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            student_CV = float_logits(student_hidden_ND[chunk], student_head_VD)
-            teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_head_VE)
-            same += ((student_CV.argmax(-1) == teacher_CV.argmax(-1)) & keep_N[chunk]).sum()
-            log_student_CV, log_teacher_CV = student_CV.log_softmax(-1), teacher_CV.log_softmax(-1)
-            kl_C = (log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1)
-            kl += kl_C.masked_fill(~keep_N[chunk], 0.0).sum()
-    return {"kl": kl, "same_top1": same, "count": keep_N.sum()}
 
 
 def check_vocabularies(student_size: int, teacher_size: int) -> None:
@@ -159,10 +159,17 @@ def check_vocabularies(student_size: int, teacher_size: int) -> None:
         )
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 class _LinearDistillation(torch.autograd.Function):
     """Sum of the loss, and its gradients for hidden states and head, chunk by chunk.
 
-    Of the size of a chunk's logits there are two buffers, student's and teacher's; the gradient overwrites the first.
+    Of the size of a chunk's logits there are two buffers, student's and teacher's. The gradient overwrites the first;
+    where the hidden states are not float32 it is rounded into a third of half that size, as the matrix products want
+    it.
     """
 
     @staticmethod
@@ -174,31 +181,52 @@ class _LinearDistillation(torch.autograd.Function):
         teacher_head_VE: Tensor | None,
         labels_N: Tensor,
         keep_N: Tensor,
-        weights: _Weights,
+        terms: Terms,
+        way: _Way,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_head = ctx.needs_input_grad[:2]
+        need_gradient = need_hidden or need_head
+        num_tokens, dtype = labels_N.shape[0], student_hidden_ND.dtype
         labels_N = labels_N.masked_fill(~keep_N, 0)
-        sums = torch.zeros(3, dtype=torch.float64, device=student_hidden_ND.device)  # hard, soft (scaled), kl
+        sums = torch.zeros(3, dtype=torch.float64, device=labels_N.device)  # hard, soft (scaled), kl
         grad_hidden_ND = torch.zeros_like(student_hidden_ND) if need_hidden else None
         grad_head_VD = torch.zeros_like(student_head_VD, dtype=torch.float32) if need_head else None
-        for start in range(0, labels_N.shape[0], weights.chunk_tokens):
-            chunk = slice(start, start + weights.chunk_tokens)
-            hidden_CD = student_hidden_ND[chunk]
-            student_CV = float_logits(hidden_CD, student_head_VD)
+        fused = way.kernel == "triton" or (
+            way.kernel == "auto" and labels_N.is_cuda and not terms.term.truncated and _has_triton()
+        )
+        buffers = ChunkBuffers(min(way.chunk_tokens, num_tokens), student_head_VD.shape[0], labels_N.device)
+        student_float_VD = logits_head(student_head_VD, dtype)
+        if terms.soft and teacher_hidden_NE is not None and teacher_head_VE is not None:
+            teacher_float_VE = logits_head(teacher_head_VE, teacher_hidden_NE.dtype)
+        else:
+            teacher_hidden_NE = None
+        for start in range(0, num_tokens, way.chunk_tokens):
+            chunk = slice(start, start + way.chunk_tokens)
+            hidden_CD, rows = student_hidden_ND[chunk], labels_N[chunk].shape[0]
+            student_CV = float_logits(hidden_CD, student_float_VD, buffers.get("student", rows))
             teacher_CV = None
-            if weights.soft and teacher_hidden_NE is not None and teacher_head_VE is not None:
-                teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_head_VE)
-            _losses_and_gradient(
-                student_CV, teacher_CV, labels_N[chunk], keep_N[chunk], weights, sums, need_hidden or need_head
-            )
-            del teacher_CV
-            gradient_CV = student_CV.to(hidden_CD.dtype)
-            grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]
-            add_gradients(gradient_CV, hidden_CD, student_head_VD, grad_hidden_CD, grad_head_VD)
-            del student_CV, gradient_CV
+            if teacher_hidden_NE is not None:
+                teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_float_VE, buffers.get("teacher", rows))
+            gradient_CV = student_CV
+            if need_gradient and dtype != torch.float32:
+                gradient_CV = buffers.get("gradient", rows, dtype)
+            if fused:
+                from minima.losses.triton_kernels import fused_losses_and_gradient
+
+                fused_losses_and_gradient(
+                    student_CV, teacher_CV, labels_N[chunk], keep_N[chunk], terms, sums,
+                    gradient_CV if need_gradient else None,
+                )  # fmt: skip
+            else:
+                losses_and_gradient(student_CV, teacher_CV, labels_N[chunk], keep_N[chunk], terms, sums, need_gradient)
+                if gradient_CV is not student_CV:
+                    gradient_CV.copy_(student_CV)
+            if need_gradient:
+                grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]
+                add_gradients(gradient_CV, hidden_CD, student_head_VD, grad_hidden_CD, grad_head_VD)
         ctx.head_dtype = student_head_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
-        total = weights.hard * sums[0] + weights.soft * sums[1]
+        total = terms.hard * sums[0] + terms.soft * sums[1]
         parts = sums.float()
         ctx.mark_non_differentiable(parts)
         return total.float(), parts
@@ -213,47 +241,4 @@ class _LinearDistillation(torch.autograd.Function):
             grad_hidden_ND.mul_(grad_total)
         if grad_head_VD is not None:
             grad_head_VD = grad_head_VD.mul_(grad_total).to(ctx.head_dtype)
-        return grad_hidden_ND, grad_head_VD, None, None, None, None, None
-
-
-def _losses_and_gradient(
-    student_CV: Tensor,
-    teacher_CV: Tensor | None,
-    labels_C: Tensor,
-    keep_C: Tensor,
-    weights: _Weights,
-    sums: Tensor,
-    need_gradient: bool,
-) -> None:
-    """Add one chunk's losses to `sums`, and overwrite the student's logits with the gradient of the weighted sum."""
-    tau, soft_scale = weights.temperature, weights.soft * weights.temperature
-    for block in row_blocks(student_CV):
-        logits_RV, keep_R = student_CV[block], keep_C[block]
-        label_R1 = labels_C[block].unsqueeze(1)
-        log_p_RV = logits_RV.log_softmax(-1)
-        if weights.hard:
-            sums[0] -= log_p_RV.gather(1, label_R1).squeeze(1).masked_fill(~keep_R, 0.0).sum(dtype=torch.float64)
-        if teacher_CV is None:
-            if need_gradient:
-                torch.exp(log_p_RV, out=logits_RV)
-                logits_RV.mul_(weights.hard)
-        else:
-            log_q_RV = log_p_RV if tau == 1.0 else (logits_RV / tau).log_softmax(-1)
-            log_t_RV = (teacher_CV[block] if tau == 1.0 else teacher_CV[block] / tau).log_softmax(-1)
-            p_t_RV = log_t_RV.exp()
-            cross_R = -(p_t_RV * log_q_RV).sum(-1)
-            negative_entropy_R = log_t_RV.mul_(p_t_RV).sum(-1)
-            cross = cross_R.masked_fill(~keep_R, 0.0).sum(dtype=torch.float64)
-            sums[1] += tau * tau * cross
-            sums[2] += cross + negative_entropy_R.masked_fill(~keep_R, 0.0).sum(dtype=torch.float64)
-            if need_gradient:
-                torch.exp(log_q_RV, out=logits_RV)
-                if tau == 1.0:
-                    logits_RV.mul_(weights.hard + weights.soft)
-                else:
-                    logits_RV.mul_(soft_scale).add_(log_p_RV.exp_(), alpha=weights.hard)
-                logits_RV.sub_(p_t_RV, alpha=soft_scale)
-        if need_gradient:
-            if weights.hard:
-                logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - weights.hard)
-            logits_RV.masked_fill_(~keep_R.unsqueeze(1), 0.0)
+        return grad_hidden_ND, grad_head_VD, *(None,) * 6

@@ -1,0 +1,140 @@
+"""How far a student's distribution is from a teacher's: six divergences, and a teacher that is cut to its top tokens.
+
+Shapes: R rows of one block of a chunk, V vocabulary. p is the teacher's distribution, q the student's, both at the
+temperature; d = log p - log q. Every divergence here is a sum of q F(p / q), and its gradient for the student's logits
+is q (g - sum q g), with g its derivative by q. A constant in g drops out, so each g below is the one that vanishes
+where p = q, written in d: late in training p and q agree in all but their last digits, and what is left of a
+difference between two logarithms would be rounding.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+]
+
+# exp(80) is a float32. Where p is so much larger than q, q's own terms are under 1e-34, whatever d is; and the other
+# way round.
+_LARGEST = 80.0
+
+
+class SoftTerm(NamedTuple):
+    """What the teacher's part of a loss is.
+
+    Attributes:
+        divergence: its name.
+        temperature: divides both models' logits; the part is scaled by its square.
+        beta: the teacher's weight in `jensen_shannon`.
+        alpha: of the skew ones.
+        top_k: the teacher's likeliest tokens that are kept, the rest being one bucket; None for all.
+        top_p: probability, at least, of the smallest set of them that is kept; None for all.
+    """
+
+    divergence: DivergenceName = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    alpha: float = 0.1
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def check(self) -> None:
+        """Assert that each number is in its range."""
+        assert self.temperature > 0, self.temperature
+        assert 0 < self.beta < 1, f"beta {self.beta}: its ends are forward_kl and reverse_kl"
+        assert 0 < self.alpha < 1, f"alpha {self.alpha}: 0 is forward_kl or reverse_kl, and 1 is nothing"
+        assert self.top_k is None or self.top_k > 0, self.top_k
+        assert self.top_p is None or 0 < self.top_p < 1, self.top_p
+
+    @property
+    def truncated(self) -> bool:
+        return self.top_k is not None or self.top_p is not None
+
+
+def divergence_and_slope(log_p_RV: Tensor, log_q_RV: Tensor, soft: SoftTerm) -> tuple[Tensor, Tensor]:
+    """The divergence of each row in nats, and its gradient for the student's logits over temperature.
+
+    Args:
+        log_p_RV: the teacher's log-probabilities, from `one_tail` where it is cut.
+        log_q_RV: the student's.
+        soft: names the divergence; its temperature is not looked at.
+
+    Returns:
+        [R] and [R, V], both float32.
+    """
+    q_RV = log_q_RV.exp()
+    d_RV = log_p_RV - log_q_RV
+    if soft.divergence == "forward_kl":
+        p_RV = log_p_RV.exp()
+        return (p_RV * d_RV).sum(-1), q_RV.sub_(p_RV)
+    if soft.divergence == "reverse_kl":
+        slope_RV = d_RV.neg_()
+        value_R = (q_RV * slope_RV).sum(-1)
+        return value_R, slope_RV.sub_(value_R.unsqueeze(-1)).mul_(q_RV)
+    if soft.divergence == "total_variation":
+        value_R = (log_p_RV.exp() - q_RV).abs().sum(-1) / 2
+        slope_RV = d_RV.sign_().mul_(-0.5)
+    elif soft.divergence == "jensen_shannon":
+        beta = soft.beta
+        slope_RV = _log_mix(d_RV, beta).mul_(beta - 1)  # (1 - beta) log(q / m)
+        value_R = (q_RV * slope_RV).sum(-1) - beta * (log_p_RV.exp() * _log_mix(-d_RV, 1 - beta)).sum(-1)
+    elif soft.divergence == "skew_forward_kl":
+        alpha = soft.alpha
+        value_R = -(log_p_RV.exp() * _log_mix(-d_RV, 1 - alpha)).sum(-1)
+        rise_RV = d_RV.clamp_(max=_LARGEST).expm1_()
+        slope_RV = rise_RV.div_(alpha * rise_RV + 1).mul_(-((1 - alpha) ** 2))
+    else:
+        alpha = soft.alpha
+        log_RV = _log_mix(d_RV, 1 - alpha)  # log(m / q)
+        value_R = -(q_RV * log_RV).sum(-1)
+        slope_RV = (-log_RV).expm1_().mul_(-alpha).sub_(log_RV)  # log(q / m) + alpha (1 - q / m)
+    mean_R1 = (q_RV * slope_RV).sum(-1, keepdim=True)
+    return value_R, slope_RV.sub_(mean_R1).mul_(q_RV)
+
+
+def _log_mix(d_RV: Tensor, share: float) -> Tensor:
+    """log(share e^d + 1 - share)."""
+    return d_RV.clamp(max=_LARGEST).expm1_().mul_(share).log1p_()
+
+
+def one_tail(log_p_RV: Tensor, log_q_RV: Tensor, soft: SoftTerm) -> tuple[Tensor, Tensor]:
+    """The teacher with all but its top tokens as one bucket, for a student that is cut in the same way.
+
+    Of a divergence, a token in the bucket sees nothing but the bucket's p / q. So the teacher who gives each of them
+    the student's own share of its bucket, p* q / q*, has the same divergence and the same gradient over all tokens.
+
+    Args:
+        log_p_RV: the teacher's log-probabilities.
+        log_q_RV: the student's.
+        soft: with `top_k` or `top_p`, or both: the smaller of the two sets.
+
+    Returns:
+        That teacher's log-probabilities [R, V], and the entropy of the teacher over top tokens and bucket [R].
+    """
+    top_RV = _top(log_p_RV, soft)
+    log_tail_p_R1 = log_p_RV.masked_fill(top_RV, float("-inf")).logsumexp(-1, keepdim=True)
+    log_tail_q_R1 = log_q_RV.masked_fill(top_RV, float("-inf")).logsumexp(-1, keepdim=True)
+    log_cut_p_RV = torch.where(top_RV, log_p_RV, log_q_RV + (log_tail_p_R1 - log_tail_q_R1))
+    own_RV = (log_p_RV.exp() * log_p_RV).masked_fill(~top_RV, 0.0)
+    tail_R = torch.special.entr(log_tail_p_R1.exp()).squeeze(-1)
+    return log_cut_p_RV, tail_R - own_RV.sum(-1)
+
+
+def _top(log_p_RV: Tensor, soft: SoftTerm) -> Tensor:
+    """True at each row's top tokens; at least one."""
+    vocabulary = log_p_RV.shape[-1]
+    most = vocabulary if soft.top_k is None else min(soft.top_k, vocabulary)
+    # A GPU must not wait to hear how many are enough. A CPU may look, and sorting all of a row is what takes its time.
+    tried = most if log_p_RV.is_cuda or soft.top_p is None else min(most, 256)
+    while True:
+        log_top_RK, index_RK = log_p_RV.topk(tried, dim=-1)
+        taken_RK = torch.ones_like(index_RK, dtype=torch.bool)
+        if soft.top_p is not None:
+            mass_RK = log_top_RK.double().exp_().cumsum(-1)
+            taken_RK[:, 1:] = mass_RK[:, :-1] < soft.top_p
+            if tried < most and bool((mass_RK[:, -1] < soft.top_p).any()):
+                tried = min(8 * tried, most)
+                continue
+        return torch.zeros_like(log_p_RV, dtype=torch.bool).scatter_(-1, index_RK, taken_RK)

@@ -1,0 +1,106 @@
+"""A chunk's losses and the gradient of its logits in plain torch: the oracle of the Triton kernel.
+
+Shapes: C tokens of one chunk, R rows of one block of a chunk, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minima.losses.divergences import SoftTerm, divergence_and_slope, one_tail
+from minima.losses.linear import row_blocks
+
+
+class Terms(NamedTuple):
+    """What a loss is a weighted sum of.
+
+    Attributes:
+        hard: weight of the cross-entropy with the labels.
+        soft: weight of the teacher's part.
+        term: what the teacher's part is.
+    """
+
+    hard: float
+    soft: float
+    term: SoftTerm
+
+
+def losses_and_gradient(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    keep_C: Tensor,
+    terms: Terms,
+    sums: Tensor,
+    need_gradient: bool,
+) -> None:
+    """Add one chunk's losses to `sums`, and overwrite the student's logits with the gradient of the weighted sum.
+
+    Args:
+        student_CV: float32 logits.
+        teacher_CV: float32 logits, which are lost; None where the teacher has no part.
+        labels_C: int64; any token where it is not kept.
+        keep_C: which tokens count.
+        terms: the loss.
+        sums: float64 [3]: hard, soft (times temperature squared) and KL(teacher || student).
+        need_gradient: False leaves the student's logits as they are.
+    """
+    tau, scale = terms.term.temperature, terms.soft * terms.term.temperature
+    published = terms.term.divergence == "forward_kl" and not terms.term.truncated
+    for block in row_blocks(student_CV):
+        logits_RV, keep_R = student_CV[block], keep_C[block]
+        label_R1 = labels_C[block].unsqueeze(1)
+        log_p_RV = logits_RV.log_softmax(-1) if terms.hard or tau == 1.0 else None
+        if terms.hard:
+            assert log_p_RV is not None
+            sums[0] -= _kept_sum(log_p_RV.gather(1, label_R1).squeeze(1), keep_R)
+        if teacher_CV is None:
+            if need_gradient:
+                assert log_p_RV is not None
+                torch.exp(log_p_RV, out=logits_RV)
+                logits_RV.mul_(terms.hard)
+        else:
+            log_q_RV = (logits_RV / tau).log_softmax(-1) if log_p_RV is None or tau != 1.0 else log_p_RV
+            log_t_RV = (teacher_CV[block] if tau == 1.0 else teacher_CV[block] / tau).log_softmax(-1)
+            if published:
+                p_t_RV = log_t_RV.exp()
+                cross = _kept_sum(-(p_t_RV * log_q_RV).sum(-1), keep_R)
+                sums[1] += tau * tau * cross
+                sums[2] += cross + _kept_sum(log_t_RV.mul_(p_t_RV).sum(-1), keep_R)
+            else:
+                slope_RV = _other_soft_part(log_t_RV, log_q_RV, keep_R, terms.term, sums)
+            if need_gradient and published:
+                torch.exp(log_q_RV, out=logits_RV)
+                logits_RV.mul_(terms.hard + scale if tau == 1.0 else scale)
+                if terms.hard and tau != 1.0:
+                    assert log_p_RV is not None
+                    logits_RV.add_(log_p_RV.exp_(), alpha=terms.hard)
+                logits_RV.sub_(p_t_RV, alpha=scale)
+            elif need_gradient:
+                torch.mul(slope_RV, scale, out=logits_RV)
+                if terms.hard:
+                    assert log_p_RV is not None
+                    logits_RV.add_(log_p_RV.exp_(), alpha=terms.hard)
+        if need_gradient:
+            if terms.hard:
+                logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - terms.hard)
+            logits_RV.masked_fill_(~keep_R.unsqueeze(1), 0.0)
+
+
+def _other_soft_part(log_t_RV: Tensor, log_q_RV: Tensor, keep_R: Tensor, term: SoftTerm, sums: Tensor) -> Tensor:
+    """Add the soft part to `sums`; the gradient [R, V] of the divergence for the student's logits over temperature."""
+    kl = _kept_sum((log_t_RV.exp() * (log_t_RV - log_q_RV)).sum(-1), keep_R)
+    entropy_R = None
+    if term.truncated:
+        log_t_RV, entropy_R = one_tail(log_t_RV, log_q_RV, term)
+    value_R, slope_RV = divergence_and_slope(log_t_RV, log_q_RV, term)
+    if term.divergence == "forward_kl" and entropy_R is not None:
+        value_R = value_R + entropy_R  # a cross-entropy, as without the cut
+    sums[1] += term.temperature**2 * _kept_sum(value_R, keep_R)
+    sums[2] += kl
+    return slope_RV
+
+
+def _kept_sum(values_R: Tensor, keep_R: Tensor) -> Tensor:
+    return values_R.masked_fill(~keep_R, 0.0).sum(dtype=torch.float64)

@@ -1,0 +1,254 @@
+"""What a chunk's logits cost on a GPU: softmaxes, losses and the gradient of the logits in one kernel, a row a program.
+
+A row is read once for the sums of both softmaxes and once more for the losses and the gradient. Where the gradient
+needs a mean over the row first (all but the forward KL), it is read a third time. Between these passes it comes from
+the cache or from the card's memory; nothing of the size of a row is ever written but the gradient.
+
+This module needs Triton, and is imported only where it is used. Nothing here multiplies matrices.
+
+Shapes: C tokens of one chunk, V vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minima.losses.divergences import SoftTerm
+from minima.losses.eager import Terms
+
+_FORWARD, _REVERSE, _JENSEN_SHANNON, _SKEW_FORWARD, _SKEW_REVERSE, _TOTAL_VARIATION = range(6)
+_NUMBERS = {
+    "forward_kl": _FORWARD,
+    "reverse_kl": _REVERSE,
+    "jensen_shannon": _JENSEN_SHANNON,
+    "skew_forward_kl": _SKEW_FORWARD,
+    "skew_reverse_kl": _SKEW_REVERSE,
+    "total_variation": _TOTAL_VARIATION,
+}
+# Columns that a program holds at once: 8 a thread, with which no divergence spills registers.
+_BLOCK_COLUMNS = 2048
+
+
+def fused_losses_and_gradient(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    keep_C: Tensor,
+    terms: Terms,
+    sums: Tensor,
+    gradient_CV: Tensor | None,
+) -> None:
+    """As `eager.losses_and_gradient`, which is its oracle; a cut teacher is not for this one.
+
+    Args:
+        student_CV: float32 logits, contiguous.
+        teacher_CV: float32 logits, contiguous; None where the teacher has no part.
+        labels_C: int64; any token where it is not kept.
+        keep_C: which tokens count.
+        terms: the loss.
+        sums: float64 [3], is added to: hard, soft (times temperature squared) and KL(teacher || student).
+        gradient_CV: is overwritten with the gradient of the weighted sum, in its own dtype; may be the student's
+            logits. None where no gradient is wanted.
+    """
+    assert not terms.term.truncated
+    num_tokens, vocabulary = student_CV.shape
+    if num_tokens == 0:
+        return
+    losses_C3 = torch.empty(num_tokens, 3, dtype=torch.float32, device=student_CV.device)
+    term: SoftTerm = terms.term
+    mix = term.beta if term.divergence == "jensen_shannon" else term.alpha
+    block = min(_BLOCK_COLUMNS, triton.next_power_of_2(vocabulary))
+    _rows[(num_tokens,)](
+        student_CV,
+        student_CV if teacher_CV is None else teacher_CV,
+        student_CV if gradient_CV is None else gradient_CV,
+        labels_C,
+        keep_C,
+        losses_C3,
+        vocabulary,
+        float(terms.hard),
+        float(terms.soft * term.temperature),
+        1.0 / term.temperature,
+        float(mix),
+        DIVERGENCE=_NUMBERS[term.divergence],
+        HAS_HARD=bool(terms.hard),
+        HAS_TEACHER=teacher_CV is not None,
+        NEED_GRADIENT=gradient_CV is not None,
+        PLAIN_TEMPERATURE=term.temperature == 1.0,
+        BLOCK=block,
+        num_warps=8 if block == _BLOCK_COLUMNS else 4,
+    )
+    sums.add_(losses_C3.sum(0, dtype=torch.float64))
+
+
+@triton.jit
+def _rows(
+    student_ptr,
+    teacher_ptr,
+    gradient_ptr,
+    labels_ptr,
+    keep_ptr,
+    losses_ptr,
+    vocabulary,
+    hard_weight,
+    soft_scale,
+    inverse_temperature,
+    mix,
+    DIVERGENCE: tl.constexpr,
+    HAS_HARD: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    NEED_GRADIENT: tl.constexpr,
+    PLAIN_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * vocabulary
+    teacher_ptr += row * vocabulary
+    gradient_ptr += row * vocabulary
+    losses_ptr += row * 3
+    columns = tl.arange(0, BLOCK)
+    if tl.load(keep_ptr + row) == 0:
+        # What the teacher or the student said here may not be finite: nothing of it is looked at.
+        for start in range(0, 3):
+            tl.store(losses_ptr + start, 0.0)
+        if NEED_GRADIENT:
+            zero = tl.zeros([BLOCK], dtype=tl.float32).to(gradient_ptr.dtype.element_ty)
+            for start in range(0, vocabulary, BLOCK):
+                tl.store(gradient_ptr + start + columns, zero, mask=start + columns < vocabulary)
+        return
+
+    # Each lane keeps its own largest logit and sums, so that no block of columns waits for another.
+    lowest = -1.0e30  # a finite one: the difference of two infinities is not a number
+    s_max = tl.full([BLOCK], lowest, dtype=tl.float32)
+    t_max = tl.full([BLOCK], lowest, dtype=tl.float32)
+    s_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    q_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    t_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        s = tl.load(student_ptr + start + columns, mask=inside, other=float("-inf"))
+        highest = tl.maximum(s_max, s)
+        s_sum = s_sum * tl.exp(s_max - highest) + tl.exp(s - highest)
+        if not PLAIN_TEMPERATURE:
+            q_sum = q_sum * tl.exp((s_max - highest) * inverse_temperature)
+            q_sum += tl.exp((s - highest) * inverse_temperature)
+        s_max = highest
+        if HAS_TEACHER:
+            t = tl.load(teacher_ptr + start + columns, mask=inside, other=float("-inf"))
+            highest = tl.maximum(t_max, t)
+            t_sum = t_sum * tl.exp((t_max - highest) * inverse_temperature)
+            t_sum += tl.exp((t - highest) * inverse_temperature)
+            t_max = highest
+    s_top = tl.max(s_max, axis=0)
+    s_log = s_top + tl.log(tl.sum(s_sum * tl.exp(s_max - s_top), axis=0))
+    q_log = s_log
+    if not PLAIN_TEMPERATURE:
+        q_log = tl.log(tl.sum(q_sum * tl.exp((s_max - s_top) * inverse_temperature), axis=0))
+        q_log += s_top * inverse_temperature
+    t_top = tl.max(t_max, axis=0)
+    t_log = t_top * inverse_temperature
+    if HAS_TEACHER:
+        t_log += tl.log(tl.sum(t_sum * tl.exp((t_max - t_top) * inverse_temperature), axis=0))
+
+    label = tl.load(labels_ptr + row)
+    hard = s_log - tl.load(student_ptr + label)
+    tl.debug_barrier()  # the gradient may overwrite the label's logit
+    if HAS_TEACHER:
+        mean = 0.0
+        value = tl.zeros([BLOCK], dtype=tl.float32)
+        kl = tl.zeros([BLOCK], dtype=tl.float32)
+        if DIVERGENCE != 0:
+            means = tl.zeros([BLOCK], dtype=tl.float32)
+            for start in range(0, vocabulary, BLOCK):
+                inside = start + columns < vocabulary
+                s = tl.load(student_ptr + start + columns, mask=inside, other=0.0) * inverse_temperature
+                t = tl.load(teacher_ptr + start + columns, mask=inside, other=0.0) * inverse_temperature
+                log_q, log_p = s - q_log, t - t_log
+                p, q, d = tl.exp(log_p), tl.exp(log_q), log_p - log_q
+                kl += tl.where(inside, p * d, 0.0)
+                here, slope = _value_and_slope(p, q, d, mix, DIVERGENCE)
+                value += tl.where(inside, here, 0.0)
+                means += tl.where(inside, q * slope, 0.0)
+            mean = tl.sum(means, axis=0)
+    if NEED_GRADIENT or (HAS_TEACHER and DIVERGENCE == 0):
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + columns < vocabulary
+            s = tl.load(student_ptr + start + columns, mask=inside, other=0.0)
+            gradient = tl.zeros([BLOCK], dtype=tl.float32)
+            if HAS_TEACHER:
+                t = tl.load(teacher_ptr + start + columns, mask=inside, other=0.0)
+                log_q, log_p = s * inverse_temperature - q_log, t * inverse_temperature - t_log
+                p, q, d = tl.exp(log_p), tl.exp(log_q), log_p - log_q
+                if DIVERGENCE == 0:
+                    kl += tl.where(inside, p * d, 0.0)
+                    value -= tl.where(inside, p * log_q, 0.0)
+                    gradient = (q - p) * soft_scale
+                else:
+                    here, slope = _value_and_slope(p, q, d, mix, DIVERGENCE)
+                    gradient = q * (slope - mean) * soft_scale
+            if NEED_GRADIENT:
+                if HAS_HARD:
+                    own = tl.where(start + columns == label, 1.0, 0.0)
+                    gradient += hard_weight * (tl.exp(s - s_log) - own)
+                out = gradient.to(gradient_ptr.dtype.element_ty)
+                tl.store(gradient_ptr + start + columns, out, mask=inside)
+    tl.store(losses_ptr, hard)
+    if HAS_TEACHER:
+        tl.store(losses_ptr + 1, tl.sum(value, axis=0) / (inverse_temperature * inverse_temperature))
+        tl.store(losses_ptr + 2, tl.sum(kl, axis=0))
+    else:
+        tl.store(losses_ptr + 1, 0.0)
+        tl.store(losses_ptr + 2, 0.0)
+
+
+@triton.jit
+def _value_and_slope(p, q, d, mix, DIVERGENCE: tl.constexpr):
+    """Each token's part of the divergence, and its derivative by q, less a constant (see `divergences`)."""
+    if DIVERGENCE == 1:  # reverse KL
+        slope = -d
+        value = q * slope
+    elif DIVERGENCE == 2:  # Jensen-Shannon
+        slope = (mix - 1.0) * _log_mix(d, mix)
+        value = q * slope - mix * p * _log_mix(-d, 1.0 - mix)
+    elif DIVERGENCE == 3:  # skew forward KL
+        value = -p * _log_mix(-d, 1.0 - mix)
+        rise = _expm1(tl.minimum(d, 80.0))
+        slope = -(1.0 - mix) * (1.0 - mix) * rise / (1.0 + mix * rise)
+    elif DIVERGENCE == 4:  # skew reverse KL
+        log = _log_mix(d, 1.0 - mix)
+        value = -q * log
+        slope = -mix * _expm1(-log) - log
+    else:  # total variation
+        value = 0.5 * tl.abs(p - q)
+        slope = tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
+    return value, slope
+
+
+@triton.jit
+def _log_mix(d, share):
+    """log(share e^d + 1 - share)."""
+    return _log1p(share * _expm1(tl.minimum(d, 80.0)))
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1: Taylor's series to x^9 where |x| < 1/2 (its next term is 6e-11 of x), the difference elsewhere."""
+    y = tl.where(tl.abs(x) < 0.5, x, 0.0)
+    series = 1.0 + y / 9.0
+    for k in tl.static_range(8, 1, -1):
+        series = 1.0 + y * series / k
+    return tl.where(tl.abs(x) < 0.5, y * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x): 2 artanh(s), s = x / (2 + x), to s^15 where |s| < 1/3 (its next term is 2e-9 of it), else plain."""
+    s = x / (2.0 + x)
+    near = tl.abs(s) < 0.33333
+    s = tl.where(near, s, 0.0)
+    square = s * s
+    series = 1.0 / 15.0 + square * 0.0
+    for k in tl.static_range(13, 0, -2):
+        series = 1.0 / k + square * series
+    return tl.where(near, 2.0 * s * series, tl.log(1.0 + tl.where(near, 0.0, x)))
