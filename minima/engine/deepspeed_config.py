@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
+from minima.engine.deepspeed_keys import AIO, OFFLOAD, RECIPE_OWNS, TENSOR_PARALLEL, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
+from minima.recipe.distillation import Offload, Placement
 from minima.recipe.overrides import nearest
 from minima.recipe.training import Training
 
@@ -18,12 +19,17 @@ _DEFAULTS = {
 }
 
 
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
+def read_deepspeed_json(path: Path, placement: Placement = "zero3", offload: Offload | None = None) -> dict[str, Any]:
     """A DeepSpeed JSON that keeps to sharding, offload, communication and profiling.
 
+    Args:
+        path: of the file.
+        placement: that it has to be for: stage 3 where weights are sharded, stage 0 where they are whole or split.
+        offload: where shards have to lie; where the JSON says, but not on NVMe, when not given.
+
     Raises:
-        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or is not for
-            ZeRO stage 3.
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or is for
+            another placement.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -39,30 +45,55 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         )
     _check_blocks(path, config)
     _check_keys(path, config)
+    _check_placement(path, config, placement, offload)
+    return config
+
+
+def _check_placement(path: Path, config: dict[str, Any], placement: Placement, offload: Offload | None) -> None:
     zero = _block(config, "zero_optimization")
-    offloads = [_block(zero, f"offload_{what}") for what in ("param", "optimizer")]
     unsupported = ["mics_shard_size"] if "mics_shard_size" in zero else []
     unsupported += ["zero_hpz_partition_size"] if zero.get("zero_hpz_partition_size", 1) != 1 else []
-    unsupported += ["offload to nvme"] if any(offload.get("device") == "nvme" for offload in offloads) else []
+    unsupported += ["an optimiser offloaded to nvme"] if _device(zero, "offload_optimizer") == "nvme" else []
+    unsupported += ["offload to nvme"] if offload is None and _device(zero, "offload_param") == "nvme" else []
     if unsupported:
         raise DeepSpeedConfigError(
             f"{path} asks for {', '.join(unsupported)}",
             "each rank reads its own part of a tensor, and there it holds another part, or none in memory",
-            "remove it; sharding over all ranks and offload to the CPU are supported",
+            "remove it. Sharding over all ranks and offload to the CPU are supported, and for a teacher placement "
+            "zero3_node and offload nvme",
         )
-    if zero.get("stage") != 3:
+    stage = 3 if placement in ("zero3", "zero3_node") else 0
+    if zero.get("stage") != stage:
         raise DeepSpeedConfigError(
-            f"{path} does not set zero_optimization.stage to 3",
-            "models are loaded straight into ZeRO-3's shards, so that no rank ever holds a whole one",
-            'set "zero_optimization": {"stage": 3, ...}',
+            f"{path} does not set zero_optimization.stage to {stage}",
+            "models are loaded straight into ZeRO-3's shards, so that no rank ever holds a whole one"
+            if stage
+            else f"with placement {placement} weights are not sharded by ZeRO",
+            f'set "zero_optimization": {{"stage": {stage}, ...}}, or name another placement',
         )
-    return config
+    if ("tensor_parallel" in config) != (placement == "tensor_parallel"):
+        raise DeepSpeedConfigError(
+            f"{path} {'sets' if 'tensor_parallel' in config else 'lacks'} tensor_parallel",
+            f"it is for placement tensor_parallel alone, and here the placement is {placement}",
+            'name the placement, or write "tensor_parallel": {} where it is meant and nowhere else',
+        )
+    if offload is not None and _device(zero, "offload_param") != offload:
+        raise DeepSpeedConfigError(
+            f"{path} offloads parameters to {_device(zero, 'offload_param')}, and the recipe's teacher to {offload}",
+            "with two owners one silently loses",
+            "make both the same, or leave `deepspeed` out of the recipe's teacher",
+        )
+
+
+def _device(zero: dict[str, Any], block: str) -> str:
+    return _block(zero, block).get("device") or "none"
 
 
 def _check_blocks(path: Path, config: dict[str, Any]) -> None:
     zero = config.get("zero_optimization")
     inner = zero if isinstance(zero, dict) else {}
-    blocks = {"zero_optimization": zero} | {name: inner.get(name) for name in ("offload_param", "offload_optimizer")}
+    blocks = {name: config.get(name) for name in ("zero_optimization", "tensor_parallel", "aio")}
+    blocks |= {name: inner.get(name) for name in ("offload_param", "offload_optimizer")}
     for name, block in blocks.items():
         if block is not None and not isinstance(block, dict):
             raise DeepSpeedConfigError(
@@ -83,6 +114,8 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
         )
     zero = _block(config, "zero_optimization")
     blocks = [("", config, (*TOP, *RECIPE_OWNS)), ("zero_optimization.", zero, ZERO)]
+    blocks += [("tensor_parallel.", _block(config, "tensor_parallel"), TENSOR_PARALLEL)]
+    blocks += [("aio.", _block(config, "aio"), AIO)]
     for name in ("offload_param", "offload_optimizer"):
         blocks.append((f"zero_optimization.{name}.", _block(zero, name), OFFLOAD))
     unknown = [
@@ -142,20 +175,39 @@ def training_config(path: Path, training: Training, world_size: int) -> dict[str
     )
 
 
-def frozen_config(path: Path, *, precision: str, micro_batch_sequences: int = 1) -> dict[str, Any]:
+def frozen_config(
+    path: Path,
+    *,
+    precision: str,
+    micro_batch_sequences: int = 1,
+    placement: Placement = "zero3",
+    offload: Offload | None = None,
+    nvme_path: Path | None = None,
+    tensor_parallel_ranks: int = 1,
+) -> dict[str, Any]:
     """The whole configuration of a frozen engine: no optimiser, no accumulation.
 
     Args:
         path: a DeepSpeed JSON.
         precision: `float32` or `bfloat16`.
         micro_batch_sequences: sequences of one forward pass on one rank; DeepSpeed wants to be told.
+        placement: where the weights live.
+        offload: where shards lie; where the JSON says when not given.
+        nvme_path: folder for shards on NVMe, of this run alone.
+        tensor_parallel_ranks: ranks that one copy is split over.
 
     Raises:
-        DeepSpeedConfigError: the JSON sets what the recipe owns.
+        DeepSpeedConfigError: the JSON sets what the recipe owns, or is for another placement.
     """
+    config = read_deepspeed_json(path, placement, offload)
+    if offload == "nvme":
+        zero = config["zero_optimization"]
+        config["zero_optimization"] = zero | {"offload_param": zero["offload_param"] | {"nvme_path": str(nvme_path)}}
+    if placement == "tensor_parallel":
+        config["tensor_parallel"] = config["tensor_parallel"] | {"autotp_size": tensor_parallel_ranks}
     return (
         _DEFAULTS
-        | read_deepspeed_json(path)
+        | config
         | {
             "train_micro_batch_size_per_gpu": micro_batch_sequences,
             "gradient_accumulation_steps": 1,

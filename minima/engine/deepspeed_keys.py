@@ -47,6 +47,20 @@ TOP = (
     "wandb",
     "csv_monitor",
     "comet",
+    "tensor_parallel",  # of a split teacher
+    "aio",  # how files on NVMe are read
+)
+
+# Its size is the recipe's `tensor_parallel_ranks`.
+TENSOR_PARALLEL = ("preset_model", "tp_grain_size")
+
+AIO = (
+    "block_size",
+    "queue_depth",
+    "intra_op_parallelism",
+    "single_submit",
+    "overlap_events",
+    "use_gds",
 )
 
 # Sharding, offload and communication. Not: quantised weights and gradients, and updates that come late (ZenFlow).
@@ -83,7 +97,7 @@ ZERO = (
 # Not: `ratio` and `super_offload`, which step a part of the weights with another optimiser.
 OFFLOAD = (
     "device",
-    "nvme_path",  # the device nvme is refused, by its own name
+    "nvme_path",  # of a teacher; overwritten by a folder of the run's own under the recipe's `nvme_path`
     "pin_memory",
     "buffer_count",
     "buffer_size",

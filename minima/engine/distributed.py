@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import logging
+import socket
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ TIMEOUT = datetime.timedelta(hours=2)
 logger = logging.getLogger("minima.distributed")
 _alone = False
 _joined: Launch | None = None
+_nodes: list[list[int]] | None = None
+_node_group: dist.ProcessGroup | None = None
 
 
 def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
@@ -69,6 +72,8 @@ def _build_or_do_without() -> None:
 
 def stop() -> None:
     """Leave the process group."""
+    global _nodes, _node_group
+    _nodes = _node_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -120,6 +125,31 @@ def is_main() -> bool:
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device(get_accelerator().current_device_name())
+
+
+def node_ranks() -> list[list[int]]:
+    """The ranks of each node, in order; every rank calls it once."""
+    global _nodes
+    if _nodes is None:
+        assert _joined is not None, "start() comes first"
+        by_host: dict[str, list[tuple[int, int]]] = {}
+        mine = (socket.gethostname(), _joined.local_world_size)
+        for number, (host, size) in enumerate(gather_objects(mine)):
+            by_host.setdefault(host, []).append((number, size))
+        _nodes = []
+        for members in by_host.values():  # a host may stand for several nodes, as in tests; each has `size` ranks
+            ranks, size = [number for number, _ in members], members[0][1]
+            _nodes += [ranks[start : start + size] for start in range(0, len(ranks), size)]
+    return _nodes
+
+
+def node_group() -> dist.ProcessGroup:
+    """The process group of this rank's node; every rank calls it."""
+    global _node_group
+    if _node_group is None:
+        groups = [dist.new_group(ranks) for ranks in node_ranks()]
+        _node_group = next(group for group, ranks in zip(groups, node_ranks(), strict=True) if rank() in ranks)
+    return _node_group
 
 
 def barrier() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,24 +17,38 @@ from minima.models.stock import DTYPES, build_empty
 from minima.models.weights import WeightSource
 
 
-def build_sharded(source: WeightSource, config: dict[str, Any], precision: str) -> PreTrainedModel:
+def build_sharded(
+    source: WeightSource, config: dict[str, Any], precision: str, group: dist.ProcessGroup | None = None
+) -> PreTrainedModel:
     """A partitioned model that holds the source's weights.
 
     Args:
         source: where weights and shape come from.
         config: DeepSpeed's configuration of the engine that will own the model.
         precision: `float32` or `bfloat16`; the dtype of the shards.
+        group: ranks that one copy is divided among; all when not given.
     """
     dtype = DTYPES[precision]
     # The configuration tells zero.Init the dtype. DeepSpeed 0.19 forgets a `dtype=` argument on processors without
     # float16 arithmetic, and takes bfloat16 for whatever was asked.
-    with deepspeed.zero.Init(config_dict_or_path=config):
+    with deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config):
         model = build_empty(source.config, dtype)
-    assert all(parameter.ds_tensor.dtype == dtype for _, parameter in sharded_parameters(model)), "another precision"
+    assert all(parameter.dtype == dtype for _, parameter in sharded_parameters(model)), "another precision"
     for name, parameter in sharded_parameters(model):
-        parameter.ds_tensor.data.copy_(read_shard(parameter, source, name))
+        _fill(parameter, read_shard(parameter, source, name))
     _restore_rotary(model)
     return model
+
+
+def _fill(parameter: Any, shard: Tensor) -> None:
+    """Put a rank's part of a tensor where the parameter keeps it: in memory, or in a file on NVMe."""
+    if parameter.ds_tensor.final_location != OffloadDeviceEnum.nvme:
+        parameter.ds_tensor.data.copy_(shard)
+        return
+    swapper = parameter.nvme_swapper
+    parameter.ds_tensor.data = swapper.get_buffer(parameter, parameter.ds_tensor.ds_numel)
+    parameter.ds_tensor.data.copy_(shard)
+    swapper.swap_out_and_release([parameter])
 
 
 def _restore_rotary(model: PreTrainedModel) -> None:
@@ -82,7 +98,7 @@ def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def shard_range(parameter: Any) -> tuple[int, int]:
     """Which elements [start, stop) of the flattened parameter this rank holds, the padding left out."""
     size = parameter.ds_tensor.ds_numel
-    start = min(distributed.rank() * size, parameter.ds_numel)
+    start = min(parameter.ds_zero_partition_rank * size, parameter.ds_numel)
     return start, min(start + size, parameter.ds_numel)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minima.batch import Batch
 from minima.models.attention import attention_mask
@@ -24,6 +25,15 @@ def load_plain(source: WeightSource, dtype: torch.dtype = torch.float32) -> PreT
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head: token ids in, final hidden states out."""
     return model.base_model
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a stock model, in order."""
+    for module in model.modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) > 0
+        if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            return module
+    return nn.ModuleList()
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor | None = None) -> Tensor:

@@ -1,44 +1,38 @@
-"""A frozen model on a ZeRO-3 engine: distillation teacher, preference reference, or a model that is measured."""
+"""A frozen model: distillation teacher, preference reference, or a model that is measured. One thing, many places."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minima.batch import Batch
 from minima.engine import distributed
-from minima.engine.sharded import build_sharded, release
-from minima.models.causal_lm import head_weight, hidden_states
+from minima.engine.teacher.replica import Replica
+from minima.engine.teacher.tensor_parallel import TensorParallel
+from minima.engine.teacher.zero3 import Zero3
 from minima.models.weights import WeightSource
+from minima.recipe.distillation import Placement
 
 R = TypeVar("R")
 
 
-class _FrozenRoot(nn.Module):
-    """What DeepSpeed wraps. Whatever reads parameters runs inside this forward, where ZeRO-3's hooks gather them."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
-        return function(self.model, batch)
-
-
 class FrozenHost:
-    """A model without gradients of its own, sharded over all ranks.
+    """A model without gradients of its own.
 
-    Every rank has to make the same calls in the same order: each call gathers shards from all of them.
+    Every rank has to make the same calls in the same order: a call may gather weights from the others.
 
     Args:
         source: weights and shape.
-        deepspeed_config: from `deepspeed_config.frozen_config`.
+        deepspeed_config: from `deepspeed_config.frozen_config`, for the same placement.
         precision: `float32` or `bfloat16`.
+        placement: where the weights live; see `recipe.distillation.Teacher`.
         activation_checkpointing: recompute each layer in `run`'s backward pass instead of keeping its activations.
+        windows: `window` will be given several micro-batches. Each layer is then gathered as a whole.
+        documents: whether batches may have documents; matters to `tensor_parallel`, where ranks run theirs together.
+        layers: is given the built model before DeepSpeed's hooks are on it, to put other kernels in, or to compile.
     """
 
     def __init__(
@@ -47,38 +41,54 @@ class FrozenHost:
         deepspeed_config: dict[str, Any],
         *,
         precision: str,
+        placement: Placement = "zero3",
         activation_checkpointing: bool = False,
+        windows: bool = False,
+        documents: bool = True,
+        layers: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> None:
         self.config = source.config
         self.device = distributed.device()
-        self.model = build_sharded(source, deepspeed_config, precision)
-        self.model.requires_grad_(False)
-        self.model.eval()
-        if activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in self.model.modules():  # a layer checkpoints in training mode only; dropouts below it stay off
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
-        # No optimiser here and none in the configuration: DeepSpeed then only shards and gathers.
-        root = _FrozenRoot(self.model)
-        root.training = False  # not eval(), which would reach into the layers
-        self._engine = deepspeed.initialize(model=root, config=deepspeed_config)[0]
-        self._root = self._engine.module
+        self.placement = placement
+
+        def prepare(model: PreTrainedModel) -> None:
+            layers(model)
+            if activation_checkpointing:
+                _recompute(model)
+
+        self._place: Replica | TensorParallel | Zero3
+        if placement == "replica":
+            self._place = Replica(source, deepspeed_config, precision, layers=prepare)
+        elif placement == "tensor_parallel":
+            self._place = TensorParallel(source, deepspeed_config, precision, layers=prepare, documents=documents)
+        else:
+            group = distributed.node_group() if placement == "zero3_node" else None
+            self._place = Zero3(source, deepspeed_config, precision, group=group, layers=prepare, windows=windows)
         self._head_VE: Tensor | None = None
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The stock model; what of its weights this rank has in memory follows from the placement."""
+        return self._place.model
+
+    @property
     def head_VE(self) -> Tensor:
-        """The output head [V, E], whole on every rank; gathered once, at the first use."""
+        """The output head [V, E], whole on every rank; brought together once, at the first use."""
         if self._head_VE is None:
-            weight = head_weight(self.model)
-            with deepspeed.zero.GatheredParameters([weight]):
-                self._head_VE = weight.detach().clone()
+            self._head_VE = self._place.head()
         return self._head_VE
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [B, T, E] of `batch`, without gradients."""
+        return self.window([batch])[0]
+
+    def window(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Final hidden states of several micro-batches, without gradients, each as if it had run alone.
+
+        Weights that have to be gathered or fetched travel once for all of them, where the host was made with `windows`.
+        """
         with torch.no_grad():
-            return self._root(_backbone, batch)
+            return self._place.hidden_states(batches)
 
     def run(self, forward: Callable[[PreTrainedModel, Batch], R], batch: Batch) -> R:
         """What `forward(model, batch)` gives inside the root's forward.
@@ -86,16 +96,20 @@ class FrozenHost:
         Gradients flow to whatever `forward` uses that requires them (masks, say), never to the weights. What it
         returns has to be a tensor or a tuple of tensors: ZeRO-3 looks for them where they leave the root.
         """
-        return self._root(forward, batch)
+        return self._place.call(forward, batch)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of weights that this rank keeps between two calls, by where they lie: `device`, `host`, `nvme`."""
+        return self._place.held_bytes()
 
     def close(self) -> None:
-        """Give the engine's memory back."""
-        self._engine.destroy()
-        root = self._root
-        del self._engine, self._root, self.model
+        """Give the memory back."""
         self._head_VE = None
-        release(root)
+        self._place.close()
 
 
-def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return hidden_states(model, batch)
+def _recompute(model: PreTrainedModel) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():  # a layer checkpoints in training mode only; dropouts below it stay off
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

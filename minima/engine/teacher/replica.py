@@ -1,0 +1,75 @@
+"""A whole copy of a frozen model on each rank: no weight travels, and every rank pays for all of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minima.batch import Batch
+from minima.engine import distributed
+from minima.engine.teacher.root import FrozenRoot, backbone_of
+from minima.models.causal_lm import head_weight
+from minima.models.stock import DTYPES, build_empty
+from minima.models.weights import WeightSource
+
+
+class Replica:
+    """A whole copy on this rank's device.
+
+    Args:
+        source: weights and shape; read by every rank.
+        config: DeepSpeed's, stage 0 and without an optimiser.
+        precision: `float32` or `bfloat16`.
+        layers: is given the built model.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        config: dict[str, Any],
+        precision: str,
+        *,
+        layers: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> None:
+        self.model = build_whole(source, precision, distributed.device())
+        layers(self.model)
+        self._engine = deepspeed.initialize(model=FrozenRoot(self.model), config=config)[0]
+        self._root = self._engine.module
+
+    def call(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
+        """What `function(model, batch)` gives."""
+        return self._root(function, batch)
+
+    def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Final hidden states [B, T, E] of each micro-batch."""
+        return [self._root(backbone_of, batch) for batch in batches]
+
+    def head(self) -> Tensor:
+        """The output head [V, E], which is the model's own."""
+        return head_weight(self.model).detach()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of weights that this rank keeps, all of them on the `device`."""
+        parameters = self.model.parameters()
+        return {"device": sum(p.numel() * p.element_size() for p in parameters), "host": 0, "nvme": 0}
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._engine.destroy()
+        for parameter in self.model.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        del self._engine, self._root, self.model
+
+
+def build_whole(source: WeightSource, precision: str, device: torch.device) -> PreTrainedModel:
+    """A whole frozen model on a device, filled tensor by tensor."""
+    with device:
+        model = build_empty(source.config, DTYPES[precision])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.read(name))
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,147 @@
+"""A frozen model whose matrices are split over a few ranks of one node (DeepSpeed's AutoTP).
+
+The ranks of a group have to run the same input. So each gives its sequences to the others, all run them together, and
+each keeps what is its own.
+
+Shapes: B sequences of one rank, T tokens, E width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minima.batch import Batch
+from minima.engine import distributed
+from minima.engine.teacher.replica import build_whole
+from minima.errors import ShapeError
+from minima.models.causal_lm import head_weight, hidden_states
+from minima.models.shape import ModelShape
+from minima.models.weights import WeightSource
+
+# What AutoTP leaves behind in the process. Engines that are built later, and the student's, would take it for theirs.
+_GLOBALS = ("mpu", "_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
+
+
+class TensorParallel:
+    """One copy of a frozen model on each group of ranks.
+
+    Args:
+        source: weights and shape. Every rank reads all of them into the host's memory, and keeps its part.
+        config: DeepSpeed's, stage 0, with `tensor_parallel.autotp_size` ranks of a group.
+        precision: `float32` or `bfloat16`.
+        layers: is given the split model.
+        documents: whether batches may have documents; the same on all ranks, whose batches become one.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        config: dict[str, Any],
+        precision: str,
+        *,
+        layers: Callable[[PreTrainedModel], None] = lambda model: None,
+        documents: bool = True,
+    ) -> None:
+        self.documents = documents
+        size = config["tensor_parallel"]["autotp_size"]
+        check_split(ModelShape.from_config(source.config), size)
+        model = build_whole(source, precision, torch.device("cpu")).requires_grad_(True)  # AutoTP hooks gradients
+        head = head_weight(model)
+        self._source, self._head_name = source, next(name for name, p in model.named_parameters() if p is head)
+        with _without_traces():
+            self._engine = deepspeed.initialize(model=model, config=config)[0]
+            self._group = groups.get_tensor_model_parallel_group()
+        if self._engine.first_dataloader_check is not None:
+            self._engine.first_dataloader_check.remove()  # asks the host whether inputs are the same; they are made so
+        self.model: PreTrainedModel = self._engine.module
+        self.model.requires_grad_(False)
+        assert dist.get_world_size(self._group) == size, "another group"
+        for parameter in self.model.parameters():  # a view would keep the whole matrix alive
+            if parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size():
+                parameter.data = parameter.data.clone()
+        layers(self.model)
+
+    def call(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
+        """Not for a split model: a function of the caller's would see one rank's part of it."""
+        raise AssertionError("a split model gives hidden states only")
+
+    def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Final hidden states [B, T, E] of each micro-batch; every rank of the group has as many, of the same size."""
+        rank, found = dist.get_rank(self._group), []
+        for batch in batches:
+            size = len(batch.input_ids_BT)
+            hidden = hidden_states(self.model, self._gathered(batch))
+            found.append(hidden[rank * size : (rank + 1) * size].clone())
+        return found
+
+    def _gathered(self, batch: Batch) -> Batch:
+        ids_BT = batch.input_ids_BT
+        if not self.documents:
+            return Batch(self._all(ids_BT), ids_BT)
+        documents_BT, positions_BT = batch.documents_BT, batch.positions_BT
+        if documents_BT is None or positions_BT is None:
+            documents_BT = torch.zeros_like(ids_BT)
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        ids, documents, positions = (self._all(tensor) for tensor in (ids_BT, documents_BT, positions_BT))
+        return Batch(ids, ids, documents_BT=documents, positions_BT=positions)
+
+    def _all(self, tensor_BT: Tensor) -> Tensor:
+        ranks = dist.get_world_size(self._group)
+        gathered = tensor_BT.new_empty((ranks * tensor_BT.shape[0], *tensor_BT.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor_BT.contiguous(), group=self._group)
+        return gathered
+
+    def head(self) -> Tensor:
+        """The whole output head [V, E], read again: the model's own is split over the ranks."""
+        dtype, device = next(self.model.parameters()).dtype, distributed.device()
+        return self._source.read(self._head_name).to(device, dtype)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of weights that this rank keeps, all of them on the `device`."""
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
+        return {"device": sum(storages.values()), "host": 0, "nvme": 0}
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._engine.destroy()
+        for parameter in self.model.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        del self._engine, self.model
+
+
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    before = {name: getattr(groups, name) for name in _GLOBALS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(groups, name, value)
+
+
+def check_split(shape: ModelShape, ranks: int) -> None:
+    """Refuse a model that AutoTP does not split evenly.
+
+    Raises:
+        ShapeError: heads do not divide by the ranks, or the family is not one that AutoTP knows.
+    """
+    if shape.family == "gpt2":
+        raise ShapeError(
+            "placement tensor_parallel for a gpt2",
+            "DeepSpeed's AutoTP does not split this family",
+            "take placement zero3_node, which needs as little memory",
+        )
+    if shape.num_key_value_heads % ranks or shape.num_heads % ranks:
+        raise ShapeError(
+            f"placement tensor_parallel over {ranks} ranks for a model of {shape.num_heads} heads and "
+            f"{shape.num_key_value_heads} key-value heads",
+            "each rank computes whole heads, and as many as the others",
+            "set tensor_parallel_ranks to a number that divides both, or take placement zero3_node",
+        )

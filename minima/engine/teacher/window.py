@@ -1,0 +1,112 @@
+"""The teacher window: one traversal of a frozen model's layers for several micro-batches.
+
+A model without gradients keeps nothing of a layer but its output. So each layer's weights, once they are gathered from
+the other ranks or fetched from the host, can serve all micro-batches of a window before they are given back, and
+traffic is divided by the window. What a layer needs for its activations stays that of one micro-batch.
+
+Shapes: R sequences of all micro-batches, B sequences of one, T tokens, E width.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minima.batch import Batch
+from minima.models.attention import attention_mask
+from minima.models.causal_lm import backbone, decoder_layers
+
+
+class LayerWindow:
+    """Runs the layers of one model instance for one micro-batch after the other, within one call of the model.
+
+    Args:
+        model: whose layers' `forward` is wrapped, in this instance alone. DeepSpeed's hooks stay outside of it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._rows: list[slice] = []
+        self._masks: list[Any] | None = None
+        for layer in decoder_layers(model):
+            layer.forward = self._by_micro_batch(layer.forward)
+
+    def hidden_states(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
+        """Final hidden states of all micro-batches, one below the other, [R, T, E]; each as if it had run alone.
+
+        Args:
+            model: the one that this was made for.
+            batches: equally long sequences; some may have documents and others none.
+        """
+        rows, start = [], 0
+        for batch in batches:
+            rows.append(slice(start, start + len(batch.input_ids_BT)))
+            start = rows[-1].stop
+        given: dict[str, Any] = {"input_ids": torch.cat([batch.input_ids_BT for batch in batches])}
+        masks = None
+        if any(batch.documents_BT is not None for batch in batches):
+            given["position_ids"] = torch.cat([_positions(batch) for batch in batches])
+            if getattr(model.config, "sliding_window", None) is None:
+                masks = [
+                    None
+                    if batch.documents_BT is None
+                    else attention_mask(model.config, batch.documents_BT, model.dtype)
+                    for batch in batches
+                ]
+            else:  # a mask for each kind of layer: the model hands every layer its own, for all micro-batches
+                documents_RT = torch.cat([_documents(batch) for batch in batches])
+                given["attention_mask"] = attention_mask(model.config, documents_RT, model.dtype)
+        self._rows, self._masks = rows, masks
+        try:
+            return backbone(model)(**given, use_cache=False).last_hidden_state
+        finally:
+            self._rows, self._masks = [], None
+
+    def _by_micro_batch(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(forward)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self._rows:
+                return forward(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            hidden_RTE, output = bound.arguments["hidden_states"], None
+            for number, rows in enumerate(self._rows):
+                part = {name: _part(value, rows, len(hidden_RTE)) for name, value in bound.arguments.items()}
+                if self._masks is not None:
+                    part["attention_mask"] = self._masks[number]
+                output = forward(**part.pop("kwargs", {}), **part)
+                # Nobody needs a layer's input any more once its micro-batch has run, so the output takes its place.
+                hidden_RTE[rows].copy_(output[0] if isinstance(output, tuple) else output)
+            return (hidden_RTE, *output[1:]) if isinstance(output, tuple) else hidden_RTE
+
+        return run
+
+
+def _part(value: Any, rows: slice, total: int) -> Any:
+    """What of a layer's argument belongs to some of all sequences; what all sequences share is given as it is."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 1 and len(value) == total else value
+    if isinstance(value, tuple | list):
+        return type(value)(_part(inner, rows, total) for inner in value)
+    if isinstance(value, dict):
+        return {name: _part(inner, rows, total) for name, inner in value.items()}
+    return value
+
+
+def _mask(model: PreTrainedModel, batch: Batch) -> Any:
+    if batch.documents_BT is None:
+        return None
+    return attention_mask(model.config, batch.documents_BT, model.dtype)
+
+
+def _positions(batch: Batch) -> Tensor:
+    if batch.positions_BT is not None:
+        return batch.positions_BT
+    ids_BT = batch.input_ids_BT
+    return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+
+
+def _documents(batch: Batch) -> Tensor:
+    return torch.zeros_like(batch.input_ids_BT) if batch.documents_BT is None else batch.documents_BT

@@ -1,0 +1,138 @@
+"""A frozen model in ZeRO-3's shards: over all ranks or those of a node; in the device's memory, the host's, or on NVMe.
+
+DeepSpeed's hooks gather each layer's weights before it runs and give them back after it.
+"""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minima.batch import Batch
+from minima.engine import distributed
+from minima.engine.sharded import build_sharded, release, sharded_parameters
+from minima.engine.teacher.root import FrozenRoot, backbone_of
+from minima.engine.teacher.window import LayerWindow
+from minima.models.causal_lm import decoder_layers, head_weight
+from minima.models.weights import WeightSource
+
+
+class Zero3:
+    """Shards of a frozen model, gathered layer by layer.
+
+    Args:
+        source: weights and shape.
+        config: DeepSpeed's, stage 3 and without an optimiser.
+        precision: `float32` or `bfloat16`.
+        group: ranks that share one copy; all when not given.
+        layers: is given the built model, before any hook is on it.
+        windows: several micro-batches may share one traversal of the layers. Each layer is then gathered as a whole.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        config: dict[str, Any],
+        precision: str,
+        *,
+        group: dist.ProcessGroup | None = None,
+        layers: Callable[[PreTrainedModel], None] = lambda model: None,
+        windows: bool = False,
+    ) -> None:
+        config = _with_buffers(config, source, dist.get_world_size(group))
+        self._nvme = _nvme_folder(config)
+        self.model = build_sharded(source, config, precision, group)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._window: LayerWindow | None = None
+        layers(self.model)
+        if windows:
+            kinds = {type(layer) for layer in decoder_layers(self.model)}
+            if kinds:
+                set_z3_leaf_modules(self.model, list(kinds))
+            self._window = LayerWindow(self.model)
+        # No optimiser here and none in the configuration: DeepSpeed then only shards and gathers.
+        self._engine = deepspeed.initialize(model=FrozenRoot(self.model), config=config)[0]
+        self._root = self._engine.module
+
+    def call(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
+        """What `function(model, batch)` gives inside the root's forward."""
+        return self._root(function, batch)
+
+    def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Final hidden states [B, T, E] of each micro-batch."""
+        if self._window is None or len(batches) == 1:
+            return [self._root(backbone_of, batch) for batch in batches]
+        hidden_RTE = self._root(self._window.hidden_states, batches)
+        return list(hidden_RTE.split([len(batch.input_ids_BT) for batch in batches]))
+
+    def head(self) -> Tensor:
+        """The whole output head [V, E]; every rank calls it."""
+        weight = head_weight(self.model)
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of weights that this rank keeps between two calls, by where they lie: `device`, `host`, `nvme`."""
+        held = {"device": 0, "host": 0, "nvme": 0}
+        for _, parameter in sharded_parameters(self.model):
+            shard = parameter.ds_tensor
+            size = shard.ds_numel * parameter.element_size()
+            if shard.final_location is not None:
+                held["nvme"] += size
+            elif shard.device.type == "cpu" and distributed.device().type != "cpu":
+                held["host"] += size
+            else:
+                held["device"] += size
+            held["device"] += parameter.numel() * parameter.element_size()  # whole, where it is kept gathered
+        return held
+
+    def close(self) -> None:
+        """Give the memory back, and the files."""
+        self._engine.destroy()
+        root = self._root
+        del self._engine, self._root, self.model
+        self._window = None
+        release(root)
+        if self._nvme is not None:
+            shutil.rmtree(self._nvme, ignore_errors=True)
+
+
+def _nvme_folder(config: dict[str, Any]) -> Path | None:
+    """This rank's folder of shards on NVMe, as DeepSpeed names it; none where nothing lies there."""
+    offload = config["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return None
+    dtype = "bfloat16" if config["bf16"]["enabled"] else "float32"
+    return Path(offload["nvme_path"]) / "zero_stage_3" / f"{dtype}params" / f"rank{distributed.rank()}"
+
+
+def _with_buffers(config: dict[str, Any], source: WeightSource, ranks: int) -> dict[str, Any]:
+    """The configuration with the buffers that shards on NVMe are read into, where the JSON says nothing of them.
+
+    The largest shard has to fit into one. At one time a layer's tensors are in use and those of the next two on their
+    way, beside embedding and head.
+    """
+    zero = config["zero_optimization"]
+    offload = zero.get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return config
+    numels = {name: math.prod(source.shape(name)) for name in source.names()}
+    layers = Counter(number for name in numels if (number := _layer_number(name)) is not None)
+    wanted = {
+        "buffer_size": -(-max(numels.values()) // ranks),
+        "buffer_count": 3 * max(layers.values(), default=0) + 2,
+    }
+    return config | {"zero_optimization": zero | {"offload_param": wanted | offload}}
+
+
+def _layer_number(name: str) -> str | None:
+    return next((part for part in name.split(".") if part.isdigit()), None)
