@@ -1,0 +1,1 @@
+"""What `tools/bench_distil.py` is made of: profiles, models, losses, steps, worker, memory, report."""

@@ -1,0 +1,48 @@
+"""A rank's peak memory, above what it holds before any model is built."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+class PeakMemory:
+    """Bytes of one device.
+
+    On a GPU the allocator's own peak of live tensors. On a CPU the kernel's high-water mark of the process's resident
+    memory, which misses no moment as a sampler would; it is set back by writing to `/proc/self/clear_refs`.
+
+    Args:
+        device: where the models are. The idle process is this one at this moment.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.idle_bytes = self.current_bytes()
+
+    def current_bytes(self) -> int:
+        """What is held now."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _resident("VmRSS")
+
+    def reset(self) -> None:
+        """Begin a new peak."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):  # refused in some containers: the peak then counts from the start
+                _CLEAR.write_text("5")
+
+    def peak_bytes(self) -> int:
+        """The most that was held since the last reset."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _resident("VmHWM")

@@ -1,0 +1,140 @@
+"""Weights, batches and engines of the rows: minima's own, and the plain DeepSpeed engines of the others."""
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from minima.batch import Batch, make_batch
+from minima.engine import distributed
+from minima.engine.deepspeed_config import frozen_config, training_config
+from minima.engine.sharded import build_sharded
+from minima.engine.student import Student
+from minima.engine.teacher.host import FrozenHost
+from minima.models.shape import ModelShape
+from minima.models.stock import parameter_shapes
+from minima.recipe.training import Training
+from minima.stages.shipped import shipped_folder
+
+from .profiles import Profile, Row
+
+LEARNING_RATE = 1e-6  # so small that every row's model stays the one it began as
+_BLOCK = 2**20
+
+
+class TiledSource:
+    """Random weights in an instant: one block of normal numbers, over and over. A 7B model drawn afresh takes minutes.
+
+    Args:
+        shape: of the model.
+        seed: of the block.
+    """
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        self.config: dict[str, Any] = shape.to_config()
+        self._shapes = parameter_shapes(self.config)
+        self._block = torch.empty(_BLOCK).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        return self.read_flat(name, 0, math.prod(self._shapes[name])).view(self._shapes[name])
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        if len(self._shapes[name]) == 1:
+            return torch.ones(stop - start)
+        first = start % _BLOCK
+        copies = -(-(first + stop - start) // _BLOCK)
+        return self._block.repeat(copies)[first : first + stop - start]
+
+
+def make_batches(profile: Profile, row: Row, device: torch.device, step: int, short: bool = False) -> list[Batch]:
+    """This rank's micro-batches of one step: the same tokens for every row of the same size.
+
+    Args:
+        step: counted from 0.
+        short: one sequence of few tokens each, to warm up with.
+    """
+    sequences, tokens = (1, min(128, profile.sequence_tokens)) if short else (row.micro_batch, profile.sequence_tokens)
+    generator = torch.Generator().manual_seed(1000 * step + distributed.rank())
+    size = (row.micro_batches * sequences, tokens)
+    tokens_BT = torch.randint(0, profile.student.vocabulary_size, size, generator=generator)
+    return [make_batch(part_BT).to(device) for part_BT in tokens_BT.split(sequences)]
+
+
+def settings(profile: Profile, row: Row) -> Training:
+    """What the recipe of such a run would say."""
+    return Training.model_validate(
+        {
+            "batch_sequences": distributed.world_size() * row.micro_batch * row.micro_batches,
+            "micro_batch_sequences": row.micro_batch,
+            "steps": 1,
+            "learning_rate": LEARNING_RATE,
+            "precision": row.precision,
+            "activation_checkpointing": profile.activation_checkpointing,
+            # Where only the loss differs the models are stock ones.
+            "kernels": "stock" if row.group == "a" else profile.kernels,
+        }
+    )
+
+
+def minima_student(profile: Profile, row: Row) -> Student:
+    """minima's trainable model."""
+    training = settings(profile, row)
+    config = training_config(shipped_folder("ds_configs") / training.deepspeed, training, distributed.world_size())
+    return Student(TiledSource(profile.student, seed=1), config, training)
+
+
+def minima_teacher(profile: Profile, row: Row) -> FrozenHost:
+    """minima's frozen model, where the row says that it lives.
+
+    The one place that knows how a teacher is placed.
+    """
+    path = shipped_folder("ds_configs") / "teacher_zero3.json"
+    config = frozen_config(path, precision=row.precision, micro_batch_sequences=row.micro_batch)
+    return FrozenHost(TiledSource(profile.teacher, seed=2), config, precision=row.precision)
+
+
+def peer_config(profile: Profile, row: Row) -> dict[str, Any]:
+    """A DeepSpeed configuration as users write it, with the sharding of minima's student and DeepSpeed's defaults."""
+    training = settings(profile, row)
+    config = training_config(shipped_folder("ds_configs") / training.deepspeed, training, distributed.world_size())
+    # Float32 accumulation and communication are minima's choice, no default.
+    return {key: value for key, value in config.items() if key not in ("data_types", "communication_data_type")}
+
+
+class Root(nn.Module):
+    """A model whose forward runs a function: for steps that need more than the stock forward inside the engine."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *inputs):
+        return function(self.model, *inputs)
+
+
+def peer_student(profile: Profile, row: Row, *, rooted: bool = False):
+    """A trainable ZeRO-3 engine of a stock model, with the same optimiser that minima's student has."""
+    config = peer_config(profile, row)
+    model = build_sharded(TiledSource(profile.student, seed=1), config, row.precision)
+    if profile.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    fused = distributed.device().type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
+    )
+    return deepspeed.initialize(model=Root(model) if rooted else model, optimizer=optimizer, config=config)[0]
+
+
+def frozen_model(profile: Profile, row: Row, config: dict[str, Any]):
+    """The teacher in ZeRO-3's shards, still without an engine."""
+    model = build_sharded(TiledSource(profile.teacher, seed=2), config, row.precision)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,207 @@
+"""What is measured: shapes, rows and repeats of each profile. No torch here."""
+
+from dataclasses import dataclass, field, replace
+
+from minima.models.shape import ModelShape
+
+# The original's 7B teacher with its grown vocabulary, and the student it was pruned to.
+LLAMA_7B = ModelShape(
+    vocabulary_size=49216, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_positions=4096
+)
+MINIMA_3B = ModelShape(
+    vocabulary_size=49216, hidden_size=3072, intermediate_size=8192, num_layers=24, num_heads=24, max_positions=4096
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result.
+
+    Attributes:
+        group: `a`, only the loss differs; `b`, each as shipped; `window`, what the teacher window does; `loss`, the
+            loss alone.
+        what: the loss of groups `a` and `loss`, the tool of group `b`, `minima` in group `window`.
+        precision: of weights and activations.
+        micro_batch: sequences that one rank runs at once; 0 for the largest that fits, found by trying.
+        micro_batches: of one optimiser step on one rank.
+        placement: where minima's teacher lives.
+        offload: where its shards lie.
+        window: micro-batches that one traversal of its layers serves.
+        turns: fresh process groups that time it.
+    """
+
+    group: str
+    what: str
+    precision: str = "float32"
+    micro_batch: int = 4
+    micro_batches: int = 1
+    placement: str = "zero3"
+    offload: str = "none"
+    window: int = 1
+    turns: int = 2
+
+    @property
+    def name(self) -> str:
+        """What it is called in the result; two rows of a profile never share it."""
+        parts = [f"{self.group}:{self.what}"]
+        if self.group == "window":
+            parts += [self.placement if self.offload == "none" else self.offload, f"window {self.window}"]
+        return " ".join([*parts, *([self.precision] if self.precision != "float32" else [])])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes, rows and repeats.
+
+    Attributes:
+        name: on the command line.
+        device: `cpu` or `cuda`.
+        ranks: processes of the group that trains.
+        sequence_tokens: of each sequence.
+        loss_tokens: of the loss alone.
+        loss_precision: of the loss alone.
+        steps: timed optimiser steps of each turn.
+        loss_repeats: timed passes of the loss alone in each turn.
+        activation_checkpointing: of every row's student.
+        kernels: of minima's own rows in group `b`, and of group `window`.
+        short_warm_up: warm up with a few tokens (enough on a CPU) and not with a whole step.
+        ceiling_width: rows and columns of the matmul that is the ceiling.
+        micro_batches_to_try: sequences that a row with `micro_batch` 0 tries, smallest first.
+        shared_process: all rows in one process group, one turn: the fast check of the program, not a measurement.
+    """
+
+    name: str
+    device: str
+    ranks: int
+    teacher: ModelShape
+    student: ModelShape
+    sequence_tokens: int
+    loss_tokens: int
+    loss_precision: str
+    rows: tuple[Row, ...] = field(repr=False)
+    steps: int = 2
+    loss_repeats: int = 3
+    activation_checkpointing: str = "none"
+    kernels: str = "stock"
+    short_warm_up: bool = False
+    ceiling_width: int = 2048
+    micro_batches_to_try: tuple[int, ...] = ()
+    shared_process: bool = False
+
+    def flops_per_token(self) -> float:
+        """Model FLOPs of one token: the teacher's forward, the student's forward and backward, nothing recomputed."""
+        return self.teacher.forward_flops_per_token(self.sequence_tokens) + self.student.training_flops_per_token(
+            self.sequence_tokens
+        )
+
+
+LOSSES = ("minima", "dense", "trl", "trl_chunked", "liger")
+TOOLS = ("original", "trl", "liger")
+
+
+def _windows(window: int, **fields) -> tuple[Row, ...]:
+    """With and without a window, for shards on the device and in the host's memory."""
+    rows = [Row("window", "minima", micro_batch=1, micro_batches=window, **fields)]
+    rows += [replace(rows[0], window=window)]
+    return (*rows, *(replace(row, offload="cpu") for row in rows))
+
+
+def _rows(precision: str, micro_batch: int, largest: int, **fields) -> tuple[Row, ...]:
+    """Groups a and b, and the loss alone.
+
+    Args:
+        precision: of all of them.
+        micro_batch: of group a.
+        largest: of group b; 0 to find it by trying.
+    """
+    a = [Row("a", what, precision, micro_batch, **fields) for what in LOSSES]
+    # Where every row has the same micro-batch, minima's line of group b is that of group a.
+    tools = TOOLS if largest == micro_batch else ("minima", *TOOLS)
+    b = [Row("b", what, precision, largest, **fields) for what in tools]
+    return (*a, *b, *(Row("loss", what, precision, turns=fields.get("turns", 2)) for what in LOSSES))
+
+
+_CPU = Profile(
+    name="cpu",
+    device="cpu",
+    ranks=2,
+    teacher=ModelShape(
+        vocabulary_size=32000, hidden_size=512, intermediate_size=1376, num_layers=8, num_heads=8, max_positions=1024
+    ),
+    student=ModelShape(
+        vocabulary_size=32000, hidden_size=384, intermediate_size=1024, num_layers=4, num_heads=6, max_positions=1024
+    ),
+    sequence_tokens=1024,
+    loss_tokens=4096,
+    loss_precision="float32",
+    short_warm_up=True,
+    rows=(
+        *_rows("float32", 4, 4),
+        Row("a", "minima", "bfloat16"),
+        Row("b", "original", "bfloat16"),
+        *_windows(8, turns=1),
+    ),
+)
+
+# The same rows in seconds: what the tests run.
+_TINY_SHAPE = ModelShape(
+    vocabulary_size=256, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, max_positions=32
+)
+_TINY = replace(
+    _CPU,
+    name="tiny",
+    teacher=_TINY_SHAPE,
+    student=_TINY_SHAPE,
+    sequence_tokens=32,
+    loss_tokens=128,
+    steps=1,
+    loss_repeats=1,
+    ceiling_width=128,
+    activation_checkpointing="full",
+    micro_batches_to_try=(1, 2),
+    shared_process=True,
+    rows=(*_rows("float32", 2, 0, turns=1), Row("a", "minima", "bfloat16", turns=1), *_windows(2, turns=1)),
+)
+
+_GPU = Profile(
+    name="gpu-7b-3b",
+    device="cuda",
+    ranks=1,
+    teacher=LLAMA_7B,
+    student=MINIMA_3B,
+    sequence_tokens=4096,
+    loss_tokens=8192,
+    loss_precision="bfloat16",
+    activation_checkpointing="full",
+    kernels="liger",
+    steps=4,
+    loss_repeats=10,
+    ceiling_width=8192,
+    micro_batches_to_try=(1, 2, 3, 4, 6, 8),
+    rows=_rows("bfloat16", 2, 0),
+)
+
+_GPU_SMALL = replace(
+    _GPU,
+    name="gpu-small",
+    teacher=ModelShape(
+        vocabulary_size=49216, hidden_size=2048, intermediate_size=5504, num_layers=16, num_heads=16, max_positions=4096
+    ),
+    student=ModelShape(
+        vocabulary_size=49216, hidden_size=1024, intermediate_size=2752, num_layers=12, num_heads=8, max_positions=4096
+    ),
+    sequence_tokens=2048,
+    activation_checkpointing="none",
+    micro_batches_to_try=(1, 2, 4, 8, 16, 32),
+    rows=(*_rows("bfloat16", 4, 0), *_windows(8, precision="bfloat16")),
+)
+
+_GPU_OFFLOAD = replace(
+    _GPU,
+    name="gpu-7b-3b-offload",
+    steps=2,
+    rows=tuple(replace(row, micro_batch=2) for row in _windows(8, precision="bfloat16") if row.offload == "cpu"),
+)
+
+PROFILES = {profile.name: profile for profile in (_CPU, _TINY, _GPU_SMALL, _GPU, _GPU_OFFLOAD)}
+SHOWN = tuple(name for name in PROFILES if name != "tiny")

@@ -1,0 +1,236 @@
+"""The result of a run: rows, ratios and facts as JSON, and as a table for a person."""
+
+import datetime
+import importlib.metadata
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .profiles import Profile, Row
+from .running import Found, threads_of
+
+PACKAGES = ("torch", "deepspeed", "transformers", "trl", "liger-kernel", "triton")
+
+DESCRIPTIONS = {
+    "a:minima": "minima's step with its own loss",
+    "a:dense": "minima's step, dense logits and the original's loss",
+    "a:trl": "minima's step, dense logits and TRL's GKD loss (forward KL only, no labels' part)",
+    "a:trl_chunked": "minima's step, the chunked loss of TRL's DistillationTrainer (forward KL only)",
+    "a:liger": "minima's step, Liger's fused linear JSD loss (beta 0, hard and soft part)",
+    "b:minima": "minima as shipped",
+    "b:original": "the original's loop: two ZeRO-3 engines, dense logits, the teacher's own cross-entropy",
+    "b:trl": "TRL's GKD step with a ZeRO-3 teacher (forward KL only)",
+    "b:liger": "backbones and Liger's fused linear loss, ZeRO-3 (forward KL only)",
+    "window:minima": "minima's step, teacher window",
+    "loss:minima": "minima's loss alone",
+    "loss:dense": "dense logits and the original's loss alone",
+    "loss:trl": "dense logits and TRL's GKD loss alone (forward KL only)",
+    "loss:trl_chunked": "the chunked loss of TRL's DistillationTrainer alone (forward KL only)",
+    "loss:liger": "Liger's fused linear JSD loss alone (beta 0, hard and soft part)",
+}
+
+
+def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[str, float]) -> dict[str, Any]:
+    """One row of the result, from what its turns found.
+
+    Times are pooled over the turns. The spread is half the range of the turns' medians over the median of all: how far
+    the same row differs between process groups; with one turn, half the range of its steps.
+    """
+    described = {
+        "name": row.name,
+        "group": row.group,
+        "what": row.what,
+        "description": DESCRIPTIONS[f"{row.group}:{row.what}"],
+        "precision": row.precision,
+    }
+    if row.group == "window":
+        described |= {"placement": row.placement, "offload": row.offload, "window_micro_batches": row.window}
+    measured = [turn for turn in turns if turn["status"] == "measured"]
+    if not measured:
+        last = turns[-1] if turns else {"status": "failed", "reason": "it was not run"}
+        return described | {"status": last["status"], "reason": last.get("reason", "")}
+    seconds = [one for turn in measured for one in turn["seconds"]]
+    middle = statistics.median(seconds)
+    medians = [statistics.median(turn["seconds"]) for turn in measured] if len(measured) > 1 else seconds
+    tokens_per_second = measured[0]["tokens"] / middle
+    described |= {
+        "status": "measured",
+        "tokens_per_step": measured[0]["tokens"],
+        "seconds": [round(one, 4) for one in seconds],
+        "median_seconds": middle,
+        # Of rank 0: on a machine with other work these still compare, where the clock does not.
+        "median_processor_seconds": statistics.median(one for turn in measured for one in turn["processor_seconds"]),
+        "spread": (max(medians) - min(medians)) / 2 / middle,
+        "tokens_per_second": tokens_per_second,
+        "loss": measured[-1]["loss"],
+        "idle_bytes": max(turn["idle_bytes"] for turn in measured),
+        "peak_bytes": max(turn["peak_bytes"] for turn in measured),
+        "peak_above_idle_bytes": max(turn["peak_above_idle_bytes"] for turn in measured),
+    }
+    if row.group == "loss":
+        return described
+    described |= {"micro_batch": measured[0]["micro_batch"], "micro_batches": row.micro_batches}
+    moved = measured[-1].get("collective_bytes")
+    described |= {"model_flops_per_second": tokens_per_second * profile.flops_per_token()}
+    if row.precision in ceilings:
+        described["share_of_ceiling"] = described["model_flops_per_second"] / ceilings[row.precision]
+    return described | ({} if moved is None else {"collective_bytes_per_step": moved})
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """minima against the original, in the profile's own precision: speed as ours over theirs, and so memory.
+
+    None where one of the two was not measured.
+    """
+    step = _pick(rows, "b", "minima") or _pick(rows, "a", "minima")
+    original = _pick(rows, "b", "original")
+    ours, dense = _pick(rows, "loss", "minima"), _pick(rows, "loss", "dense")
+    return {
+        "step_speed_vs_original": _over(step, original, "tokens_per_second"),
+        "step_memory_vs_original": _over(step, original, "peak_above_idle_bytes"),
+        "loss_speed_vs_dense": _over(ours, dense, "tokens_per_second"),
+        "loss_memory_vs_dense": _over(ours, dense, "peak_above_idle_bytes"),
+    }
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """minima's speed and memory over those of every other row with the same group and precision."""
+    found = []
+    for row in rows:
+        if row["group"] not in ("a", "b", "loss") or row["what"] == "minima":
+            continue
+        group = row["group"] if row["group"] != "b" or _pick(rows, "b", "minima") else "a"
+        ours = _pick(rows, group, "minima", row["precision"])
+        speed = _over(ours, row, "tokens_per_second")
+        memory = _over(ours, row, "peak_above_idle_bytes")
+        if ours is not None and speed is not None:
+            # Two medians, each uncertain by its spread.
+            uncertain = ours["spread"] + row["spread"]
+            found.append(
+                {"against": row["name"], "speed": speed, "memory": memory, "uncertainty": uncertain,
+                 "no_slower_beyond_spread": speed >= 1 - uncertain}
+            )  # fmt: skip
+    for row in rows:
+        if row["group"] == "window" and row.get("window_micro_batches", 1) > 1:
+            same = [
+                other
+                for other in rows
+                if other["group"] == "window" and other["window_micro_batches"] == 1
+                and (other["placement"], other["offload"]) == (row["placement"], row["offload"])
+            ]  # fmt: skip
+            speed = _over(row, same[0], "tokens_per_second") if same else None
+            if speed is not None:
+                moved = _over(row, same[0], "collective_bytes_per_step")
+                found.append({"against": same[0]["name"], "with": row["name"], "speed": speed, "bytes": moved})
+    return found
+
+
+def _pick(rows: Sequence[dict[str, Any]], group: str, what: str, precision: str | None = None) -> dict[str, Any] | None:
+    """The measured row of that name; without a precision the first one, which is the profile's own."""
+    for row in rows:
+        fits = (row["group"], row["what"]) == (group, what) and precision in (None, row["precision"])
+        if fits:
+            return row if row["status"] == "measured" else None
+    return None
+
+
+def _over(ours: dict[str, Any] | None, theirs: dict[str, Any] | None, field: str) -> float | None:
+    if ours is None or theirs is None or ours.get(field) is None or not theirs.get(field):
+        return None
+    return ours[field] / theirs[field]
+
+
+def report(profile: Profile, turns: dict[str, list[Found]], ceilings: dict[str, list[float]]) -> dict[str, Any]:
+    """Everything that a run found."""
+    best = {name: max(rates) for name, rates in ceilings.items()}
+    rows = [summary(row, turns[row.name], profile, best) for row in profile.rows]
+    return {
+        "profile": profile.name,
+        "ratios": ratios(rows),
+        "comparisons": comparisons(rows),
+        "rows": rows,
+        "matmul_ceiling_flops_per_second": best,
+        "flops_per_token": profile.flops_per_token(),
+        "shapes": {
+            "teacher": profile.teacher.model_dump(),
+            "student": profile.student.model_dump(),
+            "teacher_parameters": profile.teacher.parameters,
+            "student_parameters": profile.student.parameters,
+            "sequence_tokens": profile.sequence_tokens,
+            "ranks": profile.ranks,
+            "loss_tokens": profile.loss_tokens,
+            "activation_checkpointing": profile.activation_checkpointing,
+        },
+        "environment": environment(profile),
+    }
+
+
+def environment(profile: Profile) -> dict[str, Any]:
+    """What the numbers depend on, and nothing that tells one machine from its like."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "processor": _processor(),
+        "threads_per_rank": threads_of(profile.ranks),
+        "threads_of_the_loss_alone": threads_of(1),
+    }
+    if profile.device == "cuda":
+        import torch
+
+        facts |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = facts.get("flags", "").split()
+    vector = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "")
+    return f"{facts.get('model name', platform.machine())}, family {facts.get('cpu family', '?')}, {vector}".strip(", ")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result for a person; Markdown, so that it can be kept."""
+    lines = [
+        "| row | micro-batch | tokens/s | spread | processor s | model FLOP/s | of ceiling | peak above idle | loss |",
+        "|--|--|--|--|--|--|--|--|--|",
+    ]
+    for row in found["rows"]:
+        if row["status"] != "measured":
+            lines.append(f"| {row['name']} | {row['status']}: {row['reason']} | | | | | | | |")
+            continue
+        batch = f"{row['micro_batches']} of {row['micro_batch']}" if "micro_batch" in row else ""
+        rate = f"{row['model_flops_per_second'] / 1e9:,.1f} G" if "model_flops_per_second" in row else ""
+        share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
+        lines.append(
+            f"| {row['name']} | {batch} | {row['tokens_per_second']:,.0f} | {row['spread']:.1%} "
+            f"| {row['median_processor_seconds']:.2f} | {rate} | {share} "
+            f"| {row['peak_above_idle_bytes'] / 1e9:.2f} GB | {row['loss']:.4f} |"
+        )
+    lines += ["", "minima over the other:"]
+    for one in found["comparisons"]:
+        if "memory" in one:
+            memory = "" if one["memory"] is None else f", memory {one['memory']:.2f}"
+            lines.append(f"- {one['against']}: speed {one['speed']:.2f} ± {one['uncertainty']:.2f}{memory}")
+        else:
+            moved = "" if one["bytes"] is None else f", collectives' bytes {one['bytes']:.3f}"
+            lines.append(f"- {one['with']} over {one['against']}: speed {one['speed']:.2f}{moved}")
+    lines += ["", "ratios: " + ", ".join(f"{name} {_shown(value)}" for name, value in found["ratios"].items())]
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

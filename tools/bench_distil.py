@@ -1,0 +1,80 @@
+"""How fast and how large a distillation step is, beside the original's, TRL's and Liger's, in one run.
+
+    python tools/bench_distil.py --profile cpu [--output benchmarks/distil-cpu.json]
+
+The same shapes and tokens for every row; each turn of a row is a fresh process group, and turns alternate (A B C, then
+C B A). `benchmarks/README.md` says what each row is and how time and memory are measured. The profiles that start with
+`gpu-` need one GPU of 80 GB.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.profiles import PROFILES, SHOWN
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=PROFILES, metavar="|".join(SHOWN), help="what to measure")
+    parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written by default")
+    parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
+    parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
+    parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        from bench.worker import work
+
+        work(json.loads(options.worker.read_text()))
+        return
+    if not options.profile:
+        parser.error(f"--profile is one of {', '.join(SHOWN)}")
+    sys.exit(_bench(options))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from bench.report import report, table
+    from bench.running import Run
+
+    from minima.launcher import num_accelerators
+
+    profile = PROFILES[options.profile]
+    if profile.device == "cuda" and not num_accelerators():
+        print(f"The profile {profile.name} needs a GPU, and this machine shows none, so nothing was measured. "
+              "Run it where one is, or take --profile cpu.", file=sys.stderr)  # fmt: skip
+        return 2
+    rows = tuple(row for row in profile.rows if options.only in row.name)
+    if options.turns:
+        rows = tuple(replace(row, turns=options.turns) for row in rows)
+    if options.steps:
+        profile = replace(profile, steps=options.steps, loss_repeats=options.steps)
+    if not rows:
+        print(
+            f"No row of {profile.name} contains {options.only!r}: {[row.name for row in profile.rows]}", file=sys.stderr
+        )
+        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(
+            replace(profile, rows=rows), Path(__file__).resolve(), Path(scratch), lambda line: print(line, flush=True)
+        )
+        run.run()
+    found = report(run.profile, run.turns, run.ceilings)
+    print(table(found))
+    output = options.output
+    if output is None and not options.only:
+        output = ROOT / "benchmarks" / f"distil-{profile.name}.json"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(row["status"] == "failed" for row in found["rows"]) else 0
+
+
+if __name__ == "__main__":
+    main()
