@@ -105,6 +105,7 @@ def train(
         done, started = step + 1, time.perf_counter()
         watchdog.mark(f"step {done}: reading its blocks")
         learning_rate = schedule.learning_rate(step)
+        facts = objective.begin(step, schedule.total_steps)
         votes = Votes(int(stop.requested), int(events.writing()))
         result = train_step(student, objective, batches.step(step), learning_rate, meters, votes, watchdog.mark)
         norm, agreed = result.norm, result.votes
@@ -124,7 +125,7 @@ def train(
         evaluating = events.evaluate_every > 0 and (last or done % events.evaluate_every == 0)
         saving = last or done % events.save_every == 0 or (evaluating and events.save_evaluated) or agreed.stop
         if saving or done % events.log_every == 0:  # sums never cross a checkpoint: a resumed run's lines are the same
-            events.log(done, meters.reduce())
+            events.log(done, meters.reduce() | facts)
         if saving:
             events.save(done)
         if last or agreed.stop or evaluating:  # an evaluation may be long: no step is lost by what ends it

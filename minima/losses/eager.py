@@ -19,11 +19,21 @@ class Terms(NamedTuple):
         hard: weight of the cross-entropy with the labels.
         soft: weight of the teacher's part.
         term: what the teacher's part is.
+        zero_parts: compute a part whose weight is 0, too.
     """
 
     hard: float
     soft: float
     term: SoftTerm
+    zero_parts: bool = False
+
+    @property
+    def has_hard(self) -> bool:
+        return bool(self.hard) or self.zero_parts
+
+    @property
+    def has_soft(self) -> bool:
+        return bool(self.soft) or self.zero_parts
 
 
 def losses_and_gradient(
@@ -51,8 +61,8 @@ def losses_and_gradient(
     for block in row_blocks(student_CV):
         logits_RV, keep_R = student_CV[block], keep_C[block]
         label_R1 = labels_C[block].unsqueeze(1)
-        log_p_RV = logits_RV.log_softmax(-1) if terms.hard or tau == 1.0 else None
-        if terms.hard:
+        log_p_RV = logits_RV.log_softmax(-1) if terms.has_hard or tau == 1.0 or teacher_CV is None else None
+        if terms.has_hard:
             assert log_p_RV is not None
             sums[0] -= _kept_sum(log_p_RV.gather(1, label_R1).squeeze(1), keep_R)
         if teacher_CV is None:

@@ -44,6 +44,7 @@ def linear_distillation_loss(
     top_p: float | None = None,
     chunk_tokens: int = 1024,
     ignore_index: int = -100,
+    zero_parts: bool = False,
     kernel: Kernel = "auto",
 ) -> LossSum:
     """Cross-entropy with the labels plus a divergence from the teacher, without the logits of all tokens.
@@ -84,6 +85,7 @@ def linear_distillation_loss(
             this; between 0 and 1, both excluded. With `top_k`, the smaller set.
         chunk_tokens: tokens whose logits exist at one time.
         ignore_index: label of tokens that are left out.
+        zero_parts: compute a part whose weight is 0, too, for `parts`.
         kernel: `triton` fuses all between the logits and their gradient; a cut teacher is left to `eager`, plain torch.
             `auto` is `triton` on a GPU where it can be, else `eager`.
 
@@ -99,6 +101,7 @@ def linear_distillation_loss(
     count = keep_N.sum()
     term = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p)
     term.check()
+    terms = Terms(hard_weight, soft_weight, term, zero_parts)
     assert kernel != "triton" or not term.truncated, "a cut teacher has no Triton kernel"
     # Ignored tokens stay in their chunk with a weight of zero: picking them out would need their number on the host.
     total, sums = _LinearDistillation.apply(
@@ -108,11 +111,11 @@ def linear_distillation_loss(
         teacher_head_VE.detach(),
         labels_N,
         keep_N,
-        Terms(hard_weight, soft_weight, term),
+        terms,
         _Way(chunk_tokens, kernel),
     )
-    parts = {"hard": sums[0]} if hard_weight else {}
-    if soft_weight:
+    parts = {"hard": sums[0]} if terms.has_hard else {}
+    if terms.has_soft:
         parts |= {"soft": sums[1], "kl": sums[2]}
     return LossSum(total, count, parts)
 
@@ -196,7 +199,7 @@ class _LinearDistillation(torch.autograd.Function):
         )
         buffers = ChunkBuffers(min(way.chunk_tokens, num_tokens), student_head_VD.shape[0], labels_N.device)
         student_float_VD = logits_head(student_head_VD, dtype)
-        if terms.soft and teacher_hidden_NE is not None and teacher_head_VE is not None:
+        if terms.has_soft and teacher_hidden_NE is not None and teacher_head_VE is not None:
             teacher_float_VE = logits_head(teacher_head_VE, teacher_hidden_NE.dtype)
         else:
             teacher_hidden_NE = None

@@ -72,7 +72,7 @@ def fused_losses_and_gradient(
         1.0 / term.temperature,
         float(mix),
         DIVERGENCE=_NUMBERS[term.divergence],
-        HAS_HARD=bool(terms.hard),
+        HAS_HARD=terms.has_hard,
         HAS_TEACHER=teacher_CV is not None,
         NEED_GRADIENT=gradient_CV is not None,
         PLAIN_TEMPERATURE=term.temperature == 1.0,

@@ -1,15 +1,22 @@
 """The distil stage: what is learnt from the teacher, and where the teacher lives meanwhile."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from minima.errors import RecipeError
 from minima.recipe.base import ModelInput, Stage, as_model
+from minima.recipe.loss_weights import Weight, WeightSchedule, weight_at
 from minima.recipe.training import Training
 
 Placement = Literal["replica", "zero3_node", "zero3", "tensor_parallel"]
 Offload = Literal["none", "cpu", "nvme"]
+
+# Those of `losses.divergences`, which needs torch.
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+]
+_USERS = {"beta": ("jensen_shannon",), "alpha": ("skew_forward_kl", "skew_reverse_kl")}
 
 # Keys of a teacher that say where its weights are and how often they travel, never what it predicts.
 PLACING = frozenset({"placement", "offload", "nvme_path", "tensor_parallel_ranks", "window_micro_batches", "deepspeed"})
@@ -92,9 +99,15 @@ class Distil(Training, Stage):
         model: the student's starting weights.
         teacher: the frozen model, and where it lives.
         data: a build_data stage, or the path of its folder.
-        hard_weight: weight of the cross-entropy with the text. 0.5 as published.
-        soft_weight: weight of the cross-entropy with the teacher. 0.5 as published.
+        hard_weight: weight of the cross-entropy with the text. 0.5 as published. A number, or a `WeightSchedule`.
+        soft_weight: weight of the teacher's part, likewise.
         temperature: divides both models' logits in the soft part, which is scaled by its square.
+        divergence: what the soft part is; `forward_kl`, the cross-entropy with the teacher, as published. All are
+            written down at `losses.linear_distillation_loss`.
+        beta: the teacher's weight in the mixture of `jensen_shannon`; 0.5 when not given.
+        alpha: of `skew_forward_kl` and `skew_reverse_kl`; 0.1 when not given, as in their publication.
+        top_k: the teacher's likeliest tokens that are told apart, the rest counting as one; all when not given.
+        top_p: probability, at least, of the teacher's likeliest tokens that are told apart; with `top_k`, the fewer.
         chunk_tokens: tokens whose logits exist at one time.
     """
 
@@ -102,19 +115,60 @@ class Distil(Training, Stage):
     model: ModelInput
     teacher: Teacher
     data: str
-    hard_weight: float = Field(default=0.5, ge=0)
-    soft_weight: float = Field(default=0.5, ge=0)
+    hard_weight: Weight = 0.5
+    soft_weight: Weight = 0.5
     temperature: float = Field(default=1.0, gt=0)
+    divergence: Divergence = "forward_kl"
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+    top_k: int | None = Field(default=None, gt=0)
+    top_p: float | None = Field(default=None, gt=0, lt=1)
     chunk_tokens: int = Field(default=1024, gt=0)
 
     _coerce_model = field_validator("model", "teacher", mode="before")(as_model)
 
+    @field_validator("hard_weight", "soft_weight")
+    @classmethod
+    def _plain(cls, weight: float | WeightSchedule) -> float | WeightSchedule:
+        return weight_at(weight, 0, 1) if _constant(weight) else weight  # the same stage, however it is written
+
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
-        if self.hard_weight + self.soft_weight == 0:
+        if self.hard_weight == self.soft_weight == 0:
             raise RecipeError(
                 f"distil stage {self.name!r} has hard_weight 0 and soft_weight 0",
                 "nothing would be learnt",
                 "give at least one of them a weight above 0",
             )
         return self
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        for name, users in _USERS.items():
+            if getattr(self, name) is not None and self.divergence not in users:
+                raise RecipeError(
+                    f"distil stage {self.name!r} has {name} {getattr(self, name)} and divergence {self.divergence}",
+                    f"only {' and '.join(users)} would look at it",
+                    f"leave {name} out, or set divergence to {' or '.join(users)}",
+                )
+        given = [name for name in ("beta", "alpha", "top_k", "top_p") if getattr(self, name) is not None]
+        given += ["divergence"] if self.divergence != "forward_kl" else []
+        if given and self.soft_weight == 0:
+            raise RecipeError(
+                f"distil stage {self.name!r} has soft_weight 0 and {' and '.join(given)}",
+                "the teacher has no part in this loss, so nothing would look at it",
+                f"leave {' and '.join(given)} out, or give soft_weight a value above 0",
+            )
+        return self
+
+    def soft_options(self) -> dict[str, Any]:
+        """What of the teacher's part is not left to the loss's own defaults, as its keywords."""
+        options = {name: getattr(self, name) for name in ("divergence", "beta", "alpha", "top_k", "top_p")}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def _constant(weight: float | WeightSchedule) -> bool:
+    """Whether it is the same at every step."""
+    if not isinstance(weight, WeightSchedule):
+        return True
+    return len({value for value in (weight.value, weight.start, weight.peak, weight.end) if value is not None}) == 1

@@ -52,6 +52,7 @@ def run(context: StageContext) -> dict[str, Any]:
             soft_weight=stage.soft_weight,
             temperature=stage.temperature,
             chunk_tokens=stage.chunk_tokens,
+            **stage.soft_options(),
         )
 
     try:

@@ -24,6 +24,9 @@ class LanguageModelling:
     def __init__(self, chunk_tokens: int = 1024, *, neftune_alpha: float = 0.0, seed: int = 0) -> None:
         self.chunk_tokens, self.neftune_alpha, self.seed = chunk_tokens, neftune_alpha, seed
 
+    def begin(self, step: int, total_steps: int) -> dict[str, float]:
+        return {}
+
     def count(self, batch: Batch) -> Tensor:
         return valid_tokens(batch)
 

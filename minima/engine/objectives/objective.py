@@ -18,6 +18,10 @@ class Objective(Protocol):
 
     window: int
 
+    def begin(self, step: int, total_steps: int) -> dict[str, float]:
+        """Set what depends on the step's number alone (the first is 0), before `prepare`; what the log says of it."""
+        ...
+
     def count(self, batch: Batch) -> Tensor:
         """What the loss of this micro-batch is a sum over on this rank: valid tokens, as an int64 scalar."""
         ...

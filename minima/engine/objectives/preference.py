@@ -41,6 +41,9 @@ class Preference:
         self.loss, self.beta, self.label_smoothing = loss, beta, label_smoothing
         self.length_normalised, self.chunk_tokens = length_normalised, chunk_tokens
 
+    def begin(self, step: int, total_steps: int) -> dict[str, float]:
+        return {}
+
     def count(self, batch: Batch) -> Tensor:
         return valid_pairs(answer_lengths(batch)).sum()
 

@@ -1,0 +1,96 @@
+"""The weight of one part of a loss, which may change from step to step. No torch."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from minima.errors import RecipeError
+from minima.recipe.base import Strict
+
+_KEYS = {
+    "constant": ("value",),
+    "linear": ("start", "end"),
+    "warmup_stable_decay": ("start", "peak", "end", "warmup_fraction", "decay_fraction"),
+}
+
+
+class WeightSchedule(Strict):
+    """A weight that follows from the number of the step alone, so that a resumed run has the same ones.
+
+    Attributes:
+        schedule: `constant`, `value` at every step; `linear`, from `start` at the first step to `end` at the last one;
+            `warmup_stable_decay`, from `start` to `peak`, which is held, and to `end`, reached at the last step.
+        value: of `constant`.
+        start: of the others.
+        peak: of `warmup_stable_decay`.
+        end: of the others.
+        warmup_fraction: share of all steps, before the peak.
+        decay_fraction: share of all steps, after it.
+    """
+
+    schedule: Literal["constant", "linear", "warmup_stable_decay"]
+    value: float | None = Field(default=None, ge=0)
+    start: float | None = Field(default=None, ge=0)
+    peak: float | None = Field(default=None, ge=0)
+    end: float | None = Field(default=None, ge=0)
+    warmup_fraction: float | None = Field(default=None, ge=0, le=1)
+    decay_fraction: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _its_keys(self) -> Self:
+        given = {name for name in type(self).model_fields if name != "schedule" and getattr(self, name) is not None}
+        wanted = _KEYS[self.schedule]
+        if given != set(wanted):
+            missing = [name for name in wanted if name not in given]
+            other = sorted(given - set(wanted))
+            raise RecipeError(
+                f"a weight with schedule {self.schedule}"
+                + (f" without {' and '.join(missing)}" if missing else "")
+                + (f" with {' and '.join(other)}" if other else ""),
+                "each schedule is described by its own numbers, all of them",
+                f"give {', '.join(wanted)} and nothing else",
+            )
+        if (self.warmup_fraction or 0) + (self.decay_fraction or 0) > 1:
+            raise RecipeError(
+                f"a weight with warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction}",
+                "together they are more than all steps",
+                "make their sum 1 at most",
+            )
+        return self
+
+    def at(self, step: int, total_steps: int) -> float:
+        """The weight of the update number `step`, the first being 0."""
+        if self.schedule == "constant":
+            assert self.value is not None
+            return self.value
+        assert self.start is not None and self.end is not None
+        if self.schedule == "linear":
+            return _between(self.start, self.end, step / max(1, total_steps - 1))
+        assert self.peak is not None and self.warmup_fraction is not None and self.decay_fraction is not None
+        warmup = round(self.warmup_fraction * total_steps)
+        decay = min(round(self.decay_fraction * total_steps), total_steps - warmup)
+        if step < warmup:
+            return _between(self.start, self.peak, step / warmup)
+        if step < total_steps - decay:
+            return self.peak
+        return _between(self.peak, self.end, (step + 1 - (total_steps - decay)) / decay)
+
+
+def weight_at(weight: float | WeightSchedule, step: int, total_steps: int) -> float:
+    """The weight of the update number `step`, the first being 0, of a number or a schedule."""
+    return weight.at(step, total_steps) if isinstance(weight, WeightSchedule) else weight
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return start * (1 - share) + end * share  # its ends are exact
+
+
+def _which(value: Any) -> str:
+    return "WeightSchedule" if isinstance(value, (dict, WeightSchedule)) else "number"
+
+
+# A number, or a schedule; what is wrong with one of them is said without the other.
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[WeightSchedule, Tag("WeightSchedule")],
+    Discriminator(_which),
+]
