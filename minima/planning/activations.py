@@ -45,7 +45,8 @@ def layer_saved_bytes(shape: ModelShape, precision: str, checkpointing: str) -> 
 
 
 def saved_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: int, sequence_length: int) -> int:
-    """Bytes that the whole model keeps for the backward pass of one micro-batch, the final hidden states included.
+    """Bytes that the whole model keeps for the backward pass of one micro-batch; the final hidden states are not among
+    them.
 
     Args:
         shape: of the model.
@@ -57,7 +58,7 @@ def saved_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: i
     size, width = BYTES[precision], shape.hidden_size
     layers = shape.num_layers * layer_saved_bytes(shape, precision, checkpointing)
     gated = shape.family not in ("gpt_neox", "gpt2")
-    final = _norm(width, size) + size * width if gated else size * (2 * width + 2)
+    final = 8 + (_norm(width, size) if gated else size * (width + 2))  # 8 for the token's id
     rotary = 2 * size * shape.head_size * sequence_length if shape.family != "gpt2" else 0
     return tokens * (layers + final) + rotary
 

@@ -6,7 +6,7 @@ The parts of the trained model are those that DeepSpeed 0.19.8 allocates in `run
 gradients once more). `tests/distributed/test_memory_plan.py` holds them against the tensors of two real ranks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -113,13 +113,15 @@ def trained_memory(
     """
     size, shard = BYTES[precision], shard_elements(shape, ranks)
     table = shape.vocabulary_size * shape.hidden_size
-    copies = 0 if precision == "float32" and not sharding.offload_optimizer else 1  # float32 shards are the masters
-    states = {"master": 4 * shard * copies, "moments": 8 * shard, "gradients": 4 * shard}
+    # Master weights are a copy in float32, too: DeepSpeed would share them, but compares a device with its name.
+    states = {"master": 4 * shard, "moments": 8 * shard, "gradients": 4 * shard}
     bucket = 4 * min(sharding.reduce_bucket_elements, shape.parameters)
     device = {"weights": size * shard, "persistent": _persistent(shape, precision, ranks, sharding)}
     host: dict[str, int] = {}
-    if sharding.offload_optimizer:  # and the gradients once more, where the optimiser on the host reads them
-        host = states | {"gradients": 2 * states["gradients"]}
+    if sharding.offload_optimizer:  # gradients lie there twice: where they add up, and where the optimiser reads them
+        groups = -(-shard // sharding.sub_group_elements)
+        buffers = [4 * shard, *[4 * -(-shard // groups)] * groups]
+        host = states | {"gradients": sum(map(_page_locked, buffers)) if sharding.pinned else 2 * states["gradients"]}
         update = 0
     else:
         device |= states
@@ -127,14 +129,14 @@ def trained_memory(
     device["buckets"] = 4 * sharding.reduce_bucket_elements
     passing: dict[str, int] = {}
     if ranks > 1:
-        passing["gathered"] = size * _gathered(shape, sharding, sharding.reuse_elements // 2)
+        passing["gathered"] = size * trained_gathered(shape, sharding)
     # The whole head stays gathered from the loss to the end of the backward pass. Its gradient is float32 in the loss;
     # then a rounded copy of it is there as well, and is made float32 again to be reduced.
     passing["head"] = (size * table if ranks > 1 else 0) + (4 if precision == "float32" else 6) * table
     # The final hidden states are kept twice: what the norm gave, and its gradient, which the loss makes at once.
     kept = saved_bytes(shape, precision, checkpointing, work.tokens, work.sequence_length)
     passing["activations"] = kept + 2 * size * work.tokens * shape.hidden_size
-    logits = work.chunk_tokens * shape.vocabulary_size
+    logits = min(work.chunk_tokens, work.tokens) * shape.vocabulary_size
     loss = logits * ((8 if taught else 4) + (2 if precision == "bfloat16" else 0))
     # Layers go backward when the loss's chunks are gone; their gradients are copied once more to be scattered.
     layer = recomputed_bytes(shape, precision, checkpointing, work.tokens) + bucket
@@ -184,41 +186,55 @@ def frozen_memory(
     passing = {"activations": layer, "hidden": hidden}
     shard = size * shard_elements(shape, group)
     if group > 1 or offload != "none":
-        passing["gathered"] = size * _gathered(shape, sharding)
+        passing["gathered"] = size * frozen_gathered(shape, sharding)
     if offload == "none":
         return Memory(device | {"weights": shard}, passing)
     if offload == "cpu":
-        return Memory(device, passing, {"weights": sum(_pinned(shape, size, group)) if sharding.pinned else shard})
+        return Memory(device, passing, {"weights": _pinned(shape, size, group) if sharding.pinned else shard})
     buffers = size * sharding.nvme_buffers * sharding.nvme_buffer_elements
     return Memory(device, passing, {"buffers": buffers}, {"weights": shard})
 
 
 def split_elements(shape: ModelShape, ranks: int) -> int:
-    """Elements of one rank's part when the layers' matrices are split over `ranks`; embeddings and norms stay whole."""
+    """Elements of one rank's part when matrices are split over `ranks`; embeddings and norms stay whole.
+
+    An untied head is split like the layers' matrices, though nothing but a whole copy of it is used.
+    """
     width = shape.hidden_size
     small = 2 * shape.norm_parameters
     layer = sum(layer_tensors(shape)) - small
     table = shape.vocabulary_size * width
-    outer = sum(outer_tensors(shape)) - (0 if shape.tied else table)  # the head is gathered, and counted there
-    return outer + shape.num_layers * (-(-layer // ranks) + small)
+    head = 0 if shape.tied else table
+    outer = sum(outer_tensors(shape)) - head
+    return outer + -(-head // ranks) + shape.num_layers * (-(-layer // ranks) + small)
 
 
 def _persistent(shape: ModelShape, precision: str, group: int, sharding: Sharding) -> int:
     return BYTES[precision] * persistent_elements(shape, sharding) if group > 1 else 0
 
 
-def _gathered(shape: ModelShape, sharding: Sharding, retained: int = 0) -> int:
-    """Elements that are whole at one time: a layer and what is gathered ahead of it, or what is kept to be used again.
+def trained_gathered(shape: ModelShape, sharding: Sharding) -> int:
+    """Elements that are whole at one time in a step of a trained model, the head not among them.
 
-    The head is not among them; the embeddings are, while they run.
+    DeepSpeed's prefetcher marks what the backward pass will need again, and that is then kept, up to a limit on all
+    that is whole; without prefetching, what is needed again within a distance, which a weight has twice to its turn.
     """
-    layer = shape.layer_parameters
-    layers = shape.num_layers * layer
-    ahead = layer + sharding.prefetch_elements
-    return max(outer_tensors(shape)[0], min(layers, max(ahead, layer + retained)))
+    head = shape.vocabulary_size * shape.hidden_size
+    kept = sharding.live_elements if sharding.prefetch_elements else sharding.reuse_elements // 2
+    return min(shape.parameters - head, max(kept - head, shape.layer_parameters + sharding.prefetch_elements))
 
 
-def _pinned(shape: ModelShape, size: int, ranks: int) -> Iterator[int]:
-    """Bytes of each shard in page-locked memory, which PyTorch hands out in powers of two."""
-    for elements in tensors(shape):
-        yield 1 << (size * -(-elements // ranks) - 1).bit_length()
+def frozen_gathered(shape: ModelShape, sharding: Sharding) -> int:
+    """Elements that are whole at one time in a frozen model: a layer and what is gathered ahead, or the embeddings."""
+    layers = min(shape.num_layers * shape.layer_parameters, shape.layer_parameters + sharding.prefetch_elements)
+    return max(shape.vocabulary_size * shape.hidden_size, layers)
+
+
+def _pinned(shape: ModelShape, size: int, ranks: int) -> int:
+    """Bytes of one rank's shards in page-locked memory."""
+    return sum(_page_locked(size * -(-elements // ranks)) for elements in tensors(shape))
+
+
+def _page_locked(size: int) -> int:
+    """What page-locked memory of so many bytes takes: PyTorch hands it out in powers of two."""
+    return 1 << (size - 1).bit_length()

@@ -17,6 +17,8 @@ class Sharding:
         reduce_bucket_elements: gradients that are reduced together; a float32 buffer of this size always exists.
         prefetch_elements: weights that are gathered ahead of the layer that runs.
         persistence_elements: tensors of at most so many elements stay whole on every rank.
+        live_elements: gathered weights up to which the next ones are gathered ahead. What the backward pass needs again
+            is then not given back, so that a trained model holds so many whole weights.
         reuse_elements: a gathered weight that is needed again within so many elements is kept until then.
         sub_group_elements: shard elements that one call of the optimiser updates.
         offload_optimizer: master weights, moments and gradients lie in the host's memory.
@@ -29,6 +31,7 @@ class Sharding:
     reduce_bucket_elements: int = 500_000_000
     prefetch_elements: int = 50_000_000
     persistence_elements: int = 100_000
+    live_elements: int = 1_000_000_000
     reuse_elements: int = 1_000_000_000
     sub_group_elements: int = 1_000_000_000
     offload_optimizer: bool = False
@@ -46,6 +49,7 @@ class Sharding:
             "reduce_bucket_elements": "reduce_bucket_size",
             "prefetch_elements": "stage3_prefetch_bucket_size",
             "persistence_elements": "stage3_param_persistence_threshold",
+            "live_elements": "stage3_max_live_parameters",
             "reuse_elements": "stage3_max_reuse_distance",
             "sub_group_elements": "sub_group_size",
         }
@@ -62,8 +66,10 @@ class Sharding:
 
 
 # What `ds_configs/student_zero3.json` and `teacher_zero3*.json` say, for whoever has no file at hand.
-STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 100_000_000)
-TEACHER = Sharding(prefetch_elements=100_000_000, persistence_elements=1000, reuse_elements=0)
+STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 1_000_000_000, 100_000_000)
+TEACHER = Sharding(
+    prefetch_elements=100_000_000, persistence_elements=1000, live_elements=2_000_000_000, reuse_elements=0
+)
 
 
 def layer_tensors(shape: ModelShape) -> list[int]:

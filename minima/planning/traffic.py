@@ -1,0 +1,109 @@
+"""Bytes that travel for one optimiser step: between ranks, between nodes, and from the host or a disk.
+
+Collectives are counted as the rings that NCCL builds of them: to gather a tensor, each rank receives all of it but its
+own part, from its neighbour; to sum and scatter one, as much. One rank of each node has its neighbour on another node.
+"""
+
+from dataclasses import dataclass
+
+from minima.models.shape import ModelShape
+from minima.planning.memory import Offload, Placement, Work, trained_gathered
+from minima.planning.sharding import BYTES, Sharding, persistent_elements
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one optimiser step, of one rank.
+
+    Attributes:
+        received: from other ranks, wherever they are.
+        between_nodes: of these, what comes from another node; of a node's ranks one receives it, so this is a share.
+        from_host: copied from the host's memory to the device.
+        to_host: copied from the device to the host's memory.
+        from_disk: read from files into the host's memory.
+    """
+
+    received: float = 0.0
+    between_nodes: float = 0.0
+    from_host: float = 0.0
+    to_host: float = 0.0
+    from_disk: float = 0.0
+
+    @property
+    def within_node(self) -> float:
+        """Bytes from ranks of the same node."""
+        return self.received - self.between_nodes
+
+
+def trained_traffic(
+    shape: ModelShape, precision: str, work: Work, ranks: int, ranks_per_node: int, sharding: Sharding
+) -> Traffic:
+    """Of a model in training under ZeRO-3 over all ranks.
+
+    Each micro-batch gathers all weights for its forward pass, and again for its backward pass those that were not kept;
+    float32 gradients are summed and scattered once for each micro-batch. Recomputing a layer gathers nothing more: its
+    weights are whole then for its backward pass.
+    """
+    travelling = shape.parameters - persistent_elements(shape, sharding)
+    kept = min(travelling, trained_gathered(shape, sharding))  # not the head: the root's forward ends before its use
+    weights = BYTES[precision] * (2 * travelling - kept)
+    gradients = 4 * shape.parameters
+    size = work.accumulation * (weights + gradients)
+    travelled = _ring(size, ranks, ranks_per_node)
+    if not sharding.offload_optimizer:
+        return Traffic(**travelled)
+    # Each micro-batch's gradients go to the host and come back to be added to; the last ones go there once more.
+    part = shape.parameters / ranks
+    from_host = 4 * part * work.accumulation + BYTES[precision] * part
+    return Traffic(**travelled, from_host=from_host, to_host=4 * part * (work.accumulation + 1))
+
+
+def frozen_traffic(
+    shape: ModelShape,
+    precision: str,
+    placement: Placement,
+    offload: Offload,
+    work: Work,
+    group: int,
+    ranks_per_node: int,
+    sharding: Sharding,
+    *,
+    window: int = 1,
+) -> Traffic:
+    """Of a frozen model that gives final hidden states.
+
+    Shards are gathered, and fetched, once for each window. Split matrices leave partial sums of hidden states, which
+    are summed over the group twice in each layer, for the sequences of all of the group's ranks.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`.
+        placement: where its weights are.
+        offload: where its shards lie.
+        work: what a rank runs at once.
+        group: ranks that share one copy.
+        ranks_per_node: of one machine.
+        sharding: sizes of its DeepSpeed JSON.
+        window: micro-batches that one traversal of the layers serves.
+    """
+    size = BYTES[precision]
+    if placement == "replica":
+        return Traffic()
+    if placement == "tensor_parallel":
+        hidden = size * shape.hidden_size * work.tokens * group
+        # To sum and to have the sum everywhere is to scatter it and to gather it again.
+        return Traffic(**_ring(2 * 2 * shape.num_layers * hidden * work.accumulation, group, ranks_per_node))
+    traversals = -(-work.accumulation // window)
+    head = 0 if shape.tied else shape.vocabulary_size * shape.hidden_size  # whole on each rank from the start
+    weights = size * (shape.parameters - head - persistent_elements(shape, sharding)) * traversals
+    shards = weights / group
+    return Traffic(
+        **_ring(weights, group, ranks_per_node),
+        from_host=0.0 if offload == "none" else shards,
+        from_disk=shards if offload == "nvme" else 0.0,
+    )
+
+
+def _ring(size: float, group: int, ranks_per_node: int) -> dict[str, float]:
+    received = size * (group - 1) / group
+    return {"received": received, "between_nodes": received / ranks_per_node if group > ranks_per_node else 0.0}
