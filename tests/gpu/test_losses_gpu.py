@@ -1,0 +1,86 @@
+"""The divergences on a GPU: Triton and eager against float64, and how much memory they take."""
+
+import pytest
+import torch
+
+from minima.losses import linear_cross_entropy, linear_distillation_loss
+from tests.unit.losses.references import DIVERGENCES, exact, inputs, models_apart, with_gradients
+
+pytestmark = pytest.mark.gpu
+
+# Norm of a gradient's error over its norm. A GPU's exp and log lose a digit more than a CPU's.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["triton", "eager"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_each_divergence_equals_float64(name, kernel, dtype):
+    for tokens, vocabulary, hard, soft, tau in (
+        (1, 1, 0.0, 1.0, 1.0), (7, 5, 0.3, 0.7, 2.0), (70, 1001, 0.5, 0.5, 1.0), (33, 49_216, 0.0, 1.0, 0.7),
+    ):  # fmt: skip
+        models = inputs(tokens, vocabulary, dtype, device="cuda")
+        options = {"hard_weight": hard, "soft_weight": soft, "temperature": tau, "divergence": name, "beta": 0.3}
+        found = with_gradients(linear_distillation_loss, *models, **options, chunk_tokens=16, kernel=kernel)
+        wanted = exact(*models, **options)
+        torch.testing.assert_close(found[0].double(), wanted[0], rtol=2e-5, atol=1e-5)
+        for part, value in found[1].items():
+            torch.testing.assert_close(value.double(), wanted[1][part], rtol=5e-5, atol=5e-5)
+        for gradient, reference in zip(found[2:], wanted[2:], strict=True):
+            error = (gradient.double() - reference).norm()
+            assert error <= TOLERANCE[dtype] * reference.norm() + 1e-6, error / reference.norm()
+
+
+@pytest.mark.parametrize("nats", [4.5e-4, 0.01, 1.0])
+@pytest.mark.parametrize("kernel", ["triton", "eager"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_gradient_stays_right_where_the_models_agree(name, kernel, nats):
+    models = [tensor.cuda() for tensor in models_apart(nats)]
+    options = {"hard_weight": 0.0, "soft_weight": 1.0, "divergence": name}
+    found = with_gradients(linear_distillation_loss, *models, **options, chunk_tokens=16, kernel=kernel)
+    for gradient, reference in zip(found[2:], exact(*models, **options)[2:], strict=True):
+        assert (gradient.double() - reference).norm() < 0.005 * reference.norm()
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 64}, {"top_p": 0.9}, {"top_k": 64, "top_p": 0.9}], ids=str)
+def test_a_cut_teacher_equals_float64(cut):
+    models = inputs(20, 1001, device="cuda")
+    for name in DIVERGENCES:
+        found = with_gradients(linear_distillation_loss, *models, divergence=name, **cut)
+        wanted = exact(*models, divergence=name, **cut)
+        for gradient, reference in zip(found[2:], wanted[2:], strict=True):
+            assert (gradient.double() - reference).norm() <= TOLERANCE[torch.float32] * reference.norm()
+
+
+def test_the_cross_entropy_and_ignored_tokens_that_are_not_finite():
+    student, head, teacher, teacher_head, labels = inputs(50, 1001, device="cuda")
+    found, wanted = (
+        with_gradients(linear_cross_entropy, student, head, labels, kernel=kernel) for kernel in ("triton", "eager")
+    )
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(list(found[2:]), list(wanted[2:]), rtol=1e-4, atol=1e-6)
+    wanted = linear_distillation_loss(student, head, teacher, teacher_head, labels)
+    teacher[labels == -100] = float("inf")
+    assert torch.equal(linear_distillation_loss(student, head, teacher, teacher_head, labels).total, wanted.total)
+
+
+@pytest.mark.parametrize("tokens", [4096, 16_384])
+def test_peak_memory_is_a_few_chunks(tokens):
+    vocabulary, width, chunk = 49_216, 256, 1024
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").to(torch.bfloat16)
+
+    student, head = normal(tokens, width).requires_grad_(), normal(vocabulary, width).requires_grad_()
+    teacher, teacher_head = normal(tokens, width), normal(vocabulary, width)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator, device="cuda")
+    linear_distillation_loss(student, head, teacher, teacher_head, labels).total.backward()
+    student.grad = head.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_distillation_loss(student, head, teacher, teacher_head, labels, chunk_tokens=chunk).total.backward()
+    gradients = tokens * width * 2 + vocabulary * width * (4 + 2)
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    # Logits of both models in float32 and the gradient in bfloat16: 2.5 of a chunk's float32 logits.
+    assert extra < 2.7 * chunk * vocabulary * 4, f"{extra / (chunk * vocabulary * 4):.2f} chunks"
