@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from minima.models.compiling import compiled_whole
+
 _BLOCK = 128  # flex attention's default: a block of so many rows and columns is computed, or left out, as one
 _SMALLEST_HEAD = 16  # flex attention's kernels refuse smaller ones
 
@@ -50,7 +52,7 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
     options = {}
     if hasattr(importlib.import_module("torch._inductor.config"), "wrap_inductor_compiled_regions"):
         options["wrap_inductor_compiled_regions"] = True  # selective recomputation then sees it, and keeps its output
-    return torch.compile(flex_attention, fullgraph=True, options=options)
+    return compiled_whole(flex_attention, options=options)
 
 
 # The stock `sdpa` looks, in every forward pass, whether position ids describe a packed batch, and reads the answer on

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ _KEPT = {
     _aten._scaled_dot_product_attention_math_for_mps.default,
     torch.ops.higher_order.flex_attention,
 }
+if hasattr(torch.ops.higher_order, "inductor_compiled_code"):  # flex attention in a layer that is not compiled
+    _KEPT.add(torch.ops.higher_order.inductor_compiled_code)
 # A compiled model meets one layer's code with gradients, without them (held-out losses), with and without walls between
 # documents, per kind of layer and per size of a micro-batch. Beyond the limit, PyTorch's default of 8, it would refuse.
 _RECOMPILE_LIMIT = 64
@@ -55,6 +58,13 @@ def _keep_products(_context: SelectiveCheckpointContext, op: Any, *_args: Any, *
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def compiled_whole(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`function` compiled with `torch.compile`, without graph breaks, for more kinds of input than PyTorch expects."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from PyTorch 2.13 on
+        settings |= {"recompile_limit": _RECOMPILE_LIMIT, "isolate_recompiles": True}
+    return torch.compile(function, fullgraph=True, **settings)
+
+
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Compile the forward pass of each decoder layer, hooks on the layer itself left out.
 
@@ -65,13 +75,10 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
         model: a stock model. What is hooked into the inside of a layer becomes part of its graph, and has to fit it.
         backend: of `torch.compile`.
     """
-    settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from PyTorch 2.13 on
-        settings |= {"recompile_limit": _RECOMPILE_LIMIT, "isolate_recompiles": True}
     compiled: dict[type, Any] = {}
     for layer in decoder_layers(model):
         kind = type(layer)
         if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, **settings)
+            compiled[kind] = compiled_whole(kind.forward, backend=backend, dynamic=False)
         # `forward`, not `__call__`: ZeRO-3's hooks gather the layer's weights before it and let go of them after it.
-        layer.forward = types.MethodType(compiled[kind], layer)  # type: ignore[method-assign]
+        layer.forward = types.MethodType(compiled[kind], layer)
