@@ -16,6 +16,7 @@ class StagePreview:
         reads: its inputs, each with what is known of it.
         writes: its folder and what it leaves there.
         facts: pairs of a short label and a line: shapes, tokens, steps, FLOPs.
+        memory: lines of a memory table.
         notes: what is missing on this machine.
     """
 
@@ -25,6 +26,7 @@ class StagePreview:
     reads: list[str] = field(default_factory=list)
     writes: str = ""
     facts: list[tuple[str, str]] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -68,5 +70,6 @@ def render(recipe_yaml: str, previews: list[StagePreview]) -> str:
         lines += [f"  {'reads':<10} {text}" for text in preview.reads]
         lines.append(f"  {'writes':<10} {preview.writes}")
         lines += [f"  {label:<10} {text}" for label, text in preview.facts]
+        lines += [f"  {'' if number else 'memory':<10} {text}" for number, text in enumerate(preview.memory)]
         lines += [f"  {'note':<10} {text}" for text in preview.notes]
     return "\n".join(lines)

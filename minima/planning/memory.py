@@ -129,7 +129,9 @@ def trained_memory(
     device["buckets"] = 4 * sharding.reduce_bucket_elements
     passing: dict[str, int] = {}
     if ranks > 1:
-        passing["gathered"] = size * trained_gathered(shape, sharding)
+        # What is gathered ahead lies in one buffer until the last of it is used, and each weight in its own as well.
+        ahead = min(sharding.prefetch_elements, shape.num_layers * shape.layer_parameters)
+        passing["gathered"] = size * (trained_gathered(shape, sharding) + ahead)
     # The whole head stays gathered from the loss to the end of the backward pass. Its gradient is float32 in the loss;
     # then a rounded copy of it is there as well, and is made float32 again to be reduced.
     passing["head"] = (size * table if ranks > 1 else 0) + (4 if precision == "float32" else 6) * table
@@ -181,12 +183,13 @@ def frozen_memory(
         )
         weights = {"weights": size * split_elements(shape, group), "head": head}
         return Memory(weights, {"activations": layer, "hidden": hidden})
-    layer = max(forward_bytes(shape, precision, tokens), norm_bytes(shape, precision, tokens * window))
+    gathered = size * frozen_gathered(shape, sharding) if group > 1 or offload != "none" else 0
+    # The final norm runs over the whole window at once, when no layer is gathered any more.
+    norm = norm_bytes(shape, precision, tokens * window) - gathered
     device = {"head": head, "persistent": _persistent(shape, precision, group, sharding)}
-    passing = {"activations": layer, "hidden": hidden}
+    passing = {"activations": max(forward_bytes(shape, precision, tokens), norm), "hidden": hidden}
+    passing["gathered"] = gathered
     shard = size * shard_elements(shape, group)
-    if group > 1 or offload != "none":
-        passing["gathered"] = size * frozen_gathered(shape, sharding)
     if offload == "none":
         return Memory(device | {"weights": shard}, passing)
     if offload == "cpu":
@@ -225,9 +228,15 @@ def trained_gathered(shape: ModelShape, sharding: Sharding) -> int:
 
 
 def frozen_gathered(shape: ModelShape, sharding: Sharding) -> int:
-    """Elements that are whole at one time in a frozen model: a layer and what is gathered ahead, or the embeddings."""
-    layers = min(shape.num_layers * shape.layer_parameters, shape.layer_parameters + sharding.prefetch_elements)
-    return max(shape.vocabulary_size * shape.hidden_size, layers)
+    """Elements of whole weights at one time in a frozen model.
+
+    A layer or the embeddings, and what is gathered ahead: in one buffer until the last of it is used, and each weight
+    in its own as well.
+    """
+    layer, layers = shape.layer_parameters, shape.num_layers * shape.layer_parameters
+    ahead = min(layers, sharding.prefetch_elements)
+    table = shape.vocabulary_size * shape.hidden_size
+    return max(2 * layer, max(table, layer if layers > ahead else 0) + 2 * ahead)
 
 
 def _pinned(shape: ModelShape, size: int, ranks: int) -> int:

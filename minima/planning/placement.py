@@ -167,7 +167,7 @@ def render(choice: Choice) -> str:
     assert machine.device_bytes is not None and machine.usable_bytes is not None, "what fits is not known"
     taken = f"activation_checkpointing {choice.activation_checkpointing}"
     if choice.placement is not None:
-        taken = f"teacher {row.name}, window of {row.window} micro-batches, " + taken
+        taken = f"teacher {row.name}, window_micro_batches {row.window}, " + taken
     lines = [
         f"memory of one rank ({machine.ranks} ranks, {machine.ranks_per_node} on a machine); usable are "
         f"{size_text(machine.usable_bytes)}, {1 - MARGIN:.0%} of a device",
@@ -178,3 +178,21 @@ def render(choice: Choice) -> str:
     lines += [f"because {choice.reason}"] if choice.reason else []
     lines += [f"warning: {choice.warning}"] if choice.warning else []
     return "\n".join(lines)
+
+
+def unchosen(stage: Stage, ranks: int) -> list[str]:
+    """The memory table of a stage where the devices that it will run on are not known: everything that could be.
+
+    Args:
+        stage: what is trained, and its teacher.
+        ranks: on one machine.
+    """
+    machine, asked = Machine(ranks, ranks), stage.training.activation_checkpointing
+    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
+    tables = {level: candidates(stage, machine, level)[0] for level in levels}
+    students = [f"{size_text(rows[0].student.device_bytes)} with {level}" for level, rows in tables.items()]
+    lines = [f"of one of {ranks} ranks on one machine; the student, by activation_checkpointing: {', '.join(students)}"]
+    if stage.teacher is None:
+        return lines
+    lines += table(tables[levels[-1]], machine) + list(_UNITS)
+    return [*lines, f"what fits is decided where it runs: peak may be up to {1 - MARGIN:.0%} of a device"]

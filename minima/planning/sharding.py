@@ -1,9 +1,12 @@
 """How ZeRO-3 cuts a model, as far as its bytes follow from it: a model's tensors, and the sizes in a DeepSpeed JSON."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -63,6 +66,21 @@ class Sharding:
             pinned=bool(weights.get("pin_memory") or optimizer.get("pin_memory")),
             **given,
         )
+
+
+def read_sharding(path: Path) -> Sharding:
+    """The sizes in a DeepSpeed JSON.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return Sharding.from_json(config)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"{path} cannot be read as a DeepSpeed JSON: {error}", "DeepSpeed is configured by it", "mend the file"
+        ) from None
 
 
 # What `ds_configs/student_zero3.json` and `teacher_zero3*.json` say, for whoever has no file at hand.

@@ -5,7 +5,11 @@ from pathlib import Path
 from minima.errors import MinimaError, RecipeError, VocabularyMismatch
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, plan_training, training_flops
+from minima.planning.candidates import Stage as Planned
+from minima.planning.candidates import shipped
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
+from minima.planning.placement import unchosen
+from minima.planning.sharding import read_sharding
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.references import deepspeed_jsons, references, sources
@@ -183,12 +187,29 @@ class _Preview(KnownInputs):
         preview.facts += training_facts(plan, self.ranks, stage.micro_batch_on(self.ranks))
         if shape is None or (frozen is not None and teacher is None):
             return
+        if isinstance(stage, Distil):
+            self._memory(stage, preview, shape, teacher, plan.sequence_length)
         if isinstance(stage, Align) and stage.precompute_reference:
             flops = training_flops(plan, shape, teacher, blocks or 0)
             late = "" if blocks is not None else "; the reference runs once over the data, which is not built yet"
             preview.facts.append(("FLOPs", flops_text(flops) + late))
             return
         preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
+
+    def _memory(
+        self, stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape | None, length: int
+    ) -> None:
+        try:
+            own = read_sharding(find_deepspeed_json(stage.deepspeed, self.recipe_path))
+            named = stage.teacher.deepspeed
+            others = read_sharding(find_deepspeed_json(named, self.recipe_path)) if named is not None else None
+        except RecipeError:  # a note says that the file is not there
+            return
+        planned = Planned(
+            stage.name, stage, student, length, own, stage.teacher if teacher is not None else None, teacher,
+            shipped if others is None else lambda placement, offload: others,
+        )  # fmt: skip
+        preview.memory = unchosen(planned, self.ranks)
 
     def _check_held_out(self, stage: AnyTraining | Evaluate, how: str, do: str) -> None:
         data = self.data_stage(stage.data)

@@ -109,6 +109,10 @@ def test_the_papers_run(root: Path, tmp_path, monkeypatch):
     corpus = text[text.index("# what would run") :]
     assert "disk       252 GB\n" in corpus, "126e9 tokens of two bytes, and what is held out"
     assert "disk       109 GB of checkpoints, at most" in student, "three of 12 bytes a parameter"
+    memory = student[student.index("memory     of one of") : student.index("quality (evaluate)")]
+    names = [line.split()[0] for line in memory.splitlines() if len(line.split()) > 8 and "GB" in line]
+    assert {"replica", "zero3_node", "zero3_node+cpu"} <= set(names)
+    assert "peak may be up to 90% of a device" in memory
     assert "disk       6.04 GB in bfloat16" in student[student.index("(export)") :]
     for key, value in {
         "learning_rate": 3e-4,

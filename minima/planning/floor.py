@@ -1,0 +1,31 @@
+"""The least that a distillation step has to compute, in FLOPs of a token."""
+
+from typing import Literal
+
+from minima.models.shape import ModelShape
+
+
+def model_flops_per_token(student: ModelShape, teacher: ModelShape, sequence_length: int) -> float:
+    """FLOPs of one token that the models need: the student's forward and backward, the teacher's forward.
+
+    Both heads are among them, since the loss needs the logits of both.
+    """
+    return student.training_flops_per_token(sequence_length) + teacher.forward_flops_per_token(sequence_length)
+
+
+def executed_flops_per_token(
+    student: ModelShape,
+    teacher: ModelShape,
+    sequence_length: int,
+    checkpointing: Literal["none", "selective", "full"] = "full",
+) -> float:
+    """FLOPs of one token that are executed: with full recomputation the student's layers run forward once more.
+
+    The student's head does not, because the loss makes its gradient in the forward pass. Selective recomputation runs
+    no matrix product again.
+    """
+    flops = model_flops_per_token(student, teacher, sequence_length)
+    if checkpointing == "full":
+        head = 2.0 * student.vocabulary_size * student.hidden_size
+        flops += student.forward_flops_per_token(sequence_length) - head
+    return flops
