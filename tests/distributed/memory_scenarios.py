@@ -1,0 +1,134 @@
+"""Scenarios of memory: the bytes of all live tensors, for a middling student and for its teacher in every place."""
+
+import functools
+import gc
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minima.batch import Batch, make_batch
+from minima.engine import distributed
+from minima.engine.deepspeed_config import frozen_config, training_config
+from minima.engine.loop import train_step
+from minima.engine.meters import Meters
+from minima.engine.objectives.language_modelling import LanguageModelling
+from minima.engine.student import Student
+from minima.engine.teacher.host import FrozenHost
+from minima.models.shape import ModelShape
+from minima.models.weights import RandomSource
+from tests.distributed.scenarios import CONFIGS
+from tests.distributed.tiny import training
+
+# Large enough for its tensors to outweigh all else that a process keeps, small enough to be made in a second.
+MIDDLING = ModelShape(
+    vocabulary_size=2003, hidden_size=192, intermediate_size=520, num_layers=3, num_heads=6, num_key_value_heads=2,
+    max_positions=64,
+)  # fmt: skip
+LENGTH, WINDOW = 32, 4
+# The shipped bucket of 5e7 gradients would outweigh everything else here.
+SIZES = {
+    "reduce_bucket_size": 200_000, "stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000,
+    "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 1_500_000, "sub_group_size": 150_000,
+}  # fmt: skip
+STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("float32", {}),
+    "bfloat16": ("bfloat16", {}),
+    "offload": ("bfloat16", {"offload_optimizer": {"device": "cpu"}}),
+}
+TEACHERS = {"replica": "teacher_replica.json", "zero3": "teacher_zero3.json", "zero3_node": "teacher_zero3_node.json"}
+TEACHERS |= {"tensor_parallel": "teacher_tensor_parallel.json"}
+
+
+def live_bytes() -> int:
+    """Bytes of the storages of all tensors that Python can reach, of each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        # Not isinstance(), which asks the thing for its class: DeepSpeed deprecates some names in a way that prints.
+        if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def watched(run: Callable[[], Any]) -> dict[str, int]:
+    """What happened while `run` ran.
+
+    Returns:
+        `peak`: bytes that the allocator had given out at most, beyond those before it; `gathered` and `scattered`:
+        elements of whole tensors in collectives.
+    """
+    settings: dict[str, Any] = {"profile_memory": True, "record_shapes": True}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], **settings) as profile:
+        run()
+    assert profile.profiler is not None
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    found = {"peak": max(held), "gathered": 0, "scattered": 0}
+    whole = {"c10d::_allgather_base_": ("gathered", 0), "c10d::_reduce_scatter_base_": ("scattered", 1)}
+    for event in events:
+        if event.name() in whole:
+            name, argument = whole[event.name()]
+            found[name] += math.prod(event.shapes()[argument])
+    return found
+
+
+def one_batch(sequences: int) -> Batch:
+    generator = torch.Generator().manual_seed(distributed.rank())
+    tokens_BT = torch.randint(0, MIDDLING.vocabulary_size, (sequences, LENGTH), generator=generator)
+    return make_batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool)).to(distributed.device())
+
+
+def memory_student(folder: Path) -> Any:
+    """Bytes that a student adds, once it is built and once it has made two steps."""
+    found = {}
+    for name, (precision, changes) in STUDENTS.items():
+        path = folder / f"memory-{name}-{distributed.rank()}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3, **SIZES, **changes}}))
+        settings = training(precision=precision)
+        config = training_config(path, settings, distributed.world_size())
+        before = live_bytes()
+        student = Student(RandomSource(MIDDLING.to_config(), seed=1), config, settings)
+        built = live_bytes() - before
+        for _ in range(2):
+            train_step(student, LanguageModelling(), [one_batch(2), one_batch(2)], 1e-3, Meters(student.device))
+        stepped = live_bytes() - before
+        batches = [one_batch(16), one_batch(16)]
+        step = functools.partial(train_step, student, LanguageModelling(), batches, 1e-3, Meters(student.device))
+        found[name] = {"built": built, "stepped": stepped} | watched(step)
+        student.close()
+    return found
+
+
+def new_host(placement: Any, precision: str, **changes: Any) -> FrozenHost:
+    path = CONFIGS / TEACHERS[placement]
+    config = frozen_config(path, precision=precision, placement=placement, tensor_parallel_ranks=2)
+    source = RandomSource(MIDDLING.to_config(), seed=2)
+    return FrozenHost(source, config, precision=precision, placement=placement, **changes)
+
+
+def memory_teacher(folder: Path) -> Any:
+    """Bytes that a teacher adds, once it has given hidden states and its head; and at most, while it gives them."""
+    found: dict[str, Any] = {}
+    for placement in TEACHERS:
+        for precision in ("float32", "bfloat16"):
+            before = live_bytes()
+            host = new_host(placement, precision)
+            host.hidden_states(one_batch(2))
+            head_VE = host.head_VE
+            found[f"{placement}-{precision}"] = live_bytes() - before
+            del head_VE
+            host.close()
+    for precision in ("float32", "bfloat16"):
+        host = new_host("zero3", precision, windows=True)
+        for window in (1, WINDOW):
+            batches = [one_batch(16) for _ in range(window)]
+            for _ in range(2):  # the first pass records in which order weights are needed
+                host.window(batches)
+            found[f"window-{window}-{precision}"] = watched(functools.partial(host.window, batches))
+        host.close()
+    return found

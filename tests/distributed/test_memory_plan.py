@@ -1,0 +1,67 @@
+"""The memory plan against the live tensors of two real ranks."""
+
+from dataclasses import replace
+
+import pytest
+
+from minima.planning.memory import Work, frozen_memory, trained_memory
+from minima.planning.sharding import BYTES, TEACHER, Sharding
+from minima.planning.traffic import frozen_traffic, trained_traffic
+from tests.distributed.memory_scenarios import LENGTH, MIDDLING, SIZES, STUDENTS, TEACHERS, WINDOW
+
+pytestmark = pytest.mark.ranks
+WORK = Work(micro_batch_sequences=2, sequence_length=LENGTH, accumulation=2)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_what_a_student_keeps_is_what_the_plan_says(two_ranks, name):
+    precision, changes = STUDENTS[name]
+    sharding = Sharding.from_json({"zero_optimization": SIZES | changes})
+    memory = trained_memory(MIDDLING, precision, "none", WORK, 2, sharding, taught=False)
+    found = two_ranks["memory_student"][name]
+    kept = memory.resident_bytes + memory.host_bytes  # the devices are CPUs, so both are among the live tensors
+    assert kept == pytest.approx(found["stepped"], rel=0.02)
+    states = memory.device | memory.host
+    assert kept - states["moments"] - states["persistent"] == pytest.approx(found["built"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_what_a_step_needs_beside_it_is_nearly_what_the_plan_says(two_ranks, name):
+    """On CPUs, where bfloat16 products are made from float32 copies and gloo copies what it sends: both not planned."""
+    precision, changes = STUDENTS[name]
+    sharding = Sharding.from_json({"zero_optimization": SIZES | changes})
+    memory = trained_memory(
+        MIDDLING, precision, "none", replace(WORK, micro_batch_sequences=16), 2, sharding, taught=False
+    )
+    assert memory.passing_bytes == pytest.approx(two_ranks["memory_student"][name]["peak"], rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("placement", TEACHERS)
+def test_what_a_teacher_keeps_is_what_the_plan_says(two_ranks, placement, precision):
+    group = 1 if placement == "replica" else 2
+    memory = frozen_memory(MIDDLING, precision, placement, "none", WORK, group, TEACHER)
+    assert memory.resident_bytes == pytest.approx(two_ranks["memory_teacher"][f"{placement}-{precision}"], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_what_a_teachers_forward_needs_beside_it_is_what_the_plan_says(two_ranks, window, precision):
+    work = replace(WORK, micro_batch_sequences=16)
+    memory = frozen_memory(MIDDLING, precision, "zero3", "none", work, 2, TEACHER, window=window)
+    found = two_ranks["memory_teacher"][f"window-{window}-{precision}"]
+    assert memory.passing_bytes == pytest.approx(found["peak"], rel=0.05)
+    traffic = frozen_traffic(MIDDLING, precision, "zero3", "none", replace(work, accumulation=window), 2, 2, TEACHER,
+                             window=window)  # fmt: skip
+    assert traffic.received == BYTES[precision] * found["gathered"] / 2, "one traversal, whatever the window"
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_what_collectives_of_a_step_move_is_what_the_plan_says(two_ranks, name):
+    precision, changes = STUDENTS[name]
+    sharding = Sharding.from_json({"zero_optimization": SIZES | changes})
+    traffic = trained_traffic(MIDDLING, precision, WORK, 2, 2, sharding)
+    found = two_ranks["memory_student"][name]
+    assert found["scattered"] == WORK.accumulation * MIDDLING.parameters
+    moved = BYTES[precision] * found["gathered"] + 4 * found["scattered"]
+    assert traffic.received == pytest.approx(moved / 2, rel=0.03), "half of everything is a rank's own"
