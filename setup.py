@@ -53,11 +53,13 @@ setup(
         "wandb": ["wandb"],
         "mpi": ["mpi4py"],
         "benchmark": ["lm-eval>=0.4.13", "accelerate"],  # accelerate starts it on several GPUs
+        "liger": ['liger-kernel>=0.8.5; platform_system == "Linux"'],  # `kernels: liger`
         "dev": [
             "pytest",
             "lm-eval>=0.4.13",
             "accelerate",
             "trl",  # its preference loss is what ours is compared with
+            'liger-kernel>=0.8.5; platform_system == "Linux"',  # its norms and SwiGLUs are compared with the stock ones
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels
             "gguf",  # tools/fetch_smollm2.py reads a model from it
             "hypothesis",

@@ -8,6 +8,7 @@ modules it gathers as one.
 from deepspeed.utils import set_z3_leaf_modules
 from transformers import PreTrainedModel
 
+from minima.errors import RecipeError
 from minima.models.compiling import Recomputation, compile_layers, decoder_layers, recompute
 from minima.models.kernels import use_liger
 
@@ -32,7 +33,14 @@ def prepare_layers(
 
     Raises:
         RecipeError: the kernels cannot run here, or not together with compilation.
+        UnsupportedFamily: it has nothing that liger-kernel could replace.
     """
+    if kernels == "liger" and compiled:
+        raise RecipeError(
+            "kernels: liger together with compile: true",
+            "the compiler fuses norms and activations itself, and liger-kernel's launches would break its graph",
+            "keep one of them",
+        )
     if kernels == "liger":
         use_liger(model)
     recompute(model, activation_checkpointing)

@@ -34,7 +34,7 @@ def attention(
         return sdpa_attention_forward(module, query_BHTA, key_BKTA, value_BKTA, attention_mask, **kwargs)
     assert not kwargs.get("dropout"), "nothing drops out"
     # Inside of a compiled layer it becomes part of the layer's graph.
-    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    attend: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
     output_BHTA = attend(
         query_BHTA,
         key_BKTA,

@@ -39,9 +39,9 @@ def use_liger(model: PreTrainedModel) -> list[str]:
     replaced = []
     for path, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = functools.partial(_rms_norm, module, functions.LigerRMSNormFunction)  # type: ignore[method-assign]
+            module.forward = functools.partial(_rms_norm, module, functions.LigerRMSNormFunction)
         elif _is_swiglu(module, model.config):
-            module.forward = functools.partial(_swiglu, module, functions.LigerSiLUMulFunction)  # type: ignore[method-assign]
+            module.forward = functools.partial(_swiglu, module, functions.LigerSiLUMulFunction)
         else:
             continue
         replaced.append(path)
@@ -58,13 +58,17 @@ def _liger_functions() -> Any:
             "its kernels are not part of minima",
             'pip install "minima[liger]" on every machine, or set kernels: stock',
         ) from error
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         raise RecipeError(
             "kernels: liger without a GPU",
             "its kernels are written for one; a CPU runs the stock modules",
             "set kernels: stock, or run this stage on a GPU",
         )
     return functions
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _is_swiglu(module: nn.Module, config: Any) -> bool:

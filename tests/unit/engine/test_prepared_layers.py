@@ -1,0 +1,30 @@
+"""What is chosen for a model's layers, and which choices do not go together."""
+
+import pytest
+from deepspeed.utils import get_z3_leaf_modules
+
+from minima.engine.layers import prepare_layers
+from minima.errors import RecipeError
+from minima.models.compiling import decoder_layers
+from minima.models.shape import ModelShape
+from minima.models.stock import build_empty
+
+SMALL = {"vocabulary_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
+
+
+def model():
+    return build_empty(ModelShape(**SMALL).to_config())
+
+
+def test_compiled_layers_are_leaves_of_this_model_alone():
+    compiled, other = model(), model()
+    prepare_layers(compiled, compiled=True)
+    prepare_layers(other)
+    assert get_z3_leaf_modules(compiled) == decoder_layers(compiled)
+    assert get_z3_leaf_modules(other) == []
+    assert not any("forward" in vars(module) for module in other.modules())
+
+
+def test_liger_and_the_compiler_are_refused_together():
+    with pytest.raises(RecipeError, match=r"kernels: liger together with compile: true"):
+        prepare_layers(model(), compiled=True, kernels="liger")
