@@ -9,6 +9,7 @@ from torch import Tensor
 # Elements of one block of rows in the element-wise part of a loss: on a CPU a block and its temporaries stay in the
 # cache (2^17 float32 numbers are 0.5 MB); a GPU wants few, large kernels.
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
+_NARROWED_ELEMENTS = 2**24  # 32 MB of bfloat16 beside the sum
 
 
 class ChunkBuffers:
@@ -68,6 +69,18 @@ def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
             sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD, out_dtype=torch.float32))
     else:
         sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD))
+
+
+def narrowed(sum_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finished float32 sum in `dtype`. The sum is lost: its own memory takes the result, for there is no second."""
+    if torch.empty(0, dtype=dtype).element_size() >= sum_VD.element_size():
+        return sum_VD.to(dtype)
+    wide = sum_VD.view(-1)
+    narrow = wide.view(dtype)[: wide.numel()]
+    for start in range(0, wide.numel(), _NARROWED_ELEMENTS):  # what is written lies before what is still to be read
+        block = slice(start, start + _NARROWED_ELEMENTS)
+        narrow[block] = wide[block].to(dtype)
+    return narrow.view(sum_VD.shape)
 
 
 def row_blocks(logits_CV: Tensor) -> list[slice]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from minima.errors import VocabularyMismatch
 from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
-from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head
+from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed
 from minima.losses.loss_sum import LossSum
 
 Kernel = Literal["auto", "eager", "triton"]
@@ -243,5 +243,5 @@ class _LinearDistillation(torch.autograd.Function):
         if grad_hidden_ND is not None:
             grad_hidden_ND.mul_(grad_total)
         if grad_head_VD is not None:
-            grad_head_VD = grad_head_VD.mul_(grad_total).to(ctx.head_dtype)
+            grad_head_VD = narrowed(grad_head_VD.mul_(grad_total), ctx.head_dtype)
         return grad_hidden_ND, grad_head_VD, *(None,) * 6

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from minima.losses import linear_distillation_loss
 from minima.losses.divergences import SoftTerm, divergence_and_slope, one_tail
+from minima.losses.linear import narrowed
 from tests.unit.losses.references import DIVERGENCES, divergence, exact, inputs, models_apart, with_gradients
 
 # Of the gradients: the norm of the error over the norm of the reference. In bfloat16 the gradient is rounded (2^-9 at
@@ -144,6 +145,16 @@ def test_a_part_of_weight_zero_is_measured_where_asked_for():
         linear_distillation_loss, *models, hard_weight=0.0, soft_weight=0.0, temperature=2.0
     )
     assert total == 0 and not parts and not any(gradient.any() for gradient in gradients)
+
+
+def test_a_sum_is_narrowed_in_its_own_memory(monkeypatch):
+    monkeypatch.setattr("minima.losses.linear._NARROWED_ELEMENTS", 10)
+    for shape in ((1, 1), (5, 7), (4, 10), (11, 30)):
+        wide = torch.randn(shape)
+        wanted, place = wide.bfloat16(), wide.data_ptr()
+        found = narrowed(wide, torch.bfloat16)
+        assert torch.equal(found, wanted) and found.data_ptr() == place and found.is_contiguous()
+    assert narrowed(wide, torch.float32) is wide
 
 
 def test_numbers_out_of_range_are_our_mistake():
