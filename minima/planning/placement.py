@@ -118,9 +118,10 @@ def _choice(
 ) -> Choice:
     rows, excluded = tables[row.checkpointing]
     passed = []
-    for level in LEVELS[: LEVELS.index(row.checkpointing)]:
+    less = LEVELS[: LEVELS.index(row.checkpointing)] if row.offload == "none" else LEVELS  # recomputation on the device
+    for level in less:
         others = [other for other in tables[level][0] if other.offload == "none"] if level in tables else []
-        if others:
+        if others and level != row.checkpointing:
             least = min(others, key=lambda other: other.peak_bytes)
             passed.append(f"with activation_checkpointing {level}, {least.name} as the smallest {least.refused}")
     passed += [f"{other.name} {other.refused}" for other in rows[: rows.index(row)] if other.refused]

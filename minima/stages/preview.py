@@ -203,7 +203,8 @@ class _Preview(KnownInputs):
             own = read_sharding(find_deepspeed_json(stage.deepspeed, self.recipe_path))
             named = stage.teacher.deepspeed
             others = read_sharding(find_deepspeed_json(named, self.recipe_path)) if named is not None else None
-        except RecipeError:  # a note says that the file is not there
+        except RecipeError as error:
+            preview.notes += [error.what] if error.what not in preview.notes else []
             return
         planned = Planned(
             stage.name, stage, student, length, own, stage.teacher if teacher is not None else None, teacher,

@@ -86,6 +86,8 @@ def test_host_memory_comes_after_recomputation_and_nvme_needs_a_path():
     assert (choice.placement, choice.offload, choice.activation_checkpointing) == ("zero3_node", "none", "full")
     small = replace(machine, device_bytes=smallest_device("zero3_node+cpu", NODE, stage))
     assert chosen(stage, small).offload == "cpu"
+    for level in ("none", "selective"):
+        assert f"with activation_checkpointing {level}, " in chosen(stage, small).reason
     host_bytes = chosen(stage, small).chosen.host_bytes
     poor = replace(small, host_bytes=int(0.95 * host_bytes / (1 - HOST_MARGIN)))
     choice = chosen(stage, poor)
@@ -93,6 +95,17 @@ def test_host_memory_comes_after_recomputation_and_nvme_needs_a_path():
     assert "in a machine's memory" in choice.reason
     with pytest.raises(RecipeError):
         chosen(stage_of(activation_checkpointing="auto"), poor)
+
+
+def test_what_passes_counts_once_and_one_machine_shards_one_way():
+    stage = stage_of()
+    rows, excluded = candidates(Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), NODE, "full")
+    assert [row.name for row in rows] == ["replica", "zero3_node", "tensor_parallel", "zero3_node+cpu"]
+    assert "zero3 cannot be: on one machine it is what zero3_node is" in excluded
+    for row in rows:
+        hidden = row.teacher.passing["hidden"]
+        kept = row.student.resident_bytes + row.teacher.resident_bytes + hidden
+        assert row.peak_bytes - kept == max(row.student.passing_bytes, row.teacher.passing_bytes - hidden)
 
 
 def test_a_split_needs_heads_that_divide():

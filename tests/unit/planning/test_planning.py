@@ -259,3 +259,16 @@ def test_vocabularies_that_differ_are_refused(show):
 def test_a_batch_that_ranks_cannot_share_is_refused(show):
     with pytest.raises(RecipeError, match=r"stages\.t: batch_sequences 8 does not divide by 3"):
         show("ranks=3")
+
+
+def test_a_dry_run_says_which_deepspeed_json_it_cannot_read(tmp_path, root: Path):
+    text = (root / "recipes" / "quickstart.yaml").read_text()
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "many"}}')
+    assert "kind: distil\n" in text
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("kind: distil\n", "kind: distil\n    deepspeed: own.json\n", 1))
+    recipe = load_recipe(path)
+    shown = preview(recipe, path, recipe.stages)
+    count = sum(stage.kind == "distil" for stage in recipe.stages)  # the others take over what the first one says
+    assert shown.count("own.json cannot be read as a DeepSpeed JSON") == count
+    assert "memory     of one of" not in shown
