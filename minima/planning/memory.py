@@ -132,16 +132,17 @@ def trained_memory(
         # What is gathered ahead lies in one buffer until the last of it is used, and each weight in its own as well.
         ahead = min(sharding.prefetch_elements, shape.num_layers * shape.layer_parameters)
         passing["gathered"] = size * (trained_gathered(shape, sharding) + ahead)
-    # The whole head stays gathered from the loss to the end of the backward pass. Its gradient is float32 in the loss;
-    # then a rounded copy of it is there as well, and is made float32 again to be reduced.
-    passing["head"] = (size * table if ranks > 1 else 0) + (4 if precision == "float32" else 6) * table
+    # The whole head stays gathered from the loss to the end of the backward pass, and its gradient is float32. Where it
+    # is rounded to bfloat16, it is made float32 once more to be reduced, and the loss's own memory is held until then.
+    passing["head"] = (size * table if ranks > 1 else 0) + 4 * table
+    again = 0 if precision == "float32" else 4 * table
     # The final hidden states are kept twice: what the norm gave, and its gradient, which the loss makes at once.
     kept = saved_bytes(shape, precision, checkpointing, work.tokens, work.sequence_length)
     passing["activations"] = kept + 2 * size * work.tokens * shape.hidden_size
     logits = min(work.chunk_tokens, work.tokens) * shape.vocabulary_size
     loss = logits * ((8 if taught else 4) + (2 if precision == "bfloat16" else 0))
     # Layers go backward when the loss's chunks are gone; their gradients are copied once more to be scattered.
-    layer = recomputed_bytes(shape, precision, checkpointing, work.tokens) + bucket
+    layer = again + recomputed_bytes(shape, precision, checkpointing, work.tokens) + bucket
     passing["loss or layer"] = max(loss, layer)
     passing["update"] = max(0, update - sum(passing.values()))  # what the backward pass has not needed
     return Memory(device, passing, host)
