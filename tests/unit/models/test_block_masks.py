@@ -164,3 +164,16 @@ def test_a_compiled_layer_takes_any_batch_of_blocks_without_a_break_or_another_g
             )
         torch.testing.assert_close(found, wanted)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_compiled_attention_is_the_dense_mask_for_any_batch_from_one_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator = torch.Generator().manual_seed(0)
+    for begins in (((5, 300), (128,)), ((77,), ()), ((1, 2), (256, 300))):
+        documents_BT = documents(400, begins)
+        query, key, value = (torch.randn(2, heads, 400, 16, generator=generator) for heads in (6, 2, 2))
+        found = attention(Layer(), query, key, value, document_blocks(documents_BT), scaling=0.2)[0]
+        wanted = attention(Layer(), query, key, value, document_mask(documents_BT), scaling=0.2)[0]
+        torch.testing.assert_close(found, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
