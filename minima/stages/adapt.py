@@ -14,4 +14,4 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's model on next tokens; returns the stage's metrics."""
     stage = context.stage
     assert isinstance(stage, Adapt)
-    return run_training(context, stage, lambda data, shape: LanguageModelling())
+    return run_training(context, stage, lambda data, shape, choice: LanguageModelling())

@@ -15,7 +15,9 @@ from minima.evaluation.kept_reference import keep_references
 from minima.evaluation.preference import evaluate_preference
 from minima.models.shape import ModelShape
 from minima.models.weights import model_identity
+from minima.planning.placement import Choice
 from minima.recipe.chat import Align
+from minima.recipe.distillation import Teacher
 from minima.stages.context import StageContext
 from minima.stages.origin import Origin, check_fit, check_format, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
@@ -33,7 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
     shape = ModelShape.from_config(origin.source.config)
     references = _References(context, stage, origin)
 
-    def objective(data: Path, student: ModelShape) -> Objective:
+    def objective(data: Path, student: ModelShape, _: Choice) -> Objective:
         _check_vocabularies(student.vocabulary_size, shape.vocabulary_size, origin.identity)
         for part in ("train", "held_out"):
             check_fit(shape, TokenStore.open(data / part), origin.identity)
@@ -67,6 +69,7 @@ def run(context: StageContext) -> dict[str, Any]:
             formats=FORMATS,
             measure=measure,
             counted="pairs",
+            teacher=None if stage.precompute_reference else (Teacher(source="reference", placement="zero3"), shape),
         )
     finally:
         references.close()

@@ -5,13 +5,17 @@ from typing import Any
 
 from minima.data.store import TokenStore
 from minima.engine.deepspeed_config import frozen_config
+from minima.engine.layers import prepare_layers
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.objectives.objective import Objective
 from minima.engine.teacher.host import FrozenHost
 from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
-from minima.recipe.schema import Distil
+from minima.models.weights import WeightSource
+from minima.planning.placement import Choice
+from minima.recipe.distillation import Distil, Teacher
 from minima.stages.context import StageContext
+from minima.stages.digests import digest
 from minima.stages.origin import check_fit, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
@@ -24,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert isinstance(stage, Distil)
     if not stage.soft_weight:  # the teacher would run for nothing
 
-        def alone(data: Path, student: ModelShape) -> Objective:
+        def alone(data: Path, student: ModelShape, _: Choice) -> Objective:
             check_template(context, data, stage.model, refuse=False)
             return Distillation(None, hard_weight=stage.hard_weight, soft_weight=0, chunk_tokens=stage.chunk_tokens)
 
@@ -33,30 +37,61 @@ def run(context: StageContext) -> dict[str, Any]:
     shape = ModelShape.from_config(teacher.source.config)
     hosts: list[FrozenHost] = []
 
-    def objective(data: Path, student: ModelShape) -> Objective:
+    def objective(data: Path, student: ModelShape, choice: Choice) -> Objective:
         check_vocabularies(student.vocabulary_size, shape.vocabulary_size)
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
         check_tokens(data, teacher.tokenizer, teacher.identity)
         check_template(context, data, stage.teacher, refuse=True)
         check_template(context, data, stage.model, refuse=False)  # it may be taught the teacher's format
-        precision = stage.teacher.precision or stage.precision
-        config = frozen_config(
-            context.deepspeed_json(stage.teacher.deepspeed or "teacher_zero3.json"),
-            precision=precision,
-            micro_batch_sequences=stage.micro_batch_sequences,
-        )
-        hosts.append(FrozenHost(teacher.source, config, precision=precision))
+        hosts.append(_host(context, stage, teacher.source, choice, TokenStore.open(data / "train").document_mask))
         return Distillation(
             hosts[0],
             hard_weight=stage.hard_weight,
             soft_weight=stage.soft_weight,
             temperature=stage.temperature,
             chunk_tokens=stage.chunk_tokens,
+            window=choice.window_micro_batches,
             **stage.soft_options(),
         )
 
     try:
-        return run_training(context, stage, objective, shape.forward_flops_per_token, {"teacher": teacher.identity})
+        return run_training(
+            context,
+            stage,
+            objective,
+            shape.forward_flops_per_token,
+            {"teacher": teacher.identity},
+            teacher=(stage.teacher, shape),
+        )
     finally:
         for host in hosts:
             host.close()
+
+
+def _host(context: StageContext, stage: Distil, source: WeightSource, choice: Choice, documents: bool) -> FrozenHost:
+    """The teacher where the memory plan puts it."""
+    assert choice.placement is not None
+    precision = stage.teacher.precision or stage.precision
+    nvme = None
+    if choice.offload == "nvme":
+        assert stage.teacher.nvme_path is not None, "refused by the recipe"
+        own = digest(str(context.folder.absolute()))[:12]  # a folder of this stage's own: DeepSpeed empties it
+        nvme = Path(stage.teacher.nvme_path).expanduser() / f"minima-{own}"
+    config = frozen_config(
+        context.deepspeed_json(stage.teacher.deepspeed or Teacher.shipped_json(choice.placement, choice.offload)),
+        precision=precision,
+        micro_batch_sequences=stage.micro_batch_sequences,
+        placement=choice.placement,
+        offload=choice.offload,
+        nvme_path=nvme,
+        tensor_parallel_ranks=choice.tensor_parallel_ranks or 1,
+    )
+    return FrozenHost(
+        source,
+        config,
+        precision=precision,
+        placement=choice.placement,
+        windows=choice.window_micro_batches > 1,
+        documents=documents,
+        layers=lambda model: prepare_layers(model, compiled=stage.compile, kernels=stage.kernels),
+    )

@@ -18,9 +18,12 @@ from minima.engine.signals import StopRequest
 from minima.engine.student import Student
 from minima.errors import DataError, RecipeError
 from minima.models.shape import ModelShape
+from minima.planning.placement import Choice
+from minima.recipe.distillation import Teacher
 from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 from minima.stages.feed import Feed
+from minima.stages.memory_plan import choice_metrics, plan_memory
 from minima.stages.origin import LEARNABLE, check_fit, check_format, check_tokens, open_origin, open_store
 from minima.stages.training_run import Measure, TrainingRun, held_out_loss
 
@@ -28,26 +31,28 @@ from minima.stages.training_run import Measure, TrainingRun, held_out_loss
 def run_training(
     context: StageContext,
     stage: AnyTraining,
-    make_objective: Callable[[Path, ModelShape], Objective],
+    make_objective: Callable[[Path, ModelShape, Choice], Objective],
     frozen_flops_per_token: Callable[[int], float] = lambda sequence_length: 0.0,
     identities: dict[str, Any] | None = None,
     *,
     formats: tuple[str, ...] = LEARNABLE,
     measure: Measure = held_out_loss,
     counted: str = "valid_tokens",
+    teacher: tuple[Teacher, ModelShape] | None = None,
 ) -> dict[str, Any]:
     """Train a stage's model, or go on from its newest checkpoint.
 
     Args:
         context: of the stage.
         stage: a training stage.
-        make_objective: gives the objective, from the data stage's folder and the student's shape; a teacher's engine
-            is built in it, before the student's.
+        make_objective: gives the objective, from the data stage's folder, the student's shape and the memory plan; a
+            teacher's engine is built in it, before the student's.
         frozen_flops_per_token: forward FLOPs of frozen models, from the sequence length.
         identities: what checkpoints say of frozen models.
         formats: of data that the objective can learn from.
         measure: gives at least `held_out_loss`; every rank calls it.
         counted: what the objective's `count` counts, as the metrics call it.
+        teacher: the frozen model that runs beside the student, and its shape; for the memory plan.
 
     Returns:
         The stage's metrics.
@@ -79,8 +84,10 @@ def run_training(
     random.seed(stage.seed)
     np.random.seed(stage.seed % 2**32)
     torch.manual_seed(stage.seed)
+    choice = plan_memory(context, stage, shape, store.sequence_length, *(teacher or ()))
+    stage = stage.model_copy(update={"activation_checkpointing": choice.activation_checkpointing})
     config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size())
-    objective = make_objective(data, shape)
+    objective = make_objective(data, shape, choice)
     student = Student(origin.source, config, stage)
     facts = identities or {}
     run = TrainingRun(
@@ -115,7 +122,7 @@ def run_training(
                 stop = StopRequest().listen()  # until here a signal ends the process at once: nothing would be lost
                 train(student, objective, batches, schedule, run.events(), first_step, stop=stop, watchdog=run.watchdog)
         run.settle()
-        return run.metrics()
+        return run.metrics() | choice_metrics(choice)
     finally:
         run.close()
         student.close()

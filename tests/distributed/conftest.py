@@ -7,7 +7,7 @@ from tests.distributed.ranks import run_scenarios
 SCENARIOS = [
     "shard_dtypes", "language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary",
     "closing", "bfloat16_start", "host_reads", "packed", "preference", "preference_host_reads", "align_stage",
-    "memory_student", "memory_teacher",
+    "memory_student", "memory_teacher", "placements",
     "recomputation", "compiled", "offloaded_optimizer",
 ]  # fmt: skip
 
@@ -20,3 +20,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two_ranks(folder):
     return run_scenarios(SCENARIOS, folder, timeout_seconds=600)
+
+
+@pytest.fixture(scope="session")
+def two_nodes(tmp_path_factory):
+    """Four ranks that believe to be on two nodes."""
+    return run_scenarios(["placements_on_nodes"], tmp_path_factory.mktemp("two-nodes"), 4, 600, per_node=2)

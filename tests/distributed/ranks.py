@@ -12,13 +12,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def start_ranks(
-    module: list[str], logs: Path, cwd: Path, world_size: int = 2, accelerator: str = "cpu"
+    module: list[str], logs: Path, cwd: Path, world_size: int = 2, accelerator: str = "cpu", per_node: int | None = None
 ) -> list[subprocess.Popen]:
-    """Start `python -m MODULE ARGUMENTS` once for each rank of one process group; each writes `rank-R.log`."""
+    """Start `python -m MODULE ARGUMENTS` once for each rank of one process group; each writes `rank-R.log`.
+
+    With `per_node`, the ranks believe to be on nodes of so many.
+    """
+    per_node = per_node or world_size
     port = free_port()
     processes = []
     for rank in range(world_size):
-        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % per_node}
+        place |= {"LOCAL_WORLD_SIZE": per_node}
         environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": accelerator, "PYTHONPATH": str(ROOT)}
@@ -30,7 +35,12 @@ def start_ranks(
 
 
 def run_scenarios(
-    names: list[str], folder: Path, world_size: int = 2, timeout_seconds: int = 300, accelerator: str = "cpu"
+    names: list[str],
+    folder: Path,
+    world_size: int = 2,
+    timeout_seconds: int = 300,
+    accelerator: str = "cpu",
+    per_node: int | None = None,
 ) -> dict[str, Any]:
     """Run functions of `scenarios.py` and its neighbours on every rank of one process group.
 
@@ -40,7 +50,8 @@ def run_scenarios(
     Raises:
         AssertionError: a rank failed; carries the end of its output.
     """
-    processes = start_ranks(["tests.distributed.scenarios", str(folder), *names], folder, ROOT, world_size, accelerator)
+    module = ["tests.distributed.scenarios", str(folder), *names]
+    processes = start_ranks(module, folder, ROOT, world_size, accelerator, per_node)
     try:
         codes = [process.wait(timeout=timeout_seconds) for process in processes]
     finally:

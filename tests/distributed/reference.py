@@ -13,10 +13,15 @@ from tests.pairs import pair_losses
 
 
 def plain_training(
-    settings, hard: float, soft: float, temperature: float, packed: bool = False
+    settings,
+    hard: float,
+    soft: float,
+    temperature: float,
+    packed: bool = False,
+    teacher_weights: WeightSource | None = None,
 ) -> list[dict[str, float]]:
     """Losses and gradient norms of the same run, step by step; packed rows run document by document."""
-    student, teacher = load_plain(student_source()).train(), load_plain(teacher_source())
+    student, teacher = load_plain(student_source()).train(), load_plain(teacher_weights or teacher_source())
 
     def loss_of(step: int) -> Tensor:
         tokens_BT, valid_BT = step_tokens(step)

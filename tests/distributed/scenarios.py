@@ -253,7 +253,7 @@ def main() -> None:
     distributed.start(read_launch())
     torch.use_deterministic_algorithms(distributed.device().type == "cuda")
     known = globals()
-    for others in ("checkpoint", "preference", "step", "memory"):  # which import this file
+    for others in ("checkpoint", "preference", "step", "memory", "placement"):  # which import this file
         known = vars(importlib.import_module(f"tests.distributed.{others}_scenarios")) | known
     results = {name: known[name](folder) for name in names}
     if distributed.is_main():

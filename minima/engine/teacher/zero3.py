@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from minima.engine import distributed
 from minima.engine.sharded import build_sharded, release, sharded_parameters
 from minima.engine.teacher.root import FrozenRoot, backbone_of
 from minima.engine.teacher.window import LayerWindow
+from minima.errors import RecipeError
 from minima.models.causal_lm import decoder_layers, head_weight
 from minima.models.weights import WeightSource
 
@@ -49,6 +51,8 @@ class Zero3:
     ) -> None:
         config = _with_buffers(config, source, dist.get_world_size(group))
         self._nvme = _nvme_folder(config)
+        if self._nvme is not None:
+            check_nvme()
         self.model = build_sharded(source, config, precision, group)
         self.model.requires_grad_(False)
         self.model.eval()
@@ -98,6 +102,10 @@ class Zero3:
     def close(self) -> None:
         """Give the memory back, and the files."""
         self._engine.destroy()
+        swappers = {id(swapper): swapper for _, p in sharded_parameters(self.model) if (swapper := p.nvme_swapper)}
+        for swapper in swappers.values():
+            swapper.aio_read_handle.free_cpu_locked_tensor(swapper.buffers)
+            vars(swapper).clear()
         root = self._root
         del self._engine, self._root, self.model
         self._window = None
@@ -136,3 +144,17 @@ def _with_buffers(config: dict[str, Any], source: WeightSource, ranks: int) -> d
 
 def _layer_number(name: str) -> str | None:
     return next((part for part in name.split(".") if part.isdigit()), None)
+
+
+def check_nvme() -> None:
+    """Refuse a teacher on NVMe where DeepSpeed cannot read it from there.
+
+    Raises:
+        RecipeError: its op for asynchronous I/O cannot be built.
+    """
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+        raise RecipeError(
+            "a teacher with offload nvme, and libaio is not installed",
+            "DeepSpeed reads shards through it, and builds its op for that with its headers",
+            "install libaio-dev (Debian) or libaio-devel (Fedora) on every node, or take offload: cpu",
+        )

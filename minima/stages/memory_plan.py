@@ -1,0 +1,94 @@
+"""What `auto` stands for on the machine that a training stage runs on: asked once, before anything is built."""
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+
+from minima.engine import distributed
+from minima.engine.deepspeed_config import read_deepspeed_json
+from minima.models.shape import ModelShape
+from minima.planning.candidates import Machine, shipped
+from minima.planning.placement import Choice, choose, render
+from minima.planning.sharding import Sharding
+from minima.recipe.distillation import Offload, Placement, Teacher
+from minima.recipe.schema import AnyTraining
+from minima.stages.context import StageContext
+
+logger = logging.getLogger(__name__)
+
+
+def this_machine() -> Machine:
+    """The machine that this process group runs on, by its smallest node; every rank calls it, and all get the same."""
+    nodes = distributed.node_ranks()
+    mine = next(len(ranks) for ranks in nodes if distributed.rank() in ranks)
+    device, host = distributed.device(), psutil.virtual_memory().total
+    on_cpu = device.type == "cpu"
+    memory = host // mine if on_cpu else torch.cuda.get_device_properties(device).total_memory
+    facts = distributed.gather_objects((memory, host))
+    return Machine(
+        ranks=distributed.world_size(),
+        ranks_per_node=min(map(len, nodes)),
+        device_bytes=min(memory for memory, _ in facts),
+        host_bytes=min(host for _, host in facts),
+        host_is_device=on_cpu,
+    )
+
+
+def plan_memory(
+    context: StageContext,
+    stage: AnyTraining,
+    student: ModelShape,
+    sequence_length: int,
+    teacher: Teacher | None = None,
+    teacher_shape: ModelShape | None = None,
+) -> Choice:
+    """Where the frozen model lives and what the student recomputes; rank 0 logs it where there was something to choose.
+
+    Args:
+        context: of the stage.
+        stage: its settings.
+        student: shape of the trained model.
+        sequence_length: tokens of one block.
+        teacher: the frozen model's block of the recipe, where one runs beside the student.
+        teacher_shape: its shape.
+
+    Raises:
+        RecipeError: `auto` finds nothing that fits.
+    """
+
+    def sharding(placement: Placement, offload: Offload) -> Sharding:
+        if teacher is None or teacher.deepspeed is None:
+            return shipped(placement, offload)
+        return Sharding.from_json(read_deepspeed_json(context.deepspeed_json(teacher.deepspeed), placement, offload))
+
+    choice = choose(
+        stage.name,
+        stage,
+        student,
+        this_machine(),
+        sequence_length,
+        teacher=teacher,
+        teacher_shape=teacher_shape,
+        sharding=Sharding.from_json(read_deepspeed_json(context.deepspeed_json(stage.deepspeed))),
+        teacher_sharding=sharding,
+    )
+    if distributed.is_main():
+        if choice.warning:
+            logger.warning("%s: %s", stage.name, choice.warning)
+        if teacher is not None or stage.activation_checkpointing == "auto":
+            logger.info("%s: %s", stage.name, render(choice))
+    return choice
+
+
+def choice_metrics(choice: Choice) -> dict[str, Any]:
+    """What a stage's metrics say of it."""
+    taken: dict[str, Any] = {"activation_checkpointing": choice.activation_checkpointing}
+    if choice.placement is not None:
+        taken |= {
+            "teacher_placement": choice.placement,
+            "teacher_offload": choice.offload,
+            "teacher_window_micro_batches": choice.window_micro_batches,
+        }
+    return taken
