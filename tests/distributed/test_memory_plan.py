@@ -33,7 +33,7 @@ def test_what_a_step_needs_beside_it_is_nearly_what_the_plan_says(two_ranks, nam
     memory = trained_memory(
         MIDDLING, precision, "none", replace(WORK, micro_batch_sequences=16), 2, sharding, taught=False
     )
-    assert memory.passing_bytes == pytest.approx(two_ranks["memory_student"][name]["peak"], rel=0.2)
+    assert memory.passing_bytes == pytest.approx(two_ranks["memory_student"][name]["peak"], rel=0.25)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
