@@ -65,7 +65,7 @@ def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
     elif gradient_CV.is_cuda:
         try:  # one pass over the sum, and no second matrix of its size
             torch.addmm(sum_VD, gradient_CV.t(), hidden_CD, out_dtype=torch.float32, out=sum_VD)
-        except RuntimeError:  # torch before 2.10 wants a sum in the factors' dtype
+        except RuntimeError:  # an older torch wants a sum in the factors' dtype
             sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD, out_dtype=torch.float32))
     else:
         sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD))

@@ -197,6 +197,8 @@ class _LinearDistillation(torch.autograd.Function):
         fused = way.kernel == "triton" or (
             way.kernel == "auto" and labels_N.is_cuda and not terms.term.truncated and _has_triton()
         )
+        if fused:
+            from minima.losses.triton_kernels import fused_losses_and_gradient
         buffers = ChunkBuffers(min(way.chunk_tokens, num_tokens), student_head_VD.shape[0], labels_N.device)
         student_float_VD = logits_head(student_head_VD, dtype)
         if terms.has_soft and teacher_hidden_NE is not None and teacher_head_VE is not None:
@@ -214,8 +216,6 @@ class _LinearDistillation(torch.autograd.Function):
             if need_gradient and dtype != torch.float32:
                 gradient_CV = buffers.get("gradient", rows, dtype)
             if fused:
-                from minima.losses.triton_kernels import fused_losses_and_gradient
-
                 fused_losses_and_gradient(
                     student_CV, teacher_CV, labels_N[chunk], keep_N[chunk], terms, sums,
                     gradient_CV if need_gradient else None,

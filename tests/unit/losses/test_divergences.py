@@ -1,13 +1,16 @@
 """Divergences and truncation against naive float64: values, gradients, odd shapes, and small differences."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minima.losses import linear_distillation_loss
-from minima.losses.divergences import SoftTerm, divergence_and_slope, one_tail
+from minima.losses.divergences import DivergenceName, SoftTerm, divergence_and_slope, one_tail
 from minima.losses.linear import narrowed
+from minima.recipe.distillation import Divergence
 from tests.unit.losses.references import DIVERGENCES, divergence, exact, inputs, models_apart, with_gradients
 
 # Of the gradients: the norm of the error over the norm of the reference. In bfloat16 the gradient is rounded (2^-9 at
@@ -155,6 +158,10 @@ def test_a_sum_is_narrowed_in_its_own_memory(monkeypatch):
         found = narrowed(wide, torch.bfloat16)
         assert torch.equal(found, wanted) and found.data_ptr() == place and found.is_contiguous()
     assert narrowed(wide, torch.float32) is wide
+
+
+def test_recipe_and_losses_know_the_same_divergences():
+    assert get_args(Divergence) == get_args(DivergenceName) == DIVERGENCES
 
 
 def test_numbers_out_of_range_are_our_mistake():
