@@ -22,7 +22,7 @@ def main() -> int:
         return 0
     os.environ |= {"TORCH_EXTENSIONS_DIR": str(FOLDER), "DS_ACCELERATOR": "cpu"}
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])
-    for lock in FOLDER.glob("**/lock"):
+    for lock in list(FOLDER.glob("**/lock")):
         shutil.rmtree(lock.parent, ignore_errors=True)  # a build that was killed: its folder cannot be trusted
     from deepspeed.ops.op_builder.cpu.async_io import AsyncIOBuilder
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder

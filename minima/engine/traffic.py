@@ -42,11 +42,10 @@ class Traffic(TorchDispatchMode):
         namespace, _, name = str(func).partition(".")
         if namespace == "c10d":
             self._collective(name.partition(".")[0].strip("_"), args, kwargs)
-        elif name.startswith("copy_.") and args[0].device.type != "cpu" and args[1].device.type == "cpu":
+        elif name.startswith("copy_.") and args[1].device.type == "cpu" != args[0].device.type:
             self.host_to_device += _bytes(args[1])
-        elif name.startswith("_to_copy.") and args[0].device.type == "cpu":
-            if torch.device(kwargs.get("device") or "cpu").type != "cpu":
-                self.host_to_device += _bytes(args[0])
+        elif name.startswith("_to_copy.") and args[0].device.type == "cpu" != _target(kwargs):
+            self.host_to_device += _bytes(args[0])
         return func(*args, **kwargs)
 
     def _collective(self, name: str, args: Any, kwargs: Any) -> None:
@@ -58,6 +57,10 @@ class Traffic(TorchDispatchMode):
         ranks = next((size for group in groups if (size := _size(group)) is not None), dist.get_world_size())
         self.collectives[kind] += int(_WHOLE[kind] * whole * (ranks - 1) / ranks)
         self.calls[kind] += 1
+
+
+def _target(kwargs: dict[str, Any]) -> str:
+    return torch.device(kwargs.get("device") or "cpu").type
 
 
 def _bytes(tensor: Tensor) -> int:

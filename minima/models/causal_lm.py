@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minima.batch import Batch
 from minima.models.attention import attention_mask
+from minima.models.families import family_of
 from minima.models.stock import build_empty
 from minima.models.weights import WeightSource
 
@@ -27,13 +27,9 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a stock model, in order."""
-    for module in model.modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) > 0
-        if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
-            return module
-    return nn.ModuleList()
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer."""
+    return model.get_submodule(family_of(model.config.model_type).final_norm)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor | None = None) -> Tensor:

@@ -185,8 +185,7 @@ def frozen_memory(
         weights = {"weights": size * split_elements(shape, group), "head": head}
         return Memory(weights, {"activations": layer, "hidden": hidden})
     gathered = size * frozen_gathered(shape, sharding) if group > 1 or offload != "none" else 0
-    # The final norm runs over the whole window at once, when no layer is gathered any more.
-    norm = norm_bytes(shape, precision, tokens * window) - gathered
+    norm = norm_bytes(shape, precision, tokens) - gathered  # the last one runs when no layer is gathered any more
     device = {"head": head, "persistent": _persistent(shape, precision, group, sharding)}
     passing = {"activations": max(forward_bytes(shape, precision, tokens), norm), "hidden": hidden}
     passing["gathered"] = gathered

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.models.attention import attention_mask
-from minima.models.causal_lm import backbone, decoder_layers
+from minima.models.causal_lm import backbone, final_norm
+from minima.models.compiling import decoder_layers
 
 
 class LayerWindow:
@@ -30,8 +31,9 @@ class LayerWindow:
     def __init__(self, model: PreTrainedModel) -> None:
         self._rows: list[slice] = []
         self._masks: list[Any] | None = None
-        for layer in decoder_layers(model):
-            layer.forward = self._by_micro_batch(layer.forward)
+        self._kinds: dict[str, Tensor] = {}
+        for module in (*decoder_layers(model), final_norm(model)):  # the norm computes in float32: 8 bytes a number
+            module.forward = self._by_micro_batch(module.forward)
 
     def hidden_states(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
         """Final hidden states of all micro-batches, one below the other, [R, T, E]; each as if it had run alone.
@@ -45,43 +47,51 @@ class LayerWindow:
             rows.append(slice(start, start + len(batch.input_ids_BT)))
             start = rows[-1].stop
         given: dict[str, Any] = {"input_ids": torch.cat([batch.input_ids_BT for batch in batches])}
-        masks = None
+        masks: list[Any] | None = None
         if any(batch.documents_BT is not None for batch in batches):
             given["position_ids"] = torch.cat([_positions(batch) for batch in batches])
-            if getattr(model.config, "sliding_window", None) is None:
-                masks = [
-                    None
-                    if batch.documents_BT is None
-                    else attention_mask(model.config, batch.documents_BT, model.dtype)
-                    for batch in batches
-                ]
-            else:  # a mask for each kind of layer: the model hands every layer its own, for all micro-batches
-                documents_RT = torch.cat([_documents(batch) for batch in batches])
-                given["attention_mask"] = attention_mask(model.config, documents_RT, model.dtype)
+            masks = [_mask(model, batch) for batch in batches]
+            kinds = next((sorted(mask) for mask in masks if isinstance(mask, dict)), None)
+            # Layers get their micro-batch's own mask. The model only has to hand each the kind that it wants, and not
+            # to make any: it takes a four-dimensional one as it is.
+            if kinds is not None:
+                self._kinds = {kind: _placeholder() for kind in kinds}
+                given["attention_mask"] = self._kinds
+            elif None not in masks:
+                given["attention_mask"] = _placeholder()
         self._rows, self._masks = rows, masks
         try:
             return backbone(model)(**given, use_cache=False).last_hidden_state
         finally:
-            self._rows, self._masks = [], None
+            self._rows, self._masks, self._kinds = [], None, {}
 
     def _by_micro_batch(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(forward)
+        takes_mask = "attention_mask" in signature.parameters
+        first = next(iter(signature.parameters))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if not self._rows:
                 return forward(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            hidden_RTE, output = bound.arguments["hidden_states"], None
+            hidden_RTE, output = bound.arguments[first], None
             for number, rows in enumerate(self._rows):
                 part = {name: _part(value, rows, len(hidden_RTE)) for name, value in bound.arguments.items()}
-                if self._masks is not None:
-                    part["attention_mask"] = self._masks[number]
+                if takes_mask and self._masks is not None:
+                    part["attention_mask"] = self._mask_of(number, bound.arguments.get("attention_mask"))
                 output = forward(**part.pop("kwargs", {}), **part)
                 # Nobody needs a layer's input any more once its micro-batch has run, so the output takes its place.
                 hidden_RTE[rows].copy_(output[0] if isinstance(output, tuple) else output)
             return (hidden_RTE, *output[1:]) if isinstance(output, tuple) else hidden_RTE
 
         return run
+
+    def _mask_of(self, number: int, given: Any) -> Any:
+        assert self._masks is not None
+        mask = self._masks[number]
+        if not isinstance(mask, dict):
+            return mask
+        return mask[next(kind for kind, placeholder in self._kinds.items() if placeholder is given)]
 
 
 def _part(value: Any, rows: slice, total: int) -> Any:
@@ -96,9 +106,14 @@ def _part(value: Any, rows: slice, total: int) -> Any:
 
 
 def _mask(model: PreTrainedModel, batch: Batch) -> Any:
-    if batch.documents_BT is None:
+    """A micro-batch's mask; without documents none, but where a sliding window needs one for all or for some layers."""
+    if batch.documents_BT is None and getattr(model.config, "sliding_window", None) is None:
         return None
-    return attention_mask(model.config, batch.documents_BT, model.dtype)
+    return attention_mask(model.config, _documents(batch), model.dtype)
+
+
+def _placeholder() -> Tensor:
+    return torch.empty(1, 1, 1, 1)
 
 
 def _positions(batch: Batch) -> Tensor:

@@ -23,7 +23,8 @@ from minima.engine.sharded import build_sharded, release, sharded_parameters
 from minima.engine.teacher.root import FrozenRoot, backbone_of
 from minima.engine.teacher.window import LayerWindow
 from minima.errors import RecipeError
-from minima.models.causal_lm import decoder_layers, head_weight
+from minima.models.causal_lm import head_weight
+from minima.models.compiling import decoder_layers
 from minima.models.weights import WeightSource
 
 

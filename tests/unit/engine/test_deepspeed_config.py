@@ -1,12 +1,14 @@
 """One owner for everything that decides what is computed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from minima.engine.deepspeed_config import accumulation_steps, frozen_config, training_config
 from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
+from minima.recipe.distillation import Teacher
 from minima.recipe.training import Training
 
 
@@ -72,7 +74,10 @@ def test_only_the_listed_keys_of_zero_are_accepted(write):
 
 
 def test_profiling_and_logging_are_the_jsons_own(write):
-    content = {key: {} for key in TOP} | {"steps_per_print": 7, "zero_optimization": {"stage": 3}}
+    content = {key: {} for key in TOP if key != "tensor_parallel"} | {
+        "steps_per_print": 7,
+        "zero_optimization": {"stage": 3},
+    }
     assert frozen_config(write(content), precision="float32").items() >= content.items()
 
 
@@ -133,11 +138,57 @@ def test_the_recipe_is_carried_over_whole(root):
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
-def test_every_shipped_json_is_accepted(root):
-    paths = sorted((root / "ds_configs").glob("*.json"))
-    assert len(paths) >= 2
-    for path in paths:
-        assert frozen_config(path, precision="bfloat16")["zero_optimization"]["stage"] == 3
+SHIPPED = {
+    "student_zero3": ("zero3", "none"),
+    "student_zero3_offload": ("zero3", "none"),
+    "teacher_replica": ("replica", "none"),
+    "teacher_zero3": ("zero3", "none"),
+    "teacher_zero3_node": ("zero3_node", "none"),
+    "teacher_tensor_parallel": ("tensor_parallel", "none"),
+    "teacher_cpu": ("zero3_node", "cpu"),
+    "teacher_nvme": ("zero3", "nvme"),
+}
+
+
+def test_there_is_a_json_for_every_placement_and_each_is_accepted(root):
+    assert {path.stem for path in (root / "ds_configs").glob("*.json")} == set(SHIPPED)
+    for name, (placement, offload) in SHIPPED.items():
+        path = root / "ds_configs" / f"{name}.json"
+        if name.startswith("teacher"):
+            assert Teacher.shipped_json(placement, offload) == path.name
+        where = {"placement": placement, "offload": offload, "nvme_path": Path("/disk/run"), "tensor_parallel_ranks": 4}
+        config = frozen_config(path, precision="bfloat16", **where)
+        assert config["zero_optimization"]["stage"] == (0 if placement in ("replica", "tensor_parallel") else 3)
+        if offload == "nvme":
+            assert config["zero_optimization"]["offload_param"]["nvme_path"] == "/disk/run"
+        assert ("tensor_parallel" in config) == (placement == "tensor_parallel")
+        if placement == "tensor_parallel":
+            assert config["tensor_parallel"] == {"autotp_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "what"),
+    [
+        ({"zero_optimization": {"stage": 3}}, {"placement": "replica"}, "stage to 0"),
+        ({"zero_optimization": {"stage": 0}}, {"placement": "zero3_node"}, "stage to 3"),
+        ({"zero_optimization": {"stage": 0}}, {"placement": "tensor_parallel"}, "lacks tensor_parallel"),
+        ({"zero_optimization": {"stage": 0}, "tensor_parallel": {}}, {"placement": "replica"}, "sets tensor_parallel"),
+        ({"zero_optimization": {"stage": 3}}, {"placement": "zero3", "offload": "cpu"}, "offloads parameters to none"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            {"placement": "zero3", "offload": "none"},
+            "offloads parameters to cpu",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}, "tensor_parallel": {"autotp_size": 2}},
+            {"placement": "tensor_parallel"},
+            "autotp_size",
+        ),
+    ],
+)
+def test_a_json_for_another_placement_is_refused(write, content, where, what):
+    with pytest.raises(DeepSpeedConfigError, match=what):
+        frozen_config(write(content), precision="float32", **where)
 
 
 @pytest.mark.parametrize("block", [{"offload_param": "cpu"}, {"offload_optimizer": ["cpu"]}])
