@@ -54,6 +54,8 @@ setup(
         "mpi": ["mpi4py"],
         "benchmark": ["lm-eval>=0.4.13", "accelerate"],  # accelerate starts it on several GPUs
         "liger": ['liger-kernel>=0.8.5; platform_system == "Linux"'],  # `kernels: liger`
+        # The peers of tools/bench_distil.py; what is missing is a row that says so.
+        "bench": ["trl", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"'],
         "dev": [
             "pytest",
             "lm-eval>=0.4.13",

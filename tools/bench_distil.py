@@ -9,6 +9,7 @@ C B A). `benchmarks/README.md` says what each row is and how time and memory are
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, metavar="|".join(SHOWN), help="what to measure")
-    parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written by default")
+    parser.add_argument("--only", default="", help="rows whose name contains this; writes nothing without --output")
     parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
     parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
@@ -34,6 +35,7 @@ def main() -> None:
         return
     if not options.profile:
         parser.error(f"--profile is one of {', '.join(SHOWN)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that no rank stays behind
     sys.exit(_bench(options))
 
 

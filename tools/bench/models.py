@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from minima.batch import Batch, make_batch
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config, training_config
+from minima.engine.layers import prepare_layers
 from minima.engine.sharded import build_sharded
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
 from minima.models.shape import ModelShape
 from minima.models.stock import parameter_shapes
+from minima.recipe.distillation import Teacher
 from minima.recipe.training import Training
 from minima.stages.shipped import shipped_folder
 
@@ -92,13 +94,24 @@ def minima_student(profile: Profile, row: Row) -> Student:
 
 
 def minima_teacher(profile: Profile, row: Row) -> FrozenHost:
-    """minima's frozen model, where the row says that it lives.
-
-    The one place that knows how a teacher is placed.
-    """
-    path = shipped_folder("ds_configs") / "teacher_zero3.json"
-    config = frozen_config(path, precision=row.precision, micro_batch_sequences=row.micro_batch)
-    return FrozenHost(TiledSource(profile.teacher, seed=2), config, precision=row.precision)
+    """minima's frozen model, where the row says that it lives."""
+    training = settings(profile, row)
+    config = frozen_config(
+        shipped_folder("ds_configs") / Teacher.shipped_json(row.placement, row.offload),
+        precision=row.precision,
+        micro_batch_sequences=row.micro_batch,
+        placement=row.placement,
+        offload=row.offload,
+    )
+    return FrozenHost(
+        TiledSource(profile.teacher, seed=2),
+        config,
+        precision=row.precision,
+        placement=row.placement,
+        windows=row.window > 1,
+        documents=False,
+        layers=lambda model: prepare_layers(model, kernels=training.kernels),
+    )
 
 
 def peer_config(profile: Profile, row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from minima.models.shape import ModelShape
+from minima.recipe.distillation import Offload, Placement
 
 # The original's 7B teacher with its grown vocabulary, and the student it was pruned to.
 LLAMA_7B = ModelShape(
@@ -35,8 +36,8 @@ class Row:
     precision: str = "float32"
     micro_batch: int = 4
     micro_batches: int = 1
-    placement: str = "zero3"
-    offload: str = "none"
+    placement: Placement = "zero3"
+    offload: Offload = "none"
     window: int = 1
     turns: int = 2
 
@@ -178,7 +179,7 @@ _GPU = Profile(
     loss_repeats=10,
     ceiling_width=8192,
     micro_batches_to_try=(1, 2, 3, 4, 6, 8),
-    rows=_rows("bfloat16", 2, 0),
+    rows=_rows("bfloat16", 2, 0, placement="replica"),
 )
 
 _GPU_SMALL = replace(
@@ -193,7 +194,7 @@ _GPU_SMALL = replace(
     sequence_tokens=2048,
     activation_checkpointing="none",
     micro_batches_to_try=(1, 2, 4, 8, 16, 32),
-    rows=(*_rows("bfloat16", 4, 0), *_windows(8, precision="bfloat16")),
+    rows=(*_rows("bfloat16", 4, 0, placement="replica"), *_windows(8, precision="bfloat16")),
 )
 
 _GPU_OFFLOAD = replace(

@@ -72,11 +72,11 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
     if row.group == "loss":
         return described
     described |= {"micro_batch": measured[0]["micro_batch"], "micro_batches": row.micro_batches}
-    moved = measured[-1].get("collective_bytes")
+    described |= {f"{name}_per_step": measured[-1][name] for name in ("collective_bytes", "host_to_device_bytes")}
     described |= {"model_flops_per_second": tokens_per_second * profile.flops_per_token()}
     if row.precision in ceilings:
         described["share_of_ceiling"] = described["model_flops_per_second"] / ceilings[row.precision]
-    return described | ({} if moved is None else {"collective_bytes_per_step": moved})
+    return described
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -181,7 +181,6 @@ def environment(profile: Profile) -> dict[str, Any]:
         "versions": versions,
         "processor": _processor(),
         "threads_per_rank": threads_of(profile.ranks),
-        "threads_of_the_loss_alone": threads_of(1),
     }
     if profile.device == "cuda":
         import torch
@@ -204,21 +203,21 @@ def _processor() -> str:
 
 def table(found: dict[str, Any]) -> str:
     """The result for a person; Markdown, so that it can be kept."""
-    lines = [
-        "| row | micro-batch | tokens/s | spread | processor s | model FLOP/s | of ceiling | peak above idle | loss |",
-        "|--|--|--|--|--|--|--|--|--|",
-    ]
+    heads = ("row", "micro-batches", "tokens/s", "spread", "processor s", "model FLOP/s", "of ceiling")
+    heads += ("peak above idle", "collectives", "loss")
+    lines = [f"| {' | '.join(heads)} |", "|--" * len(heads) + "|"]
     for row in found["rows"]:
         if row["status"] != "measured":
-            lines.append(f"| {row['name']} | {row['status']}: {row['reason']} | | | | | | | |")
+            lines.append(f"| {row['name']} | {row['status']}: {row['reason']} | | | | | | | | |")
             continue
         batch = f"{row['micro_batches']} of {row['micro_batch']}" if "micro_batch" in row else ""
         rate = f"{row['model_flops_per_second'] / 1e9:,.1f} G" if "model_flops_per_second" in row else ""
         share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
+        moved = f"{row['collective_bytes_per_step'] / 1e6:,.0f} MB" if "micro_batch" in row else ""
         lines.append(
             f"| {row['name']} | {batch} | {row['tokens_per_second']:,.0f} | {row['spread']:.1%} "
             f"| {row['median_processor_seconds']:.2f} | {rate} | {share} "
-            f"| {row['peak_above_idle_bytes'] / 1e9:.2f} GB | {row['loss']:.4f} |"
+            f"| {row['peak_above_idle_bytes'] / 1e9:.2f} GB | {moved} | {row['loss']:.4f} |"
         )
     lines += ["", "minima over the other:"]
     for one in found["comparisons"]:

@@ -43,7 +43,7 @@ def start(
     Args:
         script: the program whose `--worker TASK` does the work.
         ceiling: measure the matmul ceiling first.
-        alone: one process without a group, with all threads: for losses alone.
+        alone: one process without a group, with as many threads as a rank has: for losses alone.
         timeout: seconds after which its ranks are ended.
 
     Returns:
@@ -51,6 +51,7 @@ def start(
         standard error.
     """
     ranks = 1 if alone else profile.ranks
+    threads = threads_of(profile.ranks)
     result, task = scratch / "result.json", scratch / "task.json"
     result.unlink(missing_ok=True)
     given = {"profile": profile.name, "rows": [dataclasses.asdict(row) for row in rows], "ceiling": ceiling}
@@ -61,7 +62,7 @@ def start(
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
         environment = child_environment(ranks) | {name: str(value) for name, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRL_EXPERIMENTAL_SILENCE": "1"}
-        environment |= {"OMP_NUM_THREADS": str(threads_of(ranks))}
+        environment |= {"OMP_NUM_THREADS": str(threads)}
         log = scratch / f"rank-{rank}.log"
         with open(log, "wb") as output:
             command = [sys.executable, str(script), "--worker", str(task)]

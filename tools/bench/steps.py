@@ -39,8 +39,11 @@ class MinimaStep:
         loss = None if row.what == "minima" else LOSS_MAKERS[row.what]()
         self.teacher = minima_teacher(profile, row)
         self.student = minima_student(profile, row)
-        self.objective = Distillation(self.teacher) if loss is None else OtherLoss(loss, self.teacher)
-        self.objective.window = row.window
+        self.objective = (
+            Distillation(self.teacher, window=row.window)
+            if loss is None
+            else OtherLoss(loss, self.teacher, window=row.window)
+        )
         self.meters = Meters(self.student.device)
 
     def step(self, micro_batches: list[Batch]) -> float:

@@ -19,7 +19,7 @@ def work(task: dict[str, Any]) -> None:
     """Run one task on this rank; rank 0 writes what was found.
 
     Args:
-        task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (whether to measure it), `alone` (no process group: the loss
+        task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (measure it), `alone` (no group: the loss
             alone), and `result`, a path. What is written has `rows` and `ceiling`.
     """
     profile = replace(PROFILES[task["profile"]], steps=task["steps"], loss_repeats=task["loss_repeats"])
@@ -65,6 +65,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
     from minima.engine import distributed
+    from minima.engine.traffic import Traffic
 
     from .losses import LOSS_MAKERS
     from .models import make_batches
@@ -84,14 +85,17 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
             batches = make_batches(profile, row, device, number)
             distributed.barrier()
             began, worked = time.perf_counter(), time.process_time()
-            with _traffic() as traffic:
-                loss = built.step(batches)
-                _synchronize(device)
+            loss = built.step(batches)
+            _synchronize(device)
             processor.append(time.process_time() - worked)
             distributed.barrier()
             seconds.append(time.perf_counter() - began)
         peaks = distributed.gather_objects(memory.peak_bytes())
         idles = distributed.gather_objects(memory.idle_bytes)
+        # Counting slows a step, so it is one more; what moves are weights and gradients, however few the tokens.
+        batches = make_batches(profile, row, device, profile.steps + 1, short=True)
+        with Traffic() as traffic:
+            built.step(batches)
     finally:
         with contextlib.suppress(Exception):
             built.close()
@@ -106,14 +110,9 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
         "idle_bytes": max(idles),
         "peak_bytes": max(peaks),
         "peak_above_idle_bytes": above,
-        "collective_bytes": traffic(),
+        "collective_bytes": traffic.collective_bytes,
+        "host_to_device_bytes": traffic.host_to_device,
     }
-
-
-@contextlib.contextmanager
-def _traffic():
-    """Counts the bytes that collectives move on this rank, where minima can count them."""
-    yield lambda: None
 
 
 def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
