@@ -71,7 +71,7 @@ class Training(BaseModel):
     epsilon: float = Field(default=1e-8, gt=0)
     gradient_clip: float = Field(default=1.0, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     compile: bool = False
     kernels: Literal["stock", "liger"] = "stock"
     deterministic: bool = False
@@ -103,6 +103,12 @@ class Training(BaseModel):
                 f"micro_batch_sequences {self.micro_batch_sequences}",
                 "a step is made of whole micro-batches",
                 "change one of them so that they divide",
+            )
+        if self.compile and self.kernels == "liger":
+            raise RecipeError(
+                "compile: true with kernels: liger",
+                "compiling fuses norms and activation functions itself, and cannot trace what liger calls",
+                "choose one of them",
             )
         if self.patience is not None and not self.evaluate_every_steps:
             raise RecipeError(

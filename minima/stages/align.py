@@ -5,6 +5,7 @@ from typing import Any
 
 from minima.data.store import TokenStore
 from minima.engine.deepspeed_config import frozen_config
+from minima.engine.layers import prepare_layers
 from minima.engine.objectives.objective import Objective
 from minima.engine.objectives.preference import Preference
 from minima.engine.reference import HostReference, Reference
@@ -137,7 +138,12 @@ class _References:
             precision=self._precision,
             micro_batch_sequences=self.stage.micro_batch_sequences,
         )
-        return FrozenHost(self.origin.source, config, precision=self._precision)
+        return FrozenHost(
+            self.origin.source,
+            config,
+            precision=self._precision,
+            layers=lambda model: prepare_layers(model, compiled=self.stage.compile, kernels=self.stage.kernels),
+        )
 
     def close(self) -> None:
         """Give the frozen model's memory back, if it is still there."""

@@ -36,7 +36,7 @@ def training(**changes) -> Training:
     """Settings of a short run: clipping bites, weights decay, the rate is high."""
     settings = {
         "batch_sequences": BATCH, "micro_batch_sequences": 2, "steps": 6, "learning_rate": 5e-3, "warmup_steps": 2,
-        "gradient_clip": 0.5, "precision": "float32", "log_every_steps": 1,
+        "gradient_clip": 0.5, "precision": "float32", "log_every_steps": 1, "activation_checkpointing": "none",
     }  # fmt: skip
     return Training(**(settings | changes))
 

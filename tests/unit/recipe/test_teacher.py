@@ -1,8 +1,8 @@
 """The recipe's teacher: where its weights live, what does not go together, and what may change between two starts."""
 
 import pytest
+from pydantic import ValidationError
 
-from minima.errors import RecipeError
 from minima.recipe.distillation import PLACING, Distil, Teacher
 from minima.recipe.schema import Recipe
 from minima.stages.identity import check_unchanged, describe
@@ -42,7 +42,7 @@ def test_a_plain_name_is_a_teacher_whose_place_is_chosen():
     ],
 )
 def test_what_would_not_be_used_is_refused(teacher, what):
-    with pytest.raises(RecipeError, match=what):
+    with pytest.raises(ValidationError, match=what):
         distil(**teacher)
 
 
