@@ -54,6 +54,7 @@ setup(
         "mpi": ["mpi4py"],
         "benchmark": ["lm-eval>=0.4.13", "accelerate"],  # accelerate starts it on several GPUs
         "liger": ['liger-kernel>=0.8.5; platform_system == "Linux"'],  # `kernels: liger`
+        "law": ["scipy", "matplotlib"],  # `minima law fit` and `recommend` need the first, `plot` both
         # The peers of tools/bench_distil.py; what is missing is a row that says so.
         "bench": ["trl", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"'],
         "dev": [
@@ -63,6 +64,8 @@ setup(
             "trl",  # its preference loss is what ours is compared with
             'liger-kernel>=0.8.5; platform_system == "Linux"',  # its norms and SwiGLUs are compared with the stock ones
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels
+            "scipy",
+            "matplotlib",
             "gguf",  # tools/fetch_smollm2.py reads a model from it
             "hypothesis",
             "ruff",

@@ -89,3 +89,7 @@ class DiskFull(MinimaError):
 
 class ClusterError(MinimaError):
     """A cluster file that cannot be used, or a scheduler that refuses."""
+
+
+class TableError(MinimaError):
+    """A table of results, or a fit to one, that no law can be fitted to or read from."""

@@ -1,0 +1,213 @@
+"""The table of a study: one row for each finished student run, as CSV and as Parquet.
+
+Both files hold the same columns in the same order. A cell without a value is empty (null in Parquet). Reading checks
+what a cell is; whether rows belong together is looked at where they are fitted (`minima/law/checks.py`).
+"""
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from minima.disk import disk_full_named
+from minima.errors import TableError
+
+INITIALISATIONS = ("pruned_from_teacher", "pruned_from_fixed", "random", "direct")
+DIRECT = "direct"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished student run.
+
+    Attributes:
+        study: name of the study; rows of different studies are never fitted together.
+        family: what its models have in common: architecture, tokenizer, held-out text.
+        vocabulary_size: entries of the tokenizer; losses per token are comparable within one vocabulary only.
+        student: name of the student's shape, the same in all of its runs.
+        student_parameters: all parameters, embeddings included; a tied head counts once.
+        student_non_embedding_parameters: those of the layers and the final norm.
+        teacher: name of the teacher's shape; empty for `direct`.
+        teacher_parameters: of the teacher, like the student's; none for `direct`.
+        teacher_non_embedding_parameters: of the teacher, like the student's; none for `direct`.
+        initialisation: `pruned_from_teacher`, `pruned_from_fixed`, `random`, or `direct`: the hard loss alone.
+        tokens: that the student was trained on, repetitions included.
+        unique_tokens: different ones among them.
+        epochs: tokens / unique_tokens.
+        seed: of the student's run and of its teacher's training.
+        student_loss: held-out cross-entropy of the student, nats per token.
+        student_bits_per_byte: the same loss, bits per byte of the text.
+        teacher_loss: held-out cross-entropy of the teacher, nats per token.
+        teacher_bits_per_byte: the same loss, bits per byte of the text.
+        kl: KL(teacher || student) on the held-out text, nats per token.
+        flops: of the student's run, the teacher's forward passes included.
+        teacher_flops: of training the teacher.
+        seconds: of the student's run.
+    """
+
+    study: str
+    family: str
+    vocabulary_size: int | None
+    student: str
+    student_parameters: int | None
+    student_non_embedding_parameters: int | None
+    teacher: str
+    teacher_parameters: int | None
+    teacher_non_embedding_parameters: int | None
+    initialisation: str
+    tokens: int | None
+    unique_tokens: int | None
+    epochs: float | None
+    seed: int | None
+    student_loss: float | None
+    student_bits_per_byte: float | None = None
+    teacher_loss: float | None = None
+    teacher_bits_per_byte: float | None = None
+    kl: float | None = None
+    flops: float | None = None
+    teacher_flops: float | None = None
+    seconds: float | None = None
+
+    def describe(self) -> str:
+        """Which run this is, for a message."""
+        tokens = "an unknown number of" if self.tokens is None else f"{self.tokens:,}"
+        return (
+            f"student {self.student or '?'}, teacher {self.teacher or 'none'}, {self.initialisation or '?'}, "
+            f"{tokens} tokens, seed {'?' if self.seed is None else self.seed}"
+        )
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+_KINDS = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Row).items()}
+
+
+def write_table(rows: Iterable[Row], *paths: Path) -> None:
+    """Write the same rows to each path, as CSV or Parquet by its suffix. A reader sees the old file or the new one.
+
+    Raises:
+        TableError: the suffix is neither `.csv` nor `.parquet`.
+        DiskFull: there is no space left.
+    """
+    rows = list(rows)
+    for path in paths:
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        with disk_full_named(path.parent):
+            if _suffix(path) == ".csv":
+                with beside.open("w", encoding="utf-8", newline="") as file:
+                    writer = csv.writer(file, lineterminator="\n")
+                    writer.writerow(COLUMNS)
+                    writer.writerows([_text(getattr(row, name)) for name in COLUMNS] for row in rows)
+            else:
+                _write_parquet(rows, beside)
+            os.replace(beside, path)
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a CSV or Parquet table, in the file's order. Columns that are not known are left out.
+
+    Raises:
+        TableError: the file cannot be read, lacks a column or has no rows, a cell is not of its column's kind, or an
+            initialisation is not one of the four.
+    """
+    path = path.expanduser()
+    try:
+        names, records = _read_csv(path) if _suffix(path) == ".csv" else _read_parquet(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TableError(
+            f"{path} cannot be read: {error}",
+            "there is nothing to fit",
+            "give the CSV or Parquet table that `minima law study` wrote, or one with its columns",
+        ) from None
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise TableError(
+            f"{path} has no column {', '.join(missing)}",
+            "what is not known of a run cannot be checked, and runs that do not belong together would be mixed",
+            "add the column, with empty cells where a value is not known; docs/law.md lists all of them",
+        )
+    if not records:
+        raise TableError(f"{path} has no rows", "there is nothing to fit", "wait until some runs have finished")
+    return [_row(record, number, path) for number, record in enumerate(records, start=1)]
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise TableError(
+            f"the table {path} ends neither in .csv nor in .parquet",
+            "its format is told by its name",
+            "rename it, or write it as one of the two",
+        )
+    return path.suffix.lower()
+
+
+def _row(record: dict[str, Any], number: int, path: Path) -> Row:
+    values = {name: _value(name, record[name], number, path) for name in COLUMNS}
+    if values["initialisation"] not in (*INITIALISATIONS, ""):
+        raise TableError(
+            f"{path}, row {number}: initialisation {values['initialisation']!r}",
+            "students that start differently are fitted apart, so each row has to say how its student started",
+            f"write one of {', '.join(INITIALISATIONS)}",
+        )
+    return Row(**values)
+
+
+def _value(name: str, cell: Any, number: int, path: Path) -> Any:
+    kind = _KINDS[name]
+    if kind is str:
+        return "" if cell is None else str(cell).strip()
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return None
+    try:
+        value = float(cell)
+        if kind is float or math.isnan(value):
+            return value if kind is float else None
+        if not value.is_integer():
+            raise ValueError
+        return int(cell) if isinstance(cell, int) or (isinstance(cell, str) and _is_digits(cell)) else int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TableError(
+            f"{path}, row {number}: {name} is {cell!r}",
+            f"it has to be a {'whole ' if kind is int else ''}number, and a guess would be fitted",
+            "mend the cell, or leave it empty if the value is not known",
+        ) from None
+
+
+def _is_digits(cell: str) -> bool:
+    return cell.strip().lstrip("+-").isdigit()
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def _read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        records = list(reader)
+        ragged = [number for number, record in enumerate(records, 1) if None in record or None in record.values()]
+        if ragged:
+            raise csv.Error(f"row {ragged[0]} has not as many cells as the header")
+        return reader.fieldnames or [], records
+
+
+def _read_parquet(path: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise OSError(str(error)) from None
+    return table.column_names, table.to_pylist()
+
+
+def _write_parquet(rows: list[Row], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    columns = {name: pyarrow.array([getattr(row, name) for row in rows], types[_KINDS[name]]) for name in COLUMNS}
+    parquet.write_table(pyarrow.table(columns), path)
