@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, metavar="|".join(SHOWN), help="what to measure")
-    parser.add_argument("--only", default="", help="rows whose name contains this; writes nothing without --output")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="rows whose name contains one of these (A,B); writes nothing by default",
+    )
     parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
     parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
@@ -42,7 +46,7 @@ def main() -> None:
 def _bench(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from bench.report import report, table
+    from bench.report import into_page, report, table
     from bench.running import Run
 
     from minima.launcher import num_accelerators
@@ -52,7 +56,8 @@ def _bench(options: argparse.Namespace) -> int:
         print(f"The profile {profile.name} needs a GPU, and this machine shows none, so nothing was measured. "
               "Run it where one is, or take --profile cpu.", file=sys.stderr)  # fmt: skip
         return 2
-    rows = tuple(row for row in profile.rows if options.only in row.name)
+    wanted = options.only.split(",")
+    rows = tuple(row for row in profile.rows if any(part in row.name for part in wanted))
     if options.turns:
         rows = tuple(replace(row, turns=options.turns) for row in rows)
     if options.steps:
@@ -68,10 +73,13 @@ def _bench(options: argparse.Namespace) -> int:
         )
         run.run()
     found = report(run.profile, run.turns, run.ceilings)
-    print(table(found))
+    shown = table(found)
+    print(shown)
     output = options.output
     if output is None and not options.only:
         output = ROOT / "benchmarks" / f"distil-{profile.name}.json"
+        page = ROOT / "benchmarks" / "README.md"
+        page.write_text(into_page(page.read_text(encoding="utf-8"), profile.name, shown), encoding="utf-8")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -231,5 +231,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def into_page(page: str, profile: str, shown: str) -> str:
+    """A Markdown page with the profile's table in its place; the page as it was where it has none."""
+    begin, end = f"<!-- {profile} table: begin -->", f"<!-- {profile} table: end -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    return f"{before}{begin}\n{shown}\n{end}{after}" if found and closed else page
+
+
 def _shown(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"

@@ -128,6 +128,16 @@ class TestReport:
         found = {"rows": rows, "comparisons": [], "ratios": report.ratios(rows)}
         assert "missing: liger-kernel cannot be imported" in report.table(found)
 
+    def test_a_profile_s_table_takes_the_place_of_the_last_one(self):
+        page = "# x\n<!-- cpu table: begin -->\nold\n<!-- cpu table: end -->\nafter\n"
+        written = report.into_page(page, "cpu", "| new |")
+        assert written == page.replace("old", "| new |")
+        assert report.into_page(written, "gpu-small", "other") == written
+
+    def test_the_benchmarks_page_has_a_place_for_it(self):
+        page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+        assert "| new |" in report.into_page(page, "cpu", "| new |")
+
 
 class TestLosses:
     @pytest.fixture
