@@ -77,7 +77,7 @@ def _rank(options: argparse.Namespace) -> None:
     )  # fmt: skip
     settings = Training(
         batch_sequences=MICRO_BATCH * options.ranks, micro_batch_sequences=MICRO_BATCH, steps=1,
-        learning_rate=1e-4, precision="float32",
+        learning_rate=1e-4, precision="float32", activation_checkpointing="none",
     )  # fmt: skip
     config = training_config(shipped_folder("ds_configs") / "student_zero3.json", settings, options.ranks)
     student = Student(RandomSource(shape.to_config(), seed=1), config, settings)

@@ -61,7 +61,7 @@ stages:
     evaluate_every_steps: 40
     keep_checkpoints: 0
     log_every_steps: 1
-  - {{<<: *student, name: undisturbed}}
+  - {{<<: *student, name: undisturbed, teacher: {{source: teacher, precision: float32}}}}  # placement auto
   - {{name: quality, kind: evaluate, models: [teacher, pruned, student, student@20], teacher: teacher, data: corpus}}
   - {{name: out, kind: export, model: student, dtype: float32}}
 summary:
