@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "a:liger": "minima's step, Liger's fused linear JSD loss (beta 0, hard and soft part)",
     "b:minima": "minima as shipped",
     "b:original": "the original's loop: two ZeRO-3 engines, dense logits, the teacher's own cross-entropy",
+    "b:original_recomputing": "the same with activation checkpointing, as its scripts set it",
     "b:trl": "TRL's GKD step with a ZeRO-3 teacher (forward KL only)",
     "b:liger": "backbones and Liger's fused linear loss, ZeRO-3 (forward KL only)",
     "window:minima": "minima's step, teacher window",

@@ -1,6 +1,7 @@
 """One optimiser step of each tool. The others' steps are rebuilt from what their documentation and code say they do."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -103,6 +104,13 @@ class OriginalStep(_TwoEngines):
         return total
 
 
+class RecomputingOriginalStep(OriginalStep):
+    """The same with activation checkpointing, which its training scripts turn on whatever the memory."""
+
+    def __init__(self, profile: Profile, row: Row) -> None:
+        super().__init__(replace(profile, activation_checkpointing="full"), row)
+
+
 class TrlStep(_TwoEngines):
     """TRL's GKD step: its own `compute_loss` and its own teacher's engine; its Trainer's loop around is left out."""
 
@@ -184,6 +192,7 @@ def _final_states(model, tokens_BT: Tensor) -> Tensor:
 STEPS: dict[str, Callable[[Profile, Row], Step]] = {
     "minima": MinimaStep,
     "original": OriginalStep,
+    "original_recomputing": RecomputingOriginalStep,
     "trl": TrlStep,
     "liger": LigerStep,
 }
