@@ -25,9 +25,23 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file is missing or broken, or asks for something that does not exist or cannot be.
         MinimaError: another error that a field's own check raised.
     """
-    raw = _read(path)
+    raw = read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
+    return make_recipe(raw, path)
+
+
+def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
+    """A checked recipe from what its YAML says.
+
+    Args:
+        raw: keys and values.
+        path: the file that errors name.
+
+    Raises:
+        RecipeError: it asks for something that does not exist or cannot be.
+        MinimaError: another error that a field's own check raised.
+    """
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -41,7 +55,12 @@ def resolved_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked.
+
+    Raises:
+        RecipeError: the file is missing or broken.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
     except (OSError, UnicodeDecodeError) as error:

@@ -80,6 +80,7 @@ def run_stages(
     launch: Launch,
     write,
     allow_code_execution: bool = False,
+    keep_group: bool = False,
 ) -> None:
     """Run the unfinished ones of `stages` in this process, which is one rank of `launch`.
 
@@ -90,6 +91,7 @@ def run_stages(
         launch: this rank's place.
         write: takes one line of text for a person; called on rank 0 only.
         allow_code_execution: let a benchmark execute what a model wrote.
+        keep_group: leave the process group standing, for another run in this process.
 
     Raises:
         MinimaError: a stage cannot run; nothing that was finished is touched.
@@ -119,7 +121,7 @@ def run_stages(
                 _run(module, context, write)
         else:
             _wait(folder)
-    if group_started:  # after an error nothing is torn down: that would wait for ranks that wait for this one
+    if group_started and not keep_group:  # after an error nothing is torn down: that would wait for ranks that wait for this one
         distributed.stop()
 
 

@@ -1,0 +1,254 @@
+"""A study's runs over this machine's GPUs or cores: some worker processes, each fed with one run after another."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minima.launcher import child_environment, num_accelerators, num_cores
+from minima.law.grid import Unit
+from minima.law.worker import BEGUN, DONE, EVENT, READY
+
+SHOW_SECONDS = 30.0  # between two looks at the table when nothing happens
+_ERROR = "minima: "
+
+
+@dataclass
+class Tally:
+    """How far a study is.
+
+    Attributes:
+        done: names of finished runs.
+        running: names of runs that a worker is making.
+        failed: why a run failed, by its name.
+        made: runs that were finished since the driver began.
+        startup_seconds: of all workers, from their start until their first run could begin: Python, torch, DeepSpeed.
+        worker_seconds: of all workers, from their start to their end, or until now.
+        stopped: number of the signal that asked for the end; 0 for none.
+    """
+
+    done: set[str] = field(default_factory=set)
+    running: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    made: int = 0
+    startup_seconds: float = 0.0
+    worker_seconds: float = 0.0
+    stopped: int = 0
+
+    def startup_line(self) -> str:
+        """The share of the workers' time that went into starting them."""
+        share = self.startup_seconds / max(self.worker_seconds, 1e-9)
+        return (
+            f"starting workers took {self.startup_seconds:.1f} s of their {self.worker_seconds:.1f} s: "
+            f"{100 * share:.1f} %, over {self.made} runs"
+        )
+
+
+def default_workers() -> int:
+    """One for each GPU, or one for each core where there is none."""
+    return num_accelerators() or num_cores()
+
+
+def ready_units(units: Sequence[Unit], tally: Tally) -> list[Unit]:
+    """The runs that can begin, for all that they read is finished; the cheapest first."""
+    taken = tally.done | tally.running | set(tally.failed)
+    ready = [unit for unit in units if unit.name not in taken and tally.done.issuperset(unit.needs)]
+    return sorted(ready, key=lambda unit: unit.flops)
+
+
+class _Worker:
+    """One process, and the thread that reads what it says."""
+
+    def __init__(self, number: int, command: Sequence[str], environment: dict[str, str], lock: int, said, logs) -> None:
+        self.number, self.began, self.ready = number, time.monotonic(), False
+        self.unit: Unit | None = None
+        self.error: str | None = None
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=[lock],
+        )
+        self._log = _open(logs, f"worker-{number}")
+        threading.Thread(target=self._read, args=(said, logs), daemon=True).start()
+
+    def _read(self, said: queue.Queue, logs: Path) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(EVENT):
+                event, *words = line.removeprefix(EVENT).split()
+                if event == BEGUN:
+                    self._log.close()
+                    self._log = _open(logs, words[0])
+                    self.error = None
+                said.put((self, event))
+                continue
+            if line.startswith(_ERROR) and self.error is None:
+                self.error = line.removeprefix(_ERROR).strip()
+            self._log.write(line)
+            self._log.flush()
+        self.process.wait()
+        self._log.close()
+        said.put((self, "ended"))
+
+    def give(self, unit: Unit) -> None:
+        """Have the worker make a run."""
+        assert self.process.stdin is not None
+        self.unit = unit
+        self._say(unit.name + "\n")
+
+    def close(self) -> None:
+        """Nothing more is to come."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            return
+
+    def _say(self, text: str) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(text)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return  # it has ended, and its reader says so
+
+
+class Pool:
+    """Workers, and the queue that feeds them.
+
+    Args:
+        units: all runs of the study.
+        arguments: of the worker: the study's file and overrides.
+        workers: how many at one time.
+        logs: folder of the runs' logs.
+        lock: descriptor of the study's lock, which the workers inherit.
+        show: is called with the tally after each event, and now and then.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        arguments: Sequence[str],
+        workers: int,
+        logs: Path,
+        lock: int,
+        show: Callable[[Tally], None],
+    ) -> None:
+        self.units, self.arguments, self.logs, self.lock, self.show = units, arguments, logs, lock, show
+        self.tally = Tally(done={unit.name for unit in units if unit.is_done()})
+        self._said: queue.Queue[tuple[_Worker, str]] = queue.Queue()
+        self._wanted, self._workers = workers, dict[int, _Worker]()
+        self._ended_seconds = 0.0
+
+    def run(self) -> Tally:
+        """Make what is left; ends early once a signal asks for it, with everything saved."""
+        with self._signals():
+            self._start()
+            while self._workers:
+                try:
+                    worker, event = self._said.get(timeout=SHOW_SECONDS)
+                except queue.Empty:
+                    self._show()
+                    continue
+                self._take(worker, event)
+                self._feed()
+                self._show()
+        return self.tally
+
+    def _start(self) -> None:
+        """New workers, where more runs can begin than workers wait for one."""
+        waiting = len(ready_units(self.units, self.tally))
+        waiting -= len([worker for worker in self._workers.values() if worker.unit is None])
+        for number in [number for number in range(self._wanted) if number not in self._workers][: max(0, waiting)]:
+            command = [sys.executable, "-m", "minima.law.worker", *self.arguments]
+            environment = child_environment(self._wanted)
+            if num_accelerators():
+                visible = environment.get("CUDA_VISIBLE_DEVICES")
+                devices = visible.split(",") if visible else [str(index) for index in range(num_accelerators())]
+                environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)].strip()
+            self._workers[number] = _Worker(number, command, environment, self.lock, self._said, self.logs)
+
+    def _take(self, worker: _Worker, event: str) -> None:
+        tally = self.tally
+        if event == READY:
+            worker.ready = True
+            tally.startup_seconds += time.monotonic() - worker.began
+        elif event == DONE and worker.unit is not None:
+            tally.running.discard(worker.unit.name)
+            tally.done.add(worker.unit.name)
+            tally.made += 1
+            worker.unit = None
+        elif event == "ended":
+            del self._workers[worker.number]
+            self._ended_seconds += time.monotonic() - worker.began
+            if worker.unit is not None:
+                tally.running.discard(worker.unit.name)
+            if not tally.stopped:
+                self._failed(worker)
+
+    def _failed(self, worker: _Worker) -> None:
+        code = worker.process.returncode
+        if worker.unit is not None:
+            reason = worker.error or (f"ended by signal {-code}" if code < 0 else f"exit code {code}")
+            self.tally.failed[worker.unit.name] = reason
+        elif not worker.ready:  # another one would not come further
+            reason = worker.error or f"a worker could not start: exit code {code}, see {self.logs / 'worker-0.log'}"
+            for unit in self.units:
+                if unit.name not in self.tally.done | self.tally.running:
+                    self.tally.failed.setdefault(unit.name, reason)
+
+    def _feed(self) -> None:
+        if self.tally.stopped:
+            return
+        self._start()
+        ready = ready_units(self.units, self.tally)
+        for worker in self._workers.values():
+            if worker.ready and worker.unit is None and ready:
+                unit = ready.pop(0)
+                self.tally.running.add(unit.name)
+                worker.give(unit)
+        if not self.tally.running and not ready:
+            for worker in self._workers.values():
+                worker.close()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        self.tally.worker_seconds = self._ended_seconds + sum(now - each.began for each in self._workers.values())
+        self.show(self.tally)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def forward(number: int, frame: object) -> None:
+            self.tally.stopped = self.tally.stopped or number
+            for worker in list(self._workers.values()):
+                worker.close()
+                if worker.process.poll() is None:
+                    os.kill(worker.process.pid, number)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for worker in self._workers.values():  # an error of our own: leave nothing behind
+                worker.process.terminate()
+
+
+def _open(logs: Path, name: str):
+    path = logs / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "a", encoding="utf-8")

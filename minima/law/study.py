@@ -1,0 +1,160 @@
+"""`minima law study`: what is left of a grid, on this machine or as Slurm arrays, and its table. No torch."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minima.disk import disk_full_named
+from minima.errors import RecipeError, StageError
+from minima.law.collect import CSV, OVERVIEW, PARQUET, collect, overview
+from minima.law.grid import Unit, expand
+from minima.law.queue import Pool, Tally, default_workers
+from minima.law.study_recipe import Study, load_study, resolved_yaml, warnings
+from minima.recipe.loading import read_yaml
+from minima.recipe.overrides import nearest
+from minima.report.tables import text_table
+from minima.stages.checks import check_stages
+from minima.stages.lock import run_lock
+from minima.stages.run_folder import check_run_folder
+
+STUDY = "study.yaml"
+FAILED = 1
+
+
+def study(
+    path: Path,
+    overrides: Sequence[str],
+    write: Callable[[str], None],
+    *,
+    workers: int | None = None,
+    collect_only: bool = False,
+    dry_run: bool = False,
+    cluster: Path | None = None,
+    runs: Sequence[str] | None = None,
+) -> int:
+    """Run what is left of a study, and write its table.
+
+    Args:
+        path: the study's YAML.
+        overrides: `key.path=value`.
+        write: takes text for the person who waits.
+        workers: processes that train at the same time; the study's, or one for each GPU or core, when not given.
+        collect_only: run nothing, and write the table of what is finished.
+        dry_run: show the grid and what it costs; run and write nothing. With `cluster`, the scripts, too.
+        cluster: a cluster file: submit the runs as Slurm arrays instead.
+        runs: make only these, in this process: what a task of such an array does.
+
+    Returns:
+        0; 1 where a run failed; 128 and a signal's number where one ended it.
+
+    Raises:
+        MinimaError: the study is refused, and nothing was changed.
+    """
+    own = load_study(path, list(overrides))
+    units = expand(own, path)
+    if runs is not None:
+        return _make(units, path, runs)
+    for warning in warnings(own):
+        write(f"warning: {warning}")
+    _check_folder(own)
+    if collect_only:
+        write(_collected(own, units))
+        return 0
+    for unit in units:
+        check_run_folder(unit.folder, unit.recipe.name, [stage.name for stage in unit.recipe.stages])
+        check_stages(unit.recipe, path, unit.recipe.stages, unit.folder, 1)
+    if dry_run:
+        write(_plan(own, units))
+    if cluster is not None:
+        from minima.law.study_jobs import submit
+
+        return submit(own, units, cluster, dry_run, write)
+    return (
+        0 if dry_run else _run(own, units, [str(path), *overrides], workers or own.workers or default_workers(), write)
+    )
+
+
+def _make(units: Sequence[Unit], path: Path, runs: Sequence[str]) -> int:
+    from minima.law.worker import make
+
+    named = {unit.name: unit for unit in units}
+    if unknown := [name for name in runs if name not in named]:
+        raise RecipeError(
+            f"no run of the study is called {unknown[0]!r}{nearest(unknown[0], list(named))}",
+            "only runs of its grid can be made",
+            "name them as the folders inside the study's are called, such as data/corpus",
+        )
+    return make(named, path, runs)
+
+
+def _run(own: Study, units: Sequence[Unit], arguments: Sequence[str], workers: int, write) -> int:
+    with disk_full_named(own.folder), run_lock(own.folder) as lock:
+        (own.folder / STUDY).write_text(resolved_yaml(own), encoding="utf-8")
+        pool = Pool(units, arguments, workers, own.folder / "logs", lock, _Live(own, units, write).show)
+        tally = pool.run()
+        write(overview(own, units, tally))
+        write(_collected(own, units))
+    if tally.stopped:
+        write("ended by a signal; the same command goes on from what is saved")
+        return 128 + tally.stopped
+    return FAILED if tally.failed else 0
+
+
+class _Live:
+    """The overview while the study runs: redrawn on a terminal, a line for each finished run in a log."""
+
+    def __init__(self, own: Study, units: Sequence[Unit], write: Callable[[str], None]) -> None:
+        self.own, self.units, self.write = own, units, write
+        self.lines = 0
+        self.before: tuple = ()
+
+    def show(self, tally: Tally) -> None:
+        """Show what has changed; the overview's file always has the latest."""
+        now = (len(tally.done), sorted(tally.running), sorted(tally.failed))
+        if now == self.before:
+            return
+        self.before = now
+        text = overview(self.own, self.units, tally)
+        (self.own.folder / OVERVIEW).write_text(text, encoding="utf-8")
+        if sys.stdout.isatty():
+            self.write(f"\x1b[{self.lines}F\x1b[J{text}" if self.lines else text)  # up to its first line, and clear
+            self.lines = text.count("\n") + 1
+        else:
+            left = len(self.units) - now[0] - len(now[1]) - len(now[2])
+            running = f" ({', '.join(now[1])})" if now[1] else ""
+            self.write(f"{now[0]} done, {len(now[1])} running{running}, {left} left, {len(now[2])} failed")
+
+
+def _check_folder(own: Study) -> None:
+    """Refuse the folder of another study."""
+    kept = own.folder / STUDY
+    name = read_yaml(kept).get("name") if kept.is_file() else own.name
+    if name != own.name:
+        raise StageError(
+            f"{own.folder} is the folder of another study ({name!r}; this one is {own.name!r})",
+            "runs of two studies would be taken for one grid",
+            "take another folder with output=PATH",
+        )
+
+
+def _collected(own: Study, units: Sequence[Unit]) -> str:
+    rows, grid = collect(own, units), [unit for unit in units if unit.cell is not None]
+    if not rows:
+        return f"no cell of {len(grid)} is finished yet, so there is no table"
+    return f"{len(rows)} of {len(grid)} cells: {own.folder / CSV} and {own.folder / PARQUET}"
+
+
+def _plan(own: Study, units: Sequence[Unit]) -> str:
+    members = [
+        (kind, name, shape.parameters, shape.non_embedding_parameters, ", ".join(f"{t / size:.1f}" for t in own.tokens))
+        for kind, names in (("teacher", own.teachers), ("student", own.students))
+        for name in names
+        if (shape := own.shape_of(name)) and (size := shape.non_embedding_parameters)
+    ]
+    rows = []
+    for level in dict.fromkeys(unit.level for unit in units):
+        of_level = [unit for unit in units if unit.level == level]
+        done = sum(unit.is_done() for unit in of_level)
+        rows.append((level, len(of_level), done, sum(unit.flops for unit in of_level) / 1e12))
+    table = text_table(members, ("", "shape", "parameters", "without embeddings", "tokens a parameter"))
+    return f"{table}\n\n{text_table(rows, ('runs', 'number', 'finished', 'TFLOPs'))}"

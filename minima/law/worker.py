@@ -1,0 +1,105 @@
+"""One worker of a study: it makes ordinary runs one after another in one process, so that torch starts once.
+
+    python -m minima.law.worker STUDY.yaml [key.path=value ...]     names of runs come line by line on standard input
+
+What it tells the driver are lines that begin with `EVENT`; all else is the run's own log.
+"""
+
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from minima.disk import disk_full_named
+from minima.errors import MinimaError, Stopped
+from minima.launcher import Launch, read_launch
+from minima.law.grid import Unit, expand
+from minima.law.study_recipe import load_study
+from minima.stages.lock import run_lock
+from minima.stages.running import run_stages, uses_ranks
+from minima.stages.summary import write_summary
+
+EVENT = "== run "
+READY, BEGUN, DONE = "ready", "begun", "done"
+USER_ERROR, OWN_ERROR = 2, 1
+
+
+def main(arguments: list[str]) -> int:
+    """Make the runs whose names come on standard input; the exit code is that of `minima stage`."""
+    path = Path(arguments[0])
+    study = load_study(path, arguments[1:])
+    units = {unit.name: unit for unit in expand(study, path)}
+    return make(units, path, (line.strip() for line in sys.stdin))
+
+
+def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
+    """Make some runs in this process, one rank, until one fails or a signal ends it.
+
+    Args:
+        units: by name.
+        path: of the study's file.
+        names: of those to make, in order.
+
+    Returns:
+        0; 2 after a user's mistake, 1 after one of our own, 128 and the signal's number after a signal.
+    """
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("minima").setLevel(logging.INFO)
+    launch = read_launch()
+    _tell(READY)
+    try:
+        for name in names:
+            _tell(BEGUN, name)
+            began = time.monotonic()
+            make_one(units[name], path, launch)
+            _tell(DONE, name, f"{time.monotonic() - began:.3f}")
+    except Stopped as stopped:
+        _write(str(stopped))
+        return 128 + stopped.signal
+    except MinimaError as error:
+        _write(f"minima: {type(error).__name__}: {error}")
+        return USER_ERROR
+    except Exception:
+        _write(f"an error of minima's own, not of the study:\n{traceback.format_exc()}")
+        return OWN_ERROR
+    return 0
+
+
+def make_one(unit: Unit, path: Path, launch: Launch) -> None:
+    """One ordinary run under its folder's lock: what is finished is skipped, what is half-finished goes on."""
+    if any(uses_ranks(stage) for stage in unit.recipe.stages):
+        _forget_the_last_run()
+    with disk_full_named(unit.folder), run_lock(unit.folder):
+        run_stages(unit.recipe, path, unit.recipe.stages, launch, _write, keep_group=True)
+        write_summary(unit.recipe, unit.folder)
+
+
+def _forget_the_last_run() -> None:
+    """Training takes signals to the end of its process; the next run must be ended by them until it trains itself.
+
+    Raises:
+        Stopped: one came after the last run had trained.
+    """
+    from minima.engine.signals import StopRequest
+
+    request = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(request, StopRequest):
+        if request.requested:
+            raise Stopped(request.signal, "every run that was begun")
+        request.leave()
+
+
+def _tell(*words: str) -> None:
+    _write(EVENT + " ".join(words))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
