@@ -12,8 +12,21 @@ from pathlib import Path
 
 import minima
 from minima.errors import MinimaError, Stopped
+from minima.law.command import add_law
 
 USER_ERROR, OWN_ERROR, INTERRUPTED = 2, 1, 130
+_PLANNED_FOR = {
+    "gpus": (int, "N", "of the whole run; the recipe's ranks when not given"),
+    "gpu": (str, "KIND", "such as h100, or a YAML file that describes one"),
+    "gpus_per_node": (int, "N", "of one machine; 8 when nothing says otherwise"),
+    "gpu_memory": (float, "BYTES", "of one GPU, instead of what is published"),
+    "gpu_flops": (float, "X", "dense bfloat16 FLOP/s, instead of what is published"),
+    "network_bandwidth": (float, "X", "bytes/s of one GPU to other machines"),
+    "host_memory": (float, "BYTES", "of one machine"),
+    "efficiency": (float, "X", "share of the peak that a step executes"),
+    "price": (float, "X", "of one GPU-hour, in your currency"),
+    "benchmarks": (Path, "DIR", "JSONs of tools/bench_distil.py; the shipped ones otherwise"),
+}
 _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after the first one fails
 
 
@@ -97,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, metavar="N", help="of the sampling; another one each time when not given")
     chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored")
     chat.set_defaults(command=_chat)
+
+    add_law(commands, _write)
+
+    plan = commands.add_parser("plan", help="parameters, memory, traffic, time and cost of a recipe on given GPUs")
+    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    for name, (kind, metavar, text) in _PLANNED_FOR.items():
+        plan.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
+    plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    plan.set_defaults(command=_plan)
 
     publish = commands.add_parser("publish", help="push an exported model to the Hub, in one commit")
     publish.add_argument("folder", metavar="DIR", help="an export stage's folder, or its model/")
@@ -225,6 +248,17 @@ def _chat(options: argparse.Namespace) -> int:
             answer_lines(conversation, sys.stdin)
     except KeyboardInterrupt:
         return INTERRUPTED
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from minima.stages.plan_command import plan_command
+
+    _write(
+        plan_command(
+            options.recipe, options.overrides, options.json, **{name: getattr(options, name) for name in _PLANNED_FOR}
+        )
+    )
     return 0
 
 

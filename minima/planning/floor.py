@@ -5,17 +5,18 @@ from typing import Literal
 from minima.models.shape import ModelShape
 
 
-def model_flops_per_token(student: ModelShape, teacher: ModelShape, sequence_length: int) -> float:
-    """FLOPs of one token that the models need: the student's forward and backward, the teacher's forward.
+def model_flops_per_token(student: ModelShape, teacher: ModelShape | None, sequence_length: int) -> float:
+    """FLOPs of one token that the models need: the student's forward and backward, the teacher's forward, if any.
 
     Both heads are among them, since the loss needs the logits of both.
     """
-    return student.training_flops_per_token(sequence_length) + teacher.forward_flops_per_token(sequence_length)
+    frozen = teacher.forward_flops_per_token(sequence_length) if teacher is not None else 0.0
+    return student.training_flops_per_token(sequence_length) + frozen
 
 
 def executed_flops_per_token(
     student: ModelShape,
-    teacher: ModelShape,
+    teacher: ModelShape | None,
     sequence_length: int,
     checkpointing: Literal["none", "selective", "full"] = "full",
 ) -> float:

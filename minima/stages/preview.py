@@ -47,7 +47,7 @@ _LEAVES = {
 }
 
 
-class _Preview(KnownInputs):
+class Walk(KnownInputs):
     """Walks the stages in order and remembers what each would leave for the later ones."""
 
     def stage(self, stage: AnyStage) -> StagePreview:
@@ -157,7 +157,7 @@ class _Preview(KnownInputs):
 
     def _training(self, stage: AnyTraining, preview: StagePreview) -> None:
         check_batch(stage.name, stage, self.ranks)
-        shape, frozen = self.shape(stage.model) or self.made(stage.name), _frozen(stage)
+        shape, frozen = self.shape(stage.model) or self.made(stage.name), frozen_model(stage)
         teacher = self.shape(frozen) if frozen is not None else None
         if shape is None:
             preview.notes.append("the model's config.json is not on this machine, and no `shape:` says what it is")
@@ -228,7 +228,7 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
     Raises:
         MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
     """
-    previews, state = [], _Preview(recipe, recipe_path)
+    previews, state = [], Walk(recipe, recipe_path)
     for stage in recipe.stages:
         try:
             previews.append(state.stage(stage))
@@ -239,7 +239,7 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
     return previews
 
 
-def _frozen(stage: AnyTraining) -> ModelInput | None:
+def frozen_model(stage: AnyTraining) -> ModelInput | None:
     """The model that runs beside the trained one."""
     if isinstance(stage, Align):
         return stage.reference or stage.model

@@ -1,0 +1,195 @@
+"""What is planned of a run: the GPUs that it is planned for, and what each stage needs of them. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from minima.errors import RecipeError
+from minima.planning.candidates import Machine
+from minima.planning.hardware import Gpu
+from minima.planning.throughput import Efficiency, StepTime
+from minima.planning.traffic import Traffic
+
+PARTS = ("weights", "gradients", "optimiser", "activations", "teacher", "heads", "buffers")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run is planned for.
+
+    Attributes:
+        gpus: ranks of a stage's process group.
+        gpus_per_node: of one machine.
+        gpu: their kind; None where no time is asked for.
+        efficiency: the share of their peak that a step executes.
+        price: of one GPU-hour, in whatever currency; None where no cost is asked for.
+        host_bytes: memory of one machine; None when not known.
+    """
+
+    gpus: int
+    gpus_per_node: int
+    gpu: Gpu | None = None
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    price: float | None = None
+    host_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
+            if count < 1:
+                raise RecipeError(f"--{name} {count}", "nothing can run on it", "give a number from 1 on")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise RecipeError(
+                f"{self.gpus} GPUs do not fill machines of {self.gpus_per_node}",
+                "what travels between machines is planned for machines of one size",
+                "give another number of --gpus, or say with --gpus-per-node how many one machine has",
+            )
+        if self.price is not None and self.price < 0:
+            raise RecipeError(f"--price {self.price:g}", "a GPU-hour costs nothing or more", "give a number from 0 on")
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def machine(self) -> Machine:
+        """As the memory plan knows it."""
+        memory = None if self.gpu is None else self.gpu.memory_bytes
+        return Machine(self.gpus, min(self.gpus, self.gpus_per_node), memory, self.host_bytes)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage, or a whole run, takes.
+
+    Attributes:
+        hours: of the clock.
+        gpu_hours: hours times GPUs.
+        price: of all GPU-hours; None where no price is given.
+    """
+
+    hours: float
+    gpu_hours: float
+    price: float | None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One place of the teacher.
+
+    Attributes:
+        name: placement and offload; `no teacher` where there is none.
+        parts: bytes of one rank's device at the moment of the peak, by part; they add up to it.
+        peak_bytes: of one rank's device.
+        host_bytes: of one machine's memory.
+        refused: why it does not fit; empty where it does, or where the GPU is not known.
+        window: micro-batches that one traversal of the teacher serves.
+        largest_micro_batch: sequences of the largest micro-batch that fits, by activation_checkpointing; 0 where none
+            does. Empty where the GPU is not known.
+        traffic: of one rank in one step.
+        time: of one step; None where the GPU is not known.
+        tokens_per_second: of all ranks; None where the time is not known.
+        unknown: fields of the GPU that the time takes and that are not known.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    peak_bytes: int
+    host_bytes: int
+    refused: str
+    window: int
+    largest_micro_batch: Mapping[str, int]
+    traffic: Traffic
+    time: StepTime | None = None
+    tokens_per_second: float | None = None
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass
+class StagePlan:
+    """What is planned of one stage; None and empty where something is not known, with a note that says what.
+
+    Attributes:
+        name: of the stage.
+        kind: of the stage.
+        parameters: of its model.
+        frozen_parameters: of the teacher or the reference.
+        tokens: that it reads, over all passes.
+        steps: optimiser steps.
+        batch: how a step is cut, in words.
+        flops_per_token: that its models need.
+        executed_flops_per_token: with what is recomputed.
+        flops: of the whole stage, without what is recomputed.
+        checkpointing: `activation_checkpointing` that is planned for.
+        placed: each place of the teacher.
+        taken: the name of the one that the stage would take; empty where none fits or the GPU is not known.
+        cost: with what is taken.
+        memory: bytes of one rank by part, of a stage that trains nothing.
+        disk: bytes by what they are: `data`, `model`, `checkpoints` (at most, at one time), `one checkpoint`.
+        notes: what is not known, does not fit, or is left out.
+    """
+
+    name: str
+    kind: str
+    parameters: int | None = None
+    frozen_parameters: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    batch: str = ""
+    flops_per_token: float | None = None
+    executed_flops_per_token: float | None = None
+    flops: float | None = None
+    checkpointing: str = ""
+    placed: list[Placed] = field(default_factory=list)
+    taken: str = ""
+    cost: Cost | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> Placed | None:
+        """The place that the stage would take."""
+        return next((one for one in self.placed if one.name == self.taken), None)
+
+
+def cost_of(seconds: float, cluster: Cluster) -> Cost:
+    """Hours, GPU-hours and price of so many seconds."""
+    gpu_hours = seconds / 3600 * cluster.gpus
+    return Cost(seconds / 3600, gpu_hours, None if cluster.price is None else gpu_hours * cluster.price)
+
+
+def total_cost(plans: list[StagePlan], cluster: Cluster) -> Cost:
+    """Of all stages whose cost is known."""
+    known = [plan.cost for plan in plans if plan.cost is not None]
+    hours = sum(cost.hours for cost in known)
+    gpu_hours = sum(cost.gpu_hours for cost in known)
+    return Cost(hours, gpu_hours, None if cluster.price is None else gpu_hours * cluster.price)
+
+
+def as_dict(plans: list[StagePlan], cluster: Cluster, assumptions: list[str]) -> dict[str, Any]:
+    """All numbers, for `--json`: bytes, seconds, FLOPs and hours without prefixes."""
+    stages = []
+    for plan in plans:
+        found = asdict(plan)
+        for own, one in zip(found["placed"], plan.placed, strict=True):
+            own["traffic"]["within_node"] = one.traffic.within_node
+            if one.time is not None:
+                own["time"] |= {"seconds": one.time.seconds, "overlapped": one.time.overlapped}
+        stages.append(found)
+    return {
+        "gpus": cluster.gpus,
+        "gpus_per_node": cluster.gpus_per_node,
+        "nodes": cluster.nodes,
+        "gpu": None if cluster.gpu is None else cluster.gpu.model_dump(),
+        "efficiency": None if cluster.gpu is None else asdict(cluster.efficiency),
+        "price_per_gpu_hour": cluster.price,
+        "stages": stages,
+        "total": asdict(total_cost(plans, cluster)) | {"without": without_cost(plans)} if cluster.gpu else None,
+        "assumptions": assumptions,
+    }
+
+
+def without_cost(plans: list[StagePlan]) -> list[str]:
+    """Names of stages whose time is not in the total: not known, or not spent on GPUs."""
+    return [plan.name for plan in plans if plan.cost is None]

@@ -1,0 +1,180 @@
+"""Memory, traffic and time of one stage on GPUs that need not be there, from shapes. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from minima.errors import RecipeError
+from minima.planning.candidates import Checkpointing, Machine, Row, Stage, candidates
+from minima.planning.floor import executed_flops_per_token
+from minima.planning.memory import Memory
+from minima.planning.placement import LEVELS, choose
+from minima.planning.run_plan import Cluster, Placed, StagePlan, cost_of
+from minima.planning.throughput import step_time, unknown_rates
+from minima.planning.traffic import Traffic, frozen_traffic, trained_traffic
+from minima.recipe.chat import Align
+
+
+def place(plan: StagePlan, stage: Stage, cluster: Cluster) -> None:
+    """Fill in memory, traffic and time of a training stage, for each place of its teacher, and what it would take.
+
+    Args:
+        plan: of the stage; `steps` gives its hours.
+        stage: what is trained, and its teacher as the recipe asks for it.
+        cluster: what it is planned for.
+    """
+    machine, asked = cluster.machine, stage.training.activation_checkpointing
+    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
+    level, chosen = levels[-1], None
+    if machine.device_bytes is not None:
+        try:
+            choice = choose(
+                stage.name, stage.training, stage.student, machine, stage.sequence_length, teacher=stage.teacher,
+                teacher_shape=stage.teacher_shape, sharding=stage.sharding, teacher_sharding=stage.teacher_sharding,
+            )  # fmt: skip
+            level, chosen, warning = choice.activation_checkpointing, choice.chosen, choice.warning
+            plan.notes += [f"warning: {warning}"] if warning else []
+        except RecipeError as error:
+            plan.notes.append(error.what.partition(": ")[2] or error.what)
+    plan.checkpointing = level
+    plan.executed_flops_per_token = executed_flops_per_token(
+        stage.student, stage.teacher_shape, stage.sequence_length, level
+    )
+    everywhere = _anywhere(stage)
+    rows = {row.name: row for row in candidates(everywhere, machine, level)[0]}
+    if chosen is not None:  # a teacher's place, window or JSON that the recipe names
+        rows[chosen.name] = chosen
+    largest = {one: _largest(everywhere, machine, one) for one in levels} if machine.device_bytes is not None else {}
+    for row in rows.values():
+        sizes: dict[str, int] = {one: found[row.name] for one, found in largest.items() if row.name in found}
+        plan.placed.append(_placed(row, stage, cluster, plan.executed_flops_per_token, sizes))
+    plan.taken = chosen.name if chosen is not None else ""
+    taken = plan.chosen
+    if taken is not None and taken.time is not None and plan.steps is not None and not taken.refused:
+        plan.cost = cost_of(taken.time.seconds * plan.steps, cluster)
+    elif taken is not None and taken.unknown:
+        plan.notes.append(_unknown(taken.unknown, cluster))
+
+
+def frozen(plan: StagePlan, models: list[Memory], precision: str, cluster: Cluster, rank_flops: float) -> None:
+    """Fill in memory and time of a stage that runs frozen models and trains nothing.
+
+    Args:
+        plan: of the stage.
+        models: what those that are there at one time need, one after another in their forward passes.
+        precision: of the matrix products.
+        cluster: what it is planned for.
+        rank_flops: that the busiest rank executes in the whole stage.
+    """
+    busiest = max(models, key=lambda memory: memory.passing_bytes)
+    plan.memory = {
+        "weights": sum(one.resident_bytes - one.device.get("head", 0) for one in models),
+        "activations": busiest.passing.get("activations", 0) + sum(one.passing.get("hidden", 0) for one in models),
+        "heads": sum(one.device.get("head", 0) for one in models),
+        "buffers": busiest.passing.get("gathered", 0),
+    }
+    usable = cluster.machine.usable_bytes
+    if usable is not None and sum(plan.memory.values()) > usable:
+        plan.notes.append("warning: it does not seem to fit on a device")
+    if cluster.gpu is None:
+        return
+    rate = cluster.efficiency.rate(cluster.gpu, precision)
+    if rate is None:
+        plan.notes.append(_unknown(("float32_flops",), cluster))
+    else:
+        plan.cost = cost_of(rank_flops / rate, cluster)
+
+
+def _unknown(names: tuple[str, ...], cluster: Cluster) -> str:
+    assert cluster.gpu is not None
+    flags = ", ".join("--" + name.replace("_", "-") for name in names)
+    return f"its time is not known: nothing is published of {cluster.gpu.name} for {flags}; give it"
+
+
+def _anywhere(stage: Stage) -> Stage:
+    """The stage with a teacher that may live anywhere; a reference, whose place is fixed, stays where it is."""
+    teacher = stage.teacher
+    if teacher is None or isinstance(stage.training, Align):
+        return stage
+    free = teacher.model_copy(update={"placement": "auto", "offload": "none", "deepspeed": None})
+    return replace(stage, teacher=free)
+
+
+def _largest(stage: Stage, machine: Machine, level: Checkpointing) -> dict[str, int]:
+    """The largest micro-batch that fits, by the teacher's place."""
+    share = stage.training.batch_sequences // machine.ranks
+    found: dict[str, int] = {}
+    for size in (size for size in range(1, share + 1) if share % size == 0):
+        training = stage.training.model_copy(update={"micro_batch_sequences": size})
+        rows = candidates(replace(stage, training=training), machine, level)[0]
+        found |= {row.name: size for row in rows if not row.refused}
+        found |= {row.name: 0 for row in rows if row.name not in found}
+        if all(row.refused for row in rows):
+            break
+    return found
+
+
+def _placed(row: Row, stage: Stage, cluster: Cluster, flops: float, largest: Mapping[str, int]) -> Placed:
+    machine, precision = cluster.machine, stage.training.precision
+    traffic = _traffic(row, stage, machine)
+    tokens = stage.training.batch_sequences * stage.sequence_length
+    updated = 0 if stage.sharding.offload_optimizer else stage.student.parameters / cluster.gpus
+    time = None
+    unknown: tuple[str, ...] = ()
+    if cluster.gpu is not None:
+        executed = flops * tokens / cluster.gpus
+        time = step_time(executed, precision, traffic, updated, cluster.gpu, cluster.efficiency)
+        unknown = tuple(unknown_rates(cluster.gpu, precision, traffic))
+    return Placed(
+        name=row.name,
+        parts=parts(row),
+        peak_bytes=row.peak_bytes,
+        host_bytes=row.host_bytes,
+        refused=row.refused,
+        window=row.window,
+        largest_micro_batch=largest,
+        traffic=traffic,
+        time=time,
+        tokens_per_second=None if time is None else tokens / time.seconds,
+        unknown=unknown,
+    )
+
+
+def parts(row: Row) -> dict[str, int]:
+    """Bytes on one rank's device at the moment of the peak: while the student runs, or while the teacher does."""
+    student, teacher = row.student, row.teacher
+    device, passing, own = student.device, student.passing, teacher.passing
+    hidden = own.get("hidden", 0)
+    found = {
+        "weights": device["weights"] + device["persistent"],
+        "gradients": device.get("gradients", 0),
+        "optimiser": device.get("master", 0) + device.get("moments", 0),
+        "activations": own.get("activations", 0),
+        "teacher": teacher.resident_bytes - teacher.device.get("head", 0) + hidden,
+        "heads": teacher.device.get("head", 0),
+        "buffers": device["buckets"] + own.get("gathered", 0),
+    }
+    if student.passing_bytes >= teacher.passing_bytes - hidden:
+        found["optimiser"] += passing["update"]
+        found["activations"] = passing["activations"] + passing["loss or layer"]
+        found["heads"] += passing["head"]
+        found["buffers"] = device["buckets"] + passing.get("gathered", 0)
+    return found
+
+
+def _traffic(row: Row, stage: Stage, machine: Machine) -> Traffic:
+    """Of student and teacher together."""
+    work, precision = stage.work(machine.ranks), stage.training.precision
+    one = trained_traffic(stage.student, precision, work, machine.ranks, machine.ranks_per_node, stage.sharding)
+    if row.placement is None or stage.teacher is None or stage.teacher_shape is None:
+        return one
+    other = frozen_traffic(
+        stage.teacher_shape, stage.teacher.precision or precision, row.placement, row.offload, work, row.group,
+        machine.ranks_per_node, stage.teacher_sharding(row.placement, row.offload), window=row.window,
+    )  # fmt: skip
+    return Traffic(
+        received=one.received + other.received,
+        between_nodes=one.between_nodes + other.between_nodes,
+        from_host=one.from_host + other.from_host,
+        to_host=one.to_host + other.to_host,
+        from_disk=one.from_disk + other.from_disk,
+    )

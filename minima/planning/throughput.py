@@ -1,0 +1,166 @@
+"""How long a step takes: FLOPs over a share of the peak, bytes over what links carry, and a measured GPU. No torch."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minima.models.shape import ModelShape
+from minima.planning.floor import executed_flops_per_token
+from minima.planning.hardware import Gpu
+from minima.planning.traffic import Traffic
+
+# Of the published peak, what a step executes: 38 to 43 % is what Meta reports of training Llama 3 405B on 8,192 and
+# 16,384 H100s in bfloat16 (arXiv 2407.21783, sec. 3.3.2), transfers included.
+ASSUMED_FRACTION = 0.4
+ASSUMED_REASON = "38 to 43 % are reported of Llama 3 405B on H100s, arXiv 2407.21783, sec. 3.3.2"
+# Of a link's published bandwidth, what collectives reach. A choice, not a measurement.
+LINK_FRACTION = 0.8
+# Adam reads a gradient, a master weight and two moments in float32, and writes the last three and a bfloat16 weight.
+UPDATE_BYTES = 4 * 4 + 3 * 4 + 2
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What share of a GPU's peak a step executes.
+
+    Attributes:
+        fraction: of `Gpu.peak_flops`, in bfloat16; recomputed FLOPs count.
+        reason: where it comes from.
+        measured: whether a benchmark gave it.
+        against_assumed: speed that was measured, over what the assumed fraction says of the same run.
+    """
+
+    fraction: float = ASSUMED_FRACTION
+    reason: str = ASSUMED_REASON
+    measured: bool = False
+    against_assumed: float | None = None
+
+    def rate(self, gpu: Gpu, precision: str) -> float | None:
+        """FLOP/s of one GPU; None where its speed in this precision is not known.
+
+        What was measured in bfloat16 says nothing of float32, which does not run on tensor cores.
+        """
+        if precision == "bfloat16":
+            return self.fraction * gpu.peak_flops
+        fraction = ASSUMED_FRACTION if self.measured else self.fraction
+        return None if gpu.float32_flops is None else fraction * gpu.float32_flops
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimiser step.
+
+    Attributes:
+        compute: FLOPs, with recomputation.
+        update: the optimiser's pass over its shard.
+        transfer: collectives.
+        host: copies between the host's memory and the device.
+    """
+
+    compute: float
+    update: float
+    transfer: float
+    host: float
+
+    @property
+    def seconds(self) -> float:
+        """Where nothing that travels hides behind computation."""
+        return self.compute + self.update + self.transfer + self.host
+
+    @property
+    def overlapped(self) -> float:
+        """Where all that travels hides behind computation, as far as that lasts."""
+        return max(self.compute + self.update, self.transfer, self.host)
+
+
+def unknown_rates(gpu: Gpu, precision: str, traffic: Traffic) -> list[str]:
+    """Fields of a GPU that a step's time takes and that are not known."""
+    wanted = {
+        "float32_flops": precision != "bfloat16",
+        "network_bandwidth": traffic.between_nodes > 0,
+        "host_bandwidth": traffic.from_host + traffic.to_host > 0,
+    }
+    return [name for name, needed in wanted.items() if needed and getattr(gpu, name) is None]
+
+
+def step_time(
+    flops: float, precision: str, traffic: Traffic, updated: float, gpu: Gpu, efficiency: Efficiency
+) -> StepTime | None:
+    """Seconds of one optimiser step on one rank.
+
+    Rings run through the machine's own links and its network at once, so the slower of the two decides.
+
+    Args:
+        flops: that one rank executes.
+        precision: that it executes them in.
+        traffic: of one rank.
+        updated: parameters of one rank's shard that the device updates.
+        gpu: the device.
+        efficiency: the share of its peak.
+
+    Returns:
+        None where something is not known of the GPU (`unknown_rates`).
+    """
+    rate = efficiency.rate(gpu, precision)
+    if rate is None or unknown_rates(gpu, precision, traffic):
+        return None
+    within = traffic.within_node / gpu.node_bandwidth
+    between = traffic.between_nodes / gpu.network_bandwidth if gpu.network_bandwidth else 0.0
+    copied = max(traffic.from_host, traffic.to_host)  # both directions at once
+    return StepTime(
+        compute=flops / rate,
+        update=UPDATE_BYTES * updated / gpu.memory_bandwidth,
+        transfer=max(within, between) / LINK_FRACTION,
+        host=copied / gpu.host_bandwidth / LINK_FRACTION if gpu.host_bandwidth else 0.0,
+    )
+
+
+def measured_efficiency(gpu: Gpu, files: Iterable[Path]) -> Efficiency | None:
+    """The share of its peak that a benchmark of minima's own step reached on this GPU.
+
+    Only one rank's: with more, transfers are part of the time already. Where several files were measured, the newest
+    counts; in one file the step as shipped (`b:minima`) before the one with a fixed micro-batch (`a:minima`).
+
+    Args:
+        gpu: the device.
+        files: what `tools/bench_distil.py` wrote.
+
+    Returns:
+        None where no file is of this GPU.
+    """
+    found: list[tuple[str, str, Efficiency]] = []
+    for path in files:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            efficiency = _of(result, gpu, path.name)
+            date = str(result["environment"].get("date", "")) if efficiency else ""
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # another kind of file: benchmarks of data and of checkpoints lie there, too
+        if efficiency is not None:
+            found.append((date, path.name, efficiency))
+    return max(found, key=lambda one: one[:2])[2] if found else None
+
+
+def _of(result: dict[str, Any], gpu: Gpu, name: str) -> Efficiency | None:
+    shapes, reported = result["shapes"], result["environment"].get("gpu") or ""
+    if gpu.reported_as is None or gpu.reported_as not in reported or shapes["ranks"] != 1:
+        return None
+    rows = {
+        row["group"]: row
+        for row in result["rows"]
+        if (row["what"], row["precision"], row["status"]) == ("minima", "bfloat16", "measured")
+    }
+    row = rows.get("b") or rows.get("a")
+    if row is None:
+        return None
+    flops = executed_flops_per_token(
+        ModelShape(**shapes["student"]),
+        ModelShape(**shapes["teacher"]),
+        shapes["sequence_tokens"],
+        shapes["activation_checkpointing"],
+    )
+    fraction = row["tokens_per_second"] * flops / gpu.peak_flops
+    reason = f"{row['tokens_per_second']:,.0f} tokens/s of {row['name']!r} in {name}, measured on {reported}"
+    return Efficiency(fraction, reason, True, fraction / ASSUMED_FRACTION)

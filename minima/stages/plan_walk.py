@@ -1,0 +1,223 @@
+"""What each stage of a recipe needs on GPUs that need not be there, by the walk of the dry run. No torch."""
+
+from pathlib import Path
+
+from minima.errors import MinimaError
+from minima.models.shape import ModelShape
+from minima.planning.activations import recomputed_bytes, saved_bytes
+from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
+from minima.planning.candidates import Stage as Trained
+from minima.planning.candidates import shipped
+from minima.planning.dry_run import training_facts
+from minima.planning.floor import model_flops_per_token
+from minima.planning.memory import Memory, Work, frozen_memory
+from minima.planning.run_plan import Cluster, StagePlan
+from minima.planning.sharding import Sharding, read_sharding
+from minima.planning.stage_plan import frozen, place
+from minima.recipe.base import ModelInput
+from minima.recipe.distillation import Teacher
+from minima.recipe.schema import (
+    Align,
+    AnyStage,
+    AnyTraining,
+    Benchmark,
+    BuildData,
+    Distil,
+    Evaluate,
+    ExpandVocabulary,
+    Export,
+    Prune,
+    Recipe,
+)
+from minima.stages.preview import Walk, frozen_model
+from minima.stages.shipped import find_deepspeed_json
+
+
+class _Planner(Walk):
+    """The dry run's walk over the stages, with the GPUs that the run is planned for."""
+
+    def __init__(self, recipe: Recipe, recipe_path: Path, cluster: Cluster) -> None:
+        super().__init__(recipe, recipe_path)
+        self.ranks, self.cluster = cluster.gpus, cluster
+        self.unknown: dict[str, str] = {}  # what a stage's model goes back to where its shape is not known
+        self.told: set[str] = set()  # what has been said how to make known
+        inputs = [value for stage in recipe.stages for _, value in stage if isinstance(value, ModelInput)]
+        self.given = {model.source: model.shape for model in inputs if model.source and model.shape}
+
+    def plan(self, stage: AnyStage) -> StagePlan:
+        self.stage(stage)  # checks it, and remembers its shape
+        plan = StagePlan(stage.name, stage.kind)
+        if isinstance(stage, BuildData):
+            self._data(stage, plan)
+        elif isinstance(stage, AnyTraining):
+            self._trained(stage, plan)
+        elif isinstance(stage, Prune):
+            self._pruned(stage, plan)
+        elif isinstance(stage, Evaluate):
+            self._evaluated(stage, plan)
+        elif isinstance(stage, ExpandVocabulary | Export):
+            if isinstance(stage, ExpandVocabulary):
+                before = self._known(stage.name, stage.model, plan, "model")
+            else:
+                before = self._known(stage.name, ModelInput(source=stage.model), plan)
+            shape = self.shapes.get(stage.name)
+            if shape is not None:
+                size = 2 if isinstance(stage, Export) and stage.dtype not in (None, "float32") else 4
+                plan.parameters, plan.disk = shape.parameters, {"model": size * shape.parameters}
+            elif before is not None:
+                plan.notes.append("the grown vocabulary's size is known once it has run, or with `size:`")
+                self.unknown[stage.name] = stage.name
+        elif isinstance(stage, Benchmark):
+            plan.notes.append("its time is that of generating answers, whose lengths are not known")
+        return plan
+
+    def shape(self, model: ModelInput) -> ModelShape | None:
+        """As the dry run knows it; one `shape:` of a source does for all that read it."""
+        return super().shape(model) or self.given.get(model.source or "")
+
+    def _known(self, name: str, model: ModelInput, plan: StagePlan, key: str = "") -> ModelShape | None:
+        """The model's shape; None, with a note that says what to add, where nothing tells it.
+
+        Args:
+            name: of the stage.
+            model: that it reads.
+            plan: of the stage, for the note.
+            key: of the recipe, where it takes a `shape:`.
+        """
+        shape = self.shape(model)
+        if shape is not None:
+            return shape
+        source = model.source or ""
+        base = source.rpartition("@")[0] or source
+        root = self.unknown.get(source, self.unknown.get(base, source))
+        self.unknown[name] = root
+        note = f"the model {root} is not known here, so this stage is not counted whole"
+        if root not in self.told and root == source:
+            self.told.add(root)
+            add = (
+                f"write `{key}: {{source: {root}, shape: {{...}}}}` in stages.{name}, with what its config.json says, "
+            )
+            note += f": {add + 'or ' if key else ''}run `minima fetch {self.recipe_path}`"
+        if not any(root in other for other in plan.notes):
+            plan.notes.append(note)
+        return None
+
+    def _data(self, stage: BuildData, plan: StagePlan) -> None:
+        blocks = self.blocks(stage.name)
+        if blocks is None:
+            plan.notes.append("its tokens are known once it is built, or with `tokens:`")
+            return
+        plan.tokens = blocks * stage.sequence_length
+        tokens = plan.tokens + (stage.held_out_tokens or 0)
+        plan.disk = {"data": tokens * (self.token_bytes(stage) + (stage.format != "text"))}
+
+    def _trained(self, stage: AnyTraining, plan: StagePlan) -> None:
+        shape = self._known(stage.name, stage.model, plan, "model")
+        model = frozen_model(stage)
+        key = "teacher" if isinstance(stage, Distil) else "reference"
+        other = self._known(stage.name, model, plan, key) if model is not None else None
+        length, blocks = self.length(stage.data), self.blocks(stage.data)
+        training = plan_training(stage, length, blocks) if length else None
+        if training is not None:
+            plan.tokens, plan.steps = training.tokens, training.steps
+            facts = dict(training_facts(training, self.ranks, stage.micro_batch_on(self.ranks)))
+            plan.batch = facts["batch"].replace("ranks", "GPUs")
+        else:
+            plan.notes.append(f"its tokens and steps are known once {stage.data} is built")
+        if other is not None:
+            plan.frozen_parameters = other.parameters
+        if shape is None:
+            return
+        plan.parameters = shape.parameters
+        disk = checkpoint_bytes(stage, shape.parameters, plan.steps)
+        plan.disk = {} if disk is None else {"checkpoints, at most": disk}
+        plan.disk["one checkpoint"] = CHECKPOINT_BYTES * shape.parameters
+        if length is None or (model is not None and other is None):
+            return
+        plan.flops_per_token = model_flops_per_token(shape, other, length)
+        once = isinstance(stage, Align) and stage.precompute_reference
+        if training is not None:
+            plan.flops = training_flops(training, shape, other, (blocks or 0) if once else None)
+        if once:
+            plan.notes.append("its reference's one pass over the data is in the FLOPs, not in the time")
+            plan.flops_per_token, other = model_flops_per_token(shape, None, length), None
+        place(plan, self._of(stage, shape, other, length), self.cluster)
+
+    def _of(self, stage: AnyTraining, shape: ModelShape, other: ModelShape | None, length: int) -> Trained:
+        teacher = None
+        if other is not None:
+            teacher = stage.teacher if isinstance(stage, Distil) else Teacher(source="reference", placement="zero3")
+        own = self._sharding(stage.deepspeed)
+        named = self._sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
+        place = shipped if named is None else lambda placement, offload: named
+        return Trained(stage.name, stage, shape, length, own, teacher, other, place)
+
+    def _pruned(self, stage: Prune, plan: StagePlan) -> None:
+        shape, pruned = self._known(stage.name, stage.model, plan, "model"), self.shapes.get(stage.name)
+        if pruned is not None:
+            plan.parameters, plan.disk = pruned.parameters, {"model": 4 * pruned.parameters}
+        length = stage.sequence_length or self.length(stage.data)
+        if shape is None or stage.score != "gradient" or stage.scores is not None or length is None:
+            return
+        plan.frozen_parameters, plan.tokens = shape.parameters, stage.sequences * length
+        forward = shape.forward_flops_per_token(length)
+        # No weight has a gradient, so the backward pass is one forward pass's work; layers run forward once more in it.
+        plan.flops_per_token, plan.executed_flops_per_token = 2 * forward, 3 * forward
+        plan.flops = 2 * forward * plan.tokens
+        work = Work(stage.micro_batch_sequences, length)
+        memory = self._sharded(shape, stage.precision, work, stage.deepspeed)
+        kept = saved_bytes(shape, stage.precision, "full", work.tokens, length)
+        kept += recomputed_bytes(shape, stage.precision, "full", work.tokens)
+        passing = dict(memory.passing) | {"activations": kept}
+        turns = -(-stage.sequences // (stage.micro_batch_sequences * self.ranks))  # micro-batches of one rank
+        rank_flops = 3 * forward * turns * work.tokens
+        frozen(plan, [Memory(memory.device, passing)], stage.precision, self.cluster, rank_flops)
+
+    def _evaluated(self, stage: Evaluate, plan: StagePlan) -> None:
+        names = [*stage.models, *([stage.teacher] if stage.teacher else [])]
+        shapes = [self._known(stage.name, ModelInput(source=name), plan) for name in dict.fromkeys(names)]
+        known = dict(zip(dict.fromkeys(names), shapes, strict=True))
+        data, length = self.data_stage(stage.data), self.length(stage.data)
+        kept = data.held_out_tokens // data.sequence_length if data and data.held_out_tokens else None
+        sequences = [count for count in (stage.sequences, kept) if count is not None]
+        if not sequences or length is None:
+            plan.notes.append("how much it reads is known once its data is built, or with `sequences:`")
+            return
+        plan.tokens = min(sequences) * length
+        found = {name: shape for name, shape in known.items() if shape is not None}
+        if len(found) < len(known):
+            return
+        teacher = found[stage.teacher] if stage.teacher else None
+        forward = {name: shape.forward_flops_per_token(length) for name, shape in found.items()}
+        beside = forward[stage.teacher] if stage.teacher else 0.0
+        plan.flops_per_token = sum(forward[name] + beside for name in stage.models)
+        plan.flops = plan.flops_per_token * plan.tokens
+        work = Work(stage.micro_batch_sequences, length)
+        largest = max((found[name] for name in stage.models), key=lambda shape: shape.parameters)
+        models = [largest, *([teacher] if teacher is not None else [])]
+        memories = [self._sharded(shape, stage.precision, work, stage.deepspeed) for shape in models]
+        rank_flops = plan.flops_per_token * -(-min(sequences) // self.ranks) * length
+        frozen(plan, memories, stage.precision, self.cluster, rank_flops)
+
+    def _sharded(self, shape: ModelShape, precision: str, work: Work, json_name: str) -> Memory:
+        return frozen_memory(shape, precision, "zero3", "none", work, self.ranks, self._sharding(json_name))
+
+    def _sharding(self, name: str) -> Sharding:
+        return read_sharding(find_deepspeed_json(name, self.recipe_path))
+
+
+def plan_run(recipe: Recipe, recipe_path: Path, cluster: Cluster) -> list[StagePlan]:
+    """The plan of every stage.
+
+    Raises:
+        MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
+    """
+    planner, plans = _Planner(recipe, recipe_path, cluster), []
+    for stage in recipe.stages:
+        try:
+            plans.append(planner.plan(stage))
+        except MinimaError as error:
+            if error.what.startswith(f"stages.{stage.name}:"):
+                raise
+            raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
+    return plans
