@@ -1,0 +1,206 @@
+"""Everything that `minima law fit` finds in a table, and the JSON that keeps it."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from minima.disk import disk_full_named
+from minima.errors import TableError
+from minima.law.checks import Excluded, Run, Sizes, check_rows
+from minima.law.curves import Budget, Condition, Curve, curves_of, describe, gaps
+from minima.law.interpolate import Minimum, minimum_of
+from minima.law.line import FEWEST_STUDENTS, Line, fit_line
+from minima.law.noise import draw_means
+from minima.law.scaling import ScalingLaw, Supervised
+from minima.law.scaling_fit import DESCENTS, Fitted, fit_distilled, fit_supervised, published_error
+from minima.law.table import DIRECT, INITIALISATIONS, Row, read_table
+
+FORMAT = "minima law fit 1"
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class ConditionFit:
+    """The law of capacity gap under one condition: every student's curve and minimum, and the line."""
+
+    condition: Condition
+    curves: tuple[Curve, ...]
+    minima: tuple[Minimum, ...]
+    line: Line
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    """The distillation scaling law on the runs of one initialisation.
+
+    Attributes:
+        study: as in the table.
+        family: as in the table.
+        initialisation: of the students.
+        supervised: from the direct runs of the study and family.
+        distilled: from the runs of this initialisation.
+        published_error: median relative error of the published coefficients on the same runs.
+    """
+
+    study: str
+    family: str
+    initialisation: str
+    supervised: Fitted
+    distilled: Fitted
+    published_error: float | None
+
+    @property
+    def law(self) -> ScalingLaw | None:
+        """The fitted law; None unless both of its parts were fitted."""
+        supervised, distilled = self.supervised.coefficients, self.distilled.coefficients
+        if isinstance(supervised, Supervised) and distilled is not None and not isinstance(distilled, Supervised):
+            return ScalingLaw(supervised, distilled)
+        return None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found in a table.
+
+    Attributes:
+        format: of this JSON.
+        table: the file's name.
+        sha256: of its bytes.
+        num_rows: in it.
+        num_runs: of them that were fitted.
+        sizes: which parameters a size is.
+        budget: what made two token budgets the same.
+        seed: of the draws.
+        num_draws: over seeds.
+        excluded: rows that took no part, with reasons.
+        notes: what the table lacks.
+        conditions: the law of capacity gap.
+        scaling: the distillation scaling law.
+    """
+
+    format: str
+    table: str
+    sha256: str
+    num_rows: int
+    num_runs: int
+    sizes: Sizes
+    budget: Budget
+    seed: int
+    num_draws: int
+    excluded: tuple[Excluded, ...]
+    notes: tuple[str, ...]
+    conditions: tuple[ConditionFit, ...]
+    scaling: tuple[ScalingFit, ...]
+
+
+_ADAPTER = TypeAdapter(Fit)
+
+
+def fit_table(
+    path: Path, sizes: Sizes = "non_embedding", budget: Budget = "tokens", seed: int = 0,
+    num_draws: int = DRAWS, descents: int = DESCENTS,
+) -> Fit:  # fmt: skip
+    """Fit both laws to a table.
+
+    Args:
+        path: CSV or Parquet.
+        sizes: which parameters a size is.
+        budget: what makes the token budget of two students the same.
+        seed: of the draws; the same seed and table give the same fit.
+        num_draws: over seeds.
+        descents: starts that the scaling law descends from.
+
+    Raises:
+        TableError: the table cannot be read, or not fitted as it is.
+    """
+    path = path.expanduser()
+    rows = read_table(path)
+    runs, excluded = check_rows(rows, sizes)
+    conditions, notes = [], []
+    for condition, curves in curves_of(runs, budget).items():
+        notes += gaps(condition, curves, budget)
+        means = draw_means(curves, num_draws, seed)
+        found = [minimum_of(curve, means_BT) for curve, means_BT in zip(curves, means, strict=True)]
+        minima, sizes_SB = [minimum for minimum, _ in found], [sizes_B for _, sizes_B in found]
+        conditions.append(ConditionFit(condition, tuple(curves), tuple(minima), fit_line(minima, sizes_SB)))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Fit(
+        FORMAT, path.name, digest, len(rows), len(runs), sizes, budget, seed, num_draws, tuple(excluded),
+        tuple(notes + _remarks(rows, runs, conditions, sizes, budget)), tuple(conditions),
+        tuple(_scaling(runs, descents)),
+    )  # fmt: skip
+
+
+def _remarks(
+    rows: Sequence[Row], runs: Sequence[Run], conditions: Sequence[ConditionFit], sizes: Sizes, budget: Budget
+) -> list[str]:
+    notes = []
+    few = [one for one in conditions if len(one.curves) < FEWEST_STUDENTS]
+    if budget == "tokens" and few and max(map(len, curves_of(runs, "ratio").values())) >= FEWEST_STUDENTS:
+        where = describe(few[0].condition, budget)
+        advice = "with `--budget ratio` students of equal tokens per parameter share a line"
+        notes.append(f"{where}: fewer than three students; {advice}")
+    unknown = sum(run.teacher_loss is None for run in runs if run.initialisation != DIRECT)
+    if unknown:
+        notes.append(f"{unknown} runs have no teacher_loss and take no part in the scaling law")
+    if all(row.student_parameters == row.student_non_embedding_parameters for row in rows):
+        notes.append("sizes with and without embeddings are the same in every row")
+    if sizes == "all":
+        notes.append("the scaling law is about sizes without embeddings; these count them")
+    return notes
+
+
+def _scaling(runs: Sequence[Run], descents: int) -> list[ScalingFit]:
+    families: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        families[run.study, run.family].append(run)
+    found = []
+    for (study, family), own in sorted(families.items()):
+        supervised = fit_supervised(own, descents)
+        known = supervised.coefficients if isinstance(supervised.coefficients, Supervised) else None
+        for initialisation in INITIALISATIONS:
+            part = [run for run in own if run.initialisation in (initialisation, DIRECT)]
+            if initialisation != DIRECT and any(run.initialisation == initialisation for run in part):
+                distilled = fit_distilled(part, known, descents)
+                error = published_error(part)
+                found.append(ScalingFit(study, family, initialisation, supervised, distilled, error))
+    return found
+
+
+def to_json(fit: Fit) -> str:
+    """The fit as JSON, with every point that its curves go through."""
+    return _ADAPTER.dump_json(fit, indent=1).decode() + "\n"
+
+
+def write_fit(fit: Fit, path: Path) -> None:
+    """Write the JSON; a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_full_named(path.parent):
+        beside.write_text(to_json(fit), encoding="utf-8")
+        os.replace(beside, path)
+
+
+def read_fit(path: Path) -> Fit:
+    """A fit from its JSON.
+
+    Raises:
+        TableError: the file cannot be read, or is none that `minima law fit` wrote.
+    """
+    path = path.expanduser()
+    try:
+        fit = _ADAPTER.validate_json(path.read_bytes())
+        problem = None if fit.format == FORMAT else f"its format is {fit.format!r}"
+    except (OSError, ValidationError) as error:
+        problem = str(error).splitlines()[0]
+    if problem is not None:
+        raise TableError(
+            f"{path} is no fit that can be read: {problem}",
+            "the laws fitted to your own table would be missing from the answer",
+            "write it with `minima law fit TABLE --output FILE`",
+        )
+    return fit

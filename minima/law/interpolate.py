@@ -1,0 +1,182 @@
+"""The best teacher of one student: the lowest point of a parabola in log teacher size.
+
+The points that take part are the teacher with the lowest mean loss and up to two neighbours on each side, each mean
+with the same weight: farther ones say little about where the minimum is, and the curve is no parabola over decades.
+
+Shapes: B draws, T teachers of the curve.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from scipy.stats import f as f_distribution
+
+from minima.law.curves import Curve
+from minima.law.noise import Noise, noise_of
+
+NEIGHBOURS = 2  # on each side: with three on a side the parabola would span a factor of 16 on a grid of doublings
+LEVEL = 0.95
+MINIMUM, NOT_BRACKETED, TOO_FEW = "minimum", "not bracketed", "too few teachers"
+Interval = tuple[float | None, float | None]  # an end that is None lies beyond the grid
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The best teacher of one student under one condition.
+
+    Attributes:
+        student: name.
+        student_size: parameters.
+        tokens: of its training.
+        status: `minimum`, `not bracketed` or `too few teachers`.
+        reason: why there is no minimum; empty where there is.
+        teacher_size: parameters of the best teacher, interpolated; None where there is none.
+        teacher_interval: its interval over seeds; None with one seed or without a minimum.
+        loss: at the minimum, nats per token.
+        loss_interval: of it over seeds, among the draws that have a minimum.
+        bracketed_share: of the draws, those that have a minimum; None with one seed.
+        grid_best: name of the teacher with the lowest mean loss.
+        used: names of the teachers that the parabola goes through.
+        rises: how much higher than the minimum the smallest and the largest teacher of the grid are, nats per token.
+        misfit_p: probability of missing the means by so much if the parabola were right (F test against the seed
+            noise); None with three points or one seed.
+        noise: of the seeds.
+    """
+
+    student: str
+    student_size: int
+    tokens: int
+    status: str
+    reason: str
+    grid_best: str
+    used: tuple[str, ...]
+    noise: Noise
+    teacher_size: float | None = None
+    teacher_interval: Interval | None = None
+    loss: float | None = None
+    loss_interval: Interval | None = None
+    bracketed_share: float | None = None
+    rises: tuple[float, float] | None = None
+    misfit_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Lowest:
+    """Lowest points of several curves over the same teachers.
+
+    Attributes:
+        log_size_B: natural logarithm of the best teacher's parameters; -inf and inf where it lies beyond the smallest
+            and the largest teacher.
+        loss_B: there; nan where it lies beyond.
+    """
+
+    log_size_B: np.ndarray
+    loss_B: np.ndarray
+
+
+def window(best: int, num_teachers: int) -> slice:
+    """The points that take part around the best one."""
+    return slice(max(0, best - NEIGHBOURS), min(num_teachers, best + NEIGHBOURS + 1))
+
+
+def lowest_points(sizes: Sequence[float], means_BT: np.ndarray) -> Lowest:
+    """The interpolated minimum of each row of means, or on which side of the grid it lies."""
+    log_sizes_T = np.log(np.asarray(sizes, dtype=float))
+    num_draws, num_teachers = means_BT.shape
+    log_size_B, loss_B = np.empty(num_draws), np.full(num_draws, np.nan)
+    best_B = means_BT.argmin(axis=1)
+    for best in np.unique(best_B):
+        rows = np.flatnonzero(best_B == best)
+        if best in (0, num_teachers - 1):
+            log_size_B[rows] = -np.inf if best == 0 else np.inf
+            continue
+        part = window(int(best), num_teachers)
+        x_P = log_sizes_T[part] - log_sizes_T[best]
+        level, slope, curvature = np.linalg.pinv(np.vander(x_P, 3, increasing=True)) @ means_BT[rows][:, part].T
+        opens_up = curvature > 0
+        safe = np.where(opens_up, curvature, 1.0)
+        vertex = np.where(opens_up, -slope / (2 * safe), np.where(slope > 0, -np.inf, np.inf))
+        inside = opens_up & (vertex >= x_P[0]) & (vertex <= x_P[-1])
+        outside = np.where(vertex < 0, -np.inf, np.inf)
+        log_size_B[rows] = np.where(inside, vertex + log_sizes_T[best], outside)
+        loss_B[rows] = np.where(inside, level - slope**2 / (4 * safe), np.nan)
+    return Lowest(log_size_B, loss_B)
+
+
+def interval(values_B: np.ndarray, level: float = LEVEL) -> Interval:
+    """The central interval of draws; an infinite end becomes None."""
+    ends = np.quantile(values_B, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    low, high = (float(end) if np.isfinite(end) else None for end in ends)
+    return low, high
+
+
+def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.ndarray | None]:
+    """The best teacher of one student, and the draws of its size for the line.
+
+    Args:
+        curve: the student's losses.
+        means_BT: draws of its means over seeds; None with one seed.
+
+    Returns:
+        The minimum, and sizes_B (parameters; 0 and inf beyond the grid); None without draws.
+    """
+    means_T, num_teachers = curve.means_T, len(curve.teachers)
+    best = int(means_T.argmin())
+    base = partial(
+        Minimum,
+        student=curve.student,
+        student_size=curve.size,
+        tokens=curve.tokens,
+        noise=noise_of(curve),
+        grid_best=curve.teachers[best],
+    )
+    if len(set(curve.sizes)) < 3:
+        reason = f"{num_teachers} teacher{'s' if num_teachers > 1 else ''}; a parabola takes three sizes"
+        return base(status=TOO_FEW, reason=reason, used=()), None
+    lowest = lowest_points(curve.sizes, means_T[None])
+    drawn = None if means_BT is None else lowest_points(curve.sizes, means_BT)
+    share = None if drawn is None else float(np.isfinite(drawn.log_size_B).mean())
+    sizes_B = None if drawn is None else np.exp(drawn.log_size_B)
+    used = curve.teachers[window(best, num_teachers)]
+    if not np.isfinite(lowest.log_size_B[0]):
+        reason = f"the {'smallest' if best == 0 else 'largest'} teacher has the lowest loss"
+        if best not in (0, num_teachers - 1):
+            reason = "the parabola opens downwards, or its lowest point lies outside of its points"
+        return base(status=NOT_BRACKETED, reason=reason, used=used, bracketed_share=share), sizes_B
+    loss = float(lowest.loss_B[0])
+    losses_B = None if drawn is None else drawn.loss_B[np.isfinite(drawn.loss_B)]
+    found = base(
+        status=MINIMUM,
+        reason="",
+        used=used,
+        teacher_size=float(np.exp(lowest.log_size_B[0])),
+        teacher_interval=None if sizes_B is None else _positive(interval(sizes_B)),
+        loss=loss,
+        loss_interval=interval(losses_B) if losses_B is not None and losses_B.size else None,
+        bracketed_share=share,
+        rises=(float(means_T[0]) - loss, float(means_T[-1]) - loss),
+        misfit_p=_misfit(curve, best),
+    )
+    return found, sizes_B
+
+
+def _positive(ends: Interval) -> Interval:
+    low, high = ends
+    return (low or None), high  # a size of 0 is exp(-inf): beyond the smallest teacher
+
+
+def _misfit(curve: Curve, best: int) -> float | None:
+    part = window(best, len(curve.teachers))
+    x_P = np.log(np.asarray(curve.sizes[part], dtype=float))
+    noise = noise_of(curve)
+    spare = len(x_P) - 3
+    if spare <= 0 or not noise.deviation:
+        return None
+    means_P = curve.means_T[part]
+    terms = np.vander(x_P - x_P.mean(), 3)
+    missed_P = means_P - terms @ np.linalg.lstsq(terms, means_P, rcond=None)[0]
+    num_runs_P = np.array([len(by_seed) for by_seed in curve.losses[part]])
+    ratio = float((num_runs_P * missed_P**2).sum()) / spare / noise.deviation**2
+    return float(f_distribution.sf(ratio, spare, noise.freedom))

@@ -1,0 +1,273 @@
+"""Which teacher to take for a student: what each law answers, and where the answers are worth little.
+
+FLOPs are 6 N_S D of the student's training and 2 N_T D of the teacher's forward passes; training the teacher is not
+among them. The original counts its runs in the same way, with all parameters.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minima.errors import TableError
+from minima.law.curves import describe
+from minima.law.fitting import ConditionFit, Fit, ScalingFit
+from minima.law.interpolate import Interval, interval
+from minima.law.line import MILLION, PAPER_TEACHERS, SMALLEST_PAPER_STUDENT, paper_teacher
+from minima.law.scaling import (
+    LARGEST_RATIO,
+    PUBLISHED,
+    PUBLISHED_ERROR,
+    PUBLISHED_SIZES,
+    PUBLISHED_TOKENS,
+    ScalingLaw,
+)
+from minima.law.sizes_text import short
+from minima.pruning.target import width_percent
+
+PUBLISHED_GAP, PUBLISHED_SCALING = "capacity gap, published", "distillation scaling, published"
+DISAGREEMENT = 1.5  # factor between two teachers; the intervals of measured minima are seldom narrower
+FLAT_NATS = 0.01  # a teacher this near the minimum is as good: about the seed noise of a small study
+_NEAR = 1.1  # factor within which a token budget counts as the measured one
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a teacher means for a student.
+
+    Attributes:
+        teacher: parameters.
+        ratio: of teacher to student.
+        sparsity_percent: of the teacher's parameters that pruning it to the student removes.
+        width_percent: of heads, neurons and width that it removes each, when both dimensions of a matrix are cut.
+        flops_per_token: of the distillation.
+        flops: of the whole distillation; None without a token budget.
+    """
+
+    teacher: float
+    ratio: float
+    sparsity_percent: float
+    width_percent: int
+    flops_per_token: float
+    flops: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one law says.
+
+    Attributes:
+        law: its name.
+        teacher: the best one in parameters, of those asked for where some were; None where it has no answer.
+        teacher_interval: over seeds, of the law's own best teacher; None where it is not known.
+        ideal: the law's own best teacher, whatever was asked for; None where it has none.
+        loss: expected of the student under `teacher`, nats per token; None without a token budget or a teacher.
+        loss_interval: of it, from the relative error of the law that says it.
+        loss_law: the law that says it. A line says nothing about losses, so there it is the published scaling law.
+        flat: teachers between which the loss is within 0.01 nats of the lowest; None without losses.
+        cost: of taking `teacher`.
+        losses: under each teacher asked for, in their order.
+        measured: the range in which the law was measured.
+        notes: what to know about this answer; all of them are warnings.
+    """
+
+    law: str
+    teacher: float | None
+    teacher_interval: Interval | None
+    ideal: float | None
+    loss: float | None
+    loss_interval: Interval | None
+    loss_law: str
+    flat: tuple[float, float] | None
+    cost: Cost | None
+    losses: tuple[float, ...]
+    measured: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: sizes in parameters, tokens of the distillation (None: not known), the teachers at hand (empty:
+    any), and how many tokens per parameter a teacher is trained on (for the scaling law)."""
+
+    student: float
+    tokens: float | None = None
+    teachers: tuple[float, ...] = ()
+    teacher_tokens_per_parameter: float = 20.0
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """All answers to a question, the cost of each teacher that was asked for, and warnings."""
+
+    question: Question
+    answers: tuple[Answer, ...]
+    costs: tuple[Cost, ...]
+    warnings: tuple[str, ...]
+
+
+def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
+    """The teacher to take under each law.
+
+    Raises:
+        TableError: a teacher that is asked for is not larger than the student.
+    """
+    for teacher in question.teachers:
+        if teacher <= question.student:
+            raise TableError(
+                f"a teacher of {short(teacher)} for a student of {short(question.student)}",
+                "the laws are about a teacher that is larger than its student",
+                "leave it out of --teachers",
+            )
+    answers, warnings = [_published_gap(question)], []
+    if question.tokens is None:
+        warnings.append(
+            "without --tokens only the paper's law answers: the other laws depend on the training tokens, and so does "
+            "the best teacher"
+        )
+    else:
+        answers.append(_published_scaling(question, question.tokens))
+        for one in fit.conditions if fit else ():
+            answers.append(_fitted_gap(question, question.tokens, one, fit))
+        for scaling in fit.scaling if fit else ():
+            answers.append(_fitted_scaling(question, question.tokens, scaling))
+    warnings += [f"{answer.law}: {note}" for answer in answers for note in answer.notes]
+    found = [answer for answer in answers if answer.teacher is not None]
+    chosen = [answer.teacher for answer in found if answer.teacher is not None]
+    if chosen and max(chosen) > min(chosen) * (1.0 if question.teachers else DISAGREEMENT):
+        said = "; ".join(f"{answer.law}: {short(answer.teacher or 0)}" for answer in found)
+        warnings.append(f"the laws disagree ({said}): measure it on your own data, with `minima law study`")
+    costs = tuple(_cost(question, teacher) for teacher in question.teachers)
+    return Recommendation(question, tuple(answers), costs, tuple(warnings))
+
+
+def _cost(question: Question, teacher: float) -> Cost:
+    sparsity = 100.0 * (1.0 - question.student / teacher)
+    per_token = 6.0 * question.student + 2.0 * teacher
+    flops = None if question.tokens is None else per_token * question.tokens
+    return Cost(teacher, teacher / question.student, sparsity, width_percent(sparsity), per_token, flops)
+
+
+def _gap_answer(
+    question: Question, law: str, ideal: float | None, ends: Interval | None, measured: str, notes: list[str]
+) -> Answer:
+    if ideal is not None and ideal <= question.student:
+        notes.append("its teacher is not larger than the student, so it has no answer")
+        ideal = None
+    teacher = ideal
+    if ideal is not None and question.teachers:
+        teacher = min(question.teachers, key=lambda size: abs(math.log(size / ideal)))
+    cost = None if teacher is None else _cost(question, teacher)
+    kept = None if ideal is None else ends
+    loss, loss_ends = None, None
+    if teacher is not None and question.tokens is not None:
+        per_parameter = question.teacher_tokens_per_parameter
+        loss = float(PUBLISHED.loss_under(question.student, question.tokens, teacher, per_parameter))
+        loss_ends = (loss * (1 - PUBLISHED_ERROR), loss * (1 + PUBLISHED_ERROR))
+    said_by = "" if loss is None else PUBLISHED_SCALING
+    return Answer(law, teacher, kept, ideal, loss, loss_ends, said_by, None, cost, (), measured, tuple(notes))
+
+
+def _published_gap(question: Question) -> Answer:
+    ideal: float | None = paper_teacher(question.student)
+    notes: list[str] = []
+    low, high = PAPER_TEACHERS
+    if question.student <= SMALLEST_PAPER_STUDENT:
+        notes.append(f"it has a teacher only for students of more than {short(SMALLEST_PAPER_STUDENT)}")
+        ideal = None
+    elif not low <= (ideal or 0) <= high:
+        notes.append(f"T* = {short(ideal or 0)} extrapolates; its teachers were {short(low)} to {short(high)}")
+    measured = f"teachers of {short(low)} to {short(high)}"
+    return _gap_answer(question, PUBLISHED_GAP, ideal, None, measured, notes)
+
+
+def _fitted_gap(question: Question, tokens: float, one: ConditionFit, fit: Fit | None) -> Answer:
+    law = f"capacity gap, fitted: {describe(one.condition, fit.budget if fit else 'tokens')}"
+    line = one.line
+    if not line.fitted or line.with_intercept is None or line.student_range is None:
+        note = f"no line ({len(line.students)} bracketed students), so it has no answer"
+        return _gap_answer(question, law, None, None, "nothing", [note])
+    million = question.student / MILLION
+    ideal = (line.with_intercept.slope * million + line.with_intercept.intercept) * MILLION
+    draws_B = np.array([(a * million + b) * MILLION for a, b in line.draws])
+    notes = []
+    low, high = line.student_range
+    if not low <= question.student <= high:
+        notes.append(
+            f"a student of {short(question.student)} extrapolates; measured were {short(low)} to {short(high)}"
+        )
+    own = one.condition.budget if fit is None or fit.budget == "tokens" else one.condition.budget * question.student
+    if not own / _NEAR <= tokens <= own * _NEAR:
+        notes.append(f"{short(tokens)} tokens extrapolate; it was measured with {short(own)}")
+    measured = f"students of {short(low)} to {short(high)}"
+    return _gap_answer(question, law, ideal, interval(draws_B) if len(draws_B) else None, measured, notes)
+
+
+def _published_scaling(question: Question, tokens: float) -> Answer:
+    low, high = PUBLISHED_SIZES
+    notes = []
+    if not low <= question.student <= high:
+        notes.append(
+            f"a student of {short(question.student)} extrapolates; measured were {short(low)} to {short(high)}"
+        )
+    if tokens > PUBLISHED_TOKENS:
+        notes.append(f"{short(tokens)} tokens extrapolate; measured were at most {short(PUBLISHED_TOKENS)}")
+    measured = f"sizes of {short(low)} to {short(high)}, up to {short(PUBLISHED_TOKENS)} tokens"
+    return _scaling_answer(question, tokens, PUBLISHED_SCALING, PUBLISHED, PUBLISHED_ERROR, measured, high, notes)
+
+
+def _fitted_scaling(question: Question, tokens: float, scaling: ScalingFit) -> Answer:
+    names = " ".join(name for name in (scaling.study, scaling.family) if name)
+    law = f"distillation scaling, fitted: {names + ': ' if names else ''}{scaling.initialisation}"
+    known, part = scaling.law, scaling.distilled
+    if known is None or part.student_range is None or part.token_range is None:
+        missing = scaling.distilled if not scaling.distilled.fitted else scaling.supervised
+        note = f"not fitted ({missing.reason})"
+        return Answer(law, None, None, None, None, None, "", None, None, (), "nothing", (note,))
+    notes = [part.reason] if part.reason else []
+    for what, value, ends in (
+        ("a student of", question.student, part.student_range),
+        ("training tokens of", tokens, part.token_range),
+    ):
+        if not ends[0] <= value <= ends[1]:
+            notes.append(f"{what} {short(value)} extrapolates; measured were {short(ends[0])} to {short(ends[1])}")
+    sizes, budgets = (" to ".join(short(end) for end in ends) for ends in (part.student_range, part.token_range))
+    measured = f"students of {sizes}, {budgets} tokens"
+    return _scaling_answer(question, tokens, law, known, part.largest_error or 0.0, measured, None, notes, part)
+
+
+def _scaling_answer(
+    question: Question, tokens: float, law: str, scaling: ScalingLaw, error: float, measured: str,
+    largest: float | None, notes: list[str], part=None,
+) -> Answer:  # fmt: skip
+    student, per_parameter = question.student, question.teacher_tokens_per_parameter
+
+    def loss_under(teacher):
+        return scaling.loss_under(student, tokens, teacher, per_parameter)
+
+    ideal = scaling.best_teacher(student, tokens, per_parameter)
+    if ideal is None:
+        notes.append(f"the loss still falls at a teacher {LARGEST_RATIO:,.0f} times as large, so none is the best")
+    teacher = min(question.teachers, key=loss_under) if question.teachers else ideal
+    flat = None
+    if ideal is not None:
+        grid_G = student * np.exp(np.linspace(0.0, math.log(LARGEST_RATIO), 400))
+        inside_G = grid_G[loss_under(grid_G) <= loss_under(ideal) + FLAT_NATS]
+        flat = (float(inside_G[0]), float(inside_G[-1])) if inside_G.size else (ideal, ideal)
+    loss = None if teacher is None else float(loss_under(teacher))
+    if teacher is not None and largest is not None and teacher > largest:
+        notes.append(f"a teacher of {short(teacher)} extrapolates; measured were up to {short(largest)}")
+    if teacher is not None and part is not None and part.teacher_loss_range is not None:
+        own, (low, high) = float(scaling.teacher_loss(teacher, per_parameter)), part.teacher_loss_range
+        if not low <= own <= high:
+            notes.append(f"a teacher loss of {own:.3f} extrapolates; measured were {low:.3f} to {high:.3f}")
+    ends = None if loss is None else (loss * (1 - error), loss * (1 + error))
+    cost = None if teacher is None else _cost(question, teacher)
+    losses = tuple(float(loss_under(size)) for size in question.teachers)
+    return Answer(law, teacher, None, ideal, loss, ends, law, flat, cost, losses, measured, tuple(notes))
+
+
+def sorted_teachers(teachers: Sequence[float]) -> tuple[float, ...]:
+    """Teachers from the smallest to the largest, each once."""
+    return tuple(sorted(set(teachers)))
