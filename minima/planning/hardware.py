@@ -98,8 +98,9 @@ def find_gpu(name: str, **changes: float | None) -> Gpu:
     elif Path(name).suffix in (".yaml", ".yml"):
         found = {"name": Path(name).stem} | _read(Path(name).expanduser())
     else:
+        longer = [known for known in GPUS if known.startswith(name.lower())]  # a100 is no h100
         raise RecipeError(
-            f"the GPU {name!r} is not known{nearest(name.lower(), list(GPUS))}",
+            f"the GPU {name!r} is not known{nearest((longer or [name.lower()])[0], list(GPUS))}",
             "memory and time follow from what its vendor publishes",
             f"choose among {', '.join(GPUS)}, or give a YAML file with {', '.join(_required())}",
         )

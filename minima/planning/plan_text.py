@@ -24,7 +24,10 @@ def number(value: float | None, digits: int = 3) -> str:
     """With thousands separators where it is large, with so many digits where it is not."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) or value == 0 else f"{value:.{digits}g}"
+    if 0 < abs(value) < 10 ** (digits - 1):
+        return f"{value:.{digits}g}"
+    text = f"{value:,.0f}"
+    return text if len(text) < _COLUMN else f"{value:.4g}"
 
 
 def flops(value: float) -> str:

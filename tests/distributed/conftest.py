@@ -25,4 +25,5 @@ def two_ranks(folder):
 @pytest.fixture(scope="session")
 def two_nodes(tmp_path_factory):
     """Four ranks that believe to be on two nodes."""
-    return run_scenarios(["placements_on_nodes"], tmp_path_factory.mktemp("two-nodes"), 4, 600, per_node=2)
+    names = ["memory_on_nodes", "placements_on_nodes"]
+    return run_scenarios(names, tmp_path_factory.mktemp("two-nodes"), 4, 600, per_node=2)

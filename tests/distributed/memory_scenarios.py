@@ -1,5 +1,7 @@
 """Scenarios of memory: the bytes of all live tensors, for a middling student and for its teacher in every place."""
 
+import collections
+import contextlib
 import functools
 import gc
 import itertools
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from minima.batch import Batch, make_batch
 from minima.engine import distributed
@@ -19,6 +23,7 @@ from minima.engine.meters import Meters
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
+from minima.engine.traffic import Traffic
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
 from tests.distributed.scenarios import CONFIGS
@@ -77,6 +82,31 @@ def watched(run: Callable[[], Any]) -> dict[str, int]:
     return found
 
 
+class NodeTraffic(Traffic):
+    """Also tells apart groups of ranks: bytes that this rank receives, by the group's ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: collections.Counter[tuple[int, ...]] = collections.Counter()
+
+    def _collective(self, name: str, args: Any, kwargs: Any) -> None:
+        before = self.collective_bytes
+        super()._collective(name, args, kwargs)
+        boxes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.ScriptObject)]
+        names = [dist.ProcessGroup.unbox(box).group_name for box in boxes if "ProcessGroup" in str(box._type())]
+        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(names[0]))
+        self.groups[tuple(ranks)] += self.collective_bytes - before
+
+    def by_node(self, per_node: int) -> dict[str, float]:
+        """Bytes from ranks of the same node and of others, in rings: a node's first rank receives from another node."""
+        found = {"within": 0.0, "between": 0.0}
+        for ranks, size in self.groups.items():
+            between = size / per_node if len({rank // per_node for rank in ranks}) > 1 else 0.0
+            found["between"] += between
+            found["within"] += size - between
+        return found
+
+
 def one_batch(sequences: int) -> Batch:
     generator = torch.Generator().manual_seed(distributed.rank())
     tokens_BT = torch.randint(0, MIDDLING.vocabulary_size, (sequences, LENGTH), generator=generator)
@@ -101,6 +131,36 @@ def memory_student(folder: Path) -> Any:
         step = functools.partial(train_step, student, LanguageModelling(), batches, 1e-3, Meters(student.device))
         found[name] = {"built": built, "stepped": stepped} | watched(step)
         student.close()
+    return found
+
+
+def memory_on_nodes(folder: Path) -> Any:
+    """Bytes that a student and its teacher add on four ranks of two nodes, and what they move within and between."""
+    assert distributed.node_ranks() == [[0, 1], [2, 3]]
+    found: dict[str, Any] = {}
+    path = folder / f"nodes-{distributed.rank()}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **SIZES}}))
+    settings = training(precision="bfloat16")
+    before = live_bytes()
+    config = training_config(path, settings, distributed.world_size())
+    student = Student(RandomSource(MIDDLING.to_config(), seed=1), config, settings)
+    batches, meters = [one_batch(2), one_batch(2)], Meters(student.device)
+    for turn in range(3):  # the first steps record in which order weights are needed
+        with NodeTraffic() if turn == 2 else contextlib.nullcontext() as traffic:
+            train_step(student, LanguageModelling(), batches, 1e-3, meters)
+    found["student"] = {"live": live_bytes() - before} | traffic.by_node(2)
+    student.close()
+    del student, meters
+    for placement in ("zero3", "zero3_node", "tensor_parallel"):
+        before = live_bytes()
+        host = new_host(placement, "bfloat16")
+        for turn in range(3):
+            with NodeTraffic() if turn == 2 else contextlib.nullcontext() as traffic:
+                host.hidden_states(batches[0])
+        head_VE = host.head_VE
+        found[placement] = {"live": live_bytes() - before} | traffic.by_node(2)
+        del head_VE
+        host.close()
     return found
 
 

@@ -1,4 +1,4 @@
-"""The memory plan against the live tensors of two real ranks."""
+"""The memory plan against the live tensors and the collectives of two real ranks, and of four on two nodes."""
 
 from dataclasses import replace
 
@@ -65,3 +65,25 @@ def test_what_collectives_of_a_step_move_is_what_the_plan_says(two_ranks, name):
     assert found["scattered"] == WORK.accumulation * MIDDLING.parameters
     moved = BYTES[precision] * found["gathered"] + 4 * found["scattered"]
     assert traffic.received == pytest.approx(moved / 2, rel=0.03), "half of everything is a rank's own"
+
+
+def check_traffic(traffic, found) -> None:
+    assert traffic.within_node == pytest.approx(found["within"], rel=0.02)
+    assert traffic.between_nodes == pytest.approx(found["between"], rel=0.02)
+
+
+def test_a_student_on_two_nodes_keeps_and_moves_what_the_plan_says(two_nodes):
+    found, sharding = two_nodes["memory_on_nodes"]["student"], Sharding.from_json({"zero_optimization": SIZES})
+    memory = trained_memory(MIDDLING, "bfloat16", "none", WORK, 4, sharding, taught=False)
+    assert memory.resident_bytes == pytest.approx(found["live"], rel=0.02)
+    check_traffic(trained_traffic(MIDDLING, "bfloat16", WORK, 4, 2, sharding), found)
+    assert found["between"] == found["within"], "each rank has one neighbour on its node and one on the other"
+
+
+@pytest.mark.parametrize(("placement", "group"), [("zero3", 4), ("zero3_node", 2), ("tensor_parallel", 2)])
+def test_a_teacher_on_two_nodes_keeps_and_moves_what_the_plan_says(two_nodes, placement, group):
+    found, work = two_nodes["memory_on_nodes"][placement], replace(WORK, accumulation=1)
+    memory = frozen_memory(MIDDLING, "bfloat16", placement, "none", work, group, TEACHER)
+    assert memory.resident_bytes == pytest.approx(found["live"], rel=0.02)
+    check_traffic(frozen_traffic(MIDDLING, "bfloat16", placement, "none", work, group, 2, TEACHER), found)
+    assert (found["between"] > 0) == (placement == "zero3"), "the other two stay inside a node"
