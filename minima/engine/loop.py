@@ -157,6 +157,7 @@ def train_step(
     count, agreed = sums[0].clamp_min(1), sums[1:]
     norm, number = 0.0, 0
     for window in _windows(micro_batches, objective.window):
+        mark(f"preparing {len(window)} of {len(micro_batches)} micro-batches")
         for batch in objective.prepare(window):
             number += 1
             mark(f"micro-batch {number} of {len(micro_batches)}")

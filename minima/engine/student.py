@@ -88,7 +88,7 @@ class Student:
             lr=training.learning_rate,
             betas=training.betas,
             eps=training.epsilon,
-            fused=get_accelerator().device_name() == "cuda",
+            fused=get_accelerator().device_name() in ("cpu", "cuda"),  # also where the host holds a GPU's optimiser
         )
         self.engine = deepspeed.initialize(model=root, optimizer=optimizer, config=deepspeed_config)[0]
         self._root = self.engine.module
