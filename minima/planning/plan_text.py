@@ -30,6 +30,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return text if len(text) < _COLUMN else f"{value:.4g}"
 
 
+def hours(value: float | None) -> str:
+    """Hours or GPU-hours."""
+    return "< 0.001" if value is not None and 0 < value < 0.001 else number(value)
+
+
 def flops(value: float) -> str:
     """FLOPs in the unit that a person reads easily."""
     units = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"]
@@ -55,7 +60,8 @@ def stage_lines(plan: StagePlan, cluster: Cluster) -> list[str]:
     if plan.flops_per_token is not None:
         executed = plan.executed_flops_per_token
         how = f"activation_checkpointing {plan.checkpointing}" if plan.checkpointing else "recomputation"
-        more = f", {flops(executed)} with {how}" if executed is not None else ""
+        more = f", {flops(executed)} with {how}" if executed else ""
+        more = f" ({how})" if executed == plan.flops_per_token else more
         whole = f"; {plan.flops:.3e} FLOP in all" if plan.flops is not None else ""
         lines += _wrapped("FLOPs", f"{flops(plan.flops_per_token)} a token{more}{whole}")
     if plan.memory:
@@ -71,7 +77,7 @@ def stage_lines(plan: StagePlan, cluster: Cluster) -> list[str]:
             own = "" if taken.name == "no teacher" else f"{taken.name}, a window of {window}, "
             lines += _wrapped("taken", f"{own}activation_checkpointing {plan.checkpointing}")
     if plan.cost is not None and not plan.placed:
-        lines += _wrapped("time", f"{number(plan.cost.hours)} hours, {number(plan.cost.gpu_hours)} GPU-hours")
+        lines += _wrapped("time", f"{hours(plan.cost.hours)} hours, {hours(plan.cost.gpu_hours)} GPU-hours")
     for note in plan.notes:
         lines += _wrapped("note", note)
     return lines
@@ -114,8 +120,8 @@ def _table(plan: StagePlan, cluster: Cluster) -> list[str]:
         row("tokens/s, hidden", lambda one: _timed(one, lambda: number(_hidden(one))))
         if plan.steps is not None:
             steps = plan.steps
-            row("hours", lambda one: _timed(one, lambda: number(_hours(one, steps))))
-            row("GPU-hours", lambda one: _timed(one, lambda: number(_hours(one, steps) * cluster.gpus)))
+            row("hours", lambda one: _timed(one, lambda: hours(_hours(one, steps))))
+            row("GPU-hours", lambda one: _timed(one, lambda: hours(_hours(one, steps) * cluster.gpus)))
             if cluster.price is not None:
                 price = cluster.price * cluster.gpus
                 row("cost", lambda one: _timed(one, lambda: number(_hours(one, steps) * price)))
@@ -163,8 +169,8 @@ def summary_lines(plans: list[StagePlan], cluster: Cluster) -> list[str]:
             f"{plan.tokens:.3g}" if plan.tokens else "-",
             f"{plan.flops:.2e}" if plan.flops else "-",
             number(speed),
-            number(cost.hours if cost else None),
-            number(cost.gpu_hours if cost else None),
+            hours(cost.hours if cost else None),
+            hours(cost.gpu_hours if cost else None),
             number(cost.price if cost else None),
             _size(disk),
         )
@@ -173,7 +179,7 @@ def summary_lines(plans: list[StagePlan], cluster: Cluster) -> list[str]:
     disk = sum(max(plan.disk.values(), default=0) for plan in plans)
     work = sum(plan.flops or 0 for plan in plans)
     costs = (
-        (number(whole.hours), number(whole.gpu_hours), number(whole.price))
+        (hours(whole.hours), hours(whole.gpu_hours), number(whole.price))
         if len(missing) < len(plans)
         else ("-", "-", "-")
     )

@@ -9,9 +9,12 @@ from minima.planning.floor import executed_flops_per_token
 from minima.planning.memory import Memory
 from minima.planning.placement import LEVELS, choose
 from minima.planning.run_plan import Cluster, Placed, StagePlan, cost_of
-from minima.planning.throughput import step_time, unknown_rates
+from minima.planning.throughput import StepTime, step_time, unknown_rates
 from minima.planning.traffic import Traffic, frozen_traffic, trained_traffic
 from minima.recipe.chat import Align
+
+# About a hundred kernels run forward and backward through a layer, and starting one takes some microseconds. A choice.
+SMALL_LAYER_SECONDS = 1e-3
 
 
 def place(plan: StagePlan, stage: Stage, cluster: Cluster) -> None:
@@ -49,10 +52,23 @@ def place(plan: StagePlan, stage: Stage, cluster: Cluster) -> None:
         plan.placed.append(_placed(row, stage, cluster, plan.executed_flops_per_token, sizes))
     plan.taken = chosen.name if chosen is not None else ""
     taken = plan.chosen
+    if taken is not None and taken.time is not None:
+        plan.notes += _small(taken.time, stage, cluster)
     if taken is not None and taken.time is not None and plan.steps is not None and not taken.refused:
         plan.cost = cost_of(taken.time.seconds * plan.steps, cluster)
     elif taken is not None and taken.unknown:
         plan.notes.append(_unknown(taken.unknown, cluster))
+
+
+def _small(time: StepTime, stage: Stage, cluster: Cluster) -> list[str]:
+    """A note where starting kernels would take longer than what is counted."""
+    layers = stage.student.num_layers + (stage.teacher_shape.num_layers if stage.teacher_shape is not None else 0)
+    if time.compute / stage.work(cluster.gpus).accumulation / max(1, layers) >= SMALL_LAYER_SECONDS:
+        return []
+    return [
+        f"a layer computes less than {SMALL_LAYER_SECONDS * 1e3:g} ms for a micro-batch, so starting its kernels, "
+        "which is not in the time, takes longer: the time is a lower bound, and a far one"
+    ]
 
 
 def frozen(plan: StagePlan, models: list[Memory], precision: str, cluster: Cluster, rank_flops: float) -> None:

@@ -97,7 +97,7 @@ class _Planner(Walk):
             add = (
                 f"write `{key}: {{source: {root}, shape: {{...}}}}` in stages.{name}, with what its config.json says, "
             )
-            note += f": {add + 'or ' if key else ''}run `minima fetch {self.recipe_path}`"
+            note += f": {add + 'or ' if key else ''}run `minima fetch {self.recipe_path}` where it is on the Hub"
         if not any(root in other for other in plan.notes):
             plan.notes.append(note)
         return None

@@ -230,7 +230,13 @@ def test_an_unknown_model_is_named_with_what_to_add(planned):
     assert plans["s"].tokens == 2_560_000 and plans["s"].parameters is None
     own[1]["model"] = {"source": "some-org/Big-9B", "shape": SMALL | {"hidden_size": 16, "num_heads": 2}}
     plans, _ = planned(own, gpus=2, gpu="h100")
-    assert plans["s"].chosen is not None and not plans["s"].notes, "one shape does for all that read the source"
+    assert plans["s"].chosen is not None, "one shape does for all that read the source"
+    assert not any("not known" in note for plan in plans.values() for note in plan.notes)
+
+
+def test_a_time_that_can_only_be_a_lower_bound_is_called_one(planned):
+    assert any("lower bound" in note for note in planned(stages(), gpus=1, gpu="h100")[0]["s"].notes)
+    assert not any("lower bound" in note for note in planned("7B to 3B", gpu="h100")[0]["student"].notes)
 
 
 def test_where_nothing_fits_the_plan_says_so_and_names_no_cost(planned):
@@ -293,3 +299,14 @@ def test_the_command_prints_a_plan_without_torch(root):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gpus"] == 16
     assert cli.main(["plan", "minima-3b", "--gpus", "0"]) == 2
+
+
+def test_the_documentation_shows_what_the_command_prints(planned, root):
+    shown = (root / "docs" / "plan.md").read_text(encoding="utf-8").split("```text\n")[1:]
+    assert len(shown) == 3
+    text = ""
+    for run in RUNS:
+        plans, cluster = planned(run, gpu="h100", price=2.0)
+        text += render(list(plans.values()), cluster, assumptions(cluster))
+    for block in shown:
+        assert block.split("```")[0].strip() in text
