@@ -146,7 +146,14 @@ class _Planner(Walk):
     def _of(self, stage: AnyTraining, shape: ModelShape, other: ModelShape | None, length: int) -> Trained:
         teacher = None
         if other is not None:
-            teacher = stage.teacher if isinstance(stage, Distil) else Teacher(source="reference", placement="zero3")
+            teacher = stage.teacher if isinstance(stage, Distil) else None
+        if other is not None and isinstance(stage, Align):
+            teacher = Teacher(
+                source="reference",
+                placement="zero3",
+                precision=stage.reference_precision,
+                deepspeed=stage.reference_deepspeed,
+            )
         own = self._sharding(stage.deepspeed)
         named = self._sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
         place = shipped if named is None else lambda placement, offload: named

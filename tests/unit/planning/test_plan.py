@@ -1,60 +1,15 @@
 """`minima plan`: memory, traffic, time and cost of recipes, among them of runs that no machine here can make."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-import yaml
 
-from minima import cli
-from minima.errors import RecipeError
 from minima.planning.plan_text import assumptions, render
-from minima.planning.run_plan import PARTS, as_dict
+from minima.planning.run_plan import PARTS
 from minima.planning.throughput import LINK_FRACTION
 from minima.recipe.loading import load_recipe
-from minima.stages.plan_command import cluster_for
-from minima.stages.plan_walk import plan_run
+from tests.unit.planning.runs import RUNS, SMALL, stages
 from tests.unit.planning.test_plan_hardware import result
-
-RUNS = {"7B to 3B": ("recipes/minima-3b.yaml", 16), "70B to 27B": ("tests/data/llama-70b-27b.yaml", 1024)}
-SMALL = {"vocabulary_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
-
-
-@pytest.fixture
-def planned(root, tmp_path):
-    """Gives the plans and the cluster of a shipped run, or of stages."""
-
-    def planned(run, gpus=None, overrides=(), **asked):
-        if isinstance(run, str):
-            name, own = RUNS[run]
-            path, gpus = root / name, own if gpus is None else gpus
-        else:
-            path = tmp_path / "x.yaml"
-            path.write_text(yaml.safe_dump({"name": "x", "output": str(tmp_path / "out"), "stages": run}))
-        recipe = load_recipe(path, list(overrides))
-        asked = {"benchmarks": tmp_path} | asked
-        cluster = cluster_for(recipe, path, gpus=gpus, **asked)
-        return {plan.name: plan for plan in plan_run(recipe, path, cluster)}, cluster
-
-    return planned
-
-
-def stages(**changes) -> list[dict]:
-    corpus = {"name": "c", "kind": "build_data", "sources": [{"embedded": "sotu"}], "tokenizer": "tok",
-              "sequence_length": 128, "tokens": 1_280_000}  # fmt: skip
-    student = {
-        "name": "s",
-        "kind": "distil",
-        "model": {"random": SMALL},
-        "teacher": {"random": SMALL},
-        "data": "c",
-        "learning_rate": 1e-3,
-        "batch_sequences": 64,
-        "micro_batch_sequences": 4,
-        "epochs": 2,
-    } | changes
-    return [corpus, student]  # fmt: skip
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -173,67 +128,6 @@ def test_a_measured_gpu_gives_its_own_speed_back(planned, tmp_path):
     assert planned(own, gpus=1, gpu="h200")[1].efficiency.measured is False, "another GPU"
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_text_is_100_columns_wide_and_says_what_it_assumes(planned, run):
-    plans, cluster = planned(run, gpu="h100", price=2.5)
-    text = render(list(plans.values()), cluster, assumptions(cluster))
-    assert max(map(len, text.splitlines())) <= 100
-    flat = " ".join(text.split())
-    for wanted in ("computed, not measured", "0.4 of the published peak", "arXiv 2407.21783", "NVIDIA H100", "a choice",
-                   "zero3", "tokens/s", "GPU-hours", "cost", "between machines", "largest micro-batch"):  # fmt: skip
-        assert wanted in flat
-    for plan in plans.values():
-        assert f"\n{plan.name} ({plan.kind})" in text
-
-
-def test_eight_places_still_fit_into_100_columns(planned):
-    teacher = {"random": SMALL | {"num_heads": 2}, "nvme_path": "/x"}
-    plans, cluster = planned(stages(teacher=teacher), gpus=16, gpu="h100", gpus_per_node=2)
-    text = render(list(plans.values()), cluster, assumptions(cluster))
-    assert len(plans["s"].placed) == 8 and max(map(len, text.splitlines())) <= 100
-    assert "from NVMe" in text
-
-
-def test_without_a_gpu_no_time_is_made_up(planned):
-    plans, cluster = planned("7B to 3B")
-    assert all(plan.cost is None and not plan.taken for plan in plans.values())
-    text = render(list(plans.values()), cluster, assumptions(cluster))
-    assert "give --gpu" in text and "    hours" not in text.split("all stages")[0] and "= peak" in text
-
-
-def test_json_holds_the_same_numbers(planned):
-    plans, cluster = planned("7B to 3B", gpu="h100", price=2.0)
-    found = json.loads(json.dumps(as_dict(list(plans.values()), cluster, assumptions(cluster))))
-    student = next(stage for stage in found["stages"] if stage["name"] == "student")
-    taken = next(one for one in student["placed"] if one["name"] == student["taken"])
-    assert taken["tokens_per_second"] == plans["student"].chosen.tokens_per_second
-    assert taken["time"]["seconds"] == pytest.approx(
-        sum(taken["time"][name] for name in ("compute", "update", "transfer", "host"))
-    )
-    assert taken["traffic"]["within_node"] + taken["traffic"]["between_nodes"] == taken["traffic"]["received"]
-    hours = sum(stage["cost"]["gpu_hours"] for stage in found["stages"] if stage["cost"])
-    assert found["total"]["gpu_hours"] == pytest.approx(hours)
-    assert found["total"]["price"] == pytest.approx(2 * hours)
-    assert found["total"]["without"] == ["expanded", "corpus", "minima"]
-
-
-def test_an_unknown_model_is_named_with_what_to_add(planned):
-    own = stages(teacher="some-org/Big-9B")
-    own.insert(1, {"name": "p", "kind": "prune", "model": "some-org/Big-9B", "data": "c", "target": {"sparsity": 50}})
-    own[2]["model"] = "p"
-    own.append({"name": "q", "kind": "evaluate", "models": ["p", "s"], "data": "c", "sequences": 4})
-    plans, _ = planned(own, gpus=2, gpu="h100")
-    assert "some-org/Big-9B is not known here" in plans["p"].notes[0]
-    assert "model: {source: some-org/Big-9B, shape: {...}}` in stages.p" in plans["p"].notes[0]
-    for name in ("s", "q"):
-        assert len(plans[name].notes) == 1 and "some-org/Big-9B" in plans[name].notes[0]
-    assert plans["s"].tokens == 2_560_000 and plans["s"].parameters is None
-    own[1]["model"] = {"source": "some-org/Big-9B", "shape": SMALL | {"hidden_size": 16, "num_heads": 2}}
-    plans, _ = planned(own, gpus=2, gpu="h100")
-    assert plans["s"].chosen is not None, "one shape does for all that read the source"
-    assert not any("not known" in note for plan in plans.values() for note in plan.notes)
-
-
 def test_a_time_that_can_only_be_a_lower_bound_is_called_one(planned):
     assert any("lower bound" in note for note in planned(stages(), gpus=1, gpu="h100")[0]["s"].notes)
     assert not any("lower bound" in note for note in planned("7B to 3B", gpu="h100")[0]["student"].notes)
@@ -253,60 +147,44 @@ def test_where_nothing_fits_the_plan_says_so_and_names_no_cost(planned):
     assert student.taken == "replica" and student.cost is None and "may not fit" in student.notes[0]
 
 
-def test_what_no_vendor_publishes_has_to_be_given(planned):
-    plans, _ = planned("7B to 3B", gpus=16, gpu="l40s")
-    assert plans["student"].cost is None
-    assert any("--network-bandwidth" in note for note in plans["student"].notes)
-    plans, _ = planned("7B to 3B", gpus=16, gpu="l40s", network_bandwidth=12.5e9)
-    assert plans["student"].cost is not None
-
-
 def test_a_place_that_the_recipe_names_is_the_one_that_is_taken(planned):
     teacher = {"random": SMALL, "placement": "zero3", "offload": "cpu", "window_micro_batches": 2}
     plans, _ = planned(stages(teacher=teacher), gpus=8, gpu="h100", gpus_per_node=4)
     assert plans["s"].taken == "zero3+cpu" and plans["s"].chosen.window == 2
     assert {one.name for one in plans["s"].placed} >= {"replica", "zero3_node", "zero3+cpu"}
+    alone = planned(stages(teacher={"random": SMALL, "placement": "zero3"}), gpus=4, gpu="h100")[0]["s"]
+    assert alone.taken == "zero3" and alone.chosen is not None, "which `auto` would call zero3_node on one machine"
 
 
-@pytest.mark.parametrize(
-    ("asked", "wrong"),
-    [
-        ({"gpus": 0}, "--gpus 0"),
-        ({"gpus": -8}, "--gpus -8"),
-        ({"gpus": 12}, "12 GPUs do not fill machines of 8"),
-        ({"gpus": 3}, "batch_sequences 1024 does not divide by 3"),
-        ({"gpus": 2048}, "batch_sequences 1024 does not divide by 2048"),
-        ({"gpus_per_node": 0}, "--gpus-per-node 0"),
-        ({"gpu": "h1000"}, "the GPU 'h1000' is not known"),
-        ({"price": 2.0}, "--price without --gpu"),
-        ({"gpu": "h100", "price": -1.0}, "--price -1"),
-        ({"gpu": "h100", "efficiency": 40.0}, "--efficiency 40"),
-        ({"gpu": "h100", "gpu_memory": 0.0}, "memory_bytes"),
-    ],
-)
-def test_bad_input_is_named(planned, asked, wrong):
-    with pytest.raises(RecipeError) as error:
-        planned("7B to 3B", **asked)
-    assert wrong in error.value.what
+def align(**changes) -> list[dict]:
+    pairs = {"name": "c", "kind": "build_data", "format": "preferences", "sources": [{"embedded": "preferences"}],
+             "tokenizer": "tok", "sequence_length": 128, "tokens": 128_000}  # fmt: skip
+    stage = {"name": "a", "kind": "align", "model": {"random": SMALL}, "data": "c", "learning_rate": 1e-5,
+             "batch_sequences": 8, "micro_batch_sequences": 2, "steps": 10} | changes  # fmt: skip
+    return [pairs, stage]
 
 
-def test_the_command_prints_a_plan_without_torch(root):
-    code = "import sys\nfrom minima.cli import main\ncode = main(sys.argv[1:])\n"
-    code += "heavy = {'torch', 'deepspeed', 'transformers'} & set(sys.modules)\nassert code == 0 and not heavy, heavy"
-    options = ["plan", "minima-3b", "--gpus", "16", "--gpu", "h100", "--price", "2", "--json"]
-    options += ["stages.student.micro_batch_sequences=4"]
-    done = subprocess.run([sys.executable, "-c", code, *options], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["gpus"] == 16
-    assert cli.main(["plan", "minima-3b", "--gpus", "0"]) == 2
+def test_a_reference_stays_where_it_is_and_a_precomputed_one_takes_no_memory(planned):
+    beside, once = (planned(align(precompute_reference=value), gpus=2, gpu="h100")[0]["a"] for value in (False, True))
+    assert [one.name for one in beside.placed] == ["zero3"] and beside.placed[0].parts["teacher"] > 0
+    assert [one.name for one in once.placed] == ["no teacher"] and once.placed[0].parts["teacher"] == 0
+    assert any("reference" in note for note in once.notes)
+    assert once.flops_per_token < beside.flops_per_token
 
 
-def test_the_documentation_shows_what_the_command_prints(planned, root):
-    shown = (root / "docs" / "plan.md").read_text(encoding="utf-8").split("```text\n")[1:]
-    assert len(shown) == 3
-    text = ""
-    for run in RUNS:
-        plans, cluster = planned(run, gpu="h100", price=2.0)
-        text += render(list(plans.values()), cluster, assumptions(cluster))
-    for block in shown:
-        assert block.split("```")[0].strip() in text
+def test_importance_takes_as_long_on_more_gpus_than_it_has_micro_batches(planned):
+    few, enough, many = (planned("70B to 27B", gpus=gpus, gpu="h100")[0]["pruned"] for gpus in (512, 1024, 2048))
+    assert few.cost.hours == pytest.approx(2 * enough.cost.hours)
+    assert many.cost.hours == enough.cost.hours, "8,192 sequences in micro-batches of 8"
+    forward = enough.flops_per_token / 2
+    assert enough.cost.hours == pytest.approx(3 * forward * 8 * 4096 / (0.4 * 989.4e12) / 3600)
+
+
+def test_an_evaluation_holds_a_model_and_the_teacher(planned):
+    with_teacher, alone = (
+        planned("7B to 3B", gpus=16, gpu="h100", overrides=overrides)[0]["quality"]
+        for overrides in ((), ("stages.quality.teacher=null", "stages.quality.models=[student]"))
+    )
+    assert with_teacher.memory["weights"] > 2 * 6.8e9 * 2 / 16, "of the largest model and of the teacher, a sixteenth"
+    assert with_teacher.memory["heads"] > 1.7 * alone.memory["heads"]
+    assert with_teacher.flops > 8 * alone.flops
