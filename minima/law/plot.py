@@ -193,7 +193,7 @@ def _law(axis: Any, group: Sequence[ConditionFit], fit: Fit) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(span[0], span[-1])
-    axis.set_ylim(min(limits) / 1.1, max(limits) * 1.2)
+    axis.set_ylim(min(limits) / 1.1, max(limits) * 1.35)
     students, teachers = sorted(set(sizes)), sorted({size for one in group for c in one.curves for size in c.sizes})
     axis.set_xticks(students, [short(size) for size in students], rotation=30, ha="right", rotation_mode="anchor")
     axis.set_yticks(teachers, [short(size) for size in teachers])
@@ -224,7 +224,7 @@ def _legend(axis: Any, group: Sequence[ConditionFit], styles: dict[str, dict], s
 
 
 def _equation(slope: float, intercept: float) -> str:
-    return f"{slope:.3g} S {'-' if intercept < 0 else '+'} {abs(intercept):.3g}"
+    return f"{slope:.4g} S {'-' if intercept < 0 else '+'} {abs(intercept):.3g}"
 
 
 def _without_start(condition: Condition, fit: Fit) -> str:

@@ -11,8 +11,8 @@ def short(value: float) -> str:
     """Three digits and a unit: 546M, 2.70B, 85.3k."""
     for unit, factor in reversed(_UNITS.items()):
         if abs(value) >= 0.9995 * factor:
-            scaled = value / factor
-            return f"{scaled:.{max(0, 2 - math.floor(math.log10(abs(scaled)) + 1e-9))}f}{unit}"
+            scaled = float(f"{value / factor:.3g}")
+            return f"{scaled:.{max(0, 2 - math.floor(math.log10(abs(scaled))))}f}{unit}"
     return f"{value:.0f}"
 
 

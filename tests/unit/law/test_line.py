@@ -1,0 +1,103 @@
+"""The line T* = a S + b: the paper's numbers, and lines that are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Minimum
+from minima.law.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher
+from minima.law.noise import Noise
+
+
+def minimum(student, teacher):
+    status = NOT_BRACKETED if teacher is None else MINIMUM
+    return Minimum(
+        f"s{student:g}", round(student), 10**9, status, "the edge" if teacher is None else "", "t", (),
+        Noise(False, 0, None), teacher_size=teacher,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "ratio"),
+    [(100e6, 238.3e6, 2.383), (300e6, 737.9e6, 2.460), (1e9, 2486.5e6, 2.487), (2.7e9, 6733.1e6, 2.494)],
+)
+def test_the_papers_line_gives_its_table(student, teacher, ratio):
+    assert paper_teacher(student) == pytest.approx(teacher, rel=1e-4)
+    assert paper_teacher(student) / student == pytest.approx(ratio, abs=6e-4)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(6.88e9, 2.76e9), (13.0e9, 5.2e9), (69e9, 27.6e9)])
+def test_the_papers_line_backwards(teacher, student):
+    assert paper_teacher(student) == pytest.approx(teacher, rel=3e-3)
+
+
+def test_the_smallest_student_that_the_papers_line_has_a_larger_teacher_for():
+    assert paper_teacher(SMALLEST_PAPER_STUDENT) == pytest.approx(SMALLEST_PAPER_STUDENT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(slope=st.floats(1.5, 20), intercept=st.floats(-50, 500), number=st.integers(3, 8))
+def test_a_line_is_found_exactly(slope, intercept, number):
+    students = 100e6 * np.arange(1, number + 1)
+    found = fit_line([minimum(size, slope * size + intercept * 1e6) for size in students], [None] * number)
+    assert found.with_intercept.slope == pytest.approx(slope, rel=1e-6)
+    assert found.with_intercept.intercept == pytest.approx(intercept, abs=1e-3)
+    assert found.with_intercept.r2 == pytest.approx(1, abs=1e-6)
+    assert found.with_intercept.slope_interval is None
+    assert found.without_intercept.r2 <= found.with_intercept.r2 + 1e-9
+
+
+def test_a_student_that_is_not_bracketed_takes_no_part():
+    given_minima = [minimum(1e8, 2.5e8), minimum(2e8, 5e8), minimum(3e8, None), minimum(4e8, 10e8)]
+    found = fit_line(given_minima, [None] * 4)
+    assert found.students == ("s1e+08", "s2e+08", "s4e+08")
+    assert found.left_out == (("s3e+08", "not bracketed: the edge"),)
+    assert found.with_intercept.slope == pytest.approx(2.5)
+
+
+def test_two_students_make_no_line():
+    found = fit_line([minimum(1e8, 2.5e8), minimum(2e8, 5e8), minimum(3e8, None)], [None] * 3)
+    assert not found.fitted
+    assert found.with_intercept is None
+    assert found.agreement is None
+
+
+def noisy(slope, intercept, students, noise=0.02, seed=0):
+    rng = np.random.default_rng(seed)
+    best = [(slope * size / 1e6 + intercept) * 1e6 for size in students]
+    means = [size * np.exp(noise * rng.standard_normal()) for size in best]
+    draws = [size * np.exp(noise * rng.standard_normal(1000)) for size in means]
+    return fit_line([minimum(size, mean) for size, mean in zip(students, means, strict=True)], draws)
+
+
+def test_the_papers_line_is_rejected_where_it_is_wrong_and_not_where_it_is_right():
+    students = (100e6, 200e6, 300e6, 500e6, 800e6)
+    right, wrong = noisy(2.498, -11.498, students).agreement, noisy(4.0, 0.0, students).agreement
+    assert right.rejected is False
+    assert wrong.rejected is True
+    assert wrong.seeds_p < 0.01
+    assert wrong.scatter_p < 0.01
+
+
+def test_small_students_are_compared_by_the_slope_alone():
+    agreement = noisy(2.498, 0.0, (50e3, 100e3, 200e3, 400e3)).agreement
+    assert agreement.rejected is False
+    assert "the slope without intercept alone" in agreement.test
+    assert noisy(9.0, 0.0, (50e3, 100e3, 200e3, 400e3)).agreement.rejected is True
+
+
+def test_draws_beyond_the_grid_are_left_out_and_counted():
+    students, rng = (100e6, 200e6, 300e6), np.random.default_rng(0)
+    draws = [2.5 * size * np.exp(0.01 * rng.standard_normal(1000)) for size in students]
+    draws[1][:250] = np.inf
+    found = fit_line([minimum(size, 2.5 * size) for size in students], draws)
+    assert found.used_share == 0.75
+    assert found.with_intercept.slope_interval[0] < 2.5 < found.with_intercept.slope_interval[1]
+    assert len(found.draws) == 400
+
+
+def test_r2_without_an_intercept_is_measured_around_the_mean_too():
+    found = fit_line([minimum(size, best) for size, best in ((1e8, 9e8), (2e8, 5e8), (3e8, 1e8))], [None] * 3)
+    assert found.without_intercept.r2 < 0
+    assert found.with_intercept.r2 == pytest.approx(1)
