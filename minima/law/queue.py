@@ -4,7 +4,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from minima.launcher import child_environment, num_accelerators, num_cores
 from minima.law.grid import Unit
 from minima.law.worker import BEGUN, DONE, EVENT, READY
 
-SHOW_SECONDS = 30.0  # between two looks at the table when nothing happens
+POLL_SECONDS = 1.0  # between two looks at whether a signal has come
 _ERROR = "minima: "
 
 
@@ -69,6 +68,7 @@ class _Worker:
     def __init__(self, number: int, command: Sequence[str], environment: dict[str, str], lock: int, said, logs) -> None:
         self.number, self.began, self.ready = number, time.monotonic(), False
         self.unit: Unit | None = None
+        self.told = 0  # how often it was asked to end
         self.error: str | None = None
         self.process = subprocess.Popen(
             command,
@@ -114,7 +114,7 @@ class _Worker:
         assert self.process.stdin is not None
         try:
             self.process.stdin.close()
-        except BrokenPipeError:
+        except (BrokenPipeError, RuntimeError):  # it has ended; or a signal came while it was being given a run
             return
 
     def _say(self, text: str) -> None:
@@ -122,8 +122,8 @@ class _Worker:
         try:
             self.process.stdin.write(text)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return  # it has ended, and its reader says so
+        except (BrokenPipeError, ValueError):  # it has ended, and its reader says so; or a signal has closed it
+            return
 
 
 class Pool:
@@ -131,37 +131,38 @@ class Pool:
 
     Args:
         units: all runs of the study.
-        arguments: of the worker: the study's file and overrides.
+        command: that starts a worker.
         workers: how many at one time.
         logs: folder of the runs' logs.
         lock: descriptor of the study's lock, which the workers inherit.
-        show: is called with the tally after each event, and now and then.
+        show: is called with the tally after each event.
     """
 
     def __init__(
         self,
         units: Sequence[Unit],
-        arguments: Sequence[str],
+        command: Sequence[str],
         workers: int,
         logs: Path,
         lock: int,
         show: Callable[[Tally], None],
     ) -> None:
-        self.units, self.arguments, self.logs, self.lock, self.show = units, arguments, logs, lock, show
+        self.units, self.command, self.logs, self.lock, self.show = units, command, logs, lock, show
         self.tally = Tally(done={unit.name for unit in units if unit.is_done()})
         self._said: queue.Queue[tuple[_Worker, str]] = queue.Queue()
         self._wanted, self._workers = workers, dict[int, _Worker]()
-        self._ended_seconds = 0.0
+        self._ended_seconds, self._asked = 0.0, 0
 
     def run(self) -> Tally:
         """Make what is left; ends early once a signal asks for it, with everything saved."""
         with self._signals():
             self._start()
             while self._workers:
+                if self.tally.stopped:
+                    self._stop()  # also a worker that was being started as the signal came
                 try:
-                    worker, event = self._said.get(timeout=SHOW_SECONDS)
+                    worker, event = self._said.get(timeout=POLL_SECONDS)
                 except queue.Empty:
-                    self._show()
                     continue
                 self._take(worker, event)
                 self._feed()
@@ -173,13 +174,12 @@ class Pool:
         waiting = len(ready_units(self.units, self.tally))
         waiting -= len([worker for worker in self._workers.values() if worker.unit is None])
         for number in [number for number in range(self._wanted) if number not in self._workers][: max(0, waiting)]:
-            command = [sys.executable, "-m", "minima.law.worker", *self.arguments]
             environment = child_environment(self._wanted)
             if num_accelerators():
                 visible = environment.get("CUDA_VISIBLE_DEVICES")
                 devices = visible.split(",") if visible else [str(index) for index in range(num_accelerators())]
                 environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)].strip()
-            self._workers[number] = _Worker(number, command, environment, self.lock, self._said, self.logs)
+            self._workers[number] = _Worker(number, self.command, environment, self.lock, self._said, self.logs)
 
     def _take(self, worker: _Worker, event: str) -> None:
         tally = self.tally
@@ -229,14 +229,21 @@ class Pool:
         self.tally.worker_seconds = self._ended_seconds + sum(now - each.began for each in self._workers.values())
         self.show(self.tally)
 
+    def _stop(self) -> None:
+        """Ask every worker to end, once for each time that it was asked of the driver."""
+        for worker in list(self._workers.values()):
+            if worker.told < self._asked:
+                worker.told = self._asked
+                worker.close()
+                if worker.process.poll() is None:
+                    os.kill(worker.process.pid, self.tally.stopped)
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def forward(number: int, frame: object) -> None:
             self.tally.stopped = self.tally.stopped or number
-            for worker in list(self._workers.values()):
-                worker.close()
-                if worker.process.poll() is None:
-                    os.kill(worker.process.pid, number)
+            self._asked += 1
+            self._stop()
 
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

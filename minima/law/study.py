@@ -90,7 +90,8 @@ def _make(units: Sequence[Unit], path: Path, runs: Sequence[str]) -> int:
 def _run(own: Study, units: Sequence[Unit], arguments: Sequence[str], workers: int, write) -> int:
     with disk_full_named(own.folder), run_lock(own.folder) as lock:
         (own.folder / STUDY).write_text(resolved_yaml(own), encoding="utf-8")
-        pool = Pool(units, arguments, workers, own.folder / "logs", lock, _Live(own, units, write).show)
+        command = [sys.executable, "-m", "minima.law.worker", *arguments]
+        pool = Pool(units, command, workers, own.folder / "logs", lock, _Live(own, units, write).show)
         tally = pool.run()
         write(overview(own, units, tally))
         write(_collected(own, units))

@@ -158,7 +158,7 @@ class Study(Strict):
         for teacher in self.teachers:
             own = "pruned_from_teacher" in self.initialisations
             for student in self.students:
-                if (own and self.smaller(student, teacher)) or (fixed and teacher == self.fixed_teacher):
+                if self.smaller(student, teacher) and (own or (fixed and teacher == self.fixed_teacher)):
                     self._check_cut(student, teacher)
 
     def _check_cut(self, student: str, teacher: str) -> None:

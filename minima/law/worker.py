@@ -5,6 +5,7 @@
 What it tells the driver are lines that begin with `EVENT`; all else is the run's own log.
 """
 
+import importlib
 import logging
 import signal
 import sys
@@ -19,7 +20,7 @@ from minima.launcher import Launch, read_launch
 from minima.law.grid import Unit, expand
 from minima.law.study_recipe import load_study
 from minima.stages.lock import run_lock
-from minima.stages.running import run_stages, uses_ranks
+from minima.stages.running import run_stages
 from minima.stages.summary import write_summary
 
 EVENT = "== run "
@@ -49,6 +50,7 @@ def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("minima").setLevel(logging.INFO)
     launch = read_launch()
+    _start(launch)
     _tell(READY)
     try:
         for name in names:
@@ -68,10 +70,18 @@ def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
     return 0
 
 
+def _start(launch: Launch) -> None:
+    """What every run would otherwise wait for: torch, DeepSpeed and the process group of one rank."""
+    from minima.engine import distributed
+
+    for kind in ("adapt", "prune", "distil", "evaluate"):
+        importlib.import_module(f"minima.stages.{kind}")
+    distributed.start(launch)
+
+
 def make_one(unit: Unit, path: Path, launch: Launch) -> None:
     """One ordinary run under its folder's lock: what is finished is skipped, what is half-finished goes on."""
-    if any(uses_ranks(stage) for stage in unit.recipe.stages):
-        _forget_the_last_run()
+    _forget_the_last_run()
     with disk_full_named(unit.folder), run_lock(unit.folder):
         run_stages(unit.recipe, path, unit.recipe.stages, launch, _write, keep_group=True)
         write_summary(unit.recipe, unit.folder)

@@ -130,7 +130,8 @@ def test_every_shipped_recipe_dry_runs_without_torch(root: Path, tmp_path):
         "for name in sys.argv[1:]:\n    assert main(['run', name, '--dry-run']) == 0\n"
         "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
     )
-    recipes = [str(path) for path in sorted((root / "recipes").glob("*.yaml"))]
+    paths = sorted((root / "recipes").glob("*.yaml"))
+    recipes = [str(path) for path in paths if not path.stem.startswith("law-")]  # those are `minima law study`'s
     done = subprocess.run([sys.executable, "-c", code, *recipes], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("# what would run") == len(recipes) >= 2

@@ -223,7 +223,8 @@ def test_shipped_recipes_load(root: Path):
     recipes = sorted((root / "recipes").glob("*.yaml"))
     assert {path.stem for path in recipes} >= {"quickstart", "minima-3b"}
     for path in recipes:
-        assert load_recipe(path).name == path.stem
+        if not path.stem.startswith("law-"):  # those are `minima law study`'s
+            assert load_recipe(path).name == path.stem
 
 
 @pytest.mark.parametrize("name", ["lock", "logs", "recipe.yaml", "summary.json", "hub.json"])

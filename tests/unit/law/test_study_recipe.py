@@ -1,0 +1,64 @@
+"""What a study's YAML may say, and what is refused by name."""
+
+import pytest
+
+from minima.errors import RecipeError
+from minima.law.study_recipe import load_study, resolved_yaml, warnings
+from tests.unit.law.study_grid import GRID, TRAINING, study_file
+
+HUGE = {"hidden_size": 96, "num_heads": 12, "intermediate_size": 256}
+
+
+def refused(folder, **changes) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_study(study_file(folder, **changes))
+    return str(caught.value)
+
+
+def test_a_study_loads_again_from_what_it_writes(tmp_path):
+    study = load_study(study_file(tmp_path))
+    (tmp_path / "again.yaml").write_text(resolved_yaml(study))
+    assert load_study(tmp_path / "again.yaml") == study
+
+
+def test_an_override_changes_it(tmp_path):
+    study = load_study(study_file(tmp_path), ["seeds=[7]", "teachers.small.intermediate_size=64"])
+    assert study.seeds == [7] and study.shape_of("small").intermediate_size == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"students": {"a": HUGE}}, "the student a (221,664 parameters without embeddings) is smaller than no teacher"),
+        ({"students": {}}, "students"),
+        ({"seeds": [1, 1]}, r"seeds [1, 1] names one twice"),
+        ({"teachers": GRID["teachers"] | {"a": HUGE}}, "'a' is a teacher and a student"),
+        ({"fixed_teacher": "larg"}, "did you mean 'large'"),
+        ({"fixed_teacher": None}, "fixed_teacher None"),
+        ({"teachers": {"large": GRID["teachers"]["large"] | {"vocabulary_size": 600}}}, "large has a vocabulary of 600"),
+        ({"shape": GRID["shape"] | {"vocabulary_size": 400}}, "small has a vocabulary of 400, and the study's is 512"),
+        ({"tockens": [1]}, "tockens: no such key; did you mean 'tokens'"),
+        ({"initialisations": ["pruned"]}, "initialisations.0"),
+        ({"student_training": TRAINING | {"tokens": 5}}, "student_training.tokens is given"),
+        ({"teacher_training": TRAINING | {"seed": 5, "steps": 2}}, "teacher_training.seed is given"),
+        ({"students": {"a": {"hidden_size": 15, "num_heads": 2, "intermediate_size": 8}}}, "students.a"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(tmp_path, changes, message):
+    assert message in refused(tmp_path, **changes)
+
+
+def test_a_student_that_cannot_be_cut_from_its_teacher_is_refused(tmp_path):
+    wide = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 48}  # more neurons than the small teacher has
+    said = refused(tmp_path, students={"a": wide})
+    assert "the student a cannot be cut from the teacher small: a target with intermediate_size 48" in said
+    heads = {"hidden_size": 16, "num_heads": 4, "intermediate_size": 16}  # heads of 4, and the teacher's are of 8
+    assert "cannot be cut from the teacher" in refused(tmp_path, students={"a": heads})
+    load_study(study_file(tmp_path, students={"a": wide}, initialisations=["random", "direct"]))
+
+
+def test_what_makes_a_study_weak_is_said(tmp_path):
+    assert warnings(load_study(study_file(tmp_path, teachers=GRID["teachers"] | {"huge": HUGE}))) == []
+    said = "\n".join(warnings(load_study(study_file(tmp_path, tokens=[60_000], seeds=[1]))))
+    assert "b is trained on 60,000 tokens, 3.7 for each of its 16,032 parameters" in said
+    assert "one seed" in said and "2 teachers" in said
