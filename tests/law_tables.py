@@ -59,7 +59,8 @@ def valley(
                     away = np.log(teacher / best(student))
                     moved = noise * (shared[teacher, seed] + rng.standard_normal()) / np.sqrt(2)
                     loss = floor + curvature * away**2 + common + moved
-                    rows.append(row(student, teacher, seed, loss, **{"teacher_loss": 2.9} | changes))
+                    own = {"teacher_loss": 3.5 - 0.1 * np.log(teacher / 1e8)} | changes
+                    rows.append(row(student, teacher, seed, loss, **own))
             if direct:
                 rows.append(row(student, None, seed, floor + 0.1 + common))
     return rows

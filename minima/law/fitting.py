@@ -19,6 +19,7 @@ from minima.law.noise import draw_means
 from minima.law.scaling import ScalingLaw, Supervised
 from minima.law.scaling_fit import DESCENTS, Fitted, fit_distilled, fit_supervised, published_error
 from minima.law.table import DIRECT, INITIALISATIONS, Row, read_table
+from minima.law.teachers import order_notes
 
 FORMAT = "minima law fit 1"
 DRAWS = 2000
@@ -131,7 +132,7 @@ def fit_table(
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Fit(
         FORMAT, path.name, digest, len(rows), len(runs), sizes, budget, seed, num_draws, tuple(excluded),
-        tuple(notes + _remarks(rows, runs, conditions, sizes, budget)), tuple(conditions),
+        tuple(notes + order_notes(runs) + _remarks(rows, runs, conditions, sizes, budget)), tuple(conditions),
         tuple(_scaling(runs, descents)),
     )  # fmt: skip
 

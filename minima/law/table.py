@@ -99,7 +99,7 @@ def write_table(rows: Iterable[Row], *paths: Path) -> None:
                 with beside.open("w", encoding="utf-8", newline="") as file:
                     writer = csv.writer(file, lineterminator="\n")
                     writer.writerow(COLUMNS)
-                    writer.writerows([_text(getattr(row, name)) for name in COLUMNS] for row in rows)
+                    writer.writerows([_text(name, getattr(row, name)) for name in COLUMNS] for row in rows)
             else:
                 _write_parquet(rows, beside)
             os.replace(beside, path)
@@ -179,8 +179,8 @@ def _is_digits(cell: str) -> bool:
     return cell.strip().lstrip("+-").isdigit()
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+def _text(name: str, value: Any) -> str:
+    return "" if value is None else str(_KINDS[name](value))  # numpy's floats show as np.float64(...) otherwise
 
 
 def _read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:

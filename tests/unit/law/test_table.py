@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from minima.errors import TableError
@@ -31,6 +32,12 @@ def test_a_nan_comes_back_as_one(tmp_path):
     paths = tmp_path / "table.csv", tmp_path / "table.parquet"
     write_table([replace(ROW, student_loss=math.nan)], *paths)
     assert all(math.isnan(read_table(path)[0].student_loss) for path in paths)
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    paths = tmp_path / "table.csv", tmp_path / "table.parquet"
+    write_table([replace(ROW, student_loss=np.float64(3.25), seed=np.int64(7))], *paths)
+    assert [read_table(path) for path in paths] == [[replace(ROW, student_loss=3.25, seed=7)]] * 2
 
 
 def changed(tmp_path, column, cell):

@@ -1,0 +1,41 @@
+"""Whether a table's teachers get better with size: without that, "a larger teacher" is not "a better teacher"."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from minima.law.checks import Run
+
+DEVIATIONS = 2.0  # between neighbours; what is nearer can change places with another seed
+
+
+def order_notes(runs: Sequence[Run]) -> list[str]:
+    """Neighbouring teachers whose mean losses do not fall by more than two seed deviations, each in a line.
+
+    The deviation is pooled over the teachers of a study and family; with one seed there is none, and only teachers
+    that get worse with size are named.
+    """
+    families: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    sizes: dict[str, int] = {}
+    for run in runs:
+        if run.teacher and run.teacher_loss is not None:
+            families[run.study, run.family][run.teacher][run.seed] = run.teacher_loss
+            sizes[run.teacher] = run.teacher_size
+    notes = []
+    for (study, family), teachers in sorted(families.items()):
+        where = " ".join(name for name in (study, family) if name)
+        ordered = sorted(teachers, key=sizes.__getitem__)
+        means = {name: float(np.mean(list(teachers[name].values()))) for name in ordered}
+        squares = [(loss - means[name]) ** 2 for name in ordered for loss in teachers[name].values()]
+        freedom = len(squares) - len(ordered)
+        deviation = float(np.sqrt(sum(squares) / freedom)) if freedom else 0.0
+        for smaller, larger in pairwise(ordered):
+            if means[smaller] - means[larger] <= DEVIATIONS * deviation:
+                losses = f"{means[smaller]:.4f} and {means[larger]:.4f}"
+                notes.append(
+                    f"{where}: the losses of teachers {smaller} and {larger}, {losses}, are not ordered by two seed "
+                    f"deviations ({deviation:.4f})"
+                )
+    return notes
