@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from minima.errors import TableError
 from minima.law.checks import Run
 from minima.law.sizes_text import short
 from minima.law.table import DIRECT, INITIALISATIONS
@@ -114,6 +115,13 @@ def _order(condition: Condition) -> tuple:
 def _curve(condition: Condition, runs: Sequence[Run], direct: Sequence[Run]) -> Curve:
     sizes = {run.teacher: run.teacher_size for run in runs}
     teachers = sorted(sizes, key=lambda name: (sizes[name], name))
+    if len({(run.teacher, run.seed) for run in runs}) < len(runs):
+        raise TableError(
+            f"student {runs[0].student} has two runs with the same teacher and seed under one condition "
+            f"(rows {', '.join(str(run.number) for run in runs[:6])}{', ...' if len(runs) > 6 else ''})",
+            "budgets count as the same to two digits, and one of the runs would be lost",
+            "fit with `--budget tokens`, or give nearly equal budgets a study of their own",
+        )
     losses = [{run.seed: run.loss for run in runs if run.teacher == teacher} for teacher in teachers]
     first = runs[0]
     return Curve(

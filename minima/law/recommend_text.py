@@ -14,12 +14,14 @@ def render_recommendation(found: Recommendation) -> str:
     lines = [f"student of {short(question.student)}, {tokens} tokens"]
     per_token = question.tokens is None
     flops = "FLOPs a token" if per_token else "FLOPs"
-    headers = ["law", "teacher", "interval", "T/S", "expected loss", "interval", flops, "pruning", "measured on"]
+    headers = ["law", "teacher", "interval", "T/S", "expected loss", "interval", flops, "pruning"]
     rows = [_answer(answer, per_token) for answer in found.answers]
     lines += text_table(rows, headers).splitlines()
     others = {answer.loss_law for answer in found.answers if answer.loss_law not in ("", answer.law)}
-    lines += [f"* by the law of {name}; a line says nothing about losses" for name in sorted(others)]
+    lines += [f"* by the law of {name}; a line says nothing about losses" for name in sorted(others)] + [""]
     for answer in found.answers:
+        if answer.teacher is not None:
+            lines.append(f"{answer.law}: measured on {answer.measured}")
         if question.teachers and answer.ideal is not None:
             lines.append(f"{answer.law}: the best of all sizes would be {short(answer.ideal)}")
         if answer.flat is not None:
@@ -35,13 +37,12 @@ def render_recommendation(found: Recommendation) -> str:
 def _answer(answer: Answer, per_token: bool) -> list[str]:
     cost = answer.cost
     if answer.teacher is None or cost is None:
-        return [answer.law, "no answer", "-", "-", "-", "-", "-", "-", answer.measured]
+        return [answer.law, "no answer", "-", "-", "-", "-", "-", "-"]
     flops = cost.flops_per_token if per_token or cost.flops is None else cost.flops
     loss = "-" if answer.loss is None else f"{answer.loss:.3f}{'' if answer.loss_law == answer.law else '*'}"
     return [
         answer.law, short(answer.teacher), sizes_interval(answer.teacher_interval), f"{cost.ratio:.2f}", loss,
         _loss_interval(answer.loss_interval), f"{flops:.3g}", _pruning(cost.sparsity_percent, cost.width_percent),
-        answer.measured,
     ]  # fmt: skip
 
 

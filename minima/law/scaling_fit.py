@@ -166,10 +166,8 @@ def descend(model: Callable, log_loss_M: np.ndarray, starts_GP: np.ndarray, name
 
     def objective(vector_P: np.ndarray) -> tuple[float, np.ndarray]:
         loss_M, jacobian_PM = model(vector_P)
-        missed_M = np.log(loss_M) - log_loss_M
-        bent_M = np.clip(missed_M, -HUBER_DELTA, HUBER_DELTA)
-        value = float((bent_M * (missed_M - bent_M / 2)).sum()) / HUBER_DELTA
-        return value, jacobian_PM @ (bent_M / loss_M) / HUBER_DELTA
+        value, slope_M = huber(loss_M, log_loss_M)
+        return value, jacobian_PM @ slope_M
 
     low_P, high_P = np.array(bounds).T
     options = {"maxiter": 3000, "maxfun": 6000, "ftol": 1e-13, "gtol": 1e-9, "maxcor": 20}
@@ -180,6 +178,14 @@ def descend(model: Callable, log_loss_M: np.ndarray, starts_GP: np.ndarray, name
         for start_P in starts_GP
     ]
     return min(found, key=lambda one: one.fun if np.isfinite(one.fun) else np.inf).x
+
+
+def huber(loss_M: np.ndarray, log_loss_M: np.ndarray) -> tuple[float, np.ndarray]:
+    """Huber's loss of the residuals of the logarithm, over delta (so that L-BFGS sees no tiny numbers), and its
+    derivative by each predicted loss."""
+    missed_M = np.log(loss_M) - log_loss_M
+    bent_M = np.clip(missed_M, -HUBER_DELTA, HUBER_DELTA)
+    return float((bent_M * (missed_M - bent_M / 2)).sum()) / HUBER_DELTA, bent_M / loss_M / HUBER_DELTA
 
 
 def _score(loss_M: np.ndarray, log_loss_M: np.ndarray) -> np.ndarray:

@@ -120,3 +120,15 @@ def test_what_the_grid_lacks_is_said(tmp_path):
     assert "student s200M: no run with teacher t1200M, which other students have" in notes
     write_table([one for one in table() if one.seed == 1], tmp_path / "table.csv")
     assert "a single seed (1); nothing has an interval" in " ".join(fit_table(tmp_path / "table.csv").notes)
+
+
+def test_budgets_that_are_the_same_to_two_digits_are_not_lost(tmp_path):
+    """Two budgets 1 % apart: two conditions by tokens, and refused by tokens per parameter."""
+    write_table(table() + [
+        replace(one, tokens=1_010_000_000, unique_tokens=1_010_000_000) for one in table()
+    ], tmp_path / "table.csv")  # fmt: skip
+    fit = fit_table(tmp_path / "table.csv", num_draws=50, descents=1)
+    assert [one.condition.budget for one in fit.conditions] == [1e9, 1.01e9]
+    assert all(len(curve.direct) == 2 for one in fit.conditions for curve in one.curves)
+    with pytest.raises(TableError, match="two runs with the same teacher and seed"):
+        fit_table(tmp_path / "table.csv", budget="ratio", num_draws=50, descents=1)

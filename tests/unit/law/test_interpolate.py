@@ -46,6 +46,13 @@ def test_an_edge_is_not_bracketed(best, edge):
     assert found.bracketed_share < 0.05
 
 
+def test_an_edge_wins_even_where_the_parabola_turns_inside():
+    losses = [3.0, 3.001, 3.1]  # its lowest point is between the first two
+    rows = [row(100e6, size, 0, loss) for size, loss in zip(TEACHERS, losses, strict=False)]
+    (found, _), = minima(rows)  # fmt: skip
+    assert found.status == NOT_BRACKETED
+
+
 def test_a_parabola_that_opens_downwards_is_not_bracketed():
     """A dent at the third of five: lowest there, but the parabola through all five is a hill."""
     losses = [2.0, 3.0, 1.99, 3.0, 2.0]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import linregress, t
 
 from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Minimum
 from minima.law.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher
@@ -54,6 +55,25 @@ def test_a_student_that_is_not_bracketed_takes_no_part():
     assert found.students == ("s1e+08", "s2e+08", "s4e+08")
     assert found.left_out == (("s3e+08", "not bracketed: the edge"),)
     assert found.with_intercept.slope == pytest.approx(2.5)
+
+
+def test_intervals_from_the_scatter_are_those_of_ordinary_regression():
+    students, best = np.array([100.0, 200, 300, 500]), np.array([260.0, 470, 800, 1240])
+    found = fit_line([minimum(1e6 * s, 1e6 * b) for s, b in zip(students, best, strict=True)], [None] * 4)
+    reference, reach = linregress(students, best), t.ppf(0.975, 2)
+    line = found.with_intercept
+    assert line.slope == pytest.approx(reference.slope)
+    assert line.r2 == pytest.approx(reference.rvalue**2)
+    low, high = line.slope_scatter_interval
+    assert (high - low) / 2 == pytest.approx(reach * reference.stderr)
+    low, high = line.intercept_scatter_interval
+    assert (high - low) / 2 == pytest.approx(reach * reference.intercept_stderr)
+    alone = found.without_intercept  # least squares through the origin, by hand
+    ratio = (students @ best) / (students @ students)
+    error = np.sqrt(((best - ratio * students) ** 2).sum() / 3 / (students @ students))
+    assert alone.slope_scatter_interval == pytest.approx(
+        (ratio - t.ppf(0.975, 3) * error, ratio + t.ppf(0.975, 3) * error)
+    )
 
 
 def test_two_students_make_no_line():

@@ -14,7 +14,7 @@ from minima.law.scaling import (
     supervised_gradient,
     supervised_of,
 )
-from minima.law.scaling_fit import fit_distilled, fit_supervised, published_error
+from minima.law.scaling_fit import fit_distilled, fit_supervised, huber, published_error
 from tests.law_tables import row
 
 SIZES, TOKENS, TEACHERS = (143e6, 300e6, 700e6, 1.8e9), (4e9, 16e9, 64e9, 256e9), (300e6, 700e6, 1.8e9, 4.8e9, 12e9)
@@ -84,6 +84,17 @@ def test_derivatives(data):
     assert of_supervised(supervised)[0] == pytest.approx(law[0].loss(np.exp(log_n), np.exp(log_d)))
     expected = law[1].loss(np.exp(log_n), np.exp(log_d), np.exp(log_teacher), np.exp(log_alone))
     assert of_distilled(distilled)[0] == pytest.approx(expected)
+
+
+def test_hubers_loss_is_square_near_zero_and_straight_beyond_delta():
+    measured = np.log(np.array([2.0, 2.0, 3.0]))
+    losses = np.exp(measured + np.array([5e-5, 0.1, -0.2]))
+    value, slope = huber(losses, measured)
+    assert value == pytest.approx((5e-5**2 / 2 + 1e-4 * (0.1 - 5e-5) + 1e-4 * (0.2 - 5e-5)) / 1e-4)
+    for index in range(3):
+        moved = np.eye(3)[index] * 1e-8
+        numeric = (huber(losses + moved, measured)[0] - huber(losses - moved, measured)[0]) / 2e-8
+        assert slope[index] == pytest.approx(numeric, rel=1e-5)
 
 
 def runs_of(law=PUBLISHED, noise=0.0, seed=0, tokens=TOKENS, direct=True):
