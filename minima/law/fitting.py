@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from minima.disk import disk_full_named
 from minima.errors import TableError
 from minima.law.checks import Excluded, Run, Sizes, check_rows
-from minima.law.curves import Budget, Condition, Curve, curves_of, describe, gaps
+from minima.law.curves import Budget, Condition, Curve, condition_of, curves_of, describe, gaps
 from minima.law.interpolate import Minimum, minimum_of
 from minima.law.line import FEWEST_STUDENTS, Line, fit_line
 from minima.law.noise import draw_means
@@ -142,7 +142,10 @@ def _remarks(
 ) -> list[str]:
     notes = []
     few = [one for one in conditions if len(one.curves) < FEWEST_STUDENTS]
-    if budget == "tokens" and few and max(map(len, curves_of(runs, "ratio").values())) >= FEWEST_STUDENTS:
+    students: dict[Condition, set[str]] = defaultdict(set)
+    for run in (one for one in runs if one.teacher):
+        students[condition_of(run, "ratio")].add(run.student)
+    if budget == "tokens" and few and max(map(len, students.values())) >= FEWEST_STUDENTS:
         where = describe(few[0].condition, budget)
         advice = "with `--budget ratio` students of equal tokens per parameter share a line"
         notes.append(f"{where}: fewer than three students; {advice}")

@@ -132,3 +132,18 @@ def test_budgets_that_are_the_same_to_two_digits_are_not_lost(tmp_path):
     assert all(len(curve.direct) == 2 for one in fit.conditions for curve in one.curves)
     with pytest.raises(TableError, match="two runs with the same teacher and seed"):
         fit_table(tmp_path / "table.csv", budget="ratio", num_draws=50, descents=1)
+
+
+def test_students_of_equal_tokens_per_parameter_can_share_a_line(tmp_path):
+    """Tokens in proportion to size: no two students share a budget, all of them a ratio."""
+    rows = []
+    for size in (100e6, 200e6, 400e6):
+        budget = {"tokens": round(20 * size), "unique_tokens": round(20 * size)}
+        rows += valley([size], [150e6 * 2**step for step in range(6)], 2, lambda own: 3 * own, **budget)
+    write_table(rows, tmp_path / "table.csv")
+    by_tokens = fit_table(tmp_path / "table.csv", num_draws=200, descents=1)
+    assert len(by_tokens.conditions) == 3
+    assert "with `--budget ratio` students of equal tokens per parameter share a line" in " ".join(by_tokens.notes)
+    (one,) = fit_table(tmp_path / "table.csv", budget="ratio", num_draws=200, descents=1).conditions
+    assert one.condition.budget == 20
+    assert one.line.with_intercept.slope == pytest.approx(3)
