@@ -121,8 +121,8 @@ def run_stages(
                 _run(module, context, write)
         else:
             _wait(folder)
-    if group_started and not keep_group:  # after an error nothing is torn down: that would wait for ranks that wait for this one
-        distributed.stop()
+    if group_started and not keep_group:
+        distributed.stop()  # after an error nothing is torn down: that would wait for ranks that wait for this one
 
 
 def _run(module, context: StageContext, write) -> None:

@@ -80,7 +80,7 @@ def test_every_cell_is_in_the_table_with_its_losses(place):
     rows = place.rows()
     assert len(rows) == CELLS
     for row in rows:
-        assert 2.0 < float(row["student_loss"]) < 6.0 and int(row["tokens"]) == 98_304
+        assert 2.0 < float(row["student_loss"]) < 6.0 and int(row["tokens"]) == 61_440
         assert int(row["tokens"]) >= 10 * int(row["student_non_embedding_parameters"])
         assert (row["teacher"] == "") == (row["initialisation"] == "direct")
         if row["teacher"]:

@@ -92,8 +92,7 @@ def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path):
 
 
 def test_a_finished_run_of_another_grid_is_refused(tmp_path, place):
-    study, units, by_name = place
-    finished(by_name)
+    finished(place[2])
     path = tmp_path / "tiny.yaml"
     with pytest.raises(ValueError, match=r"holds files but no recipe.yaml|is finished in"):
         run_study(path, [], lambda text: None, dry_run=True)

@@ -85,7 +85,7 @@ def test_flops_of_a_cell_count_the_teacher(units):
 
 def test_settings_that_no_stage_takes_are_refused_with_their_place(tmp_path):
     path = study_file(tmp_path, student_training=TRAINING | {"learning_rat": 1.0})
-    with pytest.raises(RecipeError, match="student.learning_rat: no such key; did you mean 'learning_rate'"):
+    with pytest.raises(RecipeError, match=r"student\.learning_rat: no such key; did you mean 'learning_rate'"):
         expand(load_study(path), path)
 
 

@@ -35,7 +35,7 @@ def test_an_override_changes_it(tmp_path):
         ({"teachers": GRID["teachers"] | {"a": HUGE}}, "'a' is a teacher and a student"),
         ({"fixed_teacher": "larg"}, "did you mean 'large'"),
         ({"fixed_teacher": None}, "fixed_teacher None"),
-        ({"teachers": {"large": GRID["teachers"]["large"] | {"vocabulary_size": 600}}}, "large has a vocabulary of 600"),
+        ({"teachers": {"large": HUGE | {"vocabulary_size": 600}}}, "large has a vocabulary of 600"),
         ({"shape": GRID["shape"] | {"vocabulary_size": 400}}, "small has a vocabulary of 400, and the study's is 512"),
         ({"tockens": [1]}, "tockens: no such key; did you mean 'tokens'"),
         ({"initialisations": ["pruned"]}, "initialisations.0"),
