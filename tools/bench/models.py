@@ -82,6 +82,7 @@ def settings(profile: Profile, row: Row) -> Training:
             "activation_checkpointing": profile.activation_checkpointing,
             # Where only the loss differs the models are stock ones.
             "kernels": "stock" if row.group == "a" else profile.kernels,
+            "compile": row.what == "minima_compiled",
         }
     )
 
@@ -110,7 +111,7 @@ def minima_teacher(profile: Profile, row: Row) -> FrozenHost:
         placement=row.placement,
         windows=row.window > 1,
         documents=False,
-        layers=lambda model: prepare_layers(model, kernels=training.kernels),
+        layers=lambda model: prepare_layers(model, compiled=training.compile, kernels=training.kernels),
     )
 
 
@@ -140,7 +141,7 @@ def peer_student(profile: Profile, row: Row, *, rooted: bool = False):
     if profile.activation_checkpointing == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    fused = distributed.device().type == "cuda"
+    fused = distributed.device().type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
     )

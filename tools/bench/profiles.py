@@ -145,6 +145,7 @@ _CPU = Profile(
     short_warm_up=True,
     rows=(
         *_more_turns(3, _rows("float32", 4, 4), ("a:minima", "b:original")),
+        Row("b", "minima_compiled", turns=2),
         Row("b", "original_recomputing", turns=1),
         Row("a", "minima", "bfloat16", turns=1),
         Row("b", "original", "bfloat16", turns=1),

@@ -20,6 +20,7 @@ DESCRIPTIONS = {
     "a:trl_chunked": "minima's step, the chunked loss of TRL's DistillationTrainer (forward KL only)",
     "a:liger": "minima's step, Liger's fused linear JSD loss (beta 0, hard and soft part)",
     "b:minima": "minima as shipped",
+    "b:minima_compiled": "minima with compile: true",
     "b:original": "the original's loop: two ZeRO-3 engines, dense logits, the teacher's own cross-entropy",
     "b:original_recomputing": "the same with activation checkpointing, as its scripts set it",
     "b:trl": "TRL's GKD step with a ZeRO-3 teacher (forward KL only)",

@@ -37,7 +37,7 @@ class MinimaStep:
     """minima's step, with its own loss or with another in its place."""
 
     def __init__(self, profile: Profile, row: Row) -> None:
-        loss = None if row.what == "minima" else LOSS_MAKERS[row.what]()
+        loss = None if row.what in ("minima", "minima_compiled") else LOSS_MAKERS[row.what]()
         self.teacher = minima_teacher(profile, row)
         self.student = minima_student(profile, row)
         self.objective = (
@@ -191,6 +191,7 @@ def _final_states(model, tokens_BT: Tensor) -> Tensor:
 
 STEPS: dict[str, Callable[[Profile, Row], Step]] = {
     "minima": MinimaStep,
+    "minima_compiled": MinimaStep,
     "original": OriginalStep,
     "original_recomputing": RecomputingOriginalStep,
     "trl": TrlStep,
