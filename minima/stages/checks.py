@@ -7,6 +7,7 @@ from pathlib import Path
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
+from minima.recipe.distillation import Teacher
 from minima.recipe.references import deepspeed_jsons, references
 from minima.recipe.schema import AnyStage, Benchmark, Publish, Recipe
 from minima.stages.identity import check_run
@@ -35,8 +36,13 @@ def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], 
     _check_inputs(recipe, stages, folder)
     check_run(recipe, stages, folder)
     for stage in left:
+        teacher = getattr(stage, "teacher", None)
         for name in deepspeed_jsons(stage):
-            read_deepspeed_json(find_deepspeed_json(name, recipe_path))
+            path = find_deepspeed_json(name, recipe_path)
+            if isinstance(teacher, Teacher) and name == teacher.deepspeed and teacher.placement != "auto":
+                read_deepspeed_json(path, teacher.placement, teacher.offload)
+            else:
+                read_deepspeed_json(path)
         if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
             raise RecipeError(
                 f"stages.{stage.name}: lm-eval is not installed",
