@@ -78,7 +78,7 @@ def in_place(folder: Path, place: str, windows: tuple[int, ...]) -> dict[str, An
     host.close()
     found["left"] = live_bytes() - before
     distributed.barrier()
-    found["left_files"] = [str(path) for path in (folder / "nvme").rglob("*.swp")]
+    found["left_files"] = [str(path) for path in (folder / "nvme").rglob("*")]
     return found
 
 

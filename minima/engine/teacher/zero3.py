@@ -3,6 +3,7 @@
 DeepSpeed's hooks gather each layer's weights before it runs and give them back after it.
 """
 
+import contextlib
 import math
 import shutil
 from collections import Counter
@@ -113,6 +114,11 @@ class Zero3:
         release(root)
         if self._nvme is not None:
             shutil.rmtree(self._nvme, ignore_errors=True)
+            for parent in list(self._nvme.parents)[
+                :3
+            ]:  # DeepSpeed's two and the run's own, once no rank has files there
+                with contextlib.suppress(OSError):  # another rank still has files there: the last one removes it
+                    parent.rmdir()
 
 
 def _nvme_folder(config: dict[str, Any]) -> Path | None:
