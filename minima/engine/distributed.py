@@ -131,9 +131,8 @@ def node_ranks() -> list[list[int]]:
     """The ranks of each node, in order; every rank calls it once."""
     global _nodes
     if _nodes is None:
-        assert _joined is not None, "start() comes first"
         by_host: dict[str, list[tuple[int, int]]] = {}
-        mine = (socket.gethostname(), _joined.local_world_size)
+        mine = (socket.gethostname(), world_size() if _joined is None else _joined.local_world_size)
         for number, (host, size) in enumerate(gather_objects(mine)):
             by_host.setdefault(host, []).append((number, size))
         _nodes = []

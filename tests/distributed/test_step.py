@@ -36,11 +36,10 @@ def test_no_gathered_weight_outlives_a_forward_pass(two_ranks, scenario):
     assert {what: run["outlive"] for what, run in runs.items()} == dict.fromkeys(runs, 0)
 
 
-@pytest.mark.parametrize("kind", ["offloaded", "fused"])
-def test_an_optimiser_on_the_host_gives_the_same_steps_and_resumes_to_the_bit(two_ranks, kind):
+def test_an_optimiser_on_the_host_gives_the_same_steps_and_resumes_to_the_bit(two_ranks):
     runs = two_ranks["offloaded_optimizer"]
-    found = runs[kind]
-    assert found["offload"] and found["fused"] == (kind == "fused")
+    found = runs["offloaded"]
+    assert found["offload"] and found["fused"]
     expect_same(found["records"], runs["plain"]["records"])
     assert without_time(found["resumed"]) == without_time(found["records"][3:])
     assert found["resumed_weights"] == found["weights"]
