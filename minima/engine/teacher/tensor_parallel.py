@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.teacher.replica import build_whole
-from minima.errors import ShapeError
+from minima.errors import RecipeError, ShapeError
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.shape import ModelShape
 from minima.models.weights import WeightSource
@@ -52,6 +52,7 @@ class TensorParallel:
         self.documents = documents
         size = config["tensor_parallel"]["autotp_size"]
         check_split(ModelShape.from_config(source.config), size)
+        check_group(distributed.node_ranks(), size)
         model = build_whole(source, precision, torch.device("cpu")).requires_grad_(True)  # AutoTP hooks gradients
         head = head_weight(model)
         self._source, self._head_name = source, next(name for name, p in model.named_parameters() if p is head)
@@ -144,4 +145,20 @@ def check_split(shape: ModelShape, ranks: int) -> None:
             f"{shape.num_key_value_heads} key-value heads",
             "each rank computes whole heads, and as many as the others",
             "set tensor_parallel_ranks to a number that divides both, or take placement zero3_node",
+        )
+
+
+def check_group(nodes: list[list[int]], ranks: int) -> None:
+    """Refuse groups that would reach over nodes; AutoTP groups ranks that follow each other.
+
+    Raises:
+        RecipeError: the ranks of some node are no whole groups.
+    """
+    split = [node[start : start + ranks] for node in nodes for start in range(0, len(node), ranks)]
+    if any(group[0] % ranks or group != list(range(group[0], group[0] + ranks)) for group in split):
+        sizes = ", ".join(str(len(node)) for node in nodes)
+        raise RecipeError(
+            f"placement tensor_parallel over {ranks} ranks on nodes of {sizes} ranks",
+            "each layer sums over its group, which takes ranks that follow each other, all of one node",
+            "set tensor_parallel_ranks to a number that divides the ranks of a node, or take placement zero3_node",
         )
