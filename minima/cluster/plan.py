@@ -49,7 +49,7 @@ def warn_unread(cluster: Cluster, recipe: Recipe, write: Callable[[str], None]) 
             write(f"warning: the cluster file's stages.{key} is neither a kind nor a stage here{nearest(key, known)}")
 
 
-def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> None:
+def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
     """Refuse, before anything waits in a queue, what is sure to fail later.
 
     Args:
@@ -57,6 +57,9 @@ def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pla
         recipe_path: its file.
         stages: that will run, or whose jobs are queued.
         place: with the resources of each.
+
+    Returns:
+        What may fail later, a line each.
 
     Raises:
         MinimaError: see `check_stages`; or a batch cannot be shared by the ranks of its stage.
@@ -66,7 +69,7 @@ def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pla
         if isinstance(stage, AnyTraining) and not is_finished(place.run_folder / stage.name):
             check_batch(stage.name, stage, resources.ranks)
     alone = recipe.model_copy(update={"ranks": 1})  # the ranks of this machine do not matter
-    check_stages(alone, recipe_path, stages, place.run_folder, 1)
+    return check_stages(alone, recipe_path, stages, place.run_folder, 1)
 
 
 def stage_scripts(

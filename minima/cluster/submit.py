@@ -71,7 +71,10 @@ def submit(
             elif stage not in missing:
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
-        check_run(recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place)
+        for line in check_run(
+            recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
+        ):
+            write(f"warning: {line}")
         copy = snapshot(recipe, recipe_path, folder / "cluster" / "recipes", write=not dry_run)
         scripts = [script for stage in missing for script in stage_scripts(recipe, copy, overrides, stage, place)]
         for warning in save_warnings(missing, place, dry_run):

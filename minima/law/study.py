@@ -60,9 +60,10 @@ def study(
     if collect_only:
         write(_collected(own, units))
         return 0
+    folders = [unit.folder for unit in units]
     for unit in units:
         check_run_folder(unit.folder, unit.recipe.name, [stage.name for stage in unit.recipe.stages])
-        check_stages(unit.recipe, path, unit.recipe.stages, unit.folder, 1)
+        check_stages(unit.recipe, path, unit.recipe.stages, unit.folder, 1, to_come=folders)
     if dry_run:
         write(_plan(own, units))
     if cluster is not None:

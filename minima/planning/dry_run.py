@@ -17,7 +17,8 @@ class StagePreview:
         writes: its folder and what it leaves there.
         facts: pairs of a short label and a line: shapes, tokens, steps, FLOPs.
         memory: lines of a memory table.
-        notes: what is missing on this machine.
+        notes: what is not known yet, and why.
+        missing: inputs that are not on this machine.
     """
 
     name: str
@@ -28,6 +29,7 @@ class StagePreview:
     facts: list[tuple[str, str]] = field(default_factory=list)
     memory: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -> list[tuple[str, str]]:
@@ -71,5 +73,5 @@ def render(recipe_yaml: str, previews: list[StagePreview]) -> str:
         lines.append(f"  {'writes':<10} {preview.writes}")
         lines += [f"  {label:<10} {text}" for label, text in preview.facts]
         lines += [f"  {'' if number else 'memory':<10} {text}" for number, text in enumerate(preview.memory)]
-        lines += [f"  {'note':<10} {text}" for text in preview.notes]
+        lines += [f"  {'note':<10} {text}" for text in [*preview.missing, *preview.notes]]
     return "\n".join(lines)

@@ -19,21 +19,41 @@ from minima.stages.shipped import find_deepspeed_json, find_launcher
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 
 
-def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], folder: Path, ranks: int) -> None:
+def check_stages(
+    recipe: Recipe,
+    recipe_path: Path,
+    stages: Sequence[AnyStage],
+    folder: Path,
+    ranks: int,
+    *,
+    to_come: Sequence[Path] = (),
+) -> list[str]:
     """Refuse, before anything starts, what is sure to fail later.
 
+    Args:
+        recipe: the whole run.
+        recipe_path: its file.
+        stages: that are to run.
+        folder: of the run.
+        ranks: that each stage will have.
+        to_come: folders of other runs that will have been made by then.
+
+    Returns:
+        What may fail later, a line each: inputs that are not on this machine.
+
     Raises:
-        StageError: an input stage is neither finished nor among `stages`; or a finished stage is not, or will not be,
-            what the recipe and its inputs say.
+        StageError: an input stage is neither finished nor among `stages`, or an input folder is not there; or a
+            finished stage is not, or will not be, what the recipe and its inputs say.
         DeepSpeedConfigError: a DeepSpeed JSON sets what the recipe owns, or cannot be used.
         RecipeError: a DeepSpeed JSON, a launcher, a GPU or wandb is missing, or a batch cannot be shared by the ranks.
         MinimaError: a shape, a length or a vocabulary that the dry run already knows to be impossible.
     """
-    walk(recipe, recipe_path)
+    previews = walk(recipe, recipe_path)
     find_launcher(recipe.launcher, recipe_path)
     left = [stage for stage in stages if not is_finished(folder / stage.name)]
     _check_ranks(recipe, ranks, any(uses_ranks(stage) for stage in left))
     _check_inputs(recipe, stages, folder)
+    _check_folders(recipe, left, to_come)
     check_run(recipe, stages, folder)
     for stage in left:
         teacher = getattr(stage, "teacher", None)
@@ -62,6 +82,8 @@ def check_stages(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], 
                 "the run would not be logged where you look for it",
                 "pip install 'minima[wandb]', or remove the key",
             )
+    names = {stage.name for stage in left}
+    return [f"stages.{found.name}: {text}" for found in previews if found.name in names for text in found.missing]
 
 
 def _has_no_token() -> bool:
@@ -97,4 +119,20 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
                     f"stage {stage.name!r} reads {reference.stage!r}, which is not finished in {folder}",
                     "it would start without its input",
                     f"add it: --stages {reference.stage},{stage.name}",
+                )
+
+
+def _check_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence[Path]) -> None:
+    """Refuse what can only be a folder, and is not there; what may be a Hub id is for the Hub to say."""
+    for stage in left:
+        for reference in references(recipe, stage):
+            of_minima = reference.what in ("data", "scores")
+            is_path = reference.stage is None and (of_minima or reference.text.startswith((".", "/", "~")))
+            path = Path(reference.text).expanduser()
+            if is_path and not path.exists() and not any(path.is_relative_to(other) for other in to_come):
+                raise StageError(
+                    f"stages.{stage.name}.{reference.field}: {reference.text!r} is "
+                    f"{'neither a stage of this recipe nor ' if of_minima else 'not '}a folder here",
+                    "the run would end there, after everything before it",
+                    f"correct {reference.field}, or bring the folder to this machine",
                 )

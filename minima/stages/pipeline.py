@@ -61,7 +61,8 @@ def run(
     folder = output_folder(recipe)
     ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
-    check_stages(recipe, recipe_path, stages, folder, ranks)
+    for line in check_stages(recipe, recipe_path, stages, folder, ranks):
+        write(f"warning: {line}")
     if allow_code_execution:
         overrides = [*overrides, ALLOW_CODE_EXECUTION]
     with disk_full_named(folder), run_lock(folder) as lock:

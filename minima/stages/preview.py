@@ -88,7 +88,7 @@ class Walk(KnownInputs):
             path = Path(source.path).expanduser() if source.path else None
             anchor = Path(path.anchor or ".") if path else None
             if path and anchor and not path.exists() and not any(anchor.glob(str(path.relative_to(path.anchor)))):
-                preview.notes.append(f"{source.path} (source {source.label}) is not on this machine")
+                preview.missing.append(f"{source.path} (source {source.label}) is not on this machine")
 
     def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
         blocks = self.blocks(stage.name)
@@ -132,7 +132,7 @@ class Walk(KnownInputs):
         preview.facts.append(("tasks", ", ".join(tasks) + (f", {stage.limit:,} items each" if stage.limit else "")))
         for folder in (stage.data_folder, stage.task_folder, *(answers.questions for answers in stage.answers)):
             if folder is not None and not Path(folder).expanduser().exists():
-                preview.notes.append(f"{folder} is not on this machine")
+                preview.missing.append(f"{folder} is not on this machine")
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
         shape = self.shape(stage.model)
@@ -169,6 +169,10 @@ class Walk(KnownInputs):
             _check_vocabularies(stage, shape, teacher)
         length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
         plan = plan_training(stage, length, blocks) if length else None
+        if shape is not None:
+            self.check_trained_tokenizer(stage.name, stage.data, shape)
+        if plan is not None:
+            self.steps[stage.name] = plan.steps
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
         if longest and shape and longest > shape.max_positions:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from minima.errors import MinimaError
+from minima.errors import MinimaError, RecipeError, TokenizerMismatch
 from minima.launcher import default_ranks
 from minima.models.shape import ModelShape
 from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
+from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference
 from minima.recipe.schema import BuildData, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
@@ -17,16 +18,22 @@ from minima.stages.running import output_folder
 
 
 class KnownInputs:
-    """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes stage by stage."""
+    """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes and steps."""
 
     def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
         self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
         self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
         self.shapes: dict[str, ModelShape] = {}
+        self.steps: dict[str, int] = {}
 
     def reads(self, reference: Reference, preview: StagePreview) -> str:
-        """One input as a line; notes on the preview what is missing."""
+        """One input as a line; notes on the preview what is missing.
+
+        Raises:
+            RecipeError: it is nowhere and looks like a stage's name; or it is a step that its stage never reaches.
+        """
         if reference.stage is not None:
+            self._check_step(reference, preview.name)
             return f"{reference.field}: {self.folder / reference.stage}" + (
                 f" after step {reference.step:,}" if reference.step is not None else ""
             )
@@ -34,8 +41,28 @@ class KnownInputs:
         if not path.exists():
             if reference.what in ("model", "tokenizer") and _cached_config(reference.text, reference.revision):
                 return f"{reference.field}: {reference.text} from the Hub's cache"
-            preview.notes.append(f"{reference.text} ({reference.field}) is not on this machine")
+            self._refuse_misspelt(reference, preview.name)
+            preview.missing.append(f"{reference.text} ({reference.field}) is not on this machine")
         return f"{reference.field}: {reference.text}"
+
+    def _check_step(self, reference: Reference, stage: str) -> None:
+        steps = self.steps.get(reference.stage or "")
+        if reference.step is not None and steps is not None and reference.step > steps:
+            raise RecipeError(
+                f"stages.{stage}.{reference.field}: {reference.text!r}, but that stage ends with step {steps:,}",
+                "there would be no such checkpoint to read",
+                f"name a step that is saved, or write {reference.stage!r} for the last one",
+            )
+
+    def _refuse_misspelt(self, reference: Reference, stage: str) -> None:
+        own = [each.name for each in self.recipe.stages if each.name != stage]
+        close = nearest(reference.text.partition("@")[0], own)
+        if close and "/" not in reference.text:
+            raise RecipeError(
+                f"stages.{stage}.{reference.field}: {reference.text!r} is no stage and no folder here{close}",
+                "it would be looked for on the Hub, after everything before it has run",
+                f"write the stage's name, or a folder as ./{reference.text}, or the whole OWNER/NAME of a Hub id",
+            )
 
     def token_bytes(self, stage: BuildData) -> int:
         """Of one token: its vocabulary's, or the 2 that most have where that is not known here."""
@@ -82,6 +109,25 @@ class KnownInputs:
             return BuildData.model_validate(read_manifest(folder).get("stage"))
         except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
             return None
+
+    def check_trained_tokenizer(self, stage: str, reference: str, shape: ModelShape) -> None:
+        """Refuse data of a tokenizer that the recipe trains with more ids than the model has rows.
+
+        Raises:
+            TokenizerMismatch: with both sizes.
+        """
+        data = self.data_stage(reference)
+        while data is not None and isinstance(data.tokenizer, str):
+            data = self.data_stage(data.tokenizer)
+        size = data.tokenizer.vocabulary_size if data is not None and not isinstance(data.tokenizer, str) else 0
+        if size <= shape.vocabulary_size:
+            return
+        raise TokenizerMismatch(
+            f"stages.{stage}: the data {reference!r} has a tokenizer of {size:,} ids, its model "
+            f"{shape.vocabulary_size:,} embedding rows",
+            f"an id of {shape.vocabulary_size:,} or more would be looked up outside the embedding",
+            "give the tokenizer of the build_data stage and the model the same vocabulary_size",
+        )
 
     def length(self, reference: str | None) -> int | None:
         """Tokens of a block of that data."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minima.errors import DeepSpeedConfigError, RecipeError
+from minima.errors import DeepSpeedConfigError, RecipeError, StageError
 from minima.recipe.schema import Recipe
 from minima.stages import checks
 
@@ -13,13 +13,13 @@ BENCHMARK = {"name": "scores", "kind": "benchmark", "model": "some/model", "task
 
 DISTIL = {
     "name": "student", "kind": "distil", "model": "some/model", "data": "data", "batch_sequences": 2,
-    "micro_batch_sequences": 1, "steps": 1, "learning_rate": 1e-3,
+    "micro_batch_sequences": 1, "steps": 1, "learning_rate": 1e-3, "teacher": "some/teacher",
 }  # fmt: skip
 
 
 def check(stage, tmp_path):
     recipe = Recipe(name="test", stages=[stage], launcher="local")
-    checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, ranks=1)
+    return checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, ranks=1)
 
 
 def test_a_push_without_a_token(tmp_path, monkeypatch):
@@ -39,11 +39,40 @@ def test_a_benchmark_without_its_harness(tmp_path, monkeypatch):
 
 def test_a_teachers_json_is_checked_for_its_own_placement(tmp_path):
     def with_teacher(placement: str, file: str, offload: str = "none"):
-        teacher = {"source": "big", "placement": placement, "offload": offload, "deepspeed": file}
-        check(DISTIL | {"teacher": teacher | ({"nvme_path": "/x"} if offload == "nvme" else {})}, tmp_path)
+        teacher = {"source": "some/teacher", "placement": placement, "offload": offload, "deepspeed": file}
+        check(
+            DISTIL
+            | {"data": str(tmp_path)}
+            | {"teacher": teacher | ({"nvme_path": "/x"} if offload == "nvme" else {})},
+            tmp_path,
+        )
 
     with_teacher("replica", "teacher_replica.json")
     with_teacher("tensor_parallel", "teacher_tensor_parallel.json")
     with_teacher("zero3_node", "teacher_nvme.json", "nvme")
     with pytest.raises(DeepSpeedConfigError, match="stage to 0"):
         with_teacher("replica", "teacher_zero3.json")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    for field, text in (
+        ("data", "corpus"),
+        ("data", "runs/other/corpus"),
+        ("model", "./base"),
+        ("teacher", "/no/base"),
+    ):
+        with pytest.raises(StageError, match=rf"stages.student.{field}: '{text}' is .*a folder here"):
+            check(DISTIL | {"data": str(tmp_path), field: text}, tmp_path)
+
+
+def test_a_folder_that_another_run_will_have_made(tmp_path):
+    recipe = Recipe(name="test", stages=[DISTIL | {"data": str(tmp_path / "other" / "corpus")}], launcher="local")
+    checks.check_stages(recipe, Path("x.yaml"), recipe.stages, tmp_path, 1, to_come=[tmp_path / "other"])
+
+
+def test_what_may_come_from_the_hub_is_a_warning(tmp_path):
+    warnings = check(DISTIL | {"data": str(tmp_path)}, tmp_path)
+    assert warnings == [
+        "stages.student: some/model (model) is not on this machine",
+        "stages.student: some/teacher (teacher) is not on this machine",
+    ]

@@ -7,7 +7,7 @@ import yaml
 
 from minima.data.store import FORMAT, TokenStore
 from minima.engine.checkpoint.store import MARKER, step_folder
-from minima.errors import MinimaError, RecipeError, ShapeError, VocabularyMismatch
+from minima.errors import MinimaError, RecipeError, ShapeError, TokenizerMismatch, VocabularyMismatch
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
 from minima.planning.dry_run import flops_text
@@ -48,7 +48,7 @@ def show(tmp_path, monkeypatch):
         path = tmp_path / "x.yaml"
         path.write_text(yaml.safe_dump({"name": "x", "output": "out", "ranks": 1, "stages": list(stages)}))
         last = walk(load_recipe(path), path)[-1]
-        return dict(last.facts), last.notes
+        return dict(last.facts), [*last.missing, *last.notes]
 
     return show
 
@@ -217,3 +217,29 @@ def test_a_broken_store_is_left_to_its_reader(show, built, tmp_path):
         show(data, stage)
     (tmp_path / "out/c/train/index.json").write_text("{")
     assert "FLOPs" in show(data, stage)[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "meant"), [("model", "bas", "base"), ("data", "corp", "corpus"), ("model", "base@last", "base")]
+)
+def test_a_misspelt_stage_is_not_taken_for_a_hub_id(show, field, text, meant):
+    base = training("adapt", name="base", data="corpus", steps=2)
+    later = training("adapt", model="base", data="corpus", steps=2) | {field: text}
+    with pytest.raises(RecipeError, match=f"stages.t.{field}: '{text}' is no stage .* did you mean '{meant}'"):
+        show(data_stage(name="corpus"), base, later)
+    _, notes = show(data_stage(name="corpus"), base, training("adapt", model="owner/bas", data="corpus", steps=2))
+    assert notes[0].startswith("owner/bas (model) is not on this machine")
+
+
+def test_a_step_that_a_stage_never_reaches(show):
+    stages = [data_stage(tokens=LENGTH * 40), training("adapt", name="base", tokens=LENGTH * 40)]
+    show(*stages, training("adapt", model="base@10", steps=2))
+    with pytest.raises(RecipeError, match="'base@11', but that stage ends with step 10"):
+        show(*stages, training("adapt", model="base@11", steps=2))
+
+
+def test_a_trained_tokenizer_larger_than_the_model(show):
+    model = {"random": SMALL | {"vocabulary_size": 300}}
+    show(data_stage(tokenizer={"vocabulary_size": 300}), training("adapt", steps=2, model=model))
+    with pytest.raises(TokenizerMismatch, match="a tokenizer of 301 ids, its model 300 embedding rows"):
+        show(data_stage(tokenizer={"vocabulary_size": 301}), training("adapt", steps=2, model=model))
