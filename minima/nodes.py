@@ -133,7 +133,7 @@ def broadcast_master(own_host: str, address: str | None, own_port: int, world_si
             f"{world_size} ranks of mpirun on several machines without MASTER_ADDR and MASTER_PORT, and mpi4py cannot "
             f"be loaded ({error})",
             "the ranks find each other through rank 0's address, which mpi4py would tell them",
-            f"pip install 'minima[mpi]', or {do}",
+            f"pip install mpi4py, or {do}",
         ) from error
     found: tuple[str, int] = MPI.COMM_WORLD.bcast((address or own_host, own_port), root=0)
     size = MPI.COMM_WORLD.Get_size()

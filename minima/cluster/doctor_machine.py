@@ -82,7 +82,12 @@ def _package(check: str, name: str) -> Finding:
     try:
         return Finding(check, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(check, "FAILED", "not installed", "pip install minima, into the environment of this Python")
+        return Finding(
+            check,
+            "FAILED",
+            "not installed",
+            "install minima with what it needs into the environment of this Python: see its README",
+        )
 
 
 def _torch() -> Finding:
@@ -184,7 +189,7 @@ def _mpi() -> Finding:
         return Finding("MPI", "warning", f"{said}", "launch/mpirun.sh speaks to Open MPI: load its module")
     version = said.removeprefix("mpirun (Open MPI) ")
     if mpi4py is None:
-        do = "pip install 'minima[mpi]': ranks of several machines find each other through it under mpirun"
+        do = "pip install mpi4py: ranks of several machines find each other through it under mpirun"
         return Finding("MPI", "warning", f"Open MPI {version} without mpi4py", do)
     return Finding("MPI", "ok", f"Open MPI {version}, mpi4py {mpi4py}")
 

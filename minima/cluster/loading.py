@@ -66,5 +66,5 @@ def _explain(path: Path, error: ValidationError) -> ClusterError:
     return ClusterError(
         f"{path.name}: " + "\n    ".join(lines),
         "jobs would not be what was meant",
-        f"mend it in {path}; slurm/cluster.example.yaml shows every key",
+        f"mend it in {path}; docs/clusters.md lists every key, slurm/cluster.example.yaml shows most",
     )

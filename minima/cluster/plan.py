@@ -49,6 +49,15 @@ def warn_unread(cluster: Cluster, recipe: Recipe, write: Callable[[str], None]) 
             write(f"warning: the cluster file's stages.{key} is neither a kind nor a stage here{nearest(key, known)}")
 
 
+def warn_no_venv(place: Place, write: Callable[[str], None]) -> None:
+    """Say that the cluster file's virtual environment is not here: on a shared file system no job would find it."""
+    venv = place.cluster.venv
+    if venv is not None and place.cluster.container is None:
+        activate = place.working_directory / Path(venv).expanduser() / "bin" / "activate"
+        if not activate.is_file():
+            write(f"warning: {activate} is not there; where the nodes see the same files, every job would end at once")
+
+
 def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
     """Refuse, before anything waits in a queue, what is sure to fail later.
 

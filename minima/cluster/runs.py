@@ -5,8 +5,9 @@ from pathlib import Path
 
 from minima.cluster import slurm
 from minima.cluster.records import FOLDER, Job, read_jobs
-from minima.errors import ClusterError
+from minima.errors import ClusterError, RecipeError
 from minima.recipe.loading import load_recipe
+from minima.recipe.overrides import nearest
 from minima.recipe.schema import Recipe
 from minima.stages.running import output_folder
 from minima.stages.shipped import find_recipe
@@ -26,7 +27,16 @@ def open_run(run: str) -> tuple[Recipe, Path]:
     """
     folder = Path(run).expanduser()
     if not folder.is_dir():
-        recipe = load_recipe(find_recipe(run))
+        try:
+            path = find_recipe(run)
+        except RecipeError:
+            beside = [str(other) for other in folder.parent.glob("*") if (other / RESOLVED).is_file()]
+            raise ClusterError(
+                f"{run!r} is neither a run's folder here nor a recipe{nearest(run, beside)}",
+                "the recipe in it says which stages there are",
+                "give the folder of a run, such as runs/NAME, or its recipe",
+            ) from None
+        recipe = load_recipe(path)
         return recipe, output_folder(recipe)
     resolved = [path for path in (folder / RESOLVED, folder / FOLDER / RESOLVED) if path.is_file()]
     if not resolved:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minima.cluster.chain import queued_tasks, submit_chain, write_file
 from minima.cluster.grid import submit_grid
-from minima.cluster.plan import check_run, make_place, stage_scripts, warn_unread
+from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unread
 from minima.cluster.render import quoted
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
@@ -58,6 +58,7 @@ def submit(
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     warn_unread(place.cluster, recipe, write)
+    warn_no_venv(place, write)
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))  # two submissions at once would submit everything twice

@@ -54,7 +54,7 @@ class MetricsLog:
                 raise RecipeError(
                     f"wandb_project is {wandb_project!r}, but wandb is not installed",
                     "the run would not be logged where you look for it",
-                    "pip install minima[wandb], or remove the key",
+                    "pip install wandb, or remove the key",
                 ) from error
             self._wandb = wandb.init(project=wandb_project, id=self.run_id, resume="allow", config=config)
 

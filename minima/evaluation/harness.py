@@ -76,7 +76,7 @@ def lm_eval_folder() -> Path:
         raise StageError(
             "lm-eval is not installed",
             "a benchmark stage asks it for every score",
-            "pip install 'minima[benchmark]'",
+            "pip install lm-eval accelerate",
         )
     return Path(next(iter(found.submodule_search_locations)))
 

@@ -75,7 +75,7 @@ def _needs(*packages: str) -> None:
         raise TableError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
             "`minima law` fits with scipy and draws with matplotlib, which nothing else here needs",
-            "pip install 'minima[law]'",
+            "pip install scipy matplotlib",
         )
 
 

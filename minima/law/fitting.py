@@ -204,7 +204,7 @@ def read_fit(path: Path) -> Fit:
     if problem is not None:
         raise TableError(
             f"{path} is no fit that can be read: {problem}",
-            "the laws fitted to your own table would be missing from the answer",
+            "nothing can be said or drawn of your own models without it",
             "write it with `minima law fit TABLE --output FILE`",
         )
     return fit

@@ -148,8 +148,11 @@ def _collected(own: Study, units: Sequence[Unit]) -> str:
 
 def _plan(own: Study, units: Sequence[Unit]) -> str:
     members = [
-        (kind, name, shape.parameters, shape.non_embedding_parameters, ", ".join(f"{t / size:.1f}" for t in own.tokens))
-        for kind, names in (("teacher", own.teachers), ("student", own.students))
+        (kind, name, shape.parameters, shape.non_embedding_parameters, ", ".join(f"{t / size:.1f}" for t in tokens))
+        for kind, names, tokens in (
+            ("teacher", own.teachers, own.teacher_tokens()),
+            ("student", own.students, own.tokens),
+        )
         for name in names
         if (shape := own.shape_of(name)) and (size := shape.non_embedding_parameters)
     ]

@@ -75,6 +75,15 @@ class Study(Strict):
         """The shape of a teacher or a student."""
         return self._shapes[name]
 
+    def teacher_tokens(self) -> list[int]:
+        """Tokens that a teacher is trained on; nothing where only the data tells, since epochs are given."""
+        training, length = self.teacher_training, int(self.corpus.get("sequence_length", 1))
+        if "tokens" in training:
+            return [int(training["tokens"])]
+        if "steps" in training and "batch_sequences" in training:
+            return [int(training["steps"]) * int(training["batch_sequences"]) * length]
+        return []
+
     def smaller(self, student: str, teacher: str) -> bool:
         """Whether a student is smaller than a teacher, without embeddings: other pairs are not part of the grid."""
         return self.shape_of(student).non_embedding_parameters < self.shape_of(teacher).non_embedding_parameters

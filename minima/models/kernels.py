@@ -56,7 +56,7 @@ def _liger_functions() -> Any:
         raise RecipeError(
             f"kernels: liger, and liger-kernel cannot be imported: {error}",
             "its kernels are not part of minima",
-            'pip install "minima[liger]" on every machine, or set kernels: stock',
+            "pip install liger-kernel on every machine, or set kernels: stock",
         ) from error
     if not _has_gpu():
         raise RecipeError(

@@ -13,6 +13,16 @@ from minima.recipe.overrides import RecipeLoader, apply_override, nearest
 from minima.recipe.references import check_references
 from minima.recipe.schema import Recipe
 
+_WANTED = {  # by how pydantic's names of its errors begin
+    "int_": "has to be a whole number",
+    "float_": "has to be a number",
+    "bool_": "has to be true or false",
+    "string_type": "has to be text",
+    "list_type": "has to be a list",
+    "dict_type": "has to be a block of keys",
+    "model_type": "has to be a block of keys",
+}
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in `path`, changed by `overrides`.
@@ -42,6 +52,12 @@ def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         RecipeError: it asks for something that does not exist or cannot be.
         MinimaError: another error that a field's own check raised.
     """
+    if {"teachers", "students"} <= raw.keys():
+        raise RecipeError(
+            f"{path.name} is a study of teachers and students, not the recipe of one run",
+            "a study is a grid of runs, each of which has a recipe of its own",
+            f"minima law study {path}",
+        )
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -100,13 +116,18 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaE
     details = [detail for detail in details if not _other_branch(detail, details)]
     own = [detail["ctx"]["error"] for detail in details if isinstance(detail.get("ctx", {}).get("error"), MinimaError)]
     if len(details) == 1 and own:
-        place = _place(raw, details[0]["loc"])
+        place = _place(raw, details[0])
         return type(own[0])(f"{path.name}{': ' + place if place else ''}: {own[0].what}", own[0].why, own[0].do)
-    lines = [f"{_place(raw, detail['loc']) or 'recipe'}: {_problem(detail)}" for detail in details]
-    unknown = any(detail["type"] == "extra_forbidden" for detail in details)
+    lines = [f"{_place(raw, detail) or 'recipe'}: {_problem(detail)}" for detail in details]
+    types = {detail["type"] for detail in details}
+    why = "a recipe says all that a run is, so nothing is guessed"
+    if "extra_forbidden" in types:
+        why = "a key that nothing reads would be silently ignored"
+    elif types == {"missing"}:
+        why = "it has no default that is right for every run"
     return RecipeError(
         f"{path.name}: " + (lines[0] if len(lines) == 1 else f"{len(lines)} problems\n    " + "\n    ".join(lines)),
-        "a key that nothing reads would be silently ignored" if unknown else "the run could not be what was meant",
+        why,
         "change " + ("it" if len(lines) == 1 else "them") + f" in {path}, or override on the command line",
     )
 
@@ -141,12 +162,14 @@ def _problem(detail: Any) -> str:
     inner = detail.get("ctx", {}).get("error")
     if isinstance(inner, MinimaError):
         return f"{inner.what} ({inner.why}; {inner.do})"
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = next((text for start, text in _WANTED.items() if detail["type"].startswith(start)), None)
+    message = wanted or detail["msg"].replace("Input should be", "has to be").removeprefix("Value error, ")
     return f"{message[:1].lower() + message[1:]}, not {value!r}" if len(repr(value)) < 80 else message
 
 
-def _place(raw: dict[str, Any], location: Sequence[str | int]) -> str:
+def _place(raw: dict[str, Any], detail: Any) -> str:
     """A pydantic location as the user wrote it: stages by name, no union tags or class names."""
+    location: Sequence[str | int] = detail["loc"]
     parts: list[str] = []
     block: Any = raw
     for index, part in enumerate(location):
@@ -158,8 +181,8 @@ def _place(raw: dict[str, Any], location: Sequence[str | int]) -> str:
         elif isinstance(block, dict) and part in block:
             parts.append(str(part))
             block = block[part]
-        elif last and not str(part)[:1].isupper() and isinstance(block, dict):
-            parts.append(str(part))  # a key that is missing
+        elif last and detail["type"] == "missing" and isinstance(block, dict):
+            parts.append(str(part))
     return ".".join(parts)
 
 

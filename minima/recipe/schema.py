@@ -9,6 +9,7 @@ from minima.recipe.base import ModelInput, Stage, Strict, as_model
 from minima.recipe.chat import Align, Instruct
 from minima.recipe.data import Source, TokenizerTraining
 from minima.recipe.distillation import Distil
+from minima.recipe.overrides import nearest
 from minima.recipe.pruning import Prune
 from minima.recipe.release import Benchmark, Evaluate, Export, Publish
 from minima.recipe.training import Training
@@ -162,5 +163,9 @@ class Recipe(Strict):
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        names = ", ".join(stage.name for stage in self.stages)
-        raise RecipeError(f"no stage is called {name!r}", "only stages of the recipe can run", f"choose among {names}")
+        names = [stage.name for stage in self.stages]
+        raise RecipeError(
+            f"no stage is called {name!r}{nearest(name, names)}",
+            "only stages of the recipe can run",
+            f"choose among {', '.join(names)}",
+        )

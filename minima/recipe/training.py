@@ -95,7 +95,7 @@ class Training(BaseModel):
             raise RecipeError(
                 f"a training stage that gives {' and '.join(given) or 'none of steps, tokens and epochs'}",
                 "the length of the run, and with it the schedule, follows from exactly one of them",
-                "give one of `steps`, `tokens` and `epochs`",
+                "give one of `steps`, `tokens` and `epochs`; an override takes one away with `=null`",
             )
         if self.batch_sequences % self.micro_batch_sequences:
             raise RecipeError(

@@ -67,7 +67,7 @@ def check_stages(
             raise RecipeError(
                 f"stages.{stage.name}: lm-eval is not installed",
                 "the run would end there, after everything before it",
-                "pip install 'minima[benchmark]', or run the other stages with --stages",
+                "pip install lm-eval accelerate, or run the other stages with --stages",
             )
         if isinstance(stage, Publish) and _has_no_token():
             raise RecipeError(
@@ -80,7 +80,7 @@ def check_stages(
             raise RecipeError(
                 f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
                 "the run would not be logged where you look for it",
-                "pip install 'minima[wandb]', or remove the key",
+                "pip install wandb, or remove the key",
             )
     names = {stage.name for stage in left}
     return [f"stages.{found.name}: {text}" for found in previews if found.name in names for text in found.missing]

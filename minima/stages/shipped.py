@@ -28,11 +28,11 @@ def find_recipe(name: str) -> Path:
     for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
         if path.parent in (Path("."), Path("recipes")) and candidate.is_file():
             return candidate
-    shipped = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    shipped = sorted(file.stem for file in folder.glob("*.yaml"))
     raise RecipeError(
-        f"there is no recipe {name!r} here",
+        f"there is no recipe {name!r} here{nearest(name, shipped)}",
         "a run is what its recipe says",
-        f"give the path of a YAML file, or the name of a shipped recipe: {shipped or 'none found'}",
+        f"give the path of a YAML file, or the name of a shipped recipe: {', '.join(shipped) or 'none found'}",
     )
 
 

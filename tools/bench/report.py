@@ -216,8 +216,9 @@ def table(found: dict[str, Any]) -> str:
         rate = f"{row['model_flops_per_second'] / 1e9:,.1f} G" if "model_flops_per_second" in row else ""
         share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
         moved = f"{row['collective_bytes_per_step'] / 1e6:,.0f} MB" if "micro_batch" in row else ""
+        spread = f"{row['spread']:.1%}" if len(row["seconds"]) > 1 else "-"  # one says nothing of another
         lines.append(
-            f"| {row['name']} | {batch} | {row['tokens_per_second']:,.0f} | {row['spread']:.1%} "
+            f"| {row['name']} | {batch} | {row['tokens_per_second']:,.0f} | {spread} "
             f"| {row['median_processor_seconds']:.2f} | {rate} | {share} "
             f"| {row['peak_above_idle_bytes'] / 1e9:.2f} GB | {moved} | {row['loss']:.4f} |"
         )

@@ -128,9 +128,12 @@ def test_a_log_cannot_command_the_terminal(slurm, project):
     assert "\x1b" not in show()[1]
 
 
-def test_no_run(project, tmp_path):
+def test_no_run(slurm, project, tmp_path):
     with pytest.raises(ClusterError, match=r"no run's folder"):
         show(str(tmp_path))
+    send()
+    with pytest.raises(ClusterError, match=r"neither a run's folder here nor a recipe; did you mean 'runs/test'"):
+        show("runs/tset")
 
 
 def test_what_waits_is_cancelled_before_what_runs_is_told_to_save(slurm, project):

@@ -194,6 +194,14 @@ def test_an_entry_for_no_stage(slurm, project):
     assert "stages.bas is neither a kind nor a stage here; did you mean 'base'?" in send()
 
 
+def test_a_virtual_environment_that_is_not_here(slurm, project):
+    Path("cluster.yaml").write_text(yaml.safe_dump({"venv": "env"}))
+    assert f"warning: {project / 'env' / 'bin' / 'activate'} is not there" in send()
+    (project / "env" / "bin").mkdir(parents=True)
+    (project / "env" / "bin" / "activate").touch()
+    assert "activate is not there" not in send()
+
+
 def test_two_submissions_at_once(slurm, project):
     with run_lock(RUN / "cluster"), pytest.raises(StageError, match="is in use"):
         send()

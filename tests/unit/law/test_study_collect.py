@@ -7,6 +7,7 @@ import pytest
 from minima.law.collect import CSV, PARQUET, collect, overview
 from minima.law.queue import Tally
 from minima.law.study import study as run_study
+from minima.law.study_recipe import load_study
 from minima.law.table import read_table
 from tests.unit.law.study_grid import finish, study_file, study_of
 
@@ -89,6 +90,17 @@ def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path):
     said: list[str] = []
     assert run_study(path, [], said.append, dry_run=True) == 0
     assert "16,032" in said[-1] and "cells" in said[-1] and not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_divides_each_models_own_tokens(tmp_path):
+    said: list[str] = []
+    path = study_file(tmp_path, output=str(tmp_path / "runs"))
+    assert run_study(path, ["teacher_training.steps=50"], said.append, dry_run=True) == 0
+    study = load_study(path, ["teacher_training.steps=50"])
+    trained = 50 * study.teacher_training["batch_sequences"] * study.corpus["sequence_length"]
+    line = next(line for line in said[-1].splitlines() if line.startswith("teacher"))
+    name = line.split()[1]
+    assert line.endswith(f" {trained / study.shape_of(name).non_embedding_parameters:.1f}")
 
 
 def test_a_finished_run_of_another_grid_is_refused(tmp_path, place):

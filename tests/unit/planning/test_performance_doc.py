@@ -13,9 +13,7 @@ from minima.planning.sharding import STUDENT, TEACHER
 from minima.planning.traffic import frozen_traffic, trained_traffic
 from tests.unit.planning.test_placement import STUDENT_3B, TEACHER_7B, stage_of
 
-MATMUL = (
-    790e12  # FLOP/s of a large bfloat16 matrix product, as the issue of this table's targets measured it on an H100
-)
+MATMUL = 790e12  # FLOP/s: what the page assumes of large bfloat16 matrix products on an H100
 
 
 def floor_rows() -> Iterator[str]:
@@ -91,7 +89,7 @@ def test_the_documents_tables_are_computed(root, rows):
 
 
 def test_the_floor_of_the_published_shapes():
-    """The numbers that the targets are derived from: 33.5 GFLOP a token of model work, 39.5 with full recomputation."""
+    """The work of a token: 33.5 GFLOP a token of model work, 39.5 with full recomputation."""
     assert model_flops_per_token(STUDENT_3B, TEACHER_7B, 4096) == pytest.approx(33.5e9, abs=0.05e9)
     assert executed_flops_per_token(STUDENT_3B, TEACHER_7B, 4096, "full") == pytest.approx(39.5e9, abs=0.05e9)
     for level in ("none", "selective"):

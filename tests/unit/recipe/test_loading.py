@@ -84,8 +84,32 @@ def test_every_problem_is_listed_once(load, recipe):
     assert "3 problems" in text
     assert "stages.teacher.learning_rate: is missing" in text
     assert "stages.student.steps:" in text and "'many'" in text
-    assert "ranks: greater than 0, not 0" in text
+    assert "ranks: has to be greater than 0, not 0" in text
     assert "pydantic" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "stages.student.batch_sequences=eight",
+            "stages.student.batch_sequences: has to be a whole number, not 'eight'",
+        ),
+        ("stages.student.learning_rate=fast", "stages.student.learning_rate: has to be a number, not 'fast'"),
+        ("stages.student.tensorboard=maybe", "stages.student.tensorboard: has to be true or false, not 'maybe'"),
+        ("summary=7", "summary: has to be a block of keys, not 7"),
+        ("stages.student.batch_sequences=10", "stages.student: batch_sequences 10 is no multiple"),
+    ],
+)
+def test_the_place_and_the_value_as_they_were_written(load, recipe, override, said):
+    with pytest.raises(RecipeError) as error:
+        load(recipe, override)
+    assert error.value.what == f"tiny.yaml: {said}" or error.value.what.startswith(f"tiny.yaml: {said} ")
+
+
+def test_a_study_is_not_the_recipe_of_one_run(load):
+    with pytest.raises(RecipeError, match="minima law study"):
+        load({"name": "x", "teachers": {}, "students": {}})
 
 
 def test_an_error_of_a_fields_own_check_keeps_its_class_and_parts(load, recipe):

@@ -33,7 +33,7 @@ def test_a_push_without_a_token(tmp_path, monkeypatch):
 def test_a_benchmark_without_its_harness(tmp_path, monkeypatch):
     check(BENCHMARK, tmp_path)
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"pip install 'minima\[benchmark\]'"):
+    with pytest.raises(RecipeError, match=r"pip install lm-eval accelerate"):
         check(BENCHMARK, tmp_path)
 
 
