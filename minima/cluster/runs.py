@@ -30,7 +30,7 @@ def open_run(run: str) -> tuple[Recipe, Path]:
         try:
             path = find_recipe(run)
         except RecipeError:
-            beside = [str(other) for other in folder.parent.glob("*") if (other / RESOLVED).is_file()]
+            beside = [str(other) for other in folder.parent.glob("*") if other.is_dir()]
             raise ClusterError(
                 f"{run!r} is neither a run's folder here nor a recipe{nearest(run, beside)}",
                 "the recipe in it says which stages there are",

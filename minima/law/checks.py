@@ -14,6 +14,7 @@ from minima.errors import TableError
 from minima.law.table import DIRECT, Row
 
 Sizes = Literal["non_embedding", "all"]
+_SAME_LOSS = 1e-3  # relative
 _COLUMN = {"non_embedding": "non_embedding_parameters", "all": "parameters"}
 
 
@@ -98,6 +99,7 @@ def check_rows(rows: Sequence[Row], sizes: Sizes) -> tuple[list[Run], list[Exclu
         if reason is not None:
             excluded.append(Excluded(number, row.describe(), reason))
     _check_teachers(runs, excluded)
+    _check_teacher_losses(runs)
     return runs, excluded
 
 
@@ -116,8 +118,15 @@ def _fault(row: Row, sizes: Sizes) -> str | None:
         return f"student_loss is {loss}"
     if loss <= 0:
         return f"student_loss is {loss}; a cross-entropy of text is positive"
+    if row.vocabulary_size and loss > math.log(row.vocabulary_size):
+        chance = math.log(row.vocabulary_size)
+        return f"student_loss is {loss:.4g}, more than the {chance:.4g} nats of a guess: diverged, or not in nats"
     if row.tokens is not None and row.tokens <= 0:
         return f"tokens is {row.tokens}"
+    if row.tokens is not None and row.unique_tokens is not None and row.unique_tokens > row.tokens:
+        return f"unique_tokens is {row.unique_tokens:,}, more than the {row.tokens:,} tokens among which they are"
+    if row.epochs and row.tokens and row.unique_tokens and abs(row.epochs * row.unique_tokens / row.tokens - 1) > 0.02:
+        return f"epochs is {row.epochs:g}, and tokens / unique_tokens {row.tokens / row.unique_tokens:.3g}"
     if student is None:
         return f"student_{_COLUMN[sizes]} is missing"
     if row.initialisation == DIRECT:
@@ -145,6 +154,7 @@ def _run(row: Row, number: int, sizes: Sizes) -> Run:
 
 def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:
     whole = [(number, row) for number, row in enumerate(rows, start=1) if row.student]
+    alike: dict[str, bool | None] = {}
     for model in ("student", "teacher"):
         own = [(number, row) for number, row in whole if model == "student" or row.teacher]
         for column in _COLUMN.values():
@@ -166,6 +176,16 @@ def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:
         same = [number for number, everything, inner in both if everything == inner]
         if same and len(same) < len(both):
             _refuse_mixed(f"{model}_parameters counts no embeddings in {_numbers(same)}, and counts them in others")
+        alike[model] = bool(same) if both else None
+        few = [
+            number
+            for number, everything, inner in both
+            if 0 < everything - inner < (rows[number - 1].vocabulary_size or 0)
+        ]
+        if few:
+            _refuse_mixed(
+                f"the two sizes of the {model} differ by less than one number for each token in {_numbers(few)}"
+            )
         for number, everything, inner in pairs:
             if (everything is not None and everything <= 0) or (inner is not None and inner <= 0):
                 raise TableError(
@@ -173,6 +193,10 @@ def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:
                     "sizes are fitted on a logarithmic scale",
                     "write the number of parameters, not of millions or thousands",
                 )
+
+    if None not in alike.values() and alike["student"] != alike["teacher"]:
+        plain, other = ("student", "teacher") if alike["student"] else ("teacher", "student")
+        _refuse_mixed(f"{plain}_parameters counts no embeddings, and {other}_parameters does")
 
 
 def _refuse_mixed(what: str) -> None:
@@ -223,6 +247,21 @@ def _check_teachers(runs: Sequence[Run], excluded: Sequence[Excluded]) -> None:
             "which teacher is best is a comparison of several; a minimum takes at least three",
             "distil the same students from at least three teachers, better five",
         )
+
+
+def _check_teacher_losses(runs: Sequence[Run]) -> None:
+    """One teacher of one seed has one loss, up to how batches round it."""
+    seen: dict[tuple, Run] = {}
+    for run in (one for one in runs if one.teacher and one.teacher_loss is not None):
+        first = seen.setdefault((run.study, run.family, run.teacher, run.seed), run)
+        assert run.teacher_loss is not None and first.teacher_loss is not None
+        if abs(run.teacher_loss / first.teacher_loss - 1) > _SAME_LOSS:
+            raise TableError(
+                f"rows {first.number} and {run.number}: teacher {run.teacher} of seed {run.seed} has losses "
+                f"{first.teacher_loss:.6g} and {run.teacher_loss:.6g}",
+                "students of two teachers would be compared as if they had one",
+                "mend the loss, or give the teachers names of their own",
+            )
 
 
 def _numbers(numbers: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -61,18 +62,63 @@ class Curve:
 
     @property
     def means_T(self) -> np.ndarray:
-        """Mean loss for each teacher."""
-        return np.array([np.mean(list(by_seed.values())) for by_seed in self.losses])
+        """Loss of each teacher over the seeds of the curve (see `effects`)."""
+        return self.effects.means_T
 
     @property
     def seeds(self) -> list[int]:
         """All seeds of the curve."""
         return sorted({seed for by_seed in self.losses for seed in by_seed})
 
-    @property
-    def paired(self) -> bool:
-        """Whether every teacher has every seed, so that what a seed does to all teachers can be taken out."""
-        return all(sorted(by_seed) == self.seeds for by_seed in self.losses)
+    @cached_property
+    def effects(self) -> "Effects":
+        """What of the losses is the teachers', what the seeds' common part, and what is left."""
+        return _effects(self.losses, self.seeds)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The losses of one curve as teacher + seed + rest, by least squares.
+
+    Where some teacher lacks some seed, plain means would mix what a seed does to all teachers into the difference of
+    two of them; the additive model does not.
+
+    Attributes:
+        means_T: loss of each teacher in the mean over the seeds of the curve, nats per token.
+        rests: what is left of each run, by place of its teacher and seed.
+        freedom: degrees of freedom of the rests; 0 where nothing is left over.
+        paired: whether the seeds' common part was taken out: the runs have to connect all teachers and seeds.
+    """
+
+    means_T: np.ndarray
+    rests: dict[tuple[int, int], float]
+    freedom: int
+    paired: bool
+
+
+def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effects:
+    runs = [(place, seed, loss) for place, by_seed in enumerate(losses) for seed, loss in by_seed.items()]
+    num_teachers, num_seeds = len(losses), len(seeds)
+    means_T = np.array([np.mean(list(by_seed.values())) for by_seed in losses])
+    seed_effects = dict.fromkeys(seeds, 0.0)
+    freedom, paired = len(runs) - num_teachers, False
+    if num_seeds > 1 and num_teachers > 1:
+        teacher_RT = np.array([[place == other for other in range(num_teachers)] for place, _, _ in runs], dtype=float)
+        # The last seed's effect is less the sum of the others', so that they add up to nothing.
+        seed_RS = np.array(
+            [[float(seed == one) - float(seed == seeds[-1]) for one in seeds[:-1]] for _, seed, _ in runs]
+        )
+        design = np.hstack([teacher_RT, seed_RS])
+        if np.linalg.matrix_rank(design) == design.shape[1] < len(runs):
+            found = np.linalg.lstsq(design, np.array([loss for _, _, loss in runs]), rcond=None)[0]
+            freedom, paired = len(runs) - design.shape[1], True
+            if len(runs) == num_teachers * num_seeds:  # every teacher has every seed: plain means are the same
+                by_seed_S = [np.mean([by_seed[seed] for by_seed in losses]) - means_T.mean() for seed in seeds]
+            else:
+                means_T, by_seed_S = found[:num_teachers], [*found[num_teachers:], -found[num_teachers:].sum()]
+            seed_effects = {seed: float(effect) for seed, effect in zip(seeds, by_seed_S, strict=True)}
+    rests = {(place, seed): loss - float(means_T[place]) - seed_effects[seed] for place, seed, loss in runs}
+    return Effects(means_T, rests, freedom, paired)
 
 
 def two_digits(value: float) -> float:
@@ -140,21 +186,74 @@ def describe(condition: Condition, budget: Budget) -> str:
     return f"{names + ': ' if names else ''}{condition.initialisation}, {amount}{epochs}"
 
 
-def gaps(condition: Condition, curves: Sequence[Curve], budget: Budget) -> list[str]:
-    """What the grid of a condition lacks: seeds, and teachers that other students have."""
+def gaps(conditions: dict[Condition, list[Curve]], budget: Budget) -> list[str]:
+    """What a grid lacks, a line each: seeds, teachers and students that others of the same budget have, single seeds,
+    direct runs, and runs that stand apart by a budget that is nearly the same.
+
+    Args:
+        conditions: the curves of a table.
+        budget: as they were made with.
+    """
+    notes: list[str] = []
+    for condition, curves in conditions.items():
+        alike = [one for other, found in conditions.items() if _same_grid(condition, other) for one in found]
+        notes += _gaps(condition, curves, alike, budget)
+    listed = list(conditions)
+    for place, one in enumerate(listed):
+        for other in listed[place + 1 :]:
+            if replace(one, budget=0.0, epochs=None) == replace(other, budget=0.0, epochs=None) and _nearly(one, other):
+                notes.append(
+                    f"{describe(one, budget)} ({_epochs(one)}) and {describe(other, budget)} ({_epochs(other)}) are "
+                    "fitted apart, though their budgets are nearly the same: if they should not be, write the same "
+                    "tokens and unique_tokens"
+                )
+    return notes
+
+
+def _same_grid(one: Condition, other: Condition) -> bool:
+    return replace(one, initialisation="") == replace(other, initialisation="")
+
+
+def _nearly(one: Condition, other: Condition) -> bool:
+    return abs(one.budget - other.budget) <= 0.01 * one.budget
+
+
+def _epochs(condition: Condition) -> str:
+    return "epochs unknown" if condition.epochs is None else f"{condition.epochs:g} epochs"
+
+
+def _gaps(condition: Condition, curves: Sequence[Curve], alike: Sequence[Curve], budget: Budget) -> list[str]:
     notes = []
-    sizes = {name: size for curve in curves for name, size in zip(curve.teachers, curve.sizes, strict=True)}
-    seeds = {seed for curve in curves for seed in curve.seeds}
+    sizes = {name: size for curve in alike for name, size in zip(curve.teachers, curve.sizes, strict=True)}
+    seeds = {seed for curve in alike for seed in curve.seeds}
+    known_alone = any(curve.direct for curve in alike)
+    here = describe(condition, budget)
+    students = {curve.student: curve.size for curve in alike}
+    absent = sorted(set(students) - {curve.student for curve in curves}, key=students.__getitem__)
+    if absent:
+        notes.append(f"{here}: no student {', '.join(absent)}, which other starts have")
     for curve in curves:
-        where = f"{describe(condition, budget)}, student {curve.student}"
+        where = f"{here}, student {curve.student}"
         if len(seeds) > 1:
             for teacher, by_seed in zip(curve.teachers, curve.losses, strict=True):
                 without = sorted(seeds - set(by_seed))
                 if without:
                     notes.append(f"{where}: no run with teacher {teacher} for seed {', '.join(map(str, without))}")
+        if not curve.effects.paired and len(curve.seeds) > 1 and len(curve.teachers) > 1:
+            notes.append(f"{where}: too few runs share seeds, so what a seed does to all teachers is not taken out")
         absent = [name for name, size in sizes.items() if size > curve.size and name not in curve.teachers]
         if absent:
-            notes.append(f"{where}: no run with teacher {', '.join(absent)}, which other students have")
+            notes.append(f"{where}: no run with teacher {', '.join(absent)}, which other students or starts have")
+        if known_alone and sorted(curve.direct) != curve.seeds:
+            have = ", ".join(map(str, sorted(curve.direct))) or "no seed"
+            notes.append(f"{where}: direct runs for {have}, distilled ones for {', '.join(map(str, curve.seeds))}")
+        same = [
+            teacher
+            for teacher, by_seed in zip(curve.teachers, curve.losses, strict=True)
+            if len(set(by_seed.values())) < len(by_seed)
+        ]
+        if same:
+            notes.append(f"{where}: seeds with the same loss to the last digit (teacher {', '.join(same)}): one run?")
     if len(seeds) == 1:
-        notes.append(f"{describe(condition, budget)}: a single seed ({seeds.pop()}); nothing has an interval")
+        notes.append(f"{here}: a single seed ({seeds.pop()}); nothing has an interval")
     return notes

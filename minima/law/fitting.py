@@ -123,8 +123,9 @@ def fit_table(
     rows = read_table(path)
     runs, excluded = check_rows(rows, sizes)
     conditions, notes = [], []
-    for condition, curves in curves_of(runs, budget).items():
-        notes += gaps(condition, curves, budget)
+    by_condition = curves_of(runs, budget)
+    notes += gaps(by_condition, budget)
+    for condition, curves in by_condition.items():
         means = draw_means(curves, num_draws, seed)
         found = [minimum_of(curve, means_BT) for curve, means_BT in zip(curves, means, strict=True)]
         minima, sizes_SB = [minimum for minimum, _ in found], [sizes_B for _, sizes_B in found]
@@ -149,9 +150,13 @@ def _remarks(
         where = describe(few[0].condition, budget)
         advice = "with `--budget ratio` students of equal tokens per parameter share a line"
         notes.append(f"{where}: fewer than three students; {advice}")
-    unknown = sum(run.teacher_loss is None for run in runs if run.initialisation != DIRECT)
+    unknown = [run.number for run in runs if run.initialisation != DIRECT and run.teacher_loss is None]
     if unknown:
-        notes.append(f"{unknown} runs have no teacher_loss and take no part in the scaling law")
+        shown = ", ".join(map(str, unknown[:8])) + (" and more" if len(unknown) > 8 else "")
+        notes.append(
+            f"{len(unknown)} runs have no teacher_loss that is a number above 0 and take no part in the scaling law "
+            f"(rows {shown})"
+        )
     if all(row.student_parameters == row.student_non_embedding_parameters for row in rows):
         notes.append("sizes with and without embeddings are the same in every row")
     if sizes == "all":

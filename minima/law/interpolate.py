@@ -18,7 +18,8 @@ from minima.law.noise import Noise, noise_of
 
 NEIGHBOURS = 2  # on each side: with three on a side the parabola would span a factor of 16 on a grid of doublings
 LEVEL = 0.95
-MINIMUM, NOT_BRACKETED, TOO_FEW = "minimum", "not bracketed", "too few teachers"
+MINIMUM, NOT_BRACKETED, TOO_FEW, NOISE = "minimum", "not bracketed", "too few teachers", "within the noise"
+FLAT_P = 0.05  # above it, all teachers may be equally good
 Interval = tuple[float | None, float | None]  # an end that is None lies beyond the grid
 
 
@@ -30,7 +31,8 @@ class Minimum:
         student: name.
         student_size: parameters.
         tokens: of its training.
-        status: `minimum`, `not bracketed` or `too few teachers`.
+        status: `minimum`, `not bracketed`, `too few teachers`, or `within the noise`: the teachers differ no more than
+            seeds do, so that the lowest of them is an accident.
         reason: why there is no minimum; empty where there is.
         teacher_size: parameters of the best teacher, interpolated; None where there is none.
         teacher_interval: its interval over seeds; None with one seed or without a minimum.
@@ -43,6 +45,8 @@ class Minimum:
         misfit_p: probability of missing the means by so much if the parabola were right (F test against the seed
             noise); None with three points or one seed.
         noise: of the seeds.
+        flat_p: probability of such different means if all teachers were equally good (F test against the seed noise);
+            None with one seed.
     """
 
     student: str
@@ -60,6 +64,7 @@ class Minimum:
     bracketed_share: float | None = None
     rises: tuple[float, float] | None = None
     misfit_p: float | None = None
+    flat_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
         tokens=curve.tokens,
         noise=noise_of(curve),
         grid_best=curve.teachers[best],
+        flat_p=(flat_p := _flat(curve)),
     )
     if len(set(curve.sizes)) < 3:
         reason = f"{num_teachers} teacher{'s' if num_teachers > 1 else ''}; a parabola takes three sizes"
@@ -140,6 +146,9 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
     share = None if drawn is None else float(np.isfinite(drawn.log_size_B).mean())
     sizes_B = None if drawn is None else np.exp(drawn.log_size_B)
     used = curve.teachers[window(best, num_teachers)]
+    if flat_p is not None and flat_p > FLAT_P:
+        reason = f"the teachers differ no more than seeds do (F test, p = {flat_p:.2g})"
+        return base(status=NOISE, reason=reason, used=used, bracketed_share=share), sizes_B
     if not np.isfinite(lowest.log_size_B[0]):
         reason = f"the {'smallest' if best == 0 else 'largest'} teacher has the lowest loss"
         if best not in (0, num_teachers - 1):
@@ -165,6 +174,16 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
 def _positive(ends: Interval) -> Interval:
     low, high = ends
     return (low or None), high  # a size of 0 is exp(-inf): beyond the smallest teacher
+
+
+def _flat(curve: Curve) -> float | None:
+    noise, means_T = noise_of(curve), curve.means_T
+    if not noise.deviation or len(means_T) < 2:
+        return None
+    num_runs_T = np.array([len(by_seed) for by_seed in curve.losses])
+    away_T = means_T - np.average(means_T, weights=num_runs_T)
+    ratio = float((num_runs_T * away_T**2).sum()) / (len(means_T) - 1) / noise.deviation**2
+    return float(f_distribution.sf(ratio, len(means_T) - 1, noise.freedom))
 
 
 def _misfit(curve: Curve, best: int) -> float | None:

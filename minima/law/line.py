@@ -20,6 +20,7 @@ PAPER_SLOPE, PAPER_INTERCEPT, PAPER_R2 = 2.498, -11.498, 0.9957
 PAPER_TEACHERS = (70e6, 7e9)  # GPT-2 and Pythia teachers of 70M to 2.8B, and LLaMA2-7B
 SMALLEST_PAPER_STUDENT = -PAPER_INTERCEPT / (PAPER_SLOPE - 1) * MILLION  # below it, its teacher is no larger: 7.7M
 FEWEST_STUDENTS = 3
+ENOUGH_DRAWS = 0.95  # share with a line; of fewer, those that have one are chosen by what they show
 _KEPT_DRAWS = 400  # of (a, b), for the interval of a teacher that is asked for later
 REJECTED = 0.025  # of each of two tests, so at most 5 % for both together
 
@@ -76,8 +77,8 @@ class Line:
         student_range: smallest and largest student that takes part, parameters.
         with_intercept: T* = a S + b.
         without_intercept: T* = a S.
-        used_share: of the draws, those in which at least three students have a minimum; the intervals over seeds are
-            from these alone.
+        used_share: of the draws, those in which at least three students have a minimum. Below 0.95 nothing is said over
+            seeds: the draws that are left were chosen by what they show.
         agreement: with the paper's line.
         draws: pairs (a, b) over seeds, at most 400 of them.
     """
@@ -108,7 +109,7 @@ def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -
     taken = [index for index, minimum in enumerate(minima) if minimum.status == MINIMUM]
     names = tuple(minima[index].student for index in taken)
     left_out = tuple((one.student, f"{one.status}: {one.reason}") for one in minima if one.status != MINIMUM)
-    if len(taken) < FEWEST_STUDENTS:
+    if len({minima[index].student_size for index in taken}) < FEWEST_STUDENTS:
         return Line(names, left_out, fitted=False)
     student_S = np.array([minima[index].student_size for index in taken]) / MILLION
     best_S = np.array([minima[index].teacher_size for index in taken], dtype=float) / MILLION
@@ -118,9 +119,9 @@ def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -
     if all(one is not None for one in drawn):
         best_BS = np.stack([one for one in drawn if one is not None], axis=1) / MILLION
         there_BS = np.isfinite(best_BS) & (best_BS > 0)
-        enough_B = there_BS.sum(axis=1) >= FEWEST_STUDENTS
+        enough_B = np.array([len(np.unique(student_S[there_S])) for there_S in there_BS]) >= FEWEST_STUDENTS
         share = float(enough_B.mean())
-        if enough_B.sum() >= 100:  # fewer draws have no 2.5 % quantiles
+        if share >= ENOUGH_DRAWS and enough_B.sum() >= 100:  # fewer draws have no 2.5 % quantiles
             lines_B2, ratios_B = _least_squares(student_S, best_BS[enough_B], there_BS[enough_B])
     both, alone = _with(student_S, best_S, lines_B2), _without(student_S, best_S, ratios_B)
     kept = () if lines_B2 is None else tuple((float(a), float(b)) for a, b in lines_B2[:_KEPT_DRAWS])
@@ -165,6 +166,28 @@ def _without(student_S: np.ndarray, best_S: np.ndarray, ratios_B: np.ndarray | N
     return LineFit(
         slope, 0.0, over_seeds, None, (slope - reach, slope + reach), None, _r2(best_S, slope * student_S)
     )  # fmt: skip
+
+
+def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], size: float) -> Interval:
+    """Of the best teacher of one more student, from how far the measured ones lie from the line; parameters.
+
+    Args:
+        line: with an intercept.
+        students: size and best teacher of each that the line goes through, parameters; at least three.
+        size: of the student that is asked about, parameters.
+
+    Returns:
+        Its ends; None for one that is not above 0.
+    """
+    student_S, best_S = (np.array(values) / MILLION for values in zip(*students, strict=True))
+    spare, at = len(student_S) - 2, size / MILLION
+    error = np.sqrt(_squares(best_S - line.slope * student_S - line.intercept) / spare)
+    away = student_S - student_S.mean()
+    reach = t_distribution.ppf((1 + LEVEL) / 2, spare) * error
+    reach *= np.sqrt(1 + 1 / len(student_S) + (at - student_S.mean()) ** 2 / _squares(away))
+    middle = line.slope * at + line.intercept
+    low, high = float(middle - reach) * MILLION, float(middle + reach) * MILLION
+    return (low if low > 0 else None), high
 
 
 def _agreement(

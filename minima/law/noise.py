@@ -37,32 +37,16 @@ class Noise:
 
 
 def residuals(curve: Curve) -> tuple[dict[tuple[str, int], float], int]:
-    """The residuals of a curve by (teacher, seed), and their degrees of freedom.
-
-    With shared seeds those of the additive model teacher + seed, (T - 1)(S - 1); else those around each teacher's mean.
-    """
-    means_T = curve.means_T
-    seeds, teachers = curve.seeds, curve.teachers
-    if curve.paired and len(seeds) > 1 and len(teachers) > 1:
-        effects = {seed: float(np.mean([by_seed[seed] for by_seed in curve.losses]) - means_T.mean()) for seed in seeds}
-        freedom = (len(teachers) - 1) * (len(seeds) - 1)
-    else:
-        effects = dict.fromkeys(seeds, 0.0)
-        freedom = sum(len(by_seed) - 1 for by_seed in curve.losses)
-    found = {
-        (teacher, seed): loss - float(mean) - effects[seed]
-        for teacher, mean, by_seed in zip(teachers, means_T, curve.losses, strict=True)
-        for seed, loss in by_seed.items()
-    }
-    return found, freedom
+    """The residuals of a curve by (teacher, seed), and their degrees of freedom (see `Curve.effects`)."""
+    effects = curve.effects
+    return {(curve.teachers[place], seed): rest for (place, seed), rest in effects.rests.items()}, effects.freedom
 
 
 def noise_of(curve: Curve) -> Noise:
     """The seed noise of one curve."""
     found, freedom = residuals(curve)
-    paired = curve.paired and len(curve.seeds) > 1
     deviation = float(np.sqrt(sum(value**2 for value in found.values()) / freedom)) if freedom else None
-    return Noise(paired, freedom, deviation)
+    return Noise(curve.effects.paired, freedom, deviation)
 
 
 def draw_means(curves: Sequence[Curve], num_draws: int, seed: int) -> list[np.ndarray | None]:

@@ -6,15 +6,22 @@ among them. The original counts its runs in the same way, with all parameters.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from minima.errors import TableError
+from minima.law.answers import Answer, Cost, Question, Recommendation
 from minima.law.curves import describe
 from minima.law.fitting import ConditionFit, Fit, ScalingFit
 from minima.law.interpolate import Interval, interval
-from minima.law.line import MILLION, PAPER_TEACHERS, SMALLEST_PAPER_STUDENT, paper_teacher
+from minima.law.line import (
+    ENOUGH_DRAWS,
+    MILLION,
+    PAPER_TEACHERS,
+    SMALLEST_PAPER_STUDENT,
+    paper_teacher,
+    prediction_interval,
+)
 from minima.law.scaling import (
     LARGEST_RATIO,
     PUBLISHED,
@@ -30,81 +37,6 @@ PUBLISHED_GAP, PUBLISHED_SCALING = "capacity gap, published", "distillation scal
 DISAGREEMENT = 1.5  # factor between two teachers; the intervals of measured minima are seldom narrower
 FLAT_NATS = 0.01  # a teacher this near the minimum is as good: about the seed noise of a small study
 _NEAR = 1.1  # factor within which a token budget counts as the measured one
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a teacher means for a student.
-
-    Attributes:
-        teacher: parameters.
-        ratio: of teacher to student.
-        sparsity_percent: of the teacher's parameters that pruning it to the student removes.
-        width_percent: of heads, neurons and width that it removes each, when both dimensions of a matrix are cut.
-        flops_per_token: of the distillation.
-        flops: of the whole distillation; None without a token budget.
-    """
-
-    teacher: float
-    ratio: float
-    sparsity_percent: float
-    width_percent: int
-    flops_per_token: float
-    flops: float | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one law says.
-
-    Attributes:
-        law: its name.
-        teacher: the best one in parameters, of those asked for where some were; None where it has no answer.
-        teacher_interval: over seeds, of the law's own best teacher; None where it is not known.
-        ideal: the law's own best teacher, whatever was asked for; None where it has none.
-        loss: expected of the student under `teacher`, nats per token; None without a token budget or a teacher.
-        loss_interval: of it, from the relative error of the law that says it.
-        loss_law: the law that says it. A line says nothing about losses, so there it is the published scaling law.
-        flat: teachers between which the loss is within 0.01 nats of the lowest; None without losses.
-        cost: of taking `teacher`.
-        losses: under each teacher asked for, in their order.
-        measured: the range in which the law was measured.
-        notes: what to know about this answer; all of them are warnings.
-    """
-
-    law: str
-    teacher: float | None
-    teacher_interval: Interval | None
-    ideal: float | None
-    loss: float | None
-    loss_interval: Interval | None
-    loss_law: str
-    flat: tuple[float, float] | None
-    cost: Cost | None
-    losses: tuple[float, ...]
-    measured: str
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked: sizes in parameters, tokens of the distillation (None: not known), the teachers at hand (empty:
-    any), and how many tokens per parameter a teacher is trained on (for the scaling law)."""
-
-    student: float
-    tokens: float | None = None
-    teachers: tuple[float, ...] = ()
-    teacher_tokens_per_parameter: float = 20.0
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """All answers to a question, the cost of each teacher that was asked for, and warnings."""
-
-    question: Question
-    answers: tuple[Answer, ...]
-    costs: tuple[Cost, ...]
-    warnings: tuple[str, ...]
 
 
 def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
@@ -130,6 +62,9 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
         answers.append(_published_scaling(question, question.tokens))
         for one in fit.conditions if fit else ():
             answers.append(_fitted_gap(question, question.tokens, one, fit))
+        if fit is not None:
+            kind = "without embeddings" if fit.sizes == "non_embedding" else "with embeddings"
+            warnings.append(f"the fit counts sizes {kind}, and so must --student and --teachers")
         for scaling in fit.scaling if fit else ():
             answers.append(_fitted_scaling(question, question.tokens, scaling))
     warnings += [f"{answer.law}: {note}" for answer in answers for note in answer.notes]
@@ -150,8 +85,10 @@ def _cost(question: Question, teacher: float) -> Cost:
 
 
 def _gap_answer(
-    question: Question, law: str, ideal: float | None, ends: Interval | None, measured: str, notes: list[str]
-) -> Answer:
+    question: Question, law: str, ideal: float | None, ends: Interval | None, measured: str, notes: list[str],
+    by: tuple[str, ScalingLaw, float] | None,
+) -> Answer:  # fmt: skip
+    """`by` says the losses: its name, the law, and its relative error."""
     if ideal is not None and ideal <= question.student:
         notes.append("its teacher is not larger than the student, so it has no answer")
         ideal = None
@@ -160,12 +97,12 @@ def _gap_answer(
         teacher = min(question.teachers, key=lambda size: abs(math.log(size / ideal)))
     cost = None if teacher is None else _cost(question, teacher)
     kept = None if ideal is None else ends
-    loss, loss_ends = None, None
-    if teacher is not None and question.tokens is not None:
+    loss, loss_ends, said_by = None, None, ""
+    if teacher is not None and question.tokens is not None and by is not None:
+        said_by, scaling, error = by
         per_parameter = question.teacher_tokens_per_parameter
-        loss = float(PUBLISHED.loss_under(question.student, question.tokens, teacher, per_parameter))
-        loss_ends = (loss * (1 - PUBLISHED_ERROR), loss * (1 + PUBLISHED_ERROR))
-    said_by = "" if loss is None else PUBLISHED_SCALING
+        loss = float(scaling.loss_under(question.student, question.tokens, teacher, per_parameter))
+        loss_ends = (loss * (1 - error), loss * (1 + error))
     return Answer(law, teacher, kept, ideal, loss, loss_ends, said_by, None, cost, (), measured, tuple(notes))
 
 
@@ -179,7 +116,8 @@ def _published_gap(question: Question) -> Answer:
     elif not low <= (ideal or 0) <= high:
         notes.append(f"T* = {short(ideal or 0)} extrapolates; its teachers were {short(low)} to {short(high)}")
     measured = f"teachers of {short(low)} to {short(high)}"
-    return _gap_answer(question, PUBLISHED_GAP, ideal, None, measured, notes)
+    by = (PUBLISHED_SCALING, PUBLISHED, PUBLISHED_ERROR)
+    return _gap_answer(question, PUBLISHED_GAP, ideal, None, measured, notes, by)
 
 
 def _fitted_gap(question: Question, tokens: float, one: ConditionFit, fit: Fit | None) -> Answer:
@@ -187,11 +125,16 @@ def _fitted_gap(question: Question, tokens: float, one: ConditionFit, fit: Fit |
     line = one.line
     if not line.fitted or line.with_intercept is None or line.student_range is None:
         note = f"no line ({len(line.students)} bracketed students), so it has no answer"
-        return _gap_answer(question, law, None, None, "nothing", [note])
+        return _gap_answer(question, law, None, None, "nothing", [note], None)
     million = question.student / MILLION
     ideal = (line.with_intercept.slope * million + line.with_intercept.intercept) * MILLION
     draws_B = np.array([(a * million + b) * MILLION for a, b in line.draws])
     notes = []
+    if line.used_share is not None and line.used_share < ENOUGH_DRAWS:
+        notes.append(
+            f"in only {line.used_share:.0%} of the draws over seeds do three students have a minimum, so the line may "
+            "be one of accidents"
+        )
     low, high = line.student_range
     if not low <= question.student <= high:
         notes.append(
@@ -201,7 +144,35 @@ def _fitted_gap(question: Question, tokens: float, one: ConditionFit, fit: Fit |
     if not own / _NEAR <= tokens <= own * _NEAR:
         notes.append(f"{short(tokens)} tokens extrapolate; it was measured with {short(own)}")
     measured = f"students of {short(low)} to {short(high)}"
-    return _gap_answer(question, law, ideal, interval(draws_B) if len(draws_B) else None, measured, notes)
+    through = [
+        (float(minimum.student_size), minimum.teacher_size)
+        for minimum in one.minima
+        if minimum.student in line.students and minimum.teacher_size is not None
+    ]
+    ends = prediction_interval(line.with_intercept, through, question.student)
+    if len(draws_B):
+        ends = _hull(ends, interval(draws_B))
+    return _gap_answer(question, law, ideal, ends, measured, notes, _own_scaling(fit, one))
+
+
+def _hull(one: Interval, other: Interval) -> Interval:
+    (low, high), (other_low, other_high) = one, other
+    lowest = None if low is None or other_low is None else min(low, other_low)
+    return lowest, (None if high is None or other_high is None else max(high, other_high))
+
+
+def _own_scaling(fit: Fit | None, one: ConditionFit) -> tuple[str, ScalingLaw, float] | None:
+    condition = one.condition
+    for scaling in fit.scaling if fit else ():
+        same = (scaling.study, scaling.family, scaling.initialisation)
+        if same == (condition.study, condition.family, condition.initialisation) and scaling.law is not None:
+            return _scaling_name(scaling), scaling.law, scaling.distilled.largest_error or 0.0
+    return None
+
+
+def _scaling_name(scaling: ScalingFit) -> str:
+    names = " ".join(name for name in (scaling.study, scaling.family) if name)
+    return f"distillation scaling, fitted: {names + ': ' if names else ''}{scaling.initialisation}"
 
 
 def _published_scaling(question: Question, tokens: float) -> Answer:
@@ -218,8 +189,7 @@ def _published_scaling(question: Question, tokens: float) -> Answer:
 
 
 def _fitted_scaling(question: Question, tokens: float, scaling: ScalingFit) -> Answer:
-    names = " ".join(name for name in (scaling.study, scaling.family) if name)
-    law = f"distillation scaling, fitted: {names + ': ' if names else ''}{scaling.initialisation}"
+    law = _scaling_name(scaling)
     known, part = scaling.law, scaling.distilled
     if known is None or part.student_range is None or part.token_range is None:
         missing = scaling.distilled if not scaling.distilled.fitted else scaling.supervised

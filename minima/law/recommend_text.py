@@ -1,7 +1,8 @@
 """A recommendation as text."""
 
+from minima.law.answers import Answer, Recommendation
 from minima.law.interpolate import Interval
-from minima.law.recommend import FLAT_NATS, Answer, Recommendation
+from minima.law.recommend import FLAT_NATS
 from minima.law.report import sizes_interval
 from minima.law.sizes_text import short
 from minima.report.tables import text_table

@@ -6,6 +6,7 @@ from minima.law.curves import describe
 from minima.law.fitting import ConditionFit, Fit, ScalingFit
 from minima.law.interpolate import MINIMUM, Interval, Minimum
 from minima.law.line import (
+    ENOUGH_DRAWS,
     PAPER_INTERCEPT,
     PAPER_SLOPE,
     SMALLEST_PAPER_STUDENT,
@@ -95,13 +96,14 @@ def _line(one: ConditionFit) -> list[str]:
     left_out = [f"  without {name} ({reason})" for name, reason in line.left_out]
     if not line.fitted or line.with_intercept is None or line.without_intercept is None:
         number = len(line.students)
-        return [f"no line: {number} bracketed student{'' if number == 1 else 's'}, and a line takes three", *left_out]
+        number_text = f"{number} bracketed student{'' if number == 1 else 's'}"
+        return [f"no line: {number_text}, and a line takes three of different sizes", *left_out]
     lines = [f"line through {', '.join(line.students)}; millions of parameters", *left_out]
     lines += [_equation("T* = a S + b", line.with_intercept), _equation("T* = a S", line.without_intercept)]
-    if line.used_share is not None and line.used_share < 0.95:
+    if line.used_share is not None and line.used_share < ENOUGH_DRAWS:
         lines.append(
-            f"  only {line.used_share:.0%} of the draws have three bracketed students; the intervals over seeds are "
-            "from those alone, so they are too narrow"
+            f"  only {line.used_share:.0%} of the draws have three bracketed students: nothing is said over seeds, for "
+            "the draws that are left were chosen by what they show"
         )
     agreement = line.agreement
     if agreement is not None:

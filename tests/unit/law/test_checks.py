@@ -117,7 +117,7 @@ def test_what_the_grid_lacks_is_said(tmp_path):
     write_table(rows, tmp_path / "table.csv")
     notes = " ".join(fit_table(tmp_path / "table.csv", num_draws=50).notes)
     assert "student s100M: no run with teacher t600M for seed 1" in notes
-    assert "student s200M: no run with teacher t1200M, which other students have" in notes
+    assert "student s200M: no run with teacher t1200M, which other students or starts have" in notes
     write_table([one for one in table() if one.seed == 1], tmp_path / "table.csv")
     assert "a single seed (1); nothing has an interval" in " ".join(fit_table(tmp_path / "table.csv").notes)
 
@@ -147,3 +147,83 @@ def test_students_of_equal_tokens_per_parameter_can_share_a_line(tmp_path):
     (one,) = fit_table(tmp_path / "table.csv", budget="ratio", num_draws=200, descents=1).conditions
     assert one.condition.budget == 20
     assert one.line.with_intercept.slope == pytest.approx(3)
+
+
+def notes_of(rows, tmp_path):
+    write_table(rows, tmp_path / "table.csv")
+    return " ".join(fit_table(tmp_path / "table.csv", num_draws=50).notes)
+
+
+def noisy(**changes):
+    return table(noise=0.001, **changes)
+
+
+def test_what_one_start_lacks_and_another_has_is_said(tmp_path):
+    def kept(one):
+        return one.student != "s200M" and one.teacher != "t600M"
+
+    random = [one for one in noisy(initialisation="random") if one.teacher and kept(one)]
+    notes = notes_of(noisy() + random, tmp_path)
+    assert "random, 1.00B tokens, 1 epoch: no student s200M, which other starts have" in notes
+    assert "random, 1.00B tokens, 1 epoch, student s100M: no run with teacher t600M, which other" in notes
+    assert "direct" not in notes_of(noisy(), tmp_path)
+
+
+def test_direct_runs_of_other_seeds_are_said(tmp_path):
+    rows = [one for one in noisy() if one.teacher or one.seed == 0]
+    assert "student s100M: direct runs for 0, distilled ones for 0, 1" in notes_of(rows, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 1_000_001_000}, {"unique_tokens": None, "epochs": None}])
+def test_budgets_that_are_nearly_the_same_are_said_to_be_fitted_apart(tmp_path, changes):
+    rows = [replace(one, **changes) if one.teacher == "t600M" else one for one in noisy()]
+    assert "are fitted apart, though their budgets are nearly the same" in notes_of(rows, tmp_path)
+    assert "fitted apart" not in notes_of(noisy(), tmp_path)
+
+
+def test_two_seeds_with_one_loss_are_said(tmp_path):
+    rows = noisy()
+    first = next(one for one in rows if one.teacher == "t600M")
+    copied = [replace(one, student_loss=first.student_loss) if one.teacher == "t600M" and one.student == first.student
+              else one for one in rows]  # fmt: skip
+    assert "seeds with the same loss to the last digit (teacher t600M)" in notes_of(copied, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"student_loss": 12.2}, "student_loss is 12.2, more than the 10.37 nats of a guess"),
+        ({"unique_tokens": 2 * 10**9}, "unique_tokens is 2,000,000,000, more than the 1,000,000,000 tokens"),
+        ({"epochs": 7.0}, "epochs is 7, and tokens / unique_tokens 1"),
+    ],
+)
+def test_what_cannot_be_is_left_out_by_name(changes, reason):
+    _, excluded = check_rows(with_row(1, **changes), "non_embedding")
+    assert [one.row for one in excluded] == [2]
+    assert excluded[0].reason.startswith(reason)
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_students_and_teachers_are_counted_in_the_same_way(model):
+    rows = [
+        replace(one, **{f"{model}_parameters": getattr(one, f"{model}_non_embedding_parameters")}) for one in table()
+    ]
+    with pytest.raises(TableError, match=f"mixed: {model}_parameters counts no embeddings, and"):
+        check_rows(rows, "non_embedding")
+
+
+def test_embeddings_smaller_than_the_vocabulary_are_none():
+    rows = [replace(one, student_parameters=one.student_non_embedding_parameters + 1) for one in table()]
+    with pytest.raises(TableError, match="the two sizes of the student differ by less than one number for each token"):
+        check_rows(rows, "non_embedding")
+
+
+def test_a_teacher_of_one_seed_has_one_loss():
+    check_rows(with_row(1, teacher_loss=table()[1].teacher_loss * 1.0001), "non_embedding")
+    with pytest.raises(TableError, match="teacher t600M of seed 0 has losses"):
+        check_rows(with_row(1, teacher_loss=table()[1].teacher_loss - 0.7), "non_embedding")
+
+
+def test_runs_without_a_teachers_loss_are_named(tmp_path):
+    rows = [replace(one, teacher_loss=math.nan) if one.teacher == "t600M" else one for one in noisy()]
+    assert "take no part in the scaling law (rows 2, 6, 10, 14)" in notes_of(rows, tmp_path)

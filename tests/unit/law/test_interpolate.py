@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minima.law.checks import check_rows
 from minima.law.curves import curves_of
-from minima.law.interpolate import MINIMUM, NOT_BRACKETED, TOO_FEW, minimum_of
+from minima.law.interpolate import MINIMUM, NOISE, NOT_BRACKETED, TOO_FEW, minimum_of
 from minima.law.line import fit_line
 from minima.law.noise import draw_means, noise_of
 from tests.law_tables import row, valley
@@ -82,10 +82,38 @@ def test_the_seeds_common_effect_is_taken_out_where_seeds_are_shared():
     assert paired.paired
     assert paired.freedom == 5 * 5
     assert paired.deviation == pytest.approx(0.003, rel=0.4)
-    unpaired = noise_of(curves(rows[1:])[0])
-    assert not unpaired.paired
-    assert unpaired.freedom == 5 * 5 + 4
-    assert unpaired.deviation > 0.01
+    without_one = noise_of(curves(rows[1:])[0])
+    assert without_one.paired
+    assert without_one.freedom == 5 * 5 - 1
+    assert without_one.deviation == pytest.approx(paired.deviation, rel=0.2)
+    apart = noise_of(curves([one for one in rows if (one.seed < 3) == (one.teacher_parameters < 700e6)])[0])
+    assert not apart.paired  # no seed is shared between the small and the large teachers
+    assert apart.freedom == 6 * 2
+    assert apart.deviation > 0.01
+
+
+def test_a_missing_run_moves_no_minimum_by_what_its_seed_does_to_all_teachers():
+    rows = valley([100e6], TEACHERS, 2, lambda _: 400e6, noise=0.002, rng=np.random.default_rng(4))
+    (whole, _), = minima(rows)  # fmt: skip
+    left = [one for one in rows if not (one.teacher == "t600M" and one.seed == 1)]
+    (found, _), = minima(left)  # fmt: skip
+    assert found.teacher_size == pytest.approx(whole.teacher_size, rel=0.05)
+    assert found.noise.deviation < 0.005
+    means = {one.teacher: one.student_loss for one in left if one.seed == 0}
+    assert abs(np.mean([one.student_loss for one in rows if one.seed == 1]) - np.mean(list(means.values()))) > 0.005
+
+
+def test_teachers_that_differ_no_more_than_seeds_have_no_best_one():
+    """Of pure noise one table in twenty looks like more, by the level of the test."""
+    statuses = []
+    for table in range(100):
+        rng = np.random.default_rng(table)
+        rows = valley([100e6], TEACHERS, 2, lambda _: 400e6, noise=0.01, curvature=0.0, rng=rng)
+        (found, _), = minima(rows, num_draws=50)  # fmt: skip
+        statuses.append(found.status)
+        assert (found.status == NOISE) == (found.flat_p > 0.05)
+    assert statuses.count(NOISE) >= 87  # of Binomial(100, 0.95), fewer come once in a thousand
+    assert "differ no more than seeds do" in found.reason or found.status != NOISE
 
 
 def test_draws_depend_on_their_seed_and_condition_alone():
@@ -134,12 +162,12 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
                 low, high = one.teacher_interval
                 minimum_hits.append((low or 0) <= truth[one.student_size] <= (high or np.inf))
         line = fit_line([one for one, _ in found], [drawn for _, drawn in found])
-        if line.fitted:
+        if line.fitted and line.with_intercept.slope_interval is not None:
             low, high = line.with_intercept.slope_interval
             slope_hits.append(low <= 2.498 <= high)
             low, high = line.with_intercept.intercept_interval
             intercept_hits.append(low <= -11.498 <= high)
             not_rejected.append(line.agreement.seeds_p > 0.05)
     for hits in (minimum_hits, slope_hits, intercept_hits, not_rejected):
-        assert len(hits) >= 190
+        assert len(hits) >= 150
         assert 0.90 <= np.mean(hits) <= 0.99

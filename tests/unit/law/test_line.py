@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import linregress, t
 
 from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Minimum
-from minima.law.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher
+from minima.law.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher, prediction_interval
 from minima.law.noise import Noise
 
 
@@ -110,11 +110,33 @@ def test_small_students_are_compared_by_the_slope_alone():
 def test_draws_beyond_the_grid_are_left_out_and_counted():
     students, rng = (100e6, 200e6, 300e6), np.random.default_rng(0)
     draws = [2.5 * size * np.exp(0.01 * rng.standard_normal(1000)) for size in students]
-    draws[1][:250] = np.inf
+    draws[1][:40] = np.inf
     found = fit_line([minimum(size, 2.5 * size) for size in students], draws)
-    assert found.used_share == 0.75
+    assert found.used_share == 0.96
     assert found.with_intercept.slope_interval[0] < 2.5 < found.with_intercept.slope_interval[1]
     assert len(found.draws) == 400
+    draws[1][:250] = np.inf
+    found = fit_line([minimum(size, 2.5 * size * (1 + 1e-3 * place)) for place, size in enumerate(students)], draws)
+    assert found.used_share == 0.75
+    assert found.with_intercept.slope_interval is None
+    assert found.agreement.seeds_p is None
+    assert found.draws == ()
+
+
+def test_students_of_one_size_make_no_line():
+    assert not fit_line([minimum(100e6, best) for best in (2e8, 3e8, 4e8)], [None] * 3).fitted
+    assert not fit_line([minimum(size, 2 * size) for size in (1e8, 1e8, 2e8)], [None] * 3).fitted
+
+
+def test_the_interval_of_one_more_student_is_the_textbooks():
+    students, best = np.array([100.0, 200.0, 300.0, 500.0]), np.array([260.0, 480.0, 790.0, 1210.0])
+    found = fit_line([minimum(size * 1e6, at * 1e6) for size, at in zip(students, best, strict=True)], [None] * 4)
+    low, high = prediction_interval(found.with_intercept, list(zip(students * 1e6, best * 1e6, strict=True)), 400e6)
+    known = linregress(students, best)
+    error = np.sqrt(((best - known.slope * students - known.intercept) ** 2).sum() / 2)
+    spread = np.sqrt(1 + 1 / 4 + (400 - students.mean()) ** 2 / ((students - students.mean()) ** 2).sum())
+    reach, middle = t.ppf(0.975, 2) * error * spread, known.slope * 400 + known.intercept
+    assert (low, high) == pytest.approx(((middle - reach) * 1e6, (middle + reach) * 1e6))
 
 
 def test_r2_without_an_intercept_is_measured_around_the_mean_too():

@@ -1,5 +1,6 @@
 """Which teacher to take: each law's answer, its price, and the warnings."""
 
+import numpy as np
 import pytest
 
 from minima.errors import TableError
@@ -170,3 +171,26 @@ def test_what_is_no_positive_number_is_refused(text):
 )
 def test_numbers_as_they_are_shown(value, text):
     assert short(value) == text
+
+
+def test_a_line_within_the_noise_is_not_given_as_a_law(tmp_path):
+    """Students whose minima are accidents: the share of draws with a line, and no interval that hides it."""
+    rng = np.random.default_rng(1)
+    rows = valley(STUDENTS, TEACHERS, 2, lambda size: 4 * size, noise=0.02, curvature=0.02, rng=rng)
+    write_table(rows, tmp_path / "table.csv")
+    fit = fit_table(tmp_path / "table.csv", num_draws=500, descents=2)
+    (one,) = fit.conditions
+    assert not one.line.fitted or one.line.used_share < 0.95
+    answer = next(a for a in recommend(Question(200e6, 1e9), fit).answers if a.law.startswith("capacity gap, fitted"))
+    assert any("no line" in note or "of the draws over seeds" in note for note in answer.notes)
+
+
+def test_a_fitted_line_says_no_loss_of_somebody_elses_law(fit):
+    answers = recommend(Question(200e6, 1e9), fit).answers
+    own = next(one for one in answers if one.law.startswith("capacity gap, fitted") and one.teacher is not None)
+    assert own.loss is None
+    assert next(one for one in answers if one.law == PUBLISHED_GAP).loss_law == PUBLISHED_SCALING
+
+
+def test_a_fit_says_how_it_counts_sizes(fit):
+    assert any("counts sizes without embeddings" in warning for warning in recommend(Question(2e8, 1e9), fit).warnings)

@@ -1,5 +1,7 @@
 """The distillation scaling law: the published numbers, its derivatives, and fits that find what made a table."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -167,3 +169,21 @@ def test_one_bad_run_moves_the_fit_little():
     found = fit_supervised(spoilt, descents=6), fit_distilled(spoilt, PUBLISHED.supervised, descents=8)
     assert found[0].median_error < 1e-3
     assert found[1].median_error < 1e-3
+
+
+def test_students_better_than_their_teachers_are_named_and_not_fitted():
+    runs = [replace(run, loss=run.teacher_loss - 0.01) if run.teacher and run.seed == 0 and run.number % 3 == 0 else run
+            for run in runs_of()]  # fmt: skip
+    better = [run.number for run in runs if run.teacher and run.loss < run.teacher_loss]
+    found = fit_distilled(runs, PUBLISHED.supervised, descents=2)
+    assert not found.fitted
+    assert f"{len(better)} of" in found.reason and f"rows {better[0]}, {better[1]}" in found.reason
+
+
+def test_a_table_of_another_form_is_not_fitted():
+    rng = np.random.default_rng(0)
+    runs = [replace(run, loss=(run.teacher_loss + 0.01 if run.teacher else run.loss) * rng.uniform(1.0, 1.6))
+            for run in runs_of()]  # fmt: skip
+    found = fit_distilled(runs, PUBLISHED.supervised, descents=2)
+    assert not found.fitted
+    assert "not of their form" in found.reason
