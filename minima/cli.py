@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minima
+from minima.console import UNREAD, quietly, show, silenced, write
 from minima.errors import MinimaError, Stopped
 from minima.law.command import add_law
 
@@ -19,7 +20,7 @@ _PLANNED_FOR = {
     "gpus": (int, "N", "of the whole run; the recipe's ranks when not given"),
     "gpu": (str, "KIND", "such as h100, or a YAML file that describes one"),
     "gpus_per_node": (int, "N", "of one machine; 8 when nothing says otherwise"),
-    "gpu_memory": (float, "BYTES", "of one GPU, instead of what is published"),
+    "gpu_memory": (float, "BYTES", "that one GPU reports, up to 7 %% more than is published; as published otherwise"),
     "gpu_flops": (float, "X", "dense bfloat16 FLOP/s, instead of what is published"),
     "network_bandwidth": (float, "X", "bytes/s of one GPU to other machines"),
     "host_memory": (float, "BYTES", "of one machine"),
@@ -32,6 +33,10 @@ _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake that the user can mend, 1 one of our own."""
+    return quietly(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
     if any(text.startswith("-") for text in extra) or (extra and not hasattr(options, "overrides")):
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except MinimaError as error:
-        _show(error)
+        show(error)
         return USER_ERROR
 
 
@@ -111,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored")
     chat.set_defaults(command=_chat)
 
-    add_law(commands, _write)
+    add_law(commands, write)
 
     plan = commands.add_parser("plan", help="parameters, memory, traffic, time and cost of a recipe on given GPUs")
     plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
@@ -146,9 +151,9 @@ def _run(options: argparse.Namespace) -> int:
 
         recipe = load_recipe(path, overrides)
         find_launcher(recipe.launcher, path)
-        _write(preview(recipe, path, select(recipe, _names(options.stages))))
+        write(preview(recipe, path, select(recipe, _names(options.stages))))
         return 0
-    return pipeline.run(path, overrides, _names(options.stages), _write, options.allow_code_execution)
+    return pipeline.run(path, overrides, _names(options.stages), write, options.allow_code_execution)
 
 
 def _stage(options: argparse.Namespace) -> int:
@@ -168,22 +173,25 @@ def _stage(options: argparse.Namespace) -> int:
         if options.part is not None:
             from minima.stages.part import run_part
 
-            run_part(recipe, path, names, options.part, launch, _write)
+            run_part(recipe, path, names, options.part, launch, write)
         else:
-            run_alone(recipe, path, names, launch, _write, options.allow_code_execution)
+            run_alone(recipe, path, names, launch, write, options.allow_code_execution)
     except Stopped as stopped:
         if launch.rank == 0:
-            _write(str(stopped))
+            write(str(stopped))
         _leave(128 + stopped.signal, launch.world_size)
         return 128 + stopped.signal
     except MinimaError as error:
         if launch.rank != 0:  # rank 0 says it, unless it alone fares well: then this rank lives long enough to speak
             time.sleep(_OTHER_RANK_SECONDS)
             sys.stderr.write(f"[rank {launch.rank}] ")
-        _show(error)
+        show(error)
         _leave(USER_ERROR, launch.world_size)
         return USER_ERROR
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and silenced():
+            _leave(UNREAD, launch.world_size)
+            return UNREAD
         sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
         _leave(OWN_ERROR, launch.world_size)
         return OWN_ERROR
@@ -199,32 +207,32 @@ def _submit(options: argparse.Namespace) -> int:
     cluster = Path(options.cluster).expanduser()
     names = _names(options.stages)
     path, allowed = find_recipe(options.recipe), options.allow_code_execution
-    return submit(path, options.overrides, cluster, names, grid, options.dry_run, _write, allowed)
+    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write, allowed)
 
 
 def _status(options: argparse.Namespace) -> int:
     from minima.cluster.status import status
 
-    return status(options.run, _write)
+    return status(options.run, write)
 
 
 def _cancel(options: argparse.Namespace) -> int:
     from minima.cluster.cancel import cancel
 
-    return cancel(options.run, _write)
+    return cancel(options.run, write)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from minima.cluster.doctor import doctor
 
-    return doctor(Path(options.folder).expanduser(), _write)
+    return doctor(Path(options.folder).expanduser(), write)
 
 
 def _fetch(options: argparse.Namespace) -> int:
     from minima.stages.fetch import fetch
     from minima.stages.shipped import find_recipe
 
-    return fetch(find_recipe(options.recipe), options.overrides, _names(options.stages), _write)
+    return fetch(find_recipe(options.recipe), options.overrides, _names(options.stages), write)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -254,7 +262,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from minima.stages.plan_command import plan_command
 
-    _write(
+    write(
         plan_command(
             options.recipe, options.overrides, options.json, **{name: getattr(options, name) for name in _PLANNED_FOR}
         )
@@ -272,7 +280,7 @@ def _publish(options: argparse.Namespace) -> int:
         revision=options.revision,
         message=options.message,
     )
-    _write("\n".join(pushed.lines()))
+    write("\n".join(pushed.lines()))
     return 0
 
 
@@ -286,14 +294,3 @@ def _leave(code: int, world_size: int) -> None:
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def _show(error: MinimaError) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")  # running.ERROR, which the driver looks for
-    sys.stderr.flush()

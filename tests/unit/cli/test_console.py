@@ -1,0 +1,61 @@
+"""What becomes of a command whose output nobody reads any more."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minima import cli, console
+
+
+def unread(arguments: list[str], root, both: bool = False) -> tuple[int, str]:
+    """Exit code and standard error of a command that writes to a pipe whose reader has gone."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "minima", *arguments], cwd=root, env=environment, text=True, stdout=writer,
+            stderr=subprocess.STDOUT if both else subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr or ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["law", "--help"],
+        ["plan", "minima-3b", "--gpus", "16", "--gpu", "h100"],
+        ["run", "quickstart", "--dry-run"],
+        ["law", "study", "law-small", "--dry-run"],
+    ],
+)
+def test_a_command_ends_without_a_word_once_nobody_reads_on(arguments, root):
+    assert unread(arguments, root) == (console.UNREAD, "")
+
+
+def test_a_mistake_that_nobody_reads_ends_it_as_quietly(root):
+    assert unread(["plan", "no-such-recipe"], root, both=True)[0] == console.UNREAD
+
+
+def test_a_pipe_that_is_not_the_output_is_an_error_of_our_own(monkeypatch):
+    def broken(options):
+        raise BrokenPipeError("to a worker")
+
+    monkeypatch.setattr(cli, "_plan", broken)
+    with pytest.raises(BrokenPipeError, match="to a worker"):
+        cli.main(["plan", "quickstart"])
+
+
+@pytest.mark.parametrize(("gone", "code"), [(True, console.UNREAD), (False, cli.OWN_ERROR)])
+def test_a_rank_without_a_reader_says_nothing_and_another_pipe_has_its_traceback(monkeypatch, capsys, gone, code):
+    def broken(*given):
+        raise BrokenPipeError("no reader")
+
+    monkeypatch.setattr("minima.stages.running.run_alone", broken)
+    monkeypatch.setattr(cli, "silenced", lambda: gone)
+    assert cli.main(["stage", "quickstart"]) == code
+    assert ("Traceback" in capsys.readouterr().err) != gone
