@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from minima.planning.candidates import MARGIN
 from minima.planning.dry_run import size_text
-from minima.planning.run_plan import PARTS, Cluster, Placed, StagePlan, total_cost, without_cost
+from minima.planning.hardware import GPUS, Gpu
+from minima.planning.run_plan import PARTS, Cluster, Placed, StagePlan, known_cost, total_cost, untimed
 from minima.planning.throughput import ASSUMED_FRACTION, LINK_FRACTION
 
 WIDTH, _LABEL, _COLUMN = 100, 20, 10
@@ -162,7 +163,8 @@ def summary_lines(plans: list[StagePlan], cluster: Cluster) -> list[str]:
     widths = (11, 10, 10, 10, 8, 10, 11, 9)
     lines = ["all stages", _row("", heads, widths)]
     for plan in plans:
-        cost, speed = plan.cost, plan.chosen.tokens_per_second if plan.chosen is not None else None
+        cost, taken = plan.cost, plan.chosen
+        speed = None if taken is None or taken.refused else taken.tokens_per_second
         disk = max(plan.disk.values(), default=0)
         cells = (
             f"{plan.parameters:.3g}" if plan.parameters else "-",
@@ -175,18 +177,31 @@ def summary_lines(plans: list[StagePlan], cluster: Cluster) -> list[str]:
             _size(disk),
         )
         lines.append(_row(plan.name, cells, widths))
-    whole, missing = total_cost(plans, cluster), without_cost(plans)
+    whole = total_cost(plans, cluster)
     disk = sum(max(plan.disk.values(), default=0) for plan in plans)
     work = sum(plan.flops or 0 for plan in plans)
-    costs = (
-        (hours(whole.hours), hours(whole.gpu_hours), number(whole.price))
-        if len(missing) < len(plans)
-        else ("-", "-", "-")
-    )
+    costs = ("-", "-", "-")
+    if whole is not None:
+        costs = (hours(whole.hours), hours(whole.gpu_hours), number(whole.price))
     lines.append(_row("total", ("", "", f"{work:.2e}" if work else "-", "", *costs, _size(disk)), widths))
-    if cluster.gpu is not None and missing:
-        lines += _wrapped("note", f"no GPU time is known, or spent, for {', '.join(missing)}")
+    if cluster.gpu is not None:
+        for note in _untimed_notes(plans, cluster):
+            lines += _wrapped("note", note)
     return lines
+
+
+def _untimed_notes(plans: list[StagePlan], cluster: Cluster) -> list[str]:
+    """Which stages have no time, why, and whether a total lacks them."""
+    found, left = untimed(plans), known_cost(plans, cluster)
+    notes = [f"no GPU time is spent by {', '.join(found.idle)}"] if found.idle else []
+    if found.too_large:
+        notes.append(f"no total: {', '.join(found.too_large)} would not fit on these GPUs")
+    if found.unknown:
+        notes.append(f"no total: no time is known of {', '.join(found.unknown)}")
+    if found.unknown and not found.too_large and left.hours:
+        price = "" if left.price is None else f", cost {number(left.price)}"
+        notes[-1] += f"; the others take {hours(left.hours)} hours, {hours(left.gpu_hours)} GPU-hours{price}"
+    return notes
 
 
 def _row(name: str, cells: tuple[str, ...], widths: tuple[int, ...]) -> str:
@@ -200,8 +215,9 @@ def assumptions(cluster: Cluster) -> list[str]:
         f"{1 - MARGIN:.0%} of a device may be used; the memory plan was checked against the tensors of two and of four "
         "CPU ranks, not of GPUs",
         "traffic is that of rings, and was counted on the same ranks",
-        "hours are of training steps, and of the FLOPs of prune and evaluate stages; what travels in these two, "
-        "held-out losses while training, checkpoints, starts, failures and benchmarks come on top",
+        "hours are of training steps, and of the FLOPs of prune and evaluate stages; what travels in these two, the "
+        "latency of collectives, held-out losses while training, checkpoints, starts, failures and benchmarks come on "
+        "top",
     ]
     gpu, efficiency = cluster.gpu, cluster.efficiency
     if gpu is None:
@@ -219,13 +235,23 @@ def assumptions(cluster: Cluster) -> list[str]:
     network = f"{gpu.network_bandwidth / 1e9:,.0f} GB/s" if gpu.network_bandwidth else "an unknown bandwidth"
     return [
         speed,
-        f"one {gpu.name} has {size_text(gpu.memory_bytes)} at {gpu.memory_bandwidth / 1e12:.3g} TB/s, "
+        f"one {gpu.name} has {_memory(gpu)} at {gpu.memory_bandwidth / 1e12:.3g} TB/s, "
         f"{gpu.node_bandwidth / 1e9:,.0f} GB/s to its machine's other GPUs and {network} to other machines; "
         f"source: {gpu.source}",
         f"links carry {LINK_FRACTION:.0%} of that, a choice; tokens/s are those where nothing that travels hides "
         "behind computation, `hidden` those where all of it does; NVMe and the host's Adam take no time here",
         *found,
     ]
+
+
+def _memory(gpu: Gpu) -> str:
+    size, published = size_text(gpu.memory_bytes), GPUS.get(gpu.name)
+    if published is None or published.memory_bytes != gpu.memory_bytes:
+        return size
+    return (
+        f"{size} (a card may report up to 7 % more, so near the limit a run may choose a roomier "
+        "setting than `taken`; --gpu-memory takes what it reports)"
+    )
 
 
 def render(plans: list[StagePlan], cluster: Cluster, notes: list[str]) -> str:

@@ -1,5 +1,6 @@
 """What is planned of a run: the GPUs that it is planned for, and what each stage needs of them. No torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class Cluster:
                 "what travels between machines is planned for machines of one size",
                 "give another number of --gpus, or say with --gpus-per-node how many one machine has",
             )
-        if self.price is not None and self.price < 0:
+        if self.price is not None and not 0 <= self.price < math.inf:
             raise RecipeError(f"--price {self.price:g}", "a GPU-hour costs nothing or more", "give a number from 0 on")
 
     @property
@@ -124,6 +125,8 @@ class StagePlan:
         placed: each place of the teacher.
         taken: the name of the one that the stage would take; empty where none fits or the GPU is not known.
         cost: with what is taken.
+        idle: whether it spends no GPU time.
+        too_large: whether it is known not to fit, so that nothing can be said of its time.
         memory: bytes of one rank by part, of a stage that trains nothing.
         disk: bytes by what they are: `data`, `model`, `checkpoints` (at most, at one time), `one checkpoint`.
         notes: what is not known, does not fit, or is left out.
@@ -143,6 +146,8 @@ class StagePlan:
     placed: list[Placed] = field(default_factory=list)
     taken: str = ""
     cost: Cost | None = None
+    idle: bool = False
+    too_large: bool = False
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -159,17 +164,48 @@ def cost_of(seconds: float, cluster: Cluster) -> Cost:
     return Cost(seconds / 3600, gpu_hours, None if cluster.price is None else gpu_hours * cluster.price)
 
 
-def total_cost(plans: list[StagePlan], cluster: Cluster) -> Cost:
-    """Of all stages whose cost is known."""
+@dataclass(frozen=True)
+class Untimed:
+    """Names of the stages that have no time, by what that means.
+
+    Attributes:
+        idle: those that spend no GPU time, so that a total lacks nothing without them.
+        unknown: those whose time is not known.
+        too_large: those that do not fit.
+    """
+
+    idle: tuple[str, ...]
+    unknown: tuple[str, ...]
+    too_large: tuple[str, ...]
+
+
+def untimed(plans: list[StagePlan]) -> Untimed:
+    """Which stages have no time, and why."""
+    without = [plan for plan in plans if plan.cost is None]
+    return Untimed(
+        idle=tuple(plan.name for plan in without if plan.idle),
+        unknown=tuple(plan.name for plan in without if not plan.idle and not plan.too_large),
+        too_large=tuple(plan.name for plan in without if plan.too_large),
+    )
+
+
+def known_cost(plans: list[StagePlan], cluster: Cluster) -> Cost:
+    """Of the stages whose cost is known, which may be some of them only."""
     known = [plan.cost for plan in plans if plan.cost is not None]
     hours = sum(cost.hours for cost in known)
     gpu_hours = sum(cost.gpu_hours for cost in known)
     return Cost(hours, gpu_hours, None if cluster.price is None else gpu_hours * cluster.price)
 
 
+def total_cost(plans: list[StagePlan], cluster: Cluster) -> Cost | None:
+    """Of the whole run; None where a stage that uses GPUs does not fit or has no known time."""
+    lacking = untimed(plans)
+    return None if lacking.unknown or lacking.too_large or cluster.gpu is None else known_cost(plans, cluster)
+
+
 def as_dict(plans: list[StagePlan], cluster: Cluster, assumptions: list[str]) -> dict[str, Any]:
     """All numbers, for `--json`: bytes, seconds, FLOPs and hours without prefixes."""
-    stages = []
+    stages, total = [], total_cost(plans, cluster)
     for plan in plans:
         found = asdict(plan)
         for own, one in zip(found["placed"], plan.placed, strict=True):
@@ -185,11 +221,7 @@ def as_dict(plans: list[StagePlan], cluster: Cluster, assumptions: list[str]) ->
         "efficiency": None if cluster.gpu is None else asdict(cluster.efficiency),
         "price_per_gpu_hour": cluster.price,
         "stages": stages,
-        "total": asdict(total_cost(plans, cluster)) | {"without": without_cost(plans)} if cluster.gpu else None,
+        "total": None if total is None else asdict(total),
+        "without_time": None if cluster.gpu is None else asdict(untimed(plans)),
         "assumptions": assumptions,
     }
-
-
-def without_cost(plans: list[StagePlan]) -> list[str]:
-    """Names of stages whose time is not in the total: not known, or not spent on GPUs."""
-    return [plan.name for plan in plans if plan.cost is None]

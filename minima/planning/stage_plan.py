@@ -36,7 +36,9 @@ def place(plan: StagePlan, stage: Stage, cluster: Cluster) -> None:
             )  # fmt: skip
             level, chosen, warning = choice.activation_checkpointing, choice.chosen, choice.warning
             plan.notes += [f"warning: {warning}"] if warning else []
+            plan.too_large = bool(chosen.refused)
         except RecipeError as error:
+            plan.too_large = True
             plan.notes.append(error.what.partition(": ")[2] or error.what)
     plan.checkpointing = level
     plan.executed_flops_per_token = executed_flops_per_token(
@@ -91,7 +93,8 @@ def frozen(plan: StagePlan, models: list[Memory], precision: str, cluster: Clust
     usable = cluster.machine.usable_bytes
     if usable is not None and sum(plan.memory.values()) > usable:
         plan.notes.append("warning: it does not seem to fit on a device")
-    if cluster.gpu is None:
+        plan.too_large = True
+    if cluster.gpu is None or plan.too_large:
         return
     rate = cluster.efficiency.rate(cluster.gpu, precision)
     if rate is None:
@@ -131,14 +134,15 @@ def _largest(stage: Stage, machine: Machine, level: Checkpointing) -> dict[str, 
 
 def _placed(row: Row, stage: Stage, cluster: Cluster, flops: float, largest: Mapping[str, int]) -> Placed:
     machine, precision = cluster.machine, stage.training.precision
-    traffic = _traffic(row, stage, machine)
+    kinds = _traffic(row, stage, machine)
+    traffic = sum(kinds, Traffic())
     tokens = stage.training.batch_sequences * stage.sequence_length
     updated = 0 if stage.sharding.offload_optimizer else stage.student.parameters / cluster.gpus
     time = None
     unknown: tuple[str, ...] = ()
     if cluster.gpu is not None:
         executed = flops * tokens / cluster.gpus
-        time = step_time(executed, precision, traffic, updated, cluster.gpu, cluster.efficiency)
+        time = step_time(executed, precision, kinds, updated, cluster.gpu, cluster.efficiency)
         unknown = tuple(unknown_rates(cluster.gpu, precision, traffic))
     return Placed(
         name=row.name,
@@ -177,20 +181,14 @@ def parts(row: Row) -> dict[str, int]:
     return found
 
 
-def _traffic(row: Row, stage: Stage, machine: Machine) -> Traffic:
-    """Of student and teacher together."""
+def _traffic(row: Row, stage: Stage, machine: Machine) -> list[Traffic]:
+    """Of the student, and of the teacher where there is one."""
     work, precision = stage.work(machine.ranks), stage.training.precision
     one = trained_traffic(stage.student, precision, work, machine.ranks, machine.ranks_per_node, stage.sharding)
     if row.placement is None or stage.teacher is None or stage.teacher_shape is None:
-        return one
+        return [one]
     other = frozen_traffic(
         stage.teacher_shape, stage.teacher.precision or precision, row.placement, row.offload, work, row.group,
         machine.ranks_per_node, stage.teacher_sharding(row.placement, row.offload), window=row.window,
     )  # fmt: skip
-    return Traffic(
-        received=one.received + other.received,
-        between_nodes=one.between_nodes + other.between_nodes,
-        from_host=one.from_host + other.from_host,
-        to_host=one.to_host + other.to_host,
-        from_disk=one.from_disk + other.from_disk,
-    )
+    return [one, other]

@@ -1,7 +1,7 @@
 """How long a step takes: FLOPs over a share of the peak, bytes over what links carry, and a measured GPU. No torch."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,17 @@ def unknown_rates(gpu: Gpu, precision: str, traffic: Traffic) -> list[str]:
 
 
 def step_time(
-    flops: float, precision: str, traffic: Traffic, updated: float, gpu: Gpu, efficiency: Efficiency
+    flops: float, precision: str, traffic: Sequence[Traffic], updated: float, gpu: Gpu, efficiency: Efficiency
 ) -> StepTime | None:
     """Seconds of one optimiser step on one rank.
 
-    Rings run through the machine's own links and its network at once, so the slower of the two decides.
+    A ring runs through the machine's own links and its network at once, so the slower of the two decides; the student's
+    ring and the teacher's, which may stay within a machine, run one after the other, and each is as slow as its own.
 
     Args:
         flops: that one rank executes.
         precision: that it executes them in.
-        traffic: of one rank.
+        traffic: of one rank: the student's, and the teacher's where there is one.
         updated: parameters of one rank's shard that the device updates.
         gpu: the device.
         efficiency: the share of its peak.
@@ -104,15 +105,18 @@ def step_time(
         None where something is not known of the GPU (`unknown_rates`).
     """
     rate = efficiency.rate(gpu, precision)
-    if rate is None or unknown_rates(gpu, precision, traffic):
+    whole = sum(traffic, Traffic())
+    if rate is None or unknown_rates(gpu, precision, whole):
         return None
-    within = traffic.within_node / gpu.node_bandwidth
-    between = traffic.between_nodes / gpu.network_bandwidth if gpu.network_bandwidth else 0.0
-    copied = max(traffic.from_host, traffic.to_host)  # both directions at once
+    rings = 0.0
+    for one in traffic:
+        between = one.between_nodes / gpu.network_bandwidth if gpu.network_bandwidth else 0.0
+        rings += max(one.within_node / gpu.node_bandwidth, between)
+    copied = max(whole.from_host, whole.to_host)  # both directions at once
     return StepTime(
         compute=flops / rate,
         update=UPDATE_BYTES * updated / gpu.memory_bandwidth,
-        transfer=max(within, between) / LINK_FRACTION,
+        transfer=rings / LINK_FRACTION,
         host=copied / gpu.host_bandwidth / LINK_FRACTION if gpu.host_bandwidth else 0.0,
     )
 

@@ -4,7 +4,7 @@ Collectives are counted as the rings that NCCL builds of them: to gather a tenso
 own part, from its neighbour; to sum and scatter one, as much. One rank of each node has its neighbour on another node.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from minima.models.shape import ModelShape
 from minima.planning.memory import Offload, Placement, Work, trained_gathered
@@ -33,6 +33,10 @@ class Traffic:
     def within_node(self) -> float:
         """Bytes from ranks of the same node."""
         return self.received - self.between_nodes
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Of both together."""
+        return Traffic(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
 
 def trained_traffic(

@@ -1,6 +1,7 @@
 """`minima plan`: a recipe, and the GPUs that it is planned for. No torch."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def cluster_for(
         )
     if efficiency is not None and not 0 < efficiency <= 1:
         raise RecipeError(f"--efficiency {efficiency:g}", "it is a share of the peak", "give a number above 0, up to 1")
+    if host_memory is not None and not 1 <= host_memory < math.inf:
+        raise RecipeError(f"--host-memory {host_memory:g}", "it is the memory of one machine", "give a number of bytes")
     changes = {"memory_bytes": gpu_memory, "peak_flops": gpu_flops, "network_bandwidth": network_bandwidth}
     kind = None if gpu is None else find_gpu(gpu, **changes)
     share = Efficiency()

@@ -27,6 +27,7 @@ from minima.recipe.schema import (
     ExpandVocabulary,
     Export,
     Prune,
+    Publish,
     Recipe,
 )
 from minima.stages.preview import Walk, frozen_model
@@ -46,7 +47,9 @@ class _Planner(Walk):
 
     def plan(self, stage: AnyStage) -> StagePlan:
         self.stage(stage)  # checks it, and remembers its shape
-        plan = StagePlan(stage.name, stage.kind)
+        plan = StagePlan(
+            stage.name, stage.kind, idle=isinstance(stage, BuildData | ExpandVocabulary | Export | Publish)
+        )
         if isinstance(stage, BuildData):
             self._data(stage, plan)
         elif isinstance(stage, AnyTraining):
@@ -164,7 +167,8 @@ class _Planner(Walk):
         if pruned is not None:
             plan.parameters, plan.disk = pruned.parameters, {"model": 4 * pruned.parameters}
         length = stage.sequence_length or self.length(stage.data)
-        if shape is None or stage.score != "gradient" or stage.scores is not None or length is None:
+        plan.idle = stage.score != "gradient" or stage.scores is not None
+        if shape is None or plan.idle or length is None:
             return
         plan.frozen_parameters, plan.tokens = shape.parameters, stage.sequences * length
         forward = shape.forward_flops_per_token(length)

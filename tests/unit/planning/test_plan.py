@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minima.planning.plan_text import assumptions, render
-from minima.planning.run_plan import PARTS
+from minima.planning.run_plan import PARTS, total_cost, untimed
 from minima.planning.throughput import LINK_FRACTION
 from minima.recipe.loading import load_recipe
 from tests.unit.planning.runs import RUNS, SMALL, stages
@@ -142,9 +142,35 @@ def test_where_nothing_fits_the_plan_says_so_and_names_no_cost(planned):
     assert all(one.refused for one in student.placed)
     text = render(list(plans.values()), cluster, assumptions(cluster))
     assert "fits                    no" in text and max(map(len, text.splitlines())) <= 100
+    assert total_cost(list(plans.values()), cluster) is None, "a sum of what is left is no cost of the run"
+    assert "no total: teacher, student, quality would not fit on these GPUs" in text
+    total, own = (
+        next(line for line in text.splitlines() if line.startswith(f"  {name} ")) for name in ("total", "teacher")
+    )
+    assert total.split()[2:5] == ["-", "-", "-"], "hours, GPU-hours, cost"
+    assert own.split()[4:8] == ["-", "-", "-", "-"], "tokens/s, too, as in the stage's own table"
     named = [*overrides, "stages.student.teacher.placement=replica"]
     student = planned("7B to 3B", gpus=1, gpu="4090", overrides=named)[0]["student"]
     assert student.taken == "replica" and student.cost is None and "may not fit" in student.notes[0]
+
+
+def test_a_stage_that_only_runs_models_and_does_not_fit_has_no_time(planned):
+    plans, _ = planned("7B to 3B", gpu="h100", gpu_memory=5e9)
+    assert plans["quality"].cost is None and plans["quality"].too_large
+    assert set(untimed(list(plans.values())).too_large) == {"teacher", "pruned", "student", "quality"}
+
+
+def test_stages_without_a_time_are_told_apart(planned):
+    own = stages(batch_sequences=64)
+    own += [{"name": "e", "kind": "export", "model": "s"}]
+    own += [{"name": "b", "kind": "benchmark", "model": "e", "tasks": ["gsm8k"]}]
+    plans, cluster = planned(own, gpus=1, gpu="h100", price=2.0)
+    found = untimed(list(plans.values()))
+    assert (found.idle, found.unknown, found.too_large) == (("c", "e"), ("b",), ())
+    assert total_cost(list(plans.values()), cluster) is None
+    text = " ".join(render(list(plans.values()), cluster, assumptions(cluster)).split())
+    assert "no GPU time is spent by c, e" in text
+    assert "no total: no time is known of b; the others take" in text
 
 
 def test_a_place_that_the_recipe_names_is_the_one_that_is_taken(planned):

@@ -54,7 +54,10 @@ def test_json_holds_the_same_numbers(planned):
     hours = sum(stage["cost"]["gpu_hours"] for stage in found["stages"] if stage["cost"])
     assert found["total"]["gpu_hours"] == pytest.approx(hours)
     assert found["total"]["price"] == pytest.approx(2 * hours)
-    assert found["total"]["without"] == ["expanded", "corpus", "minima"]
+    assert found["without_time"] == {"idle": ["expanded", "corpus", "minima"], "unknown": [], "too_large": []}
+    plans, cluster = planned("7B to 3B", gpus=8, gpu="4090", price=1.0)
+    found = as_dict(list(plans.values()), cluster, assumptions(cluster))
+    assert found["total"] is None and found["without_time"]["too_large"] == ("teacher", "student")
 
 
 def test_an_unknown_model_is_named_with_what_to_add(planned):
@@ -94,6 +97,11 @@ def test_what_no_vendor_publishes_has_to_be_given(planned):
         ({"gpu": "h1000"}, "the GPU 'h1000' is not known"),
         ({"price": 2.0}, "--price without --gpu"),
         ({"gpu": "h100", "price": -1.0}, "--price -1"),
+        ({"gpu": "h100", "price": float("nan")}, "--price nan"),
+        ({"gpu": "h100", "price": float("inf")}, "--price inf"),
+        ({"host_memory": float("nan")}, "--host-memory nan"),
+        ({"host_memory": float("inf")}, "--host-memory inf"),
+        ({"host_memory": -1.0}, "--host-memory -1"),
         ({"gpu": "h100", "efficiency": 40.0}, "--efficiency 40"),
         ({"gpu": "h100", "gpu_memory": 0.0}, "memory_bytes"),
     ],
@@ -113,6 +121,11 @@ def test_the_command_prints_a_plan_without_torch(root):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gpus"] == 16
     assert cli.main(["plan", "minima-3b", "--gpus", "0"]) == 2
+
+
+def test_the_memory_that_is_published_is_called_less_than_a_card_reports(planned):
+    said = [" ".join(assumptions(planned("7B to 3B", gpu="h100", **asked)[1])) for asked in ({}, {"gpu_memory": 85e9})]
+    assert "--gpu-memory takes what it reports" in said[0] and "--gpu-memory" not in said[1]
 
 
 def test_the_documentation_shows_what_the_command_prints(planned, root):

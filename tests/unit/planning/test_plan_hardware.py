@@ -63,28 +63,36 @@ def test_a_file_that_is_no_gpu_is_refused(tmp_path, text):
 
 def test_a_steps_time_is_flops_over_a_share_of_the_peak_and_bytes_over_links():
     traffic = Traffic(received=90e9 + 10e9, between_nodes=10e9, from_host=32e9, to_host=16e9)
-    time = step_time(1e15, "bfloat16", traffic, 1e9, H100, Efficiency(0.5, "a test"))
+    time = step_time(1e15, "bfloat16", [traffic], 1e9, H100, Efficiency(0.5, "a test"))
     assert time is not None
     assert time.compute == pytest.approx(1e15 / (0.5 * 989.4e12))
     assert time.update == pytest.approx(30 * 1e9 / 3.35e12), "30 bytes of a parameter pass the memory"
     assert time.transfer == pytest.approx(90e9 / 450e9 / LINK_FRACTION)
     assert 90e9 / 450e9 == 10e9 / 50e9, "both links take as long"
-    network = step_time(1e15, "bfloat16", replace(traffic, between_nodes=20e9), 0, H100, Efficiency())
+    network = step_time(1e15, "bfloat16", [replace(traffic, between_nodes=20e9)], 0, H100, Efficiency())
     assert network is not None and network.transfer == pytest.approx(20e9 / 50e9 / LINK_FRACTION), "the slower decides"
     assert time.host == pytest.approx(32e9 / 64e9 / LINK_FRACTION), "both directions at once"
     assert time.seconds == time.compute + time.update + time.transfer + time.host
     assert time.overlapped == time.compute + time.update
-    single = step_time(1e15, "float32", Traffic(), 0, H100, Efficiency(0.9, "a test", measured=True))
+    single = step_time(1e15, "float32", [], 0, H100, Efficiency(0.9, "a test", measured=True))
     assert single is not None
     assert single.compute == pytest.approx(1e15 / (ASSUMED_FRACTION * 66.9e12)), "bfloat16 was measured, not this"
+
+
+def test_the_student_waits_for_the_network_and_the_teacher_for_its_machines_links():
+    student = Traffic(received=100e9, between_nodes=20e9)  # 0.18 s within a machine, 0.4 s between machines
+    teacher = Traffic(received=90e9)  # 0.2 s within a machine
+    time = step_time(1e15, "bfloat16", [student, teacher], 0, H100, Efficiency())
+    assert time is not None
+    assert time.transfer == pytest.approx((20e9 / 50e9 + 90e9 / 450e9) / LINK_FRACTION), "one after the other"
 
 
 def test_what_is_not_published_is_not_made_up():
     card = GPUS["l40s"]
     traffic = Traffic(received=2.0, between_nodes=1.0)
     assert unknown_rates(card, "bfloat16", traffic) == ["network_bandwidth"]
-    assert step_time(1e12, "bfloat16", traffic, 0, card, Efficiency()) is None
-    assert step_time(1e12, "bfloat16", Traffic(received=2.0), 0, card, Efficiency()) is not None
+    assert step_time(1e12, "bfloat16", [traffic], 0, card, Efficiency()) is None
+    assert step_time(1e12, "bfloat16", [Traffic(received=2.0)], 0, card, Efficiency()) is not None
     bare = card.model_copy(update={"float32_flops": None, "host_bandwidth": None})
     assert unknown_rates(bare, "float32", Traffic(to_host=1.0)) == ["float32_flops", "host_bandwidth"]
 
