@@ -1,6 +1,7 @@
 """`minima law`: its sub-commands and their options."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,11 @@ def add_law(commands: argparse._SubParsersAction, write: Write) -> None:
     plot = parts.add_parser("plot", help="the figure of a fit, as PNG and SVG")
     plot.add_argument("source", metavar="FIT", help="what `minima law fit` kept, or a table, which is fitted first")
     _table_options(plot)
-    plot.add_argument("--output", metavar="NAME", help="NAME.png and NAME.svg; FIT's name by default")
+    plot.add_argument(
+        "--output",
+        metavar="NAME",
+        help="NAME.png and NAME.svg (an ending in one of these is left out); FIT's name by default",
+    )
     plot.set_defaults(command=lambda options: _plot(options, write))
 
 
@@ -79,6 +84,32 @@ def _needs(*packages: str) -> None:
         )
 
 
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise TableError(f"--seed {seed}", "the draws over seeds begin at it", "give a whole number from 0 on")
+
+
+def _check_output(path: Path) -> None:
+    """Refuse before anything is computed what could not be written at its end.
+
+    Raises:
+        TableError: it is a folder, or its own is missing or takes no files.
+    """
+    problem = ""
+    if not path.name or path.is_dir():
+        problem = "is a folder"
+    elif not path.parent.is_dir():
+        problem = f"lies in {path.parent}, which is no folder"
+    elif not os.access(path.parent, os.W_OK):
+        problem = f"lies in {path.parent}, where nothing may be written"
+    if problem:
+        raise TableError(
+            f"the output {path} {problem}",
+            "what is found would be lost at the end",
+            "name a file in a folder that is there with --output",
+        )
+
+
 def _study(options: argparse.Namespace, write: Write) -> int:
     from minima.law.study import study
     from minima.stages.shipped import find_recipe
@@ -101,8 +132,12 @@ def _fit(options: argparse.Namespace, write: Write) -> int:
     from minima.law.report import render_fit
 
     table = Path(options.table).expanduser()
+    output = table.with_suffix(".fit.json") if table.name else table
+    output = output if options.output is None else Path(options.output).expanduser()
+    _check_seed(options.seed)
+    if options.output is not None or table.is_file():  # a table that is not there is named as such
+        _check_output(output)
     fit = fit_table(table, options.sizes, options.budget, options.seed)
-    output = table.with_suffix(".fit.json") if options.output is None else Path(options.output).expanduser()
     write_fit(fit, output)
     write(to_json(fit).rstrip() if options.json else f"{render_fit(fit)}\n\nkept in {output}")
     return 0
@@ -133,15 +168,22 @@ def _recommend(options: argparse.Namespace, write: Write) -> int:
 def _plot(options: argparse.Namespace, write: Write) -> int:
     _needs("scipy", "matplotlib")
     from minima.law.fitting import fit_table, read_fit
-    from minima.law.plot import plot_fit
+    from minima.law.plot import figure_paths, plot_fit
 
     source = Path(options.source).expanduser()
+    name = source.name.removesuffix(".json").removesuffix(".fit").removesuffix(".csv").removesuffix(".parquet")
+    output = source.with_name(name) if name else source
+    if options.output is not None:
+        output = Path(options.output).expanduser()
+        output = output.with_suffix("") if output.suffix.lower() in (".png", ".svg") else output
+    _check_seed(options.seed)
+    if options.output is not None or source.is_file():
+        for path in figure_paths(output) if output.name else [output]:
+            _check_output(path)
     if source.suffix.lower() in (".csv", ".parquet"):
         fit = fit_table(source, options.sizes, options.budget, options.seed)
     else:
         fit = read_fit(source)
-    name = source.name.removesuffix(".json").removesuffix(".fit").removesuffix(".csv").removesuffix(".parquet")
-    output = source.with_name(name) if options.output is None else Path(options.output).expanduser()
     for path in plot_fit(fit, output):
         write(f"drawn in {path}")
     return 0

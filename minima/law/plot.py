@@ -44,6 +44,11 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
+def figure_paths(output: Path) -> list[Path]:
+    """The PNG and the SVG of a path without a suffix."""
+    return [output.with_name(f"{output.name}.{kind}") for kind in ("png", "svg")]
+
+
 def plot_fit(fit: Fit, output: Path) -> list[Path]:
     """Draw a fit.
 
@@ -69,7 +74,7 @@ def plot_fit(fit: Fit, output: Path) -> list[Path]:
         axes = figure.subplots(2 * len(groups), num_columns, squeeze=False)
         for row, group in enumerate(groups.values()):
             _group(axes[2 * row : 2 * row + 2], group, fit)
-        paths = [output.with_name(f"{output.name}.{kind}") for kind in ("png", "svg")]
+        paths = figure_paths(output)
         with disk_full_named(output.parent):
             figure.savefig(paths[0], dpi=200, metadata={"Software": None})
             figure.savefig(paths[1], metadata={"Date": None})
