@@ -1,7 +1,7 @@
 """`minima law study`: what is left of a grid, on this machine or as Slurm arrays, and its table. No torch."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from minima.disk import disk_full_named
@@ -45,11 +45,12 @@ def study(
         runs: make only these, in this process: what a task of such an array does.
 
     Returns:
-        0; 1 where a run failed; 128 and a signal's number where one ended it.
+        0; 1 where a run failed, or was left undone; 128 and a signal's number where one ended it.
 
     Raises:
         MinimaError: the study is refused, and nothing was changed.
     """
+    _check_asked(workers, {"--dry-run": dry_run, "--collect": collect_only, "--runs": runs, "--cluster": cluster})
     own = load_study(path, list(overrides))
     units = expand(own, path)
     if runs is not None:
@@ -75,6 +76,25 @@ def study(
     )
 
 
+def _check_asked(workers: int | None, asked: Mapping[str, object]) -> None:
+    """Refuse a number of workers that cannot be, and options one of which would be ignored."""
+    if workers is not None and workers < 1:
+        raise RecipeError(
+            f"--workers {workers}",
+            "nothing would train",
+            "give a number from 1 on, or leave it out: one for each GPU, or for each core without a GPU",
+        )
+    given = [name for name, value in asked.items() if value not in (None, False)]
+    if workers is not None:
+        given += ["--workers"] if set(given) - {"--dry-run"} else []
+    if len(given) > 1 and set(given) != {"--dry-run", "--cluster"}:
+        raise RecipeError(
+            f"{' and '.join(given)} together",
+            "each asks for something else to be done, so one of them would be ignored",
+            "give one of them; only --cluster takes --dry-run, and shows the scripts",
+        )
+
+
 def _make(units: Sequence[Unit], path: Path, runs: Sequence[str]) -> int:
     from minima.law.worker import make
 
@@ -96,10 +116,14 @@ def _run(own: Study, units: Sequence[Unit], arguments: Sequence[str], workers: i
         tally = pool.run()
         write(overview(own, units, tally))
         write(_collected(own, units))
+    left = [unit.name for unit in units if unit.name not in tally.done and unit.name not in tally.failed]
     if tally.stopped:
         write("ended by a signal; the same command goes on from what is saved")
         return 128 + tally.stopped
-    return FAILED if tally.failed else 0
+    if left and not tally.failed:  # those that read what has failed are in the overview
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        write(f"left undone: {', '.join(left[:3])}{more}; the same command goes on with what is left")
+    return FAILED if tally.failed or left else 0
 
 
 class _Live:

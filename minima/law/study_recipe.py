@@ -101,6 +101,7 @@ class Study(Strict):
                 self._shapes[name] = self._shape(f"{kind}.{name}", own)
         self._check_vocabularies()
         self._check_settings()
+        self._check_budgets()
         self._check_pairs()
         return self
 
@@ -146,6 +147,28 @@ class Study(Strict):
                     raise RecipeError(
                         f"{place}.{key} is given", "the study's grid says it for each of its runs", f"remove {key}"
                     )
+
+    def _check_budgets(self) -> None:
+        """A budget is trained in whole blocks: refuse one without any, and two that come to the same number."""
+        length = self.corpus.get("sequence_length")
+        if not isinstance(length, int) or length < 1:
+            return  # refused with the corpus
+        same: dict[int, int] = {}
+        for tokens in self.tokens:
+            blocks = tokens // length
+            if not blocks:
+                raise RecipeError(
+                    f"tokens {tokens:,} are less than one block of {length:,}",
+                    "a student is trained on whole blocks, so this one would not be trained at all",
+                    f"give at least {length:,} tokens, and enough of them for a student",
+                )
+            if blocks in same:
+                raise RecipeError(
+                    f"tokens {same[blocks]:,} and {tokens:,} are the same {blocks:,} blocks of {length:,}",
+                    "a student is trained on whole blocks, so a cell of the grid would be run twice",
+                    f"leave one of them out, or let them differ by at least {length:,}",
+                )
+            same[blocks] = tokens
 
     def _check_pairs(self) -> None:
         for student in self.students:
@@ -197,6 +220,12 @@ def load_study(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study
     raw = read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
+    if "stages" in raw and not raw.keys() & {"teachers", "students"}:
+        raise RecipeError(
+            f"{path.name} is the recipe of a run, not a study of teachers and students",
+            "a study is a grid of runs, and says which models they compare",
+            f"minima run {path}",
+        )
     try:
         return Study.model_validate(raw)
     except ValidationError as error:

@@ -35,6 +35,8 @@ def test_an_override_changes_it(tmp_path):
         ({"teachers": GRID["teachers"] | {"a": HUGE}}, "'a' is a teacher and a student"),
         ({"fixed_teacher": "larg"}, "did you mean 'large'"),
         ({"fixed_teacher": None}, "fixed_teacher None"),
+        ({"tokens": [31]}, "tokens 31 are less than one block of 32"),
+        ({"tokens": [163_840, 163_871]}, "tokens 163,840 and 163,871 are the same 5,120 blocks of 32"),
         ({"teachers": {"large": HUGE | {"vocabulary_size": 600}}}, "large has a vocabulary of 600"),
         ({"shape": GRID["shape"] | {"vocabulary_size": 400}}, "small has a vocabulary of 400, and the study's is 512"),
         ({"tockens": [1]}, "tockens: no such key; did you mean 'tokens'"),
@@ -46,6 +48,16 @@ def test_an_override_changes_it(tmp_path):
 )  # fmt: skip
 def test_refused_by_name(tmp_path, changes, message):
     assert message in refused(tmp_path, **changes)
+
+
+def test_budgets_of_different_blocks_are_taken(tmp_path):
+    assert load_study(study_file(tmp_path, tokens=[32, 64, 163_871])).tokens == [32, 64, 163_871]
+
+
+def test_the_recipe_of_a_run_is_called_one(root):
+    with pytest.raises(RecipeError, match=r"quickstart\.yaml is the recipe of a run") as caught:
+        load_study(root / "recipes" / "quickstart.yaml")
+    assert caught.value.do.startswith("minima run ")
 
 
 def test_a_student_that_cannot_be_cut_from_its_teacher_is_refused(tmp_path):

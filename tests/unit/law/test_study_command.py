@@ -1,0 +1,52 @@
+"""What `minima law study` is asked, and its exit code."""
+
+from pathlib import Path
+
+import pytest
+
+from minima import cli
+from minima.law import study as driver
+from minima.law.queue import Tally
+from tests.unit.law.study_grid import finish, study_file
+
+
+class Idle:
+    """A pool whose workers all end with nothing more to do, and leave some runs behind."""
+
+    left = 0
+
+    def __init__(self, units, *given) -> None:
+        self.units = units[: len(units) - self.left]
+
+    def run(self) -> Tally:
+        for unit in self.units:
+            finish(unit)
+        return Tally(done={unit.name for unit in self.units})
+
+
+@pytest.mark.parametrize(("left", "code"), [(0, 0), (2, driver.FAILED)])
+def test_runs_that_are_left_undone_are_no_success(tmp_path, monkeypatch, left, code):
+    monkeypatch.setattr(driver, "Pool", Idle)
+    monkeypatch.setattr(Idle, "left", left)
+    said: list[str] = []
+    path = study_file(tmp_path, output=str(tmp_path / "runs"))
+    assert driver.study(path, [], said.append, workers=1) == code
+    assert ("left undone: cells/" in said[-1]) == (left > 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers 0"),
+        (["--workers", "-1"], "--workers -1"),
+        (["--dry-run", "--collect"], "--dry-run and --collect together"),
+        (["--dry-run", "--runs", "data/corpus"], "--dry-run and --runs together"),
+        (["--collect", "--cluster", "c.yaml"], "--collect and --cluster together"),
+        (["--collect", "--workers", "2"], "--collect and --workers together"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["law", "study", str(study_file(tmp_path)), *options]) == cli.USER_ERROR
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
