@@ -6,6 +6,7 @@ from typing import Any
 
 from minima.engine.deepspeed_keys import AIO, OFFLOAD, RECIPE_OWNS, TENSOR_PARALLEL, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
+from minima.planning.sharding import Sharding
 from minima.recipe.distillation import Offload, Placement
 from minima.recipe.overrides import nearest
 from minima.recipe.training import Training
@@ -16,6 +17,8 @@ _DEFAULTS = {
     "zero_force_ds_cpu_optimizer": False,
     "steps_per_print": 2**31,
     "communication_data_type": "fp32",
+    # It waits for the device at every micro-step; the loop has its own count of tokens a second.
+    "timers": {"throughput": {"enabled": False}},
 }
 
 
@@ -155,15 +158,26 @@ def accumulation_steps(training: Training, world_size: int) -> int:
     return batch // (world_size * training.micro_batch_on(world_size))
 
 
-def training_config(path: Path, training: Training, world_size: int) -> dict[str, Any]:
+def training_config(path: Path, training: Training, world_size: int, *, layer_parameters: int = 0) -> dict[str, Any]:
     """The whole configuration of a trainable engine.
+
+    Args:
+        path: a DeepSpeed JSON.
+        training: the stage's settings.
+        world_size: ranks.
+        layer_parameters: of one decoder layer. A compiled one is gathered as a whole, so no less is gathered ahead.
 
     Raises:
         DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
     """
+    config = read_deepspeed_json(path)
+    if training.compile:
+        zero = config["zero_optimization"]
+        ahead = max(Sharding.from_json(config).prefetch_elements, layer_parameters)
+        config["zero_optimization"] = zero | {"stage3_prefetch_bucket_size": ahead}
     return (
         _DEFAULTS
-        | read_deepspeed_json(path)
+        | config
         | {
             "train_batch_size": training.batch_sequences,
             "gradient_accumulation_steps": accumulation_steps(training, world_size),

@@ -5,9 +5,11 @@ import datetime
 import logging
 import socket
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,12 +17,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.utils.cpp_extension import _get_build_directory
 
 from minima.errors import MinimaError
 from minima.launcher import Launch, export_launch
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
+_LONGEST_BUILD_SECONDS = 900  # of an op: two minutes on one slow core
 logger = logging.getLogger("minima.distributed")
 _alone = False
 _joined: Launch | None = None
@@ -63,11 +67,26 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
 def _build_or_do_without() -> None:
     """Without a compiler, gloo carries everything: DeepSpeed would end here for want of its shared-memory op."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    _look_at_lock(builder.name)
     try:
         builder.load(verbose=False)  # a second where it is built already, as `make install` does
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False
         logger.warning("DeepSpeed's shared-memory op cannot be built, so all goes through gloo, more slowly: %s", error)
+
+
+def _look_at_lock(name: str) -> None:
+    """A build waits for another one as long as its lock lies there, and one that was killed leaves it for ever."""
+    try:
+        lock = Path(_get_build_directory(name, verbose=False)) / "lock"
+        age_seconds = time.time() - lock.stat().st_mtime
+    except OSError:  # there is none
+        return
+    if age_seconds > _LONGEST_BUILD_SECONDS:
+        logger.warning("%s is %.0f minutes old, so its build was killed: removed", lock, age_seconds / 60)
+        lock.unlink(missing_ok=True)
+    else:
+        logger.warning("DeepSpeed's op %s is being built by another process, which is waited for (%s)", name, lock)
 
 
 def stop() -> None:
@@ -146,7 +165,7 @@ def node_group() -> dist.ProcessGroup:
     """The process group of this rank's node; every rank calls it."""
     global _node_group
     if _node_group is None:
-        groups = [dist.new_group(ranks) for ranks in node_ranks()]
+        groups = [dist.new_group(ranks, timeout=TIMEOUT) for ranks in node_ranks()]
         _node_group = next(group for group, ranks in zip(groups, node_ranks(), strict=True) if rank() in ranks)
     return _node_group
 

@@ -19,7 +19,11 @@ EXIT_CODE = 4  # of `minima stage`
 _LONGEST_BEAT_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
 _GRACE_SECONDS = 2.0  # launchers end the other ranks about a second after the first one: the message comes before that
-_WAITING = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/zero/")  # files of a rank that only waits
+# Files of a rank that only waits: for other ranks, or for a device that does.
+_WAITING = (
+    *("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/zero/"),
+    *("torch/cuda/", "deepspeed/accelerator/", "deepspeed/utils/timer.py"),
+)
 _T = TypeVar("_T")
 logger = logging.getLogger("minima.watchdog")
 
@@ -90,11 +94,22 @@ class Watchdog:
             "progress": self._progress,
             "place": self._place,
             "host": socket.gethostname(),
-            "waiting": any(part in frame.filename for frame in stack[-6:] for part in _WAITING),
+            "waiting": self._waits(),
             "at": f"{stack[-1].filename}:{stack[-1].lineno} ({stack[-1].name})" if stack else "unknown",
             "stack": "".join(traceback.format_list(stack[-8:])),
         }
         self._store.set(str(rank), json.dumps(said))
+
+    def _waits(self) -> bool:
+        """Whether a thread of the training waits: on a GPU the hooks of a backward pass run in threads of autograd."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return any(
+            part in frame.filename
+            for thread, frames in sys._current_frames().items()
+            if not names.get(thread, "").startswith("watchdog")
+            for frame in traceback.extract_stack(frames)[-6:]
+            for part in _WAITING
+        )
 
     def _end(self, rank: int, world_size: int) -> None:
         before = self._answered(lambda: self._ask(world_size))

@@ -18,6 +18,7 @@ DivergenceName = Literal[
 
 # exp(80) is a float32. Where p is so much larger than q, q's own terms are under 1e-34, whatever d is; and the other
 # way round.
+_ONE = 2.0**52  # a probability of 1 as a whole number: what is rounded off is less than what a double loses
 _LARGEST = 80.0
 
 
@@ -132,9 +133,10 @@ def _top(log_p_RV: Tensor, soft: SoftTerm) -> Tensor:
         log_top_RK, index_RK = log_p_RV.topk(tried, dim=-1)
         taken_RK = torch.ones_like(index_RK, dtype=torch.bool)
         if soft.top_p is not None:
-            mass_RK = log_top_RK.double().exp_().cumsum(-1)
-            taken_RK[:, 1:] = mass_RK[:, :-1] < soft.top_p
-            if tried < most and bool((mass_RK[:, -1] < soft.top_p).any()):
+            # In whole numbers, since a GPU adds up fractions in any order and refuses to where that must not be.
+            mass_RK = log_top_RK.double().exp_().mul_(_ONE).long().cumsum(-1)
+            taken_RK[:, 1:] = mass_RK[:, :-1] < soft.top_p * _ONE
+            if tried < most and bool((mass_RK[:, -1] < soft.top_p * _ONE).any()):
                 tried = min(8 * tried, most)
                 continue
         return torch.zeros_like(log_p_RV, dtype=torch.bool).scatter_(-1, index_RK, taken_RK)

@@ -83,10 +83,18 @@ def narrowed(sum_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(sum_VD.shape)
 
 
-def row_blocks(logits_CV: Tensor) -> list[slice]:
-    """The rows of a chunk's logits in blocks of a size that suits element-wise work on their device."""
+def row_blocks(logits_CV: Tensor, bytes_an_element: int = 16) -> list[slice]:
+    """The rows of a chunk's logits in blocks of a size that suits element-wise work on their device.
+
+    Args:
+        logits_CV: of the chunk.
+        bytes_an_element: of what the work holds beside the logits; blocks on a GPU are smaller where it is more.
+    """
     num_tokens, vocabulary = logits_CV.shape
-    rows = max(1, _BLOCK_ELEMENTS[logits_CV.device.type] // vocabulary)
+    elements = _BLOCK_ELEMENTS[logits_CV.device.type]
+    if logits_CV.device.type == "cuda":
+        elements = elements * 16 // max(16, bytes_an_element)
+    rows = max(1, elements // vocabulary)
     return [slice(start, start + rows) for start in range(0, num_tokens, rows)]
 
 

@@ -148,7 +148,7 @@ def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.
     """
 
     def made(window: int | None) -> Tensor | BlockMask:
-        if documents_BT.device.type == "cuda" and _takes_blocks(config):
+        if documents_BT.device.type == "cuda" and _takes_blocks(config, documents_BT.shape[1]):
             return document_blocks(documents_BT, window)
         mask_B1TT = document_mask(documents_BT, window)
         return torch.zeros(mask_B1TT.shape, dtype=dtype, device=mask_B1TT.device).masked_fill_(~mask_B1TT, -torch.inf)
@@ -162,6 +162,9 @@ def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.
     return {kind: made(window if kind == "sliding_attention" else None) for kind in sorted(set(kinds))}
 
 
-def _takes_blocks(config: PretrainedConfig) -> bool:
+def _takes_blocks(config: PretrainedConfig, length: int) -> bool:
+    """Below a block's length PyTorch takes a kernel that may have no configuration for grouped queries."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return head_size >= _SMALLEST_HEAD and config.model_type != "gpt2"  # whose stock model asks a mask for its `ndim`
+    return (
+        length >= _BLOCK and head_size >= _SMALLEST_HEAD and config.model_type != "gpt2"
+    )  # whose stock model asks a mask for its `ndim`

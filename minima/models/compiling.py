@@ -62,6 +62,8 @@ def compiled_whole(function: Callable[..., Any], **settings: Any) -> Callable[..
     """`function` compiled with `torch.compile`, without graph breaks, for more kinds of input than PyTorch expects."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from PyTorch 2.13 on
         settings |= {"recompile_limit": _RECOMPILE_LIMIT, "isolate_recompiles": True}
+    else:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     return torch.compile(function, fullgraph=True, **settings)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from minima.models.shape import ModelShape
 from minima.planning.dry_run import size_text
 from minima.planning.memory import Memory, Offload, Placement, Work, frozen_memory, trained_memory
-from minima.planning.sharding import TEACHER, Sharding
+from minima.planning.sharding import TEACHER, Sharding, gathered_ahead
 from minima.recipe.distillation import Teacher
 from minima.recipe.training import Training
 
@@ -133,7 +133,7 @@ def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> 
         checkpointing,
         stage.work(machine.ranks),
         machine.ranks,
-        stage.sharding,
+        gathered_ahead(stage.sharding, stage.student, compiled=stage.training.compile),
         taught=stage.teacher is not None,
     )
     if stage.teacher is None or stage.teacher_shape is None:

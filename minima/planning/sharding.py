@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,13 @@ STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 1_000_000_000, 1
 TEACHER = Sharding(
     prefetch_elements=250_000_000, persistence_elements=1000, live_elements=2_000_000_000, reuse_elements=0
 )
+
+
+def gathered_ahead(sharding: Sharding, shape: ModelShape, *, compiled: bool) -> Sharding:
+    """The sizes with which a model trains: a compiled layer is gathered as a whole, so no less is gathered ahead."""
+    if not compiled:
+        return sharding
+    return replace(sharding, prefetch_elements=max(sharding.prefetch_elements, shape.layer_parameters))
 
 
 def layer_tensors(shape: ModelShape) -> list[int]:

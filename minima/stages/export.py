@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
@@ -30,6 +29,7 @@ from minima.stages.card_facts import gather_card, taught_to_chat
 from minima.stages.context import ResolvedModel, StageContext
 from minima.stages.evaluate import count_parameters
 from minima.stages.generation_settings import generation_settings
+from minima.stages.host_memory import host_memory_bytes
 
 RANKS = True
 _HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
@@ -197,15 +197,6 @@ def fits_devices(parameters: int) -> bool:
     if accelerator.device_name() == "cpu":
         return fits_host(parameters)
     return parameters * 4 <= _HOST_SHARE * accelerator.total_memory() * distributed.world_size()
-
-
-def host_memory_bytes() -> int:
-    """This host's memory, or the share of it that a container or a job is held to."""
-    limits = [psutil.virtual_memory().total]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else ""
-        limits += [int(text)] if text.isdigit() else []
-    return min(limits)
 
 
 def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, differences: dict[str, float]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import psutil
 import torch
 
 from minima.engine import distributed
@@ -15,6 +14,7 @@ from minima.planning.sharding import Sharding
 from minima.recipe.distillation import Offload, Placement, Teacher
 from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
+from minima.stages.host_memory import host_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def this_machine() -> Machine:
     """The machine that this process group runs on, by its smallest node; every rank calls it, and all get the same."""
     nodes = distributed.node_ranks()
     mine = next(len(ranks) for ranks in nodes if distributed.rank() in ranks)
-    device, host = distributed.device(), psutil.virtual_memory().total
+    device, host = distributed.device(), host_memory_bytes()
     on_cpu = device.type == "cpu"
     memory = host // mine if on_cpu else torch.cuda.get_device_properties(device).total_memory
     facts = distributed.gather_objects((memory, host))

@@ -90,7 +90,9 @@ def settings(profile: Profile, row: Row) -> Training:
 def minima_student(profile: Profile, row: Row) -> Student:
     """minima's trainable model."""
     training = settings(profile, row)
-    config = training_config(shipped_folder("ds_configs") / training.deepspeed, training, distributed.world_size())
+    path = shipped_folder("ds_configs") / training.deepspeed
+    layer = profile.student.layer_parameters
+    config = training_config(path, training, distributed.world_size(), layer_parameters=layer)
     return Student(TiledSource(profile.student, seed=1), config, training)
 
 
@@ -119,8 +121,9 @@ def peer_config(profile: Profile, row: Row) -> dict[str, Any]:
     """A DeepSpeed configuration as users write it, with the sharding of minima's student and DeepSpeed's defaults."""
     training = settings(profile, row)
     config = training_config(shipped_folder("ds_configs") / training.deepspeed, training, distributed.world_size())
-    # Float32 accumulation and communication are minima's choice, no default.
-    return {key: value for key, value in config.items() if key not in ("data_types", "communication_data_type")}
+    # Float32 accumulation and communication, and no timer that waits for the device, are minima's choice, no default.
+    ours = ("data_types", "communication_data_type", "timers")
+    return {key: value for key, value in config.items() if key not in ours}
 
 
 class Root(nn.Module):

@@ -1,6 +1,7 @@
 """One owner for everything that decides what is computed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from minima.engine.deepspeed_config import accumulation_steps, frozen_config, training_config
 from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
+from minima.models.shape import ModelShape
+from minima.planning.sharding import STUDENT, gathered_ahead
 from minima.recipe.distillation import Teacher
 from minima.recipe.training import Training
 
@@ -197,3 +200,23 @@ def test_a_block_that_is_none_is_named(tmp_path, block):
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, **block}}))
     with pytest.raises(DeepSpeedConfigError, match=f"sets {next(iter(block))} to"):
         frozen_config(path, precision="float32")
+
+
+def test_a_compiled_layer_is_gathered_ahead_as_a_whole(root):
+    path = root / "ds_configs/student_zero3.json"
+
+    def ahead(**changes) -> int:
+        config = training_config(path, training(**changes), 2, layer_parameters=113_000_000)
+        return config["zero_optimization"]["stage3_prefetch_bucket_size"]
+
+    assert ahead() == 5e7
+    assert ahead(compile=True) == 113_000_000
+    shape = ModelShape(vocabulary_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1)
+    assert gathered_ahead(STUDENT, shape, compiled=False) == STUDENT
+    small = replace(STUDENT, prefetch_elements=10)
+    assert gathered_ahead(small, shape, compiled=True).prefetch_elements == shape.layer_parameters
+
+
+def test_deepspeed_waits_for_no_device_to_count_its_own_throughput(root):
+    config = training_config(root / "ds_configs/student_zero3.json", training(), 1)
+    assert config["timers"] == {"throughput": {"enabled": False}}

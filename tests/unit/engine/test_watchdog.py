@@ -1,5 +1,6 @@
 """Which rank the watchdog names, from what the ranks said last. Real ranks that hang: distributed/test_faults.py."""
 
+import runpy
 import threading
 
 import pytest
@@ -45,3 +46,20 @@ def test_none_where_none_is_asked_for(monkeypatch):
     with Watchdog(0) as watching:
         watching.mark("step 1")
         assert threading.active_count() == threads
+
+
+def test_a_hook_that_waits_in_a_thread_of_autograd_is_seen(tmp_path):
+    """As on a GPU, where the main thread stands in `backward` and other threads run the hooks."""
+    path = tmp_path / "deepspeed" / "runtime" / "zero" / "stage3.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("def wait(event):\n    event.wait()\n")
+    scope = runpy.run_path(str(path))
+    done, watching = threading.Event(), Watchdog(0)
+    assert not watching._waits()
+    for name, seen in (("watchdog store", False), ("pt_autograd_0", True)):
+        thread = threading.Thread(target=scope["wait"], args=(done,), name=name)
+        thread.start()
+        assert watching._waits() == seen
+        done.set()
+        thread.join()
+        done.clear()

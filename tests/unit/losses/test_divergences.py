@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minima.losses import linear_distillation_loss
-from minima.losses.divergences import DivergenceName, SoftTerm, divergence_and_slope, one_tail
+from minima.losses.divergences import DivergenceName, SoftTerm, _top, divergence_and_slope, one_tail
 from minima.losses.linear import narrowed
 from minima.recipe.distillation import Divergence
 from tests.unit.losses.references import DIVERGENCES, divergence, exact, inputs, models_apart, with_gradients
@@ -170,3 +170,20 @@ def test_numbers_out_of_range_are_our_mistake():
                   {"top_k": 3, "kernel": "triton"}):  # fmt: skip
         with pytest.raises(AssertionError):
             linear_distillation_loss(*models, **wrong)
+
+
+def test_the_top_tokens_are_the_same_where_fractions_may_not_be_added_up(monkeypatch):
+    """On a GPU PyTorch refuses to add up fractions along a row once it has to be deterministic."""
+    log_p = torch.randn(7, 900, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    mass = log_p.double().exp().sort(-1, descending=True)
+    wanted = torch.zeros_like(log_p, dtype=torch.bool)
+    before = mass.values.cumsum(-1) - mass.values
+    wanted.scatter_(-1, mass.indices, before < 0.8)
+    own = torch.Tensor.cumsum
+
+    def refusing(tensor, *args, **kwargs):
+        assert not tensor.is_floating_point()
+        return own(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", refusing)
+    assert _top(log_p, SoftTerm(top_p=0.8)).equal(wanted)

@@ -105,8 +105,8 @@ def as_on_a_gpu(config, documents_BT, dtype):
 def test_small_heads_and_gpt2_keep_the_bias_on_a_gpu():
     for family, num_heads, blocks in (("llama", 4, True), ("llama", 8, False), ("gpt2", 4, False)):
         config = stock_config(ModelShape(family=family, **(SMALL | {"num_heads": num_heads})).to_config())
-        made = attention_module._takes_blocks(config)
-        assert made is blocks, (family, num_heads)
+        assert attention_module._takes_blocks(config, 128) is blocks, (family, num_heads)
+        assert not attention_module._takes_blocks(config, 127)  # where some grouped queries find no kernel
 
 
 @pytest.mark.parametrize(
