@@ -15,7 +15,7 @@ import numpy as np
 from minima.disk import disk_full_named
 from minima.law.curves import Condition, Curve, describe
 from minima.law.fitting import ConditionFit, Fit
-from minima.law.interpolate import MINIMUM, Interval, Minimum, window
+from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Interval, Minimum, window
 from minima.law.line import MILLION, PAPER_INTERCEPT, PAPER_SLOPE, SMALLEST_PAPER_STUDENT, paper_teacher
 from minima.law.sizes_text import short
 
@@ -93,7 +93,7 @@ def _group(axes: np.ndarray, group: Sequence[ConditionFit], fit: Fit) -> None:
         above.set_title(TITLES.get(one.condition.initialisation, one.condition.initialisation))
         _teacher_axis(above, one.curves)
         _teacher_axis(below, one.curves)
-        below.set_xlabel(f"teacher, parameters {_kind(fit)}")
+        below.set_xlabel(f"teacher, parameters\n{_kind(fit)}")
     _share_y(loss_axes)
     _share_y(above_axes, from_zero=True)
     loss_axes[0].set_ylabel("held-out loss, nats per token")
@@ -176,18 +176,19 @@ def _law(axis: Any, group: Sequence[ConditionFit], fit: Fit) -> None:
     for index, one in enumerate(group):
         style = _style(index + _STARTS)
         found = [minimum for minimum in one.minima if minimum.teacher_size is not None]
+        aside = 1.03 ** (index - (len(group) - 1) / 2)  # so that the starts do not hide each other
         for minimum, curve in zip(one.minima, one.curves, strict=True):
             limits += [curve.sizes[0], curve.sizes[-1]]
             if minimum.teacher_size is not None and minimum.teacher_interval is not None:
-                axis.plot([minimum.student_size] * 2, _ends(minimum.teacher_interval, curve.sizes),
+                axis.plot([minimum.student_size * aside] * 2, _ends(minimum.teacher_interval, curve.sizes),
                           color=style["color"], linewidth=1)  # fmt: skip
-            elif minimum.teacher_size is None and curve.teachers[-1] == minimum.grid_best:
-                axis.plot(minimum.student_size, curve.sizes[-1], marker=r"$\uparrow$", markersize=8,
+            elif minimum.status == NOT_BRACKETED and curve.teachers[-1] == minimum.grid_best:
+                axis.plot(minimum.student_size * aside, curve.sizes[-1], marker=r"$\uparrow$", markersize=8,
                           color=style["color"], linestyle="none")  # fmt: skip
-            elif minimum.teacher_size is None and curve.teachers[0] == minimum.grid_best:
-                axis.plot(minimum.student_size, curve.sizes[0], marker=r"$\downarrow$", markersize=8,
+            elif minimum.status == NOT_BRACKETED and curve.teachers[0] == minimum.grid_best:
+                axis.plot(minimum.student_size * aside, curve.sizes[0], marker=r"$\downarrow$", markersize=8,
                           color=style["color"], linestyle="none")  # fmt: skip
-        axis.plot([one.student_size for one in found], [one.teacher_size for one in found], linestyle="none",
+        axis.plot([one.student_size * aside for one in found], [one.teacher_size for one in found], linestyle="none",
                   marker=style["marker"], color=style["color"])  # fmt: skip
         line = one.line.with_intercept
         if line is not None:
