@@ -13,7 +13,7 @@ import yaml
 
 from minima.cluster.chain import queued_tasks, submit_chain, write_file
 from minima.cluster.config import CELLS
-from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_unread
+from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unread
 from minima.cluster.render import Place, Script, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.snapshot import snapshot
@@ -52,6 +52,7 @@ def submit_grid(
     recipe = load_recipe(recipe_path, overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     warn_unread(place.cluster, recipe, write)
+    warn_no_venv(place, write)
     cells = read_grid(grid)
     with ExitStack() as stack:
         if not dry_run:
@@ -59,6 +60,7 @@ def submit_grid(
         queued = queued_tasks(place.run_folder, dry_run, write)
         waiting = {job.cells.get(str(task.index)) for job, task in queued}
         missing: dict[str, list[str]] = {}
+        warnings: dict[str, None] = {}
         for name, own in cells.items():
             changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]
             cell = load_recipe(recipe_path, changes)
@@ -68,8 +70,10 @@ def submit_grid(
             elif name in waiting:
                 write(f"{name}: in the queue")
             else:
-                _check(cell, recipe_path, names, place, folder)
+                warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder))
                 missing[name] = changes
+        for warning in warnings:
+            write(f"warning: {warning}")
         if not missing:
             write("nothing to submit")
             return 0
@@ -154,10 +158,10 @@ def _output(folder: Path) -> str:
     return f"output={json.dumps(str(folder), ensure_ascii=False)}"  # which YAML reads back, whatever the path holds
 
 
-def _check(cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: Place, folder: Path) -> None:
+def _check(cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: Place, folder: Path) -> list[str]:
     check_run_folder(folder, cell.name, [stage.name for stage in cell.stages])
     cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
-    check_run(cell, recipe_path, select(cell, names), Place(cluster, place.working_directory, folder))
+    return check_run(cell, recipe_path, select(cell, names), Place(cluster, place.working_directory, folder))
 
 
 def _script(

@@ -78,7 +78,7 @@ def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pla
         if isinstance(stage, AnyTraining) and not is_finished(place.run_folder / stage.name):
             check_batch(stage.name, stage, resources.ranks)
     alone = recipe.model_copy(update={"ranks": 1})  # the ranks of this machine do not matter
-    return check_stages(alone, recipe_path, stages, place.run_folder, 1)
+    return check_stages(alone, recipe_path, stages, place.run_folder, 1, elsewhere=True)
 
 
 def stage_scripts(

@@ -3,12 +3,13 @@
 import dataclasses
 import datetime
 import logging
+import os
 import socket
 import subprocess
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,13 @@ def _look_at_lock(name: str) -> None:
         return
     if age_seconds > _LONGEST_BUILD_SECONDS:
         logger.warning("%s is %.0f minutes old, so its build was killed: removed", lock, age_seconds / 60)
-        lock.unlink(missing_ok=True)
+        taken = lock.with_name(f"lock.{os.getpid()}")
+        with suppress(OSError):  # another rank has taken it
+            lock.rename(taken)
+            if time.time() - taken.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+                taken.unlink()
+            else:  # a new one, of a rank that builds already
+                taken.rename(lock)
     else:
         logger.warning("DeepSpeed's op %s is being built by another process, which is waited for (%s)", name, lock)
 

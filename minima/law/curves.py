@@ -87,6 +87,7 @@ class Effects:
         means_T: loss of each teacher in the mean over the seeds of the curve, nats per token.
         rests: what is left of each run, by place of its teacher and seed.
         freedom: degrees of freedom of the rests; 0 where nothing is left over.
+        explained: how much less the squares of the rests add up to than without the teachers' part.
         paired: whether the seeds' common part was taken out: the runs have to connect all teachers and seeds.
     """
 
@@ -94,6 +95,7 @@ class Effects:
     rests: dict[tuple[int, int], float]
     freedom: int
     paired: bool
+    explained: float
 
 
 def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effects:
@@ -101,6 +103,7 @@ def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effect
     num_teachers, num_seeds = len(losses), len(seeds)
     means_T = np.array([np.mean(list(by_seed.values())) for by_seed in losses])
     seed_effects = dict.fromkeys(seeds, 0.0)
+    loss_R, without_R1 = np.array([loss for _, _, loss in runs]), np.ones((len(runs), 1))
     freedom, paired = len(runs) - num_teachers, False
     if num_seeds > 1 and num_teachers > 1:
         teacher_RT = np.array([[place == other for other in range(num_teachers)] for place, _, _ in runs], dtype=float)
@@ -110,7 +113,8 @@ def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effect
         )
         design = np.hstack([teacher_RT, seed_RS])
         if np.linalg.matrix_rank(design) == design.shape[1] < len(runs):
-            found = np.linalg.lstsq(design, np.array([loss for _, _, loss in runs]), rcond=None)[0]
+            found = np.linalg.lstsq(design, loss_R, rcond=None)[0]
+            without_R1 = np.hstack([without_R1, seed_RS])
             freedom, paired = len(runs) - design.shape[1], True
             if len(runs) == num_teachers * num_seeds:  # every teacher has every seed: plain means are the same
                 by_seed_S = [np.mean([by_seed[seed] for by_seed in losses]) - means_T.mean() for seed in seeds]
@@ -118,7 +122,9 @@ def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effect
                 means_T, by_seed_S = found[:num_teachers], [*found[num_teachers:], -found[num_teachers:].sum()]
             seed_effects = {seed: float(effect) for seed, effect in zip(seeds, by_seed_S, strict=True)}
     rests = {(place, seed): loss - float(means_T[place]) - seed_effects[seed] for place, seed, loss in runs}
-    return Effects(means_T, rests, freedom, paired)
+    missed_R = loss_R - without_R1 @ np.linalg.lstsq(without_R1, loss_R, rcond=None)[0]
+    explained = float((missed_R**2).sum()) - sum(rest**2 for rest in rests.values())
+    return Effects(means_T, rests, freedom, paired, explained)
 
 
 def two_digits(value: float) -> float:
@@ -215,7 +221,9 @@ def _same_grid(one: Condition, other: Condition) -> bool:
 
 
 def _nearly(one: Condition, other: Condition) -> bool:
-    return abs(one.budget - other.budget) <= 0.01 * one.budget
+    unknown = one.epochs is None or other.epochs is None
+    epochs = unknown or abs((one.epochs or 0.0) - (other.epochs or 0.0)) <= 0.05 * (one.epochs or 0.0)
+    return epochs and abs(one.budget - other.budget) <= 0.01 * one.budget
 
 
 def _epochs(condition: Condition) -> str:
@@ -247,6 +255,8 @@ def _gaps(condition: Condition, curves: Sequence[Curve], alike: Sequence[Curve],
         if known_alone and sorted(curve.direct) != curve.seeds:
             have = ", ".join(map(str, sorted(curve.direct))) or "no seed"
             notes.append(f"{where}: direct runs for {have}, distilled ones for {', '.join(map(str, curve.seeds))}")
+        elif curve.effects.paired and any(sorted(by_seed) != curve.seeds for by_seed in curve.losses):
+            notes.append(f"{where}: not every teacher has every seed, so intervals over seeds are somewhat too narrow")
         same = [
             teacher
             for teacher, by_seed in zip(curve.teachers, curve.losses, strict=True)

@@ -177,13 +177,11 @@ def _positive(ends: Interval) -> Interval:
 
 
 def _flat(curve: Curve) -> float | None:
-    noise, means_T = noise_of(curve), curve.means_T
-    if not noise.deviation or len(means_T) < 2:
+    noise, num_teachers = noise_of(curve), len(curve.teachers)
+    if not noise.deviation or num_teachers < 2:
         return None
-    num_runs_T = np.array([len(by_seed) for by_seed in curve.losses])
-    away_T = means_T - np.average(means_T, weights=num_runs_T)
-    ratio = float((num_runs_T * away_T**2).sum()) / (len(means_T) - 1) / noise.deviation**2
-    return float(f_distribution.sf(ratio, len(means_T) - 1, noise.freedom))
+    ratio = curve.effects.explained / (num_teachers - 1) / noise.deviation**2
+    return float(f_distribution.sf(ratio, num_teachers - 1, noise.freedom))
 
 
 def _misfit(curve: Curve, best: int) -> float | None:

@@ -134,9 +134,10 @@ def _top(log_p_RV: Tensor, soft: SoftTerm) -> Tensor:
         taken_RK = torch.ones_like(index_RK, dtype=torch.bool)
         if soft.top_p is not None:
             # In whole numbers, since a GPU adds up fractions in any order and refuses to where that must not be.
-            mass_RK = log_top_RK.double().exp_().mul_(_ONE).long().cumsum(-1)
-            taken_RK[:, 1:] = mass_RK[:, :-1] < soft.top_p * _ONE
-            if tried < most and bool((mass_RK[:, -1] < soft.top_p * _ONE).any()):
+            mass_RK = log_top_RK.double().exp_().nan_to_num_(0.0).mul_(_ONE).long().cumsum(-1)
+            enough = int(soft.top_p * _ONE)
+            taken_RK[:, 1:] = mass_RK[:, :-1] < enough
+            if tried < most and bool((mass_RK[:, -1] < enough).any()):
                 tried = min(8 * tried, most)
                 continue
         return torch.zeros_like(log_p_RV, dtype=torch.bool).scatter_(-1, index_RK, taken_RK)

@@ -32,9 +32,15 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the known name that is most like `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def nearest(name: str, known: list[str], likeness: float = 0.6) -> str:
+    """`; did you mean 'x'?` for the known name that is most like `name`, or nothing.
+
+    Args:
+        name: as written.
+        known: what it may have been meant to be.
+        likeness: that is asked for, of 1.
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -27,6 +27,7 @@ def check_stages(
     ranks: int,
     *,
     to_come: Sequence[Path] = (),
+    elsewhere: bool = False,
 ) -> list[str]:
     """Refuse, before anything starts, what is sure to fail later.
 
@@ -37,6 +38,7 @@ def check_stages(
         folder: of the run.
         ranks: that each stage will have.
         to_come: folders of other runs that will have been made by then.
+        elsewhere: it runs on other machines, or later, so a folder that is not here is a warning and no mistake.
 
     Returns:
         What may fail later, a line each: inputs that are not on this machine.
@@ -53,7 +55,13 @@ def check_stages(
     left = [stage for stage in stages if not is_finished(folder / stage.name)]
     _check_ranks(recipe, ranks, any(uses_ranks(stage) for stage in left))
     _check_inputs(recipe, stages, folder)
-    _check_folders(recipe, left, to_come)
+    missing = _missing_folders(recipe, left, [folder, *to_come])
+    if missing and not elsewhere:
+        raise StageError(
+            missing[0],
+            "the run would end there, after everything before it",
+            "correct it, or bring the folder to this machine",
+        )
     check_run(recipe, stages, folder)
     for stage in left:
         teacher = getattr(stage, "teacher", None)
@@ -122,17 +130,17 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
                 )
 
 
-def _check_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence[Path]) -> None:
-    """Refuse what can only be a folder, and is not there; what may be a Hub id is for the Hub to say."""
+def _missing_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence[Path]) -> list[str]:
+    """What can only be a folder, and is not there, a line each; what may be a Hub id is for the Hub to say."""
+    found = []
     for stage in left:
         for reference in references(recipe, stage):
             of_minima = reference.what in ("data", "scores")
             is_path = reference.stage is None and (of_minima or reference.text.startswith((".", "/", "~")))
-            path = Path(reference.text).expanduser()
-            if is_path and not path.exists() and not any(path.is_relative_to(other) for other in to_come):
-                raise StageError(
+            path = Path(reference.text).expanduser().absolute()
+            if is_path and not path.exists() and not any(path.is_relative_to(other.absolute()) for other in to_come):
+                found.append(
                     f"stages.{stage.name}.{reference.field}: {reference.text!r} is "
-                    f"{'neither a stage of this recipe nor ' if of_minima else 'not '}a folder here",
-                    "the run would end there, after everything before it",
-                    f"correct {reference.field}, or bring the folder to this machine",
+                    f"{'neither a stage of this recipe nor ' if of_minima else 'not '}a folder here"
                 )
+    return found

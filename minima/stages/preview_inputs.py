@@ -56,8 +56,9 @@ class KnownInputs:
 
     def _refuse_misspelt(self, reference: Reference, stage: str) -> None:
         own = [each.name for each in self.recipe.stages if each.name != stage]
-        close = nearest(reference.text.partition("@")[0], own)
-        if close and "/" not in reference.text:
+        hub = reference.what in ("model", "tokenizer", "exported")  # old names there have no owner: gpt2, distilgpt2
+        close = nearest(reference.text.partition("@")[0], own, 0.85 if hub and "@" not in reference.text else 0.6)
+        if close and "/" not in reference.text and not is_finished(self.folder / stage):
             raise RecipeError(
                 f"stages.{stage}.{reference.field}: {reference.text!r} is no stage and no folder here{close}",
                 "it would be looked for on the Hub, after everything before it has run",
@@ -116,9 +117,10 @@ class KnownInputs:
         Raises:
             TokenizerMismatch: with both sizes.
         """
-        data = self.data_stage(reference)
+        own = {each.name: each for each in self.recipe.stages if isinstance(each, BuildData)}
+        data = own.get(reference)  # data of another run names stages of that run's recipe
         while data is not None and isinstance(data.tokenizer, str):
-            data = self.data_stage(data.tokenizer)
+            data = own.get(data.tokenizer)
         size = data.tokenizer.vocabulary_size if data is not None and not isinstance(data.tokenizer, str) else 0
         if size <= shape.vocabulary_size:
             return

@@ -52,14 +52,16 @@ def test_a_hook_that_waits_in_a_thread_of_autograd_is_seen(tmp_path):
     """As on a GPU, where the main thread stands in `backward` and other threads run the hooks."""
     path = tmp_path / "deepspeed" / "runtime" / "zero" / "stage3.py"
     path.parent.mkdir(parents=True)
-    path.write_text("def wait(event):\n    event.wait()\n")
+    path.write_text("def wait(event, begun):\n    begun.set()\n    event.wait()\n")
     scope = runpy.run_path(str(path))
-    done, watching = threading.Event(), Watchdog(0)
+    done, begun, watching = threading.Event(), threading.Event(), Watchdog(0)
     assert not watching._waits()
     for name, seen in (("watchdog store", False), ("pt_autograd_0", True)):
-        thread = threading.Thread(target=scope["wait"], args=(done,), name=name)
+        thread = threading.Thread(target=scope["wait"], args=(done, begun), name=name)
         thread.start()
+        begun.wait()
         assert watching._waits() == seen
         done.set()
         thread.join()
         done.clear()
+        begun.clear()

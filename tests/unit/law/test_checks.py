@@ -181,6 +181,11 @@ def test_budgets_that_are_nearly_the_same_are_said_to_be_fitted_apart(tmp_path, 
     assert "fitted apart" not in notes_of(noisy(), tmp_path)
 
 
+def test_repeated_data_on_purpose_is_another_budget(tmp_path):
+    repeated = [replace(one, unique_tokens=one.tokens // 4, epochs=4.0) for one in noisy()]
+    assert "fitted apart" not in notes_of(noisy() + repeated, tmp_path)
+
+
 def test_two_seeds_with_one_loss_are_said(tmp_path):
     rows = noisy()
     first = next(one for one in rows if one.teacher == "t600M")

@@ -70,6 +70,16 @@ def test_a_folder_that_another_run_will_have_made(tmp_path):
     checks.check_stages(recipe, Path("x.yaml"), recipe.stages, tmp_path, 1, to_come=[tmp_path / "other"])
 
 
+def test_a_folder_of_an_earlier_stage_of_the_same_run(tmp_path):
+    check(DISTIL | {"data": str(tmp_path / "corpus"), "model": str(tmp_path / "pruned")}, tmp_path)
+
+
+def test_a_folder_that_only_the_nodes_see(tmp_path):
+    recipe = Recipe(name="test", stages=[DISTIL | {"data": "/data/corpus"}], launcher="local")
+    said = checks.check_stages(recipe, Path("x.yaml"), recipe.stages, tmp_path, 1, elsewhere=True)
+    assert "stages.student: /data/corpus (data) is not on this machine" in said
+
+
 def test_what_may_come_from_the_hub_is_a_warning(tmp_path):
     warnings = check(DISTIL | {"data": str(tmp_path)}, tmp_path)
     assert warnings == [

@@ -231,6 +231,25 @@ def test_a_misspelt_stage_is_not_taken_for_a_hub_id(show, field, text, meant):
     assert notes[0].startswith("owner/bas (model) is not on this machine")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("distil", "distilgpt2"), ("gpt2-small", "gpt2-xl"), ("gpt2-pruned", "gpt2-medium")]
+)
+def test_a_hub_id_without_an_owner_is_no_misspelt_stage(show, name, text):
+    first = training("adapt", name=name, data="corpus", steps=2)
+    _, notes = show(data_stage(name="corpus"), first, training("adapt", model=text, data="corpus", steps=2))
+    assert notes[0].startswith(f"{text} (model) is not on this machine")
+
+
+def test_data_of_another_run_names_that_runs_stages(show, built):
+    """Its tokenizer is a stage of the other recipe, whatever a stage of that name is in this one."""
+    built("other", blocks=4, tokenizer="c", document_mask=False)
+    model = {"random": SMALL | {"vocabulary_size": 300}}
+    own = data_stage(tokenizer={"vocabulary_size": 500})
+    show(own, training("adapt", steps=2, model=model, data="other"))
+    round_about = data_stage(tokenizer="other")
+    show(round_about, training("adapt", steps=2, model=model, data="other"))
+
+
 def test_a_step_that_a_stage_never_reaches(show):
     stages = [data_stage(tokens=LENGTH * 40), training("adapt", name="base", tokens=LENGTH * 40)]
     show(*stages, training("adapt", model="base@10", steps=2))
