@@ -131,7 +131,7 @@ def test_mpi4py_is_not_asked_where_it_is_known(mpi):
 
 def test_without_mpi4py(mpi, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(LauncherError, match=r"(?s)mpi4py cannot be loaded.*minima\[mpi\].*MASTER_ADDR"):
+    with pytest.raises(LauncherError, match=r"(?s)mpi4py cannot be loaded.*pip install mpi4py.*MASTER_ADDR"):
         read_launch(rank(0))
 
 

@@ -75,7 +75,7 @@ def test_without_a_gpu_or_the_package_it_is_refused(monkeypatch):
         use_liger(model_of("llama"))
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setattr(kernels.importlib, "import_module", real)
-    with pytest.raises(RecipeError, match=r"minima\[liger\]"):
+    with pytest.raises(RecipeError, match=r"pip install liger-kernel"):
         use_liger(model_of("llama"))
 
 
