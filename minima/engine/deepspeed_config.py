@@ -6,7 +6,8 @@ from typing import Any
 
 from minima.engine.deepspeed_keys import AIO, OFFLOAD, RECIPE_OWNS, TENSOR_PARALLEL, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
-from minima.planning.sharding import Sharding
+from minima.models.shape import ModelShape
+from minima.planning.sharding import Sharding, gathered_ahead
 from minima.recipe.distillation import Offload, Placement
 from minima.recipe.overrides import nearest
 from minima.recipe.training import Training
@@ -158,23 +159,22 @@ def accumulation_steps(training: Training, world_size: int) -> int:
     return batch // (world_size * training.micro_batch_on(world_size))
 
 
-def training_config(path: Path, training: Training, world_size: int, *, layer_parameters: int = 0) -> dict[str, Any]:
+def training_config(path: Path, training: Training, world_size: int, shape: ModelShape | None = None) -> dict[str, Any]:
     """The whole configuration of a trainable engine.
 
     Args:
         path: a DeepSpeed JSON.
         training: the stage's settings.
         world_size: ranks.
-        layer_parameters: of one decoder layer. A compiled one is gathered as a whole, so no less is gathered ahead.
+        shape: of the model, after which a compiled one gathers ahead; as the JSON says when not given.
 
     Raises:
         DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
     """
     config = read_deepspeed_json(path)
-    if training.compile:
-        zero = config["zero_optimization"]
-        ahead = max(Sharding.from_json(config).prefetch_elements, layer_parameters)
-        config["zero_optimization"] = zero | {"stage3_prefetch_bucket_size": ahead}
+    if training.compile and shape is not None:
+        ahead = gathered_ahead(Sharding.from_json(config), shape, compiled=True).prefetch_elements
+        config["zero_optimization"] |= {"stage3_prefetch_bucket_size": ahead}
     return (
         _DEFAULTS
         | config

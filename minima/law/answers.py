@@ -36,8 +36,8 @@ class Answer:
         teacher_interval: of the law's own best teacher, the wider ends of those over seeds and of those from the
             scatter of the students around their line; None where it is not known.
         ideal: the law's own best teacher, whatever was asked for; None where it has none.
-        loss: expected of the student under `teacher`, nats per token; None without a token
-            budget, a teacher, or a law that says it.
+        loss: expected of the student under `teacher`, nats per token; None without a token budget, a teacher, or a
+            law that says it.
         loss_interval: of it, from the relative error of the law that says it.
         loss_law: the law that says it. A line says nothing about losses: the published scaling law does for the
             published line, and for a fitted line the scaling law that was fitted to the same runs, where there is one.

@@ -116,10 +116,7 @@ def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effect
             found = np.linalg.lstsq(design, loss_R, rcond=None)[0]
             without_R1 = np.hstack([without_R1, seed_RS])
             freedom, paired = len(runs) - design.shape[1], True
-            if len(runs) == num_teachers * num_seeds:  # every teacher has every seed: plain means are the same
-                by_seed_S = [np.mean([by_seed[seed] for by_seed in losses]) - means_T.mean() for seed in seeds]
-            else:
-                means_T, by_seed_S = found[:num_teachers], [*found[num_teachers:], -found[num_teachers:].sum()]
+            means_T, by_seed_S = found[:num_teachers], [*found[num_teachers:], -found[num_teachers:].sum()]
             seed_effects = {seed: float(effect) for seed, effect in zip(seeds, by_seed_S, strict=True)}
     rests = {(place, seed): loss - float(means_T[place]) - seed_effects[seed] for place, seed, loss in runs}
     missed_R = loss_R - without_R1 @ np.linalg.lstsq(without_R1, loss_R, rcond=None)[0]

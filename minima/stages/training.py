@@ -86,12 +86,7 @@ def run_training(
     torch.manual_seed(stage.seed)
     choice = plan_memory(context, stage, shape, store.sequence_length, *(teacher or ()))
     stage = stage.model_copy(update={"activation_checkpointing": choice.activation_checkpointing})
-    config = training_config(
-        context.deepspeed_json(stage.deepspeed),
-        stage,
-        distributed.world_size(),
-        layer_parameters=shape.layer_parameters,
-    )
+    config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size(), shape)
     objective = make_objective(data, shape, choice)
     student = Student(origin.source, config, stage)
     facts = identities or {}

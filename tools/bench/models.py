@@ -91,8 +91,7 @@ def minima_student(profile: Profile, row: Row) -> Student:
     """minima's trainable model."""
     training = settings(profile, row)
     path = shipped_folder("ds_configs") / training.deepspeed
-    layer = profile.student.layer_parameters
-    config = training_config(path, training, distributed.world_size(), layer_parameters=layer)
+    config = training_config(path, training, distributed.world_size(), profile.student)
     return Student(TiledSource(profile.student, seed=1), config, training)
 
 

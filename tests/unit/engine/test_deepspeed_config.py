@@ -205,12 +205,15 @@ def test_a_block_that_is_none_is_named(tmp_path, block):
 def test_a_compiled_layer_is_gathered_ahead_as_a_whole(root):
     path = root / "ds_configs/student_zero3.json"
 
+    large = ModelShape(vocabulary_size=64, hidden_size=3072, intermediate_size=8192, num_layers=1, num_heads=24)
+    assert large.layer_parameters > 5e7
+
     def ahead(**changes) -> int:
-        config = training_config(path, training(**changes), 2, layer_parameters=113_000_000)
+        config = training_config(path, training(**changes), 2, large)
         return config["zero_optimization"]["stage3_prefetch_bucket_size"]
 
     assert ahead() == 5e7
-    assert ahead(compile=True) == 113_000_000
+    assert ahead(compile=True) == large.layer_parameters
     shape = ModelShape(vocabulary_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1)
     assert gathered_ahead(STUDENT, shape, compiled=False) == STUDENT
     small = replace(STUDENT, prefetch_elements=10)
