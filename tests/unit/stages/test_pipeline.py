@@ -268,7 +268,9 @@ def test_groups():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
     (tmp_path / "wait-teacher").touch()
-    code = "import sys\nfrom pathlib import Path\nfrom minima.stages import pipeline\n"
+    code = "import signal\nimport sys\nfrom pathlib import Path\nfrom minima.stages import pipeline\n"
+    # A shell lets what it runs in the background ignore Ctrl-C, and so would the driver if these tests run there.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "pipeline.find_launcher = lambda name, recipe_path: Path('fake.sh')\n"
     code += "sys.exit(pipeline.run(Path('tiny.yaml'), [], None, print))"
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
