@@ -66,7 +66,7 @@ class Profile:
         activation_checkpointing: of every row's student.
         kernels: of minima's own rows in group `b`, and of group `window`.
         short_warm_up: warm up with a few tokens (enough on a CPU) and not with a whole step.
-        ceiling_width: rows and columns of the matmul that is the ceiling.
+        ceiling_width: rows and columns of the matmul that is the ceiling; 64 times its square is copied, in bytes.
         micro_batches_to_try: sequences that a row with `micro_batch` 0 tries, smallest first.
         shared_process: all rows in one process group, one turn: the fast check of the program, not a measurement.
     """
@@ -140,7 +140,7 @@ _CPU = Profile(
     sequence_tokens=1024,
     loss_tokens=4096,
     loss_precision="float32",
-    steps=1,  # a step takes some 15 seconds, and a fresh process group says more than a second step
+    steps=3,  # the first is slower than the others: its pages are new
     loss_repeats=2,
     short_warm_up=True,
     rows=(

@@ -153,7 +153,9 @@ def report(profile: Profile, turns: dict[str, list[Found]], ceilings: dict[str, 
         "ratios": ratios(rows),
         "comparisons": comparisons(rows),
         "rows": rows,
-        "matmul_ceiling_flops_per_second": best,
+        "matmul_ceiling_flops_per_second": {name: rate for name, rate in best.items() if name != "memory"},
+        "memory_ceiling_bytes_per_second": best.get("memory"),
+        "ceilings_before_and_after": ceilings,
         "flops_per_token": profile.flops_per_token(),
         "shapes": {
             "teacher": profile.teacher.model_dump(),
@@ -215,7 +217,8 @@ def table(found: dict[str, Any]) -> str:
         batch = f"{row['micro_batches']} of {row['micro_batch']}" if "micro_batch" in row else ""
         rate = f"{row['model_flops_per_second'] / 1e9:,.1f} G" if "model_flops_per_second" in row else ""
         share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
-        moved = f"{row['collective_bytes_per_step'] / 1e6:,.0f} MB" if "micro_batch" in row else ""
+        received = row.get("collective_bytes_per_step")
+        moved = "-" if received is None else f"{received / 1e6:,.0f} MB"
         spread = f"{row['spread']:.1%}" if len(row["seconds"]) > 1 else "-"  # one says nothing of another
         lines.append(
             f"| {row['name']} | {batch} | {row['tokens_per_second']:,.0f} | {spread} "

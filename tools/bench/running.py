@@ -42,7 +42,7 @@ def start(
 
     Args:
         script: the program whose `--worker TASK` does the work.
-        ceiling: measure the matmul ceiling first.
+        ceiling: measure the ceilings, of matmuls and of memory, first.
         alone: one process without a group, with as many threads as a rank has: for losses alone.
         timeout: seconds after which its ranks are ended.
 
@@ -149,9 +149,11 @@ class Run:
         self._keep_ceiling((start(self.script, self.profile, [], self.scratch, ceiling=True) or {}).get("ceiling", {}))
 
     def _keep_ceiling(self, found: dict[str, float]) -> None:
-        for dtype, rate in found.items():
-            self.ceilings.setdefault(dtype, []).append(rate)
-        self.say("matmul ceiling: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found.items()))
+        for name, rate in found.items():
+            self.ceilings.setdefault(name, []).append(rate)
+        units = {"memory": "GB/s of copying"}
+        shown = (f"{name} {rate / 1e9:,.0f} {units.get(name, 'GFLOP/s')}" for name, rate in found.items())
+        self.say("ceilings: " + ", ".join(shown))
 
     def _sized(self, row: Row) -> Row:
         if row.micro_batch:

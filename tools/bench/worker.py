@@ -1,10 +1,11 @@
-"""What runs in a process group of its own: the timed turns of rows, the losses alone, or the matmul ceiling."""
+"""What runs in a process group of its own: the timed turns of rows, the losses alone, or the ceilings."""
 
 import contextlib
 import gc
 import json
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,11 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
         idles = distributed.gather_objects(memory.idle_bytes)
         # Counting slows a step, so it is one more; what moves are weights and gradients, however few the tokens.
         batches = make_batches(profile, row, device, profile.steps + 1, short=True)
-        traffic = Traffic()
+        moved: dict[str, Any] = {"collective_bytes": None, "host_to_device_bytes": None}
         if row.what != "minima_compiled":  # whose code runs under no dispatch mode; it moves what `a:minima` does
-            with traffic:
+            with (traffic := Traffic()):
                 built.step(batches)
+            moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
     finally:
         with contextlib.suppress(Exception):
             built.close()
@@ -114,9 +116,7 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
         "idle_bytes": max(idles),
         "peak_bytes": max(peaks),
         "peak_above_idle_bytes": above,
-        "collective_bytes": traffic.collective_bytes,
-        "host_to_device_bytes": traffic.host_to_device,
-    }
+    } | moved
 
 
 def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
@@ -177,20 +177,31 @@ def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
 
 
 def _ceiling(profile: Profile) -> dict[str, float]:
-    """FLOP/s of square matmuls, all ranks at once, by dtype: the best of a few, summed over the ranks."""
+    """What the machine can do, all ranks at once: the best of a few tries, summed over the ranks.
+
+    `float32` and `bfloat16`: FLOP/s of a square matmul. `memory`: bytes/s, read and written, of a copy that is far
+    larger than any cache; passes over dense logits go at this rate.
+    """
     from minima.engine import distributed
 
     device, width, best = distributed.device(), profile.ceiling_width, {}
-    for name in ("float32", "bfloat16"):
-        dtype = getattr(torch, name)
-        left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+
+    def rate(amount: float, work: Callable[[], object]) -> float:
         rates = []
         for _ in range(6):
             distributed.barrier()
             _synchronize(device)
             began = time.perf_counter()
-            left @ right
+            work()
             _synchronize(device)
-            rates.append(2 * width**3 / (time.perf_counter() - began))
-        best[name] = sum(distributed.gather_objects(max(rates)))
+            rates.append(amount / (time.perf_counter() - began))
+        return sum(distributed.gather_objects(max(rates)))
+
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+        best[name] = rate(2 * width**3, lambda left=left, right=right: left @ right)
+    source = torch.ones(64 * width**2, dtype=torch.uint8, device=device)  # 256 MiB for a width of 2,048
+    target = torch.empty_like(source)
+    best["memory"] = rate(2 * source.numel(), lambda: target.copy_(source))
     return best

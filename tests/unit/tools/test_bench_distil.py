@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,19 @@ class TestReport:
         found = {"rows": rows, "comparisons": [], "ratios": report.ratios(rows)}
         assert "missing: liger-kernel cannot be imported" in report.table(found)
 
+    def test_traffic_that_was_not_counted_is_not_nothing(self):
+        rows = rows_of({Row("b", "minima_compiled"): [turn([1.0], collective_bytes=None, host_to_device_bytes=None)]})
+        found = {"rows": rows, "comparisons": [], "ratios": report.ratios(rows)}
+        assert "| - | 1.0000 |" in report.table(found) and "0 MB" not in report.table(found)
+
+    def test_the_best_ceiling_counts_and_each_measure_of_it_is_kept(self):
+        profile = replace(PROFILES["cpu"], rows=())
+        measured = {"float32": [1e12, 2e12], "memory": [3e9, 1e9]}
+        found = report.report(profile, {}, measured)
+        assert found["matmul_ceiling_flops_per_second"] == {"float32": 2e12}
+        assert found["memory_ceiling_bytes_per_second"] == 3e9
+        assert found["ceilings_before_and_after"] == measured
+
     def test_a_profile_s_table_takes_the_place_of_the_last_one(self):
         page = "# x\n<!-- cpu table: begin -->\nold\n<!-- cpu table: end -->\nafter\n"
         written = report.into_page(page, "cpu", "| new |")
@@ -179,6 +193,7 @@ class TestCommand:
         # So little is held that the kernel may see no peak at all: the memory's ratios are another test's.
         assert all(value is not None for name, value in tiny["ratios"].items() if "speed" in name)
         assert "ratios: step_speed_vs_original" in tiny["printed"]
+        assert tiny["memory_ceiling_bytes_per_second"] > 0
 
     @pytest.mark.ranks
     def test_the_original_s_loop_has_the_loss_of_minima_s_step(self, tiny):
