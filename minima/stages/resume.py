@@ -26,7 +26,7 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
         What its marker says; None where no checkpoint was ever complete.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+        CheckpointError: there are checkpoints, and none is whole; also where an earlier start has set them aside.
     """
     passed_over: list[str] = []
     while True:
@@ -43,10 +43,16 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
                 aside = set_aside(checkpoint)
                 logger.warning("%s; it is passed over and kept as %s", error.what, aside)
             distributed.barrier()
-    if passed_over:
+    if left := distributed.broadcast_object(_not_whole(checkpoints) if distributed.is_main() else []):
         raise CheckpointError(
-            f"no checkpoint in {checkpoints} is whole: {'; '.join(passed_over)}",
+            f"no checkpoint in {checkpoints} is whole: {'; '.join(passed_over or left)}",
             "the run would silently start again from its first step",
-            f"copy an undamaged checkpoint back as {checkpoints}/step-N, or remove {checkpoints} to train again",
+            f"copy an undamaged checkpoint back as {checkpoints}/step-N, or remove {checkpoints}, and all that is left "
+            "in it, to train again from the first step",
         )
     return None
+
+
+def _not_whole(checkpoints: Path) -> list[str]:
+    """What is left of checkpoints that were complete once; a save that was cut short never was."""
+    return sorted(path.name for path in checkpoints.glob("step-*") if path.suffix != ".partial")

@@ -56,6 +56,23 @@ def test_where_all_are_damaged_the_run_does_not_start_again(tmp_path):
     damage(tmp_path, 10)
     with pytest.raises(CheckpointError, match=r"(?s)step-00000010/weights.*step-00000005/weights.*start again"):
         resume.load_newest(None, tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-00000005\.damaged; step-00000010\.damaged") as refused:
+        resume.load_newest(None, tmp_path)  # nor does the next start
+    assert f"remove {tmp_path}, and all that is left in it, to train again from the first step" in refused.value.do
+    write(tmp_path, 5)  # a copy is brought back
+    assert resume.load_newest(None, tmp_path)["step"] == 5
+
+
+def test_a_checkpoint_without_its_marker_is_no_reason_to_start_again(tmp_path):
+    write(tmp_path, 5)
+    (step_folder(tmp_path, 5) / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match="whole: step-00000005\n"):
+        resume.load_newest(None, tmp_path)
+
+
+def test_a_first_save_that_was_cut_short_is_nothing_to_go_on_from(tmp_path):
+    (tmp_path / "step-00000005.partial").mkdir()
+    assert resume.load_newest(None, tmp_path) is None
 
 
 @pytest.mark.parametrize("change", [lambda text: text[:-9], lambda text: text.replace('"step": 10', '"step": 11')])
