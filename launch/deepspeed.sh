@@ -51,6 +51,7 @@ over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
   while read -r name; do
     printf '%s=%s\n' "$name" "${!name}" >>"$file"
   done < <(compgen -e | grep -xE "$names")
+  unset "${!MLFLOW@}" # deepspeed would add them, MLFLOW_TRACKING_TOKEN too
   exec 9<"$file"
   rm "$file"
   export DS_ENV_FILE=/dev/fd/9

@@ -209,6 +209,13 @@ def test_deepspeed_reaches_machines_through_pdsh(start, hosts, tmp_path):
     assert {"MINE=1", "HF_HUB_OFFLINE=1"} <= set(lines) and not any("hf_secret" in line for line in lines)
 
 
+@pytest.mark.parametrize("by", ["pdsh", "openmpi", "slurm"])
+def test_deepspeed_is_given_no_token_that_it_would_write_into_a_command_line(start, hosts, by):
+    chosen = {"MINIMA_HOSTFILE": str(hosts), "MINIMA_DEEPSPEED_LAUNCHER": by, "SLURM_JOB_ID": "7"}
+    asked = start("deepspeed", **chosen, MLFLOW_TRACKING_TOKEN="secret", MLFLOW_TRACKING_URI="http://x")
+    assert not [name for name in asked["environment"] if name.startswith("MLFLOW")]
+
+
 def test_deepspeed_reaches_machines_through_open_mpi(start, hosts):
     asked = start("deepspeed", MINIMA_HOSTFILE=str(hosts), MINIMA_DEEPSPEED_LAUNCHER="openmpi", MASTER_PORT="77")
     assert values(asked["argv"], "--launcher") == ["openmpi"]
