@@ -1,9 +1,10 @@
 """The cluster file: where jobs go, what each stage asks for, and how a job is set up. No torch."""
 
+import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from minima.errors import ClusterError
 from minima.recipe.base import Strict
@@ -15,6 +16,8 @@ CELLS = "cells"  # the key of a grid's jobs under `stages`; no stage can have th
 _Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=+/@%&|*()\[\]-]+$")]
 _Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\r\n\x00]*)?$")]
 _Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
+_Path = Annotated[_Line, AfterValidator(os.path.expanduser)]  # scripts quote it, so no job would
+_Mount = Annotated[_Line, AfterValidator(lambda text: ":".join(map(os.path.expanduser, text.split(":"))))]
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 _NOT_SECRET = frozenset({"TOKENIZERS_PARALLELISM"})
@@ -94,15 +97,15 @@ class Container(Strict):
     """The image that a stage's processes run in; `python` is the image's own, with minima in it.
 
     Attributes:
-        image: a path, or a name that the runtime knows.
+        image: a path, or a name that the runtime knows. `~` is the home of the person who submits.
         runtime: `pyxis` (srun --container-image) or `apptainer`.
         mounts: paths that the container sees: `PATH`, or `OUTSIDE:INSIDE`. The working directory is always one.
         options: more options: of srun for pyxis, of `apptainer exec` for apptainer.
     """
 
-    image: _Line
+    image: _Path
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    mounts: list[_Line] = []
+    mounts: list[_Mount] = []
     options: list[_Line] = []
 
 
@@ -114,7 +117,7 @@ class Cluster(Placement):
         requeue: let a job go on after the time limit, a preemption or a lost node.
         max_requeues: fail rather than start a job again more often than this; no limit when not given.
         preamble: shell lines before everything else, such as `module load cuda`.
-        venv: folder of a virtual environment; when neither this nor a container is given, the Python that submits.
+        venv: folder of a virtual environment (`~` as in an image); when neither this nor a container is given, the Python that submits.
         container: to run in.
         environment: variables of the jobs. Never a token: those are inherited from the shell that submits.
         hub_offline: HF_HUB_OFFLINE=1, as compute nodes often have no network; see `minima fetch`.
@@ -128,11 +131,11 @@ class Cluster(Placement):
     requeue: bool = True
     max_requeues: int | None = Field(default=None, ge=0)
     preamble: list[_Line] = []
-    venv: _Line | None = None
+    venv: _Path | None = None
     container: Container | None = None
     environment: dict[str, str] = {}
     hub_offline: bool = True
-    working_directory: _Line | None = None
+    working_directory: _Path | None = None
     srun_options: list[_Option] = []
     defaults: Resources = Resources()
     stages: dict[str, Resources] = {}

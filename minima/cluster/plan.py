@@ -28,7 +28,7 @@ def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) 
     """
     cluster, here = load_cluster(cluster_path), Path.cwd()
     if cluster.working_directory is not None:
-        meant = Path(cluster.working_directory).expanduser()
+        meant = Path(cluster.working_directory)
         if not meant.is_dir() or not meant.samefile(here):
             raise ClusterError(
                 f"the cluster file's working_directory is {meant}, and this is {here}",
@@ -53,7 +53,7 @@ def warn_no_venv(place: Place, write: Callable[[str], None]) -> None:
     """Say that the cluster file's virtual environment is not here: on a shared file system no job would find it."""
     venv = place.cluster.venv
     if venv is not None and place.cluster.container is None:
-        activate = place.working_directory / Path(venv).expanduser() / "bin" / "activate"
+        activate = place.working_directory / venv / "bin" / "activate"
         if not activate.is_file():
             write(f"warning: {activate} is not there; where the nodes see the same files, every job would end at once")
 

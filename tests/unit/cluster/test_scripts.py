@@ -184,6 +184,27 @@ def test_a_container(project, slurm, runtime):
         assert {f"--bind={project}", "--bind=/scratch", "my image.sqsh"} < set(arguments)
 
 
+def test_a_home_is_written_out(project, slurm, monkeypatch):
+    monkeypatch.setenv("HOME", str(project))
+    (project / "env/bin").mkdir(parents=True)
+    (project / "env/bin/activate").write_text("export LEAD=active\n")
+    (project / "cluster.yaml").write_text("venv: ~/env")
+    submit(project / "recipe.yaml", [], project / "cluster.yaml", ["corpus"], None, False, print)
+    job = slurm.job(Path("runs/test/cluster/corpus.sbatch"))
+    log, _ = job.communicate()
+    assert job.returncode == 0 and slurm.entries("srun")[0]["lead"] == "active", log
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_home_is_written_out_for_a_container(project, monkeypatch, runtime):
+    monkeypatch.setenv("HOME", "/home/me")
+    container = {"runtime": runtime, "image": "~/minima.sqsh", "mounts": ["~/data:/data", "/data:~/data"]}
+    (project / "cluster.yaml").write_text(yaml.safe_dump({"container": container}))
+    script = scripts_in(dry_run(project / "recipe.yaml", project / "cluster.yaml", names=["corpus"]))["corpus.sbatch"]
+    for text in ("/home/me/minima.sqsh", "/home/me/data:/data", "/data:/home/me/data"):
+        assert text in script
+
+
 def test_a_preamble_that_fails_ends_the_job(project, slurm):
     cluster = {"preamble": ["false", "true"]}
     (project / "cluster.yaml").write_text(yaml.safe_dump(cluster))
