@@ -77,7 +77,17 @@ def _submit(script: Script, command: Sequence[str], after: Sequence[str], place:
         )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     cells = {str(index): name for index, name in enumerate(script.cells)}
-    job = Job(identifier, script.name, script.stage, script.role, script.resources.ranks, list(after), now, cells)
+    job = Job(
+        id=identifier,
+        name=script.name,
+        stage=script.stage,
+        role=script.role,
+        ranks=script.resources.ranks,
+        after=list(after),
+        submitted=now,
+        cells=cells,
+        stages=list(script.stages),
+    )
     add_job(place.run_folder, job)
     return job
 

@@ -182,7 +182,9 @@ def _script(
             command = [*python(place, resources), "-m", "minima", "stage", str(copy), "--stages", stages]
             command += [*changes, *place.flags]
             lines.append(f"  {run_stage(place, group[0], command, folder)}")
-        lines += [f"  {summary(place, recipe, copy, changes, folder)}", "  ;;"]
+        if names is None or recipe.stages[-1].name in names:
+            lines.append(f"  {summary(place, recipe, copy, changes, folder)}")
+        lines.append("  ;;")
     lines.append("esac")
     made = render(
         place,
@@ -193,4 +195,4 @@ def _script(
         work=lines,
         note=f"{len(cells)} cells of a grid, each with {resources.ranks} ranks on {resources.nodes or 1} nodes.",
     )
-    return replace(made, cells=tuple(cells))
+    return replace(made, cells=tuple(cells), stages=tuple(stage.name for stage in select(recipe, names)))

@@ -139,7 +139,9 @@ def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Pat
 def summary(
     place: Place, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], folder: Path | None = None
 ) -> str:
-    """The line that ends a run: its table, and summary.json once every stage is finished. It runs no stage.
+    """The line that ends a run: its table, and summary.json once every stage is finished.
+
+    It runs no stage where it follows the last one, which is the one that it names.
 
     Args:
         place: where the job works.

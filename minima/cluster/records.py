@@ -25,6 +25,7 @@ class Job:
         after: ids of the jobs that have to succeed before it.
         submitted: when, in ISO 8601.
         cells: names of a grid's cells by the index of their task.
+        stages: that each cell runs; all for none.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Job:
     after: list[str] = field(default_factory=list)
     submitted: str = ""
     cells: dict[str, str] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)
 
 
 def read_jobs(run_folder: Path) -> list[Job]:

@@ -55,6 +55,7 @@ class Script:
         options: of sbatch that no #SBATCH line can hold.
         path: where the script is written.
         cells: names of a grid's cells, in the order of the array's tasks.
+        stages: that each cell runs.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Script:
     options: tuple[str, ...]
     path: Path
     cells: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
 
     def command(self, after: Sequence[str]) -> list[str]:
         """The command that submits it, once some jobs have succeeded.

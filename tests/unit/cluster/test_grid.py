@@ -20,10 +20,10 @@ def write_grid(grid) -> Path:
     return Path("grid.yaml")
 
 
-def send(*overrides: str, dry_run: bool = False) -> str:
+def send(*overrides: str, dry_run: bool = False, names: list[str] | None = None) -> str:
     said: list[str] = []
     grid = Path("grid.yaml")
-    assert submit(Path("recipe.yaml"), overrides, Path("cluster.yaml"), None, grid, dry_run, said.append) == 0
+    assert submit(Path("recipe.yaml"), overrides, Path("cluster.yaml"), names, grid, dry_run, said.append) == 0
     return "\n".join(said)
 
 
@@ -86,6 +86,15 @@ def test_one_array_whose_tasks_run_a_cell_each(slurm, project):
         assert call[-3:] == ["stages.base.steps=9", "stages.base.seed=2", f'output="{RUN}/cells/seed=2"']
     assert ["--ntasks=1" in call for call in calls] == [True, False, False, True]
     assert f"--output={RUN}/cells/seed=2/logs/base-101_1-rank%t.log" in calls[1]
+
+
+def test_a_cell_runs_the_stages_that_are_asked_for_and_no_other(slurm, project):
+    write_grid({"cells": [{"name": "a"}]})
+    send(names=["corpus"])
+    job = slurm.job(RUN / "cluster" / "cells.sbatch", SLURM_ARRAY_JOB_ID="101", SLURM_ARRAY_TASK_ID="0")
+    job.communicate()
+    [call] = slurm.calls("srun")
+    assert job.returncode == 0 and call[call.index("--stages") + 1] == "corpus"
 
 
 def test_a_cell_whose_stage_fails_goes_no_further(slurm, project):
