@@ -117,7 +117,8 @@ class Cluster(Placement):
         requeue: let a job go on after the time limit, a preemption or a lost node.
         max_requeues: fail rather than start a job again more often than this; no limit when not given.
         preamble: shell lines before everything else, such as `module load cuda`.
-        venv: folder of a virtual environment (`~` as in an image); when neither this nor a container is given, the Python that submits.
+        venv: folder of a virtual environment, `~` as in an image; when neither this nor a container is given, the
+            Python that submits.
         container: to run in.
         environment: variables of the jobs. Never a token: those are inherited from the shell that submits.
         hub_offline: HF_HUB_OFFLINE=1, as compute nodes often have no network; see `minima fetch`.

@@ -30,24 +30,46 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
     batch_logs = sorted(
         [logs / f"{stage}-{job}.log", *logs.glob(f"{stage}-{job}_*[0-9].log")], key=lambda path: path.name
     )
-    for path in batch_logs:
-        batch = _tail(path)
-        start = max((index for index, line in enumerate(batch) if _START.search(line)), default=0)
-        last_start = batch[start:]
-        said = [line for line in last_start if _OWN.search(line)][-2:]
-        errors = [line for line in last_start if _SLURM_ERROR.search(line) and not _FAILED_TASK.search(line)][-3:]
-        rank = _first_failed(last_start)
-        if rank is not None:
-            number, line = rank
-            lines = _rank_lines(path.with_name(f"{path.stem}-rank{number}.log"))
-            return [line, *errors, *said, f"the last lines of rank {number}:", *(f"  {each}" for each in lines)]
-        if found := _with_error(path):
-            name, lines = found
-            return [*errors, *said, f"the last lines of {name}:", *(f"  {each}" for each in lines)]
-        if any("exit code" in line for line in said) or errors:
-            return [*errors, *said, *(f"  {line}" for line in last_start[-_SHOWN_LINES:] if line not in said)]
-        if last_start and not any(_START.search(line) for line in last_start):  # it ended in its preamble
-            return last_start[-_SHOWN_LINES:]
+    return next((lines for path in batch_logs if (lines := _told(path, path.with_suffix("")))), [])
+
+
+def cell_failure(run_folder: Path, cell: str, task: str) -> list[str]:
+    """The same for a cell of a grid, whose stages share the log of their job's script.
+
+    Args:
+        run_folder: of the grid, with `logs/` and `cells/`.
+        cell: its name.
+        task: of the array of jobs: `JOB_INDEX`.
+    """
+    ranks = (run_folder / "cells" / cell / "logs").glob(f"*-{task}-rank*.log")
+    newest = max(ranks, key=lambda path: path.stat().st_mtime, default=Path(f"-{task}-rank"))  # of the stage that ended
+    return _told(run_folder / "logs" / f"cells-{task}.log", newest.with_name(newest.name.rpartition("-rank")[0]))
+
+
+def _told(batch_log: Path, ranks: Path) -> list[str]:
+    """What a job says of its failure.
+
+    Args:
+        batch_log: what its script said.
+        ranks: the path of its ranks' logs, up to `-rankN.log`.
+    """
+    batch = _tail(batch_log)
+    start = max((index for index, line in enumerate(batch) if _START.search(line)), default=0)
+    last_start = batch[start:]
+    said = [line for line in last_start if _OWN.search(line)][-2:]
+    errors = [line for line in last_start if _SLURM_ERROR.search(line) and not _FAILED_TASK.search(line)][-3:]
+    rank = _first_failed(last_start)
+    if rank is not None:
+        number, line = rank
+        lines = _rank_lines(ranks.with_name(f"{ranks.name}-rank{number}.log"))
+        return [line, *errors, *said, f"the last lines of rank {number}:", *(f"  {each}" for each in lines)]
+    if found := _with_error(ranks):
+        name, lines = found
+        return [*errors, *said, f"the last lines of {name}:", *(f"  {each}" for each in lines)]
+    if any("exit code" in line for line in said) or errors:
+        return [*errors, *said, *(f"  {line}" for line in last_start[-_SHOWN_LINES:] if line not in said)]
+    if last_start and not any(_START.search(line) for line in last_start):  # it ended in its preamble
+        return last_start[-_SHOWN_LINES:]
     return []
 
 
@@ -59,8 +81,8 @@ def _first_failed(lines: list[str]) -> tuple[int, str] | None:
     return None
 
 
-def _with_error(batch_log: Path) -> tuple[str, list[str]] | None:
-    for path in sorted(batch_log.parent.glob(f"{batch_log.stem}-rank*.log")):
+def _with_error(ranks: Path) -> tuple[str, list[str]] | None:
+    for path in sorted(ranks.parent.glob(f"{ranks.name}-rank*.log")):
         if any(ERROR in line for line in _tail(path)):
             return path.name, _rank_lines(path)
     return None

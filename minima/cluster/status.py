@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minima.cluster import slurm
-from minima.cluster.failure import failure
+from minima.cluster.failure import cell_failure, failure
 from minima.cluster.progress import progress
 from minima.cluster.records import Job
 from minima.cluster.runs import look_up, newest_jobs, open_run
@@ -35,23 +35,32 @@ def status(run: str, write: Callable[[str], None]) -> int:
     recipe, folder = open_run(run)
     submitted = newest_jobs(folder)
     known = look_up([job for jobs in submitted.values() for job in jobs])
-    rows, reasons, failed = [], [], False
+    rows, reasons = [], []
     for stage in recipe.stages:
         jobs = submitted.get(stage.name, [])
         state, slurm_state = _state(folder / stage.name, jobs, known, bool(submitted))
         rows.append(_row(recipe, stage, folder, jobs, state, slurm_state))
-        failed = failed or state == "failed"
-        if state in _FAILED and (lines := failure(folder, stage.name, jobs[-1].id if jobs else None)):
+        if state in _FAILED and (lines := _reasons(folder, stage.name, jobs)):
             reasons.append("\n".join([f"{stage.name} failed:", *_indented(lines)]))
-    cells = submitted.get("cells", [])
+    cells = _cell_rows(recipe, folder, submitted.get("cells", []), known)
     if not cells or any(row[2] != "not submitted" for row in rows):
         write(text_table(rows, _HEADERS))
     if cells:
-        write(text_table(_cell_rows(recipe, folder, cells, known), ("cell", "state", "job", "slurm", "finished")))
+        write(text_table(cells, ("cell", "state", "job", "slurm", "finished")))
+    for name, state, task, *_ in cells:
+        if state == "failed":
+            lines = [*cell_failure(folder, name, task), f"its logs are in {folder / 'cells' / name / 'logs'}"]
+            reasons.append("\n".join([f"{name} failed:", *_indented(lines)]))
     for reason in reasons:
         write(f"\n{reason}")
     write(f"\nlogs are in {folder / 'logs'}")
-    return 1 if failed else 0
+    return 1 if any(row[2] == "failed" for row in rows) or any(row[1] == "failed" for row in cells) else 0
+
+
+def _reasons(folder: Path, stage: str, jobs: Sequence[Job]) -> list[str]:
+    """What the first of a stage's jobs that says anything says: of an array the parts come before the merge."""
+    ids: list[str | None] = [job.id for job in jobs] if jobs else [None]
+    return next((lines for job in ids if (lines := failure(folder, stage, job))), [])
 
 
 def _state(folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]], submitted: bool) -> tuple[str, str]:
@@ -70,9 +79,13 @@ def _state(folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]]
         return ("begun" if begun else "not submitted" if submitted else "not begun"), words
     if not slurm.is_here():
         return "submitted", "no Slurm here"
-    if any(task.state.startswith("CANCELLED") for task in tasks):
-        return "cancelled", words
-    return "failed", words or "gone"
+    return _ended(tasks), words or "gone"
+
+
+def _ended(tasks: Sequence[slurm.Task]) -> str:
+    """How tasks without a finished stage ended: a failed one takes those with it that wait for it."""
+    states = [task.state for task in tasks if task.state != "COMPLETED"]
+    return "cancelled" if states and all(state.startswith("CANCELLED") for state in states) else "failed"
 
 
 def _words(task: slurm.Task) -> str:
@@ -102,19 +115,24 @@ def _row(recipe: Recipe, stage: AnyStage, folder: Path, jobs: Sequence[Job], sta
 def _cell_rows(
     recipe: Recipe, folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]]
 ) -> list[list[Any]]:
-    newest = {name: (job.id, int(index)) for job in jobs for index, name in job.cells.items()}
+    newest = {name: (job, int(index)) for job in jobs for index, name in job.cells.items()}
     tasks = {(task.job, task.index): task for job in jobs for task in known.get(job.id, [])}
     rows = []
     for name, (job, index) in newest.items():
-        own, task = folder / "cells" / name, tasks.get((job, index))
+        own, task = folder / "cells" / name, tasks.get((job.id, index))
         done = [stage.name for stage in recipe.stages if is_finished(own / stage.name)]
         if len(done) == len(recipe.stages):
             state = "finished"
         elif task is not None and task.active:
             state = "running" if task.state in _RUNNING else "pending"
+        elif job.stages and set(job.stages) <= set(done):
+            state = "begun"  # its job had no more to do
+        elif not slurm.is_here():
+            state = "submitted"
         else:
-            state = "failed" if slurm.is_here() else "submitted"
-        rows.append([name, state, f"{job}_{index}", _words(task) if task else "", f"{len(done)}/{len(recipe.stages)}"])
+            state = _ended([task] if task else [])
+        words = _words(task) if task else "gone" if state == "failed" else ""
+        rows.append([name, state, f"{job.id}_{index}", words, f"{len(done)}/{len(recipe.stages)}"])
     return rows
 
 

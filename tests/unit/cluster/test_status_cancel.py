@@ -1,9 +1,11 @@
 """What `minima status` says and `minima cancel` does."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from minima.cluster.cancel import cancel
 from minima.cluster.status import status
@@ -14,8 +16,13 @@ from tests.unit.cluster.conftest import finish
 RUN = Path("runs/test")
 
 
-def send() -> None:
-    submit(Path("recipe.yaml"), [], Path("cluster.yaml"), None, None, False, lambda text: None)
+def send(names: list[str] | None = None, grid: Path | None = None) -> None:
+    submit(Path("recipe.yaml"), [], Path("cluster.yaml"), names, grid, False, lambda text: None)
+
+
+def send_cells(*cells: str, names: list[str] | None = None) -> None:
+    Path("grid.yaml").write_text(yaml.safe_dump({"cells": [{"name": name} for name in cells]}))
+    send(names, Path("grid.yaml"))
 
 
 def show(run: str = str(RUN)) -> tuple[int, str]:
@@ -97,6 +104,57 @@ def test_a_job_that_ended_in_its_preamble(slurm, project):
     slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")
     (RUN / "logs" / "corpus-101.log").write_text("module: command not found\n")
     assert "module: command not found" in show()[1]
+
+
+def test_a_part_that_failed_takes_the_merge_with_it(slurm, project):
+    Path("cluster.yaml").write_text(yaml.safe_dump({"stages": {"build_data": {"array": 2}}}))
+    send()
+    slurm.answer(squeue="101|0|COMPLETED|test.corpus.parts|None\n101|1|FAILED|test.corpus.parts|NonZeroExitCode\n"
+                 "102|N/A|CANCELLED|test.corpus.merge|Dependency\n103|N/A|CANCELLED|test.base|Dependency")  # fmt: skip
+    log = RUN / "logs" / "corpus-101_1.log"
+    log.write_text("2026-01-01 00:00:00 job 101_1: start 0 on n1\nsrun: error: n1: task 0: Exited with exit code 2\n")
+    log.with_name("corpus-101_1-rank0.log").write_text("minima: DataError: no such text\n")
+    code, text = show()
+    assert code == 1 and row(text, "corpus")[2] == "failed" and row(text, "base")[2] == "cancelled"
+    assert "corpus failed:" in text and "DataError: no such text" in text
+
+
+def test_a_stage_that_was_cancelled_has_not_failed(slurm, project):
+    send()
+    slurm.answer(squeue="101|N/A|CANCELLED|test.corpus|None\n102|N/A|CANCELLED|test.base|Dependency\n"
+                 "103|N/A|CANCELLED|test.out|Dependency")  # fmt: skip
+    code, text = show()
+    assert code == 0 and [row(text, stage)[2] for stage in ("corpus", "base", "out")] == ["cancelled"] * 3
+
+
+def test_why_a_cell_of_a_grid_failed(slurm, project):
+    send_cells("good", "bad", "ended")
+    slurm.answer(squeue="101|0|RUNNING|test.cells|None\n101|1|FAILED|test.cells|NonZeroExitCode\n"
+                 "101|2|CANCELLED|test.cells|None")  # fmt: skip
+    finish(RUN / "cells" / "bad", "corpus")
+    (RUN / "logs" / "cells-101_1.log").write_text(
+        "2026-01-01 00:00:00 job 101_1: start 0 on n1\n"
+        "2026-01-01 00:00:09 job 101_1: start 0 on n1\nsrun: error: n1: task 1: Exited with exit code 2\n"
+    )
+    logs = RUN / "cells" / "bad" / "logs"
+    logs.mkdir()
+    for stage, modified in (("corpus", 1), ("base", 2)):
+        path = logs / f"{stage}-101_1-rank1.log"
+        path.write_text(f"minima: DataError: {stage} has no text\n")
+        os.utime(path, (modified, modified))
+    code, text = show()
+    assert code == 1 and row(text, "bad") == ["bad", "failed", "101_1", "FAILED", "(NonZeroExitCode)", "1/3"]
+    assert row(text, "good")[1] == "running" and row(text, "ended")[1] == "cancelled"
+    assert "bad failed:" in text and "base has no text" in text and "corpus has no text" not in text
+    assert f"its logs are in {logs}" in text and "ended failed" not in text
+
+
+def test_a_cell_whose_job_did_all_that_it_was_asked_for(slurm, project):
+    send_cells("a", names=["corpus"])
+    slurm.answer(squeue="101|0|COMPLETED|test.cells|None")
+    finish(RUN / "cells" / "a", "corpus")
+    code, text = show()
+    assert code == 0 and row(text, "a") == ["a", "begun", "101_0", "COMPLETED", "1/3"]
 
 
 def test_what_left_the_queue_is_asked_of_the_accounting(slurm, project):
