@@ -4,8 +4,9 @@ import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from minima.cluster.secret import check_lines, names_secret, refuse_secret
 from minima.errors import ClusterError
 from minima.recipe.base import Strict
 from minima.recipe.schema import AnyStage
@@ -19,9 +20,14 @@ _Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
 _Path = Annotated[_Line, AfterValidator(os.path.expanduser)]  # scripts quote it, so no job would
 _Mount = Annotated[_Line, AfterValidator(lambda text: ":".join(map(os.path.expanduser, text.split(":"))))]
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-_NOT_SECRET = frozenset({"TOKENIZERS_PARALLELISM"})
 _MAX_SIGNAL_SECONDS = 65535  # sbatch(1), --signal
+
+
+def _no_secrets(value: Any, info: ValidationInfo) -> Any:
+    """Runs before anything else does, which would repeat the value in its message."""
+    lines = value if isinstance(value, list) else [value]
+    check_lines(str(info.field_name), [line for line in lines if isinstance(line, str)], info.field_name == "preamble")
+    return value
 
 
 class Placement(Strict):
@@ -87,6 +93,8 @@ class Resources(Placement):
     hub_offline: bool | None = None
     sbatch_options: list[_Option] | None = None
 
+    _without_secrets = field_validator("sbatch_options", mode="before")(_no_secrets)
+
     @property
     def ranks(self) -> int:
         """Processes over all nodes."""
@@ -107,6 +115,8 @@ class Container(Strict):
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
     mounts: list[_Mount] = []
     options: list[_Line] = []
+
+    _without_secrets = field_validator("options", mode="before")(_no_secrets)
 
 
 class Cluster(Placement):
@@ -141,6 +151,8 @@ class Cluster(Placement):
     defaults: Resources = Resources()
     stages: dict[str, Resources] = {}
 
+    _without_secrets = field_validator("preamble", "srun_options", mode="before")(_no_secrets)
+
     @field_validator("environment", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
@@ -153,12 +165,9 @@ class Cluster(Placement):
                     "the job's shell would not take it",
                     "use letters, digits and _, a digit not first",
                 )
-            if _SECRET.search(str(name)) and name not in _NOT_SECRET:
-                raise ClusterError(
-                    f"environment: {name} looks like a secret",
-                    "it would stand in job scripts, which others may read",
-                    f"export {name} in your shell before `minima submit`: jobs inherit its environment",
-                )
+            if names_secret(str(name)):
+                raise refuse_secret("environment", str(name))
+            check_lines(f"environment: {name}", [str(text)], shell=False)
             if isinstance(text, dict | list) or text is None or "\0" in str(text):
                 raise ClusterError(f"environment: {name} is {text!r}", "a variable is text", "write a text or a number")
         return {name: "1" if text is True else "0" if text is False else str(text) for name, text in value.items()}

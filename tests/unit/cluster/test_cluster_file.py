@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from minima.cluster.config import Cluster, time_seconds
 from minima.cluster.loading import load_cluster
@@ -89,6 +90,47 @@ def test_a_token_is_refused_and_not_repeated(tmp_path, name):
     with pytest.raises(ClusterError, match="jobs inherit its environment") as caught:
         load(tmp_path, f"environment: {{{name}: hf_verysecret}}")
     assert "verysecret" not in str(caught.value)
+
+
+HUB = "hf_" + "verysecret" * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: {sbatch_options: ['--export=ALL,HF_TOKEN=verysecret']}",
+        "stages: {base: {sbatch_options: ['--export=WANDB_API_KEY=verysecret,ALL']}}",
+        "defaults: {sbatch_options: ['-p HF_TOKEN=verysecret']}",  # refused for another reason, too
+        "srun_options: ['--export=ALL,HF_TOKEN=verysecret']",
+        "srun_options: ['--export=HF_TOKEN=$verysecret']",  # no shell reads it
+        "container: {image: a, options: ['--env=HF_TOKEN=verysecret']}",
+        "preamble: ['export HF_TOKEN=verysecret']",
+        "preamble: ['module load cuda; DB_PASSWORD=\"verysecret\" make']",
+        "preamble: [\"export HF_TOKEN='very$secret'\"]",
+        "preamble: export HF_TOKEN=verysecret",
+        f"preamble: ['hf auth login --token {HUB}']",
+        f"environment: {{MINE: {HUB}}}",
+    ],
+)
+def test_a_token_is_refused_in_lines_and_options_and_not_repeated(tmp_path, text):
+    with pytest.raises(ClusterError, match="jobs inherit its environment") as caught:
+        load(tmp_path, text)
+    assert "secret" not in str(caught.value).replace("looks like a secret", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export HF_TOKEN=$(cat ~/.token)",
+        'export HF_TOKEN="$(< ~/.token)" WANDB_API_KEY=${KEY}',
+        "export HF_TOKEN=`cat ~/.token`",
+        "export HF_TOKEN= TOKENIZERS_PARALLELISM=false HF_TOKEN_PATH=/home/me/.token",
+        "pip install hf_transfer hf_xet",
+        "unset HF_TOKEN",
+    ],
+)
+def test_a_preamble_may_read_a_token(tmp_path, line):
+    assert load(tmp_path, yaml.safe_dump({"preamble": [line]})).preamble == [line]
 
 
 def test_a_variable_that_only_sounds_like_one(tmp_path):

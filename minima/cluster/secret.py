@@ -1,0 +1,48 @@
+"""What looks like a token, and may not stand in a cluster file: scripts and command lines can be read by others."""
+
+import re
+from collections.abc import Sequence
+
+from minima.errors import ClusterError
+
+_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+_NO_SECRET = ("TOKENIZERS_PARALLELISM", "GOOGLE_APPLICATION_CREDENTIALS")  # the second is a path
+_PLACES = ("_PATH", "_FILE", "_DIR")  # HF_TOKEN_PATH says where a token lies
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # they have 34 letters; hf_transfer and hf_xet are packages
+_ASSIGNED = re.compile(r"(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)=(?=('[^']*'|\"[^\"]*\"|[^\s,;'\"]*))")
+_READ = re.compile(r"[$`]")  # from a variable or a command, such as $(cat ~/.token)
+_WHY = "it would stand in job scripts or on a command line, which others may read"
+_INHERIT = "in your shell before `minima submit`: jobs inherit its environment"
+
+
+def names_secret(name: str) -> bool:
+    """Whether a variable of this name holds a token or a password."""
+    return bool(_NAME.search(name)) and name not in _NO_SECRET and not name.upper().endswith(_PLACES)
+
+
+def refuse_secret(key: str, name: str) -> ClusterError:
+    """The refusal of a variable; it does not repeat the value."""
+    return ClusterError(f"{key}: {name} looks like a secret", _WHY, f"export {name} {_INHERIT}")
+
+
+def check_lines(key: str, lines: Sequence[str], shell: bool) -> None:
+    """Refuse lines or options that hold a token.
+
+    Args:
+        key: of the cluster file.
+        lines: of it.
+        shell: a shell reads them, so a line may take a token from a file or another variable.
+
+    Raises:
+        ClusterError: a variable that is named like a secret is given a value, or a token of the Hub stands there.
+    """
+    for line in lines:
+        for name, value in _ASSIGNED.findall(line):
+            text = value.strip("'\"")
+            is_read = shell and not value.startswith("'") and _READ.search(text)
+            if text and names_secret(name) and not is_read:
+                error = refuse_secret(key, name)
+                more = f"; or read it there from a file of yours: export {name}=$(cat ~/.token)" if shell else ""
+                raise ClusterError(error.what, error.why, error.do + more)
+        if _HUB_TOKEN.search(line):
+            raise ClusterError(f"{key}: a token of the Hub stands there", _WHY, f"export HF_TOKEN {_INHERIT}")
