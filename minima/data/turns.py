@@ -51,7 +51,10 @@ def _listed(turns: list[Any]) -> list[Turn]:
 def alpaca_prompt(record: dict[str, Any]) -> list[Turn]:
     """The turns before the answer of a record with an `instruction`."""
     turns = system_of(record)
-    for exchange in record.get("history") or []:
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise Unfit("not_a_conversation")
+    for exchange in history:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise Unfit("not_a_conversation")
         turns += [(USER, text_of(exchange[0])), (ASSISTANT, text_of(exchange[1]))]

@@ -79,6 +79,8 @@ def test_a_question_that_nobody_answers_is_left_out():
         ([{"speaker": "one"}], "not_a_conversation"),
         ({"User": "one", "Assistant": "two"}, "not_a_conversation"),  # one turn is no list of them
         (ALPACA | {"history": [["one"]]}, "not_a_conversation"),
+        (ALPACA | {"history": 5}, "not_a_conversation"),
+        (ALPACA | {"history": {"one": "two"}}, "not_a_conversation"),
         ([], "no_answer"),
         (MESSAGES[:1], "no_answer"),
         (MESSAGES[1:], "roles_out_of_order"),
