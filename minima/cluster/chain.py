@@ -1,4 +1,4 @@
-"""Handing scripts to Slurm one after another, and what of a run it has already. No torch."""
+"""Handing scripts to Slurm one after another. No torch."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -6,50 +6,40 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from minima.cluster import slurm
-from minima.cluster.records import Job, add_job, read_jobs
+from minima.cluster.records import Job, add_job
 from minima.cluster.render import Place, Script, quoted
 from minima.errors import ClusterError
 
 
-def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) -> list[tuple[Job, slurm.Task]]:
-    """The run's jobs that wait or run, each with every one of its tasks that does.
-
-    Args:
-        run_folder: with the records of jobs.
-        dry_run: do without where Slurm does not answer.
-        write: takes a warning.
-
-    Raises:
-        ClusterError: Slurm does not answer, and a job might be submitted twice.
-    """
-    jobs = {job.id: job for job in read_jobs(run_folder)}
-    if not jobs or (dry_run and not slurm.is_here()):
-        return []
-    try:
-        found = slurm.tasks([(job.id, job.name) for job in jobs.values()])
-    except ClusterError as error:
-        if not dry_run:
-            raise
-        write(f"warning: earlier jobs are not looked at: {error.what}")
-        return []
-    return [(jobs[task.job], task) for task in found if task.active]
-
-
 def submit_chain(
-    scripts: Sequence[Script], after: Sequence[str], place: Place, dry_run: bool, write: Callable[[str], None]
+    scripts: Sequence[Script],
+    queued: Sequence[Job],
+    place: Place,
+    dry_run: bool,
+    write: Callable[[str], None],
+    order: Sequence[str] = (),
 ) -> None:
-    """Submit jobs, each after the one before it.
+    """Submit jobs, each after the one before it and after what is queued.
+
+    A job of an earlier stage has to succeed; one of a later stage only has to end, since one job at a time writes into
+    a run's folder.
 
     Args:
         scripts: in order.
-        after: ids of jobs that the first waits for.
+        queued: jobs that wait or run.
         place: where scripts and records lie.
         dry_run: print scripts and commands instead.
         write: takes text for a person.
+        order: names of the stages, where any are queued.
     """
-    before = list(after)
+    left, before = list(queued), list[str]()
     for script in scripts:
-        command = script.command(before)
+        own = order.index(script.stage) if queued else 0
+        earlier = [job.id for job in left if job.stage in order[:own]]
+        left = [job for job in left if job.id not in earlier]
+        later = [job.id for job in left] if script is scripts[0] else []  # the others come after the first
+        before = [*earlier, *before]
+        command = script.command(before, later)
         if dry_run:
             write(f"==> {script.path}\n{script.text}\n==> {quoted(command)}\n")
             before = [f"ID_OF_{script.name}"]
@@ -59,7 +49,7 @@ def submit_chain(
         shape = (
             f"{asked.ranks} rank{'s' * (asked.ranks > 1)} on {asked.nodes or 1} node{'s' * ((asked.nodes or 1) > 1)}"
         )
-        waits = f", after {', '.join(before)}" if before else ""
+        waits = f", after {', '.join([*before, *later])}" if before or later else ""
         write(f"{script.stage}: job {job.id}{'' if script.role == 'stage' else f' ({script.role})'}, {shape}{waits}")
         before = [job.id]
 
@@ -87,6 +77,8 @@ def _submit(script: Script, command: Sequence[str], after: Sequence[str], place:
         submitted=now,
         cells=cells,
         stages=list(script.stages),
+        recipe=str(script.recipe.relative_to(place.run_folder)) if script.overrides else "",
+        overrides={name: list(changes) for name, changes in script.overrides.items()},
     )
     add_job(place.run_folder, job)
     return job

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from minima.cluster.chain import queued_tasks, submit_chain, write_file
+from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.config import CELLS
 from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unread
+from minima.cluster.queued import check_asked, queued_tasks
 from minima.cluster.render import Place, Script, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.snapshot import snapshot
@@ -58,7 +59,7 @@ def submit_grid(
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))
         queued = queued_tasks(place.run_folder, dry_run, write)
-        waiting = {job.cells.get(str(task.index)) for job, task in queued}
+        waiting = {job.cells.get(str(task.index)): (job, f"job {job.id}_{task.index}") for job, task in queued}
         missing: dict[str, list[str]] = {}
         warnings: dict[str, None] = {}
         for name, own in cells.items():
@@ -69,6 +70,8 @@ def submit_grid(
                 write(f"{name}: finished")
             elif name in waiting:
                 write(f"{name}: in the queue")
+                job, who = waiting[name]
+                check_asked(job, name, f"{name}: {who}", cell, recipe_path, place.run_folder, write)
             else:
                 warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder))
                 missing[name] = changes
@@ -195,4 +198,5 @@ def _script(
         work=lines,
         note=f"{len(cells)} cells of a grid, each with {resources.ranks} ranks on {resources.nodes or 1} nodes.",
     )
-    return replace(made, cells=tuple(cells), stages=tuple(stage.name for stage in select(recipe, names)))
+    chosen = tuple(stage.name for stage in select(recipe, names))
+    return replace(made, cells=tuple(cells), stages=chosen, recipe=copy, overrides=cells)

@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from minima.cluster.config import CELLS, Cluster
@@ -112,7 +113,7 @@ def _script(recipe, recipe_file, overrides, stage, place, role) -> Script:
         lines.append(summary(place, recipe, recipe_file, overrides))
     what = {"stage": "Stage", "parts": "A part of stage", "merge": "The merging of stage"}[role]
     ranks = f"{resources.ranks} ranks on {resources.nodes or 1} nodes" if uses_ranks(stage) else "one process"
-    return render(
+    made = render(
         place,
         name=f"{recipe.name}.{stage.name}{suffix}",
         stage=stage.name,
@@ -121,6 +122,7 @@ def _script(recipe, recipe_file, overrides, stage, place, role) -> Script:
         work=lines,
         note=f"{what} {stage.name} ({stage.kind}): {ranks}.",
     )
+    return replace(made, recipe=recipe_file, overrides={stage.name: overrides})
 
 
 def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Path | None = None) -> str:

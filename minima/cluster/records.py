@@ -26,6 +26,8 @@ class Job:
         submitted: when, in ISO 8601.
         cells: names of a grid's cells by the index of their task.
         stages: that each cell runs; all for none.
+        recipe: the copy of the recipe that it reads, inside the run's folder.
+        overrides: of that recipe, by the stage's name; of a grid, by the cell's.
     """
 
     id: str
@@ -37,6 +39,8 @@ class Job:
     submitted: str = ""
     cells: dict[str, str] = field(default_factory=dict)
     stages: list[str] = field(default_factory=list)
+    recipe: str = ""
+    overrides: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_jobs(run_folder: Path) -> list[Job]:

@@ -3,8 +3,8 @@
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minima.cluster.config import Cluster, Resources
@@ -56,6 +56,8 @@ class Script:
         path: where the script is written.
         cells: names of a grid's cells, in the order of the array's tasks.
         stages: that each cell runs.
+        recipe: the copy of the recipe that it reads.
+        overrides: of that recipe, by the stage's name; of a grid, by the cell's.
     """
 
     name: str
@@ -67,14 +69,18 @@ class Script:
     path: Path
     cells: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
+    recipe: Path = Path()
+    overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def command(self, after: Sequence[str]) -> list[str]:
-        """The command that submits it, once some jobs have succeeded.
+    def command(self, after: Sequence[str], ended: Sequence[str] = ()) -> list[str]:
+        """The command that submits it.
 
         Args:
-            after: their ids.
+            after: ids of jobs that have to succeed before it.
+            ended: ids of jobs that have to end before it.
         """
-        waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+        kinds = [f"{kind}:{':'.join(jobs)}" for kind, jobs in (("afterok", after), ("afterany", ended)) if jobs]
+        waits = [f"--dependency={','.join(kinds)}", "--kill-on-invalid-dep=yes"] if kinds else []
         return ["sbatch", "--parsable", *waits, *self.options, str(self.path)]
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from minima.recipe.references import deepspeed_jsons
-from minima.recipe.schema import Recipe
+from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.shipped import find_deepspeed_json, shipped_folder
 
 
@@ -25,12 +25,7 @@ def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Pa
     """
     files = {recipe_path.name: recipe_path.read_bytes()}
     for stage in recipe.stages:
-        for name in deepspeed_jsons(stage):
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                continue
-            path = find_deepspeed_json(name, recipe_path)
-            if path != shipped_folder("ds_configs") / name:
-                files[f"ds_configs/{name}"] = path.read_bytes()
+        files |= own_jsons(stage, recipe_path)
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{len(name)} {name} {len(content)} ".encode() + content)
@@ -42,3 +37,15 @@ def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Pa
         temporary.write_bytes(content)
         os.replace(temporary, path)
     return target / recipe_path.name
+
+
+def own_jsons(stage: AnyStage, recipe_path: Path) -> dict[str, bytes]:
+    """The DeepSpeed JSONs of a stage that lie beside its recipe, by their paths from there."""
+    files = {}
+    for name in deepspeed_jsons(stage):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            continue
+        path = find_deepspeed_json(name, recipe_path)
+        if path != shipped_folder("ds_configs") / name:
+            files[f"ds_configs/{name}"] = path.read_bytes()
+    return files

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from minima.cluster.chain import queued_tasks, submit_chain, write_file
+from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.grid import submit_grid
 from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unread
+from minima.cluster.queued import check_stage, queued_tasks
 from minima.cluster.render import quoted
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
@@ -62,7 +63,8 @@ def submit(
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))  # two submissions at once would submit everything twice
-        queued = list({job.id: job for job, _ in queued_tasks(folder, dry_run, write)}.values())
+        tasks = queued_tasks(folder, dry_run, write)
+        queued = list({job.id: job for job, _ in tasks}.values())
         waiting = {job.stage for job in queued}
         left = [stage for stage in stages if not is_finished(folder / stage.name)]
         missing = [stage for stage in left if stage.name not in waiting]
@@ -72,6 +74,10 @@ def submit(
             elif stage not in missing:
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
+        unfinished = {stage.name for stage in recipe.stages if not is_finished(folder / stage.name)}
+        for job, state in {job.stage: (job, task.state) for job, task in tasks}.values():
+            if job.stage in unfinished:
+                check_stage(job, state, recipe, recipe_path, folder, write)
         for line in check_run(
             recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
         ):
@@ -84,7 +90,7 @@ def submit(
             write_file(
                 place.scripts / RESOLVED, resolved_yaml(recipe)
             )  # `minima status` knows the stages before they begin
-        submit_chain(scripts, [job.id for job in queued], place, dry_run, write)
+        submit_chain(scripts, queued, place, dry_run, write, [stage.name for stage in recipe.stages])
     if not scripts:
         write("nothing to submit")
     elif not dry_run:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from minima.cluster.chain import queued_tasks, submit_chain
+from minima.cluster.chain import submit_chain
 from minima.cluster.config import CELLS
 from minima.cluster.plan import make_place
+from minima.cluster.queued import queued_tasks
 from minima.cluster.render import Place, Script, python, quoted, render
 from minima.errors import ClusterError
 from minima.law.grid import Unit

@@ -116,6 +116,16 @@ def test_submitted_again_the_cells_that_are_missing(slurm, project):
     assert read_jobs(RUN)[-1].cells == {"0": "c"}
 
 
+def test_a_change_for_a_cell_whose_job_is_in_the_queue_is_refused(slurm, project):
+    write_grid({"cells": [{"name": "a"}, {"name": "b", "overrides": ["stages.base.steps=9"]}]})
+    send()
+    slurm.answer(squeue="101|0|RUNNING|test.cells|None\n101|1|PENDING|test.cells|Resources")
+    assert "nothing to submit" in send()
+    write_grid({"cells": [{"name": "a"}, {"name": "b", "overrides": ["stages.base.steps=8"]}]})
+    with pytest.raises(ClusterError, match=r"b: job 101_1 is in the queue with stages\.base\.steps 9, not 8"):
+        send()
+
+
 def test_a_cell_that_cannot_be_is_refused_before_any_runs(slurm, project):
     write_grid({"cells": [{"name": "a"}, {"name": "b", "overrides": ["stages.bas.steps=2"]}]})
     with pytest.raises(RecipeError, match="did you mean 'base'"):

@@ -11,6 +11,8 @@ import yaml
 from minima.cluster.records import read_jobs
 from minima.cluster.submit import submit
 from minima.errors import ClusterError, RecipeError, StageError
+from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.stages.identity import describe
 from minima.stages.lock import run_lock
 from tests.unit.cluster.conftest import finish
 
@@ -46,7 +48,46 @@ def test_submitted_again_what_is_missing(slurm, project):
     said = send(names=["corpus", "base", "out"])
     assert "corpus: finished" in said and "out: job 103 is in the queue" in said
     assert [Path(call[-1]).name for call in slurm.calls("sbatch")][3:] == ["base.sbatch"]
-    assert "--dependency=afterok:103" in slurm.calls("sbatch")[3]  # one job at a time writes into the run's folder
+    assert "--dependency=afterany:103" in slurm.calls("sbatch")[3]  # one job at a time writes into the run's folder
+
+
+def answer_queue(slurm, *tasks: str) -> None:
+    """What squeue shows: `ID STATE STAGE REASON` of each."""
+    rows = [task.split() for task in tasks]
+    slurm.answer(squeue="\n".join(f"{job}|N/A|{state}|test.{stage}|{reason}" for job, state, stage, reason in rows))
+
+
+@pytest.mark.parametrize(
+    ("failed", "base", "out"),
+    [
+        ("FAILED", "Dependency", "Dependency"),  # Slurm has not looked yet
+        ("TIMEOUT", "DependencyNeverSatisfied", "Dependency"),
+        ("CANCELLED", "DependencyNeverSatisfied", "DependencyNeverSatisfied"),
+    ],
+)
+def test_jobs_that_wait_for_one_that_failed_are_gone(slurm, project, failed, base, out):
+    send()
+    answer_queue(slurm, f"101 {failed} corpus None", f"102 PENDING base {base}", f"103 PENDING out {out}")
+    assert "in the queue" not in send()
+    again = slurm.calls("sbatch")[3:]
+    assert [Path(call[-1]).stem for call in again] == ["corpus", "base", "out"]
+    assert not any("--dependency" in word for word in again[0])
+    assert "--dependency=afterok:104" in again[1] and "--dependency=afterok:105" in again[2]
+
+
+def test_a_job_that_waits_for_what_runs_or_has_succeeded_is_not_gone(slurm, project):
+    send()
+    answer_queue(slurm, "101 COMPLETED corpus None", "102 RUNNING base None", "103 PENDING out Dependency")
+    finish(RUN, "corpus")
+    assert "nothing to submit" in send()
+
+
+def test_a_missing_stage_waits_for_the_success_of_earlier_stages_alone(slurm, project):
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None", "103 PENDING out Resources")
+    send()
+    [again] = slurm.calls("sbatch")[3:]
+    assert "--dependency=afterok:101,afterany:103" in again and read_jobs(RUN)[-1].after == ["101"]
 
 
 def test_everything_is_in_the_queue(slurm, project):
@@ -108,6 +149,51 @@ def test_an_input_that_is_neither_finished_nor_queued(slurm, project):
     slurm.answer(squeue="101|N/A|RUNNING|test.corpus|None\n102|N/A|PENDING|test.base|Dependency")
     send(names=["out"])
     assert "--dependency=afterok:101:102" in slurm.calls("sbatch")[-1]
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_change_for_a_stage_whose_job_is_in_the_queue_is_refused(slurm, project, state):
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None", f"102 {state} base Dependency", "103 PENDING out Dependency")
+    with pytest.raises(
+        ClusterError, match=rf"(?s)'base': job 102 \({state}\) .*steps 100, not 7.*minima cancel runs/te"
+    ):
+        send("stages.base.steps=7")
+    with pytest.raises(ClusterError, match="job 103"):  # it would come from something else than was meant
+        send("stages.out.dtype=float32", names=["corpus"])
+    said = send("stages.base.log_every_steps=7")  # the result is the same
+    assert "warning: stage 'base': job 102" in said and "keeps log_every_steps" in said and ", not 7" in said
+    assert "warning" not in send() and len(slurm.calls("sbatch")) == 3
+
+
+def test_a_changed_json_for_a_stage_whose_job_is_in_the_queue(slurm, project):
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["stages"][1]["deepspeed"] = "mine.json"
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    Path("mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency", "103 PENDING out Dependency")
+    assert "warning" not in send()
+    Path("mine.json").write_text('{"zero_optimization": {"stage": 3, "overlap_comm": true}}')
+    assert "job 102 (PENDING) keeps deepspeed" in send()
+
+
+def test_a_folder_whose_job_runs_is_not_to_be_removed_before_the_job_ends(slurm, project):
+    Path("text.txt").write_text("one text\n")
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["stages"][0]["sources"] = [{"path": "text.txt"}]
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    send()
+    loaded = load_recipe(Path("recipe.yaml"))
+    (RUN / "corpus").mkdir()
+    (RUN / "recipe.yaml").write_text(resolved_yaml(loaded))
+    (RUN / "corpus" / "started.json").write_text(json.dumps(describe(loaded, loaded.stage("corpus"), RUN)))
+    (RUN / "corpus" / "part").touch()
+    answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency", "103 PENDING out Dependency")
+    send()
+    Path("text.txt").write_text("another text\n")
+    with pytest.raises(StageError, match=r"what to do: job 101 \(RUNNING\) .*`minima cancel runs/test`; then remove"):
+        send()
 
 
 def test_the_jobs_read_the_recipe_as_it_was_submitted(slurm, project):

@@ -1,0 +1,140 @@
+"""What of a run Slurm has already: which jobs may still come to their end, and whether they do what is asked now."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minima.cluster import slurm
+from minima.cluster.records import Job, read_jobs
+from minima.cluster.render import quoted
+from minima.cluster.snapshot import own_jsons
+from minima.errors import ClusterError, MinimaError, StageError
+from minima.recipe.loading import load_recipe
+from minima.recipe.schema import AnyStage, Recipe
+from minima.stages.identity import FREE_KEYS, check_unchanged, describe
+
+_SHOWN_LETTERS = 80
+
+
+def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) -> list[tuple[Job, slurm.Task]]:
+    """The run's jobs that wait or run, each with every one of its tasks that does; none that will never start.
+
+    Args:
+        run_folder: with the records of jobs.
+        dry_run: do without where Slurm does not answer.
+        write: takes a warning.
+
+    Raises:
+        ClusterError: Slurm does not answer, and a job might be submitted twice.
+    """
+    jobs = {job.id: job for job in read_jobs(run_folder)}
+    if not jobs or (dry_run and not slurm.is_here()):
+        return []
+    try:
+        tasks = slurm.tasks([(job.id, job.name) for job in jobs.values()], ended=True)
+    except ClusterError as error:
+        if not dry_run:
+            raise
+        write(f"warning: earlier jobs are not looked at: {error.what}")
+        return []
+    found = [(jobs[task.job], task) for task in tasks]
+    doomed = _doomed(found)
+    return [(job, task) for job, task in found if task.active and job.id not in doomed]
+
+
+def _doomed(found: Sequence[tuple[Job, slurm.Task]]) -> set[str]:
+    """Ids of jobs that wait for one that has failed, or that is doomed itself: Slurm cancels them, after a while."""
+    active = {job.id for job, task in found if task.active}
+    lost = {job.id for job, task in found if job.id not in active and task.state != "COMPLETED"}
+    waiting = {job.id: job for job, task in found if task.state == "PENDING"}
+    doomed = {job.id for job, task in found if task.active and task.reason == "DependencyNeverSatisfied"}
+    while more := {name for name, job in waiting.items() if (lost | doomed) & set(job.after)} - doomed:
+        doomed |= more
+    return doomed
+
+
+def check_stage(
+    job: Job, state: str, recipe: Recipe, recipe_path: Path, run_folder: Path, write: Callable[[str], None]
+) -> None:
+    """Refuse a stage whose job in the queue would not do what the recipe says now.
+
+    Args:
+        job: the stage's.
+        state: Slurm's word for it.
+        recipe: as it is now.
+        recipe_path: its file.
+        run_folder: with what the job reads.
+        write: takes a warning, where only what does not change the result is another.
+
+    Raises:
+        ClusterError: a value is another than the job will read.
+        StageError: the folder that the job goes on with was made from something else.
+    """
+    check_asked(job, job.stage, f"stage {job.stage!r}: job {job.id} ({state})", recipe, recipe_path, run_folder, write)
+    try:
+        check_unchanged(describe(recipe, recipe.stage(job.stage), run_folder, {}), run_folder / job.stage)
+    except StageError as error:
+        first = f"job {job.id} ({state}) of this stage is in the queue: end it first, {_cancel(run_folder)}; then"
+        raise StageError(error.what, error.why, f"{first} {error.do}") from None
+
+
+def check_asked(
+    job: Job, key: str, who: str, recipe: Recipe, recipe_path: Path, run_folder: Path, write: Callable[[str], None]
+) -> None:
+    """Refuse a stage, or a cell of a grid, for which a job in the queue reads other values than the recipe's.
+
+    Args:
+        job: in the queue.
+        key: name of the stage or the cell.
+        who: that name and the job, for the message.
+        recipe: as it is now; a cell's.
+        recipe_path: its file.
+        run_folder: with what the job reads.
+        write: takes a warning, where only what does not change the result is another.
+
+    Raises:
+        ClusterError: names what has changed.
+    """
+    if key not in job.overrides:  # a job of an earlier version, which did not keep them
+        return
+    copy = run_folder / job.recipe
+    try:
+        before = load_recipe(copy, job.overrides[key])
+    except MinimaError as error:
+        write(f"warning: {who} is in the queue, and what it will read cannot be looked at: {error.what}")
+        return
+    names = [job.stage] if key == job.stage else job.stages
+    kept = {stage.name: stage for stage in before.stages if stage.name in names}
+    deciding: list[str] = []
+    free: list[str] = []
+    for stage in [stage for stage in recipe.stages if stage.name in kept]:
+        where = "" if key == job.stage else f"stages.{stage.name}."
+        for name, (old, new) in _changes(kept[stage.name], copy, stage, recipe_path).items():
+            (free if name in FREE_KEYS else deciding).append(f"{where}{name} {_short(old)}, not {_short(new)}")
+    for text in free if not deciding else ():
+        write(f"warning: {who} keeps {text}: it reads the recipe as it was submitted")
+    if deciding:
+        raise ClusterError(
+            f"{who} is in the queue with {'; '.join(deciding + free)}",
+            "it reads the recipe as it was submitted, so the change would be ignored",
+            f"undo the change; or end the run's jobs, {_cancel(run_folder)}, and submit again",
+        )
+
+
+def _changes(before: AnyStage, before_path: Path, now: AnyStage, now_path: Path) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both; a DeepSpeed JSON of the same name but with other content counts, too."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    found = {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
+    if not found and own_jsons(before, before_path) != own_jsons(now, now_path):
+        found["deepspeed"] = ("as it was", "as the JSON is now")
+    return found
+
+
+def _cancel(run_folder: Path) -> str:
+    return f"`minima cancel {quoted([str(run_folder)])}`"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 3] + "..."
