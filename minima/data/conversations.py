@@ -19,6 +19,7 @@ from minima.data.turns import (
     prompt_turns,
     text_of,
     turns_in,
+    under_system,
 )
 from minima.recipe.data import Source
 
@@ -86,8 +87,9 @@ def conversation_of(record: Any) -> Conversation:
 
     A list of turns, or a record with such a list as `messages`, `conversations`, `conversation`, `turns`, `dialog` or
     `dialogue`. A turn is `{"User", "Assistant"}` (both of an exchange), `{"role", "content"}` (OpenAI) or `{"from",
-    "value"}` (ShareGPT). Or `{"instruction", "input", "output"}` (Alpaca), with `system` and `history` (a list of
-    question and answer) as LLaMA-Factory has them; or `{"prompt", "completion"}` (TRL), strings or turns.
+    "value"}` (ShareGPT). Or `{"instruction", "input", "output"}` (Alpaca), with `history` (a list of question and
+    answer) as LLaMA-Factory has it; or `{"prompt", "completion"}` (TRL), strings or turns. A `system` or
+    `system_prompt` beside them comes first.
 
     Raises:
         Unfit: it holds none, or one whose turns are empty or out of order.
@@ -95,7 +97,7 @@ def conversation_of(record: Any) -> Conversation:
     turns = turns_in(record)
     if turns is None and isinstance(record, dict):
         if "completion" in record:
-            turns = prompt_turns(record.get("prompt")) + answer_turns(record["completion"])
+            turns = under_system(record, prompt_turns(record.get("prompt"))) + answer_turns(record["completion"])
         elif "output" in record and "instruction" in record:
             turns = [*alpaca_prompt(record), (ASSISTANT, text_of(record["output"]))]
     if turns is None:

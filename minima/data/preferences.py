@@ -14,11 +14,17 @@ from minima.data.turns import (
     compact,
     in_order,
     prompt_turns,
-    system_of,
     turns_in,
-    without_empty_system,
-)  # fmt: skip
+    under_system,
+)
 
+_QUESTIONS = ("question", "query", "input")  # what a prompt is also called
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of Anthropic's HH
+_KNOWN = ("chosen", "rejected", "system", "system_prompt")
+# Fields that say something about a pair, and are no prompt.
+_LABEL = re.compile(
+    r"(chosen|rejected)_.*|(.*_)?(id|source|dataset|model|category|type|language|lang|split|subset|meta|metadata)"
+)
 _UNSPACED = re.compile("[\u3000-\u9fff\uff00-\uffef]")  # characters of scripts that part no words
 
 
@@ -49,21 +55,26 @@ class Pair(NamedTuple):
 def pair_of(record: Any) -> Pair:
     """The preference pair that a record holds.
 
-    `{"prompt", "chosen", "rejected"}`, each a string or turns, the answers with the prompt in front or without it;
-    `{"chosen", "rejected"}` alone, whose common beginning is the prompt (TRL's two forms); or LLaMA-Factory's, the two
-    answers beside ShareGPT's `conversations` or Alpaca's `instruction`. A prompt beside answers that hold theirs is the
-    whole of it, or how it begins or ends.
+    `{"prompt", "chosen", "rejected"}`, each a string or turns, the answers with the prompt in front or without it; the
+    prompt may be called `question`, `query` or `input`, or be Alpaca's `instruction` or ShareGPT's `conversations`
+    (LLaMA-Factory). Or `{"chosen", "rejected"}` alone: strings of `Human:` and `Assistant:` by turns (Anthropic's HH),
+    or answers whose common beginning is the prompt (TRL). A prompt beside answers that hold theirs is the whole of it,
+    or how it begins or ends. A `system` or `system_prompt` comes first.
 
     Raises:
-        Unfit: it holds none, its turns are empty or out of order, its two answers are equal, or they answer different
-            prompts.
+        Unfit: it holds none, its turns are empty or out of order, its two answers are equal, they answer different
+            prompts, or nothing says which of its texts they answer.
     """
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
         raise Unfit("not_a_pair")
     prompt = _pair_prompt(record)
-    answers = [record["chosen"], record["rejected"]]
-    if all(isinstance(answer, str) for answer in answers) and not prompt:
-        prompt, answers = _common_beginning(*answers)
+    answers = [_dialogue(record["chosen"]), _dialogue(record["rejected"])]
+    if prompt is None:
+        prompt = []
+        if all(isinstance(answer, str) for answer in answers):
+            _check_nothing_else(record)
+            prompt, answers = _common_beginning(*answers)
+    prompt = under_system(record, prompt)
     chosen, rejected = (answer_turns(answer) for answer in answers)
     if not chosen or not rejected:
         raise Unfit("empty_assistant_turn")
@@ -72,7 +83,7 @@ def pair_of(record: Any) -> Pair:
             raise Unfit("prompts_differ")
         goes_on = chosen[0][0] == ASSISTANT  # for several turns
         prompt = prompt + chosen[:-1] if goes_on else _agreed(prompt, chosen[:-1])
-    if not prompt:
+    if not _apart(prompt)[1]:
         raise Unfit("empty_user_turn")
     for answer in (chosen, rejected):
         if in_order([*prompt, answer[-1]])[-1][0] != ASSISTANT:
@@ -82,12 +93,36 @@ def pair_of(record: Any) -> Pair:
     return Pair(prompt, chosen[-1][1], rejected[-1][1])
 
 
-def _pair_prompt(record: dict[str, Any]) -> list[Turn]:
+def _pair_prompt(record: dict[str, Any]) -> list[Turn] | None:
+    """What stands beside the answers as their prompt; None where nothing does."""
     if record.get("prompt") is not None:
-        return without_empty_system(system_of(record) + prompt_turns(record["prompt"]))
-    if "instruction" in record:
+        turns = prompt_turns(_dialogue(record["prompt"]))
+        return turns[:-1] if turns and turns[-1] == (ASSISTANT, "") else turns  # "Assistant:", which the answer goes on
+    if record.get("instruction") is not None:
         return alpaca_prompt(record)
-    return without_empty_system(turns_in(record) or [])
+    listed = turns_in(record)
+    if listed is not None:
+        return listed
+    found = [name for name in _QUESTIONS if record.get(name) is not None]
+    if len(found) > 1:
+        raise Unfit("unknown_prompt")
+    return prompt_turns(record[found[0]]) if found else None
+
+
+def _dialogue(text: Any) -> Any:
+    """The turns of a string that begins with `Human:` and goes on with `Assistant:`; anything else as it is."""
+    before, *parts = _SPEAKER.split(text.strip()) if isinstance(text, str) else [text]
+    if before or parts[:1] != ["Human"] or "Assistant" not in parts[::2]:
+        return text
+    return [{"role": name, "content": said} for name, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _check_nothing_else(record: dict[str, Any]) -> None:
+    """Refuse a record with a text that could be the prompt: what its answers have in common is then none."""
+    for name, value in record.items():
+        says = isinstance(value, list | dict) or (isinstance(value, str) and value.strip())
+        if says and name not in _KNOWN and not _LABEL.fullmatch(name):
+            raise Unfit("unknown_prompt")
 
 
 def _agreed(prompt: list[Turn], shared: list[Turn]) -> list[Turn]:

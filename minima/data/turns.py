@@ -26,8 +26,7 @@ def turns_in(record: Any) -> list[Turn] | None:
     if isinstance(record, dict):
         for field in _TURN_FIELDS:
             if isinstance(record.get(field), list):
-                turns = _listed(record[field])
-                return turns if turns and turns[0][0] == SYSTEM else system_of(record) + turns
+                return under_system(record, _listed(record[field]))
         return None
     return _listed(record) if isinstance(record, list) else None
 
@@ -64,8 +63,14 @@ def alpaca_prompt(record: dict[str, Any]) -> list[Turn]:
 
 def system_of(record: dict[str, Any]) -> list[Turn]:
     """The system message that stands in a field of its own, if there is one."""
-    system = text_of(record.get("system"))
+    system = text_of(record.get("system")) or text_of(record.get("system_prompt"))
     return [(SYSTEM, system)] if system else []
+
+
+def under_system(record: dict[str, Any], turns: list[Turn]) -> list[Turn]:
+    """A record's turns behind its system message, unless they begin with their own."""
+    turns = without_empty_system(turns)
+    return turns if turns and turns[0][0] == SYSTEM else system_of(record) + turns
 
 
 def prompt_turns(prompt: Any) -> list[Turn]:

@@ -52,7 +52,10 @@ def test_each_layout_gives_the_same_turns(record):
         {"conversations": [{"from": "system", "value": "be brief"}, *SHAREGPT]},
         {"conversations": SHAREGPT, "system": "be brief"},
         {"conversations": [{"from": "system", "value": "be brief"}, *SHAREGPT], "system": "be long"},
+        {"conversations": [{"from": "system", "value": " "}, *SHAREGPT], "system": "be brief"},
         ALPACA | {"system": "be brief"},
+        ALPACA | {"system": "", "system_prompt": "be brief"},
+        {"prompt": MESSAGES[:3], "completion": "four", "system": "be brief"},
     ],
     ids=str,
 )

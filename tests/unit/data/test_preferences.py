@@ -26,6 +26,12 @@ PAIR = Pair([("user", "one")], "two", "2")
             "rejected": {"from": "gpt", "value": "2"},
         },
         {"instruction": "one", "input": "", "chosen": "two", "rejected": "2"},
+        {"question": "one", "chosen": "two", "rejected": "2"},
+        {"query": "one", "prompt": None, "instruction": None, "chosen": "two", "rejected": "2"},
+        {"input": "one", "chosen": MESSAGES[:2], "rejected": [MESSAGES[0], {"role": "assistant", "content": "2"}]},
+        {"chosen": "\n\nHuman: one\n\nAssistant: two", "rejected": "\n\nHuman: one\n\nAssistant: 2"},
+        {"prompt": "\n\nHuman: one\n\nAssistant:", "chosen": " two", "rejected": " 2"},
+        {"prompt": "one", "chosen": "Human: one\n\nAssistant: two\n", "rejected": "Human: one\n\nAssistant: 2\n"},
     ],
     ids=str,
 )
@@ -75,6 +81,43 @@ def test_a_prompt_beside_answers_that_hold_theirs_is_part_of_it(prompt, system):
     assert pair_of({"prompt": prompt} | with_system).prompt == [("system", "be brief"), *TWO[:3]]
 
 
+ANSWERS = {"chosen": "It is two.", "rejected": "It is 2."}
+TURNS = {"chosen": MESSAGES[:2], "rejected": [MESSAGES[0], {"role": "assistant", "content": "2"}]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "one"} | ANSWERS,
+        {"prompt": [{"role": "system", "content": ""}, MESSAGES[0]]} | ANSWERS,
+        {"question": "one"} | ANSWERS,  # orca_dpo_pairs
+        {"input": "one", "labelling_prompt": MESSAGES, "generations": ["two"]} | ANSWERS,  # distilabel's form of it
+        {"instruction": "one"} | ANSWERS,
+        {"conversations": SHAREGPT[:1]} | ANSWERS,
+        {"chosen": "one It is two.", "rejected": "one Is it 2."},
+        TURNS,
+        {"prompt": "one", "prompt_id": "7", "messages": MESSAGES[:2], "score_chosen": 8.0} | TURNS,  # UltraFeedback
+        {"chosen": "\n\nHuman: one\n\nAssistant: two", "rejected": "\n\nHuman: one\n\nAssistant: 2"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_message_comes_first_and_no_question_is_lost(record, field):
+    assert pair_of({field: "be brief"} | record).prompt == [("system", "be brief"), ("user", "one")]
+    assert pair_of(record).prompt == [("user", "one")]
+
+
+def test_hh_with_several_turns():
+    begin = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAnd so?\n\nAssistant: "
+    pair = pair_of({"chosen": f"{begin}four", "rejected": f"{begin}vier"})
+    assert pair == Pair([*TWO[:2], ("user", "three\n\nAnd so?")], "four", "vier")
+
+
+def test_labels_beside_answers_are_no_prompt():
+    labels = {"id": "a b", "source": "some set", "chosen_model": "x y", "score": 3, "margin": 0.5, "category": None}
+    assert pair_of({"chosen": "one two", "rejected": "one 2"} | labels) == PAIR
+
+
 def test_a_common_beginning_ends_where_a_word_begins():
     pair = pair_of({"chosen": "2 + 2 is four", "rejected": "2 + 2 is five"})
     assert pair == Pair([("user", "2 + 2 is")], "four", "five")
@@ -101,6 +144,15 @@ def test_a_common_beginning_ends_where_a_word_begins():
             {"prompt": "one", "system": "be long"} | {name: [SYSTEM, *turns] for name, turns in LONG.items()},
             "prompts_differ",
         ),
+        ({"task": "one"} | ANSWERS, "unknown_prompt"),
+        ({"context": MESSAGES[:1]} | ANSWERS, "unknown_prompt"),
+        ({"question": "one", "query": "three"} | ANSWERS, "unknown_prompt"),
+        ({"prompt": ""} | ANSWERS, "empty_user_turn"),
+        ({"question": " "} | ANSWERS, "empty_user_turn"),
+        ({"system": "be brief", "prompt": ""} | ANSWERS, "empty_user_turn"),
+        ({"question": 5} | ANSWERS, "not_text"),
+        ({"chosen": "Human: one\n\nAssistant: two", "rejected": "Human: 1\n\nAssistant: 2"}, "prompts_differ"),
+        ({"chosen": "Human: one\n\nAssistant:", "rejected": "Human: one\n\nAssistant: 2"}, "empty_assistant_turn"),
         ({"prompt": "one", "chosen": "", "rejected": "two"}, "empty_assistant_turn"),
         ({"prompt": "one", "chosen": [], "rejected": "two"}, "empty_assistant_turn"),
         (
