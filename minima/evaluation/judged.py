@@ -38,8 +38,8 @@ def read_questions(path: Path, answers: Answers) -> list[dict[str, Any]]:
     """
     where = f"questions {path} ({answers.format})"
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(s) for s in text.splitlines() if s]
+        text = path.read_text(encoding="utf-8-sig")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in _lines(text)]
     except (OSError, ValueError) as error:
         raise DataError(
             f"{where} cannot be read: {error}",
@@ -215,10 +215,15 @@ def _identifier(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:22]
 
 
+def _lines(text: str) -> list[str]:
+    """Those that hold something; a string of JSON may hold what `splitlines` takes for a line's end (U+2028, say)."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def _kept(answered: Path, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if not answered.is_file():
         return
-    for line in answered.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _lines(answered.read_text(encoding="utf-8", errors="replace")):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # cut off in the middle by the end of that start; it is answered again

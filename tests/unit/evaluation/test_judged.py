@@ -37,7 +37,7 @@ class Parrot:
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write(tmp_path, parrot, questions=CONVERSATIONS, answers=MT_BENCH, name="a.jsonl", seed=5):
@@ -87,6 +87,17 @@ def test_a_killed_start_goes_on_and_gives_the_same(tmp_path):
     ]
     again = Parrot()
     assert write(tmp_path, again)["resumed"] == 3 and not again.asked
+
+
+def test_an_answer_with_any_kind_of_line_break_is_kept(tmp_path):
+    """Only a line feed ends a line of JSON lines."""
+    turns = [f"a{mark}b" for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+    questions = [CONVERSATIONS[0] | {"turns": turns}]
+    write(tmp_path, Parrot(), questions)
+    again = Parrot()
+    assert write(tmp_path, again, questions)["resumed"] == 1 and not again.asked
+    answers = lines(tmp_path / "a.jsonl")[0]["choices"][0]["turns"]
+    assert [answer.partition(": ")[2] for answer in answers] == turns
 
 
 def test_an_answer_to_another_wording_is_not_kept(tmp_path):
@@ -145,6 +156,15 @@ def test_bad_questions(tmp_path, answers, text, message):
         path.write_text(text)
     with pytest.raises(DataError, match=message):
         read_questions(path, answers)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_questions_with_raw_line_separators_blank_lines_and_a_byte_order_mark(tmp_path, encoding):
+    question = {"question_id": 1, "turns": ["one\u2028two\x85three"]}
+    text = json.dumps(question, ensure_ascii=False)
+    (tmp_path / "a").write_text(f"{text}\r\n \t\r\n\n", encoding=encoding, newline="")
+    (tmp_path / "b").write_text(f"[{text}]", encoding=encoding)
+    assert read_questions(tmp_path / "a", MT_BENCH) == read_questions(tmp_path / "b", MT_BENCH) == [question]
 
 
 def test_questions_as_lines_or_as_a_list(tmp_path):
