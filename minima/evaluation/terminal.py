@@ -1,8 +1,9 @@
 """`minima chat`: a conversation in the terminal, or one question a line where the input is a file or a pipe.
 
 What a person sees: the answer as it is written, and notes in brackets; `/help` lists the commands. Ctrl-C ends the
-answer, Ctrl-D the program. In line mode standard output holds the answers alone, each closed by an empty line and
-without one inside it, so that a script can tell them apart; notes go to standard error.
+answer, Ctrl-D the program. In line mode standard output holds the answers alone, each closed by one empty line and
+without one inside it, so that a script can tell them apart: an answer that is empty is the empty line alone. Notes go
+to standard error. Every line that is neither blank nor one of the commands is a question, `/etc/hosts?` too.
 """
 
 import secrets
@@ -17,6 +18,7 @@ HELP = """/reset  forget the conversation (a system message stays)
 /exit   end; Ctrl-D does, too
 /help   show this
 Ctrl-C  end the answer; what was written of it stays in the conversation"""
+_COMMANDS = ("/reset", "/exit", "/quit", "/help")
 Message = dict[str, str]
 _UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # a model may spell out terminal controls
 
@@ -119,7 +121,8 @@ class Conversation:
                     raise
                 interrupted = True
         said = "".join(pieces).strip()
-        self._out.write("\n".join(line for line in said.splitlines() if line.strip()) + "\n\n" if whole else "\n")
+        lines = [f"{line}\n" for line in said.splitlines() if line.strip()] if whole else []
+        self._out.write("".join(lines) + "\n")
         self._out.flush()
         if interrupted:
             self.note("interrupted")
@@ -188,7 +191,7 @@ def answer_lines(conversation: Conversation, lines: TextIO) -> None:
             if not line:
                 return
             text = line.strip()
-            if text.startswith("/"):
+            if text in _COMMANDS:
                 if not conversation.command(text):
                     return
             elif text:

@@ -120,6 +120,21 @@ def test_lines_in_paragraphs_out():
     assert notes == "[a new conversation]\n"
 
 
+def test_an_empty_answer_is_an_empty_line():
+    class Silent(Echo):
+        def _words(self, text):
+            yield "" if "two" in text else text
+
+    assert script(Silent(), "one\ntwo\nthree\n")[0] == "1 one\n\n\n3 three\n\n"
+    assert script(Silent(), "two\ntwo\n", plain=True)[0] == "\n\n"
+
+
+def test_a_line_that_is_no_command_is_a_question():
+    out, notes = script(Echo(), "/etc/hosts?\n/reset\n/resets\n/help\n/quit\nnever asked\n")
+    assert out == "1 /etc/hosts?\n\n1 /resets\n\n"
+    assert "is no command" not in notes
+
+
 def test_lines_end_with_the_input_or_by_command():
     assert script(Echo(), "")[0] == ""
     assert script(Echo(), "one\n/exit\ntwo\n")[0] == "1 one\n\n"
