@@ -81,6 +81,7 @@ def _chat_report(
         "padding_tokens": written["padding_tokens"],
         "padding_share": written["padding_tokens"] / written["tokens"],
         "cut_conversations": sum(s.cut for s in streams),
+        "unanswered_turns": sum(s.unanswered for s in streams),
         f"held_out_{units}": set_aside["units"],
         "held_out_learnt_tokens": set_aside["learnt_tokens"],
         "held_out_padding_tokens": set_aside["padding_tokens"],

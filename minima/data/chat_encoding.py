@@ -24,6 +24,7 @@ class _Unit(NamedTuple):
     characters: int
     first: int
     cut: int = 0
+    unanswered: int = 0
 
 
 class ChatEncoder:
@@ -100,8 +101,8 @@ class ChatEncoder:
                 raise shorter
             chat = shorter
         size = sum(len(text.encode("utf-8")) for role, text in turns if role == ASSISTANT)
-        cut = len(record.turns) - len(turns) + record.left_out
-        return _Unit(chat.ids, _learnt(chat, chat.replies), size, len(chat.text), len(chat.ids), cut)
+        cut, learnt = len(record.turns) - len(turns), _learnt(chat, chat.replies)
+        return _Unit(chat.ids, learnt, size, len(chat.text), len(chat.ids), cut, record.left_out)
 
     def _pair(self, record: Pair, chosen: TokenizedChat, rejected: TokenizedChat) -> _Unit:
         """Both answers, each after the prompt; they fit into one block, or not at all."""
@@ -117,9 +118,9 @@ class ChatEncoder:
     def _columns(self, units: list[_Unit]) -> Encoded:
         ids = [np.empty(0, dtype=self._dtype), *(np.array(unit.ids, dtype=self._dtype) for unit in units)]
         learnt = [np.empty(0, dtype=np.uint8), *(unit.learnt for unit in units)]
-        numbers = [(len(unit.ids), unit.size, unit.characters, unit.first, unit.cut) for unit in units]
-        lengths, sizes, characters, firsts, cut = np.array(numbers, dtype=np.int64).reshape(-1, 5).T
-        return Encoded(np.concatenate(ids), lengths, sizes, characters, np.concatenate(learnt), firsts, cut)
+        numbers = [(len(u.ids), u.size, u.characters, u.first, u.cut, u.unanswered) for u in units]
+        lengths, sizes, characters, *others = np.array(numbers, dtype=np.int64).reshape(-1, 6).T
+        return Encoded(np.concatenate(ids), lengths, sizes, characters, np.concatenate(learnt), *others)
 
 
 def _learnt(chat: TokenizedChat, replies: list[tuple[int, int]]) -> np.ndarray:

@@ -30,7 +30,8 @@ class Encoded(NamedTuple):
         characters: int64 array; of each document's text.
         learnt: uint8 array like `ids`; 1 for what is to be learnt. None for text, of which all is.
         firsts: int64 array; of a pair, the ids of the first answer with its prompt; else all. None for text.
-        cut: int64 array; turns left out at a conversation's end. None for text.
+        cut: int64 array; turns left out at the end of a conversation that is too long. None for text.
+        unanswered: int64 array; turns left out since nobody answers them. None for text.
     """
 
     ids: np.ndarray
@@ -40,6 +41,7 @@ class Encoded(NamedTuple):
     learnt: np.ndarray | None = None
     firsts: np.ndarray | None = None
     cut: np.ndarray | None = None
+    unanswered: np.ndarray | None = None
 
     def part(self, begin: int, end: int) -> "Encoded":
         """Documents `begin` to `end - 1`."""

@@ -70,14 +70,15 @@ class SourceStream:
         passes: whole passes that are over.
         tokens, learnt_tokens, documents, bytes, characters: handed out for training so far, over all passes.
         held_out_documents: handed to `held_out` so far.
-        cut: documents of which turns were left out, in the first pass.
+        cut: conversations that were too long and lost turns at their end, in the first pass.
+        unanswered: turns at the end of conversations that nobody answers and that were left out, in the first pass.
     """
 
     def __init__(self, source: Source, number: int, pool: Pool, held_out: HeldOut, read: Reader = read_source) -> None:
         self.source, self.weight, self._read = source, source.weight or 1.0, read
         self.rejected = Rejected()
         self.passes = self.tokens = self.learnt_tokens = self.documents = self.bytes = self.characters = 0
-        self.held_out_documents = self.cut = 0
+        self.held_out_documents = self.cut = self.unanswered = 0
         self._number, self._pool, self._held_out = number, pool, held_out
         self._pending: deque[Any] = deque()
         self._ready: Encoded | None = None
@@ -112,6 +113,7 @@ class SourceStream:
             for record in rejected:
                 self.rejected.add(*record)
             self.cut += 0 if everything.cut is None else int((everything.cut > 0).sum())
+            self.unanswered += 0 if everything.unanswered is None else int(everything.unanswered.sum())
         self.held_out_documents += int(held_out.sum())
         if not held_out.any():
             return everything, everything.part(0, 0)

@@ -15,15 +15,15 @@ from minima.disk import inside
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
-FORMAT = "minima-part-1"
+FORMAT = "minima-part-2"
 PARTS = "parts"  # the folder of all parts, inside a build_data stage's
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})(\.partial)?")
 
 # Columns of a piece's table, one row a document: where its ids begin in the piece, how many there are, and the other
 # numbers of `Encoded`; whether it is held out; its length before it was encoded, which decides its place in the seeded
 # order; and whether the encoder took it.
-BEGIN, LENGTH, SIZE, CHARACTERS, FIRST, CUT, HELD_OUT, ORDER, TAKEN = range(9)
-COLUMNS = 9
+BEGIN, LENGTH, SIZE, CHARACTERS, FIRST, CUT, UNANSWERED, HELD_OUT, ORDER, TAKEN = range(10)
+COLUMNS = 10
 
 
 class Part(NamedTuple):

@@ -22,6 +22,7 @@ from minima.data.part_files import (
     ORDER,
     SIZE,
     TAKEN,
+    UNANSWERED,
     Part,
     Piece,
     check_file,
@@ -248,7 +249,7 @@ class RecordedParts:
         if some_piece.learnt is not None:
             learnt = [piece.learnt[begin:end] for piece, begin, end in zip(kept, begins, ends, strict=True)]
             columns["learnt"] = np.concatenate([np.empty(0, dtype=np.uint8), *learnt])
-            columns |= {"firsts": table[:, FIRST], "cut": table[:, CUT]}
+            columns |= {"firsts": table[:, FIRST], "cut": table[:, CUT], "unanswered": table[:, UNANSWERED]}
         everything = np.concatenate([np.empty(0, dtype=some_piece.tokens.dtype), *ids])
         return Result(Encoded(ids=everything, **columns), table[:, HELD_OUT] > 0, refused)
 

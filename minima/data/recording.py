@@ -113,7 +113,8 @@ class Waiting:
         assert not refused
         documents = result.documents
         table = np.zeros((len(run.texts), COLUMNS), dtype=np.int64)
-        columns = [documents.lengths, documents.sizes, documents.characters, documents.firsts, documents.cut]
+        columns = [documents.lengths, documents.sizes, documents.characters, documents.firsts, documents.cut,
+                   documents.unanswered]  # fmt: skip
         begins = self._tokens + np.concatenate([[0], np.cumsum(documents.lengths)[:-1]])[: len(documents.lengths)]
         for number, column in enumerate([begins, *columns, result.held_out]):
             if column is not None:

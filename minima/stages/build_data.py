@@ -27,7 +27,8 @@ def run(context: StageContext) -> dict[str, Any]:
         character, bytes per token, `unigram_entropy` of the held-out tokens in nats, seconds (those of all parts
         included), and per source its documents, tokens, share and epochs. Of conversations and pairs also how many
         there are (`conversations` or `pairs`, with `held_out_` in front those set aside), `learnt_tokens`,
-        `padding_tokens`, `padding_share` and `cut_conversations`, and the entropy is that of the tokens to be learnt.
+        `padding_tokens`, `padding_share`, `cut_conversations` (longer than a block) and `unanswered_turns` (left out at
+        a conversation's end), and the entropy is that of the tokens to be learnt.
     """
     stage = context.stage
     assert isinstance(stage, BuildData)

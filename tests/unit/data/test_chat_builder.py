@@ -200,7 +200,8 @@ def test_a_long_conversation_is_cut_where_an_exchange_ends(folder, records, chat
     assert 1 < fitting < 12
     assert loaded.apply_chat_template(whole[: 2 * fitting])["input_ids"] in [ids for ids, _ in documents]
     assert loaded.apply_chat_template(messages_of(1))["input_ids"] in [ids for ids, _ in documents]
-    assert metrics["cut_conversations"] == 2
+    assert metrics["cut_conversations"] == 1
+    assert metrics["unanswered_turns"] == 1
     assert metrics["rejected"] == {"too_long": 1}
     assert metrics["conversations"] == len(documents) == 22
     assert f"{path}:3" in caplog.text

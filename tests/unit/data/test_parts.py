@@ -126,6 +126,16 @@ def test_conversations_and_pairs(tmp_path, stage, byte_level, embedded, length, 
     assert report["rejected"]["too_long"] > 3, "what the encoder refuses is in the report as well"
 
 
+def test_what_conversations_lose_is_counted_alike(tmp_path, stage, jsonl, byte_level):
+    """Five that nobody answers, and three that are too long, of which one is both."""
+    turns = [{"role": ("user", "assistant")[number % 2], "content": f"word {number}"} for number in range(60)]
+    path = jsonl([turns[: 2 + number % 3 * 2] for number in range(40)] + [turns[:3]] * 4 + [turns] * 2 + [turns[:59]],
+                 field="messages")  # fmt: skip
+    chosen = stage({"path": path}, format="conversations", sequence_length=128, held_out_fraction=0.0)
+    report = assert_same(tmp_path, chosen, byte_level, 3)
+    assert (report["unanswered_turns"], report["cut_conversations"], report["conversations"]) == (5, 3, 47)
+
+
 def test_a_tokenizer_that_is_trained_is_the_same_in_every_part(tmp_path, stage, jsonl, addresses):
     rule = TokenizerTraining(vocabulary_size=400, max_characters=50_000)
     chosen = stage({"path": jsonl(addresses)}, tokenizer=rule)
