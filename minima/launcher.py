@@ -182,8 +182,14 @@ def cleaned_environment() -> dict[str, str]:
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
-    environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
+    environment["PATH"] = _own_programs_first(environment)
     return environment
+
+
+def _own_programs_first(environment: Mapping[str, str]) -> str:
+    """The PATH with this Python's programs before others: two versions of ninja would build every op anew in turns."""
+    own, path = str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)
+    return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
 
 
 def child_environment(ranks: int, *, terminal_columns: int = 0) -> dict[str, str]:
@@ -267,6 +273,7 @@ def export_launch(launch: Launch) -> None:
     }
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits only with a fixed buffer
     if sys.prefix != sys.base_prefix:
+        os.environ["PATH"] = _own_programs_first(os.environ)
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 

@@ -38,8 +38,10 @@ def main() -> int:
 def build(name: str, builder: Any, without: str) -> None:
     """Build one op, and say what became of it."""
     began = time.monotonic()
+    from minima.engine.ops import load_op
+
     try:
-        builder.load(verbose=False)
+        load_op(builder)
     except (RuntimeError, OSError, ImportError) as error:
         sys.stdout.write(f"the CPU op for {name} could not be built, so {without}: {error}\n")
         return

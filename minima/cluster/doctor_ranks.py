@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from minima.cluster.doctor_machine import Finding, guarded
 from minima.engine import distributed
+from minima.engine.ops import load_op
 from minima.launcher import Launch, node_name
 from minima.stages.manifest import NFS_SECONDS, look_again
 
@@ -125,7 +126,7 @@ def _ops(launch: Launch) -> Finding:
     from deepspeed.accelerator import get_accelerator
 
     try:
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+        load_op(get_accelerator().create_op_builder("ShareMemCommBuilder"))
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         said = " ".join(str(error).split())[:160]
         do = "install g++, Python's headers and ninja; without it gloo carries everything, more slowly"

@@ -3,14 +3,11 @@
 import dataclasses
 import datetime
 import logging
-import os
 import socket
 import subprocess
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -18,14 +15,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch.utils.cpp_extension import _get_build_directory
 
 from minima.errors import MinimaError
 from minima.launcher import Launch, export_launch
 
+from .ops import load_op
+
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
-_LONGEST_BUILD_SECONDS = 900  # of an op: two minutes on one slow core
 logger = logging.getLogger("minima.distributed")
 _alone = False
 _joined: Launch | None = None
@@ -68,32 +65,11 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
 def _build_or_do_without() -> None:
     """Without a compiler, gloo carries everything: DeepSpeed would end here for want of its shared-memory op."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    _look_at_lock(builder.name)
     try:
-        builder.load(verbose=False)  # a second where it is built already, as `make install` does
+        load_op(builder)  # a second where it is built already, as `make install` does
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False
         logger.warning("DeepSpeed's shared-memory op cannot be built, so all goes through gloo, more slowly: %s", error)
-
-
-def _look_at_lock(name: str) -> None:
-    """A build waits for another one as long as its lock lies there, and one that was killed leaves it for ever."""
-    try:
-        lock = Path(_get_build_directory(name, verbose=False)) / "lock"
-        age_seconds = time.time() - lock.stat().st_mtime
-    except OSError:  # there is none
-        return
-    if age_seconds > _LONGEST_BUILD_SECONDS:
-        logger.warning("%s is %.0f minutes old, so its build was killed: removed", lock, age_seconds / 60)
-        taken = lock.with_name(f"lock.{os.getpid()}")
-        with suppress(OSError):  # another rank has taken it
-            lock.rename(taken)
-            if time.time() - taken.stat().st_mtime > _LONGEST_BUILD_SECONDS:
-                taken.unlink()
-            else:  # a new one, of a rank that builds already
-                taken.rename(lock)
-    else:
-        logger.warning("DeepSpeed's op %s is being built by another process, which is waited for (%s)", name, lock)
 
 
 def stop() -> None:
