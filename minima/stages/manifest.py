@@ -63,12 +63,31 @@ def read_manifest(folder: Path, name: str = FINISHED) -> dict[str, Any]:
     """
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise StageError(
-            f"{folder / name} cannot be read ({error})",
-            "it says what the folder holds and what it was made from",
-            f"remove the folder {folder} to make it again",
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_made(folder, name) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, name, error) from None
+
+
+def _not_made(folder: Path, name: str) -> StageError:
+    keeps = f"; it goes on from what {folder} holds" if folder.is_dir() else ""
+    return StageError(
+        f"stage {folder.name!r} is not {'finished' if name == FINISHED else 'begun'}: {folder / name} is not there",
+        "what reads the stage would start without it",
+        f"run it first (minima run RECIPE --stages {folder.name}){keeps}",
+    )
+
+
+def _unreadable(folder: Path, name: str, error: OSError | ValueError) -> StageError:
+    do = f"remove this one file and run the stage again: it goes on from what else {folder} holds"
+    if isinstance(error, OSError):
+        do = "see to it that you may read it and that its disk answers"
+    elif name == STARTED:  # without it nobody knows whether what lies there is what the recipe asks for
+        saved = ", and the checkpoints in it are lost" if (folder / "checkpoints").is_dir() else ""
+        do = f"put a copy of it back; or remove the folder {folder}: the stage begins again{saved}"
+    return StageError(
+        f"{folder / name} cannot be read ({error})", "it says what the folder holds and what it was made from", do
+    )
 
 
 def write_started(folder: Path, description: dict[str, Any]) -> None:

@@ -184,7 +184,7 @@ def test_other_finished_stages_are_not_asked_for(run):
 
 
 def test_an_input_that_is_not_there_is_an_error_where_nothing_is_planned(run):
-    with pytest.raises(StageError, match="cannot be read"):
+    with pytest.raises(StageError, match="stage 'corpus' is not finished"):
         description(run, "teacher")
 
 

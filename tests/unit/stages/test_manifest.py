@@ -21,10 +21,44 @@ from minima.stages.manifest import (
 DESCRIPTION = {"stage": {"name": "a"}, "inputs": {}, "identity": "x"}
 
 
-def test_a_torn_manifest_is_refused_with_its_path(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"stage": ')
-    with pytest.raises(StageError, match=r"/manifest\.json cannot be read"):
+@pytest.mark.parametrize("content", [b'{"stage": ', b"\xff\xfe"])
+def test_a_torn_manifest_is_refused_with_its_path(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(StageError, match=r"/manifest\.json cannot be read") as refused:
         read_manifest(tmp_path)
+    assert "remove this one file" in refused.value.do and "remove the folder" not in refused.value.do
+
+
+def test_a_stage_that_was_interrupted_is_to_be_run_and_not_removed(tmp_path):
+    folder = tmp_path / "teacher"
+    for name, state in (("manifest.json", "finished"), (STARTED, "begun")):
+        with pytest.raises(StageError, match=f"stage 'teacher' is not {state}") as refused:
+            read_manifest(folder, name)
+        assert refused.value.do == "run it first (minima run RECIPE --stages teacher)"
+    (folder / "checkpoints" / "step-00000005").mkdir(parents=True)
+    write_started(folder, DESCRIPTION)
+    with pytest.raises(StageError, match="stage 'teacher' is not finished") as refused:
+        read_manifest(folder)
+    assert refused.value.do.endswith(f"; it goes on from what {folder} holds") and "remove" not in str(refused.value)
+
+
+def test_who_is_told_to_remove_a_folder_hears_of_its_checkpoints(tmp_path):
+    (tmp_path / STARTED).write_text("{")
+    with pytest.raises(StageError, match=r"remove the folder .*: the stage begins again$"):
+        read_manifest(tmp_path, STARTED)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(StageError, match=r"put a copy of it back; .*, and the checkpoints in it are lost$"):
+        read_manifest(tmp_path, STARTED)
+
+
+def test_a_manifest_on_a_disk_that_does_not_answer_is_no_reason_to_remove_anything(tmp_path, monkeypatch):
+    def read_text(path, encoding):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(manifest.Path, "read_text", read_text)
+    with pytest.raises(StageError, match=r"cannot be read \(.*Permission denied") as refused:
+        read_manifest(tmp_path)
+    assert "remove" not in refused.value.do
 
 
 def test_json_is_there_whole_or_not_at_all(tmp_path):
