@@ -169,7 +169,7 @@ def test_a_rank_finds_this_environment_s_programs_first_as_the_driver_s_children
     # Else two versions of ninja, each of which builds DeepSpeed's ops anew after the other.
     code = (
         "import os; from minima.launcher import *; launch = Launch(0, 1, 0, 1, 'h', 9); export_launch(launch);"
-        "export_launch(launch); print(os.environ['PATH'], child_environment(1)['PATH'], sep='\n')"
+        "export_launch(launch); print(os.environ['PATH'], child_environment(1)['PATH'], sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], env={"PATH": "/usr/bin"}, capture_output=True, text=True)
     own = f"{Path(sys.prefix) / 'bin'}:/usr/bin"
