@@ -13,9 +13,12 @@ from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
 from minima.models.weights import WeightSource
 from minima.planning.placement import Choice
+from minima.recipe.base import ModelInput
 from minima.recipe.distillation import Distil, Teacher
 from minima.stages.context import StageContext
 from minima.stages.digests import digest
+from minima.stages.hub import kept_commit
+from minima.stages.manifest import STARTED, read_manifest
 from minima.stages.origin import check_fit, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
@@ -60,12 +63,28 @@ def run(context: StageContext) -> dict[str, Any]:
             stage,
             objective,
             shape.forward_flops_per_token,
-            {"teacher": teacher.identity},
+            _teacher_facts(context, stage.teacher, teacher.identity),
             teacher=(stage.teacher, shape),
         )
     finally:
         for host in hosts:
             host.close()
+
+
+def _teacher_facts(context: StageContext, teacher: ModelInput, identity: str) -> dict[str, Any]:
+    """What checkpoints say of the teacher: its name; its hash, as `started.json` has it; its commit on the Hub.
+
+    On rank 0, whose facts are taken; another node may not see these files yet. Random weights have a name alone.
+    """
+    facts = {"teacher": identity}
+    if teacher.source is None or context.launch.rank:
+        return facts
+    started = read_manifest(context.folder, STARTED) if (context.folder / STARTED).is_file() else {}
+    found = {
+        "teacher_hash": started.get("inputs", {}).get(f"teacher ({teacher.source})"),
+        "teacher_revision": kept_commit(teacher.source, teacher.revision, context.run_folder),
+    }
+    return facts | {name: value for name, value in found.items() if value is not None}
 
 
 def _host(context: StageContext, stage: Distil, source: WeightSource, choice: Choice, documents: bool) -> FrozenHost:

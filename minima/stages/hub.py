@@ -29,8 +29,8 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    path, key = run_folder / COMMITS, f"{name}@{revision or 'default'}"
-    commits = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path, key = run_folder / COMMITS, _key(name, revision)
+    commits = _commits(run_folder)
     try:
         patterns = [*_PATTERNS, *(["*.safetensors"] if weights else [])]
         folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=patterns))
@@ -44,3 +44,23 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
     if keep and key not in commits:
         write_json(path, commits | {key: folder.name})  # the cache calls a snapshot's folder by its commit
     return folder
+
+
+def kept_commit(name: str, revision: str | None, run_folder: Path) -> str | None:
+    """The commit of a Hub model that a run took; None where it has taken none.
+
+    Args:
+        name: Hub id.
+        revision: branch, tag or commit, as the recipe has it.
+        run_folder: keeps the commits.
+    """
+    return _commits(run_folder).get(_key(name, revision))
+
+
+def _key(name: str, revision: str | None) -> str:
+    return f"{name}@{revision or 'default'}"
+
+
+def _commits(run_folder: Path) -> dict[str, str]:
+    path = run_folder / COMMITS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
