@@ -50,7 +50,8 @@ class ModelShape(BaseModel):
         num_layers: decoder layers.
         num_heads: query heads of one layer.
         num_key_value_heads: key-value heads of one layer; `num_heads` when not given (multi-head attention).
-        head_size: width of one head; `hidden_size / num_heads` when not given.
+        head_size: width of one head; `hidden_size / num_heads` when not given. Even where rotary embeddings turn all
+            of it.
         max_positions: the longest sequence, in tokens, that the model is made for.
         tied: whether the output head is the embedding.
         norm_epsilon: the epsilon of every norm.
@@ -64,7 +65,7 @@ class ModelShape(BaseModel):
     vocabulary_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
-    num_layers: int = Field(ge=0)
+    num_layers: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, validate_default=True)
     head_size: int = Field(default=0, ge=0)
@@ -93,6 +94,13 @@ class ModelShape(BaseModel):
             )
         if not self.head_size:
             set_field(self, "head_size", self.hidden_size // self.num_heads)
+        # A GPT-NeoX turns a part of each head, rounded up to pairs, and a GPT-2 nothing.
+        if self.family not in ("gpt_neox", "gpt2") and (self.head_size % 2 or not self.head_size):
+            raise ShapeError(
+                f"heads of width {self.head_size}",
+                f"the rotary embedding of a stock {self.family} turns the dimensions of a head in pairs",
+                "choose head_size, or hidden_size / num_heads where it is not given, as an even number",
+            )
         fills_width = self.head_size * self.num_heads == self.hidden_size
         if self.family in ("gpt_neox", "gpt2") and not (fills_width and self.num_key_value_heads == self.num_heads):
             raise ShapeError(

@@ -61,12 +61,29 @@ def test_the_papers_models():
         {"num_key_value_heads": 3},
         {"family": "gpt2", "num_key_value_heads": 2},
         {"family": "gpt_neox", "head_size": 8},
+        {"head_size": 7},
+        {"hidden_size": 54, "num_heads": 6},
+        {"family": "qwen3", "hidden_size": 12, "num_heads": 16},
     ],
 )
 def test_what_stock_configurations_refuse_is_refused(wrong):
     with pytest.raises(ValueError, match="heads") as caught:
         ModelShape(**(SMALL | wrong))
     assert isinstance(caught.value.errors()[0]["ctx"]["error"], ShapeError)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_odd_heads_are_no_mistake_where_not_all_of_a_head_is_turned(family):
+    shape = ModelShape(family=family, **(SMALL | {"hidden_size": 54, "num_heads": 6}))
+    model = build_empty(shape.to_config())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    assert model(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
+
+
+def test_a_model_has_layers():
+    with pytest.raises(ValueError, match="num_layers"):
+        ModelShape(**(SMALL | {"num_layers": 0}))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama", "vocab_size": 9}', '{"model_type": "gpt2"}'])
