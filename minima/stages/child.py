@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from minima.launcher import ranks_of_session, runs_in_session, slurm_job
+from minima.stages.run_folder import access_named
 from minima.stages.running import ERROR, HEADER
 
 # A stage's name alone: what a model or a file says must not choose where a log goes.
@@ -27,10 +28,11 @@ class Log:
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._rest = folder, b""
         self.error: str | None = None
-        self._file = self._open(stage)
+        with access_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._open(stage)
 
     def _open(self, stage: str):
         return open(self._folder / f"{stage}.log", "ab", buffering=0)  # a resumed stage goes on in its old log

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minima.errors import StageError
 from minima.launcher import slurm_job
+from minima.stages.run_folder import access_named
 
 _POLL_SECONDS = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks: Lustre mounted with noflock
@@ -35,10 +36,11 @@ def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
         The file descriptor to hand to a launcher (`pass_fds`).
 
     Raises:
-        StageError: another run holds it; the message names host, process and start time.
+        StageError: another run holds it; the message names host, process and start time. Or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with access_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take(descriptor, folder, wait_seconds)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}

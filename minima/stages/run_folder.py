@@ -1,15 +1,37 @@
 """A run's folder belongs to one recipe."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minima.disk import disk_full_named
 from minima.errors import StageError
 
 _OWN = ("lock", "logs", "cluster", "cells")  # what may lie in a folder before its recipe does
+
+
+@contextmanager
+def access_named(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses of a run's folder into an error that says what to do.
+
+    Raises:
+        StageError: the folder, or a file in it, cannot be made, looked at or written.
+        DiskFull: there is no space for it.
+    """
+    try:
+        with disk_full_named(folder):
+            yield
+    except OSError as error:
+        raise StageError(
+            f"the folder {folder} cannot be used ({error})",
+            "a run keeps its lock, its logs and its stages in its folder",
+            "see to it that every folder on that path is one, and that you may write there; or take another with "
+            "output=PATH",
+        ) from error
 
 
 def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: str) -> None:
@@ -25,10 +47,11 @@ def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: s
         StageError: the folder belongs to another recipe, or holds something else.
     """
     check_run_folder(folder, name, stages)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".recipe.yaml.{os.getpid()}"
-    temporary.write_text(resolved, encoding="utf-8")
-    os.replace(temporary, folder / "recipe.yaml")
+    with access_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".recipe.yaml.{os.getpid()}"
+        temporary.write_text(resolved, encoding="utf-8")
+        os.replace(temporary, folder / "recipe.yaml")
 
 
 def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:
@@ -37,12 +60,14 @@ def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:
     A recipe may gain and lose stages; another name, or no stage in common, makes it another recipe.
 
     Raises:
-        StageError: the folder belongs to another recipe, or holds something else.
+        StageError: the folder belongs to another recipe, holds something else, or cannot be looked at.
     """
     do = f"take another folder with output=PATH, or move {folder} away"
-    if folder.exists() and not folder.is_dir():
-        raise StageError(f"the output {folder} is a file", "a run's stages are folders inside its folder", do)
-    if not folder.is_dir() or not (set(os.listdir(folder)) - {*_OWN, ".recipe.yaml"}):
+    with access_named(folder):
+        if folder.exists() and not folder.is_dir():
+            raise StageError(f"the output {folder} is a file", "a run's stages are folders inside its folder", do)
+        held = set(os.listdir(folder)) if folder.is_dir() else set()
+    if not held - {*_OWN, ".recipe.yaml"}:
         return
     try:
         kept: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from minima.stages.manifest import (
     write_manifest,
     write_started,
 )
-from minima.stages.run_folder import check_run_folder, claim_run_folder
+from minima.stages.run_folder import access_named, check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
 ERROR = "minima: "  # begins the line that tells a user's mistake
@@ -160,8 +160,9 @@ def _begin(module, context: StageContext, write) -> None:
                 description = describe(context.recipe, context.stage, context.run_folder)
                 check_unchanged(description, context.folder)
                 write(f"{HEADER}{context.stage.name} ({context.stage.kind})")
-                context.folder.mkdir(parents=True, exist_ok=True)
-                write_started(context.folder, description)
+                with access_named(context.folder):
+                    context.folder.mkdir(parents=True, exist_ok=True)
+                    write_started(context.folder, description)
         except MinimaError as error:
             refusal = error
     if module.RANKS:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from minima.errors import StageError
+from minima.errors import DiskFull, StageError
+from minima.stages import lock
 from minima.stages.lock import run_lock
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom minima.stages.lock import run_lock\n"
@@ -95,3 +97,24 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fcntl, "flock", refuse)
     with run_lock(tmp_path):
         assert "keeps no locks" in caplog.text
+
+
+@pytest.mark.parametrize("output", ["small.yaml/x", "small.yaml", "/proc/x"])
+def test_a_folder_that_cannot_be_made_is_a_mistake_to_mend(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").touch()
+    with pytest.raises(StageError, match=rf"the folder {output} cannot be used \(.*{output}") as refused:
+        run_lock(Path(output)).__enter__()
+    assert "output=PATH" in refused.value.do
+
+
+def test_a_folder_that_is_somebody_elses_and_one_on_a_full_disk(tmp_path, monkeypatch):
+    for number, kind in ((errno.EACCES, StageError), (errno.EROFS, StageError), (errno.ENOSPC, DiskFull)):
+
+        def refuse(*given, number=number):
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lock.os, "open", refuse)
+            with pytest.raises(kind, match=os.strerror(number)):
+                run_lock(tmp_path).__enter__()

@@ -230,6 +230,28 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_an_output_that_cannot_be_made_starts_nothing(run, tmp_path, monkeypatch):
+    with pytest.raises(StageError, match=r"the folder tiny\.yaml/x cannot be used \(.*Not a directory"):
+        run("output=tiny.yaml/x")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        with pytest.raises(StageError, match=r"the folder out cannot be used \(.*Permission denied"):
+            run()
+    assert not calls(tmp_path)
+
+
+def test_logs_that_cannot_be_written_are_a_mistake_to_mend(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "logs").touch()
+    with pytest.raises(StageError, match="the folder out/logs cannot be used"):
+        run()
+
+
 def test_ranks_and_launcher_are_checked(run, monkeypatch):
     with pytest.raises(RecipeError, match="batch_sequences 8 does not divide by 3 ranks"):
         run("ranks=3")

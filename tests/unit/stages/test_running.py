@@ -8,7 +8,7 @@ import pytest
 
 from minima.errors import DataError, DiskFull, StageError
 from minima.launcher import Launch
-from minima.recipe.loading import load_recipe
+from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import running
 from minima.stages.manifest import is_finished, read_manifest, write_json
 
@@ -103,6 +103,14 @@ def test_a_full_disk_is_named_wherever_it_is_met(recipe, kind, tmp_path, monkeyp
             with pytest.raises(DiskFull, match="No space left"):
                 go(recipe, tmp_path)
     go(recipe, tmp_path)
+
+
+def test_a_stage_folder_that_cannot_be_made_is_a_mistake_to_mend(recipe, kind, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text(resolved_yaml(recipe))
+    (tmp_path / "out" / "a").touch()
+    with pytest.raises(StageError, match="the folder out/a cannot be used"):
+        go(recipe, tmp_path)
 
 
 class Group:
