@@ -83,7 +83,7 @@ def _bench(options: argparse.Namespace) -> int:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row["status"] == "failed" for row in found["rows"]) else 0
+    return 1 if any(row["status"] == "failed" or row.get("failed_turns") for row in found["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Weights, batches and engines of the rows: minima's own, and the plain DeepSpeed engines of the others."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,12 +15,15 @@ from minima.engine.layers import prepare_layers
 from minima.engine.sharded import build_sharded
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
+from minima.engine.teacher.zero3 import check_nvme
+from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.models.stock import parameter_shapes
 from minima.recipe.distillation import Teacher
 from minima.recipe.training import Training
 from minima.stages.shipped import shipped_folder
 
+from .losses import Missing
 from .profiles import Profile, Row
 
 LEARNING_RATE = 1e-6  # so small that every row's model stays the one it began as
@@ -61,7 +65,7 @@ def make_batches(profile: Profile, row: Row, device: torch.device, step: int, sh
 
     Args:
         step: counted from 0.
-        short: one sequence of few tokens each, to warm up with.
+        short: one sequence of few tokens each, where their number does not matter.
     """
     sequences, tokens = (1, min(128, profile.sequence_tokens)) if short else (row.micro_batch, profile.sequence_tokens)
     generator = torch.Generator().manual_seed(1000 * step + distributed.rank())
@@ -95,15 +99,28 @@ def minima_student(profile: Profile, row: Row) -> Student:
     return Student(TiledSource(profile.student, seed=1), config, training)
 
 
-def minima_teacher(profile: Profile, row: Row) -> FrozenHost:
-    """minima's frozen model, where the row says that it lives."""
+def minima_teacher(profile: Profile, row: Row, nvme_path: Path | None) -> FrozenHost:
+    """minima's frozen model, where the row says that it lives.
+
+    Args:
+        nvme_path: this rank's folder for shards on NVMe.
+
+    Raises:
+        Missing: shards on NVMe cannot be read here.
+    """
     training = settings(profile, row)
+    if nvme_path is not None:
+        try:
+            check_nvme()
+        except RecipeError as error:
+            raise Missing(str(error)) from error
     config = frozen_config(
         shipped_folder("ds_configs") / Teacher.shipped_json(row.placement, row.offload),
         precision=row.precision,
         micro_batch_sequences=row.micro_batch,
         placement=row.placement,
         offload=row.offload,
+        nvme_path=nvme_path,
     )
     return FrozenHost(
         TiledSource(profile.teacher, seed=2),
@@ -117,7 +134,7 @@ def minima_teacher(profile: Profile, row: Row) -> FrozenHost:
 
 
 def peer_config(profile: Profile, row: Row) -> dict[str, Any]:
-    """A DeepSpeed configuration as users write it, with the sharding of minima's student and DeepSpeed's defaults."""
+    """The DeepSpeed configuration of minima's student, buckets and all, but for what is no user's and no default's."""
     training = settings(profile, row)
     config = training_config(shipped_folder("ds_configs") / training.deepspeed, training, distributed.world_size())
     # Float32 accumulation and communication, and no timer that waits for the device, are minima's choice, no default.

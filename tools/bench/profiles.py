@@ -1,5 +1,6 @@
 """What is measured: shapes, rows and repeats of each profile. No torch here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from minima.models.shape import ModelShape
@@ -65,7 +66,6 @@ class Profile:
         loss_repeats: timed passes of the loss alone in each turn.
         activation_checkpointing: of every row's student.
         kernels: of minima's own rows in group `b`, and of group `window`.
-        short_warm_up: warm up with a few tokens (enough on a CPU) and not with a whole step.
         ceiling_width: rows and columns of the matmul that is the ceiling; 64 times its square is copied, in bytes.
         micro_batches_to_try: sequences that a row with `micro_batch` 0 tries, smallest first.
         shared_process: all rows in one process group, one turn: the fast check of the program, not a measurement.
@@ -84,7 +84,6 @@ class Profile:
     loss_repeats: int = 3
     activation_checkpointing: str = "none"
     kernels: str = "stock"
-    short_warm_up: bool = False
     ceiling_width: int = 2048
     micro_batches_to_try: tuple[int, ...] = ()
     shared_process: bool = False
@@ -100,11 +99,17 @@ LOSSES = ("minima", "dense", "trl", "trl_chunked", "liger")
 TOOLS = ("original", "trl", "liger")
 
 
-def _windows(window: int, **fields) -> tuple[Row, ...]:
-    """With and without a window, for shards on the device and in the host's memory."""
-    rows = [Row("window", "minima", micro_batch=1, micro_batches=window, **fields)]
-    rows += [replace(rows[0], window=window)]
-    return (*rows, *(replace(row, offload="cpu") for row in rows))
+# Where a window saves something: between ranks, within a machine, from the host's memory, from a disk.
+PLACES: tuple[tuple[Placement, Offload], ...] = (
+    ("zero3", "none"), ("zero3_node", "none"), ("zero3", "cpu"), ("zero3", "nvme"),
+)  # fmt: skip
+
+
+def _windows(window: int, places: Sequence[tuple[Placement, Offload]], **fields) -> tuple[Row, ...]:
+    """With and without a window, for each place."""
+    plain = Row("window", "minima", micro_batches=window, **fields)
+    rows = (replace(plain, placement=placement, offload=offload) for placement, offload in places)
+    return tuple(one for row in rows for one in (row, replace(row, window=window)))
 
 
 def _rows(precision: str, micro_batch: int, largest: int, **fields) -> tuple[Row, ...]:
@@ -140,16 +145,14 @@ _CPU = Profile(
     sequence_tokens=1024,
     loss_tokens=4096,
     loss_precision="float32",
-    steps=3,  # the first is slower than the others: its pages are new
     loss_repeats=2,
-    short_warm_up=True,
     rows=(
         *_more_turns(3, _rows("float32", 4, 4), ("a:minima", "b:original")),
         Row("b", "minima_compiled", turns=2),
         Row("b", "original_recomputing", turns=1),
         Row("a", "minima", "bfloat16", turns=1),
         Row("b", "original", "bfloat16", turns=1),
-        *_windows(4, turns=1),
+        *_windows(4, PLACES, micro_batch=1, turns=1),
     ),
 )
 
@@ -172,7 +175,7 @@ _TINY = replace(
     shared_process=True,
     rows=(
         *(row for row in _rows("float32", 2, 0, turns=1) if row.name not in ("a:trl", "a:trl_chunked")),
-        *_windows(2, turns=1),
+        *_windows(2, (PLACES[0], PLACES[2]), micro_batch=1, turns=1),
     ),
 )
 
@@ -206,14 +209,14 @@ _GPU_SMALL = replace(
     sequence_tokens=2048,
     activation_checkpointing="none",
     micro_batches_to_try=(1, 2, 4, 8, 16, 32),
-    rows=(*_rows("bfloat16", 4, 0, placement="replica"), *_windows(8, precision="bfloat16")),
+    rows=(*_rows("bfloat16", 4, 0, placement="replica"), *_windows(8, PLACES[2:], micro_batch=1, precision="bfloat16")),
 )
 
 _GPU_OFFLOAD = replace(
     _GPU,
     name="gpu-7b-3b-offload",
     steps=2,
-    rows=tuple(replace(row, micro_batch=2) for row in _windows(8, precision="bfloat16") if row.offload == "cpu"),
+    rows=_windows(8, (PLACES[2],), micro_batch=2, precision="bfloat16"),
 )
 
 PROFILES = {profile.name: profile for profile in (_CPU, _TINY, _GPU_SMALL, _GPU, _GPU_OFFLOAD)}

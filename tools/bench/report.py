@@ -38,7 +38,8 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
     """One row of the result, from what its turns found.
 
     Times are pooled over the turns. The spread is half the range of the turns' medians over the median of all: how far
-    the same row differs between process groups; with one turn, half the range of its steps.
+    the same row differs between process groups; with one turn, half the range of its steps; None of a single time. A
+    turn that failed beside others that did not is counted in `failed_turns`.
     """
     described = {
         "name": row.name,
@@ -59,12 +60,13 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
     tokens_per_second = measured[0]["tokens"] / middle
     described |= {
         "status": "measured",
+        "failed_turns": sum(turn["status"] == "failed" for turn in turns),
         "tokens_per_step": measured[0]["tokens"],
         "seconds": [round(one, 4) for one in seconds],
         "median_seconds": middle,
         # Of rank 0: on a machine with other work these still compare, where the clock does not.
         "median_processor_seconds": statistics.median(one for turn in measured for one in turn["processor_seconds"]),
-        "spread": (max(medians) - min(medians)) / 2 / middle,
+        "spread": (max(medians) - min(medians)) / 2 / middle if len(medians) > 1 else None,
         "tokens_per_second": tokens_per_second,
         "loss": measured[-1]["loss"],
         "idle_bytes": max(turn["idle_bytes"] for turn in measured),
@@ -84,9 +86,10 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """minima against the original, in the profile's own precision: speed as ours over theirs, and so memory.
 
-    None where one of the two was not measured.
+    None where one of the two was not measured. minima as shipped is `b:minima`, or `a:minima` in a profile where that
+    is the same step.
     """
-    step = _pick(rows, "b", "minima") or _pick(rows, "a", "minima")
+    step = _pick(rows, _group_of_ours(rows), "minima")
     original = _pick(rows, "b", "original")
     ours, dense = _pick(rows, "loss", "minima"), _pick(rows, "loss", "dense")
     return {
@@ -103,16 +106,17 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         if row["group"] not in ("a", "b", "loss") or row["what"] == "minima":
             continue
-        group = row["group"] if row["group"] != "b" or _pick(rows, "b", "minima") else "a"
+        group = _group_of_ours(rows) if row["group"] == "b" else row["group"]
         ours = _pick(rows, group, "minima", row["precision"])
         speed = _over(ours, row, "tokens_per_second")
         memory = _over(ours, row, "peak_above_idle_bytes")
         if ours is not None and speed is not None:
-            # Two medians, each uncertain by its spread.
-            uncertain = ours["spread"] + row["spread"]
+            # Two medians, each uncertain by its spread; where one is a single time nothing is known of that.
+            spreads = (ours["spread"], row["spread"])
+            uncertain = None if None in spreads else sum(spreads)
             found.append(
                 {"against": row["name"], "speed": speed, "memory": memory, "uncertainty": uncertain,
-                 "no_slower_beyond_spread": speed >= 1 - uncertain}
+                 "no_slower_beyond_spread": None if uncertain is None else speed >= 1 - uncertain}
             )  # fmt: skip
     for row in rows:
         if row["group"] == "window" and row.get("window_micro_batches", 1) > 1:
@@ -125,8 +129,17 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             speed = _over(row, same[0], "tokens_per_second") if same else None
             if speed is not None:
                 moved = _over(row, same[0], "collective_bytes_per_step")
-                found.append({"against": same[0]["name"], "with": row["name"], "speed": speed, "bytes": moved})
+                copied = _over(row, same[0], "host_to_device_bytes_per_step")
+                found.append(
+                    {"against": same[0]["name"], "with": row["name"], "speed": speed, "collective_bytes": moved,
+                     "host_to_device_bytes": copied}
+                )  # fmt: skip
     return found
+
+
+def _group_of_ours(rows: Sequence[dict[str, Any]]) -> str:
+    """Where minima as shipped stands: a row of group b that was not measured is not replaced by one of group a."""
+    return "b" if any((row["group"], row["what"]) == ("b", "minima") for row in rows) else "a"
 
 
 def _pick(rows: Sequence[dict[str, Any]], group: str, what: str, precision: str | None = None) -> dict[str, Any] | None:
@@ -208,31 +221,38 @@ def _processor() -> str:
 def table(found: dict[str, Any]) -> str:
     """The result for a person; Markdown, so that it can be kept."""
     heads = ("row", "micro-batches", "tokens/s", "spread", "processor s", "model FLOP/s", "of ceiling")
-    heads += ("peak above idle", "collectives", "loss")
+    heads += ("peak above idle", "collectives", "from host", "loss")
     lines = [f"| {' | '.join(heads)} |", "|--" * len(heads) + "|"]
     for row in found["rows"]:
         if row["status"] != "measured":
-            lines.append(f"| {row['name']} | {row['status']}: {row['reason']} | | | | | | | | |")
+            lines.append(f"| {row['name']} | {row['status']}: {row['reason']} | | | | | | | | | |")
             continue
         batch = f"{row['micro_batches']} of {row['micro_batch']}" if "micro_batch" in row else ""
         rate = f"{row['model_flops_per_second'] / 1e9:,.1f} G" if "model_flops_per_second" in row else ""
         share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
-        received = row.get("collective_bytes_per_step")
-        moved = "-" if received is None else f"{received / 1e6:,.0f} MB"
-        spread = f"{row['spread']:.1%}" if len(row["seconds"]) > 1 else "-"  # one says nothing of another
+        moved = _megabytes(row.get("collective_bytes_per_step"))
+        copied = _megabytes(row.get("host_to_device_bytes_per_step"))
+        spread = "-" if row["spread"] is None else f"{row['spread']:.1%}"
         lines.append(
             f"| {row['name']} | {batch} | {row['tokens_per_second']:,.0f} | {spread} "
             f"| {row['median_processor_seconds']:.2f} | {rate} | {share} "
-            f"| {row['peak_above_idle_bytes'] / 1e9:.2f} GB | {moved} | {row['loss']:.4f} |"
+            f"| {row['peak_above_idle_bytes'] / 1e9:.2f} GB | {moved} | {copied} | {row['loss']:.4f} |"
         )
     lines += ["", "minima over the other:"]
     for one in found["comparisons"]:
         if "memory" in one:
             memory = "" if one["memory"] is None else f", memory {one['memory']:.2f}"
-            lines.append(f"- {one['against']}: speed {one['speed']:.2f} ± {one['uncertainty']:.2f}{memory}")
+            uncertain = "" if one["uncertainty"] is None else f" ± {one['uncertainty']:.2f}"
+            lines.append(f"- {one['against']}: speed {one['speed']:.2f}{uncertain}{memory}")
         else:
-            moved = "" if one["bytes"] is None else f", collectives' bytes {one['bytes']:.3f}"
-            lines.append(f"- {one['with']} over {one['against']}: speed {one['speed']:.2f}{moved}")
+            moved = (
+                (one["collective_bytes"], "collectives' bytes"),
+                (one["host_to_device_bytes"], "bytes from the host"),
+            )
+            shown = "".join(f", {what} {share:.3f}" for share, what in moved if share is not None)
+            lines.append(f"- {one['with']} over {one['against']}: speed {one['speed']:.2f}{shown}")
+    failed = [f"{row['name']} ({row['failed_turns']})" for row in found["rows"] if row.get("failed_turns")]
+    lines += ["", f"turns that failed: {', '.join(failed)}"] if failed else []
     lines += ["", "ratios: " + ", ".join(f"{name} {_shown(value)}" for name, value in found["ratios"].items())]
     return "\n".join(lines)
 
@@ -243,6 +263,10 @@ def into_page(page: str, profile: str, shown: str) -> str:
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     return f"{before}{begin}\n{shown}\n{end}{after}" if found and closed else page
+
+
+def _megabytes(amount: float | None) -> str:
+    return "-" if amount is None else f"{amount / 1e6:,.0f} MB"
 
 
 def _shown(value: float | None) -> str:

@@ -96,15 +96,20 @@ def _wait(processes: list[subprocess.Popen], timeout: float) -> bool:
                 process.wait()
 
 
-def largest_that_fits(row: Row, sizes: tuple[int, ...], attempt: Callable[[Row], Found]) -> Row | None:
-    """The row at the largest micro-batch that fits, by trying them from the smallest; None where none does."""
-    fitting = None
+def largest_that_fits(row: Row, sizes: tuple[int, ...], attempt: Callable[[Row], Found]) -> tuple[Row | None, Found]:
+    """The row at the largest micro-batch that fits, by trying them from the smallest, and what the last try found.
+
+    Returns:
+        None instead of the row where not even the smallest was measured; what was found then says why.
+    """
+    fitting, found = None, _FAILED
     for size in sizes:
         sized = replace(row, micro_batch=size)
-        if attempt(sized)["status"] != "measured":
+        found = attempt(sized)
+        if found["status"] != "measured":
             break
         fitting = sized
-    return fitting
+    return fitting, found
 
 
 class Run:
@@ -159,11 +164,14 @@ class Run:
         if row.micro_batch:
             return row
         sizes = self.profile.micro_batches_to_try
-        largest = largest_that_fits(row, sizes, self._attempt)
+        largest, found = largest_that_fits(row, sizes, self._attempt)
         if largest is None:
-            self.turns[row.name].append({"status": "out of memory", "reason": f"not even {sizes[0]} sequence fits"})
+            if found["status"] == "out of memory":
+                found = found | {"reason": f"not even {sizes[0]} sequence fits"}
+            self._keep(row, found)
             return row
-        self.say(f"{row.name}: a micro-batch of {largest.micro_batch} is the largest of {sizes} that fits")
+        ended = "" if found["status"] in ("measured", "out of memory") else f" (the next one {found['status']})"
+        self.say(f"{row.name}: a micro-batch of {largest.micro_batch} is the largest of {sizes} that fits{ended}")
         return largest
 
     def _attempt(self, row: Row) -> Found:

@@ -1,7 +1,9 @@
 """One optimiser step of each tool. The others' steps are rebuilt from what their documentation and code say they do."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -38,7 +40,8 @@ class MinimaStep:
 
     def __init__(self, profile: Profile, row: Row) -> None:
         loss = None if row.what in ("minima", "minima_compiled") else LOSS_MAKERS[row.what]()
-        self.teacher = minima_teacher(profile, row)
+        self._disk = tempfile.TemporaryDirectory() if row.offload == "nvme" else None
+        self.teacher = minima_teacher(profile, row, Path(self._disk.name) if self._disk else None)
         self.student = minima_student(profile, row)
         self.objective = (
             Distillation(self.teacher, window=row.window)
@@ -55,6 +58,8 @@ class MinimaStep:
         del self.objective
         self.student.close()
         self.teacher.close()
+        if self._disk:
+            self._disk.cleanup()
 
 
 class _TwoEngines:

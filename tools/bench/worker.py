@@ -79,9 +79,7 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
     memory = PeakMemory(device)
     built = build_step(profile, row)
     try:
-        # Compiled code is for one size, so it warms up with that.
-        short = profile.short_warm_up and row.what != "minima_compiled"
-        built.step(make_batches(profile, row, device, step=0, short=short))
+        built.step(make_batches(profile, row, device, step=0))
         memory.reset()
         seconds, processor, loss = [], [], float("nan")
         for number in range(1, profile.steps + 1):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minima.losses import linear_distillation_loss
-from tools.bench import report
+from tools.bench import report, running
 from tools.bench.losses import LOSS_MAKERS, Missing
 from tools.bench.profiles import PROFILES, SHOWN, Row
 from tools.bench.running import largest_that_fits, turn_order
@@ -29,6 +29,10 @@ def turn(seconds: list[float], peak: int = 300, **fields) -> dict:
 
 def rows_of(found: dict[Row, list[dict]]) -> list[dict]:
     return [report.summary(row, turns, PROFILES["cpu"], {"float32": 1e12}) for row, turns in found.items()]
+
+
+def found_of(rows: list[dict]) -> dict:
+    return {"rows": rows, "comparisons": report.comparisons(rows), "ratios": report.ratios(rows)}
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +63,27 @@ class TestOrder:
             tried.append(row.micro_batch)
             return {"status": "measured" if row.micro_batch <= 4 else "out of memory"}
 
-        largest = largest_that_fits(Row("b", "original", micro_batch=0), (1, 2, 4, 8, 16), attempt)
+        largest, found = largest_that_fits(Row("b", "original", micro_batch=0), (1, 2, 4, 8, 16), attempt)
         assert largest is not None and largest.micro_batch == 4
-        assert tried == [1, 2, 4, 8]
-        assert largest_that_fits(Row("b", "original", micro_batch=0), (8,), attempt) is None
+        assert tried == [1, 2, 4, 8] and found == {"status": "out of memory"}
+        assert largest_that_fits(Row("b", "original", micro_batch=0), (8,), attempt)[0] is None
+
+    @pytest.mark.parametrize(
+        ("tried", "status", "reason"),
+        [
+            ({"status": "missing", "reason": "no TRL"}, "missing", "no TRL"),
+            ({"status": "failed", "reason": "rank 0 died"}, "failed", "rank 0 died"),
+            ({"status": "out of memory"}, "out of memory", "not even 1 sequence fits"),
+        ],
+    )
+    def test_a_row_of_which_no_size_runs_says_why(self, monkeypatch, tmp_path, tried, status, reason):
+        monkeypatch.setattr(running, "start", lambda *_, ceiling=False, **__: None if ceiling else {"rows": [tried]})
+        row = Row("b", "trl", "bfloat16", micro_batch=0)
+        profile = replace(PROFILES["gpu-7b-3b"], rows=(row,))
+        run = running.Run(profile, SCRIPT, tmp_path, say=lambda _: None)
+        run.run()
+        found = report.summary(row, run.turns[row.name], profile, {})
+        assert (found["status"], found["reason"]) == (status, reason)
 
 
 class TestReport:
@@ -101,6 +122,26 @@ class TestReport:
         rows = rows_of(found | {Row("b", "original"): [turn([2.0])]})
         assert report.ratios(rows)["step_speed_vs_original"] == pytest.approx(2.0)
 
+    def test_no_row_of_group_a_stands_in_for_one_of_group_b_that_failed(self):
+        failed = {"status": "failed", "reason": "its process group failed"}
+        found = {Row("a", "minima"): [turn([1.0])], Row("b", "minima"): [failed]}
+        rows = rows_of(found | {Row("b", "original"): [turn([2.0])]})
+        assert report.ratios(rows)["step_speed_vs_original"] is None
+        assert report.comparisons(rows) == []
+
+    def test_a_single_time_has_no_spread_and_gives_no_verdict(self):
+        rows = rows_of({Row("a", "minima"): [turn([1.0])], Row("a", "dense"): [turn([1.0]), turn([1.2])]})
+        assert rows[0]["spread"] is None
+        (one,) = report.comparisons(rows)
+        assert (one["uncertainty"], one["no_slower_beyond_spread"]) == (None, None)
+        assert "- a:dense: speed 1.10, memory 1.00" in report.table(found_of(rows))
+
+    def test_a_turn_that_failed_after_a_good_one_is_counted(self):
+        failed = {"status": "failed", "reason": "its process group failed"}
+        rows = rows_of({Row("a", "minima"): [turn([1.0]), failed]})
+        assert (rows[0]["status"], rows[0]["failed_turns"]) == ("measured", 1)
+        assert "turns that failed: a:minima (1)" in report.table(found_of(rows))
+
     def test_slower_beyond_the_spread_is_said(self):
         rows = rows_of({Row("a", "minima"): [turn([1.1]), turn([1.1])], Row("a", "dense"): [turn([1.0]), turn([1.02])]})
         (one,) = report.comparisons(rows)
@@ -118,7 +159,19 @@ class TestReport:
             }
         )
         (one,) = report.comparisons(rows)
-        assert (one["speed"], one["bytes"]) == (2.0, 0.125)
+        assert (one["speed"], one["collective_bytes"], one["host_to_device_bytes"]) == (2.0, 0.125, None)
+
+    def test_a_window_over_a_teacher_in_the_host_s_memory_is_judged_by_what_it_copies(self):
+        plain = Row("window", "minima", placement="zero3", offload="cpu", micro_batches=8)
+        alone = {"collective_bytes": 0}  # one rank gathers nothing
+        found = {
+            plain: [turn([2.0], **alone, host_to_device_bytes=8000)],
+            replace(plain, window=8): [turn([1.0], **alone, host_to_device_bytes=1000)],
+        }
+        rows = rows_of(found)
+        (one,) = report.comparisons(rows)
+        assert (one["collective_bytes"], one["host_to_device_bytes"]) == (None, 0.125)
+        assert "speed 2.00, bytes from the host 0.125" in report.table(found_of(rows))
 
     def test_a_missing_peer_is_a_row_that_says_so(self):
         missing = {"status": "missing", "reason": "liger-kernel cannot be imported"}
@@ -126,13 +179,12 @@ class TestReport:
         assert (rows[1]["status"], rows[1]["reason"]) == ("missing", missing["reason"])
         assert report.comparisons(rows) == []
         assert set(report.ratios(rows).values()) == {None}
-        found = {"rows": rows, "comparisons": [], "ratios": report.ratios(rows)}
-        assert "missing: liger-kernel cannot be imported" in report.table(found)
+        assert "missing: liger-kernel cannot be imported" in report.table(found_of(rows))
 
     def test_traffic_that_was_not_counted_is_not_nothing(self):
         rows = rows_of({Row("b", "minima_compiled"): [turn([1.0], collective_bytes=None, host_to_device_bytes=None)]})
-        found = {"rows": rows, "comparisons": [], "ratios": report.ratios(rows)}
-        assert "| - | 1.0000 |" in report.table(found) and "0 MB" not in report.table(found)
+        shown = report.table(found_of(rows))
+        assert "| - | - | 1.0000 |" in shown and "0 MB" not in shown
 
     def test_the_best_ceiling_counts_and_each_measure_of_it_is_kept(self):
         profile = replace(PROFILES["cpu"], rows=())
@@ -201,6 +253,14 @@ class TestCommand:
         # The soft part of the original also averages over each sequence's last position: one of 32 here.
         assert losses["b:original"] == pytest.approx(losses["b:minima"], rel=2e-3)
         assert losses["loss:dense"] == pytest.approx(losses["loss:minima"], rel=1e-4)
+
+    @pytest.mark.ranks
+    def test_the_peers_steps_have_the_same_loss_as_each_other(self, tiny):
+        losses = {row["name"]: row["loss"] for row in tiny["rows"] if row["status"] == "measured"}
+        if not {"b:trl", "b:liger"} <= set(losses):
+            pytest.skip("TRL or liger-kernel is not installed")
+        # Both report the forward KL of a token, by code that has nothing in common.
+        assert losses["b:trl"] == pytest.approx(losses["b:liger"], rel=2e-3)
 
     @pytest.mark.ranks
     def test_a_window_divides_the_teacher_s_traffic(self, tiny):
