@@ -165,11 +165,12 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
     )
     try:
         tokenizer = (LlamaTokenizer if lone else AutoTokenizer).from_pretrained(str(source))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of a damaged file, tokenizers raises this class itself, and transformers any other
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DataError(
-            f"no tokenizer can be loaded from {str(source)!r}: {str(error).strip().splitlines()[0][:300]}",
+            f"no tokenizer can be loaded from {str(source)!r}: {reason}",
             "text cannot be turned into tokens without it",
-            "give a folder that holds tokenizer.json or tokenizer.model, a Hub id that this machine can reach, or "
+            "give a folder that holds a whole tokenizer.json or tokenizer.model, a Hub id that this machine can reach, or "
             "`tokenizer: {vocabulary_size: N}` to train one",
         ) from error
     return tokenizer

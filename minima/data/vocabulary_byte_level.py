@@ -35,12 +35,14 @@ def read_content(text: str, name: str) -> dict[str, Any]:
         name: what to call it.
 
     Raises:
-        DataError: it is another kind of tokenizer, or a piece of it is empty or shares its id with another.
+        DataError: it is another kind of tokenizer or damaged, or a piece of it is empty or shares its id with another.
     """
     try:
         content = json.loads(text, object_pairs_hook=_each_once)
-    except ValueError as error:
-        raise _unreadable(name, error) from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(name, str(error)) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model") or {}, dict):
+        raise _unreadable(name, "it is not laid out as a tokenizer.json")
     model, around = content.get("model") or {}, json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
     kind = model.get("type")
     suffixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
@@ -51,6 +53,7 @@ def read_content(text: str, name: str) -> dict[str, Any]:
             "pieces are added as merges, which other kinds do not have or spell in another way",
             "give one of those two kinds; a SentencePiece tokenizer needs its tokenizer.model beside the json",
         )
+    _check_layout(model, name)
     ids: dict[int, str] = {}
     for piece, index in model["vocab"].items():
         if not piece or index in ids:
@@ -61,11 +64,29 @@ def read_content(text: str, name: str) -> dict[str, Any]:
                 "repair the tokenizer, or take another",
             )
         ids[index] = piece
-    model["merges"] = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    model["merges"] = [_pair(merge) for merge in model["merges"]]
     return model
 
 
-def _unreadable(name: str, error: Exception) -> DataError:
+def _check_layout(model: dict[str, Any], name: str) -> None:
+    """Refuse a BPE without pieces and their ids, or without merges of two pieces each."""
+    pieces, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(pieces, dict) or not all(isinstance(index, int) for index in pieces.values()):
+        raise _unreadable(name, "its `vocab` has not a number for each piece")
+    if not isinstance(merges, list):
+        raise _unreadable(name, "its `merges` are no list")
+    for merge in merges:
+        pair = _pair(merge) if isinstance(merge, str | list) else ()
+        if len(pair) != 2 or not all(isinstance(piece, str) for piece in pair):
+            raise _unreadable(name, f"the merge {merge!r} is not of two pieces")
+
+
+def _pair(merge: str | list[str]) -> tuple[str, ...]:
+    """Two pieces, which older files write as one string."""
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def _unreadable(name: str, error: str) -> DataError:
     return DataError(
         f"{name} cannot be read: {error}",
         "its pieces are not known",
@@ -174,7 +195,7 @@ class ByteLevelVocabulary:
         try:
             return ByteLevelDonor(Tokenizer.from_str(text), merges)
         except Exception as error:  # tokenizers raises this class itself
-            raise _unreadable(str(path), error) from error
+            raise _unreadable(str(path), str(error)) from error
 
     def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> ByteLevelDonor:
         """A donor that learns from texts, cut before merging as the base cuts them."""

@@ -117,6 +117,27 @@ def test_no_tokenizer_is_said(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "[1]"),
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": [], "model": "BPE"}'),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE"}}'),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_damaged_tokenizer_is_said(tokenizer, tmp_path, name, content):
+    shutil.copytree(tokenizer, tmp_path / "damaged")
+    (tmp_path / "damaged" / name).write_text(content)
+    with pytest.raises(DataError, match=r"no tokenizer can be loaded from '.*damaged': \S"):
+        load_tokenizer(tmp_path / "damaged")
+
+
 def test_a_tokenizer_without_end_token_is_refused(tokenizer, tmp_path):
     Tokenizer.from_file(str(tokenizer / "tokenizer.json")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from minima.assets import read_text_asset
 from minima.data.tokenizer import load_tokenizer
 from minima.data.vocabulary import expand, open_base
-from minima.data.vocabulary_byte_level import ByteLevelVocabulary
+from minima.data.vocabulary_byte_level import ByteLevelVocabulary, read_content
 from minima.errors import DataError, TokenizerMismatch
 from minima.recipe.vocabulary import ExpandVocabulary
 
@@ -149,10 +149,17 @@ def test_other_kinds_are_refused(base, tokenizer, donor, tmp_path):
         expand(stage(), open_base(base), tokenizer / "tokenizer.model", 502, tmp_path / "grown")
     with pytest.raises(TokenizerMismatch, match="base is a SentencePiece BPE"):
         expand(stage(), open_base(tokenizer), donor, 512, tmp_path / "grown")
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(DataError, match="cannot be read"):
-        expand(stage(), open_base(base), tmp_path, 502, tmp_path / "grown")
+    for damaged in ('{"model": ', '{"model": ' + "[" * 100_000):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(DataError, match="cannot be read"):
+            expand(stage(), open_base(base), tmp_path, 502, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '"BPE"'])
+def test_json_that_is_no_tokenizer_is_refused(text):
+    with pytest.raises(DataError, match="the donor cannot be read: it is not laid out"):
+        read_content(text, "the donor")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,15 @@ def test_other_kinds_are_refused(base, tokenizer, donor, tmp_path):
         ('"vocab": {', '"vocab": {"new": 300, ', "shares id 300"),
         ('"vocab": {', '"vocab": {"!": 1500, ', "'!' twice"),
         ('"merges": [', '"merges": [["no", "piece"], ', "cannot be read"),
+        ('"merges": [', '"merges": [5, ', "the merge 5 is not of two pieces"),
+        ('"merges": [', '"merges": [[1, 2], ', r"the merge \[1, 2\] is not of two pieces"),
+        ('"merges": [', '"merges": ["a b c", ', "the merge 'a b c' is not of two pieces"),
+        ('"merges": [', '"merges": 5, "other": [', "its `merges` are no list"),
+        ('"merges": [', '"other": [', "its `merges` are no list"),
+        ('"vocab": {', '"vocab": ["a"], "other": {', "its `vocab` has not a number for each piece"),
+        ('"vocab": {', '"other": {', "its `vocab` has not a number for each piece"),
+        ('"vocab": {', '"vocab": {"new": [1], ', "its `vocab` has not a number for each piece"),
+        ('"model": {', '"model": "BPE", "other": {', "not laid out as a tokenizer.json"),
     ],
 )
 def test_damaged_donors_are_refused(base, donor, tmp_path, before, after, message):
