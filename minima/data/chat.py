@@ -93,8 +93,10 @@ class ChatTemplate(NamedTuple):
             rendered: Any = render_jinja_template(
                 [messages], chat_template=self.text, **(self.special_tokens | settings)
             )
-        except (TypeError, ValueError, KeyError) as error:  # a template can add a string to a number
-            raise TemplateError(str(error)) from error
+        except TemplateError:
+            raise
+        except Exception as error:  # a template is a program: it can divide by zero, or call itself for ever
+            raise TemplateError(str(error) or type(error).__name__) from error
         texts, found = rendered
         return texts[0], found[0] if spans else []
 
@@ -211,12 +213,15 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
     """A tokenizer's chat template, and the special tokens that it can name.
 
     Raises:
-        DataError: it has several templates, and none is the default.
+        DataError: it has several templates and none is the default, or one that is no text.
     """
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     try:
-        return ChatTemplate(tokenizer.get_chat_template(), names)
-    except ValueError as error:
+        template: Any = tokenizer.get_chat_template()
+        if not isinstance(template, str):
+            raise TypeError(f"{template!r} is no text")
+        return ChatTemplate(template, names)
+    except (ValueError, TypeError) as error:
         raise DataError(
             f"the tokenizer has no chat template that is its default: {str(error)[:200]}",
             "a conversation has to become one text",

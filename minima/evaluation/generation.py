@@ -216,14 +216,12 @@ class Generator:
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant begins to speak."""
-        from jinja2 import TemplateError
-
         try:
             encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             return list(encoded["input_ids"])
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is a program, and can fail in any way
             raise DataError(
-                f"the model's chat template refuses the conversation: {error}",
+                f"the model's chat template refuses the conversation: {str(error) or type(error).__name__}",
                 "the model would read something that it was not taught",
                 "let user and assistant take turns, and leave the system message out if it is that",
             ) from error

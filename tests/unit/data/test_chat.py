@@ -200,6 +200,13 @@ def test_one_conversation_that_a_template_refuses_is_no_reason_to_stop(chatml):
     assert fine == encode(chatml, CHATS["english"])
 
 
+def test_one_conversation_that_a_template_fails_on_is_no_reason_to_stop(chatml):
+    chatml.chat_template = "{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}" + CHATML
+    failed, fine = chat_tokenizer(chatml).encode([CHATS["system"], CHATS["english"]])
+    assert isinstance(failed, Unfit) and str(failed) == "refused_by_template"
+    assert fine == encode(chatml, CHATS["english"])
+
+
 # -- what is saved -----------------------------------------------------------------------------------------------
 
 

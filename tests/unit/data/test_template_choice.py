@@ -105,6 +105,11 @@ REFUSALS = {
     "its own message": ("{{ raise_exception('only poems, please') }}", "only poems, please"),
     "broken": ("{% for m in messages %}", "Unexpected end of template"),
     "wrong types": ("{{ messages[0].content + 1 }}", "can only concatenate"),
+    "division by zero": ("{{ 1 / 0 }}", "division by zero"),
+    "a range without end": ("{% for i in range(10 ** 9) %}a{% endfor %}", "Range too big"),
+    "a macro without end": ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion depth"),
+    "more than there is memory": ("{{ 'a' * 10 ** 15 }}", "MemoryError"),
+    "a failure between marks": ("{% generation %}{{ 1 / 0 }}{% endgeneration %}", "division by zero"),
     "last turn in another way": (
         "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else 'x' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
@@ -177,6 +182,13 @@ def test_an_end_marker_may_be_added_without_being_special(chatml):
     assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|end_of_turn|>", "<|endoftext|>"]
     assert chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "x<|end_of_turn|>y")])
     assert not chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "a  b <think>")])
+
+
+def test_a_template_that_is_no_text_is_refused(chatml):
+    for damaged in (5, {"default": 5}):
+        chatml.chat_template = damaged
+        with pytest.raises(DataError, match=r"no chat template that is its default: 5 is no text"):
+            set_template(chatml, "own")
 
 
 def test_several_templates_need_a_default(chatml):

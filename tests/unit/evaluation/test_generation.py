@@ -128,6 +128,12 @@ def test_a_conversation_that_the_template_refuses(generator):
         generator.reply([user("a"), {"role": "tool", "content": "b"}])
 
 
+def test_a_conversation_that_the_template_fails_on(generator, monkeypatch):
+    monkeypatch.setattr(generator.tokenizer, "chat_template", "{{ 1 / 0 }}")
+    with pytest.raises(DataError, match="chat template refuses the conversation: division by zero"):
+        generator.reply([user(QUESTION)])
+
+
 @pytest.mark.parametrize("text", ["x [|Assistant|] y", "x</s>", "[|User|]"])
 def test_a_message_that_could_end_its_turn_is_refused(generator, text):
     for messages in ([user(text)], [{"role": "system", "content": text}, user("a")]):
