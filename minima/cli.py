@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     cancel.set_defaults(command=_cancel)
 
     doctor = commands.add_parser("doctor", help="check this machine, or each rank of an allocation under a launcher")
-    doctor.add_argument("--folder", metavar="DIR", default=".", help="where runs will lie; every rank has to see it")
+    doctor.add_argument(
+        "--folder", metavar="DIR", default=".", help="where runs will lie; it has to be there, on every machine"
+    )
     doctor.set_defaults(command=_doctor)
 
     fetch = commands.add_parser("fetch", help="download a recipe's models and data, for nodes without a network")

@@ -15,7 +15,7 @@ def doctor(folder: Path, write: Callable[[str], None]) -> int:
     """Check this machine, or all ranks together under a launcher, and say what is wrong.
 
     Args:
-        folder: where runs will lie; made where it is missing.
+        folder: where runs will lie; nothing is made, so one that is not there fails.
         write: takes the table; called on rank 0, and by a rank that cannot join the others.
 
     Returns:
@@ -38,7 +38,6 @@ def doctor(folder: Path, write: Callable[[str], None]) -> int:
         return 1
     code = 0
     findings = [*programs, *doctor_ranks.check_device(launch)]
-    doctor_ranks.make_folder(folder)
     if launch.local_rank == 0:  # once on each machine
         findings += check_machine(folder)
     gathered = doctor_ranks.gather(findings)

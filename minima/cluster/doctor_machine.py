@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from minima.launcher import cleaned_environment, num_accelerators, slurm_job
+from minima.stages.manifest import look_again
 
 State = Literal["ok", "warning", "FAILED"]
 _PROGRAM_SECONDS = 20  # `scontrol` asks a controller that may be busy
@@ -64,6 +65,7 @@ def check_machine(folder: Path) -> list[Finding]:
     Args:
         folder: where runs will lie.
     """
+    look_again(folder)  # it may have been made just now, on another machine
     disk = guarded("disk", lambda: _disk(folder))
     checks = {
         "locks": lambda: _locks(folder),
@@ -73,7 +75,7 @@ def check_machine(folder: Path) -> list[Finding]:
         "MPI": _mpi,
         "Hub": _hub,
     }
-    if not folder.is_dir() or not os.access(folder, os.W_OK):  # the one finding says it
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):  # the one finding says it
         del checks["locks"], checks["file times"]
     return [disk, *(guarded(name, look) for name, look in checks.items())]
 
@@ -107,7 +109,8 @@ def _torch() -> Finding:
 
 def _disk(folder: Path) -> Finding:
     if not folder.is_dir():
-        return Finding("disk", "FAILED", f"{folder} is not there", "make it, or name another with --folder")
+        found = f"{folder} is {'a file' if folder.exists() else 'not there'}"
+        return Finding("disk", "FAILED", found, "make the folder (mkdir -p), or name another with --folder")
     if not os.access(folder, os.W_OK):
         return Finding("disk", "FAILED", f"{folder} cannot be written", "name a folder of yours with --folder")
     free = shutil.disk_usage(folder).free

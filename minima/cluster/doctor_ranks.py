@@ -7,7 +7,6 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,6 @@ def hosts() -> list[str]:
     return list(_hosts)
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder on rank 0; the others see it if it is shared."""
-    if distributed.is_main():
-        with suppress(OSError):  # the check of the disk says so
-            folder.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    look_again(folder)
-
-
 def gather(findings: list[Finding]) -> dict[int, list[Finding]]:
     """What each rank found, by rank."""
     return dict(enumerate(distributed.gather_objects(findings)))
@@ -138,7 +128,10 @@ def check_together(launch: Launch, folder: Path) -> list[Finding]:
     """What needs all ranks at once; the findings are rank 0's to show. Every rank calls it."""
     if launch.world_size == 1:
         return []
-    return [_all_reduce(), _own_gpus(), _shared(folder), _locks_across(folder), _clocks()]
+    findings = [_all_reduce(), _own_gpus()]
+    if distributed.broadcast_object(folder.is_dir()):  # where rank 0 has none, the check of its disk says so
+        findings += [_shared(folder), _locks_across(folder)]
+    return [*findings, _clocks()]
 
 
 def _all_reduce() -> Finding:

@@ -51,7 +51,7 @@ def wait_finished(folder: Path, seconds: float) -> bool:
 def look_again(folder: Path) -> None:
     """List a folder and what holds it: on NFS that ends a remembered "no such file"."""
     for path in (folder.parent, folder):
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):  # not there, or not ours to list: what is asked for next says so
             os.listdir(path)
 
 

@@ -21,6 +21,7 @@ def run(command, folder, **variables):
     environment = child_environment(2) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("MINIMA_DRIVER")
     environment |= variables
+    (folder / "runs").mkdir(exist_ok=True)  # the doctor makes none
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout + done.stderr
 

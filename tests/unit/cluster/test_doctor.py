@@ -55,9 +55,33 @@ def test_a_sound_machine(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_one_finding(tmp_path):
-    checks = found(tmp_path / "none")
-    assert checks["disk"].state == "FAILED" and "--folder" in checks["disk"].do
-    assert "locks" not in checks and "file times" not in checks
+    (tmp_path / "file").touch()
+    for name, how in (("none", "none is not there"), ("file", "file is a file")):
+        checks = found(tmp_path / name)
+        assert checks["disk"].state == "FAILED" and checks["disk"].found.endswith(how)
+        assert "mkdir" in checks["disk"].do and "--folder" in checks["disk"].do
+        assert "locks" not in checks and "file times" not in checks
+
+
+def test_a_misspelt_folder_fails_and_is_not_made(tmp_path, monkeypatch):
+    for name in ("join", "check_device", "leave", "hosts"):
+        ok = {"join": PYTHON, "check_device": [], "hosts": []}.get(name)
+        monkeypatch.setattr(doctor_ranks, name, (lambda code: code) if name == "leave" else lambda *given, ok=ok: ok)
+    monkeypatch.setattr(doctor_ranks, "distributed", Group(1))
+    doctor_ranks.distributed.own.rank = 0
+    said: list[str] = []
+    assert doctor.doctor(tmp_path / "rnus", said.append) == 1
+    assert "rnus is not there" in said[0] and "1 FAILED" in said[0]
+    assert list(tmp_path.iterdir()) == []
+    assert doctor.doctor(tmp_path, said.append) == 0, said
+
+
+def test_a_folder_below_one_that_may_not_be_listed(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert found(tmp_path)["disk"].state == "ok"
 
 
 @pytest.mark.parametrize(("free_gib", "state"), [(0.5, "FAILED"), (20, "warning"), (500, "ok")])
@@ -288,6 +312,18 @@ def test_a_folder_that_only_one_machine_has(group, tmp_path):
     assert finding.state == "warning" and finding.found == "rank 0's lock is not seen on n2"
     finding = group(doctor_ranks._shared, tmp_path / "none", tmp_path)
     assert finding.state == "FAILED" and "rank 0 cannot write" in finding.found
+
+
+def test_a_folder_that_rank_0_has_not_is_the_finding_of_its_disk_alone(group, monkeypatch, tmp_path):
+    well = Finding("all-reduce", "ok", "right")
+    monkeypatch.setattr(doctor_ranks, "_all_reduce", lambda: well)
+    monkeypatch.setattr(doctor_ranks, "_own_gpus", lambda: well)
+    (tmp_path / "file").touch()
+    for folder in ("none", "file"):
+        findings = group(lambda path: doctor_ranks.check_together(LAUNCH, path), tmp_path / folder, tmp_path)
+        assert [finding.check for finding in findings] == ["all-reduce", "all-reduce", "clocks"]
+    findings = group(lambda path: doctor_ranks.check_together(LAUNCH, path), tmp_path, tmp_path)
+    assert {finding.check for finding in findings} > {"shared folder", "locks between machines"}
 
 
 def test_a_clock_that_is_ahead(group, monkeypatch):
