@@ -1,6 +1,6 @@
 """A small recipe with stages of every kind that uses ranks, as jobs on two nodes, and all that a cluster does to it.
 
-The student meets six faults; `undisturbed` is the same stage with none. At the end both hold the same bits.
+The student meets seven faults; `undisturbed` is the same stage with none. At the end both hold the same bits.
 """
 
 import os
@@ -107,6 +107,14 @@ class Faults:
         self.seen["cancelled"]["state later"] = self.slurm.state(job)
         self.seen["submitted after the cancel"] = self.chain.submit()
 
+    def scancelled(self) -> None:
+        """The user cancels it with Slurm's own command, which kills the ranks when KillWait is over."""
+        job = self.begin()
+        self.slurm.call("scancel", job)
+        self.chain.wait("end of the job", lambda: self.slurm.state(job) == "CANCELLED" and not self.slurm.ranks(job))
+        self.end("scancel", job, None)
+        self.seen["submitted after the scancel"] = self.chain.submit()
+
 
 @pytest.fixture(scope="module")
 def chain(slurm, tmp_path_factory):
@@ -123,6 +131,7 @@ def chain(slurm, tmp_path_factory):
         faults.lost_node(restarts=4)
         faults.killed_rank()
         faults.cancelled()
+        faults.scancelled()
         chain.wait("end of the chain", lambda: slurm.state(chain.job("out")) not in ("PENDING", "RUNNING"), 400)
         yield chain
     finally:
@@ -142,7 +151,7 @@ def test_the_corpus_was_built_by_an_array_of_jobs_and_merged(chain):
     assert all(f"corpus-{jobs[0]['id']}_{index}-rank0.log" in chain.logs("corpus") for index in (0, 1))
 
 
-def test_after_six_faults_the_student_holds_the_bits_of_an_undisturbed_run(chain):
+def test_after_seven_faults_the_student_holds_the_bits_of_an_undisturbed_run(chain):
     hashes = [chain.marker(stage, STEPS)["sha256"] for stage in ("student", "undisturbed")]
     assert {name for name in hashes[0] if "weights" in name} and {name for name in hashes[0] if "exp_avg" in name}
     assert hashes[0] == hashes[1]
@@ -153,7 +162,7 @@ def test_after_six_faults_the_student_holds_the_bits_of_an_undisturbed_run(chain
     assert losses[0] == losses[1] and sorted(losses[0]) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("fault", ["time limit", "requeue", "preemption", "lost node", "cancelled"])
+@pytest.mark.parametrize("fault", ["time limit", "requeue", "preemption", "lost node", "cancelled", "scancel"])
 def test_what_is_told_to_leave_loses_no_step(chain, fault):
     assert chain.seen[fault]["saved"] == chain.seen[fault]["logged"]
 
@@ -174,7 +183,7 @@ def test_submitted_again_only_what_is_missing_is_submitted(chain):
     assert chain.seen["submitted"].count(": job ") == len(STAGES) + 1
     twice = chain.seen["submitted twice"]
     assert "nothing to submit" in twice and twice.count("is in the queue") == len(STAGES)
-    for again in ("submitted after the kill", "submitted after the cancel"):
+    for again in ("submitted after the kill", "submitted after the cancel", "submitted after the scancel"):
         assert "pruned: finished" in chain.seen[again]
         assert [line.split(":")[0] for line in chain.seen[again].splitlines() if ": job " in line] == list(STAGES[3:])
 
