@@ -6,6 +6,7 @@ Shapes: N tokens, C tokens of one chunk, D student width, E teacher width, V voc
 import torch
 from torch import Tensor
 
+from minima.losses.checks import check_chunk, check_tokens
 from minima.losses.linear import float_logits
 from minima.losses.linear_distillation import check_vocabularies
 
@@ -31,8 +32,12 @@ def linear_agreement(
 
     Raises:
         VocabularyMismatch: the two heads have different numbers of rows.
+        MinimaError: tokens or widths do not belong together, or `chunk_tokens` is below 1.
     """
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
+    student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)
+    check_tokens(labels_N, student=student, teacher=teacher)
+    check_chunk(chunk_tokens)
     keep_N = labels_N != ignore_index
     kl = torch.zeros((), dtype=torch.float64, device=labels_N.device)
     same = torch.zeros((), dtype=torch.int64, device=labels_N.device)

@@ -7,10 +7,13 @@ where p = q, written in d: late in training p and q agree in all but their last 
 difference between two logarithms would be rounding.
 """
 
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from minima.errors import MinimaError
 
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
@@ -42,12 +45,27 @@ class SoftTerm(NamedTuple):
     top_p: float | None = None
 
     def check(self) -> None:
-        """Assert that each number is in its range."""
-        assert self.temperature > 0, self.temperature
-        assert 0 < self.beta < 1, f"beta {self.beta}: its ends are forward_kl and reverse_kl"
-        assert 0 < self.alpha < 1, f"alpha {self.alpha}: 0 is forward_kl or reverse_kl, and 1 is nothing"
-        assert self.top_k is None or self.top_k > 0, self.top_k
-        assert self.top_p is None or 0 < self.top_p < 1, self.top_p
+        """Refuse what is out of its range.
+
+        Raises:
+            MinimaError: the divergence is not known, or a number is out of its range.
+        """
+        names = get_args(DivergenceName)
+        wanted = {
+            "divergence": (self.divergence in names, f"one of {', '.join(names)}"),
+            "temperature": (0 < self.temperature < math.inf, "above 0 and finite, since logits are divided by it"),
+            "beta": (0 < self.beta < 1, "between 0 and 1, whose ends are forward_kl and reverse_kl"),
+            "alpha": (0 < self.alpha < 1, "between 0 and 1: 0 is forward_kl or reverse_kl, and 1 is nothing"),
+            "top_k": (self.top_k is None or self.top_k > 0, "1 or more, or None for all tokens"),
+            "top_p": (self.top_p is None or 0 < self.top_p < 1, "between 0 and 1, both excluded, or None for all"),
+        }
+        for name, (right, range_text) in wanted.items():
+            if not right:
+                raise MinimaError(
+                    f"a distillation loss with {name} {getattr(self, name)!r}",
+                    "it would be no loss, or another one than it says",
+                    f"give a {name} that is {range_text}",
+                )
 
     @property
     def truncated(self) -> bool:

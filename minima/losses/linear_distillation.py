@@ -5,13 +5,14 @@ Shapes: N tokens, C tokens of one chunk, D student width, E teacher width, V voc
 
 import importlib.util
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minima.errors import VocabularyMismatch
+from minima.errors import MinimaError, VocabularyMismatch
+from minima.losses.checks import check_chunk, check_tokens
 from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
 from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed
@@ -25,6 +26,20 @@ class _Way(NamedTuple):
 
     chunk_tokens: int
     kernel: Kernel
+
+    def check(self, truncated: bool) -> None:
+        """Refuse, with a MinimaError, what cannot be done; `truncated` is whether the teacher is cut."""
+        check_chunk(self.chunk_tokens)
+        if self.kernel not in get_args(Kernel):
+            raise MinimaError(
+                f"kernel {self.kernel!r}", "no such kernel is there", f"give one of {', '.join(get_args(Kernel))}"
+            )
+        if self.kernel == "triton" and truncated:
+            raise MinimaError(
+                "kernel 'triton' with top_k or top_p",
+                "there is no Triton kernel for a teacher that is cut",
+                "leave kernel at 'auto', or give 'eager'",
+            )
 
 
 def linear_distillation_loss(
@@ -95,14 +110,17 @@ def linear_distillation_loss(
 
     Raises:
         VocabularyMismatch: the two heads have different numbers of rows.
+        MinimaError: tokens or widths do not belong together, or a number or a name is none of those above.
     """
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
+    student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)
+    check_tokens(labels_N, student=student, teacher=teacher)
+    term, way = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p), _Way(chunk_tokens, kernel)
+    term.check()
+    way.check(term.truncated)
     keep_N = labels_N != ignore_index
     count = keep_N.sum()
-    term = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p)
-    term.check()
     terms = Terms(hard_weight, soft_weight, term, zero_parts)
-    assert kernel != "triton" or not term.truncated, "a cut teacher has no Triton kernel"
     # Ignored tokens stay in their chunk with a weight of zero: picking them out would need their number on the host.
     total, sums = _LinearDistillation.apply(
         student_hidden_ND,
@@ -112,7 +130,7 @@ def linear_distillation_loss(
         labels_N,
         keep_N,
         terms,
-        _Way(chunk_tokens, kernel),
+        way,
     )
     parts = {"hard": sums[0]} if terms.has_hard else {}
     if terms.has_soft:
@@ -141,9 +159,14 @@ def linear_cross_entropy(
 
     Returns:
         Sum of -log p(label) over the valid tokens in nats, and their count; no parts.
+
+    Raises:
+        MinimaError: as for `linear_distillation_loss`.
     """
-    keep_N = labels_N != ignore_index
+    check_tokens(labels_N, model=(hidden_ND, head_VD))
     terms, way = Terms(1.0, 0.0, SoftTerm()), _Way(chunk_tokens, kernel)
+    way.check(truncated=False)
+    keep_N = labels_N != ignore_index
     total, _ = _LinearDistillation.apply(hidden_ND, head_VD, None, None, labels_N, keep_N, terms, way)
     return LossSum(total, keep_N.sum(), {})
 

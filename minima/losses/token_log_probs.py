@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
+from minima.losses.checks import check_chunk, check_tokens
 from minima.losses.linear import add_gradients, float_logits, row_blocks
 
 
@@ -27,7 +28,12 @@ def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor,
 
     Returns:
         float32 [N] in nats; 0, with no gradient, where the label is `IGNORE_INDEX`.
+
+    Raises:
+        MinimaError: tokens or widths do not belong together, or `chunk_tokens` is below 1.
     """
+    check_tokens(labels_N, model=(hidden_ND, head_VD))
+    check_chunk(chunk_tokens)
     return _TokenLogProbs.apply(hidden_ND, head_VD, labels_N, chunk_tokens)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minima.errors import MinimaError
 from minima.losses import linear_distillation_loss
 from minima.losses.divergences import DivergenceName, SoftTerm, _top, divergence_and_slope, one_tail
 from minima.losses.linear import narrowed
@@ -164,12 +165,26 @@ def test_recipe_and_losses_know_the_same_divergences():
     assert get_args(Divergence) == get_args(DivergenceName) == DIVERGENCES
 
 
-def test_numbers_out_of_range_are_our_mistake():
-    models = inputs(4, 9)
-    for wrong in ({"beta": 1.0}, {"alpha": 0.0}, {"top_k": 0}, {"top_p": 1.0}, {"temperature": 0.0},
-                  {"top_k": 3, "kernel": "triton"}):  # fmt: skip
-        with pytest.raises(AssertionError):
-            linear_distillation_loss(*models, **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"divergence": "kl"}, "divergence 'kl'"),
+        ({"beta": 1.0}, "beta 1.0"),
+        ({"alpha": 0.0}, "alpha 0.0"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"top_p": 1.0}, "top_p 1.0"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"chunk_tokens": 0}, "chunk_tokens 0"),
+        ({"chunk_tokens": -1}, "chunk_tokens -1"),
+        ({"kernel": "fast"}, "kernel 'fast'"),
+        ({"top_k": 3, "kernel": "triton"}, "kernel 'triton' with top_k"),
+    ],
+)
+def test_what_is_out_of_range_is_named(wrong, said):
+    with pytest.raises(MinimaError, match=said):
+        linear_distillation_loss(*inputs(4, 9), **wrong)
 
 
 def test_the_top_tokens_are_the_same_where_fractions_may_not_be_added_up(monkeypatch):

@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minima.errors import VocabularyMismatch
-from minima.losses import linear_agreement, linear_cross_entropy, linear_distillation_loss
+from minima.errors import MinimaError, VocabularyMismatch
+from minima.losses import (
+    linear_agreement,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_token_log_probs,
+)
 
 # Relative to the largest magnitude of the reference. bfloat16 inputs are exact in the reference; what is left is the
 # rounding of the gradient to bfloat16 (2^-8), twice: as it enters the matrix product and as it leaves.
@@ -172,3 +177,37 @@ def test_peak_memory_is_a_few_chunks_at_full_size():
     chunk_bytes = 1024 * 49_216 * 4
     assert int(output) < 4 * chunk_bytes, f"{int(output) / chunk_bytes:.2f} chunks"
     assert int(output) > chunk_bytes / 2, "the measurement saw nothing"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({0: (7, 13)}, r"hidden states \[7, 13\] of the student for labels \[8\]"),
+        ({2: (9, 17)}, r"hidden states \[9, 17\] of the teacher for labels \[8\]"),
+        ({0: (2, 4, 13), 2: (2, 4, 17), 4: (2, 4)}, r"hidden states \[2, 4, 13\] of the student"),
+        ({1: (33, 12)}, r"output head \[33, 12\] for hidden states \[8, 13\] of the student"),
+        ({3: (33, 13)}, r"output head \[33, 13\] for hidden states \[8, 17\] of the teacher"),
+    ],
+)
+@pytest.mark.parametrize("loss", [linear_distillation_loss, linear_agreement])
+def test_tokens_and_widths_that_do_not_belong_together_are_named(loss, wrong, said):
+    given = list(inputs(8, 33, 13, 17))
+    for place, shape in wrong.items():
+        given[place] = torch.zeros(shape, dtype=given[place].dtype)
+    with pytest.raises(MinimaError, match=said):
+        loss(*given)
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, linear_token_log_probs])
+def test_losses_of_one_model_name_what_does_not_belong_together(loss):
+    hidden, head, *_, labels = inputs(8, 33, 13, 17)
+    with pytest.raises(MinimaError, match=r"hidden states \[8, 13\] of the model for labels \[7\]"):
+        loss(hidden, head, labels[:7])
+    for wrong in (0, -1):
+        with pytest.raises(MinimaError, match=f"chunk_tokens {wrong}"):
+            loss(hidden, head, labels, chunk_tokens=wrong)
+
+
+def test_agreement_over_chunks_of_no_tokens_is_refused():
+    with pytest.raises(MinimaError, match="chunk_tokens -1"):
+        linear_agreement(*inputs(8, 33, 13, 17), chunk_tokens=-1)

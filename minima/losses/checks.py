@@ -1,0 +1,44 @@
+"""What a caller of the losses may get wrong. Shapes and plain numbers alone are looked at, so no GPU is waited for."""
+
+from torch import Tensor
+
+from minima.errors import MinimaError
+
+
+def check_chunk(chunk_tokens: int) -> None:
+    """Refuse chunks of no tokens.
+
+    Raises:
+        MinimaError: `chunk_tokens` is below 1.
+    """
+    if chunk_tokens < 1:
+        raise MinimaError(
+            f"chunk_tokens {chunk_tokens}",
+            "a loss is added up over chunks of so many tokens, so it would be of none",
+            "give 1 or more; 1024 suits most machines",
+        )
+
+
+def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
+    """Refuse hidden states that do not belong to the labels, or not to their head.
+
+    Args:
+        labels_N: one for each token.
+        models: hidden states [N, D] and output head [V, D], by what to call the model.
+
+    Raises:
+        MinimaError: a shape is another.
+    """
+    for name, (hidden_ND, head_VD) in models.items():
+        if labels_N.dim() != 1 or hidden_ND.dim() != 2 or len(hidden_ND) != len(labels_N):
+            raise MinimaError(
+                f"hidden states {list(hidden_ND.shape)} of the {name} for labels {list(labels_N.shape)}",
+                "each token has one row of hidden states and one label",
+                "give [tokens, width] and [tokens], with batch and sequence flattened into tokens",
+            )
+        if head_VD.dim() != 2 or head_VD.shape[1] != hidden_ND.shape[1]:
+            raise MinimaError(
+                f"an output head {list(head_VD.shape)} for hidden states {list(hidden_ND.shape)} of the {name}",
+                "logits are products of the two, so they have to be of one width",
+                "give the output head [vocabulary, width] of the model that the hidden states come from",
+            )
