@@ -1,7 +1,7 @@
 """Tokens, steps, parameters and FLOPs of a training stage, from shapes alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from minima.errors import RecipeError
@@ -88,28 +88,32 @@ def training_flops(
     return flops
 
 
-def checkpoint_bytes(training: Training, parameters: int, steps: int | None) -> int | None:
+def checkpoint_bytes(training: Training, parameters: int, steps: int | None, named: Collection[int] = ()) -> int | None:
     """Bytes that a training stage's checkpoints take at most at one time.
 
     Args:
         training: the stage.
         parameters: of the trained model.
         steps: of the whole stage; None when not known yet.
+        named: those whose checkpoints stay because other stages read them.
 
     Returns:
-        None where it takes the number of steps (all checkpoints are kept) and that is not known.
+        None where it takes the number of steps (checkpoints are kept all along) and that is not known.
     """
     counts = []
     patient = training.patience is not None
+    every, evaluated = training.checkpoint_every_steps, training.evaluate_every_steps
     if steps is not None:
-        every, evaluated = training.checkpoint_every_steps, training.evaluate_every_steps
         # With patience one is written at each held-out loss, too; those of both periods at the same step are one.
         both = steps // evaluated - steps // math.lcm(every, evaluated) if patient else 0
         last = steps % every != 0 and not (patient and steps % evaluated == 0)  # written at the end in any case
         counts.append(steps // every + both + last)
-    if training.keep_checkpoints:
+    stay = training.keep_every_steps
+    if training.keep_checkpoints and (steps is not None or not stay):
         # The oldest goes once the new one is complete; with patience the best one stays beside the newest.
-        counts.append(training.keep_checkpoints + 1 + patient)
+        count = training.keep_checkpoints + 1 + patient + len(named)
+        periods = [every, *([evaluated] if patient else [])] if stay else []
+        counts.append(count + sum((steps or 0) // math.lcm(stay, period) for period in periods))
     return min(counts) * CHECKPOINT_BYTES * parameters if counts else None
 
 

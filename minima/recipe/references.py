@@ -5,11 +5,13 @@ from typing import Any
 
 from minima.errors import RecipeError
 from minima.recipe.data import Source
-from minima.recipe.schema import AnyStage, BuildData, ModelInput, Recipe
+from minima.recipe.overrides import nearest
+from minima.recipe.schema import AnyStage, BuildData, Evaluate, ModelInput, Recipe
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
 WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
+ALWAYS_SUMMED = ("tokens", "seconds", "export")  # what summary.json holds without being asked
 EXPORTED = ("benchmark", "publish")  # kinds that read a model in Hugging Face's layout and nothing else
 
 
@@ -47,6 +49,12 @@ def references(recipe: Recipe, stage: AnyStage) -> list[Reference]:
         else:
             found.append(Reference(field, value, None, None, what, revision))
     return found
+
+
+def named_steps(recipe: Recipe, name: str) -> frozenset[int]:
+    """Steps of a training stage whose checkpoints other stages of the recipe read, as `name@step`."""
+    read = [reference for stage in recipe.stages for reference in references(recipe, stage)]
+    return frozenset(each.step for each in read if each.stage == name and each.step is not None)
 
 
 def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
@@ -125,6 +133,13 @@ def check_references(recipe: Recipe) -> None:
                     f"only stages of kind {' and '.join(STEPPED)} leave checkpoints",
                     f"write {reference.stage!r} alone",
                 )
+    for name in ALWAYS_SUMMED:
+        if name in recipe.summary:
+            raise RecipeError(
+                f"summary.{name}: the summary has a {name!r} of its own",
+                "it would be written over what the recipe asks for",
+                "call the key otherwise",
+            )
     _check_summary(recipe, recipe.summary, "summary")
 
 
@@ -140,9 +155,24 @@ def _check_summary(recipe: Recipe, value: Any, where: str) -> None:
             "name at least one STAGE.metric in it, or remove the key",
         )
     for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str) or not any(text.startswith(stage.name + ".") for stage in recipe.stages):
-            raise RecipeError(
-                f"{where}: {text!r} names no stage's metric",
-                "summary.json could not be written when the run is over",
-                "write STAGE.metric (for example teacher.parameters), or a list of them to average",
-            )
+        _check_metric(recipe, text, where)
+
+
+def _check_metric(recipe: Recipe, text: Any, where: str) -> None:
+    named = [stage for stage in recipe.stages if isinstance(text, str) and text.startswith(f"{stage.name}.")]
+    if not named:
+        raise RecipeError(
+            f"{where}: {text!r} names no stage's metric",
+            "summary.json could not be written when the run is over",
+            "write STAGE.metric (for example teacher.parameters), or a list of them to average",
+        )
+    stage = max(named, key=lambda stage: len(stage.name))  # a name may hold a point, so the longest is meant
+    if not isinstance(stage, Evaluate):
+        return
+    metric = text.removeprefix(f"{stage.name}.")
+    if not any(metric == model or metric.startswith(f"{model}.") for model in stage.models):
+        raise RecipeError(
+            f"{where}: {text!r} names no model of stage {stage.name!r}{nearest(metric.split('.')[0], stage.models)}",
+            "summary.json could not be written when the run is over",
+            f"write {stage.name}.MODEL.metric with one of {', '.join(stage.models)}, or add the model to the stage",
+        )

@@ -23,7 +23,7 @@ class Training(BaseModel):
         warmup_steps: steps of linear warm-up; instead of `warmup_fraction`.
         warmup_fraction: share of all steps. 1 % as published.
         schedule: from the peak to the end: `cosine`, `linear`, or `constant`.
-        final_learning_rate_fraction: share of the peak that the schedule ends at.
+        final_learning_rate_fraction: share of the peak that `cosine` and `linear` end at.
         weight_decay: AdamW's, on matrices only: norms and biases have none.
         betas: AdamW's.
         epsilon: AdamW's.
@@ -39,14 +39,16 @@ class Training(BaseModel):
             the `liger` extra); `stock` leaves the models as they are.
         deterministic: on a GPU, the same run gives the same bits, at some cost in speed. A CPU always does.
         checkpoint_every_steps: steps between checkpoints; one is written at the end in any case.
-        keep_checkpoints: how many of the newest are kept; 0 keeps all.
+        keep_checkpoints: how many of the newest are kept, beside those that another stage of the recipe reads as
+            `NAME@STEP`; 0 keeps all.
         keep_every_steps: those after a multiple of so many steps are kept, too; 0 for none.
         watchdog_seconds: end the job, naming the rank that hangs, after so long without progress in training; 0 never
             does. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
         evaluate_every_steps: steps between held-out losses; 0 for none.
         evaluate_sequences: held-out blocks of one such loss; all when not given.
         patience: end early once so many held-out losses in a row were no better than the best one, and leave the best
-            one's checkpoint as the newest; never when not given. A checkpoint is then written at each held-out loss.
+            one's checkpoint as the newest (later ones go, whatever is to be kept); never when not given. A checkpoint
+            is then written at each held-out loss.
         log_every_steps: steps between log lines; one comes before each checkpoint and at the end, too.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project, if `wandb` is installed.
@@ -115,6 +117,26 @@ class Training(BaseModel):
                 f"patience {self.patience} with evaluate_every_steps 0",
                 "it counts held-out losses, and none would be made",
                 "set evaluate_every_steps, or leave patience out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        # A finished run's recipe writes its defaults out, so a default counts as not given.
+        default = type(self).model_fields["warmup_fraction"].default
+        if self.warmup_steps is not None and self.warmup_fraction != default:
+            raise RecipeError(
+                f"warmup_steps {self.warmup_steps} with warmup_fraction {self.warmup_fraction:g}",
+                "both say how long the warm-up is, and only the steps would be read",
+                "give one of them; an override takes one away with `warmup_steps=null` or "
+                f"`warmup_fraction={default:g}`, its default",
+            )
+        if self.schedule == "constant" and self.final_learning_rate_fraction:
+            raise RecipeError(
+                f"schedule: constant with final_learning_rate_fraction {self.final_learning_rate_fraction:g}",
+                "a constant schedule ends at the peak, so the fraction would not be read",
+                "leave it out (an override takes it away with `final_learning_rate_fraction=0`), or choose `linear` or "
+                "`cosine`",
             )
         return self
 

@@ -8,11 +8,12 @@ from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.recipe.distillation import Teacher
-from minima.recipe.references import deepspeed_jsons, references
+from minima.recipe.references import Reference, deepspeed_jsons, references
 from minima.recipe.schema import AnyStage, Benchmark, Publish, Recipe
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.preview import walk
+from minima.stages.preview_inputs import checkpoint_steps
 from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_deepspeed_json, find_launcher
 
@@ -120,7 +121,11 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
     chosen = {stage.name for stage in stages}
     for stage in stages:
         for reference in references(recipe, stage):
-            if reference.stage is None or reference.stage in chosen or reference.step is not None:
+            if reference.stage is None:
+                continue
+            if reference.step is not None and not is_finished(folder / stage.name):
+                _check_checkpoint(stage.name, reference, folder / reference.stage, reference.stage in chosen)
+            if reference.stage in chosen or reference.step is not None:
                 continue
             if not is_finished(folder / reference.stage):
                 raise StageError(
@@ -128,6 +133,23 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
                     "it would start without its input",
                     f"add it: --stages {reference.stage},{stage.name}",
                 )
+
+
+def _check_checkpoint(reader: str, reference: Reference, folder: Path, chosen: bool) -> None:
+    """Refuse a checkpoint that is not there, where no training that is about to run will leave it."""
+    assert reference.step is not None
+    there, finished = checkpoint_steps(folder), is_finished(folder)
+    if reference.step in there or (chosen and not finished and reference.step > max(there, default=0)):
+        return
+    do = f"add it: --stages {reference.stage},{reader}"
+    if there:
+        steps = ", ".join(map(str, there))
+        do = f"choose among {steps}, or remove {folder} to train it again: the checkpoints that a recipe names are kept"
+    raise StageError(
+        f"stage {reader!r} reads {reference.text!r}, but {folder} has no checkpoint after step {reference.step:,}",
+        "the run would end there, after everything before it",
+        do,
+    )
 
 
 def _missing_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence[Path]) -> list[str]:

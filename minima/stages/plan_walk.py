@@ -16,6 +16,7 @@ from minima.planning.sharding import Sharding, read_sharding
 from minima.planning.stage_plan import frozen, place
 from minima.recipe.base import ModelInput
 from minima.recipe.distillation import Teacher
+from minima.recipe.references import named_steps
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -132,7 +133,7 @@ class _Planner(Walk):
         if shape is None:
             return
         plan.parameters = shape.parameters
-        disk = checkpoint_bytes(stage, shape.parameters, plan.steps)
+        disk = checkpoint_bytes(stage, shape.parameters, plan.steps, named_steps(self.recipe, stage.name))
         plan.disk = {} if disk is None else {"checkpoints, at most": disk}
         plan.disk["one checkpoint"] = CHECKPOINT_BYTES * shape.parameters
         if length is None or (model is not None and other is None):

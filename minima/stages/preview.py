@@ -12,7 +12,7 @@ from minima.planning.placement import unchosen
 from minima.planning.sharding import read_sharding
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.references import deepspeed_jsons, references, sources
+from minima.recipe.references import deepspeed_jsons, named_steps, references, sources
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -182,7 +182,8 @@ class Walk(KnownInputs):
                 "it has no positions for the rest of them",
                 f"build the data with sequence_length of at most {shape.max_positions:,}",
             )
-        disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None) if shape is not None else None
+        named = named_steps(self.recipe, stage.name)
+        disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None, named) if shape else None
         if disk is not None:
             preview.facts.append(("disk", f"{size_text(disk)} of checkpoints, at most"))
         if plan is None:
@@ -237,7 +238,7 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
         try:
             previews.append(state.stage(stage))
         except MinimaError as error:
-            if error.what.startswith(f"stages.{stage.name}:"):
+            if error.what.startswith((f"stages.{stage.name}:", f"stages.{stage.name}.")):
                 raise
             raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
     return previews

@@ -12,7 +12,7 @@ from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference
-from minima.recipe.schema import BuildData, ModelInput, Recipe
+from minima.recipe.schema import AnyTraining, BuildData, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.running import output_folder
 
@@ -30,10 +30,10 @@ class KnownInputs:
         """One input as a line; notes on the preview what is missing.
 
         Raises:
-            RecipeError: it is nowhere and looks like a stage's name; or it is a step that its stage never reaches.
+            RecipeError: it is nowhere and looks like a stage's name; or it is a step that its stage never saves.
         """
         if reference.stage is not None:
-            self._check_step(reference, preview.name)
+            self._check_step(reference, preview)
             return f"{reference.field}: {self.folder / reference.stage}" + (
                 f" after step {reference.step:,}" if reference.step is not None else ""
             )
@@ -45,14 +45,30 @@ class KnownInputs:
             preview.missing.append(f"{reference.text} ({reference.field}) is not on this machine")
         return f"{reference.field}: {reference.text}"
 
-    def _check_step(self, reference: Reference, stage: str) -> None:
-        steps = self.steps.get(reference.stage or "")
-        if reference.step is not None and steps is not None and reference.step > steps:
-            raise RecipeError(
-                f"stages.{stage}.{reference.field}: {reference.text!r}, but that stage ends with step {steps:,}",
-                "there would be no such checkpoint to read",
-                f"name a step that is saved, or write {reference.stage!r} for the last one",
-            )
+    def _check_step(self, reference: Reference, preview: StagePreview) -> None:
+        if reference.step is None or reference.stage is None or preview.state == "finished":
+            return
+        trained, last = self.recipe.stage(reference.stage), self.steps.get(reference.stage)
+        assert isinstance(trained, AnyTraining), "refused by the recipe"
+        if trained.patience is not None:
+            preview.notes.append(f"{reference.text} is there only if {reference.stage}'s best step is no earlier one")
+        if reference.step in checkpoint_steps(self.folder / reference.stage):  # as a signal may have left it
+            return
+        periods = [trained.checkpoint_every_steps]
+        periods += [trained.evaluate_every_steps] if trained.patience is not None else []
+        saved = reference.step > 0 and any(reference.step % period == 0 for period in periods)
+        if last is not None and reference.step > last:
+            but = f"that stage ends with step {last:,}"
+        elif not saved and reference.step != last and (last is not None or not reference.step):
+            often = " and every ".join(f"{period:,}" for period in periods)
+            but = f"that stage saves every {often} steps and at its end"
+        else:
+            return
+        raise RecipeError(
+            f"stages.{preview.name}.{reference.field}: {reference.text!r}, but {but}",
+            "there would be no such checkpoint to read",
+            f"name a step that is saved, or write {reference.stage!r} for the last one",
+        )
 
     def _refuse_misspelt(self, reference: Reference, stage: str) -> None:
         own = [each.name for each in self.recipe.stages if each.name != stage]
@@ -165,6 +181,12 @@ class KnownInputs:
     def _data_folder(self, reference: str) -> Path:
         own = reference in {stage.name for stage in self.recipe.stages}
         return self.folder / reference if own else Path(reference).expanduser()
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a training stage's folder."""
+    names = [marker.parent.name[5:] for marker in folder.glob("checkpoints/step-*/checkpoint.json")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _bytes_of_a_token(vocabulary_size: int) -> int:

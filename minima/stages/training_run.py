@@ -22,6 +22,7 @@ from minima.errors import CheckpointError, MinimaError
 from minima.evaluation.held_out import evaluate
 from minima.launcher import terminal_columns
 from minima.models.shape import ModelShape
+from minima.recipe.references import named_steps
 from minima.recipe.schema import AnyTraining
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
@@ -78,7 +79,8 @@ class TrainingRun:
         self.evaluated: dict[str, Any] = {}
         self.patience = Patience(stage.patience)
         self.checkpoints = context.folder / "checkpoints"
-        self.writer = CheckpointWriter(self.checkpoints, stage.keep_checkpoints, stage.keep_every_steps)
+        named = named_steps(context.recipe, stage.name)
+        self.writer = CheckpointWriter(self.checkpoints, stage.keep_checkpoints, stage.keep_every_steps, named)
         self.watchdog = Watchdog(stage.watchdog_seconds)
         self.step = self.total = 0  # finished steps, and what is counted in them
         self.ended: dict[str, Any] | None = None  # what an earlier start left when it ended the run

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,17 @@ def drop_after(folder: Path, step: int) -> None:
     distributed.barrier()
 
 
-def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: int | None = None) -> None:
+def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
     """Remove all but the newest complete ones, and what a removal or a save that was cut short has left.
 
     Args:
         folder: holds the stage's checkpoints.
         keep: how many of the newest stay; 0 keeps all.
         keep_every_steps: those after a multiple of so many steps stay, too; 0 for none.
-        spare: the one after this step stays, too.
+        spare: those after these steps stay, too.
     """
     steps = complete_steps(folder)
-    kept = {*(steps[-keep:] if keep else steps), spare}
+    kept = {*(steps[-keep:] if keep else steps), *spare}
     kept |= {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
     for path in folder.glob("step-*"):
         number = path.name.removesuffix(".partial")[5:]

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class CheckpointWriter:
         folder: holds the stage's checkpoints.
         keep: how many of the newest stay; 0 keeps all.
         keep_every_steps: those after a multiple of so many steps stay, too; 0 for none.
+        named: those after these steps stay, too.
 
     Attributes:
         waited_seconds: that training stood still for checkpoints on this rank, since the last `take_times`.
@@ -48,8 +49,8 @@ class CheckpointWriter:
         last_bytes: of its files, over all ranks.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-        self.folder, self.keep, self.keep_every_steps = folder, keep, keep_every_steps
+    def __init__(self, folder: Path, keep: int, keep_every_steps: int = 0, named: Collection[int] = ()) -> None:
+        self.folder, self.keep, self.keep_every_steps, self.named = folder, keep, keep_every_steps, named
         self.waited_seconds = self.last_seconds = 0.0
         self.last_bytes = 0
         self._thread: threading.Thread | None = None
@@ -125,7 +126,8 @@ class CheckpointWriter:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise _cannot_write(self._partial, failures, full)
         if distributed.is_main():
-            prune(self.folder, self.keep, self.keep_every_steps, self._spare)
+            spare = [*self.named, *([] if self._spare is None else [self._spare])]
+            prune(self.folder, self.keep, self.keep_every_steps, spare)
         self.waited_seconds += time.perf_counter() - began
 
     def take_times(self) -> dict[str, float]:

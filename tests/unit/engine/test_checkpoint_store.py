@@ -129,3 +129,14 @@ def test_an_error_of_another_kind_in_the_thread_is_told_too(tmp_path):
     with pytest.raises(CheckpointError, match="ZeroDivisionError: of our own"):
         writer.finish()
     assert not list(tmp_path.iterdir())
+
+
+def test_those_that_are_named_stay(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=1, named={2, 6})
+    for step in (2, 4, 6, 8):
+        writer.begin(step, lambda: files(b"x"), {"step": step}, spare=4)
+        writer.finish()
+    assert complete_steps(tmp_path) == [2, 4, 6, 8]
+    writer.begin(10, lambda: files(b"x"), {"step": 10})
+    writer.finish()
+    assert complete_steps(tmp_path) == [2, 6, 10]

@@ -73,11 +73,19 @@ def test_a_batch_that_does_not_divide_names_the_counts_that_do():
         ({"keep_checkpoints": 0, "patience": 3, "evaluate_every_steps": 700}, 1400, 2 + 2),
         ({"keep_checkpoints": 0, "evaluate_every_steps": 300}, 3000, 6),
         ({"keep_checkpoints": 5, "patience": 3, "evaluate_every_steps": 300}, 600, 3),
+        ({"keep_every_steps": 1000}, 10_000, 3 + 10),
+        ({"keep_every_steps": 300}, 10_000, 3 + 6),
+        ({"keep_every_steps": 600, "patience": 3, "evaluate_every_steps": 300}, 6000, 3 + 1 + 2 + 10),
     ],
 )
 def test_checkpoints_on_disk(changes, steps, count):
     assert checkpoint_bytes(training(steps=4, checkpoint_every_steps=500, **changes), 10, steps) == count * 120
     assert checkpoint_bytes(training(epochs=1, keep_checkpoints=0), 10, None) is None
+
+
+def test_checkpoints_on_disk_that_are_kept_all_along():
+    assert checkpoint_bytes(training(epochs=1, keep_every_steps=1000), 10, None) is None
+    assert checkpoint_bytes(training(steps=4, checkpoint_every_steps=500), 10, 10_000, named={500, 1000}) == 5 * 120
 
 
 @pytest.mark.parametrize(("steps", "every", "evaluated"), [(12, 5, 3), (12, 4, 6), (13, 5, 3), (7, 10, 10), (30, 6, 4)])

@@ -1,5 +1,6 @@
 """What is refused before anything starts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,53 @@ def test_a_folder_that_another_run_will_have_made(tmp_path):
 
 def test_a_folder_of_an_earlier_stage_of_the_same_run(tmp_path):
     check(DISTIL | {"data": str(tmp_path / "corpus"), "model": str(tmp_path / "pruned")}, tmp_path)
+
+
+READER = {"name": "quality", "kind": "evaluate", "models": ["student@4"], "data": "data"}
+STUDENT = DISTIL | {"steps": 10, "checkpoint_every_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "finished", "there", "do"),
+    [
+        ("student,quality", False, [], None),
+        ("student,quality", False, [2], None),
+        ("student,quality", False, [4, 6], None),
+        ("student,quality", False, [6, 8], "choose among 6, 8, or remove .*student to train it again"),
+        ("student,quality", True, [8, 10], "choose among 8, 10, or remove .*student to train it again"),
+        ("student", False, [6, 8], None),
+        ("quality", False, [], "add it: --stages student,quality"),
+        ("quality", False, [4], None),
+    ],
+)
+def test_a_checkpoint_that_no_training_will_leave(tmp_path, monkeypatch, chosen, finished, there, do):
+    monkeypatch.setattr(checks, "check_run", lambda *given: None)
+    student = STUDENT | {"data": str(tmp_path)}
+    recipe = Recipe(name="test", stages=[student, READER | {"data": str(tmp_path)}], launcher="local")
+    for step in there:
+        checkpoint = tmp_path / "student" / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "checkpoint.json").write_text("{}")
+    if finished:
+        (tmp_path / "student" / "manifest.json").write_text("{}")
+    recipe = recipe.model_copy(update={"output": str(tmp_path)})
+    stages = [recipe.stage(name) for name in chosen.split(",")]
+    if do is None:
+        checks.check_stages(recipe, Path("x.yaml"), stages, tmp_path, 1)
+        return
+    with pytest.raises(StageError, match=r"'quality' reads 'student@4', but .*no checkpoint after step 4") as error:
+        checks.check_stages(recipe, Path("x.yaml"), stages, tmp_path, 1)
+    assert re.match(do, error.value.do)
+
+
+def test_a_finished_stage_no_longer_needs_the_checkpoint_that_it_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "check_run", lambda *given: None)
+    stages = [STUDENT | {"data": str(tmp_path)}, READER | {"data": str(tmp_path)}]
+    recipe = Recipe(name="test", stages=stages, launcher="local", output=str(tmp_path))
+    for name in ("student", "quality"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    checks.check_stages(recipe, Path("x.yaml"), recipe.stages, tmp_path, 1)
 
 
 def test_a_folder_that_only_the_nodes_see(tmp_path):

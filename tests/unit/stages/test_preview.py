@@ -10,9 +10,9 @@ from minima.engine.checkpoint.store import MARKER, step_folder
 from minima.errors import MinimaError, RecipeError, ShapeError, TokenizerMismatch, VocabularyMismatch
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
-from minima.planning.dry_run import flops_text
+from minima.planning.dry_run import flops_text, size_text
 from minima.recipe.loading import load_recipe
-from minima.recipe.schema import Align, BuildData
+from minima.recipe.schema import Align, BuildData, Recipe
 from minima.stages.origin import check_fit
 from minima.stages.preview import walk
 
@@ -255,6 +255,48 @@ def test_a_step_that_a_stage_never_reaches(show):
     show(*stages, training("adapt", model="base@10", steps=2))
     with pytest.raises(RecipeError, match="'base@11', but that stage ends with step 10"):
         show(*stages, training("adapt", model="base@11", steps=2))
+
+
+SAVED = {"name": "base", "steps": 10, "checkpoint_every_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "but"),
+    [
+        (4, {}, None),
+        (8, {}, None),
+        (10, {}, None),
+        (6, {}, "saves every 4 steps and at its end"),
+        (0, {}, "saves every 4 steps and at its end"),
+        (6, {"evaluate_every_steps": 3}, "saves every 4 steps and at its end"),
+        (6, {"evaluate_every_steps": 3, "patience": 1}, None),
+        (5, {"evaluate_every_steps": 3, "patience": 1}, "saves every 4 and every 3 steps and at its end"),
+    ],
+)
+def test_a_step_that_a_stage_never_saves(show, step, changes, but):
+    stages = [data_stage(), training("adapt", **SAVED | changes), training("adapt", model=f"base@{step}", steps=2)]
+    if but is not None:
+        with pytest.raises(RecipeError, match=rf"^stages\.t\.model: 'base@{step}', but that stage {but}"):
+            show(*stages)
+        return
+    _, notes = show(*stages)
+    note = f"base@{step} is there only if base's best step is no earlier one"
+    assert (note in notes) == ("patience" in changes)
+
+
+def test_a_step_that_lies_there_may_be_read_whenever_it_was_saved(show, left):
+    left("out/base", ModelShape(**SMALL), step=6)
+    show(data_stage(), training("adapt", **SAVED), training("adapt", model="base@6", steps=2))
+
+
+def test_a_checkpoint_that_is_named_takes_its_disk(tmp_path):
+    sizes = []
+    for text in ("base", "base@4"):
+        stages = [data_stage(), training("adapt", **SAVED | {"steps": 80}), training("adapt", model=text, steps=2)]
+        recipe = Recipe(name="x", output=str(tmp_path / "out"), ranks=1, stages=stages)
+        sizes.append(dict(walk(recipe, tmp_path / "x.yaml")[1].facts)["disk"])
+    parameters = ModelShape(**SMALL).parameters
+    assert sizes == [f"{size_text(count * 12 * parameters)} of checkpoints, at most" for count in (3, 4)]
 
 
 def test_a_trained_tokenizer_larger_than_the_model(show):

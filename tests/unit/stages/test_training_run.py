@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from minima.engine.checkpoint.store import MARKER, step_folder
 from minima.engine.patience import Patience
+from minima.recipe.schema import Recipe
 from minima.stages.training_run import ENDED, TrainingRun
 
 
@@ -51,6 +52,25 @@ def test_a_start_after_the_end_by_patience_does_not_train_on(tmp_path):
         ended[limit] = TrainingRun.catch_up(run, 20, total_steps=100)
         assert run.patience.best_step == 10
     assert ended == {2: True, 3: False}
+
+
+def test_checkpoints_that_the_recipe_names_are_spared(tmp_path):
+    given = {"data": "data", "batch_sequences": 1, "micro_batch_sequences": 1, "steps": 6, "learning_rate": 1e-3}
+    stages = [
+        {"name": "a", "kind": "adapt", "model": "base", **given},
+        {"name": "b", "kind": "distil", "model": "a@2", "teacher": {"source": "a@4"}, **given},
+        {"name": "c", "kind": "evaluate", "models": ["b", "a@5", "b@3"], "data": "data"},
+    ]
+    recipe = Recipe(name="x", stages=stages)
+    flops = SimpleNamespace(training_flops_per_token=lambda length: 1.0)
+    store = SimpleNamespace(sequence_length=8, sha256=lambda: "")
+    for name, steps in (("a", {2, 4, 5}), ("b", {3})):
+        context = SimpleNamespace(folder=tmp_path, recipe=recipe)
+        run = TrainingRun(
+            context, recipe.stage(name), None, store, None, flops, lambda length: 0.0,
+            SimpleNamespace(identity=""), {},
+        )  # fmt: skip
+        assert run.writer.named == steps
 
 
 @pytest.mark.parametrize(
