@@ -170,8 +170,8 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
         raise DataError(
             f"no tokenizer can be loaded from {str(source)!r}: {reason}",
             "text cannot be turned into tokens without it",
-            "give a folder that holds a whole tokenizer.json or tokenizer.model, a Hub id that this machine can reach, or "
-            "`tokenizer: {vocabulary_size: N}` to train one",
+            "give a folder that holds a whole tokenizer.json or tokenizer.model, a Hub id that this machine can reach, "
+            "or `tokenizer: {vocabulary_size: N}` to train one",
         ) from error
     return tokenizer
 
