@@ -27,9 +27,8 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
         text = _tail(logs / f"{stage}.log")
         own = text[max((index for index, line in enumerate(text) if line.startswith(HEADER)), default=0) :]
         return _from_error(own) if any(line.startswith(ERROR) for line in own) else []
-    batch_logs = sorted(
-        [logs / f"{stage}-{job}.log", *logs.glob(f"{stage}-{job}_*[0-9].log")], key=lambda path: path.name
-    )
+    parts = [path for path in logs.glob(f"{stage}-{job}_*[0-9].log") if "-rank" not in path.name[len(stage) :]]
+    batch_logs = sorted([logs / f"{stage}-{job}.log", *parts], key=lambda path: path.name)
     return next((lines for path in batch_logs if (lines := _told(path, path.with_suffix("")))), [])
 
 

@@ -112,11 +112,13 @@ def test_a_part_that_failed_takes_the_merge_with_it(slurm, project):
     slurm.answer(squeue="101|0|COMPLETED|test.corpus.parts|None\n101|1|FAILED|test.corpus.parts|NonZeroExitCode\n"
                  "102|N/A|CANCELLED|test.corpus.merge|Dependency\n103|N/A|CANCELLED|test.base|Dependency")  # fmt: skip
     log = RUN / "logs" / "corpus-101_1.log"
+    log.with_name("corpus-101_0.log").write_text("2026-01-01 00:00:00 job 101_0: start 0 on n1\n")
+    log.with_name("corpus-101_0-rank0.log").write_text("part 0 is done\n")
     log.write_text("2026-01-01 00:00:00 job 101_1: start 0 on n1\nsrun: error: n1: task 0: Exited with exit code 2\n")
     log.with_name("corpus-101_1-rank0.log").write_text("minima: DataError: no such text\n")
     code, text = show()
     assert code == 1 and row(text, "corpus")[2] == "failed" and row(text, "base")[2] == "cancelled"
-    assert "corpus failed:" in text and "DataError: no such text" in text
+    assert "corpus failed:" in text and "DataError: no such text" in text and "part 0 is done" not in text
 
 
 def test_a_stage_that_was_cancelled_has_not_failed(slurm, project):
