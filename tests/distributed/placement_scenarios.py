@@ -10,6 +10,7 @@ from minima.engine.deepspeed_config import frozen_config
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.teacher.host import FrozenHost
 from minima.engine.traffic import Traffic
+from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
 from minima.recipe.distillation import Teacher
@@ -17,10 +18,10 @@ from tests.distributed.memory_scenarios import live_bytes
 from tests.distributed.scenarios import CONFIGS, new_feed, new_student, run_training
 from tests.distributed.tiny import VOCABULARY, config_of, training
 
-# Two of a layer's matrices and neither embedding nor norms reach the megabyte per rank from which on DeepSpeed writes
-# a shard to NVMe: some of every kind.
+# A layer's three large matrices and neither embedding nor norms reach the megabyte per rank, of four ranks too, from
+# which on DeepSpeed writes a shard to NVMe: some of every kind.
 LARGE = ModelShape(
-    vocabulary_size=VOCABULARY, hidden_size=256, intermediate_size=2100, num_layers=2, num_heads=4,
+    vocabulary_size=VOCABULARY, hidden_size=256, intermediate_size=4200, num_layers=2, num_heads=4,
     num_key_value_heads=2, max_positions=32,
 )  # fmt: skip
 NVME_TENSORS = 3 * LARGE.num_layers
@@ -90,5 +91,28 @@ def placements(folder: Path) -> Any:
 def placements_on_nodes(folder: Path) -> Any:
     """The same on two nodes of two ranks; a window is all that a rank has of a step's batch."""
     assert distributed.node_ranks() == [[0, 1], [2, 3]]
-    places = ("replica", "zero3", "zero3_node", "tensor_parallel", "node_cpu", "node_nvme")
-    return {place: in_place(folder, place, (2,)) for place in places}
+    return {place: in_place(folder, place, (2,)) for place in PLACES}
+
+
+def nvme_refused(folder: Path) -> Any:
+    """What each rank says of folders in which no shard can be written, of which the last is rank 1's alone."""
+    (folder / "file").touch()
+    own = folder / "occupied" / "zero_stage_3" / "float32params"
+    if distributed.is_main():
+        own.mkdir(parents=True)
+        (own / "rank1").touch()
+    distributed.barrier()
+    found: dict[str, Any] = {}
+    for name, place in {"file": folder / "file", "none": Path("/proc/nowhere"), "occupied": own.parents[1]}.items():
+        config = frozen_config(
+            CONFIGS / Teacher.shipped_json("zero3", "nvme"), placement="zero3", offload="nvme", nvme_path=place,
+            precision="float32",
+        )  # fmt: skip
+        try:
+            FrozenHost(large_source(), config, precision="float32", placement="zero3")
+            said = "nothing"
+        except RecipeError as error:
+            said = str(error)
+        found[name] = distributed.gather_objects(said)
+    found["left"] = [path.name for path in own.iterdir()]
+    return found

@@ -33,7 +33,7 @@ def test_every_place_gives_the_losses_of_one_plain_process(two_ranks, plain, pla
     check(two_ranks["placements"][place][f"records-{window}"], plain)
 
 
-@pytest.mark.parametrize("place", ["replica", "zero3", "zero3_node", "tensor_parallel", "node_cpu", "node_nvme"])
+@pytest.mark.parametrize("place", PLACES)
 def test_and_so_on_two_nodes(two_nodes, plain, place):
     check(two_nodes["placements_on_nodes"][place]["records-2"], plain)
 
@@ -58,7 +58,8 @@ def test_nothing_is_gathered_of_what_is_whole_or_split(two_ranks):
 
 
 @pytest.mark.parametrize(
-    ("place", "ranks"), [("replica", 1), ("zero3", 4), ("zero3_node", 2), ("node_cpu", 2), ("tensor_parallel", 2)]
+    ("place", "ranks"),
+    [("replica", 1), ("zero3", 4), ("zero3_node", 2), ("cpu", 4), ("node_cpu", 2), ("tensor_parallel", 2)],
 )
 def test_each_of_four_ranks_holds_its_share_and_no_more(two_nodes, place, ranks):
     found = two_nodes["placements_on_nodes"][place]
@@ -69,7 +70,8 @@ def test_each_of_four_ranks_holds_its_share_and_no_more(two_nodes, place, ranks)
 
 
 @pytest.mark.parametrize(
-    ("run", "place", "ranks"), [("two", "nvme", 2), ("two", "node_nvme", 2), ("four", "node_nvme", 2)]
+    ("run", "place", "ranks"),
+    [("two", "nvme", 2), ("two", "node_nvme", 2), ("four", "nvme", 4), ("four", "node_nvme", 2)],
 )
 def test_shards_on_nvme_are_files_and_go_with_the_teacher(two_ranks, two_nodes, run, place, ranks):
     found = (two_ranks["placements"] if run == "two" else two_nodes["placements_on_nodes"])[place]
@@ -85,3 +87,12 @@ def test_a_closed_teacher_leaves_nothing(two_ranks, place):
     found = two_ranks["placements"][place]
     assert found["left"] < 1000
     assert found["mpu"] == "None", "AutoTP's groups would be taken for those of the next engine"
+
+
+def test_a_folder_that_cannot_hold_shards_is_refused_on_every_rank(two_ranks):
+    found = two_ranks["nvme_refused"]
+    for name, why in {"file": "Not a directory", "none": "No such file", "occupied": "rank1"}.items():
+        first, second = found[name]
+        assert first == second and "its shards cannot be written to" in first and why in first
+        assert "set nvme_path to a folder" in first
+    assert found["left"] == ["rank1"], "what was there, and nothing of ours"

@@ -5,6 +5,8 @@ DeepSpeed's hooks gather each layer's weights before it runs and give them back 
 
 import contextlib
 import math
+import mmap
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,10 +22,12 @@ from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
+from minima.engine.ops import load_op
 from minima.engine.sharded import build_sharded, release, sharded_parameters
 from minima.engine.teacher.root import FrozenRoot, backbone_of
 from minima.engine.teacher.window import LayerWindow
 from minima.errors import RecipeError
+from minima.launcher import node_name
 from minima.models.causal_lm import head_weight
 from minima.models.compiling import decoder_layers
 from minima.models.weights import WeightSource
@@ -54,7 +58,7 @@ class Zero3:
         config = _with_buffers(config, source, dist.get_world_size(group))
         self._nvme = _nvme_folder(config)
         if self._nvme is not None:
-            check_nvme()
+            _check_folder(self._nvme)
         self.model = build_sharded(source, config, precision, group)
         self.model.requires_grad_(False)
         self.model.eval()
@@ -113,12 +117,7 @@ class Zero3:
         self._window = None
         release(root)
         if self._nvme is not None:
-            shutil.rmtree(self._nvme, ignore_errors=True)
-            for parent in list(self._nvme.parents)[
-                :3
-            ]:  # DeepSpeed's two and the run's own, once no rank has files there
-                with contextlib.suppress(OSError):  # another rank still has files there: the last one removes it
-                    parent.rmdir()
+            _remove(self._nvme)
 
 
 def _nvme_folder(config: dict[str, Any]) -> Path | None:
@@ -128,6 +127,53 @@ def _nvme_folder(config: dict[str, Any]) -> Path | None:
         return None
     dtype = "bfloat16" if config["bf16"]["enabled"] else "float32"
     return Path(offload["nvme_path"]) / "zero_stage_3" / f"{dtype}params" / f"rank{distributed.rank()}"
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a teacher on NVMe where a rank cannot write its shards; every rank calls it, and all end with one's error.
+
+    Args:
+        folder: this rank's, from `_nvme_folder`; is made.
+
+    Raises:
+        RecipeError: names the folder and the machine.
+    """
+    error: RecipeError | None = None
+    try:
+        check_nvme()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_probe(folder / "probe")
+    except RecipeError as found:
+        error = found
+    except OSError as found:
+        error = RecipeError(
+            f"a teacher with offload nvme, and its shards cannot be written to {folder} on {node_name()} ({found})",
+            "DeepSpeed keeps them there as files, and reads each layer's before it runs",
+            "set nvme_path to a folder on a local disk of every node in which you may write, or take offload: cpu",
+        )
+    try:
+        distributed.raise_together(error)
+    except RecipeError:
+        _remove(folder)
+        raise
+
+
+def _write_probe(path: Path) -> None:
+    """Write a page past the system's cache, as DeepSpeed writes shards: some file systems refuse that."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    try:
+        os.write(descriptor, mmap.mmap(-1, mmap.PAGESIZE))  # O_DIRECT takes aligned memory alone
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """A rank's folder, and the three above it that are DeepSpeed's and the run's own, once no rank has files there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in list(folder.parents)[:3]:
+        with contextlib.suppress(OSError):  # another rank still has files there: the last one removes it
+            parent.rmdir()
 
 
 def _with_buffers(config: dict[str, Any], source: WeightSource, ranks: int) -> dict[str, Any]:
@@ -159,9 +205,11 @@ def check_nvme() -> None:
     Raises:
         RecipeError: its op for asynchronous I/O cannot be built.
     """
-    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible(verbose=False):
         raise RecipeError(
             "a teacher with offload nvme, and libaio is not installed",
             "DeepSpeed reads shards through it, and builds its op for that with its headers",
             "install libaio-dev (Debian) or libaio-devel (Fedora) on every node, or take offload: cpu",
         )
+    load_op(builder)  # so that no build that was killed holds up DeepSpeed's own loading of it
