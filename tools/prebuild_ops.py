@@ -1,8 +1,7 @@
-"""Build DeepSpeed's CPU ops once, into the virtual environment, so that no rank waits for them.
+"""Build DeepSpeed's CPU op for asynchronous I/O once, into the virtual environment, so that no rank waits for it.
 
-The first process group on a CPU otherwise compiles it while the other ranks wait on a file lock, and a build that is
-killed leaves that lock behind. Run by `make install`; does nothing where there is a GPU or the ops are there already.
-The communication op is for every run; the one for asynchronous I/O for a teacher on NVMe, and needs libaio's headers.
+It is for a teacher on NVMe, and needs libaio's headers. Its first use otherwise compiles it while the other ranks wait
+on a file lock. Run by `make install`; does nothing where there is a GPU or the op is there already.
 """
 
 import os
@@ -16,7 +15,7 @@ FOLDER = Path(sys.prefix) / "torch_extensions"
 
 
 def main() -> int:
-    """Build the ops; a failure is told but is none of the installation: gloo then carries everything."""
+    """Build the op; a failure is told but is none of the installation."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         sys.stdout.write("a GPU is here: no CPU op to build\n")
         return 0
@@ -25,9 +24,7 @@ def main() -> int:
     for lock in list(FOLDER.glob("**/lock")):
         shutil.rmtree(lock.parent, ignore_errors=True)  # a build that was killed: its folder cannot be trusted
     from deepspeed.ops.op_builder.cpu.async_io import AsyncIOBuilder
-    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
-    build("communication", ShareMemCommBuilder(), "gloo will be used alone")
     if AsyncIOBuilder().is_compatible():
         build("asynchronous I/O", AsyncIOBuilder(), "no teacher can lie on NVMe")
     else:

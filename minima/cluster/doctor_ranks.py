@@ -4,7 +4,6 @@ import datetime
 import fcntl
 import secrets
 import socket
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch.distributed as dist
 
 from minima.cluster.doctor_machine import Finding, guarded
 from minima.engine import distributed
-from minima.engine.ops import load_op
 from minima.launcher import Launch, node_name
 from minima.stages.manifest import NFS_SECONDS, look_again
 
@@ -90,8 +88,8 @@ def leave(code: int) -> int:
 
 
 def check_device(launch: Launch) -> list[Finding]:
-    """This rank's GPU, or that there is none, and the op that ranks on a processor exchange through."""
-    return [guarded("GPU", lambda: _gpu(launch)), guarded("DeepSpeed's ops", lambda: _ops(launch))]
+    """This rank's GPU, or that there is none."""
+    return [guarded("GPU", lambda: _gpu(launch))]
 
 
 def _gpu(launch: Launch) -> Finding:
@@ -107,21 +105,6 @@ def _gpu(launch: Launch) -> Finding:
         do = "end what else uses it (nvidia-smi), or ask for whole nodes (exclusive)"
         return Finding("GPU", "warning", f"{found}, of which {free / 2**30:.0f} GiB are free", do)
     return Finding("GPU", "ok", found)
-
-
-def _ops(launch: Launch) -> Finding:
-    check = "DeepSpeed's ops"
-    if distributed.device().type != "cpu":
-        return Finding(check, "ok", "training on GPUs needs none")
-    from deepspeed.accelerator import get_accelerator
-
-    try:
-        load_op(get_accelerator().create_op_builder("ShareMemCommBuilder"))
-    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        said = " ".join(str(error).split())[:160]
-        do = "install g++, Python's headers and ninja; without it gloo carries everything, more slowly"
-        return Finding(check, "warning", f"the shared-memory op cannot be built: {said}", do)
-    return Finding(check, "ok", "the shared-memory op loads")
 
 
 def check_together(launch: Launch, folder: Path) -> list[Finding]:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import datetime
-import logging
 import socket
-import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +17,8 @@ from torch import Tensor
 from minima.errors import MinimaError
 from minima.launcher import Launch, export_launch
 
-from .ops import load_op
-
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
-logger = logging.getLogger("minima.distributed")
 _alone = False
 _joined: Launch | None = None
 _nodes: list[list[int]] | None = None
@@ -49,7 +44,7 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     index = launch.local_rank if on_cpu else launch.local_rank % accelerator.device_count()
     export_launch(dataclasses.replace(launch, local_rank=index))  # DeepSpeed reads rank and address from there only
     if on_cpu:
-        _build_or_do_without()
+        _without_shared_memory()
     else:
         accelerator.set_device(index)
     deepspeed.init_distributed(
@@ -62,14 +57,13 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     )
 
 
-def _build_or_do_without() -> None:
-    """Without a compiler, gloo carries everything: DeepSpeed would end here for want of its shared-memory op."""
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    try:
-        load_op(builder)  # a second where it is built already, as `make install` does
-    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
-        logger.warning("DeepSpeed's shared-memory op cannot be built, so all goes through gloo, more slowly: %s", error)
+def _without_shared_memory() -> None:
+    """Keep DeepSpeed from starting its op for sums through shared memory; gloo carries everything.
+
+    It serves `inference_all_reduce` alone, which nothing here calls, and it would cost each rank 66 MiB in /dev/shm,
+    which DeepSpeed never removes, and the first start the time to compile it.
+    """
+    deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
 
 
 def stop() -> None:

@@ -23,7 +23,7 @@ def start_ranks(
     processes = []
     for rank in range(world_size):
         place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % per_node}
-        place |= {"LOCAL_WORLD_SIZE": per_node}
+        place |= {"LOCAL_WORLD_SIZE": per_node, "LOCAL_SIZE": per_node}  # the second as the deepspeed launcher says it
         environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": accelerator, "PYTHONPATH": str(ROOT)}

@@ -71,6 +71,12 @@ def weight_hashes(student: Student) -> dict[str, str]:
     return {f"{rank}:{name}": digest for rank, hashes in enumerate(gathered) for name, digest in hashes.items()}
 
 
+def shared_memory(folder: Path) -> Any:
+    """What this group has put into the machine's shared memory; DeepSpeed's files there carry the port."""
+    distributed.barrier()
+    return sorted(path.name for path in Path("/dev/shm").glob(f"*_{read_launch().master_port}_*"))
+
+
 def language_modelling(folder: Path) -> Any:
     settings = training()
     return run_training(settings, LanguageModelling(), new_student(settings))

@@ -118,6 +118,10 @@ def test_no_micro_step_asks_the_host_but_the_one_that_updates(two_ranks):
         assert counts[-1] > 0, "the update reads the gradient norm: else nothing was counted"
 
 
+def test_nothing_is_put_into_the_shared_memory_of_the_machine(two_ranks):
+    assert two_ranks["shared_memory"] == []
+
+
 def test_a_closed_engine_leaves_nothing_in_memory(two_ranks):
     assert two_ranks["closing"] == {"master": False, "moment": False, "shards": False}
 
