@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minima.errors import RecipeError
 
+_OF_HUB = ("config", "split", "revision", "streaming")
+# What nothing reads, by where the documents come from.
+_IDLE = {"path": _OF_HUB, "hub": ("format",), "embedded": (*_OF_HUB, "format", "field")}
+
 
 class Source(BaseModel):
     """Documents of one origin. Exactly one of `path`, `hub` and `embedded` is given.
@@ -17,14 +21,14 @@ class Source(BaseModel):
         hub: a Hugging Face dataset: a Hub id, or a folder that `datasets` saved.
         embedded: what minima ships: the texts `sotu` (English) and `poems` (Chinese), the conversations `chat` and the
             preference pairs `preferences` (both in both languages).
-        config: configuration of the dataset.
+        config: configuration of the dataset; this, `split`, `revision` and `streaming` are of `hub` alone.
         split: split of the dataset.
         revision: revision of the dataset.
         streaming: read the dataset without downloading it first.
-        format: of the files; by their names when `auto`: a `.json` is one array of records, or JSON lines. One plain
-            text file is one document.
-        field: of a record, the one that holds the text; not read for conversations and preferences, whose layout is
-            told from the record.
+        format: of the files of `path`; by their names when `auto`: a `.json` is one array of records, or JSON lines.
+            One plain text file is one document.
+        field: of a record of `path` or `hub`, the one that holds the text; not read for conversations and preferences,
+            whose layout is told from the record.
         weight: share of the training tokens, relative to the other sources' weights. All weights equal to their
             default means every token once; a source that runs out before its share is read again from its start,
             and the report counts the epochs.
@@ -55,7 +59,20 @@ class Source(BaseModel):
                 "documents come from one place",
                 "give exactly one of `path`, `hub` and `embedded`",
             )
+        self._refuse_idle(given[0])
         return self
+
+    def _refuse_idle(self, origin: str) -> None:
+        fields = type(self).model_fields  # a finished run's recipe writes its defaults out: those count as not given
+        idle = [name for name in _IDLE[origin] if getattr(self, name) != fields[name].default]
+        if idle:
+            raise RecipeError(
+                f"source {self.label!r} sets {', '.join(idle)}, which {'are' if len(idle) > 1 else 'is'} not read with "
+                f"`{origin}`",
+                "other text would be read than the recipe seems to say",
+                f"leave {'them' if len(idle) > 1 else 'it'} out; config, split, revision and streaming are for `hub`, "
+                "format for `path`, field for both",
+            )
 
     @property
     def label(self) -> str:

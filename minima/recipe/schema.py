@@ -124,7 +124,8 @@ class Recipe(Strict):
             GPU, or 2 without a GPU, when not given.
         max_ranks: no more than this many where `ranks` is not given; for runs too small to be shared by all GPUs.
         stages: in the order in which they run; each reads earlier ones by name.
-        summary: what `summary.json` holds: nested names, each a `STAGE.metric.path`, or a list of them to average.
+        summary: what `summary.json` holds beside its own `tokens`, `seconds` and `export`: nested names, each a
+            `STAGE.metric.path`, or a list of them to average.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

@@ -24,7 +24,7 @@ RECIPE = {
         {"name": "quality", "kind": "evaluate", "models": ["teacher", "student@2"], "data": "corpus"},
         {"name": "out", "kind": "export", "model": "student"},
     ],
-    "summary": {"teacher": {"loss": "quality.loss"}},
+    "summary": {"student": {"loss": "quality.student@2.loss"}},
 }  # fmt: skip
 
 
@@ -218,6 +218,12 @@ stages:
         ("summary.x=3", "names no stage's metric"),
         ("summary.x=[]", r"summary\.x is an empty list"),
         ("summary.x={y: []}", r"summary\.x\.y is an empty list"),
+        ("summary.tokens=student.tokens", r"summary\.tokens: the summary has a 'tokens' of its own"),
+        ("summary.seconds=student.seconds", r"summary\.seconds: the summary has"),
+        ("summary.export={out: out.bytes}", r"summary\.export: the summary has"),
+        ("summary.x=quality.loss", "'quality.loss' names no model of stage 'quality'"),
+        ("summary.x=quality.techer.loss", "names no model of stage 'quality'; did you mean 'teacher'"),
+        ("summary.x=[quality.teacher.loss, quality.student.loss]", r"'quality\.student\.loss' names no model"),
     ],
 )
 def test_references_that_cannot_hold_are_refused(load, recipe, override, message):
@@ -233,6 +239,71 @@ def test_references_that_cannot_hold_are_refused(load, recipe, override, message
 def test_numbers_that_no_run_survives_are_refused(load, recipe, override):
     with pytest.raises(RecipeError, match=rf"stages\.student\.{override.partition('=')[0]}"):
         load(recipe, f"stages.student.{override}")
+
+
+@pytest.mark.parametrize("name", ["tokens", "seconds", "export"])
+def test_a_name_of_the_summarys_own_may_stand_below_another(load, recipe, name):
+    assert load(recipe, f"summary.student.{name}=student.tokens").summary["student"][name] == "student.tokens"
+
+
+@pytest.mark.parametrize(("model", "stage"), [("/a/b.c", "quality"), ("teacher", "quality.long")])
+def test_stages_and_models_of_the_summary_may_hold_points(load, recipe, model, stage):
+    recipe["stages"].append(recipe["stages"][4] | {"name": "quality.long"})
+    recipe["stages"][4]["models"].append("/a/b.c")
+    load(recipe, f"summary.x={stage}.{model}.loss")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said", "mended"),
+    [
+        (["warmup_steps=2", "warmup_fraction=0.1"], "warmup_steps 2 with warmup_fraction 0.1", "warmup_steps=null"),
+        (["warmup_steps=2", "warmup_fraction=0.1"], "only the steps would be read", "warmup_fraction=0.01"),
+        (
+            ["schedule=constant", "final_learning_rate_fraction=0.1"],
+            "schedule: constant with final_learning_rate_fraction 0.1",
+            "final_learning_rate_fraction=0",
+        ),
+    ],
+)
+def test_what_a_training_stage_would_not_read_is_refused(load, recipe, overrides, said, mended):
+    given = [f"stages.student.{override}" for override in overrides]
+    with pytest.raises(RecipeError, match=said) as error:
+        load(recipe, *given)
+    assert mended in error.value.do
+    loaded = load(recipe, *given, f"stages.student.{mended}")
+    assert load(resolved_yaml(loaded)) == loaded
+
+
+@pytest.mark.parametrize(
+    ("source", "idle"),
+    [
+        ({"path": "a.txt", "split": "test", "config": "en"}, "config, split, which are not read with `path`"),
+        ({"path": "a.txt", "revision": "main"}, "revision, which is not read with `path`"),
+        ({"path": "a.txt", "streaming": True}, "streaming, which is"),
+        ({"hub": "org/text", "format": "jsonl"}, "format, which is not read with `hub`"),
+        ({"embedded": "sotu", "format": "text"}, "format, which is not read with `embedded`"),
+        ({"embedded": "sotu", "field": "content"}, "field, which is"),
+        ({"embedded": "sotu", "split": "test"}, "split, which is"),
+    ],
+)
+def test_what_a_source_would_not_read_is_refused(load, recipe, source, idle):
+    recipe["stages"][0]["sources"] = [source]
+    with pytest.raises(RecipeError, match=idle):
+        load(recipe)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"path": "a.txt", "format": "jsonl", "field": "content"},
+        {"hub": "org/text", "config": "en", "split": "test", "revision": "main", "streaming": True, "field": "content"},
+        {"embedded": "sotu", "max_documents": 3, "weight": 2},
+    ],
+)
+def test_what_a_source_reads_may_be_set_and_written_out(load, recipe, source):
+    recipe["stages"][0]["sources"] = [source]
+    loaded = load(recipe)
+    assert load(resolved_yaml(loaded)) == loaded
 
 
 def test_a_name_that_is_no_stage_is_a_path_or_hub_id(load, recipe):
