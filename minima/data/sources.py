@@ -5,6 +5,7 @@ import glob
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -138,7 +139,7 @@ def _read_files(source: Source, field: str | None, rejected: Rejected, share: Sh
             continue
         try:
             yield from readers[name](path, field, rejected, share)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(
                 f"{path} cannot be read: {error}",
                 "leaving it out without a word would train on less text than the recipe says",

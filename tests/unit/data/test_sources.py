@@ -133,7 +133,11 @@ def test_a_file_that_is_not_utf8_and_one_of_unknown_kind(tmp_path):
         ("a.jsonl", b'{"body": "x"}\n' * 3, "3 x missing_field, first at .*a.jsonl:1"),
         ("a.parquet", b"PAR1 but cut", "not a whole parquet file"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9], "cannot be read"),
         ("a.jsonl.xz", b"not xz", "cannot be read"),
+        ("a.jsonl.xz", lzma.compress(b"{}\n" * 99)[:40] + b"\xff" * 40, "cannot be read"),
+        ("a.jsonl.bz2", bz2.compress(b"{}\n" * 99)[:12] + b"\xff" * 40, "cannot be read"),
         ("a.exe", b"MZ", "known suffix"),
     ],
 )
