@@ -17,7 +17,7 @@ def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     over all their starts, without starting processes) and `export` (path of each export stage's model).
 
     Raises:
-        RecipeError: the recipe asks for a metric that its stage did not measure.
+        RecipeError: the recipe asks for a metric that its stage did not measure, or to average what is no number.
     """
     if not all(is_finished(folder / stage.name) for stage in recipe.stages):
         return None
@@ -53,9 +53,20 @@ def _resolve(value: Any, metrics: dict[str, Any], where: str) -> Any:
     if isinstance(value, dict):
         return {key: _resolve(inner, metrics, f"{where}.{key}") for key, inner in value.items()}
     if isinstance(value, list):
-        numbers = [_resolve(inner, metrics, where) for inner in value]
-        return sum(numbers) / len(numbers)
+        return _mean([_resolve(inner, metrics, where) for inner in value], value, where)
     return _look_up(metrics, value, value, where)
+
+
+def _mean(numbers: list[Any], names: list[str], where: str) -> float:
+    for number, name in zip(numbers, names, strict=True):
+        if not isinstance(number, int | float):
+            text = repr(number)
+            raise RecipeError(
+                f"summary.{where}: {name!r} is no number but {text if len(text) <= 80 else text[:77] + '...'}",
+                "a list is averaged, and summary.json is not written without its mean",
+                f"name it alone ({where}: {name}), or name numbers; finished stages are not run again",
+            )
+    return sum(numbers) / len(numbers)
 
 
 def _look_up(block: Any, path: str, whole: str, where: str) -> Any:

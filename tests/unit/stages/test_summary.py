@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 import yaml
 
+from minima.errors import RecipeError
 from minima.recipe.loading import load_recipe
 from minima.stages.summary import write_summary
 
@@ -25,3 +27,23 @@ def test_tokens_are_those_in_the_weights_that_are_left(tmp_path):
     summary = write_summary(load_recipe(path), out)
     assert summary is not None
     assert summary["tokens"] == 192, "no tokens of data that was built, none of steps that were given up"
+
+
+METRICS = {"layers": [0, 2], "loss": 2.0, "other": 4, "table": {"x": 1.0}, "none": None}
+
+
+@pytest.mark.parametrize("name", ["layers", "table", "none"])
+def test_what_is_no_number_is_not_averaged(tmp_path, name):
+    path, out = tmp_path / "x.yaml", tmp_path / "out"
+    (out / "c").mkdir(parents=True)
+    (out / "c" / "manifest.json").write_text(json.dumps({"seconds": 1.5, "metrics": METRICS}))
+
+    def summary(asked):
+        content = {"name": "x", "output": str(out), "stages": STAGES[:1], "summary": {"a": asked}}
+        path.write_text(yaml.safe_dump(content))
+        return write_summary(load_recipe(path), out)["a"]
+
+    assert summary(["c.loss", "c.other"]) == 3.0
+    assert summary(f"c.{name}") == METRICS[name]
+    with pytest.raises(RecipeError, match=rf"summary\.a: 'c\.{name}' is no number"):
+        summary(["c.loss", f"c.{name}"])
