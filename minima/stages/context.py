@@ -146,6 +146,6 @@ class StageContext:
             raise StageError(
                 f"stage {reference.stage!r} has no checkpoint after step {reference.step}",
                 f"stage {self.stage.name!r} reads it",
-                f"choose among {', '.join(map(str, steps)) or 'none yet'}, or train it again: a recipe's steps are kept",
+                f"choose among {', '.join(map(str, steps)) or 'none yet'}, or train it again: a recipe's steps stay",
             )
         return folder

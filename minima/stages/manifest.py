@@ -62,7 +62,10 @@ def read_manifest(folder: Path, name: str = FINISHED) -> dict[str, Any]:
         StageError: it is missing or not JSON.
     """
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, no object")
+        return content
     except (FileNotFoundError, NotADirectoryError):
         raise _not_made(folder, name) from None
     except (OSError, ValueError) as error:

@@ -30,6 +30,8 @@ from minima.recipe.schema import (
 )
 from minima.stages.manifest import FINISHED, STARTED, is_finished
 from minima.stages.preview_inputs import KnownInputs
+from minima.stages.run_folder import check_run_folder
+from minima.stages.running import output_folder
 from minima.stages.shipped import find_deepspeed_json
 
 _LEAVES = {
@@ -278,8 +280,10 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
         stages: those to show.
 
     Raises:
+        StageError: the run's folder belongs to another recipe, or cannot be one.
         MinimaError: as `walk` does.
     """
+    check_run_folder(output_folder(recipe), recipe.name, [stage.name for stage in recipe.stages])
     shown = {stage.name for stage in stages}
     previews = [found for found in walk(recipe, recipe_path) if found.name in shown]
     return render(resolved_yaml(recipe), previews)

@@ -1,5 +1,6 @@
 """A run's folder belongs to one recipe."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,13 +67,16 @@ def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:
     with access_named(folder):
         if folder.exists() and not folder.is_dir():
             raise StageError(f"the output {folder} is a file", "a run's stages are folders inside its folder", do)
+        for parent in folder.parents:
+            if parent.exists() and not parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
         held = set(os.listdir(folder)) if folder.is_dir() else set()
     if not held - {*_OWN, ".recipe.yaml"}:
         return
     try:
         kept: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        other, other_stages = kept["name"], [stage["name"] for stage in kept["stages"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        other, other_stages = kept["name"], [str(stage["name"]) for stage in kept["stages"]]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # bytes that are no UTF-8 are a ValueError
         raise StageError(
             f"the output folder {folder} holds files but no recipe.yaml of a run",
             "a run writes into its folder, and nothing of yours may be lost",

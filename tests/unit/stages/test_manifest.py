@@ -21,7 +21,7 @@ from minima.stages.manifest import (
 DESCRIPTION = {"stage": {"name": "a"}, "inputs": {}, "identity": "x"}
 
 
-@pytest.mark.parametrize("content", [b'{"stage": ', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b'{"stage": ', b"\xff\xfe", b"[]", b"1"])
 def test_a_torn_manifest_is_refused_with_its_path(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(StageError, match=r"/manifest\.json cannot be read") as refused:

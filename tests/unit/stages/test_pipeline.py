@@ -22,7 +22,7 @@ output: out
 ranks: 2
 summary:
   teacher: {{loss: teacher.loss, mean: [teacher.loss, student.loss]}}
-  deep: quality.by.a.b
+  deep: teacher.by.a.b
 stages:
   - {{name: teacher, kind: adapt, model: base, {TRAINING.replace("corpus", "text")}}}
   - {{name: pruned, kind: prune, model: teacher, data: text, target: {{hidden_size: 16}}}}
@@ -228,6 +228,14 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(StageError, match=r"no recipe\.yaml"):
         run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", b"[]", b"name: tiny", b"name: tiny\nstages: [{name: [a]}]"])
+def test_a_folder_whose_recipe_cannot_be_read_is_refused(run, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_bytes(content)
+    with pytest.raises(StageError, match=r"the output folder out holds files but no recipe\.yaml|of another recipe"):
+        run()
 
 
 def test_an_output_that_cannot_be_made_starts_nothing(run, tmp_path, monkeypatch):

@@ -7,14 +7,14 @@ import yaml
 
 from minima.data.store import FORMAT, TokenStore
 from minima.engine.checkpoint.store import MARKER, step_folder
-from minima.errors import MinimaError, RecipeError, ShapeError, TokenizerMismatch, VocabularyMismatch
+from minima.errors import MinimaError, RecipeError, ShapeError, StageError, TokenizerMismatch, VocabularyMismatch
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
 from minima.planning.dry_run import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Align, BuildData, Recipe
 from minima.stages.origin import check_fit
-from minima.stages.preview import walk
+from minima.stages.preview import preview, walk
 
 SMALL = {"vocabulary_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
 LENGTH = 256
@@ -297,6 +297,18 @@ def test_a_checkpoint_that_is_named_takes_its_disk(tmp_path):
         sizes.append(dict(walk(recipe, tmp_path / "x.yaml")[1].facts)["disk"])
     parameters = ModelShape(**SMALL).parameters
     assert sizes == [f"{size_text(count * 12 * parameters)} of checkpoints, at most" for count in (3, 4)]
+
+
+def test_an_output_that_a_run_would_refuse(tmp_path):
+    recipe = Recipe(name="x", output=str(tmp_path / "x.yaml" / "deep" / "y"), ranks=1, stages=[data_stage()])
+    preview(recipe, tmp_path / "x.yaml", recipe.stages)
+    (tmp_path / "x.yaml").touch()
+    with pytest.raises(StageError, match=r"deep/y cannot be used \(.*Not a directory: '.*/x\.yaml'\)"):
+        preview(recipe, tmp_path / "x.yaml", recipe.stages)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text("{name: other, stages: [{name: c}]}")
+    with pytest.raises(StageError, match="output folder of another recipe"):
+        preview(recipe.model_copy(update={"output": str(tmp_path / "out")}), tmp_path / "x.yaml", recipe.stages)
 
 
 def test_a_trained_tokenizer_larger_than_the_model(show):
