@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import secrets
 import socket
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from minima.cluster.doctor_machine import Finding, guarded
 from minima.engine import distributed
+from minima.engine.ops import load_op
 from minima.launcher import Launch, node_name
 from minima.stages.manifest import NFS_SECONDS, look_again
 
@@ -88,8 +91,8 @@ def leave(code: int) -> int:
 
 
 def check_device(launch: Launch) -> list[Finding]:
-    """This rank's GPU, or that there is none."""
-    return [guarded("GPU", lambda: _gpu(launch))]
+    """This rank's GPU, or that there is none, and the one compiled op that a run may need."""
+    return [guarded("GPU", lambda: _gpu(launch)), guarded("DeepSpeed's ops", _ops)]
 
 
 def _gpu(launch: Launch) -> Finding:
@@ -105,6 +108,20 @@ def _gpu(launch: Launch) -> Finding:
         do = "end what else uses it (nvidia-smi), or ask for whole nodes (exclusive)"
         return Finding("GPU", "warning", f"{found}, of which {free / 2**30:.0f} GiB are free", do)
     return Finding("GPU", "ok", found)
+
+
+def _ops() -> Finding:
+    check, builder = "DeepSpeed's ops", get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible(verbose=False):
+        need = "which libaio-dev (Debian) or libaio-devel (Fedora) is missing for"
+        return Finding(check, "ok", f"only a teacher with offload nvme needs one, {need}")
+    try:
+        load_op(builder)
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        said = " ".join(str(error).split())[:160]
+        do = "install g++, Python's headers and ninja; only a teacher with offload nvme needs it"
+        return Finding(check, "warning", f"the one for asynchronous I/O cannot be built: {said}", do)
+    return Finding(check, "ok", "the one for asynchronous I/O loads, for a teacher with offload nvme")
 
 
 def check_together(launch: Launch, folder: Path) -> list[Finding]:
