@@ -145,5 +145,21 @@ def check_batch(name: str, training: Training, ranks: int) -> None:
     )
 
 
+def check_length(name: str, training: Training, plan: TrainingPlan) -> None:
+    """Refuse a stage that would train on less than one sequence.
+
+    Raises:
+        RecipeError: says how much it is given.
+    """
+    if plan.steps:
+        return
+    given = f"tokens {training.tokens:,}" if training.tokens is not None else f"epochs {training.epochs:g}"
+    raise RecipeError(
+        f"stages.{name}: {given} come to less than one sequence of {plan.sequence_length:,} tokens",
+        "no step would be made",
+        f"give it at least {plan.sequence_length:,} tokens",
+    )
+
+
 def _some(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts[:12])) + (", ..." if len(counts) > 12 else "")

@@ -85,6 +85,19 @@ class BuildData(Stage):
             )
         return self
 
+    @model_validator(mode="after")
+    def _holds_a_block(self) -> Self:
+        for name in ("tokens", *(["held_out_tokens"] if self.held_out_fraction else [])):
+            asked = getattr(self, name)
+            if asked is not None and asked < self.sequence_length:
+                raise RecipeError(
+                    f"build_data stage {self.name!r} has {name}: {asked}, less than one block of "
+                    f"{self.sequence_length} tokens",
+                    "data is written in whole blocks, so there would be none",
+                    f"raise `{name}` to {self.sequence_length} or more, leave it out, or shorten `sequence_length`",
+                )
+        return self
+
 
 class Adapt(Training, Stage):
     """Causal language modelling from a checkpoint or from random weights.

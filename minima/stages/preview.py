@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minima.errors import MinimaError, RecipeError, VocabularyMismatch
 from minima.models.shape import ModelShape
-from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, plan_training, training_flops
+from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
 from minima.planning.candidates import Stage as Planned
 from minima.planning.candidates import shipped
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
@@ -170,11 +170,9 @@ class Walk(KnownInputs):
             preview.facts.append(("teacher" if isinstance(stage, Distil) else "reference", describe_shape(teacher)))
             _check_vocabularies(stage, shape, teacher)
         length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
-        plan = plan_training(stage, length, blocks) if length else None
+        plan = self.training_plan(stage)
         if shape is not None:
             self.check_trained_tokenizer(stage.name, stage.data, shape)
-        if plan is not None:
-            self.steps[stage.name] = plan.steps
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
         if longest and shape and longest > shape.max_positions:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from minima.errors import MinimaError, RecipeError, TokenizerMismatch
 from minima.launcher import default_ranks
 from minima.models.shape import ModelShape
+from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
 from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
@@ -162,6 +163,19 @@ class KnownInputs:
             if blocks is not None:
                 return int(blocks)
         return data.tokens // data.sequence_length if data.tokens is not None else None
+
+    def training_plan(self, stage: AnyTraining) -> TrainingPlan | None:
+        """Steps and tokens of a training stage, remembered; None until its data is built, where nothing else tells.
+
+        Raises:
+            RecipeError: it would train on less than one sequence.
+        """
+        length = self.length(stage.data)
+        plan = plan_training(stage, length, self.blocks(stage.data)) if length else None
+        if plan is not None:
+            check_length(stage.name, stage, plan)
+            self.steps[stage.name] = plan.steps
+        return plan
 
     def longest(self, reference: str) -> int | None:
         """Tokens that a model needs positions for; None where only the built data tells: of chat, no block is one."""

@@ -299,6 +299,32 @@ def test_a_checkpoint_that_is_named_takes_its_disk(tmp_path):
     assert sizes == [f"{size_text(count * 12 * parameters)} of checkpoints, at most" for count in (3, 4)]
 
 
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        ({"tokens": LENGTH}, None),
+        ({"tokens": LENGTH - 1}, "tokens 255 come to less than one sequence of 256 tokens"),
+        ({"tokens": None, "epochs": 0.1}, None),
+        ({"tokens": None, "epochs": 0.05}, "epochs 0.05 come to less than one sequence of 256 tokens"),
+    ],
+)
+def test_a_length_of_no_sequence(show, length, said):
+    stages = [data_stage(tokens=8 * LENGTH), training("adapt", **length)]
+    if said is None:
+        assert show(*stages)[0]["steps"].startswith("1 of ")
+        return
+    with pytest.raises(RecipeError, match=rf"^stages\.t: {said}"):
+        show(*stages)
+
+
+@pytest.mark.parametrize("name", ["tokens", "held_out_tokens"])
+def test_data_of_no_block(show, name):
+    show(data_stage(**{name: LENGTH}))
+    show(data_stage(held_out_fraction=0, held_out_tokens=1))
+    with pytest.raises(RecipeError, match=f"{name}: 255, less than one block of 256 tokens"):
+        show(data_stage(**{name: LENGTH - 1}))
+
+
 def test_an_output_that_a_run_would_refuse(tmp_path):
     recipe = Recipe(name="x", output=str(tmp_path / "x.yaml" / "deep" / "y"), ranks=1, stages=[data_stage()])
     preview(recipe, tmp_path / "x.yaml", recipe.stages)
