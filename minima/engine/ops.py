@@ -35,15 +35,16 @@ def load_op(builder: Any) -> Any:
     """
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with _one_at_a_time(folder) as ours:
-        _clear_dead_lock(folder / "lock", wait=not ours)
+        for needed in (folder, folder.with_name("pin_memory")):  # the second is loaded with that for asynchronous I/O
+            _clear_dead_lock(needed / "lock", wait=not ours)
         return builder.load(verbose=False)
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[bool]:
-    """Whether nobody but minima builds in this folder, and no other process of it does now."""
+    """Whether nobody but minima builds here, and no other process of it does now."""
     try:
-        lock = os.open(folder.with_name(f"{folder.name}.minima-lock"), os.O_WRONLY | os.O_CREAT)
+        lock = os.open(folder.with_name("minima-lock"), os.O_WRONLY | os.O_CREAT)
     except OSError:  # a read-only folder, in which nobody builds
         yield False
         return
@@ -62,8 +63,7 @@ def _locked(lock: int, folder: Path) -> bool:
         except BlockingIOError:
             if not said and time.monotonic() - began > _SAY_AFTER_SECONDS:
                 said = True
-                logger.warning("DeepSpeed's op %s is being built by another process, which is waited for (%s)",
-                               folder.name, folder)  # fmt: skip
+                logger.warning("an op of DeepSpeed is being built by another process, which is waited for (%s)", folder)
             time.sleep(0.05)
         except OSError:
             return False

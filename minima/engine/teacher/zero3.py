@@ -203,13 +203,20 @@ def check_nvme() -> None:
     """Refuse a teacher on NVMe where DeepSpeed cannot read it from there.
 
     Raises:
-        RecipeError: its op for asynchronous I/O cannot be built.
+        RecipeError: its op for asynchronous I/O cannot be built or loaded.
     """
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     if not builder.is_compatible(verbose=False):
         raise RecipeError(
-            "a teacher with offload nvme, and libaio is not installed",
-            "DeepSpeed reads shards through it, and builds its op for that with its headers",
-            "install libaio-dev (Debian) or libaio-devel (Fedora) on every node, or take offload: cpu",
+            "a teacher with offload nvme, and libaio or a C compiler is not installed",
+            "DeepSpeed reads shards through libaio, and builds its op for that with its headers",
+            "install libaio-dev (Debian) or libaio-devel (Fedora), and gcc, on every node, or take offload: cpu",
         )
-    load_op(builder)  # so that no build that was killed holds up DeepSpeed's own loading of it
+    try:
+        load_op(builder)  # here, so that no build that was killed holds up DeepSpeed's own loading of it
+    except Exception as error:  # of whatever a compiler, a linker or DeepSpeed's look at the machine may end with
+        raise RecipeError(
+            f"a teacher with offload nvme, and DeepSpeed's op for asynchronous I/O cannot be built: {error}",
+            "DeepSpeed reads shards through it",
+            "install g++, ninja, Python's headers and, with GPUs, the CUDA toolkit on every node, or take offload: cpu",
+        ) from error
