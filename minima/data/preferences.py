@@ -101,12 +101,18 @@ def _pair_prompt(record: dict[str, Any]) -> list[Turn] | None:
     if record.get("instruction") is not None:
         return alpaca_prompt(record)
     listed = turns_in(record)
-    if listed is not None:
+    if listed and _apart(listed)[1]:  # a column of empty lists says nothing
         return listed
-    found = [name for name in _QUESTIONS if record.get(name) is not None]
+    found = [record[name] for name in _QUESTIONS if record.get(name) is not None]
+    if len(found) > 1:
+        found = [prompt for prompt in found if not _is_blank(prompt)] or found[:1]
     if len(found) > 1:
         raise Unfit("unknown_prompt")
-    return prompt_turns(record[found[0]]) if found else None
+    return prompt_turns(found[0]) if found else None
+
+
+def _is_blank(value: Any) -> bool:
+    return not (value.strip() if isinstance(value, str) else value)
 
 
 def _dialogue(text: Any) -> Any:
@@ -120,7 +126,7 @@ def _dialogue(text: Any) -> Any:
 def _check_nothing_else(record: dict[str, Any]) -> None:
     """Refuse a record with a text that could be the prompt: what its answers have in common is then none."""
     for name, value in record.items():
-        says = isinstance(value, list | dict) or (isinstance(value, str) and value.strip())
+        says = isinstance(value, str | list | dict) and not _is_blank(value)
         if says and name not in _KNOWN and not _LABEL.fullmatch(name):
             raise Unfit("unknown_prompt")
 

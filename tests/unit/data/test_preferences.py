@@ -32,6 +32,10 @@ PAIR = Pair([("user", "one")], "two", "2")
         {"chosen": "\n\nHuman: one\n\nAssistant: two", "rejected": "\n\nHuman: one\n\nAssistant: 2"},
         {"prompt": "\n\nHuman: one\n\nAssistant:", "chosen": " two", "rejected": " 2"},
         {"prompt": "one", "chosen": "Human: one\n\nAssistant: two\n", "rejected": "Human: one\n\nAssistant: 2\n"},
+        # Columns that are empty in every row.
+        {"chosen": "one two", "rejected": "one 2", "tags": [], "images": [], "note": " "},
+        {"conversations": [], "prompt": None, "chosen": "one two", "rejected": "one 2"},
+        {"question": "one", "input": "", "query": None, "chosen": "two", "rejected": "2"},
     ],
     ids=str,
 )
@@ -149,6 +153,7 @@ def test_a_common_beginning_ends_where_a_word_begins():
         ({"question": "one", "query": "three"} | ANSWERS, "unknown_prompt"),
         ({"prompt": ""} | ANSWERS, "empty_user_turn"),
         ({"question": " "} | ANSWERS, "empty_user_turn"),
+        ({"question": " ", "input": ""} | ANSWERS, "empty_user_turn"),
         ({"system": "be brief", "prompt": ""} | ANSWERS, "empty_user_turn"),
         ({"question": 5} | ANSWERS, "not_text"),
         ({"chosen": "Human: one\n\nAssistant: two", "rejected": "Human: 1\n\nAssistant: 2"}, "prompts_differ"),
