@@ -60,7 +60,7 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
     tokens_per_second = measured[0]["tokens"] / middle
     described |= {
         "status": "measured",
-        "failed_turns": sum(turn["status"] == "failed" for turn in turns),
+        "failed_turns": len(turns) - len(measured),
         "tokens_per_step": measured[0]["tokens"],
         "seconds": [round(one, 4) for one in seconds],
         "median_seconds": middle,

@@ -136,9 +136,9 @@ class TestReport:
         assert (one["uncertainty"], one["no_slower_beyond_spread"]) == (None, None)
         assert "- a:dense: speed 1.10, memory 1.00" in report.table(found_of(rows))
 
-    def test_a_turn_that_failed_after_a_good_one_is_counted(self):
-        failed = {"status": "failed", "reason": "its process group failed"}
-        rows = rows_of({Row("a", "minima"): [turn([1.0]), failed]})
+    @pytest.mark.parametrize("status", ["failed", "out of memory"])
+    def test_a_turn_that_failed_after_a_good_one_is_counted(self, status):
+        rows = rows_of({Row("a", "minima"): [turn([1.0]), {"status": status}]})
         assert (rows[0]["status"], rows[0]["failed_turns"]) == ("measured", 1)
         assert "turns that failed: a:minima (1)" in report.table(found_of(rows))
 
