@@ -2,10 +2,12 @@
 
 import datetime
 import fcntl
+import os
 import secrets
 import socket
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,8 @@ def check_together(launch: Launch, folder: Path) -> list[Finding]:
     if launch.world_size == 1:
         return []
     findings = [_all_reduce(), _own_gpus()]
-    if distributed.broadcast_object(folder.is_dir()):  # where rank 0 has none, the check of its disk says so
+    # Where rank 0 has none, or may not look, the check of its disk says so; `Path.is_dir` would raise for the second.
+    if distributed.broadcast_object(os.path.isdir(folder)):
         findings += [_shared(folder), _locks_across(folder)]
     return [*findings, _clocks()]
 
@@ -189,8 +192,7 @@ def _shared(folder: Path) -> Finding:
         look_again(path)
         time.sleep(0.2)
     waited = distributed.gather_objects((seen, time.monotonic() - began))
-    if distributed.is_main():
-        path.unlink(missing_ok=True)
+    _remove(path)
     if error:
         return Finding("shared folder", "FAILED", f"rank 0 cannot write: {error}", "name another folder with --folder")
     blind = [rank for rank, (saw, _) in enumerate(waited) if not saw]
@@ -206,6 +208,12 @@ def _reads(path: Path, token: str) -> bool:
         return path.read_text(encoding="ascii") == token
     except OSError:
         return False
+
+
+def _remove(path: Path) -> None:
+    if distributed.is_main():
+        with suppress(OSError):  # a folder that refused the file refuses this, too, and the others must not wait
+            path.unlink()
 
 
 def _locks_across(folder: Path) -> Finding:
@@ -224,8 +232,7 @@ def _locks_across(folder: Path) -> Finding:
         distributed.barrier()
         distributed.barrier()
     both = [rank for rank, one in enumerate(distributed.gather_objects(refused)) if not one]
-    if distributed.is_main():
-        path.unlink(missing_ok=True)
+    _remove(path)
     if both:
         do = "locks hold on one machine only: see to it that no two jobs share a run's folder"
         where = ", ".join(sorted({_hosts[rank] for rank in both}))

@@ -326,6 +326,35 @@ def test_a_folder_that_rank_0_has_not_is_the_finding_of_its_disk_alone(group, mo
     assert {finding.check for finding in findings} > {"shared folder", "locks between machines"}
 
 
+def test_a_folder_that_ranks_may_not_look_at_stops_none_of_them(group, monkeypatch, tmp_path):
+    well = Finding("all-reduce", "ok", "right")
+    monkeypatch.setattr(doctor_ranks, "_all_reduce", lambda: well)
+    monkeypatch.setattr(doctor_ranks, "_own_gpus", lambda: well)
+    stat, private = os.stat, tmp_path / "private" / "runs"
+
+    def refuse(path, *arguments, **options):
+        if str(path) == str(private):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    findings = group(lambda path: doctor_ranks.check_together(LAUNCH, path), private, private)
+    assert [finding.check for finding in findings] == ["all-reduce", "all-reduce", "clocks"]
+    findings = group(lambda path: doctor_ranks.check_together(LAUNCH, path), tmp_path, private / "of n2")
+    assert findings[2].found == "rank 1 (n2) does not see what rank 0 (n1) writes"
+
+
+def test_a_folder_that_refuses_every_change_stops_no_rank(group, monkeypatch, tmp_path):
+    def refuse(path, *arguments, **options):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(doctor_ranks.Path, "write_text", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+    finding = group(doctor_ranks._shared, tmp_path, tmp_path)
+    assert finding.state == "FAILED" and "rank 0 cannot write" in finding.found
+    assert group(doctor_ranks._locks_across, tmp_path / "none", tmp_path).check == "locks between machines"
+
+
 def test_a_clock_that_is_ahead(group, monkeypatch):
     assert group(lambda argument: doctor_ranks._clocks(), None, None).state == "ok"
     clock = doctor_ranks.time.time
