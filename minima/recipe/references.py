@@ -11,7 +11,7 @@ from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
 WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
-ALWAYS_SUMMED = ("tokens", "seconds", "export")  # what summary.json holds without being asked
+ALWAYS_SUMMED = ("tokens", "seconds", "export")  # what summary.json holds unasked; the last where a stage exports
 EXPORTED = ("benchmark", "publish")  # kinds that read a model in Hugging Face's layout and nothing else
 
 
@@ -134,7 +134,8 @@ def check_references(recipe: Recipe) -> None:
                     f"write {reference.stage!r} alone",
                 )
     for name in ALWAYS_SUMMED:
-        if name in recipe.summary:
+        written = name != "export" or any(stage.kind == "export" for stage in recipe.stages)
+        if name in recipe.summary and written:
             raise RecipeError(
                 f"summary.{name}: the summary has a {name!r} of its own",
                 "it would be written over what the recipe asks for",

@@ -12,8 +12,8 @@ from minima.recipe.references import Reference, deepspeed_jsons, references
 from minima.recipe.schema import AnyStage, Benchmark, Publish, Recipe
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
+from minima.stages.named_checkpoints import checkpoint_steps, way_out
 from minima.stages.preview import walk
-from minima.stages.preview_inputs import checkpoint_steps
 from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_deepspeed_json, find_launcher
 
@@ -124,7 +124,8 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
             if reference.stage is None:
                 continue
             if reference.step is not None and not is_finished(folder / stage.name):
-                _check_checkpoint(stage.name, reference, folder / reference.stage, reference.stage in chosen)
+                read = recipe.stage(reference.stage)
+                _check_checkpoint(stage.name, reference, read, folder / read.name, read.name in chosen)
             if reference.stage in chosen or reference.step is not None:
                 continue
             if not is_finished(folder / reference.stage):
@@ -135,20 +136,16 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
                 )
 
 
-def _check_checkpoint(reader: str, reference: Reference, folder: Path, chosen: bool) -> None:
+def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder: Path, chosen: bool) -> None:
     """Refuse a checkpoint that is not there, where no training that is about to run will leave it."""
     assert reference.step is not None
     there, finished = checkpoint_steps(folder), is_finished(folder)
     if reference.step in there or (chosen and not finished and reference.step > max(there, default=0)):
         return
-    do = f"add it: --stages {reference.stage},{reader}"
-    if there:
-        steps = ", ".join(map(str, there))
-        do = f"choose among {steps}, or remove {folder} to train it again: the checkpoints that a recipe names are kept"
     raise StageError(
         f"stage {reader!r} reads {reference.text!r}, but {folder} has no checkpoint after step {reference.step:,}",
         "the run would end there, after everything before it",
-        do,
+        way_out(read, folder, there) if there or finished else f"add it: --stages {read.name},{reader}",
     )
 
 

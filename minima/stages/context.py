@@ -9,6 +9,7 @@ from minima.recipe.references import STEPPED, Reference, references
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
 from minima.stages.hub import snapshot
 from minima.stages.manifest import NFS_SECONDS, wait_finished
+from minima.stages.named_checkpoints import checkpoint_steps, way_out
 from minima.stages.shipped import find_deepspeed_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -142,10 +143,9 @@ class StageContext:
         assert reference.stage is not None
         folder = self.run_folder / reference.stage
         if not (folder / "checkpoints" / f"step-{reference.step:08d}").is_dir():
-            steps = sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit())
             raise StageError(
                 f"stage {reference.stage!r} has no checkpoint after step {reference.step}",
                 f"stage {self.stage.name!r} reads it",
-                f"choose among {', '.join(map(str, steps)) or 'none yet'}, or train it again: a recipe's steps stay",
+                way_out(self.recipe.stage(reference.stage), folder, checkpoint_steps(folder)),
             )
         return folder

@@ -15,6 +15,7 @@ from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference
 from minima.recipe.schema import AnyTraining, BuildData, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
+from minima.stages.named_checkpoints import checkpoint_steps
 from minima.stages.running import output_folder
 
 
@@ -195,12 +196,6 @@ class KnownInputs:
     def _data_folder(self, reference: str) -> Path:
         own = reference in {stage.name for stage in self.recipe.stages}
         return self.folder / reference if own else Path(reference).expanduser()
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a training stage's folder."""
-    names = [marker.parent.name[5:] for marker in folder.glob("checkpoints/step-*/checkpoint.json")]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _bytes_of_a_token(vocabulary_size: int) -> int:

@@ -246,6 +246,11 @@ def test_a_name_of_the_summarys_own_may_stand_below_another(load, recipe, name):
     assert load(recipe, f"summary.student.{name}=student.tokens").summary["student"][name] == "student.tokens"
 
 
+def test_export_is_a_free_name_where_nothing_is_exported(load, recipe):
+    recipe["stages"] = [stage for stage in recipe["stages"] if stage["kind"] != "export"]
+    assert load(recipe, "summary.export=student.tokens").summary["export"] == "student.tokens"
+
+
 @pytest.mark.parametrize(("model", "stage"), [("/a/b.c", "quality"), ("teacher", "quality.long")])
 def test_stages_and_models_of_the_summary_may_hold_points(load, recipe, model, stage):
     recipe["stages"].append(recipe["stages"][4] | {"name": "quality.long"})

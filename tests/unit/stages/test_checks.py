@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from minima.errors import DeepSpeedConfigError, RecipeError, StageError
+from minima.recipe.references import references
 from minima.recipe.schema import Recipe
 from minima.stages import checks
 
@@ -87,6 +88,7 @@ STUDENT = DISTIL | {"steps": 10, "checkpoint_every_steps": 2}
         ("student,quality", False, [4, 6], None),
         ("student,quality", False, [6, 8], "choose among 6, 8, or remove .*student to train it again"),
         ("student,quality", True, [8, 10], "choose among 8, 10, or remove .*student to train it again"),
+        ("student,quality", True, [], "remove .*student to train it again"),
         ("student", False, [6, 8], None),
         ("quality", False, [], "add it: --stages student,quality"),
         ("quality", False, [4], None),
@@ -101,6 +103,7 @@ def test_a_checkpoint_that_no_training_will_leave(tmp_path, monkeypatch, chosen,
         checkpoint.mkdir(parents=True)
         (checkpoint / "checkpoint.json").write_text("{}")
     if finished:
+        (tmp_path / "student").mkdir(exist_ok=True)
         (tmp_path / "student" / "manifest.json").write_text("{}")
     recipe = recipe.model_copy(update={"output": str(tmp_path)})
     stages = [recipe.stage(name) for name in chosen.split(",")]
@@ -110,6 +113,17 @@ def test_a_checkpoint_that_no_training_will_leave(tmp_path, monkeypatch, chosen,
     with pytest.raises(StageError, match=r"'quality' reads 'student@4', but .*no checkpoint after step 4") as error:
         checks.check_stages(recipe, Path("x.yaml"), stages, tmp_path, 1)
     assert re.match(do, error.value.do)
+
+
+def test_a_step_after_the_best_one_is_not_had_by_training_again(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "manifest.json").write_text("{}")
+    student = STUDENT | {"data": str(tmp_path), "patience": 1, "evaluate_every_steps": 2}
+    recipe = Recipe(name="test", stages=[student, READER | {"data": str(tmp_path)}], output=str(tmp_path))
+    reference = next(found for found in references(recipe, recipe.stage("quality")) if found.step == 4)
+    with pytest.raises(StageError) as error:
+        checks._check_checkpoint("quality", reference, recipe.stage("student"), tmp_path / "student", True)
+    assert "take `patience` away" in error.value.do and "are kept" not in error.value.do
 
 
 def test_a_finished_stage_no_longer_needs_the_checkpoint_that_it_read(tmp_path, monkeypatch):

@@ -73,7 +73,8 @@ def test_finished_stages_are_found(context, tmp_path):
 
 
 def test_a_checkpoint_of_an_unfinished_stage_may_be_taken(context, tmp_path):
-    (tmp_path / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (first := tmp_path / "teacher" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (first / "checkpoint.json").touch()
     with pytest.raises(StageError, match="no checkpoint after step 2") as error:
         context.model("teacher@2")
     assert "choose among 1" in error.value.do

@@ -14,6 +14,7 @@ from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeE
 from minima.recipe.loading import load_recipe
 from minima.stages import checks, pipeline
 from minima.stages.child import Log
+from minima.stages.run_folder import claim_run_folder
 
 TRAINING = "data: corpus, batch_sequences: 8, micro_batch_sequences: 4, steps: 4, learning_rate: 1e-3"
 RECIPE = f"""
@@ -228,6 +229,12 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(StageError, match=r"no recipe\.yaml"):
         run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_write_that_failed_has_left_is_no_other_run(tmp_path):
+    (tmp_path / ".recipe.yaml.4711").write_text("name: ti")
+    claim_run_folder(tmp_path, "tiny", ["corpus"], "name: tiny")
+    assert (tmp_path / "recipe.yaml").read_text() == "name: tiny"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", b"[]", b"name: tiny", b"name: tiny\nstages: [{name: [a]}]"])

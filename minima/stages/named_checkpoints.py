@@ -1,0 +1,26 @@
+"""Checkpoints that a recipe names as `NAME@STEP`. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minima.recipe.schema import AnyStage
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a training stage's folder."""
+    names = [marker.parent.name[5:] for marker in folder.glob("checkpoints/step-*/checkpoint.json")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def way_out(stage: AnyStage, folder: Path, there: Sequence[int]) -> str:
+    """What to do about a checkpoint that a training stage has not left.
+
+    Args:
+        stage: the one that was trained.
+        folder: its own.
+        there: steps of the checkpoints in it.
+    """
+    steps = f"choose among {', '.join(map(str, there))}, or " if there else ""
+    if getattr(stage, "patience", None) is not None:
+        return f"{steps}take `patience` away and remove {folder} to train again: with it the best one ends as the last"
+    return f"{steps}remove {folder} to train it again: the checkpoints that a recipe names are kept"
