@@ -1,7 +1,7 @@
 """What of a run Slurm has already: which jobs may still come to their end, and whether they do what is asked now."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from minima.cluster.records import Job, read_jobs
 from minima.cluster.render import quoted
 from minima.cluster.snapshot import own_jsons
 from minima.errors import ClusterError, MinimaError, StageError
+from minima.recipe.distillation import PLACING
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import AnyStage, Recipe
-from minima.stages.identity import FREE_KEYS, check_unchanged, describe
+from minima.stages.identity import check_unchanged, describe, free_keys
+from minima.stages.manifest import is_begun, is_finished
 
 _SHOWN_LETTERS = 80
 
@@ -55,7 +57,13 @@ def _doomed(found: Sequence[tuple[Job, slurm.Task]]) -> set[str]:
 
 
 def check_stage(
-    job: Job, state: str, recipe: Recipe, recipe_path: Path, run_folder: Path, write: Callable[[str], None]
+    job: Job,
+    state: str,
+    recipe: Recipe,
+    recipe_path: Path,
+    run_folder: Path,
+    planned: dict[str, str],
+    write: Callable[[str], None],
 ) -> None:
     """Refuse a stage whose job in the queue would not do what the recipe says now.
 
@@ -65,6 +73,7 @@ def check_stage(
         recipe: as it is now.
         recipe_path: its file.
         run_folder: with what the job reads.
+        planned: identities of unfinished stages by name, filled in as they are needed; one for all stages of a run.
         write: takes a warning, where only what does not change the result is another.
 
     Raises:
@@ -72,8 +81,11 @@ def check_stage(
         StageError: the folder that the job goes on with was made from something else.
     """
     check_asked(job, job.stage, f"stage {job.stage!r}: job {job.id} ({state})", recipe, recipe_path, run_folder, write)
+    folder = run_folder / job.stage
+    if not is_begun(folder) and not is_finished(folder):  # to hash the inputs of what has made nothing takes time
+        return
     try:
-        check_unchanged(describe(recipe, recipe.stage(job.stage), run_folder, {}), run_folder / job.stage)
+        check_unchanged(describe(recipe, recipe.stage(job.stage), run_folder, planned), folder)
     except StageError as error:
         first = f"job {job.id} ({state}) of this stage is in the queue: end it first, {_cancel(run_folder)}; then"
         raise StageError(error.what, error.why, f"{first} {error.do}") from None
@@ -109,9 +121,10 @@ def check_asked(
     deciding: list[str] = []
     free: list[str] = []
     for stage in [stage for stage in recipe.stages if stage.name in kept]:
-        where = "" if key == job.stage else f"stages.{stage.name}."
-        for name, (old, new) in _changes(kept[stage.name], copy, stage, recipe_path).items():
-            (free if name in FREE_KEYS else deciding).append(f"{where}{name} {_short(old)}, not {_short(new)}")
+        where = () if key == job.stage else ("stages", stage.name)
+        for keys, (old, new) in _changes(kept[stage.name], copy, stage, recipe_path).items():
+            text = f"{'.'.join([*where, *keys])} {_both(old, new)}"
+            (free if _is_free(stage, keys) else deciding).append(text)
     for text in free if not deciding else ():
         write(f"warning: {who} keeps {text}: it reads the recipe as it was submitted")
     if deciding:
@@ -122,19 +135,35 @@ def check_asked(
         )
 
 
-def _changes(before: AnyStage, before_path: Path, now: AnyStage, now_path: Path) -> dict[str, tuple[Any, Any]]:
+def _is_free(stage: AnyStage, keys: tuple[str, ...]) -> bool:
+    return keys[0] in free_keys(stage) or (keys[0] == "teacher" and keys[-1] in PLACING)
+
+
+def _changes(
+    before: AnyStage, before_path: Path, now: AnyStage, now_path: Path
+) -> dict[tuple[str, ...], tuple[Any, Any]]:
     """Keys whose values differ, with both; a DeepSpeed JSON of the same name but with other content counts, too."""
-    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    found = {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
+    found = dict(_differences((), before.model_dump(mode="json"), now.model_dump(mode="json")))
     if not found and own_jsons(before, before_path) != own_jsons(now, now_path):
-        found["deepspeed"] = ("as it was", "as the JSON is now")
+        found["deepspeed",] = ("as it was", "as the JSON is now")
     return found
+
+
+def _differences(keys: tuple[str, ...], old: Any, new: Any) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
+    """The innermost keys, each as its path, whose values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences((*keys, key), old.get(key), new.get(key))
+    elif old != new:
+        yield keys, (old, new)
 
 
 def _cancel(run_folder: Path) -> str:
     return f"`minima cancel {quoted([str(run_folder)])}`"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 3] + "..."
+def _both(old: Any, new: Any) -> str:
+    """Two values, cut where they are long; not at all where they would then look the same."""
+    whole = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    short = [text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 3] + "..." for text in whole]
+    return ", not ".join(whole if short[0] == short[1] else short)

@@ -75,9 +75,10 @@ def submit(
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
         unfinished = {stage.name for stage in recipe.stages if not is_finished(folder / stage.name)}
+        planned: dict[str, str] = {}
         for job, state in {job.stage: (job, task.state) for job, task in tasks}.values():
             if job.stage in unfinished:
-                check_stage(job, state, recipe, recipe_path, folder, write)
+                check_stage(job, state, recipe, recipe_path, folder, planned, write)
         for line in check_run(
             recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
         ):

@@ -64,7 +64,7 @@ def describe(
     resolved = stage.model_dump(mode="json")
     inputs = input_hashes(recipe, stage, run_folder, planned)
     chosen = stage.model_dump(mode="json", exclude_defaults=True)
-    kept = {key: value for key, value in chosen.items() if key not in _free_keys(stage)} | {"defaults": _DEFAULTS}
+    kept = {key: value for key, value in chosen.items() if key not in free_keys(stage)} | {"defaults": _DEFAULTS}
     if "teacher" in kept:
         kept["teacher"] = _without_place(kept["teacher"])
     return {"stage": resolved, "inputs": inputs, "identity": digest({"stage": kept, "inputs": inputs})}
@@ -191,7 +191,8 @@ def _without_place(value: Any) -> Any:
     return {key: inner for key, inner in value.items() if key not in PLACING} if isinstance(value, dict) else value
 
 
-def _free_keys(stage: AnyStage) -> frozenset[str]:
+def free_keys(stage: AnyStage) -> frozenset[str]:
+    """Keys of a stage that its identity leaves out: they may change between two starts. PLACING are a teacher's."""
     if stage.kind == "prune":
         return FREE_KEYS
     ends_early = getattr(stage, "patience", None) is not None  # then the held-out losses decide what is trained

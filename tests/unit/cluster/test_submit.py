@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minima.cluster import queued
+from minima.cluster import submit as cluster_submit
 from minima.cluster.records import read_jobs
 from minima.cluster.submit import submit
 from minima.errors import ClusterError, RecipeError, StageError
 from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.stages import identity
 from minima.stages.identity import describe
 from minima.stages.lock import run_lock
-from tests.unit.cluster.conftest import finish
+from tests.unit.cluster.conftest import SHAPE, finish
 
 RUN = Path("runs/test")
 
@@ -164,6 +167,72 @@ def test_a_change_for_a_stage_whose_job_is_in_the_queue_is_refused(slurm, projec
     said = send("stages.base.log_every_steps=7")  # the result is the same
     assert "warning: stage 'base': job 102" in said and "keeps log_every_steps" in said and ", not 7" in said
     assert "warning" not in send() and len(slurm.calls("sbatch")) == 3
+
+
+def queued_with(slurm, **changes):
+    """Submit with a changed `base`, which is in the queue from then on."""
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["stages"][1] |= changes
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency", "103 PENDING out Dependency")
+
+
+def test_with_patience_it_matters_when_the_queued_job_evaluates(slurm, project):
+    queued_with(slurm, patience=2, evaluate_every_steps=10)
+    with pytest.raises(ClusterError, match="evaluate_every_steps 10, not 20"):
+        send("stages.base.evaluate_every_steps=20")
+
+
+def test_when_a_queued_job_evaluates_and_how_it_cuts_its_batch_does_not_matter(slurm, project):
+    queued_with(slurm, evaluate_every_steps=10, micro_batch_sequences=2)
+    said = send("stages.base.evaluate_every_steps=20", "stages.base.micro_batch_sequences=1")
+    assert "keeps micro_batch_sequences 2, not 1" in said and "keeps evaluate_every_steps 10, not 20" in said
+
+
+def test_where_the_teacher_of_a_queued_job_lives_does_not_matter(slurm, project):
+    queued_with(slurm, kind="distil", teacher={"random": SHAPE, "placement": "replica"})
+    said = send("stages.base.teacher.placement=zero3")
+    assert 'job 102 (PENDING) keeps teacher.placement "replica", not "zero3": it reads' in said
+    change = "stages.base.teacher.random.num_layers=3"
+    with pytest.raises(ClusterError, match=r"with teacher\.random\.num_layers 2, not 3\n"):
+        send(change)
+
+
+def test_two_long_values_that_differ_at_their_ends_are_shown_whole(slurm, project):
+    paths = [f"{'x' * 100}{number}.txt" for number in (1, 2)]
+    for path in paths:
+        Path(path).write_text("one text\n")
+    overrides = [f"stages.corpus.sources=[{{path: {path}}}]" for path in paths]
+    send(overrides[0])
+    answer_queue(slurm, "101 PENDING corpus None")
+    with pytest.raises(ClusterError) as caught:
+        send(overrides[1])
+    assert all(path in str(caught.value) for path in paths)
+
+
+def test_what_a_queued_job_has_not_begun_is_not_hashed(slurm, project, monkeypatch):
+    queued_with(slurm)
+    hashed = []
+
+    def count(recipe, stage, run_folder, planned=None):
+        hashed.append(stage.name)
+        return describe(recipe, stage, run_folder, planned)
+
+    monkeypatch.setattr(queued, "describe", count)
+    monkeypatch.setattr(identity, "describe", count)
+    monkeypatch.setattr(cluster_submit, "check_run", lambda *given: [])  # which hashes for itself
+    send()
+    assert hashed == []
+    loaded = load_recipe(Path("recipe.yaml"))
+    for name in ("base", "out"):
+        (RUN / name).mkdir()
+        (RUN / name / "started.json").write_text(json.dumps(describe(loaded, loaded.stage(name), RUN, {})))
+        (RUN / name / "part").touch()
+    (RUN / "recipe.yaml").write_text(resolved_yaml(loaded))
+    hashed.clear()
+    send()
+    assert hashed.count("corpus") == 1, "base and out read it, and its text is long"
 
 
 def test_a_changed_json_for_a_stage_whose_job_is_in_the_queue(slurm, project):
