@@ -5,24 +5,35 @@ from collections.abc import Sequence
 
 from minima.errors import ClusterError
 
-_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-_NO_SECRET = ("TOKENIZERS_PARALLELISM", "GOOGLE_APPLICATION_CREDENTIALS")  # the second is a path
+# A word that ends here: MAX_TOKENS and TOKENIZER are of text, PGPASSWORD and accessToken are not.
+_NAME = re.compile(
+    r"(?i:TOKEN|SECRETS?|PASSWORDS?|PASSWD|CREDENTIALS?|(?:API|ACCESS|PRIVATE)_?KEYS?)(?![a-z])(?:(?<=[a-z])|(?![A-Z]))"
+)
+_OF_TEXT = re.compile(  # of a tokenizer, or a number of tokens: eos_token, pad_token_id, SECONDS_PER_TOKEN
+    r"(?<![A-Z])(?:BOS|EOS|PAD|UNK|SEP|CLS|MASK|PER)_TOKEN(?![A-Z])|(?<![A-Z])TOKEN_(?:LIMIT|COUNT|BUDGET)(?![A-Z])",
+    re.IGNORECASE,
+)
+_NO_SECRET = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS")  # a switch and a path
 _PLACES = ("_PATH", "_FILE", "_DIR")  # HF_TOKEN_PATH says where a token lies
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # they have 34 letters; hf_transfer and hf_xet are packages
-_ASSIGNED = re.compile(r"(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)=(?=('[^']*'|\"[^\"]*\"|[^\s,;'\"]*))")
+_ASSIGNED = re.compile(r"(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_-]*)=(?=('[^']*'|\"[^\"]*\"|[^\s,;'\"]*))")
 _READ = re.compile(r"[$`]")  # from a variable or a command, such as $(cat ~/.token)
 _WHY = "it would stand in job scripts or on a command line, which others may read"
 _INHERIT = "in your shell before `minima submit`: jobs inherit its environment"
 
 
 def names_secret(name: str) -> bool:
-    """Whether a variable of this name holds a token or a password."""
-    return bool(_NAME.search(name)) and name not in _NO_SECRET and not name.upper().endswith(_PLACES)
+    """Whether a variable or an option of this name holds a token or a password."""
+    plain = name.replace("-", "_")
+    if plain in _NO_SECRET or plain.upper().endswith(_PLACES):
+        return False
+    return bool(_NAME.search(_OF_TEXT.sub("", plain)))
 
 
 def refuse_secret(key: str, name: str) -> ClusterError:
     """The refusal of a variable; it does not repeat the value."""
-    return ClusterError(f"{key}: {name} looks like a secret", _WHY, f"export {name} {_INHERIT}")
+    variable = name.upper().replace("-", "_") if "-" in name else name
+    return ClusterError(f"{key}: {name} looks like a secret", _WHY, f"export {variable} {_INHERIT}")
 
 
 def check_lines(key: str, lines: Sequence[str], shell: bool) -> None:
@@ -42,7 +53,7 @@ def check_lines(key: str, lines: Sequence[str], shell: bool) -> None:
             is_read = shell and not value.startswith("'") and _READ.search(text)
             if text and names_secret(name) and not is_read:
                 error = refuse_secret(key, name)
-                more = f"; or read it there from a file of yours: export {name}=$(cat ~/.token)" if shell else ""
+                more = f"; or read it there from a file of yours: {name}=$(cat ~/.token)" if shell else ""
                 raise ClusterError(error.what, error.why, error.do + more)
         if _HUB_TOKEN.search(line):
             raise ClusterError(f"{key}: a token of the Hub stands there", _WHY, f"export HF_TOKEN {_INHERIT}")

@@ -7,6 +7,7 @@ import yaml
 
 from minima.cluster.config import Cluster, time_seconds
 from minima.cluster.loading import load_cluster
+from minima.cluster.secret import check_lines, names_secret
 from minima.errors import ClusterError
 from minima.recipe.schema import Recipe
 from tests.unit.cluster.conftest import BASE, CORPUS, OUT
@@ -89,6 +90,84 @@ def test_what_is_refused(tmp_path, text, message):
 def test_a_token_is_refused_and_not_repeated(tmp_path, name):
     with pytest.raises(ClusterError, match="jobs inherit its environment") as caught:
         load(tmp_path, f"environment: {{{name}: hf_verysecret}}")
+    assert "verysecret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TOKEN",
+        "token",
+        "HF_TOKEN",
+        "HF_TOKEN_2",
+        "GITHUB_TOKEN_WRITE",
+        "SUPER_TOKEN",
+        "accessToken",
+        "tokenValue",
+        "hf-token",
+        "PGPASSWORD",
+        "Password",
+        "CLIENT_SECRET",
+        "MODAL_TOKEN_SECRET",
+        "WANDB_API_KEY",
+        "wandb_apikey",
+        "api-key",
+        "apiKey",
+        "OPENAI_API_KEYS",
+        "MY_CREDENTIALS",
+    ],
+)
+def test_names_of_secrets(name):
+    assert names_secret(name)
+    with pytest.raises(ClusterError, match=f"{name} looks like a secret"):
+        check_lines("preamble", [f"python prepare.py --{name}=abc"], shell=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer",
+        "TOKENIZER",
+        "TOKENIZERS_PARALLELISM",
+        "MAX_TOKENS",
+        "NUM_TOKENS",
+        "maxTokens",
+        "tokens",
+        "add_bos_token",
+        "pad_token_id",
+        "eos-token",
+        "COST_PER_TOKEN",
+        "TOKEN_BUDGET",
+        "HF_TOKEN_PATH",
+        "token_file",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+        "SECRETARY",
+        "KEY",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ],
+)
+def test_names_that_only_sound_like_those_of_secrets(name):
+    assert not names_secret(name)
+    check_lines("preamble", [f"python prepare.py --{name}=abc"], shell=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "preamble: [export HF_HUB_DISABLE_IMPLICIT_TOKEN=1]",
+        "preamble: [python prepare.py --tokenizer=/data/tok]",
+        "preamble: [export MAX_TOKENS=512]",
+        "srun_options: ['--export=ALL,NUM_TOKENS=3']",
+        "environment: {ARGS: 'pretrained=a,tokenizer=b', HF_HUB_DISABLE_IMPLICIT_TOKEN: 1}",
+    ],
+)
+def test_lines_that_hold_no_secret(tmp_path, text):
+    load(tmp_path, text)
+
+
+def test_an_option_is_refused_with_the_name_of_a_variable():
+    with pytest.raises(ClusterError, match="export HF_TOKEN in your shell") as caught:
+        check_lines("srun_options", ["--hf-token=verysecret"], shell=False)
     assert "verysecret" not in str(caught.value)
 
 
