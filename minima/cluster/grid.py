@@ -15,6 +15,7 @@ from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.config import CELLS
 from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unread
 from minima.cluster.queued import check_asked, queued_tasks
+from minima.cluster.records import Job
 from minima.cluster.render import Place, Script, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.snapshot import snapshot
@@ -69,8 +70,8 @@ def submit_grid(
             if all(is_finished(folder / stage.name) for stage in select(cell, names)):
                 write(f"{name}: finished")
             elif name in waiting:
-                write(f"{name}: in the queue")
                 job, who = waiting[name]
+                write(f"{name}: {_queued(job, cell, names, folder)}")
                 check_asked(job, name, f"{name}: {who}", cell, recipe_path, place.run_folder, write)
             else:
                 warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder))
@@ -88,6 +89,16 @@ def submit_grid(
         submit_chain([script], [], place, dry_run, write)
         write(f"cells: {', '.join(missing)}")
     return 0
+
+
+def _queued(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
+    """That a cell's job is in the queue, and where it will not run all that is asked for, what it will."""
+    asked = [stage.name for stage in select(cell, names) if not is_finished(folder / stage.name)]
+    left = [name for name in asked if job.stages and name not in job.stages]  # an early version noted none for all
+    if not left:
+        return "in the queue"
+    again = f"submit again once it has ended, for {', '.join(left)}"
+    return f"in the queue for {', '.join(job.stages)} alone: {again}"
 
 
 def read_grid(path: Path) -> dict[str, list[str]]:

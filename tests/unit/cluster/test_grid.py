@@ -126,6 +126,18 @@ def test_a_change_for_a_cell_whose_job_is_in_the_queue_is_refused(slurm, project
         send()
 
 
+def test_a_cell_whose_job_in_the_queue_runs_some_stages_alone(slurm, project):
+    write_grid({"cells": [{"name": "a"}, {"name": "b"}]})
+    send(names=["corpus"])
+    slurm.answer(squeue="101|0|RUNNING|test.cells|None\n101|1|PENDING|test.cells|Resources")
+    said = send()
+    assert "a: in the queue for corpus alone: submit again once it has ended, for base, out" in said
+    assert "b: in the queue for corpus alone" in said and "nothing to submit" in said
+    assert "alone" not in send(names=["corpus"])
+    finish(RUN / "cells" / "a", "base", "out")
+    assert "a: in the queue\n" in send()
+
+
 def test_a_cell_that_cannot_be_is_refused_before_any_runs(slurm, project):
     write_grid({"cells": [{"name": "a"}, {"name": "b", "overrides": ["stages.bas.steps=2"]}]})
     with pytest.raises(RecipeError, match="did you mean 'base'"):
