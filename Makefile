@@ -25,7 +25,8 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit -m "not ranks and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not ranks and not network and not slow" \
+	  -n auto --maxprocesses 8 --dist loadfile
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -59,6 +59,7 @@ setup(
         "bench": ["trl", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"'],
         "dev": [
             "pytest",
+            "pytest-xdist",  # `make check` runs on all cores
             "lm-eval>=0.4.13",
             "accelerate",
             "trl",  # its preference loss is what ours is compared with

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from minima import cli
 from tests.chat_model import ANSWER, ANSWERED_ZH, ASKED_ZH, QUESTION
 
@@ -20,6 +22,7 @@ def test_a_pipe_gets_the_answers_alone(chat_folder, monkeypatch, capsys):
     assert shown.err == "[a new conversation]\n"
 
 
+@pytest.mark.slow
 def test_a_line_that_is_not_utf_8_is_named(chat_folder):
     """The lines before it are answered; in this locale Python reads stand-ins for its bytes."""
     command = [sys.executable, "-m", "minima", "chat", str(chat_folder), "--temperature", "0"]
@@ -48,6 +51,7 @@ def test_settings_are_refused_before_anything_is_answered(chat_folder, monkeypat
     assert not shown.out
 
 
+@pytest.mark.slow
 def test_in_a_terminal(chat_folder):
     """A person asks, sees the answer stream in, and leaves with Ctrl-D."""
     master, slave = pty.openpty()

@@ -171,6 +171,7 @@ print(peak() - before - (N + V) * D * 4)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_few_chunks_at_full_size():
     """16,384 tokens x 49,216: dense logits of one model alone are 3.2 GB."""
     output = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout

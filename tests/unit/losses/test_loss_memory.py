@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 MEASURE = """
 import json, re, torch
 from pathlib import Path
@@ -45,6 +47,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_peak_is_a_few_chunks_whatever_the_loss():
     output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
     found = json.loads(output)

@@ -70,6 +70,7 @@ print(json.dumps(["not finite", "float32", [0.0 if loss.total.isnan() else 1.0]]
 """
 
 
+@pytest.mark.slow
 def test_the_interpreted_kernel_equals_eager_and_float64():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)

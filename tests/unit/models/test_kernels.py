@@ -117,6 +117,7 @@ for family in ("llama", "qwen3"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton")), reason="liger-kernel is not there"
 )

@@ -71,6 +71,7 @@ def corpus(*sources):
     return CORPUS | {"sources": list(sources)}
 
 
+@pytest.mark.slow
 def test_models_tokenizers_and_data_sets_are_there_for_a_job_without_a_network(place, hub, tmp_path):
     place.recipe(corpus({"hub": "org/text"}, {"embedded": "sotu"}), TEACHER)
     done = place.fetch()
@@ -167,6 +168,7 @@ def test_a_streamed_data_set_cannot_be_fetched(said):
     assert "1 of what the recipe reads is not there" in lines[-1]
 
 
+@pytest.mark.slow
 def test_what_lm_eval_cannot_get_is_told(said, tmp_path):
     (tmp_path / "model").mkdir()
     stage = {"name": "scores", "kind": "benchmark", "model": "model", "tasks": ["no_such_task"]}
