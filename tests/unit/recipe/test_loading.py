@@ -255,7 +255,7 @@ def test_export_is_a_free_name_where_nothing_is_exported(load, recipe):
 def test_stages_and_models_of_the_summary_may_hold_points(load, recipe, model, stage):
     recipe["stages"].append(recipe["stages"][4] | {"name": "quality.long"})
     recipe["stages"][4]["models"].append("/a/b.c")
-    load(recipe, f"summary.x={stage}.{model}.loss")
+    assert load(recipe, f"summary.x={stage}.{model}.loss").summary["x"] == f"{stage}.{model}.loss"
 
 
 @pytest.mark.parametrize(
