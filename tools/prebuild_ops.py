@@ -5,11 +5,9 @@ on a file lock. Run by `make install`; does nothing where there is a GPU or the 
 """
 
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 FOLDER = Path(sys.prefix) / "torch_extensions"
 
@@ -21,28 +19,22 @@ def main() -> int:
         return 0
     os.environ |= {"TORCH_EXTENSIONS_DIR": str(FOLDER), "DS_ACCELERATOR": "cpu"}
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])
-    for lock in list(FOLDER.glob("**/lock")):
-        shutil.rmtree(lock.parent, ignore_errors=True)  # a build that was killed: its folder cannot be trusted
     from deepspeed.ops.op_builder.cpu.async_io import AsyncIOBuilder
 
-    if AsyncIOBuilder().is_compatible():
-        build("asynchronous I/O", AsyncIOBuilder(), "no teacher can lie on NVMe")
-    else:
-        sys.stdout.write("no CPU op for asynchronous I/O: it needs libaio-dev, and is for teachers on NVMe alone\n")
-    return 0
-
-
-def build(name: str, builder: Any, without: str) -> None:
-    """Build one op, and say what became of it."""
-    began = time.monotonic()
     from minima.engine.ops import load_op
 
+    builder, what = AsyncIOBuilder(), "the CPU op for asynchronous I/O"
+    if not builder.is_compatible():
+        sys.stdout.write(f"no teacher can lie on NVMe: {what} needs libaio-dev and a C compiler\n")
+        return 0
+    began = time.monotonic()
     try:
         load_op(builder)
     except Exception as error:  # whatever a compiler or a linker ends with
-        sys.stdout.write(f"the CPU op for {name} could not be built, so {without}: {error}\n")
-        return
-    sys.stdout.write(f"the CPU op for {name} is in {FOLDER} ({time.monotonic() - began:.0f} s)\n")
+        sys.stdout.write(f"no teacher can lie on NVMe: {what} could not be built: {error}\n")
+        return 0
+    sys.stdout.write(f"{what} is in {FOLDER} ({time.monotonic() - began:.0f} s)\n")
+    return 0
 
 
 if __name__ == "__main__":
