@@ -25,6 +25,12 @@ def documents(num_tokens: int, begins: tuple[tuple[int, ...], ...]) -> torch.Ten
     return begins_BT.cumsum(1)
 
 
+def listed(counts_B1N: torch.Tensor, columns_B1NN: torch.Tensor) -> torch.Tensor:
+    """Bool [B, N, N]: the blocks that a mask's lists name; a row's columns are all of them, the named ones first."""
+    named_B1NN = torch.arange(columns_B1NN.shape[-1]) < counts_B1N.unsqueeze(-1)
+    return torch.zeros_like(named_B1NN).scatter(-1, columns_B1NN.long(), named_B1NN)[:, 0]
+
+
 BEGINS = ((), (5, 300), (128, 256, 300, 301), (1, 127, 383))
 LENGTHS = (512, 400)
 
@@ -46,7 +52,7 @@ def test_blocks_are_those_of_the_dense_mask(num_tokens, window):
     )
     visible = nothing.any(4).any(2)
     partial, full = (
-        flex._ordered_to_dense(counts, columns, columns.shape[-1])[:, 0].bool()
+        listed(counts, columns)
         for counts, columns in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     )
     assert not (partial & full).any()
@@ -55,8 +61,7 @@ def test_blocks_are_those_of_the_dense_mask(num_tokens, window):
     stock = create_block_mask(mask.mask_mod, len(BEGINS), None, num_tokens, num_tokens, device="cpu")
     assert (partial | full).sum() == stock.kv_num_blocks.sum() + stock.full_kv_num_blocks.sum(), "no block too many"
     # The sides that the backward pass reads are the same blocks.
-    turned = flex._ordered_to_dense(mask.q_num_blocks, mask.q_indices, mask.q_indices.shape[-1])[:, 0].bool()
-    assert turned.equal(partial.mT)
+    assert listed(mask.q_num_blocks, mask.q_indices).equal(partial.mT)
     rows, places = torch.arange(len(BEGINS))[:, None, None], torch.arange(num_tokens)
     assert mask.mask_mod(rows, rows, places[:, None], places[None, :]).equal(dense_BTT)
 
