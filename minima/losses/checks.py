@@ -1,5 +1,7 @@
 """What a caller of the losses may get wrong. Shapes and plain numbers alone are looked at, so no GPU is waited for."""
 
+from typing import Any
+
 from torch import Tensor
 
 from minima.errors import MinimaError
@@ -17,6 +19,25 @@ def check_chunk(chunk_tokens: int) -> None:
             "a loss is added up over chunks of so many tokens, so it would be of none",
             "give 1 or more; 1024 suits most machines",
         )
+
+
+def check_ranges(what: str, /, **settings: tuple[Any, bool, str]) -> None:
+    """Refuse a setting that is out of its range.
+
+    Args:
+        what: the loss, as a message calls it.
+        settings: value, whether it is in range, and the range, by the setting's name.
+
+    Raises:
+        MinimaError: names the first that is not.
+    """
+    for name, (value, right, range_text) in settings.items():
+        if not right:
+            raise MinimaError(
+                f"{what} with {name} {value!r}",
+                "it would be no loss, or another one than it says",
+                f"give a {name} that is {range_text}",
+            )
 
 
 def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
@@ -42,3 +63,18 @@ def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
                 "logits are products of the two, so they have to be of one width",
                 "give the output head [vocabulary, width] of the model that the hidden states come from",
             )
+
+
+def check_pairs(policy_BS: Tensor, reference_BS: Tensor, lengths_BS: Tensor) -> None:
+    """Refuse log-probabilities that are not of the same documents, or whose documents are not pairs.
+
+    Raises:
+        MinimaError: a shape is another.
+    """
+    shapes = [list(tensor.shape) for tensor in (policy_BS, reference_BS, lengths_BS)]
+    if shapes[0] != shapes[1] or shapes[0] != shapes[2] or len(shapes[0]) != 2 or shapes[0][1] % 2:
+        raise MinimaError(
+            f"log-probabilities {shapes[0]} of the policy, {shapes[1]} of the reference, and lengths {shapes[2]}",
+            "documents 2k and 2k + 1 of a sequence are the two answers of one pair, for all three",
+            "give [sequences, documents] with an even number of documents",
+        )

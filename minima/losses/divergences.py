@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from minima.errors import MinimaError
+from minima.losses.checks import check_ranges
 
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
@@ -51,21 +51,16 @@ class SoftTerm(NamedTuple):
             MinimaError: the divergence is not known, or a number is out of its range.
         """
         names = get_args(DivergenceName)
-        wanted = {
-            "divergence": (self.divergence in names, f"one of {', '.join(names)}"),
-            "temperature": (0 < self.temperature < math.inf, "above 0 and finite, since logits are divided by it"),
-            "beta": (0 < self.beta < 1, "between 0 and 1, whose ends are forward_kl and reverse_kl"),
-            "alpha": (0 < self.alpha < 1, "between 0 and 1: 0 is forward_kl or reverse_kl, and 1 is nothing"),
-            "top_k": (self.top_k is None or self.top_k > 0, "1 or more, or None for all tokens"),
-            "top_p": (self.top_p is None or 0 < self.top_p < 1, "between 0 and 1, both excluded, or None for all"),
-        }
-        for name, (right, range_text) in wanted.items():
-            if not right:
-                raise MinimaError(
-                    f"a distillation loss with {name} {getattr(self, name)!r}",
-                    "it would be no loss, or another one than it says",
-                    f"give a {name} that is {range_text}",
-                )
+        top_k, top_p = self.top_k, self.top_p
+        check_ranges(
+            "a distillation loss",
+            divergence=(self.divergence, self.divergence in names, f"one of {', '.join(names)}"),
+            temperature=(self.temperature, 0 < self.temperature < math.inf, "above 0 and finite: it divides logits"),
+            beta=(self.beta, 0 < self.beta < 1, "between 0 and 1, whose ends are forward_kl and reverse_kl"),
+            alpha=(self.alpha, 0 < self.alpha < 1, "between 0 and 1: 0 is forward_kl or reverse_kl, and 1 is nothing"),
+            top_k=(top_k, top_k is None or top_k > 0, "1 or more, or None for all tokens"),
+            top_p=(top_p, top_p is None or 0 < top_p < 1, "between 0 and 1, both excluded, or None for all"),
+        )
 
     @property
     def truncated(self) -> bool:

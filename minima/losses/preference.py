@@ -4,12 +4,14 @@ Shapes: B sequences, T tokens, S documents of a sequence (even), P = S / 2 pairs
 are the chosen and the rejected answer of pair k.
 """
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from minima.losses.checks import check_pairs, check_ranges
 from minima.losses.loss_sum import LossSum
 
 
@@ -69,7 +71,12 @@ def preference_loss(
         `total`, `count` of valid pairs, and `parts`, sums over the same pairs, with a reward of beta times the
         log-ratio that the loss sees: `accuracy` (pairs whose chosen answer has the higher reward; none of a policy
         that is its reference), `margin` (chosen minus rejected reward), `chosen_reward` and `rejected_reward`.
+
+    Raises:
+        MinimaError: the loss is not known, a number is out of its range, or the shapes are of different documents.
     """
+    _check(loss, beta, label_smoothing)
+    check_pairs(policy_BS, reference_BS, lengths_BS)
     valid_BP = valid_pairs(lengths_BS)
     ratio_BS = policy_BS.float() - reference_BS.detach().float()
     if length_normalised:
@@ -77,7 +84,6 @@ def preference_loss(
     chosen_BP, rejected_BP = ratio_BS[:, 0::2], ratio_BS[:, 1::2]
     margin_BP = beta * (chosen_BP - rejected_BP)
     if loss == "ipo":
-        assert label_smoothing == 0, "the recipe refuses it"
         loss_BP = (chosen_BP - rejected_BP - 1 / (2 * beta)).square()
     else:
         loss_BP = -(1 - label_smoothing) * logsigmoid(margin_BP) - label_smoothing * logsigmoid(-margin_BP)
@@ -93,3 +99,13 @@ def preference_loss(
             "rejected_reward": pair_sum(beta * rejected_BP),
         }
     return LossSum(pair_sum(loss_BP), valid_BP.sum(), parts)
+
+
+def _check(loss: str, beta: float, label_smoothing: float) -> None:
+    smooth = 0 <= label_smoothing < 0.5 if loss == "sigmoid" else label_smoothing == 0
+    check_ranges(
+        "a preference loss",
+        loss=(loss, loss in ("sigmoid", "ipo"), "`sigmoid` or `ipo`"),
+        beta=(beta, 0 < beta < math.inf, "above 0 and finite"),
+        label_smoothing=(label_smoothing, smooth, "at least 0 and below 0.5; 0 for `ipo`, which takes labels as right"),
+    )

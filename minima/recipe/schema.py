@@ -83,6 +83,15 @@ class BuildData(Stage):
                 "its records are of another kind",
                 "embedded texts are sotu and poems, conversations chat, preference pairs preferences",
             )
+        idle = [
+            source.label for source in self.sources if chat and source.field != Source.model_fields["field"].default
+        ]
+        if idle:
+            raise RecipeError(
+                f"build_data stage {self.name!r} gives {', '.join(idle)} a field, for {self.format}",
+                "their layout is told from each record, so it would not be read",
+                "leave field out; the documentation names the layouts that are known",
+            )
         return self
 
     @model_validator(mode="after")

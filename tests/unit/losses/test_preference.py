@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minima.errors import MinimaError
 from minima.losses import document_sums, preference_loss
 
 # Labels of the chosen and the rejected answer of each pair, by sequence; prompts have one token more than pairs before.
@@ -170,6 +171,29 @@ def test_a_pair_without_labels_in_one_answer_counts_nothing():
     others = [preference_loss(*(sums[:1, kept] for sums in (policy_BS, reference_BS, lengths_BS)))]
     others.append(preference_loss(*(sums[1:] for sums in (policy_BS, reference_BS, lengths_BS))))
     assert loss.total.item() == pytest.approx(sum(other.total.item() for other in others), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss": "hinge"}, "loss 'hinge'"),
+        ({"beta": 0.0}, "beta 0.0"),
+        ({"label_smoothing": 0.5}, "label_smoothing 0.5"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing 0.1"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(settings, said):
+    packed = Packed()
+    with pytest.raises(MinimaError, match=said):
+        preference_loss(*packed.sums(packed.log_probs_BT), **settings)
+
+
+def test_documents_that_are_not_pairs_or_not_the_same_are_refused():
+    sums = Packed().sums(Packed().log_probs_BT)
+    odd = [values_BS[:, :-1] for values_BS in sums]
+    for wrong in (odd, [sums[0], odd[1], sums[2]], [sums[0], sums[1], sums[2][:1]], [values[0] for values in sums]):
+        with pytest.raises(MinimaError, match="lengths"):
+            preference_loss(*wrong)
 
 
 def test_sums_go_to_their_documents_in_float64():

@@ -297,6 +297,16 @@ def test_what_a_source_would_not_read_is_refused(load, recipe, source, idle):
         load(recipe)
 
 
+def test_a_field_of_records_whose_layout_is_told_from_them_is_refused(load, recipe):
+    del recipe["stages"][0]["sources"]
+    recipe["stages"][0] |= {"format": "conversations", "sources": [{"path": "a.jsonl", "field": "messages"}]}
+    recipe["stages"][0]["tokenizer"] = "org/model"
+    with pytest.raises(RecipeError, match=r"gives a\.jsonl a field, for conversations"):
+        load(recipe)
+    del recipe["stages"][0]["sources"][0]["field"]
+    assert load(resolved_yaml(load(recipe)))
+
+
 @pytest.mark.parametrize(
     "source",
     [
