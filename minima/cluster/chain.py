@@ -79,6 +79,7 @@ def _submit(script: Script, command: Sequence[str], after: Sequence[str], place:
         stages=list(script.stages),
         recipe=str(script.recipe.relative_to(place.run_folder)) if script.overrides else "",
         overrides={name: list(changes) for name, changes in script.overrides.items()},
+        asked=dict(script.asked),
     )
     add_job(place.run_folder, job)
     return job

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from minima.cluster.chain import submit_chain, write_file
-from minima.cluster.config import CELLS
+from minima.cluster.config import CELLS, Resources
 from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unread
-from minima.cluster.queued import check_asked, queued_tasks
+from minima.cluster.queued import check_asked, queued_tasks, warn_asked
 from minima.cluster.records import Job
-from minima.cluster.render import Place, Script, python, render
+from minima.cluster.render import Place, Script, asked_of, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.snapshot import snapshot
 from minima.errors import ClusterError
@@ -76,6 +76,8 @@ def submit_grid(
             else:
                 warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder))
                 missing[name] = changes
+        for job in {job.id: job for job, _ in queued}.values():
+            warn_asked(job, f"job {job.id}", asked_of(place, _resources(place, len(job.cells))), write)
         for warning in warnings:
             write(f"warning: {warning}")
         if not missing:
@@ -178,6 +180,10 @@ def _check(cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: 
     return check_run(cell, recipe_path, select(cell, names), Place(cluster, place.working_directory, folder))
 
 
+def _resources(place: Place, num_cells: int) -> Resources:
+    return place.cluster.merged(CELLS).model_copy(update={"array": num_cells})
+
+
 def _script(
     recipe: Recipe,
     recipe_path: Path,
@@ -186,7 +192,7 @@ def _script(
     names: Sequence[str] | None,
     place: Place,
 ) -> Script:
-    resources = place.cluster.merged(CELLS).model_copy(update={"array": len(cells)})
+    resources = _resources(place, len(cells))
     lines = ['case "$SLURM_ARRAY_TASK_ID" in']
     for index, (name, changes) in enumerate(cells.items()):
         folder = place.run_folder / "cells" / name

@@ -135,6 +135,21 @@ def check_asked(
         )
 
 
+def warn_asked(job: Job, who: str, asked: dict[str, Any], write: Callable[[str], None]) -> None:
+    """Say what a job in the queue took from the cluster file and the flags, where that is another now.
+
+    No result depends on it, so it is no refusal.
+
+    Args:
+        job: in the queue.
+        who: the name of its stage or cell and the job, for the message.
+        asked: see `asked_of`; as it is now.
+        write: takes the warnings.
+    """
+    for keys, (old, new) in _differences((), job.asked, asked) if job.asked else ():
+        write(f"warning: {who} keeps {'.'.join(keys)} {_both(old, new)}: it was submitted so")
+
+
 def _is_free(stage: AnyStage, keys: tuple[str, ...]) -> bool:
     return keys[0] in free_keys(stage) or (keys[0] == "teacher" and keys[-1] in PLACING)
 

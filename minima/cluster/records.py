@@ -28,6 +28,7 @@ class Job:
         stages: that each cell runs; all for none.
         recipe: the copy of the recipe that it reads, inside the run's folder.
         overrides: of that recipe, by the stage's name; of a grid, by the cell's.
+        asked: what it took from the cluster file and the flags; of a job of an earlier version nothing.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Job:
     stages: list[str] = field(default_factory=list)
     recipe: str = ""
     overrides: dict[str, list[str]] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def read_jobs(run_folder: Path) -> list[Job]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minima.cluster.config import Cluster, Resources
 from minima.errors import ClusterError
@@ -58,6 +59,7 @@ class Script:
         stages: that each cell runs.
         recipe: the copy of the recipe that it reads.
         overrides: of that recipe, by the stage's name; of a grid, by the cell's.
+        asked: see `asked_of`.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Script:
     stages: tuple[str, ...] = ()
     recipe: Path = Path()
     overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def command(self, after: Sequence[str], ended: Sequence[str] = ()) -> list[str]:
         """The command that submits it.
@@ -124,7 +127,14 @@ def render(
     lines += [*_settings(place), "", body.split("\n", 1)[1], *work]
     path = place.scripts / (f"{stage}.sbatch" if role in ("stage", "cells") else f"{stage}.{role}.sbatch")
     outside = tuple(option for option in options if option not in inside)
-    return Script(name, stage, role, resources, "\n".join(lines) + "\n", outside, path)
+    text, asked = "\n".join(lines) + "\n", asked_of(place, resources)
+    return Script(name, stage, role, resources, text, outside, path, asked=asked)
+
+
+def asked_of(place: Place, resources: Resources) -> dict[str, Any]:
+    """All that a job of these resources takes from the cluster file and the command's flags, by the file's keys."""
+    shared = place.cluster.model_dump(mode="json", exclude={"defaults", "stages"})
+    return {**shared, **resources.model_dump(mode="json"), "flags": list(place.flags)}
 
 
 def quoted(arguments: Sequence[str]) -> str:

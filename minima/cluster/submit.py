@@ -7,8 +7,8 @@ from pathlib import Path
 from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.grid import submit_grid
 from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unread
-from minima.cluster.queued import check_stage, queued_tasks
-from minima.cluster.render import quoted
+from minima.cluster.queued import check_stage, queued_tasks, warn_asked
+from minima.cluster.render import asked_of, quoted
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
 from minima.cluster.snapshot import snapshot
@@ -79,6 +79,8 @@ def submit(
         for job, state in {job.stage: (job, task.state) for job, task in tasks}.values():
             if job.stage in unfinished:
                 check_stage(job, state, recipe, recipe_path, folder, planned, write)
+                asked = asked_of(place, place.cluster.resources(recipe.stage(job.stage)))
+                warn_asked(job, f"stage {job.stage!r}: job {job.id} ({state})", asked, write)
         for line in check_run(
             recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
         ):

@@ -126,6 +126,16 @@ def test_a_change_for_a_cell_whose_job_is_in_the_queue_is_refused(slurm, project
         send()
 
 
+def test_a_change_of_the_cluster_file_for_an_array_in_the_queue_is_told_once(slurm, project):
+    write_grid({"cells": [{"name": "a"}, {"name": "b"}]})
+    send()
+    slurm.answer(squeue="101|0|RUNNING|test.cells|None\n101|1|PENDING|test.cells|Resources")
+    finish(RUN / "cells" / "a", "corpus", "base", "out")
+    assert "warning" not in send()
+    Path("cluster.yaml").write_text(yaml.safe_dump({"time": "01:00:00", "stages": {"cells": {"memory": "9G"}}}))
+    assert send().count('warning: job 101 keeps memory null, not "9G": it was submitted so') == 1
+
+
 def test_a_cell_whose_job_in_the_queue_runs_some_stages_alone(slurm, project):
     write_grid({"cells": [{"name": "a"}, {"name": "b"}]})
     send(names=["corpus"])

@@ -169,6 +169,27 @@ def test_a_change_for_a_stage_whose_job_is_in_the_queue_is_refused(slurm, projec
     assert "warning" not in send() and len(slurm.calls("sbatch")) == 3
 
 
+def test_a_change_of_the_cluster_file_for_a_job_in_the_queue_is_told(slurm, project):
+    cluster = yaml.safe_load(Path("cluster.yaml").read_text())
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency", "103 PENDING out Dependency")
+    assert "warning" not in send()
+    cluster["stages"]["adapt"]["cpus_per_task"] = 4
+    cluster["preamble"] = ["module load cuda"]
+    Path("cluster.yaml").write_text(yaml.safe_dump(cluster))
+    said = send()
+    assert "stage 'base': job 102 (PENDING) keeps cpus_per_task 3, not 4: it was submitted so" in said
+    assert said.count("cpus_per_task") == 1 and said.count('keeps preamble [], not ["module load cuda"]') == 3
+    assert "keeps flags" in send_with_code()
+    assert len(slurm.calls("sbatch")) == 3
+
+
+def send_with_code() -> str:
+    said: list[str] = []
+    submit(Path("recipe.yaml"), [], Path("cluster.yaml"), None, None, False, said.append, allow_code_execution=True)
+    return "\n".join(said)
+
+
 def queued_with(slurm, **changes):
     """Submit with a changed `base`, which is in the queue from then on."""
     recipe = yaml.safe_load(Path("recipe.yaml").read_text())
