@@ -13,6 +13,10 @@ from minima.errors import ClusterError
 from minima.stages.shipped import shipped_folder
 
 _DIRECTIVE = re.compile(r"--[a-z-]+(=[A-Za-z0-9_.,:=+/@%&|*()\[\]-]*)?")  # what a #SBATCH line says as it stands
+# Many commands fail without a word; `minima status` shows these. A preamble may have a trap of its own instead.
+_LAST_WORDS = """begun=
+last_words() { [ -n "$begun" ] || echo "the job ended before its stage began, with exit code $1, at: $2"; }
+trap 'last_words $? "$BASH_COMMAND"' EXIT"""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -182,12 +186,13 @@ def _lasting(cluster: Cluster) -> list[str]:
 
 def _setup(place: Place, resources: Resources) -> list[str]:
     cluster = place.cluster
-    lines = [f"cd {shlex.quote(str(place.working_directory))}", *cluster.preamble]
+    lines = [_LAST_WORDS, f"cd {shlex.quote(str(place.working_directory))}", *cluster.preamble]
     if cluster.venv:
         lines += ["# shellcheck disable=SC1091", f"source {shlex.quote(cluster.venv + '/bin/activate')}"]
     lines += ["export HF_HUB_OFFLINE=1"] if resources.hub_offline else []
     lines += [f"export OMP_NUM_THREADS={resources.cpus_per_task}"] if resources.cpus_per_task else []
-    return lines + [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    return [*lines, "begun=yes"]
 
 
 def _settings(place: Place) -> list[str]:

@@ -205,10 +205,24 @@ def test_a_home_is_written_out_for_a_container(project, monkeypatch, runtime):
         assert text in script
 
 
-def test_a_preamble_that_fails_ends_the_job(project, slurm):
-    cluster = {"preamble": ["false", "true"]}
-    (project / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+@pytest.mark.parametrize(
+    ("preamble", "code", "said"),
+    [
+        (["false", "true"], 1, "the job ended before its stage began, with exit code 1, at: false\n"),
+        (["[ -z there ] || exit 3"], 3, "the job ended before its stage began, with exit code 3, at: exit 3\n"),
+        (["trap 'echo cleared' EXIT", "false"], 1, "cleared\n"),
+    ],
+)
+def test_a_preamble_that_fails_ends_the_job_and_says_where(project, slurm, preamble, code, said):
+    (project / "cluster.yaml").write_text(yaml.safe_dump({"preamble": preamble}))
     submit(project / "recipe.yaml", [], project / "cluster.yaml", ["corpus"], None, False, print)
     job = slurm.job(Path("runs/test/cluster/corpus.sbatch"))
-    job.communicate()
-    assert job.returncode == 1 and not slurm.calls("srun")
+    assert job.communicate()[0] == said
+    assert job.returncode == code and not slurm.calls("srun")
+
+
+def test_a_preamble_may_have_a_trap_of_its_own(project, slurm):
+    (project / "cluster.yaml").write_text(yaml.safe_dump({"preamble": ["trap 'echo cleared' EXIT"]}))
+    submit(project / "recipe.yaml", [], project / "cluster.yaml", ["corpus"], None, False, print)
+    said = slurm.job(Path("runs/test/cluster/corpus.sbatch")).communicate()[0]
+    assert said.endswith("cleared\n") and slurm.calls("srun") and "before its stage began" not in said
