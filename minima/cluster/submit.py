@@ -8,11 +8,14 @@ from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.grid import submit_grid
 from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unread
 from minima.cluster.queued import check_stage, queued_tasks, warn_asked
-from minima.cluster.render import asked_of, quoted
+from minima.cluster.records import Job
+from minima.cluster.render import Place, asked_of, quoted
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
+from minima.cluster.slurm import Task
 from minima.cluster.snapshot import snapshot
 from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.schema import Recipe
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
 from minima.stages.pipeline import ALLOW_CODE_EXECUTION
@@ -74,13 +77,7 @@ def submit(
             elif stage not in missing:
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
-        unfinished = {stage.name for stage in recipe.stages if not is_finished(folder / stage.name)}
-        planned: dict[str, str] = {}
-        for job, state in {job.stage: (job, task.state) for job, task in tasks}.values():
-            if job.stage in unfinished:
-                check_stage(job, state, recipe, recipe_path, folder, planned, write)
-                asked = asked_of(place, place.cluster.resources(recipe.stage(job.stage)))
-                warn_asked(job, f"stage {job.stage!r}: job {job.id} ({state})", asked, write)
+        _check_queued(tasks, recipe, recipe_path, place, write)
         for line in check_run(
             recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
         ):
@@ -99,3 +96,20 @@ def submit(
     elif not dry_run:
         write(f"`minima status {quoted([str(folder)])}` shows how they get on")
     return 0
+
+
+def _check_queued(
+    tasks: Sequence[tuple[Job, Task]],
+    recipe: Recipe,
+    recipe_path: Path,
+    place: Place,
+    write: Callable[[str], None],
+) -> None:
+    """Refuse, or say, what jobs in the queue would do otherwise than recipe and cluster file ask for now."""
+    unfinished = {stage.name for stage in recipe.stages if not is_finished(place.run_folder / stage.name)}
+    planned: dict[str, str] = {}
+    for job, state in {job.stage: (job, task.state) for job, task in tasks}.values():
+        if job.stage in unfinished:
+            check_stage(job, state, recipe, recipe_path, place.run_folder, planned, write)
+            asked = asked_of(place, place.cluster.resources(recipe.stage(job.stage)))
+            warn_asked(job, f"stage {job.stage!r}: job {job.id} ({state})", asked, write)
