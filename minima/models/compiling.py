@@ -3,7 +3,7 @@
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,6 +81,16 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     for layer in decoder_layers(model):
         kind = type(layer)
         if kind not in compiled:
-            compiled[kind] = compiled_whole(kind.forward, backend=backend, dynamic=False)
+            options = {"guard_filter_fn": _whatever_the_weights_numbers}
+            compiled[kind] = compiled_whole(kind.forward, backend=backend, dynamic=False, options=options)
         # `forward`, not `__call__`: ZeRO-3's hooks gather the layer's weights before it and let go of them after it.
         layer.forward = types.MethodType(compiled[kind], layer)
+
+
+def _whatever_the_weights_numbers(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a graph hold: not those on ZeRO-3's number of a weight, which is another in each layer.
+
+    DeepSpeed's linear layer asks whether a weight has a number. PyTorch 2.11 takes note of the number itself, and would
+    compile each layer of a deep model anew.
+    """
+    return [not guard.name.endswith(".ds_id") for guard in guards]

@@ -26,8 +26,9 @@ def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(two_ranks, 
 def test_compiled_layers_have_no_graph_break_and_one_graph_serves_them_all(two_ranks):
     runs = two_ranks["compiled"]
     assert runs["graph_breaks"] == 0
-    # The student's layers with gradients and without; in the first run those of the teacher, too.
-    assert [runs[what]["graphs"] for what in ("none", "selective", "full")] == [3, 2, 2]
+    # The student's layers with gradients and without; in the first run those of the teacher, too. Before PyTorch 2.13
+    # a later run may take what an earlier one has compiled.
+    assert all(runs[what]["graphs"] <= most for what, most in (("none", 3), ("selective", 2), ("full", 2)))
 
 
 @pytest.mark.parametrize("scenario", ["recomputation", "compiled"])

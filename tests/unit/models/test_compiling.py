@@ -92,6 +92,23 @@ def test_compiled_layers_are_one_graph_with_the_same_gradients(family):
     assert list(dict(model.named_parameters())) == list(dict(plain.named_parameters()))
 
 
+def test_layers_whose_weights_have_numbers_are_one_graph(monkeypatch):
+    """As under ZeRO-3, whose linear layer asks for the number; PyTorch 2.11 compared it even where it is only there."""
+    torch._dynamo.reset()
+    model, linear = model_of(), torch.nn.functional.linear
+    for number, weight in enumerate(model.parameters()):
+        weight.ds_id = number
+
+    def numbered_linear(states, weight, bias=None):
+        return linear(states, weight, bias) if weight.ds_id >= 0 else states
+
+    monkeypatch.setattr(torch.nn.functional, "linear", numbered_linear)
+    compile_layers(model, BACKEND)
+    counters.clear()
+    gradients(model)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_recomputation_is_part_of_a_compiled_layer():
     wanted, kept = gradients(model_of()), {}
     for what in ("none", "selective", "full"):
