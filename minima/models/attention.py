@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minima.models.compiling import compiled_whole
@@ -31,6 +31,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The stock `sdpa`, or flex attention where the mask is one of blocks; [B, T, H, A] as stock layers want it."""
     if not isinstance(attention_mask, BlockMask):
+        if attention_mask is None and _holds_all_scores(query_BHTA, key_BKTA):
+            groups = query_BHTA.shape[1] // key_BKTA.shape[1]
+            key_BKTA, value_BKTA = repeat_kv(key_BKTA, groups), repeat_kv(value_BKTA, groups)
         return sdpa_attention_forward(module, query_BHTA, key_BKTA, value_BKTA, attention_mask, **kwargs)
     assert not kwargs.get("dropout"), "nothing drops out"
     # Inside of a compiled layer it becomes part of the layer's graph.
@@ -44,6 +47,15 @@ def attention(
         enable_gqa=query_BHTA.shape[1] != key_BKTA.shape[1],
     )
     return output_BHTA.transpose(1, 2).contiguous(), None
+
+
+def _holds_all_scores(query_BHTA: Tensor, key_BKTA: Tensor) -> bool:
+    """Whether the stock `sdpa` without a mask would make [B, H, T, T], and keep it, but for repeated keys and values.
+
+    It hands grouped queries over as they are. In float32 a GPU has the memory-efficient kernel alone beside the one
+    that does that, which up to PyTorch 2.13 takes no grouped ones. Above a head size of 256 the stock `sdpa` repeats.
+    """
+    return query_BHTA.device.type == "cuda" and query_BHTA.dtype == torch.float32 and key_BKTA.shape[-1] <= 256
 
 
 @functools.cache

@@ -74,6 +74,17 @@ def test_blocks_give_the_values_and_gradients_of_the_dense_mask(dtype, tolerance
     expect_close(dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), tolerance)
 
 
+def test_grouped_queries_in_float32_hold_no_scores():
+    heads, num_tokens, head_size = 8, 4096, 64
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 4, True
+    inputs = [torch.randn(1, count, num_tokens, head_size, device=CUDA, requires_grad=True) for count in (heads, 2, 2)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(layer, *inputs, None, scaling=0.125)[0].square().sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < heads * num_tokens * num_tokens * 4 / 2
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [("llama", {}), ("gpt_neox", {}), ("mistral", {"sliding_window": 100})],

@@ -1,10 +1,13 @@
 """The same bits as the stock attention, without a question to the host."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from minima.batch import make_batch
-from minima.models.attention import CAUSAL, WINDOWED
+from minima.models import attention as attention_module
+from minima.models.attention import CAUSAL, WINDOWED, attention
 from minima.models.causal_lm import hidden_states, load_plain
 from minima.models.shape import FAMILIES, ModelShape
 from minima.models.stock import build_empty
@@ -40,3 +43,44 @@ def test_a_sliding_window_keeps_its_mask():
     windowed.set_attn_implementation("sdpa")
     assert outputs[0].equal(hidden_states(windowed, make_batch(TOKENS_BT)))
     assert outputs[0][:, :4].allclose(outputs[1][:, :4], atol=1e-6) and not outputs[0].allclose(outputs[1], atol=1e-3)
+
+
+class GroupedLayer(torch.nn.Module):
+    num_key_value_groups, is_causal = 3, True
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_size", "repeated"),
+    [
+        ("cuda", torch.float32, 64, True),
+        ("cuda", torch.float32, 320, False),  # the stock function repeats them itself
+        ("cuda", torch.bfloat16, 64, False),
+        ("cpu", torch.float32, 64, False),
+    ],
+)
+def test_float32_on_a_gpu_has_no_kernel_for_grouped_queries_but_the_one_that_holds_all_scores(
+    device, dtype, head_size, repeated
+):
+    queries = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert attention_module._holds_all_scores(queries, SimpleNamespace(shape=(2, 2, 8, head_size))) is repeated
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_and_values_are_repeated_once_and_change_no_number(monkeypatch, masked):
+    given, stock = [], attention_module.sdpa_attention_forward
+
+    def watch(module, query, key, value, *others, **kwargs):
+        given.append((key.shape[1], value.shape[1]))
+        return stock(module, query, key, value, *others, **kwargs)
+
+    monkeypatch.setattr(attention_module, "sdpa_attention_forward", watch)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 8, 16, generator=generator, requires_grad=True) for heads in (6, 2, 2)]
+    mask = torch.full((8, 8), -torch.inf).triu(1).expand(2, 1, 8, 8) if masked else None
+    results = []
+    for repeated in (False, True):
+        monkeypatch.setattr(attention_module, "_holds_all_scores", lambda *_, repeated=repeated: repeated)
+        output = attention(GroupedLayer(), *inputs, mask, scaling=0.3)[0]
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+    assert given == [(2, 2), (2, 2) if masked else (6, 6)]  # with a mask the stock function repeats them itself
