@@ -28,6 +28,9 @@ _NUMBERS = {
 }
 # Columns that a program holds at once: 8 a thread, with which no divergence spills registers.
 _BLOCK_COLUMNS = 2048
+# One a thread of the four warps of a small one. With fewer, two threads would hold the same column, and where the
+# gradient overwrites the logits one could write before the other reads.
+_FEWEST_COLUMNS = 128
 
 
 def fused_losses_and_gradient(
@@ -58,7 +61,7 @@ def fused_losses_and_gradient(
     losses_C3 = torch.empty(num_tokens, 3, dtype=torch.float32, device=student_CV.device)
     term: SoftTerm = terms.term
     mix = term.beta if term.divergence == "jensen_shannon" else term.alpha
-    block = min(_BLOCK_COLUMNS, triton.next_power_of_2(vocabulary))
+    block = min(_BLOCK_COLUMNS, max(_FEWEST_COLUMNS, triton.next_power_of_2(vocabulary)))
     _rows[(num_tokens,)](
         student_CV,
         student_CV if teacher_CV is None else teacher_CV,

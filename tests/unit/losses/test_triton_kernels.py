@@ -108,3 +108,22 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(number):
     source = ASTSource(triton_kernels._rows, signature=signature, constexprs=fixed)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 61, 128, 129, 2047, 2049, 49_216])
+def test_no_two_threads_hold_the_same_column(monkeypatch, vocabulary):
+    """The gradient overwrites the logits in float32: a second thread might read what the first has written."""
+    import torch
+
+    from minima.losses import linear_cross_entropy, triton_kernels
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **options: launched.append(options)
+
+    monkeypatch.setattr(triton_kernels, "_rows", Kernel())
+    labels = torch.zeros(3, dtype=torch.int64)
+    linear_cross_entropy(torch.ones(3, 4, requires_grad=True), torch.ones(vocabulary, 4), labels, kernel="triton")
+    assert [options["BLOCK"] >= 32 * options["num_warps"] for options in launched] == [True]
