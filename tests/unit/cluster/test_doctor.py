@@ -81,7 +81,7 @@ def test_a_folder_below_one_that_may_not_be_listed(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "listdir", refuse)
-    assert found(tmp_path)["disk"].state == "ok"
+    assert found(tmp_path)["disk"].state != "FAILED"  # a warning where little is free
 
 
 @pytest.mark.parametrize(("free_gib", "state"), [(0.5, "FAILED"), (20, "warning"), (500, "ok")])
@@ -236,6 +236,18 @@ def test_a_machine_without_torch_is_told_and_not_started(monkeypatch, tmp_path):
     said: list[str] = []
     assert doctor.doctor(tmp_path, said.append) == 1
     assert "torch" in said[0] and "not installed" in said[0] and "install minima with what it needs" in said[0]
+
+
+@pytest.mark.parametrize(("trouble", "state"), [(None, "ok"), ("RuntimeError: no C compiler", "warning")])
+def test_a_gpu_on_which_triton_starts_no_kernel(monkeypatch, trouble, state):
+    monkeypatch.setattr(doctor_ranks, "triton_trouble", lambda: trouble)
+    monkeypatch.setattr(doctor_ranks, "_gpu", lambda launch: Finding("GPU", "ok", "one"))
+    for device, checks in (("cpu", 2), ("cuda", 3)):
+        monkeypatch.setattr(doctor_ranks.distributed, "device", lambda device=device: doctor_ranks.torch.device(device))
+        findings = doctor_ranks.check_device(Launch())
+        assert len(findings) == checks
+    assert (findings[-1].check, findings[-1].state) == ("Triton", state)
+    assert trouble is None or (trouble in findings[-1].found and "python3-dev" in str(findings[-1].do))
 
 
 def test_gpus_that_torch_cannot_use(monkeypatch):
