@@ -19,6 +19,7 @@ from minima.cluster.doctor_machine import Finding, guarded
 from minima.engine import distributed
 from minima.launcher import Launch, node_name
 from minima.stages.manifest import NFS_SECONDS, look_again
+from minima.triton_driver import CURE, triton_trouble
 
 _JOIN_SECONDS = 120  # a rank that has not come by then does not come
 _REACH_SECONDS = 60
@@ -91,8 +92,9 @@ def leave(code: int) -> int:
 
 
 def check_device(launch: Launch) -> list[Finding]:
-    """This rank's GPU, or that there is none, and whether the one compiled op that a run may need can be had."""
-    return [guarded("GPU", lambda: _gpu(launch)), guarded("DeepSpeed's ops", _ops)]
+    """This rank's GPU, or that there is none, and whether what is compiled at its first use can be had."""
+    findings = [guarded("GPU", lambda: _gpu(launch)), guarded("DeepSpeed's ops", _ops)]
+    return findings if distributed.device().type == "cpu" else [*findings, guarded("Triton", _triton)]
 
 
 def _gpu(launch: Launch) -> Finding:
@@ -116,6 +118,13 @@ def _ops() -> Finding:
         return Finding("DeepSpeed's ops", "ok", f"{use}, which is built when it is first used")
     lacks = "libaio-dev (Debian), libaio-devel (Fedora) or a C compiler"
     return Finding("DeepSpeed's ops", "ok", f"{use}, and it could not be built here: {lacks} is missing")
+
+
+def _triton() -> Finding:
+    if (trouble := triton_trouble()) is None:
+        return Finding("Triton", "ok", "it starts kernels here")
+    found = f"it cannot start kernels, so losses and attention are slower and compile: true is refused: {trouble}"
+    return Finding("Triton", "warning", found, CURE)
 
 
 def check_together(launch: Launch, folder: Path) -> list[Finding]:

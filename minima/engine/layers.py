@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from minima.errors import RecipeError
 from minima.models.compiling import Recomputation, compile_layers, decoder_layers, recompute
 from minima.models.kernels import use_liger
+from minima.triton_driver import CURE, triton_trouble
 
 
 def prepare_layers(
@@ -41,6 +42,12 @@ def prepare_layers(
             "the compiler fuses norms and activations itself, and liger-kernel's launches would break its graph",
             "keep one of them",
         )
+    if compiled and backend == "inductor" and _on_gpu(model) and (trouble := triton_trouble()) is not None:
+        raise RecipeError(
+            f"compile: true, and Triton cannot start a kernel here: {trouble}",
+            "the compiler writes its kernels for a GPU in Triton, which builds a small module in C to start them",
+            f"{CURE}, or set compile: false",
+        )
     if kernels == "liger":
         use_liger(model)
     recompute(model, activation_checkpointing)
@@ -49,3 +56,7 @@ def prepare_layers(
             model, sorted({type(layer) for layer in decoder_layers(model)}, key=lambda kind: kind.__name__)
         )
         compile_layers(model, backend)
+
+
+def _on_gpu(model: PreTrainedModel) -> bool:
+    return any(parameter.device.type == "cuda" for parameter in model.parameters())

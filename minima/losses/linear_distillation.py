@@ -3,8 +3,6 @@
 Shapes: N tokens, C tokens of one chunk, D student width, E teacher width, V vocabulary.
 """
 
-import importlib.util
-from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +15,7 @@ from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
 from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed
 from minima.losses.loss_sum import LossSum
+from minima.triton_driver import triton_trouble
 
 Kernel = Literal["auto", "eager", "triton"]
 
@@ -185,9 +184,8 @@ def check_vocabularies(student_size: int, teacher_size: int) -> None:
         )
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _is_fused(kernel: Kernel, *, on_gpu: bool, truncated: bool) -> bool:
+    return kernel == "triton" or (kernel == "auto" and on_gpu and not truncated and triton_trouble() is None)
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -217,9 +215,7 @@ class _LinearDistillation(torch.autograd.Function):
         sums = torch.zeros(3, dtype=torch.float64, device=labels_N.device)  # hard, soft (scaled), kl
         grad_hidden_ND = torch.zeros_like(student_hidden_ND) if need_hidden else None
         grad_head_VD = torch.zeros_like(student_head_VD, dtype=torch.float32) if need_head else None
-        fused = way.kernel == "triton" or (
-            way.kernel == "auto" and labels_N.is_cuda and not terms.term.truncated and _has_triton()
-        )
+        fused = _is_fused(way.kernel, on_gpu=labels_N.is_cuda, truncated=terms.term.truncated)
         if fused:
             from minima.losses.triton_kernels import fused_losses_and_gradient
         buffers = ChunkBuffers(min(way.chunk_tokens, num_tokens), student_head_VD.shape[0], labels_N.device)

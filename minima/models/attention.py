@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from minima.models.compiling import compiled_whole
+from minima.triton_driver import triton_trouble
 
 _BLOCK = 128  # flex attention's default: a block of so many rows and columns is computed, or left out, as one
 _SMALLEST_HEAD = 16  # flex attention's kernels refuse smaller ones
@@ -146,9 +147,9 @@ def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
 def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.dtype) -> Any:
     """What a stock model's `attention_mask` is given to keep documents apart, or such for each kind of layer.
 
-    On a GPU blocks for flex attention, made once for all layers. They belong to these sequences: unlike a tensor they
-    cannot be cut along the batch. Elsewhere a bias of 0 and minus infinity: of a bool mask, attention would make one in
-    every layer and keep each for the backward pass.
+    On a GPU where Triton runs, blocks for flex attention, made once for all layers. They belong to these sequences:
+    unlike a tensor they cannot be cut along the batch. Elsewhere a bias of 0 and minus infinity: of a bool mask,
+    attention would make one in every layer and keep each for the backward pass.
 
     Args:
         config: of the model.
@@ -160,7 +161,8 @@ def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.
     """
 
     def made(window: int | None) -> Tensor | BlockMask:
-        if documents_BT.device.type == "cuda" and _takes_blocks(config, documents_BT.shape[1]):
+        on_gpu = documents_BT.device.type == "cuda"
+        if on_gpu and _takes_blocks(config, documents_BT.shape[1]) and triton_trouble() is None:
             return document_blocks(documents_BT, window)
         mask_B1TT = document_mask(documents_BT, window)
         return torch.zeros(mask_B1TT.shape, dtype=dtype, device=mask_B1TT.device).masked_fill_(~mask_B1TT, -torch.inf)

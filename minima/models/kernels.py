@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from minima.errors import RecipeError, UnsupportedFamily
 from minima.models.families import family_of
+from minima.triton_driver import CURE, triton_trouble
 
 # liger-kernel's own way patches classes for all models of the process, and its rotary option a whole module. Taken here
 # are its two autograd functions alone.
@@ -26,7 +27,7 @@ def use_liger(model: PreTrainedModel) -> list[str]:
 
     Raises:
         UnsupportedFamily: there is nothing to replace.
-        RecipeError: liger-kernel is not installed, or there is no GPU.
+        RecipeError: liger-kernel is not installed, there is no GPU, or Triton cannot start a kernel on it.
     """
     family = family_of(model.config.model_type)
     if not family.rms:
@@ -63,6 +64,12 @@ def _liger_functions() -> Any:
             "kernels: liger without a GPU",
             "its kernels are written for one; a CPU runs the stock modules",
             "set kernels: stock, or run this stage on a GPU",
+        )
+    if (trouble := triton_trouble()) is not None:
+        raise RecipeError(
+            f"kernels: liger, and Triton cannot start a kernel here: {trouble}",
+            "they are written in Triton, which builds a small module in C to start them",
+            f"{CURE}, or set kernels: stock",
         )
     return functions
 

@@ -3,6 +3,7 @@
 import pytest
 from deepspeed.utils import get_z3_leaf_modules
 
+from minima.engine import layers
 from minima.engine.layers import prepare_layers
 from minima.errors import RecipeError
 from minima.models.compiling import decoder_layers
@@ -28,3 +29,12 @@ def test_compiled_layers_are_leaves_of_this_model_alone():
 def test_liger_and_the_compiler_are_refused_together():
     with pytest.raises(RecipeError, match=r"kernels: liger together with compile: true"):
         prepare_layers(model(), compiled=True, kernels="liger")
+
+
+def test_the_compiler_is_refused_on_a_gpu_where_triton_starts_no_kernel(monkeypatch):
+    monkeypatch.setattr(layers, "triton_trouble", lambda: "no C compiler")
+    prepare_layers(model(), compiled=True)  # on a CPU it writes C++
+    monkeypatch.setattr(layers, "_on_gpu", lambda model: True)
+    with pytest.raises(RecipeError, match=r"(?s)compile: true.*no C compiler.*python3-dev"):
+        prepare_layers(model(), compiled=True)
+    prepare_layers(model())

@@ -103,6 +103,7 @@ def as_on_a_gpu(config, documents_BT, dtype):
     """`attention_mask`, told that the documents are on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "document_blocks", lambda _, window: document_blocks(documents_BT, window))
+        patch.setattr(attention_module, "triton_trouble", lambda: None)
         elsewhere = SimpleNamespace(device=torch.device("cuda"), shape=documents_BT.shape)
         return attention_module.attention_mask(config, elsewhere, dtype)
 
@@ -112,6 +113,18 @@ def test_small_heads_and_gpt2_keep_the_bias_on_a_gpu():
         config = stock_config(ModelShape(family=family, **(SMALL | {"num_heads": num_heads})).to_config())
         assert attention_module._takes_blocks(config, 128) is blocks, (family, num_heads)
         assert not attention_module._takes_blocks(config, 127)  # where some grouped queries find no kernel
+
+
+def test_a_gpu_where_triton_starts_no_kernel_gets_the_bias(monkeypatch):
+    documents_BT = documents(128, ((5,),))
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), shape=documents_BT.shape)
+    dense_B1TT = document_mask(documents_BT)
+    monkeypatch.setattr(attention_module, "document_mask", lambda *_: dense_B1TT)
+    monkeypatch.setattr(attention_module, "triton_trouble", lambda: "no C compiler")
+    config = stock_config(ModelShape(**SMALL).to_config())
+    assert attention_module.attention_mask(config, elsewhere, torch.float32).equal(
+        torch.where(dense_B1TT, 0.0, -torch.inf)
+    )
 
 
 @pytest.mark.parametrize(

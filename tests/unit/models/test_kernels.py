@@ -65,13 +65,17 @@ def test_families_without_such_modules_are_refused_by_name(family):
         use_liger(model_of(family))
 
 
-def test_without_a_gpu_or_the_package_it_is_refused(monkeypatch):
+def test_without_a_gpu_or_the_package_or_triton_it_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "_has_gpu", lambda: False)
     real = kernels.importlib.import_module
     monkeypatch.setattr(
         kernels.importlib, "import_module", lambda name: SimpleNamespace() if "liger" in name else real(name)
     )
     with pytest.raises(RecipeError, match="without a GPU"):
+        use_liger(model_of("llama"))
+    monkeypatch.setattr(kernels, "_has_gpu", lambda: True)
+    monkeypatch.setattr(kernels, "triton_trouble", lambda: "no C compiler")
+    with pytest.raises(RecipeError, match=r"(?s)no C compiler.*python3-dev"):
         use_liger(model_of("llama"))
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setattr(kernels.importlib, "import_module", real)
@@ -105,6 +109,7 @@ for family in ("llama", "qwen3"):
         model = model_of(family)
         if liger:
             kernels._has_gpu = lambda: True  # the interpreter runs the kernels on the CPU
+            kernels.triton_trouble = lambda: None
             assert kernels.use_liger(model)
         hidden = hidden_states(model, make_batch(tokens))
         hidden.square().mean().backward()
