@@ -15,6 +15,8 @@ from minima.stages.run_folder import access_named
 from minima.stages.running import ERROR, HEADER
 
 # A stage's name alone: what a model or a file says must not choose where a log goes.
+# What launchers say of a rank that SIGKILL has ended: deepspeed and torchrun, whose exit code alone would not tell.
+_KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
 
@@ -25,11 +27,13 @@ class Log:
 
     Attributes:
         error: the first line of what rank 0 told the user, for launchers that print pages of their own after it.
+        killed: whether a launcher told of a rank that the system has killed.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._folder, self._rest = folder, b""
         self.error: str | None = None
+        self.killed = False
         with access_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open(stage)
@@ -46,6 +50,7 @@ class Log:
                 self._file = self._open(started[1].decode())
             if line.startswith(ERROR.encode()) and self.error is None:
                 self.error = line[len(ERROR) :].decode(errors="replace")
+            self.killed |= _KILLED.search(line) is not None
             self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
 
     def __enter__(self) -> Self:

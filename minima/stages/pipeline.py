@@ -29,6 +29,11 @@ SHORT_KINDS = (
 )  # neighbours of these kinds share a process group: starting one costs 10 s
 
 
+KILLED = 128 + signal.SIGKILL
+_WANT_OF_MEMORY = (
+    ": a process was killed, as the system does when the machine has no memory left; smaller micro-batches need less, "
+    "and on more machines each holds a smaller part of the models"
+)
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of what a signal has ended
 ALLOW_CODE_EXECUTION = "--allow-code-execution"
 
@@ -122,7 +127,7 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
         if code in STOPPED and not log.error:
             write(f"stage {name} was ended by a signal; the same command goes on from what it has saved ({log_file})")
             return code
-        reason = f": {log.error}" if log.error else ""
+        reason = f": {log.error}" if log.error else _WANT_OF_MEMORY if log.killed or code == KILLED else ""
         write(f"stage {name} failed with exit code {code}{reason}\nits log is {log_file}")
     return code
 

@@ -52,6 +52,9 @@ for name in names:
     if Path("fail-" + name).exists():
         print("minima: DataError: it broke\\n  why it matters: x\\npages\\nof the launcher", file=sys.stderr)
         sys.exit(7)
+    if Path("kill-" + name).exists():
+        print(Path("kill-" + name).read_text())
+        sys.exit(int(os.environ["EXIT_CODE"]))
     if Path("wait-" + name).exists():
         time.sleep(60)
     if Path("touch-" + name).exists():
@@ -124,6 +127,25 @@ def test_a_failure_stops_the_run_and_is_named(run, tmp_path):
     code, said = run()
     assert code == 0
     assert calls(tmp_path)[2:] == ["pruned.2 2", "student 2", "quality,out 2"], "goes on where it stopped"
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (247, "[ERROR] [launch.py:259:sigkill_handler] ['python', '-u'] exits with return code = -9"),  # deepspeed
+        (1, "  traceback : Signal 9 (SIGKILL) received by PID 4123"),  # torchrun
+        (137, "mpirun noticed that process rank 1 exited on signal 9 (Killed)."),
+    ],
+)
+def test_a_rank_that_the_system_has_killed_is_told_so(run, tmp_path, monkeypatch, code, text):
+    monkeypatch.setenv("EXIT_CODE", str(code))
+    (tmp_path / "kill-pruned").write_text(text)
+    found, said = run()
+    assert found == code
+    assert f"stage pruned failed with exit code {code}: a process was killed, as the system does when" in said
+    (tmp_path / "kill-pruned").write_text("nothing of the kind")
+    monkeypatch.setenv("EXIT_CODE", "1")
+    assert "failed with exit code 1\nits log is" in run()[1]
 
 
 def test_chosen_stages_need_their_inputs(run, tmp_path):
