@@ -18,6 +18,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 INTERPRETED = """
 import itertools, json, sys
 import torch
+import tests.interpreted
 from minima.losses import linear_cross_entropy, linear_distillation_loss
 from tests.unit.losses.references import DIVERGENCES, exact, inputs, models_apart, with_gradients
 

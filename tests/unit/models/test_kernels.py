@@ -88,6 +88,7 @@ import torch
 import triton
 from liger_kernel.ops import rms_norm
 from triton.runtime import interpreter
+import tests.interpreted
 from minima.batch import make_batch
 from minima.models import kernels
 from minima.models.causal_lm import hidden_states
