@@ -151,17 +151,22 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def without_gpus() -> bool:
+    """Whether `DS_ACCELERATOR=cpu` is set: GPUs are then left alone, be they there or not."""
+    return os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def num_accelerators() -> int:
     """GPUs that this process may use, counted without torch; 0 where `DS_ACCELERATOR=cpu` is set."""
     devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    if not devices or os.environ.get("DS_ACCELERATOR") == "cpu":
+    if not devices or without_gpus():
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(devices)
     named = [part.strip() for part in visible.split(",")]
     for index, part in enumerate(named):  # CUDA ignores everything from the first invalid entry on
-        if not part or part.startswith("-"):
+        if not part or part.startswith("-") or (part.isdecimal() and int(part) >= len(devices)):
             return index
     return len(named)
 

@@ -27,6 +27,7 @@ from minima.data.chat import ChatTokenizer, chat_tokenizer
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import CheckpointError, DataError, MinimaError
 from minima.evaluation.streaming import stream
+from minima.launcher import without_gpus
 from minima.models.layout import model_folder
 from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource
@@ -72,7 +73,7 @@ class Generator:
         Args:
             folder: the export stage's own, or the model's.
             dtype: of the weights; as stored when not given.
-            device: a GPU where there is one, else the CPU, when not given.
+            device: when not given, a GPU where there is one and `DS_ACCELERATOR=cpu` is not set, else the CPU.
 
         Raises:
             CheckpointError: there is no model in the folder, or it cannot be loaded.
@@ -85,7 +86,7 @@ class Generator:
                 "there is nothing to talk to",
                 "give the folder of an export stage, or its model/",
             )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() and not without_gpus() else "cpu")
         try:
             FolderSource(folder)  # transformers would put random numbers where a tensor is missing
             with _no_progress_bar():

@@ -39,6 +39,18 @@ def test_an_answer_is_what_was_learnt_and_ends_at_the_stop_id(generator):
     assert generator.reply([user(ASKED_ZH)]) == ANSWERED_ZH
 
 
+@pytest.mark.parametrize(("accelerator", "device"), [(None, "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_a_gpu_is_taken_where_it_is_not_to_be_left_alone(chat_folder, monkeypatch, accelerator, device):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, where: moved.append(where) or module)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    if accelerator is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    Generator.load(chat_folder)
+    assert moved == [device]
+
+
 def test_pieces_are_whole_characters_and_come_one_by_one(generator):
     pieces = list(generator.stream([user(ASKED_ZH)]))
     assert "".join(pieces) == ANSWERED_ZH

@@ -144,7 +144,9 @@ def test_child_environment_without_a_gpu_shares_the_cores(monkeypatch):
     assert child_environment(3)["OMP_NUM_THREADS"] == "5"
 
 
-@pytest.mark.parametrize(("visible", "count"), [(None, 4), ("", 0), ("0,2", 2), ("1,-1,2", 1), ("MIG-1", 1)])
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 4), ("", 0), ("0,2", 2), ("1,-1,2", 1), ("0,4,1", 1), ("7", 0), ("MIG-1", 1)]
+)
 def test_gpus_are_counted_without_torch(monkeypatch, tmp_path, visible, count):
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
