@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 from minima.cluster.doctor_machine import Finding, guarded
 from minima.engine import distributed
@@ -114,9 +115,13 @@ def _gpu(launch: Launch) -> Finding:
 
 def _ops() -> Finding:
     use = "only a teacher with offload nvme needs one"
-    if get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+    lacks = None
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+        lacks = "libaio-dev (Debian), libaio-devel (Fedora) or a C compiler"
+    elif distributed.device().type != "cpu" and cpp_extension.CUDA_HOME is None:
+        lacks = "the CUDA toolkit (CUDA_HOME)"
+    if lacks is None:
         return Finding("DeepSpeed's ops", "ok", f"{use}, which is built when it is first used")
-    lacks = "libaio-dev (Debian), libaio-devel (Fedora) or a C compiler"
     return Finding("DeepSpeed's ops", "ok", f"{use}, and it could not be built here: {lacks} is missing")
 
 

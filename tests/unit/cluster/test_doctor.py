@@ -238,6 +238,24 @@ def test_a_machine_without_torch_is_told_and_not_started(monkeypatch, tmp_path):
     assert "torch" in said[0] and "not installed" in said[0] and "install minima with what it needs" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("device", "toolkit", "libaio", "said"),
+    [
+        ("cpu", None, True, "built when it is first used"),
+        ("cuda", "/usr/local/cuda", True, "built when it is first used"),
+        ("cuda", None, True, "the CUDA toolkit (CUDA_HOME) is missing"),
+        ("cuda", "/usr/local/cuda", False, "libaio-dev"),
+    ],
+)
+def test_what_the_op_for_asynchronous_io_would_lack(monkeypatch, device, toolkit, libaio, said):
+    builder = type("Builder", (), {"is_compatible": lambda self, verbose: libaio})()
+    accelerator = type("Accelerator", (), {"create_op_builder": lambda self, name: builder})()
+    monkeypatch.setattr(doctor_ranks, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(doctor_ranks.distributed, "device", lambda: doctor_ranks.torch.device(device))
+    monkeypatch.setattr(doctor_ranks.cpp_extension, "CUDA_HOME", toolkit)
+    assert said in doctor_ranks._ops().found
+
+
 @pytest.mark.parametrize(("trouble", "state"), [(None, "ok"), ("RuntimeError: no C compiler", "warning")])
 def test_a_gpu_on_which_triton_starts_no_kernel(monkeypatch, trouble, state):
     monkeypatch.setattr(doctor_ranks, "triton_trouble", lambda: trouble)
