@@ -14,8 +14,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from minima.errors import MinimaError
-from minima.launcher import Launch, export_launch
+from minima.errors import LauncherError, MinimaError
+from minima.launcher import Launch, export_launch, num_accelerators
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -31,6 +31,9 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     Args:
         launch: this rank's place.
         timeout: of joining, and of each collective.
+
+    Raises:
+        LauncherError: GPUs are here, or are asked for, and PyTorch can use none.
     """
     global _joined
     if dist.is_initialized():
@@ -40,6 +43,7 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     _joined = launch
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    _check_usable(0 if on_cpu else accelerator.device_count(), num_accelerators() or int(not on_cpu))
     # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its number on the machine.
     index = launch.local_rank if on_cpu else launch.local_rank % accelerator.device_count()
     export_launch(dataclasses.replace(launch, local_rank=index))  # DeepSpeed reads rank and address from there only
@@ -55,6 +59,17 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
     )
+
+
+def _check_usable(usable: int, here: int) -> None:
+    """Refuse GPUs that PyTorch cannot use: DeepSpeed would take the processor with a line of its log."""
+    if here and not usable:
+        raise LauncherError(
+            f"{here} GPU{'s' if here > 1 else ''} on this machine, and PyTorch {torch.__version__} can use none",
+            "the run would go on on the processor, many times slower, or not at all",
+            "see what `minima doctor` says: mostly the driver is older than PyTorch's CUDA, or PyTorch is built for "
+            "the processor alone. To run on the processor, set DS_ACCELERATOR=cpu",
+        )
 
 
 def _without_shared_memory() -> None:

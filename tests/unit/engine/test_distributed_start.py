@@ -1,0 +1,43 @@
+"""What keeps a rank from joining before it has tried."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from minima.engine import distributed
+from minima.errors import LauncherError
+from minima.launcher import Launch
+
+
+@pytest.mark.parametrize(
+    ("name", "usable", "here", "refused"),
+    [
+        ("cpu", 0, 0, False),
+        ("cpu", 0, 8, True),  # a driver that is too old, or a PyTorch for the processor
+        ("cuda", 8, 8, False),
+        ("cuda", 1, 8, False),  # `srun --gpus-per-task=1`
+        ("cuda", 0, 8, True),
+        ("cuda", 0, 0, True),  # DS_ACCELERATOR=cuda where there is none
+    ],
+)
+def test_gpus_that_cannot_be_used_are_no_reason_to_take_the_processor(monkeypatch, name, usable, here, refused):
+    joined = []
+    accelerator = SimpleNamespace(
+        device_name=lambda: name,
+        device_count=lambda: usable,
+        set_device=lambda index: None,
+        communication_backend_name=lambda: "nccl",
+    )
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(distributed, "num_accelerators", lambda: here)
+    monkeypatch.setattr(distributed, "export_launch", lambda launch: None)
+    monkeypatch.setattr(distributed, "_without_shared_memory", lambda: None)
+    monkeypatch.setattr(distributed, "_joined", None)
+    monkeypatch.setattr(distributed.deepspeed, "init_distributed", lambda **given: joined.append(given["dist_backend"]))
+    if refused:
+        with pytest.raises(LauncherError, match=r"(?s)PyTorch \S+ can use none.*minima doctor.*DS_ACCELERATOR=cpu"):
+            distributed.start(Launch())
+        assert not joined
+    else:
+        distributed.start(Launch())
+        assert joined == ["gloo" if name == "cpu" else "nccl"]
