@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minima.errors import RecipeError, UnsupportedFamily
+from minima.launcher import without_gpus
 from minima.models.families import family_of
 from minima.triton_driver import CURE, triton_trouble
 
@@ -75,7 +76,7 @@ def _liger_functions() -> Any:
 
 
 def _has_gpu() -> bool:
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and not without_gpus()
 
 
 def _is_swiglu(module: nn.Module, config: Any) -> bool:
