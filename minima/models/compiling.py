@@ -51,7 +51,9 @@ def recompute(model: PreTrainedModel, what: Recomputation) -> None:
     settings: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    model.gradient_checkpointing_enable(settings)
+    # Its name from transformers 5.23 on, where the older one warns, on every rank.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
 
 
 def _keep_products(_context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

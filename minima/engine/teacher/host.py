@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.teacher.replica import Replica
 from minima.engine.teacher.tensor_parallel import TensorParallel
 from minima.engine.teacher.zero3 import Zero3
+from minima.models.compiling import decoder_layers, recompute
 from minima.models.weights import WeightSource
 from minima.recipe.distillation import Placement
 
@@ -109,7 +109,6 @@ class FrozenHost:
 
 
 def _recompute(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():  # a layer checkpoints in training mode only; dropouts below it stay off
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    recompute(model, "full")
+    for layer in decoder_layers(model):  # a layer checkpoints in training mode only; dropouts below it stay off
+        layer.training = True

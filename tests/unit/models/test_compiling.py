@@ -92,6 +92,11 @@ def test_compiled_layers_are_one_graph_with_the_same_gradients(family):
     assert list(dict(model.named_parameters())) == list(dict(plain.named_parameters()))
 
 
+@pytest.mark.filterwarnings("error")
+def test_recomputation_asks_transformers_for_nothing_that_will_go():
+    recompute(model_of(), "full")
+
+
 def test_layers_whose_weights_have_numbers_are_one_graph(monkeypatch):
     """As under ZeRO-3, whose linear layer asks for the number; PyTorch 2.11 compared it even where it is only there."""
     torch._dynamo.reset()
