@@ -4,10 +4,15 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -42,6 +47,9 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 def recompute(model: PreTrainedModel, what: Recomputation) -> None:
     """Choose what the backward pass of `model` computes again, layer by layer.
 
+    The stock way is another one in each version: before transformers 5.23 it runs a layer's hooks again, too, and no
+    compiled layer holds it.
+
     Args:
         model: a stock model; only this instance changes. In evaluation mode, or without gradients, nothing does.
         what: `none`; `selective`, all but matrix products and attention; `full`, whole layers.
@@ -51,9 +59,19 @@ def recompute(model: PreTrainedModel, what: Recomputation) -> None:
     settings: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    # Its name from transformers 5.23 on, where the older one warns, on every rank.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(settings)
+    forwards = {kind: _recomputing(kind.forward, settings) for kind in {type(layer) for layer in decoder_layers(model)}}
+    for layer in decoder_layers(model):
+        # `forward`, not `__call__`: hooks on the layer, such as ZeRO-3's, run once.
+        layer.forward = types.MethodType(forwards[type(layer)], layer)
+
+
+def _recomputing(forward: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    def forward_again(self: GradientCheckpointingLayer, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return forward(self, *args, **kwargs)
+        return checkpoint(functools.partial(forward, self, **kwargs), *args, **settings)
+
+    return forward_again
 
 
 def _keep_products(_context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -79,14 +97,14 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
         model: a stock model. What is hooked into the inside of a layer becomes part of its graph, and has to fit it.
         backend: of `torch.compile`.
     """
-    compiled: dict[type, Any] = {}
+    compiled: dict[Callable[..., Any], Any] = {}
     for layer in decoder_layers(model):
-        kind = type(layer)
-        if kind not in compiled:
+        forward = cast(types.MethodType, layer.forward).__func__
+        if forward not in compiled:
             options = {"guard_filter_fn": _whatever_the_weights_numbers}
-            compiled[kind] = compiled_whole(kind.forward, backend=backend, dynamic=False, options=options)
+            compiled[forward] = compiled_whole(forward, backend=backend, dynamic=False, options=options)
         # `forward`, not `__call__`: ZeRO-3's hooks gather the layer's weights before it and let go of them after it.
-        layer.forward = types.MethodType(compiled[kind], layer)
+        layer.forward = types.MethodType(compiled[forward], layer)
 
 
 def _whatever_the_weights_numbers(guards: Sequence[Any]) -> list[bool]:

@@ -92,9 +92,16 @@ def test_compiled_layers_are_one_graph_with_the_same_gradients(family):
     assert list(dict(model.named_parameters())) == list(dict(plain.named_parameters()))
 
 
-@pytest.mark.filterwarnings("error")
-def test_recomputation_asks_transformers_for_nothing_that_will_go():
-    recompute(model_of(), "full")
+@pytest.mark.parametrize("what", ["none", "selective", "full"])
+def test_a_hook_on_a_layer_runs_once_whatever_is_recomputed(what):
+    """ZeRO-3's gather the layer's weights: run again, they would do so once more than the backward pass needs."""
+    model, calls = model_of(), []
+    recompute(model, what)
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda *_: calls.append("layer"))
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append("inside"))
+    gradients(model)
+    assert calls.count("layer") == 3 and calls.count("inside") == (3 if what == "none" else 6)
 
 
 def test_layers_whose_weights_have_numbers_are_one_graph(monkeypatch):

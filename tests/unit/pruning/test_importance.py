@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from minima.batch import IGNORE_INDEX, Batch, make_batch
 from minima.errors import DataError, StageError
+from minima.models.compiling import recompute
 from minima.models.families import family_of
 from minima.models.weights import MemorySource, model_identity
 from minima.pruning.importance import Scores, importance, magnitude, random
@@ -104,7 +105,7 @@ def test_ranks_share_the_batches_and_empty_ones_count_for_nothing(small):
 def test_activation_checkpointing_gives_the_same(any_small):
     batches = batches_of(any_small, 2)
     plain = measured(any_small, batches)
-    any_small.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(any_small.model, "full")
     any_small.model.train()  # without dropout it only switches checkpointing on
     assert_same(measured(any_small, batches), plain)
     assert all(parameter.grad is None for parameter in any_small.model.parameters())
