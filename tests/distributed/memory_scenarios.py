@@ -55,7 +55,13 @@ def live_bytes() -> int:
     storages = {}
     for thing in gc.get_objects():
         # Not isinstance(), which asks the thing for its class: DeepSpeed deprecates some names in a way that prints.
-        if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":
+        if not issubclass(type(thing), torch.Tensor):
+            continue
+        try:
+            device = thing.device
+        except RuntimeError:  # PyTorch 2.9's collector can leave the Python object of a tensor that is gone
+            continue
+        if device.type != "meta":
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
