@@ -32,41 +32,41 @@ setup(
         "minima": ["py.typed"],
     },
     entry_points={"console_scripts": ["minima = minima.cli:main"]},
-    install_requires=[
-        "torch>=2.8",
-        "deepspeed>=0.19.4",
-        "transformers>=5.0",
+    install_requires=[  # CONTRIBUTING says how the lowest versions are tried
+        "torch>=2.9",
+        "deepspeed>=0.19.8",  # the first that leaves weights alone when a gradient is not finite
+        "transformers>=5.23",  # the first that recomputes inside of a layer's `forward`
         "datasets>=4.0",
         "sentencepiece>=0.2",
-        "protobuf",
+        "protobuf>=4.21.1",
         "pydantic>=2.8",
         "pyyaml>=6.0",
-        "jinja2",  # chat templates
-        "safetensors>=0.5",
-        "tensorboard>=2.16",
-        "huggingface_hub",
-        "numpy",
-        "psutil",
-        "pyarrow",
+        "jinja2>=3.1.6",  # chat templates
+        "safetensors>=0.8",
+        "tensorboard>=2.17.1",  # the first for NumPy 2
+        "huggingface_hub>=1.31",
+        "numpy>=1.26",
+        "psutil>=5.9",
+        "pyarrow>=15.0",
     ],
     extras_require={
         "wandb": ["wandb"],
         "mpi": ["mpi4py"],
         "benchmark": ["lm-eval>=0.4.13", "accelerate"],  # accelerate starts it on several GPUs
         "liger": ['liger-kernel>=0.8.5; platform_system == "Linux"'],  # `kernels: liger`
-        "law": ["scipy", "matplotlib"],  # `minima law fit` and `recommend` need the first, `plot` both
+        "law": ["scipy>=1.11.1", "matplotlib>=3.8"],  # `minima law fit` and `recommend` need the first, `plot` both
         # The peers of tools/bench_distil.py; what is missing is a row that says so.
-        "bench": ["trl", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"'],
+        "bench": ["trl>=1.16", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"'],
         "dev": [
             "pytest",
             "pytest-xdist",  # `make check` runs on all cores
             "lm-eval>=0.4.13",
             "accelerate",
-            "trl",  # its preference loss is what ours is compared with
+            "trl>=1.16",  # its preference loss is what ours is compared with
             'liger-kernel>=0.8.5; platform_system == "Linux"',  # its norms and SwiGLUs are compared with the stock ones
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels
-            "scipy",
-            "matplotlib",
+            "scipy>=1.11.1",
+            "matplotlib>=3.8",
             "gguf",  # tools/fetch_smollm2.py reads a model from it
             "hypothesis",
             "ruff",
