@@ -138,7 +138,7 @@ def check_asked(
 def warn_asked(job: Job, who: str, asked: dict[str, Any], write: Callable[[str], None]) -> None:
     """Say what a job in the queue took from the cluster file and the flags, where that is another now.
 
-    No result depends on it, so it is no refusal.
+    The recipe alone says what is made, so it is no refusal.
 
     Args:
         job: in the queue.
