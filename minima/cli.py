@@ -197,7 +197,7 @@ def _stage(options: argparse.Namespace) -> int:
         sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
         _leave(OWN_ERROR, launch.world_size)
         return OWN_ERROR
-    _leave(0, launch.world_size)  # all is published; what libraries tear down at a process's end has crashed ranks
+    _leave(0, launch.world_size)
     return 0
 
 
@@ -226,8 +226,12 @@ def _cancel(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from minima.cluster.doctor import doctor
+    from minima.launcher import read_launch
 
-    return doctor(Path(options.folder).expanduser(), write)
+    launch = read_launch()
+    code = doctor(Path(options.folder).expanduser(), write)
+    _leave(code, launch.world_size)
+    return code
 
 
 def _fetch(options: argparse.Namespace) -> int:
@@ -287,7 +291,11 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _leave(code: int, world_size: int) -> None:
-    """End a rank at once: after a failure, tearing down its process group would wait for ranks that wait for it."""
+    """End a rank at once, without what libraries tear down at a process's end.
+
+    After a failure that would wait for ranks that wait for this one; after a success it has been seen to crash one,
+    which the launcher would call a failed job.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if world_size > 1:

@@ -1,5 +1,6 @@
 """What each rank of test_prune.py runs: prune stages one after another, and the scores' record."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(folder: Path) -> None:
             write_json(own / "manifest.json", {"metrics": metrics})
         distributed.barrier()
     distributed.stop()
+    sys.stdout.flush()
+    os._exit(0)  # as `minima stage` does
 
 
 if __name__ == "__main__":

@@ -51,12 +51,20 @@ def run_scenarios(
         AssertionError: a rank failed; carries the end of its output.
     """
     module = ["tests.distributed.scenarios", str(folder), *names]
-    processes = start_ranks(module, folder, ROOT, world_size, accelerator, per_node)
+    await_ranks(start_ranks(module, folder, ROOT, world_size, accelerator, per_node), folder, timeout_seconds)
+    return json.loads((folder / "results.json").read_text())
+
+
+def await_ranks(processes: list[subprocess.Popen], logs: Path, timeout_seconds: int = 300) -> None:
+    """Wait until every rank has ended well.
+
+    Raises:
+        AssertionError: a rank failed; carries the end of each one's output.
+    """
     try:
         codes = [process.wait(timeout=timeout_seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(world_size)]
-    assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n--- next rank ---\n".join(logs)
-    return json.loads((folder / "results.json").read_text())
+    said = [(logs / f"rank-{rank}.log").read_text()[-3000:] for rank in range(len(processes))]
+    assert codes == [0] * len(codes), f"exit codes {codes}\n" + "\n--- next rank ---\n".join(said)

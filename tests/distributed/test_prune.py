@@ -1,9 +1,6 @@
 """The prune stage on two ZeRO-3 ranks measures what one plain process does, and its folder loads."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +12,11 @@ from minima.batch import make_batch
 from minima.data.packing import StoreWriter
 from minima.data.sampler import BlockSampler
 from minima.data.store import TokenStore
-from minima.launcher import free_port
 from minima.models.causal_lm import load_plain
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource, RandomSource, model_identity, write_folder
 from minima.pruning.importance import Scores, importance
+from tests.distributed.ranks import ROOT, await_ranks, start_ranks
 
 pytestmark = pytest.mark.ranks
 SHAPES = {
@@ -91,19 +88,7 @@ def folder(tmp_path_factory) -> Path:
         stage["model"] = str(folder / stage["model"])
         stage["data"] = str(folder / "data")
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    port, ranks = free_port(), []
-    for rank in range(2):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in variables.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        script = Path(__file__).with_name("prune_ranks.py")
-        ranks.append(subprocess.Popen([sys.executable, str(script), str(folder)], env=environment))
-    try:
-        assert [process.wait(timeout=240) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    await_ranks(start_ranks(["tests.distributed.prune_ranks", str(folder)], folder, ROOT), folder)
     return folder
 
 

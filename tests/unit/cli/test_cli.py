@@ -97,6 +97,22 @@ def test_another_rank_leaves_the_word_to_rank_0_first(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("[rank 1] minima: StageError: what")
 
 
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [(["stage", "quickstart"], "minima.stages.running.run_alone"), (["doctor"], "minima.cluster.doctor.doctor")],
+)
+def test_a_rank_that_is_done_has_not_failed_whatever_crashes_at_its_end(command, work):
+    module, name = work.rsplit(".", 1)
+    code = (
+        "import ctypes, sys\nlibc = ctypes.CDLL(None)\nlibc.on_exit(libc.abort, None)\n"
+        f"import {module} as module\nmodule.{name} = lambda *given: print('worked') or 0\n"
+        f"from minima.cli import main\nsys.exit(main({command}))"
+    )
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "worked\n"), done.stderr
+
+
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun", "local"])
 def test_launchers_print_the_command_and_exec_it(root, tmp_path, name):
     for program in ("deepspeed", "torchrun"):
