@@ -181,24 +181,19 @@ def _stage(options: argparse.Namespace) -> int:
     except Stopped as stopped:
         if launch.rank == 0:
             write(str(stopped))
-        _leave(128 + stopped.signal, launch.world_size)
-        return 128 + stopped.signal
+        return _leave(128 + stopped.signal, launch.world_size)
     except MinimaError as error:
         if launch.rank != 0:  # rank 0 says it, unless it alone fares well: then this rank lives long enough to speak
             time.sleep(_OTHER_RANK_SECONDS)
             sys.stderr.write(f"[rank {launch.rank}] ")
         show(error)
-        _leave(USER_ERROR, launch.world_size)
-        return USER_ERROR
+        return _leave(USER_ERROR, launch.world_size)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and silenced():
-            _leave(UNREAD, launch.world_size)
-            return UNREAD
+            return _leave(UNREAD, launch.world_size)
         sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
-        _leave(OWN_ERROR, launch.world_size)
-        return OWN_ERROR
-    _leave(0, launch.world_size)
-    return 0
+        return _leave(OWN_ERROR, launch.world_size)
+    return _leave(0, launch.world_size)
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -229,9 +224,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from minima.launcher import read_launch
 
     launch = read_launch()
-    code = doctor(Path(options.folder).expanduser(), write)
-    _leave(code, launch.world_size)
-    return code
+    return _leave(doctor(Path(options.folder).expanduser(), write), launch.world_size)
 
 
 def _fetch(options: argparse.Namespace) -> int:
@@ -290,8 +283,8 @@ def _publish(options: argparse.Namespace) -> int:
     return 0
 
 
-def _leave(code: int, world_size: int) -> None:
-    """End a rank at once, without what libraries tear down at a process's end.
+def _leave(code: int, world_size: int) -> int:
+    """End a rank at once with this exit code, without what libraries tear down at a process's end.
 
     After a failure that would wait for ranks that wait for this one; after a success it has been seen to crash one,
     which the launcher would call a failed job.
@@ -300,6 +293,7 @@ def _leave(code: int, world_size: int) -> None:
     sys.stderr.flush()
     if world_size > 1:
         os._exit(code)
+    return code
 
 
 def _names(text: str | None) -> list[str] | None:
