@@ -11,6 +11,8 @@
 #   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued.
 #   SIGTERM to this shell (scancel; a preemption without a grace time, which Slurm requeues): the ranks save, no more.
 #     `minima cancel` sends it to this shell alone: the save may then take longer than Slurm's KillWait.
+# When Slurm misses a node it requeues the job itself. Ranks that fail before that, since the node is gone, has started
+# anew or was drained by a health check, get the job requeued here.
 # Set before this is sourced, where wanted:
 #   srun_options=(...)   more options for srun, such as --container-image
 #   max_requeues=N       fail rather than requeue once the job has been started N times again
@@ -57,6 +59,17 @@ on_term() {
   tell_ranks
 }
 
+lost_node() { # the first node of this job that Slurm misses, has taken out of service, or that has started anew meanwhile
+  local line state=' State=[^ ]*([*]|DOWN|DRAIN|FAIL)' started=' SlurmdStartTime=([0-9T:-]+)'
+  while read -r line; do
+    [[ $line =~ $state ]] ||
+      [[ $line =~ $started && $(date -d "${BASH_REMATCH[1]}" +%s) -gt $began ]] || continue
+    line=${line#NodeName=}
+    printf '%s\n' "${line%% *}"
+    break
+  done < <(scontrol show node --oneliner "${SLURM_JOB_NODELIST:-}" 2>/dev/null)
+}
+
 progress_of() { # what there is to go on from: complete checkpoints and finished stages
   find "$1" -maxdepth 4 \( -name checkpoint.json -o -name manifest.json \) 2>/dev/null | sort || true
 }
@@ -79,7 +92,7 @@ cancel() { # after a SIGTERM that is not Slurm's own: `minima cancel` asks so, s
 }
 
 run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job where it may go on
-  local code=0 child
+  local code=0 child node=''
   run=$1
   shift
   before=${before-$(progress_of "$run")}
@@ -98,7 +111,16 @@ run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job 
     done
   fi
   case $code in
+    0 | 2) ;;
+    *) [ -n "$ended" ] || node=$(lost_node) ;;
+  esac
+  case ${node:+lost}$code in
     0) ;;
+    lost*)
+      say "ended with exit code $code; node $node was lost meanwhile"
+      leave='' # that nothing new was saved is the node's fault
+      requeue
+      ;;
     1 | 2 | 4) say "failed with exit code $code" ;; # minima's own error, a mistake, a rank that hung: not the cluster's
     *)
       say "ended with exit code $code"
@@ -129,6 +151,6 @@ run_stage() { run_step "$1" "$2" -- "${@:3}"; }
 
 run_alone() { run_step "$1" "$2" --nodes=1 --ntasks=1 -- "${@:3}"; }
 
-told='' leave='' ended='' interrupted=''
+told='' leave='' ended='' interrupted='' began=$(date +%s)
 trap on_usr1 USR1
 trap on_term TERM

@@ -16,7 +16,7 @@ signal_lead_seconds: 45
 defaults: {nodes: 2, ranks_per_node: 1, cpus_per_task: 1}
 stages: {corpus: {array: 2}}
 """
-STEPS = 190
+STEPS = 210
 RECIPE = f"""
 name: chain
 stages:

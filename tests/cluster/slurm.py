@@ -81,6 +81,18 @@ class Slurm:
         """End a node's slurmd."""
         os.kill(int((self.folder / f"slurmd.{node}.pid").read_text()), signal.SIGTERM)
 
+    def crash_node(self, node: str, rank: int) -> None:
+        """Kill a node's slurmd, the daemon of the job step there, and its rank.
+
+        Args:
+            node: its name.
+            rank: process id of the rank on it.
+        """
+        slurmd = int((self.folder / f"slurmd.{node}.pid").read_text())
+        stepd = int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{rank}/status").read_text(), re.MULTILINE)[1])
+        for process in (slurmd, stepd, rank):
+            os.kill(process, signal.SIGKILL)
+
     def start_node(self, node: str) -> None:
         """Start a node's slurmd again."""
         self.call("slurmd", "-N", node)

@@ -1,6 +1,6 @@
 """A small recipe with stages of every kind that uses ranks, as jobs on two nodes, and all that a cluster does to it.
 
-The student meets seven faults; `undisturbed` is the same stage with none. At the end both hold the same bits.
+The student meets eight faults; `undisturbed` is the same stage with none. At the end both hold the same bits.
 """
 
 import os
@@ -86,6 +86,13 @@ class Faults:
             self.slurm.start_node("n2")
         self.end("lost node", job, restarts)
 
+    def node_that_starts_anew(self, restarts: int) -> None:
+        """All that runs on n2 is gone at once, and it is back before Slurm has missed it."""
+        job = self.begin()
+        self.slurm.crash_node("n2", rank=self.slurm.ranks(job)[1])
+        self.slurm.start_node("n2")
+        self.end("crashed node", job, restarts)
+
     def killed_rank(self) -> None:
         """One rank is killed: its job fails, and those that wait for it go with it."""
         job = self.begin()
@@ -129,6 +136,7 @@ def chain(slurm, tmp_path_factory):
         faults.requeue(restarts=2)
         faults.preemption(restarts=3)
         faults.lost_node(restarts=4)
+        faults.node_that_starts_anew(restarts=5)
         faults.killed_rank()
         faults.cancelled()
         faults.scancelled()
@@ -151,7 +159,7 @@ def test_the_corpus_was_built_by_an_array_of_jobs_and_merged(chain):
     assert all(f"corpus-{jobs[0]['id']}_{index}-rank0.log" in chain.logs("corpus") for index in (0, 1))
 
 
-def test_after_seven_faults_the_student_holds_the_bits_of_an_undisturbed_run(chain):
+def test_after_eight_faults_the_student_holds_the_bits_of_an_undisturbed_run(chain):
     hashes = [chain.marker(stage, STEPS)["sha256"] for stage in ("student", "undisturbed")]
     assert {name for name in hashes[0] if "weights" in name} and {name for name in hashes[0] if "exp_avg" in name}
     assert hashes[0] == hashes[1]
@@ -167,9 +175,17 @@ def test_what_is_told_to_leave_loses_no_step(chain, fault):
     assert chain.seen[fault]["saved"] == chain.seen[fault]["logged"]
 
 
-def test_a_killed_rank_loses_the_steps_since_the_last_checkpoint_alone(chain):
-    seen = chain.seen["killed rank"]
-    assert seen["state"] == "FAILED" and 0 <= seen["logged"] - seen["saved"] <= 20 + 1
+@pytest.mark.parametrize("fault", ["crashed node", "killed rank"])
+def test_what_is_gone_at_once_loses_the_steps_since_the_last_checkpoint_alone(chain, fault):
+    assert 0 <= chain.seen[fault]["logged"] - chain.seen[fault]["saved"] <= 20 + 1
+
+
+def test_a_node_that_slurm_does_not_miss_costs_no_submission(chain):
+    assert chain.seen["crashed node"]["state"] == "RUNNING" and "node n2 was lost meanwhile" in chain.logs("student")
+
+
+def test_a_killed_rank_fails_its_job_and_says_so(chain):
+    assert chain.seen["killed rank"]["state"] == "FAILED"
     status = chain.seen["status after the kill"]
     assert "student failed:" in status and "task 1: Killed" in status and "the last lines of rank 1:" in status
 

@@ -88,6 +88,51 @@ def test_a_killed_rank_is_not_requeued(slurm, script):
     assert ["requeue", "7"] not in slurm.calls("scontrol")
 
 
+NODES = """\
+NodeName=n1 State=MIXED ThreadsPerCore=1 BootTime=2026-01-01T00:00:00 SlurmdStartTime=2026-01-01T00:00:09 Reason=x
+NodeName=n2 State={state} ThreadsPerCore=1 BootTime=2026-01-01T00:00:00 SlurmdStartTime={started} LastBusyTime=x"""
+LONG_AGO = "2026-01-01T00:00:09"
+LATER = "2999-01-01T00:00:00"
+
+
+@pytest.mark.parametrize(
+    ("state", "started"),
+    [("MIXED*", LONG_AGO), ("DOWN", LONG_AGO), ("MIXED+DRAIN", LONG_AGO), ("MIXED", LATER)],
+)
+@pytest.mark.parametrize("code", [1, 4, 137])
+def test_ranks_that_fail_with_a_node_are_started_again(slurm, script, code, state, started):
+    nodes = NODES.format(state=state, started=started)
+    slurm.answer(srun=f"exit {code}", scontrol_show_job=RUNNING, scontrol_show_node=nodes)
+    returned, log = end(slurm, slurm.job(script()))
+    assert slurm.calls("scontrol")[-1] == ["requeue", "7"] and ["show", "node"] == slurm.calls("scontrol")[0][:2]
+    assert returned == code and "node n2 was lost meanwhile" in log
+
+
+@pytest.mark.parametrize("code", [1, 2, 4, 137])
+@pytest.mark.parametrize("started", [LONG_AGO, "None"])
+def test_ranks_that_fail_on_nodes_in_service_are_not(slurm, script, code, started):
+    state = "MIXED*" if code == 2 else "MIXED"  # a mistake stays one
+    nodes = NODES.format(state=state, started=started)
+    slurm.answer(srun=f"exit {code}", scontrol_show_job=RUNNING, scontrol_show_node=nodes)
+    assert end(slurm, slurm.job(script()))[0] == code
+    assert ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_cancelled_job_stays_so_though_a_node_was_lost(slurm, script, tmp_path):
+    nodes = NODES.format(state="DOWN*", started=LONG_AGO)
+    slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=RUNNING, scontrol_show_node=nodes)
+    end(slurm, slurm.job(script()), signal.SIGTERM)
+    assert slurm.calls("scancel")[-1] == ["7"] and ["requeue", "7"] not in slurm.calls("scontrol")
+
+
+def test_a_lost_node_counts_as_a_requeue(slurm, script):
+    nodes = NODES.format(state="DOWN*", started=LONG_AGO)
+    slurm.answer(srun="exit 1", scontrol_show_job=RUNNING, scontrol_show_node=nodes)
+    job = slurm.job(script("max_requeues=2"), SLURM_RESTART_COUNT="2")
+    code, log = end(slurm, job)
+    assert code == 1 and "not requeued" in log and ["requeue", "7"] not in slurm.calls("scontrol")
+
+
 def test_a_start_that_saves_nothing_new_would_be_repeated_for_ever(slurm, script, tmp_path):
     old = Path(saved(tmp_path, 5))
     old.parent.mkdir(parents=True)
