@@ -142,8 +142,8 @@ class Recipe(Strict):
         name: of the run; its folder is `runs/NAME` unless `output` says otherwise.
         output: the run's folder; relative to where the command runs.
         launcher: which `launch/X.sh` starts the stages: one beside the recipe, or one that minima ships.
-        ranks: processes that `minima run` starts on this machine (a launcher by hand takes MINIMA_RANKS); one for each
-            GPU, or 2 without a GPU, when not given.
+        ranks: processes that `minima run` starts on this machine, or on each of MINIMA_HOSTFILE (a launcher by hand
+            takes MINIMA_RANKS); when not given what that file says, or one for each GPU, or 2 without a GPU.
         max_ranks: no more than this many where `ranks` is not given; for runs too small to be shared by all GPUs.
         stages: in the order in which they run; each reads earlier ones by name.
         summary: what `summary.json` holds beside its own `tokens`, `seconds` and `export`: nested names, each a

@@ -116,6 +116,19 @@ def test_a_whole_run(run, tmp_path, capfdbinary):
     assert len(calls(tmp_path)) == 4, "nothing was started again"
 
 
+@pytest.mark.parametrize(("ranks", "seen"), [("ranks=2", "2 cpu 3"), ("ranks=null", "none none 3")])
+def test_a_host_file_says_what_its_machines_get(run, tmp_path, monkeypatch, ranks, seen):
+    monkeypatch.setenv("MINIMA_HOSTFILE", "hosts")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr("minima.launcher.num_accelerators", lambda: 0)
+    (tmp_path / "fake.sh").write_text(
+        'echo "${MINIMA_RANKS:-none} ${DS_ACCELERATOR:-none} $OMP_NUM_THREADS" >seen; exit 7\n'
+    )
+    assert run(ranks)[0] == 7
+    assert (tmp_path / "seen").read_text() == seen + "\n"
+
+
 def test_a_failure_stops_the_run_and_is_named(run, tmp_path):
     (tmp_path / "fail-pruned.2").touch()
     code, said = run()
