@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minima
-from minima.console import UNREAD, quietly, show, silenced, write
+from minima.console import UNREAD, quietly, show, silenced, write, write_on
 from minima.errors import MinimaError, Stopped
 from minima.law.command import add_law
 
@@ -204,7 +204,7 @@ def _submit(options: argparse.Namespace) -> int:
     cluster = Path(options.cluster).expanduser()
     names = _names(options.stages)
     path, allowed = find_recipe(options.recipe), options.allow_code_execution
-    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write, allowed)
+    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write_on, allowed)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -216,7 +216,7 @@ def _status(options: argparse.Namespace) -> int:
 def _cancel(options: argparse.Namespace) -> int:
     from minima.cluster.cancel import cancel
 
-    return cancel(options.run, write)
+    return cancel(options.run, write_on)
 
 
 def _doctor(options: argparse.Namespace) -> int:

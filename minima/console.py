@@ -18,6 +18,15 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def write_on(text: str) -> None:
+    """The same, for what may not end half done: it goes on where nobody reads any more."""
+    try:
+        write(text)
+    except BrokenPipeError:
+        if not silenced():
+            raise
+
+
 def show(error: MinimaError) -> None:
     """Tell a mistake that the user can mend."""
     sys.stdout.flush()

@@ -17,6 +17,7 @@ from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import identity
 from minima.stages.identity import describe
 from minima.stages.lock import run_lock
+from tests.unit.cli.test_console import unread
 from tests.unit.cluster.conftest import SHAPE, finish
 
 RUN = Path("runs/test")
@@ -42,6 +43,14 @@ def test_one_job_for_each_stage_after_the_one_before_it(slurm, project):
     ]
     assert "base: job 102, 4 ranks on 2 nodes, after 101" in said
     assert (RUN / "logs").is_dir()
+
+
+def test_a_chain_is_whole_though_nobody_reads_what_is_said(slurm, project):
+    assert unread(["submit", "recipe.yaml", "--cluster", "cluster.yaml"], project) == (0, "")
+    assert [job.id for job in read_jobs(RUN)] == ["101", "102", "103"]
+    answer_queue(slurm, "102 RUNNING base None", "103 PENDING out Dependency")
+    assert unread(["cancel", str(RUN)], project) == (0, "")
+    assert [call[-1] for call in slurm.calls("scancel")] == ["103", "102"]
 
 
 def test_submitted_again_what_is_missing(slurm, project):
