@@ -104,7 +104,7 @@ def test_ranks_that_fail_with_a_node_are_started_again(slurm, script, code, stat
     nodes = NODES.format(state=state, started=started)
     slurm.answer(srun=f"exit {code}", scontrol_show_job=RUNNING, scontrol_show_node=nodes)
     returned, log = end(slurm, slurm.job(script()))
-    assert slurm.calls("scontrol")[-1] == ["requeue", "7"] and ["show", "node"] == slurm.calls("scontrol")[0][:2]
+    assert slurm.calls("scontrol")[-1] == ["requeue", "7"] and slurm.calls("scontrol")[0][:2] == ["show", "node"]
     assert returned == code and "node n2 was lost meanwhile" in log
 
 
