@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,9 +214,18 @@ def child_environment(ranks: int | None, *, terminal_columns: int = 0) -> dict[s
     if ranks is not None and not num_accelerators():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
-    if sys.prefix != sys.base_prefix:  # a private folder, so that no killed build elsewhere leaves its lock here
-        environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    _keep_extensions_apart(environment)
     return environment
+
+
+def _keep_extensions_apart(environment: MutableMapping[str, str]) -> None:
+    """Let ops be built in this Python's environment, where no killed build of another leaves its lock.
+
+    An environment that somebody else has made for many may not be written: then PyTorch's own folder is the user's.
+    """
+    folder = Path(sys.prefix) / "torch_extensions"
+    if sys.prefix != sys.base_prefix and os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        environment.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
 
 
 def ranks_of_session(session: int) -> list[int]:
@@ -281,7 +290,7 @@ def export_launch(launch: Launch) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits only with a fixed buffer
     if sys.prefix != sys.base_prefix:
         os.environ["PATH"] = _own_programs_first(os.environ)
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    _keep_extensions_apart(os.environ)
 
 
 def free_port() -> int:

@@ -134,6 +134,17 @@ def test_child_environment_forgets_the_parents_launcher(monkeypatch):
     assert environment["PATH"].split(os.pathsep)[0] == os.path.join(sys.prefix, "bin")
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_ops_are_built_where_this_user_may_write(monkeypatch, tmp_path, writable):
+    monkeypatch.setattr(launcher.os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr(launcher.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(launcher.os, "access", lambda path, mode: writable)
+    expected = str(tmp_path / "torch_extensions") if writable else None
+    assert child_environment(2).get("TORCH_EXTENSIONS_DIR") == expected
+    launcher.export_launch(launcher.Launch(0, 1, 0, 1, "127.0.0.1", 1))
+    assert os.environ.get("TORCH_EXTENSIONS_DIR") == expected
+
+
 def test_child_environment_without_a_gpu_shares_the_cores(monkeypatch):
     monkeypatch.setattr(launcher, "num_accelerators", lambda: 0)
     monkeypatch.setattr(launcher, "num_cores", lambda: 8)
