@@ -117,7 +117,7 @@ run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job 
   case ${node:+lost}$code in
     0) ;;
     lost*)
-      say "ended with exit code $code; node $node was lost meanwhile"
+      say "ended with exit code $code; node $node was lost or drained meanwhile"
       leave='' # that nothing new was saved is the node's fault
       requeue
       ;;

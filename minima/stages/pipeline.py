@@ -28,8 +28,7 @@ SHORT_KINDS = (
     "evaluate",
     "export",
 )  # neighbours of these kinds share a process group: starting one costs 10 s
-
-
+BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE
 KILLED = 128 + signal.SIGKILL
 _WANT_OF_MEMORY = (
     ": a process was killed, as the system does when the machine has no memory left; smaller micro-batches need less, "
@@ -112,7 +111,7 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
     arguments = [str(recipe_path), "--stages", names, *overrides]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     if uses_ranks(group[0]):
-        by_file = recipe.ranks is None and os.environ.get("MINIMA_HOSTFILE")
+        by_file = recipe.ranks is None and recipe.launcher in BY_HOST_FILE and os.environ.get("MINIMA_HOSTFILE")
         environment = child_environment(None if by_file else ranks, terminal_columns=columns)
         command = ["bash", str(find_launcher(recipe.launcher, recipe_path)), *arguments]
     else:

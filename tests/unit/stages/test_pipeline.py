@@ -116,8 +116,16 @@ def test_a_whole_run(run, tmp_path, capfdbinary):
     assert len(calls(tmp_path)) == 4, "nothing was started again"
 
 
-@pytest.mark.parametrize(("ranks", "seen"), [("ranks=2", "2 cpu 3"), ("ranks=null", "none none 3")])
-def test_a_host_file_says_what_its_machines_get(run, tmp_path, monkeypatch, ranks, seen):
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["ranks=2"], "2 cpu 3"),
+        (["ranks=null"], "none none 3"),
+        (["ranks=null", "launcher=mpirun"], "none none 3"),
+        (["ranks=null", "launcher=torchrun"], "2 cpu 3"),  # which stays on this machine
+    ],
+)
+def test_a_host_file_says_what_its_machines_get(run, tmp_path, monkeypatch, overrides, seen):
     monkeypatch.setenv("MINIMA_HOSTFILE", "hosts")
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -125,7 +133,7 @@ def test_a_host_file_says_what_its_machines_get(run, tmp_path, monkeypatch, rank
     (tmp_path / "fake.sh").write_text(
         'echo "${MINIMA_RANKS:-none} ${DS_ACCELERATOR:-none} $OMP_NUM_THREADS" >seen; exit 7\n'
     )
-    assert run(ranks)[0] == 7
+    assert run(*overrides)[0] == 7
     assert (tmp_path / "seen").read_text() == seen + "\n"
 
 
