@@ -197,21 +197,21 @@ def _own_programs_first(environment: Mapping[str, str]) -> str:
     return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
 
 
-def child_environment(ranks: int | None, *, terminal_columns: int = 0) -> dict[str, str]:
+def child_environment(ranks: int, *, by_host_file: bool = False, terminal_columns: int = 0) -> dict[str, str]:
     """The environment of a launcher that `minima run` starts.
 
     Args:
-        ranks: processes that the launcher starts on this machine, or on each; None where its host file says how many,
-            on machines that this one knows nothing of.
+        ranks: processes that the launcher starts on this machine, or on each.
+        by_host_file: where MINIMA_HOSTFILE is set it says so instead, of machines that this one knows nothing of.
         terminal_columns: width of the terminal that the output reaches in the end; 0 when it is none.
     """
-    environment = cleaned_environment()
-    environment["MINIMA_DRIVER"] = str(os.getpid())
+    environment = cleaned_environment() | {"MINIMA_DRIVER": str(os.getpid())}
     if terminal_columns:
         environment["MINIMA_TERMINAL"] = str(terminal_columns)
-    if ranks is not None:
+    elsewhere = by_host_file and environment.get("MINIMA_HOSTFILE")
+    if not elsewhere:
         environment["MINIMA_RANKS"] = str(ranks)
-    if ranks is not None and not num_accelerators():
+    if not elsewhere and not num_accelerators():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     _keep_extensions_apart(environment)

@@ -1,6 +1,5 @@
 """The driver behind `minima run`: which stages are left, in which process groups, and what they came to. No torch."""
 
-import os
 import shutil
 import signal
 import sys
@@ -111,8 +110,8 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
     arguments = [str(recipe_path), "--stages", names, *overrides]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     if uses_ranks(group[0]):
-        by_file = recipe.ranks is None and recipe.launcher in BY_HOST_FILE and os.environ.get("MINIMA_HOSTFILE")
-        environment = child_environment(None if by_file else ranks, terminal_columns=columns)
+        by_file = recipe.ranks is None and recipe.launcher in BY_HOST_FILE
+        environment = child_environment(ranks, by_host_file=by_file, terminal_columns=columns)
         command = ["bash", str(find_launcher(recipe.launcher, recipe_path)), *arguments]
     else:
         environment = child_environment(1, terminal_columns=columns)
