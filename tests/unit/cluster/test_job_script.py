@@ -103,8 +103,9 @@ LATER = "2999-01-01T00:00:00"
 def test_ranks_that_fail_with_a_node_are_started_again(slurm, script, code, state, started):
     nodes = NODES.format(state=state, started=started)
     slurm.answer(srun=f"exit {code}", scontrol_show_job=RUNNING, scontrol_show_node=nodes)
-    returned, log = end(slurm, slurm.job(script()))
+    returned, log = end(slurm, slurm.job(script(), SLURM_TIME_FORMAT="relative"))
     assert slurm.calls("scontrol")[-1] == ["requeue", "7"] and slurm.calls("scontrol")[0][:2] == ["show", "node"]
+    assert {entry["times"] for entry in slurm.entries("scontrol")} == {"standard"}
     assert returned == code and "node n2 was lost or drained meanwhile" in log
 
 
