@@ -112,7 +112,7 @@ def _rank(options: argparse.Namespace) -> None:
         results = {"parameters": shape.parameters, "options": vars(options) | {"folder": ""}, "ways": found}
         (options.folder / "results.json").write_text(json.dumps(results))
     distributed.barrier()
-    distributed.stop()
+    distributed.leave()
 
 
 def _print(results: dict) -> None:

@@ -1,6 +1,5 @@
 """What each rank of test_prune.py runs: prune stages one after another, and the scores' record."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -25,9 +24,7 @@ def main(folder: Path) -> None:
             write_json(own / "metrics.json", metrics)
             write_json(own / "manifest.json", {"metrics": metrics})
         distributed.barrier()
-    distributed.stop()
-    sys.stdout.flush()
-    os._exit(0)  # as `minima stage` does
+    distributed.leave()
 
 
 if __name__ == "__main__":

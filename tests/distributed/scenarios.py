@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import sys
 import weakref
 from pathlib import Path
@@ -265,9 +264,7 @@ def main() -> None:
     if distributed.is_main():
         (folder / "results.json").write_text(json.dumps(results))
     distributed.barrier()
-    distributed.stop()
-    sys.stdout.flush()
-    os._exit(0)  # as `minima stage` does
+    distributed.leave()
 
 
 if __name__ == "__main__":

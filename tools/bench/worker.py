@@ -17,7 +17,7 @@ from .profiles import PROFILES, Profile, Row
 
 
 def work(task: dict[str, Any]) -> None:
-    """Run one task on this rank; rank 0 writes what was found.
+    """Run one task on this rank; rank 0 writes what was found. A rank of a group ends its process here.
 
     Args:
         task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (measure it), `alone` (no group: the loss
@@ -40,7 +40,7 @@ def work(task: dict[str, Any]) -> None:
         Path(task["result"]).write_text(json.dumps(found))
     if not task["alone"]:
         distributed.barrier()
-        distributed.stop()
+        distributed.leave()
 
 
 def _guarded(measure, profile: Profile, row: Row) -> dict[str, Any]:
