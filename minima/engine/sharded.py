@@ -73,11 +73,11 @@ def release(root: nn.Module, optimizer: Any = None) -> None:
     while root in FWD_MODULE_STACK:
         FWD_MODULE_STACK.remove(root)
     for parameter in root.parameters():
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        parameter.data = parameter.data.new_empty(0)
         parameter.grad = None
         shard = parameter.__dict__.pop("ds_tensor", None)
         if shard is not None:
-            shard.data = torch.empty(0, dtype=shard.dtype)
+            shard.data = shard.data.new_empty(0)
         parameter.__dict__.pop("_z3_optimizer", None)
     if optimizer is not None:
         optimizer.optimizer.state.clear()  # hooks and closures still hold both objects, but no longer their tensors

@@ -60,7 +60,7 @@ class Replica:
         """Give the memory back."""
         self._engine.destroy()
         for parameter in self.model.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.data = parameter.data.new_empty(0)
         del self._engine, self._root, self.model
 
 

@@ -113,7 +113,7 @@ class TensorParallel:
         """Give the memory back."""
         self._engine.destroy()
         for parameter in self.model.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.data = parameter.data.new_empty(0)
         del self._engine, self.model
 
 

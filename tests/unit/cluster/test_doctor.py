@@ -65,7 +65,7 @@ def test_a_folder_that_is_not_there_is_one_finding(tmp_path):
 
 def test_a_misspelt_folder_fails_and_is_not_made(tmp_path, monkeypatch):
     for name in ("join", "check_device", "leave", "hosts"):
-        ok = {"join": PYTHON, "check_device": [], "hosts": []}.get(name)
+        ok = {"join": Finding("ranks", "ok", "one"), "check_device": [], "hosts": []}.get(name)
         monkeypatch.setattr(doctor_ranks, name, (lambda code: code) if name == "leave" else lambda *given, ok=ok: ok)
     monkeypatch.setattr(doctor_ranks, "distributed", Group(1))
     doctor_ranks.distributed.own.rank = 0

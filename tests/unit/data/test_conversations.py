@@ -127,7 +127,8 @@ def test_files(tmp_path, name):
     if ".jsonl" in name or "lines" in name:
         content = lines
     path = tmp_path / name
-    (gzip.open if name.endswith("gz") else open)(path, "wb").write(content.encode())
+    with (gzip.open if name.endswith("gz") else open)(path, "wb") as file:
+        file.write(content.encode())
     found = read(path=str(path))
     assert [conversation.content for conversation in found] == [Conversation(TWO).content] * 4
 
