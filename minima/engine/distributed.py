@@ -42,6 +42,8 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
         return
     # Two thousand lines a run about names that DeepSpeed, not we, will have to change.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    # On GPUs a barrier says that it takes the current device. It shall: that was set for this rank below.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     _joined = launch
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"

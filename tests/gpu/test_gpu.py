@@ -75,3 +75,4 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path):
     run = run_scenarios(["resume"], tmp_path, world_size=1, accelerator="cuda")["resume"]
     for precision in ("float32", "bfloat16"):
         assert run[precision]["resumed_weights"] == run[precision]["whole_weights"]
+    assert "barrier" not in (tmp_path / "rank-0.log").read_text(), "its device was set, and needs no warning"

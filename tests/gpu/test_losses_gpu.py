@@ -8,8 +8,9 @@ from tests.unit.losses.references import DIVERGENCES, exact, inputs, models_apar
 
 pytestmark = pytest.mark.gpu
 
-# Norm of a gradient's error over its norm. A GPU's exp and log lose a digit more than a CPU's.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
+# Norm of a gradient's error over its norm. `skew_reverse_kl` of models that differ much is nearly flat: what is left of
+# its slopes has 3e-5 at 49,216 tokens on a CPU, too. A GPU's exp and log lose a digit more than a CPU's.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
