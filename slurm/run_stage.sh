@@ -8,7 +8,8 @@
 # What happens to signals (no exit code requeues a job by itself, and a SIGTERM to srun would kill the ranks unsaved):
 #   USR1 to this shell, which #SBATCH --signal=B:USR1@SECONDS asks for before the time limit: SIGTERM to the ranks, which
 #     save at the end of their step; then the job is requeued under its own id, so jobs that wait for it go on waiting.
-#   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued.
+#   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued, by
+#     Slurm itself where it does so.
 #   SIGTERM to this shell (scancel; a preemption without a grace time, which Slurm requeues): the ranks save, no more.
 #     `minima cancel` sends it to this shell alone: the save may then take longer than Slurm's KillWait.
 # When Slurm misses a node it requeues the job itself. Ranks that fail before that, since the node is gone, has started
@@ -35,6 +36,14 @@ job_is() { # job_is FIELD PATTERN: whether scontrol shows FIELD=PATTERN for this
 }
 
 is_preempted() { job_is JobState '[A-Z]*RUNNING' && job_is PreemptTime '[0-9]+[^ ]*'; }
+
+requeues_preempted() { # whether Slurm puts a job back itself that ends in the grace time of its preemption, as from 24.11 on
+  local now
+  now=$(scontrol --version 2>/dev/null) || return 1
+  [[ $now =~ ([0-9]+)[.]([0-9]+) ]] && [ "${BASH_REMATCH[1]}${BASH_REMATCH[2]}" -ge 2411 ] &&
+    scontrol show config 2>/dev/null | grep -E '^PreemptType *= *preempt/partition_prio' >/dev/null &&
+    scontrol show partition "${SLURM_JOB_PARTITION:-}" 2>/dev/null | grep 'PreemptMode=REQUEUE' >/dev/null
+}
 
 was_told() { # whether Slurm has sent SIGTERM to the ranks itself: a second one would end them at once
   # `return` without a number would give the status from before the trap
@@ -80,6 +89,8 @@ requeue() {
     say "it was started ${SLURM_RESTART_COUNT:-0} times again, the most that is allowed: not requeued"
   elif [ -n "$leave" ] && [ "$before" = "$(progress_of "$run")" ] && ! is_preempted; then
     say "nothing new was saved before the time limit, so another start would end here too: not requeued; give it more"
+  elif is_preempted && requeues_preempted; then # asked to as well, it would put the job back once more when that succeeds
+    say "preempted; Slurm requeues it, and it goes on from what is saved"
   elif scontrol requeue "$job"; then
     say "requeued; it goes on from what is saved"
   else

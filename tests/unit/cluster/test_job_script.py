@@ -172,6 +172,32 @@ def test_a_preemption_that_told_the_ranks_alone(slurm, script, tmp_path):
     assert slurm.calls("scontrol")[-1] == ["requeue", "7"]  # else it counts as failed, and so does what waits for it
 
 
+@pytest.mark.parametrize(
+    ("version", "kind", "mode", "asked"),
+    [
+        ("22.05.8", "partition_prio", "REQUEUE", True),
+        ("23.11.4", "partition_prio", "REQUEUE", True),
+        ("24.11.5", "partition_prio", "REQUEUE", False),
+        ("26.05.0-0rc1", "partition_prio", "REQUEUE", False),
+        ("24.11.5", "partition_prio", "CANCEL", True),
+        ("24.11.5", "qos", "REQUEUE", True),  # a QOS may say another mode
+    ],
+)
+def test_a_slurm_that_puts_a_preempted_job_back_itself_is_not_asked_to(
+    slurm, script, tmp_path, version, kind, mode, asked
+):
+    slurm.answer(
+        srun=f"exit 143 {saved(tmp_path)}",
+        scontrol_show_job=PREEMPTED,
+        scontrol_show_config=f"PreemptMode             = REQUEUE\nPreemptType             = preempt/{kind}",
+        scontrol_show_partition=f"PartitionName=normal\n   PreemptMode={mode}",
+        **{"scontrol --version": f"slurm {version}"},
+    )
+    code, log = end(slurm, slurm.job(script(), SLURM_JOB_PARTITION="normal"))
+    assert code == 143 and (["requeue", "7"] in slurm.calls("scontrol")) == asked
+    assert ("Slurm requeues it" in log) != asked
+
+
 def test_a_warning_that_follows_a_preemption_does_not_tell_the_ranks_twice(slurm, script, tmp_path):
     slurm.answer(srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job=PREEMPTED)
     end(slurm, slurm.job(script()), signal.SIGUSR1, told_by_slurm=True)
