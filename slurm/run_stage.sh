@@ -37,10 +37,10 @@ job_is() { # job_is FIELD PATTERN: whether scontrol shows FIELD=PATTERN for this
 
 is_preempted() { job_is JobState '[A-Z]*RUNNING' && job_is PreemptTime '[0-9]+[^ ]*'; }
 
-requeues_preempted() { # whether Slurm puts a job back itself that ends in the grace time of its preemption, as from 24.11 on
-  local now
-  now=$(scontrol --version 2>/dev/null) || return 1
-  [[ $now =~ ([0-9]+)[.]([0-9]+) ]] && [ "${BASH_REMATCH[1]}${BASH_REMATCH[2]}" -ge 2411 ] &&
+requeues_preempted() { # whether Slurm itself requeues a job that ends in the grace time of its preemption: since 24.11
+  local version
+  version=$(scontrol --version 2>/dev/null) || return 1
+  [[ $version =~ ([0-9]+)[.]([0-9]+) ]] && [ "${BASH_REMATCH[1]}${BASH_REMATCH[2]}" -ge 2411 ] && job_is Requeue 1 &&
     scontrol show config 2>/dev/null | grep -E '^PreemptType *= *preempt/partition_prio' >/dev/null &&
     scontrol show partition "${SLURM_JOB_PARTITION:-}" 2>/dev/null | grep 'PreemptMode=REQUEUE' >/dev/null
 }
@@ -89,7 +89,7 @@ requeue() {
     say "it was started ${SLURM_RESTART_COUNT:-0} times again, the most that is allowed: not requeued"
   elif [ -n "$leave" ] && [ "$before" = "$(progress_of "$run")" ] && ! is_preempted; then
     say "nothing new was saved before the time limit, so another start would end here too: not requeued; give it more"
-  elif is_preempted && requeues_preempted; then # asked to as well, it would put the job back once more when that succeeds
+  elif is_preempted && requeues_preempted; then # asked as well, it would requeue it once more, even after success
     say "preempted; Slurm requeues it, and it goes on from what is saved"
   elif scontrol requeue "$job"; then
     say "requeued; it goes on from what is saved"

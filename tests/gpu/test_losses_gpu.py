@@ -8,9 +8,10 @@ from tests.unit.losses.references import DIVERGENCES, exact, inputs, models_apar
 
 pytestmark = pytest.mark.gpu
 
-# Norm of a gradient's error over its norm. `skew_reverse_kl` of models that differ much is nearly flat: what is left of
-# its slopes has 3e-5 at 49,216 tokens on a CPU, too. A GPU's exp and log lose a digit more than a CPU's.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+# Norm of a gradient's error over its norm. A GPU's exp and log lose a digit more than a CPU's.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
+# Of models that differ much it is nearly flat, and what is left of its slopes has 3e-5 on a CPU at 49,216 tokens, too.
+FLAT_TOLERANCE = {"skew_reverse_kl": 1e-4}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,7 +30,8 @@ def test_each_divergence_equals_float64(name, kernel, dtype):
             torch.testing.assert_close(value.double(), wanted[1][part], rtol=5e-5, atol=5e-5)
         for gradient, reference in zip(found[2:], wanted[2:], strict=True):
             error = (gradient.double() - reference).norm()
-            assert error <= TOLERANCE[dtype] * reference.norm() + 1e-6, error / reference.norm()
+            tolerance = max(TOLERANCE[dtype], FLAT_TOLERANCE.get(name, 0.0))
+            assert error <= tolerance * reference.norm() + 1e-6, error / reference.norm()
 
 
 @pytest.mark.parametrize("nats", [4.5e-4, 0.01, 1.0])

@@ -173,22 +173,23 @@ def test_a_preemption_that_told_the_ranks_alone(slurm, script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "mode", "asked"),
+    ("version", "kind", "mode", "requeue", "asked"),
     [
-        ("22.05.8", "partition_prio", "REQUEUE", True),
-        ("23.11.4", "partition_prio", "REQUEUE", True),
-        ("24.11.5", "partition_prio", "REQUEUE", False),
-        ("26.05.0-0rc1", "partition_prio", "REQUEUE", False),
-        ("24.11.5", "partition_prio", "CANCEL", True),
-        ("24.11.5", "qos", "REQUEUE", True),  # a QOS may say another mode
+        ("22.05.8", "partition_prio", "REQUEUE", 1, True),
+        ("23.11.4", "partition_prio", "REQUEUE", 1, True),
+        ("24.11.5", "partition_prio", "REQUEUE", 1, False),
+        ("26.05.0-0rc1", "partition_prio", "REQUEUE", 1, False),
+        ("24.11.5", "partition_prio", "CANCEL", 1, True),
+        ("24.11.5", "qos", "REQUEUE", 1, True),  # a QOS may say another mode
+        ("24.11.5", "partition_prio", "REQUEUE", 0, True),  # which scontrol refuses, and the log says so
     ],
 )
 def test_a_slurm_that_puts_a_preempted_job_back_itself_is_not_asked_to(
-    slurm, script, tmp_path, version, kind, mode, asked
+    slurm, script, tmp_path, version, kind, mode, requeue, asked
 ):
     slurm.answer(
         srun=f"exit 143 {saved(tmp_path)}",
-        scontrol_show_job=PREEMPTED,
+        scontrol_show_job=f"{PREEMPTED}Requeue={requeue} Restarts=0",
         scontrol_show_config=f"PreemptMode             = REQUEUE\nPreemptType             = preempt/{kind}",
         scontrol_show_partition=f"PartitionName=normal\n   PreemptMode={mode}",
         **{"scontrol --version": f"slurm {version}"},
