@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minima.assets import read_template
 from minima.data.chat import PROBE, ChatTemplate, ChatTokenizer, Span, chat_tokenizer, template_of
-from minima.data.tokenizer import load_tokenizer
+from minima.data.tokenizer import ends_added, load_tokenizer
 from minima.data.turns import ASSISTANT, SYSTEM, Turn, Unfit
 from minima.errors import DataError
 
@@ -33,7 +33,7 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> No
     own = tokenizer.chat_template is not None
     name = chosen or (OWN if own else MINICHAT)
     if name == MINICHAT:
-        adds_begin = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        adds_begin, _ = ends_added(tokenizer)
         tokenizer.chat_template = (_BEGIN if adds_begin else "") + read_template(MINICHAT)
     elif name != OWN:
         tokenizer.chat_template = _read(Path(name).expanduser())

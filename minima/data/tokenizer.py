@@ -184,6 +184,13 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, fol
         shutil.copyfile(model, folder / "tokenizer.model")
 
 
+def ends_added(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:
+    """Whether a tokenizer puts its begin token before a text, and its end token behind it, unasked."""
+    ids = tokenizer("a")["input_ids"]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return begin is not None and ids[:1] == [begin], end is not None and ids[-1:] == [end]
+
+
 def check_same_tokens(data: Path, own: Path, model: str) -> None:
     """Refuse data whose ids mean something else to the model: another tokenizer may have as many ids.
 

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +13,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from minima.data.tokenizer import ends_added, load_tokenizer
 from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
-from minima.errors import CheckpointError, MinimaError
+from minima.errors import CheckpointError, DataError, MinimaError
 from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
 from minima.models.layout import TOKENIZER_FILES, has_chat_template
 from minima.models.legacy_config import tokenizer_with_4x_names
@@ -147,14 +149,24 @@ def check_hashes(trained: dict[str, str], written: dict[str, str], folder: Path)
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Put the tokenizer's files beside the weights, by names that transformers 4 reads too."""
+    """Put the tokenizer's files beside the weights, in words that other readers understand too.
+
+    transformers 5 does not write whether a text gets a begin or an end token: it reads that from `tokenizer.json`.
+    transformers 4 takes a Llama's tokenizer for one that adds the first, and so does llama.cpp each SentencePiece
+    model; a model that never saw it there would. So it is said outright.
+    """
     for pattern in TOKENIZER_FILES:
         for path in tokenizer.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        _write_json(settings, tokenizer_with_4x_names(json.loads(settings.read_text(encoding="utf-8"))))
+        config = tokenizer_with_4x_names(json.loads(settings.read_text(encoding="utf-8")))
+        if (folder / "tokenizer.model").is_file() or str(config.get("tokenizer_class")).startswith("Llama"):
+            with suppress(DataError):  # one that does not load is copied as it is; who needs it refuses it by name
+                begin, end = ends_added(load_tokenizer(folder))
+                config |= {"add_bos_token": begin, "add_eos_token": end}
+        _write_json(settings, config)
 
 
 def _compare_logits(

@@ -67,7 +67,8 @@ ids = AutoTokenizer.from_pretrained(root / "llama")(text)["input_ids"]
 chat = AutoTokenizer.from_pretrained(root / "mistral").apply_chat_template(
     json.loads(sys.argv[3]), return_assistant_tokens_mask=True, return_dict=True
 )
-seen = {"version": __version__, "ids": ids, "chat": {name: chat[name] for name in chat}}
+begins = {name: AutoTokenizer.from_pretrained(root / name)("to be")["input_ids"] for name in ("llama-scaled", "qwen2")}
+seen = {"version": __version__, "ids": ids, "begins": begins, "chat": {name: chat[name] for name in chat}}
 (root / "seen.json").write_text(json.dumps(seen))
 """
 
@@ -100,6 +101,17 @@ def write_chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(folder / "chat")
 
 
+def write_llama_tokenizer(folder: Path, *, begin: bool) -> list[int]:
+    """A tokenizer of the class that 4.x takes for one that puts `<s>` before a text; gives the ids of "to be"."""
+    write_tokenizer(train_sentencepiece(["to be or not to be"] * 5, 270), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_bos_token = begin
+    save_tokenizer(tokenizer, folder, folder / "saved")  # transformers 5 leaves `add_bos_token` out
+    return tokenizer("to be")["input_ids"]
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What transformers 5 computed, and what the last 4.x did from the same folders."""
@@ -121,6 +133,11 @@ def seen(tmp_path_factory):
     copy_tokenizer(written_by_5, root / "llama")
     chat = write_chat_tokenizer(tmp_path_factory.mktemp("chat"))
     copy_tokenizer(Path(chat.name_or_path), root / "mistral")
+    begins = {}
+    for name, begin in (("llama-scaled", False), ("qwen2", True)):
+        folder = tmp_path_factory.mktemp(name)
+        begins[name] = write_llama_tokenizer(folder, begin=begin)
+        copy_tokenizer(folder / "saved", root / name)
     # What transformers 5 alone would have written, to see that the logits tell.
     only_5 = root / "only-5"
     export(only_5, {"model_type": "llama"} | CONFIGS["llama"])
@@ -132,7 +149,7 @@ def seen(tmp_path_factory):
         check=True,
     )
     facts = json.loads((root / "seen.json").read_text())
-    return expected, load_file(root / "logits.safetensors"), facts, tokenizer(TEXT)["input_ids"], chat
+    return expected, load_file(root / "logits.safetensors"), facts, tokenizer(TEXT)["input_ids"], begins, chat
 
 
 @pytest.mark.network
@@ -151,14 +168,21 @@ def test_without_the_old_names_it_would_be_another_model(seen):
 
 @pytest.mark.network
 def test_the_last_4x_gives_the_same_token_ids(seen):
-    _, _, facts, ids, _ = seen
+    _, _, facts, ids, *_ = seen
     assert facts["ids"] == ids == [WORDS[word] for word in TEXT.split()]
+
+
+@pytest.mark.network
+def test_the_last_4x_begins_a_text_as_the_model_learnt_it(seen):
+    *_, facts, _, begins, _ = seen
+    assert facts["begins"] == begins
+    assert begins["llama-scaled"][0] != 1 and begins["qwen2"][0] == 1
 
 
 @pytest.mark.network
 def test_the_last_4x_gives_the_same_chat(seen):
     """Ids and assistant mask of a shipped template, and those that the model was taught."""
-    *_, facts, _, tokenizer = seen
+    *_, facts, _, _, tokenizer = seen
     found = facts["chat"]
     expected = tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=True)
     assert found["input_ids"] == expected["input_ids"]

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf.vocab import SpecialVocab
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.engine import distributed
 from minima.errors import CheckpointError
 from minima.launcher import Launch
@@ -190,6 +192,29 @@ def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context)
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] == 1
     assert config.get("pad_token_id") is None
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_llama_cpp_is_told_whether_a_text_begins_with_a_token(tmp_path, begin):
+    """Of a SentencePiece model it believes so, unless told otherwise; transformers 5 does not write it down."""
+    write_tokenizer(train_sentencepiece(["to be or not to be"] * 5, 270), tmp_path / "made")
+    tokenizer = load_tokenizer(tmp_path / "made")
+    tokenizer.add_bos_token = begin
+    save_tokenizer(tokenizer, tmp_path / "made", tmp_path / "saved")
+    (tmp_path / "export").mkdir()
+    export_stage.copy_tokenizer(tmp_path / "saved", tmp_path / "export")
+    added = SpecialVocab(tmp_path / "export").add_special_token
+    assert (added["bos"], added["eos"]) == (begin, False)
+    assert load_tokenizer(tmp_path / "export")("to be")["input_ids"] == tokenizer("to be")["input_ids"]
+
+
+def test_a_tokenizer_that_does_not_load_comes_along_as_it_is(tmp_path):
+    (tmp_path / "made").mkdir(), (tmp_path / "export").mkdir()
+    write_json(tmp_path / "made" / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "note": 1})
+    (tmp_path / "made" / "tokenizer.json").write_text("{")
+    export_stage.copy_tokenizer(tmp_path / "made", tmp_path / "export")
+    kept = json.loads((tmp_path / "export" / "tokenizer_config.json").read_text())
+    assert kept == {"tokenizer_class": "LlamaTokenizer", "note": 1}
 
 
 def test_an_exported_chat_model_answers_through_transformers_own_pipeline(context, chat_folder, capfd):
