@@ -1,10 +1,12 @@
-"""What a command writes to the person who started it, and what it does once nobody reads that any more. No torch."""
+"""What a command writes to the person who started it, and what that person's signals and leaving do to it. No torch."""
 
+import errno
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from minima.errors import MinimaError
@@ -13,9 +15,13 @@ UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that writes to a
 
 
 def write(text: str) -> None:
-    """Show a line, or several, at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Show a line, or several, at once; to nobody where the terminal has gone."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO or not silenced():
+            raise
 
 
 def write_on(text: str) -> None:
@@ -25,6 +31,51 @@ def write_on(text: str) -> None:
     except BrokenPipeError:
         if not silenced():
             raise
+
+
+@contextmanager
+def outliving_readers(unread: Callable[[], object]) -> Iterator[None]:
+    """What is written within raises nothing where nobody reads it any more, nor does what is written later.
+
+    A terminal that has gone ends nothing by itself: its SIGHUP does, unless nohup or disown kept that off.
+
+    Args:
+        unread: is called where a pipe has lost its reader, as by `| head` or by the death of a driver.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE) or not silenced():
+            raise
+        if error.errno == errno.EPIPE:
+            unread()
+
+
+def stop_signals() -> tuple[int, ...]:
+    """What asks a run to end with everything saved: Ctrl-C, SIGTERM, and the end of the terminal but under nohup."""
+    hung_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return signal.SIGINT, signal.SIGTERM, *hung_up
+
+
+@contextmanager
+def taking_signals(stop: Callable[[int], object]) -> Iterator[None]:
+    """Have `stop` called with the number of each signal that asks for the end.
+
+    A terminal ends once, though the system and a shell both tell of it: what comes after another signal is left out.
+    """
+    came: list[int] = []
+
+    def take(number: int, frame: object) -> None:
+        if number != signal.SIGHUP or not came:
+            came.append(number)
+            stop(number)
+
+    before = {number: signal.signal(number, take) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show(error: MinimaError) -> None:

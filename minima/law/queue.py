@@ -2,7 +2,6 @@
 
 import os
 import queue
-import signal
 import subprocess
 import threading
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minima.console import taking_signals
 from minima.launcher import child_environment, num_accelerators, num_cores
 from minima.law.grid import Unit
 from minima.law.worker import BEGUN, DONE, EVENT, READY
@@ -240,17 +240,15 @@ class Pool:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        def forward(number: int, frame: object) -> None:
+        def stop(number: int) -> None:
             self.tally.stopped = self.tally.stopped or number
             self._asked += 1
             self._stop()
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with taking_signals(stop):
+                yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             for worker in self._workers.values():  # an error of our own: leave nothing behind
                 worker.process.terminate()
 

@@ -1,8 +1,12 @@
 """What a person sees while a stage trains: a bar on a terminal, plain lines in a log. No torch."""
 
+import os
+import signal
 import sys
 import time
 from typing import TextIO
+
+from minima.console import outliving_readers
 
 BAR_CELLS = 24
 
@@ -61,8 +65,10 @@ class Progress:
         return (time.monotonic() - self._started) / done * (self.total_steps - step) if done else 0.0
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        # A driver that was killed reads no more: its ranks end as they do at a SIGTERM, with everything saved.
+        with outliving_readers(lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            self.stream.write(text)
+            self.stream.flush()
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from minima.console import outliving_readers, taking_signals
 from minima.launcher import ranks_of_session, runs_in_session, slurm_job
 from minima.stages.run_folder import access_named
 from minima.stages.running import ERROR, HEADER
@@ -65,8 +66,9 @@ class Log:
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, lock: int) -> int:
     """Run a command to its end in a session of its own, and give its exit code.
 
-    SIGINT and SIGTERM are passed on to the ranks, so that they can save; the code is then at least 128. The launcher
-    between is left alone: some end their ranks half a minute after a signal, saved or not.
+    SIGINT and SIGTERM are passed on to the ranks, so that they can save; the code is then 128 plus the first one's
+    number. A terminal that goes, and a pipe that nobody reads any more, are a SIGTERM to them; the log goes on to the
+    end. The launcher between is left alone: some end their ranks half a minute after a signal, saved or not.
 
     Args:
         command: what to run.
@@ -85,26 +87,29 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     )
     received: list[int] = []
 
-    def forward(number: int, frame: object) -> None:
+    def stop(number: int) -> None:
         received.append(number)
-        signal_ranks(child.pid, number)
+        signal_ranks(child.pid, number if number == signal.SIGINT else signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    def unread() -> None:
+        if not received:  # a second one would end the ranks before they have saved
+            stop(signal.SIGPIPE)
+
     try:
-        assert child.stdout is not None
-        while chunk := os.read(child.stdout.fileno(), 65536):
-            log.write(chunk)
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
-        code = child.wait()
+        with taking_signals(stop):
+            assert child.stdout is not None
+            while chunk := os.read(child.stdout.fileno(), 65536):
+                log.write(chunk)
+                with outliving_readers(unread):
+                    sys.stdout.buffer.write(chunk)
+                    sys.stdout.flush()
+            code = child.wait()
     except BaseException:
         signal_group(child.pid, signal.SIGTERM)
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    code = 128 - code if code < 0 else code
-    return 128 + received[0] if received and code else code
+    if received:
+        return 128 + received[0]
+    return 128 - code if code < 0 else code
 
 
 def signal_ranks(session: int, number: int) -> None:

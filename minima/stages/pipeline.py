@@ -33,7 +33,8 @@ _WANT_OF_MEMORY = (
     ": a process was killed, as the system does when the machine has no memory left; smaller micro-batches need less, "
     "and on more machines each holds a smaller part of the models"
 )
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of what a signal has ended
+# Exit codes of what a signal has ended, or the leaving of the one who read its output.
+STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 ALLOW_CODE_EXECUTION = "--allow-code-execution"
 
 
@@ -75,8 +76,12 @@ def run(
         done = [stage.name for stage in stages if stage not in left]
         if done:
             write(f"finished before: {', '.join(done)}")
-        for group in group_stages(left):
+        for group in (groups := group_stages(left)):
             code = _run_group(recipe, recipe_path, overrides, group, ranks, lock, write)
+            if code in STOPPED and all(is_finished(folder / stage.name) for stage in group):
+                if group is groups[-1]:  # it came too late to end anything
+                    break
+                write(f"a signal came as stage {group[-1].name} ended; the same command goes on after it")
             if code:
                 return code
         if all(is_finished(folder / stage.name) for stage in recipe.stages):
@@ -124,6 +129,8 @@ def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int
     if code:
         name = left[0].name if left else group[-1].name
         log_file = folder / "logs" / f"{name}.log"
+        if code in STOPPED and not left:
+            return code
         if code in STOPPED and not log.error:
             write(f"stage {name} was ended by a signal; the same command goes on from what it has saved ({log_file})")
             return code

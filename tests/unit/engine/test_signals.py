@@ -17,8 +17,8 @@ time.sleep(30)
 """
 
 
-def process() -> subprocess.Popen:
-    child = subprocess.Popen([sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True)
+def process(*before: str) -> subprocess.Popen:
+    child = subprocess.Popen([*before, sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "listening\n"
     return child
 
@@ -38,5 +38,26 @@ def test_an_interrupt_from_the_keyboard_is_a_wish_too():
     child = process()
     child.send_signal(signal.SIGINT)
     assert child.stdout is not None and child.stdout.readline() == "2\n"
+    child.kill()
+    child.wait()
+
+
+def test_the_end_of_the_terminal_is_a_wish_too_and_never_a_second_one():
+    child = process()
+    child.send_signal(signal.SIGHUP)
+    assert child.stdout is not None and child.stdout.readline() == "1\n"
+    time.sleep(2.2)
+    child.send_signal(signal.SIGHUP)  # the system tells of it, and the shell does
+    time.sleep(0.2)
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_under_nohup_a_terminal_may_go():
+    child = process("env", "--ignore-signal=HUP")
+    child.send_signal(signal.SIGHUP)
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout is not None and child.stdout.readline() == "15\n"
     child.kill()
     child.wait()

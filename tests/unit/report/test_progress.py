@@ -1,6 +1,11 @@
 """The line that a person follows."""
 
 import io
+import os
+import subprocess
+import sys
+
+import pytest
 
 from minima.report.progress import Progress, duration
 
@@ -26,6 +31,28 @@ def test_a_terminal_gets_one_line_that_is_redrawn_and_fits():
     assert len(drawn) == 3 and all(len(line.split("\n")[0]) == 59 for line in drawn)
     assert drawn[2].count("█") == 24 > drawn[0].count("█")
     assert stream.getvalue().endswith("\nstudent: done\n")
+
+
+RANK = """
+import signal, sys
+from minima.report.progress import Progress
+signal.signal(signal.SIGTERM, lambda *_: sys.stderr.write("saves and ends\\n"))
+sys.stdin.readline()
+Progress("student", 4).update(1, {})
+sys.stderr.write("goes on\\n")
+"""
+
+
+@pytest.mark.parametrize(("terminal", "said"), [(False, "saves and ends\ngoes on\n"), (True, "goes on\n")])
+def test_a_rank_whose_reader_has_gone_is_not_torn_from_its_step(terminal, said):
+    """A driver that was killed ends its ranks as SIGTERM does; a terminal that goes has a signal of its own for it."""
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    os.close(ours)
+    assert rank.communicate("\n", timeout=20)[1] == said and rank.returncode == 0
 
 
 def test_durations():

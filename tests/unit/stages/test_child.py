@@ -1,4 +1,7 @@
-"""Whom a signal to the driver reaches: the ranks, and no launcher that would end them before they have saved."""
+"""Whom a signal to the driver reaches: the ranks, and no launcher that would end them before they have saved.
+
+And what becomes of a run whose terminal goes, or whose output nobody reads any more.
+"""
 
 import os
 import signal
@@ -9,8 +12,32 @@ from pathlib import Path
 
 import pytest
 
+from minima import console
 from minima.stages.child import signal_ranks
 
+# Starts a program as `minima run` does; tells a file its exit code. In a session of its own its output is its terminal.
+DRIVER = """
+import fcntl, os, sys, termios
+from pathlib import Path
+from minima.stages.child import Log, run_child
+if os.isatty(1):
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+with Log(Path("logs"), "stage") as log:
+    code = run_child([sys.executable, "-c", sys.argv[1]], os.environ, log, 0)
+Path("code").write_text(str(code))
+"""
+SAVING = """
+import signal, sys, time
+def save(*_):
+    print("saving", flush=True)
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+for second in range(100):
+    print("step", second, flush=True)
+    time.sleep(0.05)
+"""
 RANK = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint('up', flush=True)\n"
 RANK += "time.sleep(30)\n"
 
@@ -55,3 +82,45 @@ def test_ranks_of_srun_are_told_by_slurm_since_srun_would_kill_them(tmp_path, mo
     assert (tmp_path / "told").read_text() == f"--signal={number.name[3:]} 77\n"
     child.kill()
     child.wait()
+
+
+def driver(tmp_path: Path, output: int, body: str, *before: str) -> subprocess.Popen:
+    """Runs until the stage's first step."""
+    child = subprocess.Popen(
+        [*before, sys.executable, "-c", DRIVER, body], cwd=tmp_path, stdin=output, stdout=output, stderr=output,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(output)
+    log = tmp_path / "logs" / "stage.log"
+    for _ in range(400):
+        if log.exists() and "step 0" in log.read_text():
+            return child
+        time.sleep(0.05)
+    raise AssertionError("the stage did not start")
+
+
+def last_words(tmp_path: Path, child: subprocess.Popen) -> tuple[str, int]:
+    """The last line of the stage's log, and what its driver makes of its end."""
+    child.wait(timeout=20)
+    return (tmp_path / "logs" / "stage.log").read_text().splitlines()[-1], int((tmp_path / "code").read_text())
+
+
+def test_when_the_terminal_goes_the_run_is_saved_and_its_log_is_whole(tmp_path):
+    ours, theirs = os.openpty()
+    child = driver(tmp_path, theirs, SAVING)
+    os.close(ours)
+    assert last_words(tmp_path, child) == ("saved", 128 + signal.SIGHUP)
+
+
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path):
+    ours, theirs = os.openpty()
+    child = driver(tmp_path, theirs, SAVING.replace("100", "20"), "env", "--ignore-signal=HUP")
+    os.close(ours)
+    assert last_words(tmp_path, child) == ("step 19", 0)
+
+
+def test_a_run_whose_output_nobody_reads_on_is_saved_first(tmp_path):
+    ours, theirs = os.pipe()
+    child = driver(tmp_path, theirs, SAVING)
+    os.close(ours)
+    assert last_words(tmp_path, child) == ("saved", console.UNREAD)

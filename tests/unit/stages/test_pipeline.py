@@ -368,6 +368,23 @@ def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
     assert run(names=["teacher"])[0] == 0, "the lock is free and the stage goes on"
 
 
+def test_a_signal_that_comes_as_a_stage_ends_still_ends_the_run(run, tmp_path, monkeypatch):
+    """The stage was past its last look for signals, and is finished: the next one may not begin."""
+    real = pipeline.run_child
+
+    def told_late(*given):
+        assert real(*given) == 0
+        return 128 + signal.SIGTERM
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_child", told_late)
+        code, said = run()
+        assert (code, calls(tmp_path)) == (143, ["teacher 2"])
+        assert "a signal came as stage teacher ended; the same command goes on after it" in said
+        assert run(names=["pruned", "pruned.2"])[0] == 0, "nothing was left to end"
+    assert run()[0] == 0
+
+
 def test_the_recipe_of_these_tests_is_whole(run, tmp_path):
     assert len(load_recipe(tmp_path / "tiny.yaml").stages) == 6
 
