@@ -7,6 +7,7 @@
 # are options of that program. MASTER_ADDR and MASTER_PORT, where the first host is known by another name.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
+export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the locale's encoding
 
 fail() { printf '%s\n' "$*" >&2; exit 2; }
 
@@ -45,7 +46,7 @@ over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
   esac
   # Other machines get what a file says, which the open descriptor keeps alive; tokens would show in process lists.
   names='DS_ACCELERATOR|HF_(HOME|HUB_OFFLINE|HUB_CACHE|DATASETS_.*|ENDPOINT)|MASTER_(ADDR|PORT)|MINIMA_(DRIVER|TERMINAL)'
-  names+='|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|TORCH_EXTENSIONS_DIR|LD_LIBRARY_PATH|(NCCL|GLOO)_.*'
+  names+='|OMP_NUM_THREADS|PYTHONUTF8|TOKENIZERS_PARALLELISM|TORCH_EXTENSIONS_DIR|LD_LIBRARY_PATH|(NCCL|GLOO)_.*'
   own=${DS_ENV_FILE:-.deepspeed_env} file=$(mktemp)
   grep -hs = ~/"$own" "$own" >"$file" || true # the user's own, which deepspeed would have read
   while read -r name; do

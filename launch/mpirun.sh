@@ -6,6 +6,7 @@
 # Several machines need mpi4py, which tells the ranks where rank 0 is, or MASTER_ADDR and MASTER_PORT.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the locale's encoding
 
 options=(--bind-to none)  # bound to one core, a rank's threads would share it
 [ "$(id -u)" != 0 ] || options+=(--allow-run-as-root)

@@ -6,6 +6,7 @@
 # `%t` in it; MINIMA_SRUN_OPTIONS: more options of srun. `minima submit` writes jobs that are also requeued.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the locale's encoding
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   echo "launch/srun.sh starts ranks inside a job of Slurm, and SLURM_JOB_ID is not set here: call it in a script of" \

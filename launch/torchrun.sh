@@ -6,6 +6,7 @@
 # MINIMA_NODES (how many machines), MINIMA_NODE_RANK (from 0), MASTER_ADDR (machine 0) and MASTER_PORT (29500).
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the locale's encoding
 
 fail() { printf '%s\n' "$*" >&2; exit 2; }
 

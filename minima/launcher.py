@@ -183,9 +183,9 @@ def default_ranks(at_most: int | None = None) -> int:
 
 def cleaned_environment() -> dict[str, str]:
     """This process's environment without what any launcher told it: of a program with a launcher of its own."""
-    environment = {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment.setdefault("PYTHONUNBUFFERED", "1")
+    # UTF-8, since PyTorch reads sources of its own in the locale's encoding, and in GB18030 they are no text.
+    defaults = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    environment = defaults | {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
     environment["PATH"] = _own_programs_first(environment)
     return environment

@@ -23,7 +23,7 @@ job=${job:-${SLURM_JOB_ID:?run_stage.sh belongs into a job of sbatch}}
 declare -a srun_options
 unset RANK WORLD_SIZE LOCAL_RANK  # of a launcher that the job was submitted from; the ranks' own come from srun
 export SLURM_TIME_FORMAT=standard  # whatever its user likes to read: times are compared here
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+export PYTHONUNBUFFERED=1 PYTHONUTF8=${PYTHONUTF8:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # srun takes the cores of a rank from the job only up to Slurm 22.04; later ones would give it one
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"

@@ -259,6 +259,20 @@ def test_each_says_how_it_is_called(name):
     assert done.returncode == 2 and f"launch/{name}.sh RECIPE" in done.stderr and "MINIMA_RANKS" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun", "mpirun", "srun"])
+def test_ranks_read_files_as_utf_8_whatever_the_locale_is(start, name):
+    """PyTorch's own sources are read in the locale's encoding where a file says nothing, and are none in GB18030."""
+    job = JOB | {"SLURM_NTASKS": "2"} if name == "srun" else {"MINIMA_RANKS": "2"}
+    assert start(name, **job)["environment"]["PYTHONUTF8"] == "1"
+    assert start(name, **job, PYTHONUTF8="0")["environment"]["PYTHONUTF8"] == "0"
+
+
+def test_other_machines_are_told_so_too(start, hosts):
+    asked = start("deepspeed", MINIMA_HOSTFILE=str(hosts), MINIMA_DEEPSPEED_LAUNCHER="pdsh")
+    assert "PYTHONUTF8=1" in asked["file"].splitlines()
+    assert "PYTHONUTF8" in values(start("mpirun", MINIMA_HOSTFILE=str(hosts))["argv"], "-x")
+
+
 def test_shellcheck_finds_nothing():
     files = sorted((ROOT / "launch").glob("*.sh"))
     done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)

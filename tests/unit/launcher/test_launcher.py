@@ -155,6 +155,13 @@ def test_child_environment_without_a_gpu_shares_the_cores(monkeypatch):
     assert child_environment(3)["OMP_NUM_THREADS"] == "5"
 
 
+def test_a_child_reads_files_as_utf_8_unless_it_is_told_otherwise(monkeypatch):
+    monkeypatch.delenv("PYTHONUTF8", raising=False)
+    assert child_environment(1)["PYTHONUTF8"] == launcher.cleaned_environment()["PYTHONUTF8"] == "1"
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    assert child_environment(1)["PYTHONUTF8"] == "0"
+
+
 @pytest.mark.parametrize(
     ("visible", "count"), [(None, 4), ("", 0), ("0,2", 2), ("1,-1,2", 1), ("0,4,1", 1), ("7", 0), ("MIG-1", 1)]
 )
