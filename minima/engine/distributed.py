@@ -6,9 +6,9 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import deepspeed
 import torch
@@ -21,6 +21,7 @@ from minima.launcher import Launch, export_launch, num_accelerators
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
+R = TypeVar("R")
 _alone = False
 _joined: Launch | None = None
 _nodes: list[list[int]] | None = None
@@ -229,3 +230,17 @@ def broadcast_object(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_main(work: Callable[[], R]) -> R:
+    """What rank 0 makes, on every rank; what it refuses, all refuse."""
+    result: tuple[R | None, MinimaError | None] = (None, None)
+    if is_main():
+        try:
+            result = (work(), None)
+        except MinimaError as error:
+            result = (None, error)
+    value, refusal = broadcast_object(result)
+    if refusal is not None:
+        raise refusal
+    return value

@@ -20,10 +20,11 @@ class MetricsLog:
         first_step: finished steps at the (re)start. Records after it are of updates that were lost, and go.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project.
+        name: what the run is called there; one of several of a group, as `GROUP/NAME`.
         config: what Weights & Biases shows as the run's configuration.
 
     Raises:
-        RecipeError: Weights & Biases is asked for and not installed.
+        RecipeError: Weights & Biases is asked for, and not installed, or without a key or a network.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class MetricsLog:
         *,
         tensorboard: bool = False,
         wandb_project: str | None = None,
+        name: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
@@ -56,7 +58,19 @@ class MetricsLog:
                     "the run would not be logged where you look for it",
                     "pip install wandb, or remove the key",
                 ) from error
-            self._wandb = wandb.init(project=wandb_project, id=self.run_id, resume="allow", config=config)
+            group = name.rpartition("/")[0] if name else None
+            try:
+                self._wandb = wandb.init(
+                    project=wandb_project, id=self.run_id, resume="allow", name=name, group=group, config=config
+                )
+            except wandb.Error as error:
+                raise RecipeError(
+                    f"wandb_project is {wandb_project!r}, and Weights & Biases cannot be started: "
+                    + (str(error).strip() or type(error).__name__).splitlines()[0],
+                    "the run would not be logged where you look for it",
+                    "`wandb login`; without a network export WANDB_MODE=offline, and `wandb sync` its folder later; or "
+                    "remove the key",
+                ) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; it has a `step` and numbers."""

@@ -4,10 +4,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -19,7 +19,7 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
-from minima.errors import CheckpointError, DataError, MinimaError
+from minima.errors import CheckpointError, DataError
 from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
 from minima.models.layout import TOKENIZER_FILES, has_chat_template
 from minima.models.legacy_config import tokenizer_with_4x_names
@@ -36,7 +36,6 @@ from minima.stages.host_memory import host_memory_bytes
 RANKS = True
 _HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
 logger = logging.getLogger(__name__)
-R = TypeVar("R")
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def run(context: StageContext) -> dict[str, Any]:
     dtype = DTYPES[stage.dtype or trained_dtype(context, source)]
     partial, final = context.folder / "model.partial", context.folder / "model"
     chat = taught_to_chat(context, stage.model)
-    _on_main(lambda: _write(partial, source, model, dtype, stage.shard_bytes, chat))
+    distributed.on_main(lambda: _write(partial, source, model, dtype, stage.shard_bytes, chat))
     differences = _compare_logits(context, stage, source, partial, dtype)
 
     def publish() -> dict[str, Any]:
@@ -69,7 +68,7 @@ def run(context: StageContext) -> dict[str, Any]:
         logger.info("exported %s parameters to %s", f"{metrics['parameters']:,}", final)
         return metrics
 
-    return _on_main(publish)
+    return distributed.on_main(publish)
 
 
 def trained_dtype(context: StageContext, source: WeightSource) -> str:
@@ -195,7 +194,7 @@ def _compare_logits(
             differences["transformers"] = check_same_logits(logits[0], plain, "plain transformers")
         return differences
 
-    return _on_main(compare)
+    return distributed.on_main(compare)
 
 
 def fits_host(parameters: int) -> bool:
@@ -225,17 +224,3 @@ def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, difference
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")
-
-
-def _on_main(work: Callable[[], R]) -> R:
-    """What rank 0 makes, on every rank; what it refuses, all refuse."""
-    result: tuple[R | None, MinimaError | None] = (None, None)
-    if distributed.is_main():
-        try:
-            result = (work(), None)
-        except MinimaError as error:
-            result = (None, error)
-    value, refusal = distributed.broadcast_object(result)
-    if refusal is not None:
-        raise refusal
-    return value

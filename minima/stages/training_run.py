@@ -122,15 +122,9 @@ class TrainingRun:
         accelerator = get_accelerator()
         if accelerator.device_name() != "cpu":
             accelerator.reset_peak_memory_stats()
+        distributed.on_main(lambda: self._open_log(first_step if self.ended is None else self.ended["step"]))
         if not distributed.is_main():
             return
-        self.log = MetricsLog(
-            self.context.folder,
-            first_step if self.ended is None else self.ended["step"],
-            tensorboard=self.stage.tensorboard,
-            wandb_project=self.stage.wandb_project,
-            config=self.stage.model_dump(mode="json"),
-        )
         self.progress = Progress(self.stage.name, total_steps, first_step, columns=terminal_columns())
         parameters = f"{self.shape.parameters:,} parameters"
         tokens = f"{self._seen(total_steps)['tokens']:,} tokens"
@@ -141,6 +135,16 @@ class TrainingRun:
             self.progress.note(f"micro-batches of {micro_batch} sequences: a rank's share of the batch is {share}")
         if first_step:
             self.progress.note(f"resuming after step {first_step}")
+
+    def _open_log(self, first_step: int) -> None:
+        self.log = MetricsLog(
+            self.context.folder,
+            first_step,
+            tensorboard=self.stage.tensorboard,
+            wandb_project=self.stage.wandb_project,
+            name=f"{self.context.recipe.name}/{self.stage.name}",
+            config=self.stage.model_dump(mode="json"),
+        )
 
     def events(self) -> Events:
         """What the loop calls."""

@@ -8,7 +8,7 @@ SCENARIOS = [
     "shard_dtypes", "language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary",
     "closing", "bfloat16_start", "host_reads", "packed", "preference", "preference_host_reads", "align_stage",
     "memory_student", "memory_teacher", "placements", "nvme_refused", "shared_memory",
-    "recomputation", "compiled", "offloaded_optimizer",
+    "recomputation", "compiled", "offloaded_optimizer", "rank_0_alone",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from minima.engine.schedule import Schedule
 from minima.engine.sharded import read_shard, sharded_parameters
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
-from minima.errors import NotFinite
+from minima.errors import DataError, NotFinite
 from minima.launcher import read_launch
 from minima.models.weights import tensor_sha256
 from tests.distributed.tiny import TinyFeed, student_source, teacher_source, training
@@ -251,6 +251,19 @@ def bfloat16_start(folder: Path) -> Any:
         worst = max(worst, (master - read_shard(parameter, source, name)).abs().max().item())
         assert (parameter.ds_tensor == master.to(torch.bfloat16)).all(), name
     return max(distributed.gather_objects(worst))
+
+
+def rank_0_alone(folder: Path) -> Any:
+    """What each rank gets of work that rank 0 does, and what each raises where rank 0 refuses it."""
+
+    def refused() -> int:
+        raise DataError("no text", "it is needed", f"give some to rank {distributed.rank()}")
+
+    made = distributed.on_main(lambda: 7 + distributed.rank())
+    try:
+        distributed.on_main(refused)
+    except DataError as error:
+        return distributed.gather_objects([made, str(error)])
 
 
 def main() -> None:

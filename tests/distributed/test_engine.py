@@ -42,6 +42,12 @@ def test_shards_have_the_precision_that_is_asked_for_on_any_processor(two_ranks)
         assert dtypes == [f"torch.{asked.split(',')[0]}"], asked
 
 
+def test_what_rank_0_makes_all_have_and_what_it_refuses_all_refuse(two_ranks):
+    """A rank that waited for one that has refused would end with a traceback of its collective's."""
+    told = "no text\n  why it matters: it is needed\n  what to do: give some to rank 0"
+    assert two_ranks["rank_0_alone"] == [[7, told]] * 2
+
+
 @pytest.mark.parametrize("micro_batch", ["1", "2", "4"])
 def test_distillation_equals_a_plain_process_however_the_batch_is_cut(two_ranks, micro_batch):
     found = two_ranks["distillation"][micro_batch]

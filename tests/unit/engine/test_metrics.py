@@ -59,8 +59,21 @@ def test_weights_and_biases_keeps_one_run_over_restarts(tmp_path, monkeypatch):
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for first_step in (0, 1):
-        log = MetricsLog(tmp_path, first_step, wandb_project="p", config={"steps": 2})
+        log = MetricsLog(tmp_path, first_step, wandb_project="p", name="quickstart/student", config={"steps": 2})
         log.write({"step": first_step + 1, "loss": 1.0})
         log.close()
     assert wandb.started[0]["id"] == wandb.started[1]["id"] and wandb.started[0]["resume"] == "allow"
+    assert (wandb.started[0]["group"], wandb.started[0]["name"]) == ("quickstart", "quickstart/student")
     assert wandb.logged == [(1, {"loss": 1.0}), (2, {"loss": 1.0})]
+
+
+def test_weights_and_biases_without_a_key_or_a_network_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    class Wandb:
+        Error = type("Error", (Exception,), {})
+
+        def init(self, **settings):
+            raise self.Error("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    with pytest.raises(RecipeError, match=r"(?s)cannot be started: No API key configured\.\n.*WANDB_MODE=offline"):
+        MetricsLog(tmp_path, 0, wandb_project="minima", name="quickstart/student")
