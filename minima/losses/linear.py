@@ -3,13 +3,33 @@
 Shapes: C tokens of one chunk, D width, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Elements of one block of rows in the element-wise part of a loss: on a CPU a block and its temporaries stay in the
 # cache (2^17 float32 numbers are 0.5 MB); a GPU wants few, large kernels.
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
 _NARROWED_ELEMENTS = 2**24  # 32 MB of bfloat16 beside the sum
+
+
+def without_autocast(step: F) -> F:
+    """A step of an autograd function that chooses its dtypes itself, whatever the caller's `torch.autocast` says.
+
+    There a float32 product would be rounded to bfloat16, and with it the loss.
+    """
+
+    @functools.wraps(step)
+    def inner(ctx: Any, first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return step(ctx, first, *others)
+
+    return inner  # type: ignore[return-value]
 
 
 class ChunkBuffers:

@@ -13,7 +13,7 @@ from minima.errors import MinimaError, VocabularyMismatch
 from minima.losses.checks import check_chunk, check_tokens
 from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
-from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed
+from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed, without_autocast
 from minima.losses.loss_sum import LossSum
 from minima.triton_driver import triton_trouble
 
@@ -197,6 +197,7 @@ class _LinearDistillation(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         student_hidden_ND: Tensor,

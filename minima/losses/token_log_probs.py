@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
 from minima.losses.checks import check_chunk, check_tokens
-from minima.losses.linear import add_gradients, float_logits, row_blocks
+from minima.losses.linear import add_gradients, float_logits, row_blocks, without_autocast
 
 
 def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
@@ -41,6 +41,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """Log-probabilities, and their gradients for hidden states and head, chunk by chunk."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
         keep_N = labels_N != IGNORE_INDEX
         labels_N = labels_N.masked_fill(~keep_N, 0)
@@ -62,6 +63,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, head_VD, labels_N, keep_N, log_total_N = ctx.saved_tensors
         need_hidden, need_head = ctx.needs_input_grad[:2]

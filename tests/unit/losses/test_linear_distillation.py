@@ -82,6 +82,21 @@ def test_distillation_equals_dense_float64(tokens, vocabulary, chunk, hard, soft
     check_gradient(head.grad, exact[1].grad, dtype)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+def test_autocast_around_it_rounds_nothing(divergence):
+    """As other trainers call it: their `bf16` puts one around the whole step."""
+    student, head, *fixed = inputs(37, 101, 13, 11)
+    student.requires_grad_(), head.requires_grad_()
+    found = []
+    for around in (False, True):
+        student.grad = head.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            loss = linear_distillation_loss(student, head, *fixed, divergence=divergence, chunk_tokens=8)
+        loss.total.backward()
+        found.append((loss.total.detach(), *loss.parts.values(), student.grad, head.grad))
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found, strict=True))
+
+
 def test_cross_entropy_equals_torch():
     student, head, _, _, labels = inputs(50, 71, 9, 1)
     student.requires_grad_(), head.requires_grad_()

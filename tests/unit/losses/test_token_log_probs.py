@@ -56,6 +56,19 @@ def test_ignored_tokens_give_zero_even_when_not_finite():
     assert not hidden_ND.grad[ignored_N].any() and hidden_ND.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_it_rounds_nothing(dtype):
+    hidden_ND, head_VD, labels_N, above_N = inputs(37, 101, 13, dtype)
+    found = []
+    for around in (False, True):
+        hidden_ND.grad = head_VD.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            log_probs_N = linear_token_log_probs(hidden_ND, head_VD, labels_N, chunk_tokens=8)
+            log_probs_N.backward(above_N)
+        found.append((log_probs_N.detach(), hidden_ND.grad, head_VD.grad))
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found, strict=True))
+
+
 def test_only_what_needs_a_gradient_gets_one():
     hidden_ND, head_VD, labels_N, above_N = inputs(20, 31, 5)
     linear_token_log_probs(hidden_ND, head_VD.detach(), labels_N).backward(above_N)
