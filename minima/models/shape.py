@@ -65,7 +65,7 @@ class ModelShape(BaseModel):
     vocabulary_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=100_000)  # far above any model's: plans list what each layer holds
     num_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, validate_default=True)
     head_size: int = Field(default=0, ge=0)
@@ -216,10 +216,10 @@ class ModelShape(BaseModel):
         names = _NAMES.get(family, _LLAMA_NAMES)
         values = {field: config[name] for field, name in names.items() if config.get(name) is not None}
         values.setdefault("tied", _TIED_BY_DEFAULT[family])
-        if family == "gpt2" and "hidden_size" in values:
+        if family == "gpt2" and isinstance(values.get("hidden_size"), int):
             values.setdefault("intermediate_size", 4 * values["hidden_size"])
         rope = config.get("rope_parameters") or {}
-        base = rope.get("rope_theta", config.get("rotary_emb_base"))
+        base = rope.get("rope_theta", config.get("rotary_emb_base")) if isinstance(rope, dict) else "none"
         if base is not None:
             values["rope_theta"] = base
         if family in ("gpt_neox", "gpt2"):

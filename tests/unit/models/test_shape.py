@@ -93,6 +93,20 @@ def test_a_broken_configuration_is_named(tmp_path, content):
         ModelShape.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "wrong", "named"),
+    [
+        ("llama", {"rope_parameters": [1]}, "rope_theta"),
+        ("gpt2", {"n_embd": {"a": 1}}, "n_embd"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ],
+)
+def test_a_field_that_is_no_number_is_named(family, wrong, named):
+    config = ModelShape(**(SMALL | {"family": family, "num_key_value_heads": SMALL["num_heads"]})).to_config() | wrong
+    with pytest.raises(ShapeError, match=f"{named} is missing or impossible"):
+        ModelShape.from_config(config)
+
+
 def test_an_impossible_configuration_says_why():
     config = ModelShape(**SMALL).to_config() | {"num_attention_heads": 5, "num_key_value_heads": 5}
     with pytest.raises(ShapeError, match="64 does not divide into 5 heads"):
