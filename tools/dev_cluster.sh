@@ -76,7 +76,7 @@ SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.%n.log
 FirstJobId=$(($(date +%s) / 10 % 1000000 + 1))
 MinJobAge=3600
-# No cgroup and no systemd is needed.
+# No cgroup and no systemd is needed; cgroup.conf says so to those Slurms that would look for one.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -106,6 +106,10 @@ NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=8 RealMe
 PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=10 DefaultTime=60 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=60 MaxTime=INFINITE State=UP
 CONF
+  rm -f "$folder/cgroup.conf"
+  if [[ $(slurmd -V) =~ ([0-9]+)[.]([0-9]+) ]] && [ "${BASH_REMATCH[1]}${BASH_REMATCH[2]}" -ge 2405 ]; then
+    echo CgroupPlugin=disabled >"$folder/cgroup.conf" # which earlier ones do not know
+  fi
   cat >"$folder/task_prolog.sh" <<'PROLOG'
 #!/bin/sh
 echo export MASTER_ADDR=127.0.0.1
@@ -196,7 +200,7 @@ stop() {
   exec 9>"$folder/lock"
   flock 9
   end_all
-  rm -rf "$folder/munge" "$folder"/*.pid "$folder"/spool.* "$folder/state" "$conf"
+  rm -rf "$folder/munge" "$folder"/*.pid "$folder"/spool.* "$folder/state" "$conf" "$folder/cgroup.conf"
   echo "dev_cluster: stopped; its logs are in $folder"
 }
 

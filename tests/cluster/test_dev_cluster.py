@@ -34,6 +34,14 @@ def test_both_nodes_run_a_task_of_one_job(slurm):
     assert sorted(printed.split()) == ["n1", "n2"]
 
 
+def test_no_cgroup_is_asked_for(slurm):
+    """From 24.05 on a file may say so, and 26.05 starts nothing where neither a cgroup nor that file is."""
+    version = subprocess.run(["slurmd", "-V"], env=slurm.environment, capture_output=True, text=True, check=True).stdout
+    knows = tuple(map(int, version.split()[-1].split(".")[:2])) >= (24, 5)
+    said = slurm.conf.with_name("cgroup.conf")
+    assert (said.read_text() == "CgroupPlugin=disabled\n") if knows else not said.exists()
+
+
 @pytest.fixture
 def folder():
     """A short path that anybody may look into, as munge wants for its socket."""
