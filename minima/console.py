@@ -26,11 +26,8 @@ def write(text: str) -> None:
 
 def write_on(text: str) -> None:
     """The same, for what may not end half done: it goes on where nobody reads any more."""
-    try:
+    with outliving_readers(lambda: None):
         write(text)
-    except BrokenPipeError:
-        if not silenced():
-            raise
 
 
 @contextmanager

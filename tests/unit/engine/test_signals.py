@@ -17,8 +17,9 @@ time.sleep(30)
 """
 
 
-def process(*before: str) -> subprocess.Popen:
-    child = subprocess.Popen([*before, sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True)
+def process(hang_up: str = "--default-signal=HUP") -> subprocess.Popen:
+    # These tests themselves may run under nohup.
+    child = subprocess.Popen(["env", hang_up, sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "listening\n"
     return child
 
@@ -55,7 +56,7 @@ def test_the_end_of_the_terminal_is_a_wish_too_and_never_a_second_one():
 
 
 def test_under_nohup_a_terminal_may_go():
-    child = process("env", "--ignore-signal=HUP")
+    child = process("--ignore-signal=HUP")
     child.send_signal(signal.SIGHUP)
     child.send_signal(signal.SIGTERM)
     assert child.stdout is not None and child.stdout.readline() == "15\n"

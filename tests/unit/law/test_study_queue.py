@@ -126,23 +126,26 @@ def test_workers_that_cannot_start_are_not_started_for_ever(place):
     assert set(tally.failed.values()) == {"RecipeError: this worker cannot start"} and not tally.done
 
 
-def test_a_signal_ends_the_workers_and_the_next_start_goes_on(place):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_workers_and_the_next_start_goes_on(place, number):
+    under_nohup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     (place.folder / "wait").write_text("teachers/large-seed1")
     began, timers = time.monotonic(), []
 
     def stop(tally: Tally) -> None:
         if "teachers/large-seed1" in tally.running and not timers:
-            timers.append(threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)))
+            timers.append(threading.Timer(0.2, os.kill, (os.getpid(), number)))
             timers[0].start()
 
     tally = place.run(show=stop)
-    assert tally.stopped == signal.SIGTERM and time.monotonic() - began < 30
+    assert tally.stopped == number and time.monotonic() - began < 30
     assert not tally.failed and not tally.running and "teachers/large-seed1" not in tally.done
     (place.folder / "wait").unlink()
     done, before = set(tally.done), place.made()
     assert place.run().done == {unit.name for unit in place.units}
     assert not done & {name for _, name in place.made()[len(before) :]}
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, under_nohup)
 
 
 def test_a_signal_that_comes_while_workers_are_started_is_not_lost(place, monkeypatch):

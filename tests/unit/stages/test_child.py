@@ -84,10 +84,10 @@ def test_ranks_of_srun_are_told_by_slurm_since_srun_would_kill_them(tmp_path, mo
     child.wait()
 
 
-def driver(tmp_path: Path, output: int, body: str, *before: str) -> subprocess.Popen:
-    """Runs until the stage's first step."""
+def driver(tmp_path: Path, output: int, body: str, hang_up: str = "--default-signal=HUP") -> subprocess.Popen:
+    """Runs until the stage's first step, under nohup or not whatever these tests run under."""
     child = subprocess.Popen(
-        [*before, sys.executable, "-c", DRIVER, body], cwd=tmp_path, stdin=output, stdout=output, stderr=output,
+        ["env", hang_up, sys.executable, "-c", DRIVER, body], cwd=tmp_path, stdin=output, stdout=output, stderr=output,
         start_new_session=True,
     )  # fmt: skip
     os.close(output)
@@ -114,7 +114,7 @@ def test_when_the_terminal_goes_the_run_is_saved_and_its_log_is_whole(tmp_path):
 
 def test_under_nohup_a_run_outlives_its_terminal(tmp_path):
     ours, theirs = os.openpty()
-    child = driver(tmp_path, theirs, SAVING.replace("100", "20"), "env", "--ignore-signal=HUP")
+    child = driver(tmp_path, theirs, SAVING.replace("100", "20"), "--ignore-signal=HUP")
     os.close(ours)
     assert last_words(tmp_path, child) == ("step 19", 0)
 
