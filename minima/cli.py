@@ -12,6 +12,7 @@ from pathlib import Path
 
 import minima
 from minima.console import UNREAD, quietly, show, silenced, write, write_on
+from minima.disk import access_refused_named
 from minima.errors import MinimaError, Stopped
 from minima.law.command import add_law
 
@@ -44,7 +45,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if hasattr(options, "overrides"):
         options.overrides += extra  # argparse gives up on positional arguments that follow an option
     try:
-        return options.command(options)
+        return access_refused_named()(options.command)(options)
     except MinimaError as error:
         show(error)
         return USER_ERROR
@@ -201,8 +202,7 @@ def _submit(options: argparse.Namespace) -> int:
     from minima.stages.shipped import find_recipe
 
     grid = None if options.grid is None else Path(options.grid).expanduser()
-    cluster = Path(options.cluster).expanduser()
-    names = _names(options.stages)
+    cluster, names = Path(options.cluster).expanduser(), _names(options.stages)
     path, allowed = find_recipe(options.recipe), options.allow_code_execution
     return submit(path, options.overrides, cluster, names, grid, options.dry_run, write_on, allowed)
 

@@ -1,16 +1,20 @@
-"""A full disk, told as what it is."""
+"""What the operating system refuses of files, told as what it is: a full disk, somebody else's file."""
 
 import errno
+import os
+import pwd
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minima.errors import DiskFull, MinimaError, StoreCorrupted
+from minima.errors import AccessRefused, DiskFull, MinimaError, StoreCorrupted
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def is_no_space(error: BaseException) -> bool:
@@ -40,6 +44,19 @@ def inside(folder: Path, name: Any) -> Path:
     return folder / path
 
 
+def copy_content(source: Path, target: Path) -> None:
+    """Copy what the files of a folder hold, and not whose they are.
+
+    Unlike `shutil.copytree` it leaves modes and times alone: the source may be read-only, and the target may have been
+    begun by somebody else, who alone may change them.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+
+
 @contextmanager
 def disk_full_named(folder: Path) -> Iterator[None]:
     """Turn "no space" errors into one that says what to do.
@@ -60,6 +77,46 @@ def disk_full_named(folder: Path) -> Iterator[None]:
             "free some space (the dry run says how much is needed) or give the run another output folder, then run the "
             "same command again",
         ) from error
+
+
+@contextmanager
+def access_refused_named() -> Iterator[None]:
+    """Turn "permission denied" and "read-only file system" into an error that says whose the file is.
+
+    Raises:
+        AccessRefused: something inside may not read or write a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ACCESS or error.filename is None:
+            raise
+        raise AccessRefused(
+            f"{error.filename}: {error.strerror}{_ownership(Path(os.fsdecode(error.filename)))}",
+            "this run has to read or write it; nothing that was finished has changed",
+            "have its owner open it to you (`chmod -R g+rwX FOLDER` for a group's folder, and umask 002 from then on), "
+            "or write elsewhere with output=PATH",
+        ) from error
+
+
+def _ownership(path: Path) -> str:
+    """Whose the nearest thing on the path is that can be looked at, and who asks."""
+    for place in (path, *path.parents):
+        try:
+            facts = place.stat()
+        except OSError:
+            continue
+        named = "it" if place == path else str(place)
+        mode = stat.filemode(facts.st_mode)
+        return f" ({named} is {_user(facts.st_uid)}'s, {mode}; this process is {_user(os.geteuid())}'s)"
+    return ""
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # in a container, say
+        return f"user {number}"
 
 
 @contextmanager

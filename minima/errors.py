@@ -87,6 +87,10 @@ class DiskFull(MinimaError):
     """No space left where a stage writes."""
 
 
+class AccessRefused(MinimaError):
+    """A file that the operating system lets nobody, or not this user, read or write."""
+
+
 class ClusterError(MinimaError):
     """A cluster file that cannot be used, or a scheduler that refuses."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minima.data.store import TokenStore
@@ -27,6 +26,7 @@ from minima.engine.teacher.host import FrozenHost
 from minima.errors import MinimaError, NotFinite, StageError
 from minima.evaluation.held_out import held_out_batch, rank_blocks
 from minima.launcher import terminal_columns
+from minima.models.tensor_file import save_tensors
 from minima.models.weights import tensor_sha256
 from minima.report.progress import Progress
 
@@ -203,7 +203,7 @@ def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
         try:
             with disk_full_named(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({_TENSOR: values_LS}, partial, metadata={"reference": said})
+                save_tensors({_TENSOR: values_LS}, partial, metadata={"reference": said})
                 os.replace(partial, path)
         except (MinimaError, OSError, SafetensorError) as found:
             with suppress(OSError):  # what forbade the file may forbid this, and the other ranks wait

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minima.disk import inside
@@ -17,6 +16,7 @@ from minima.errors import CheckpointError
 from minima.models.legacy_config import stored_name, with_4x_names
 from minima.models.shape import read_config
 from minima.models.stock import architecture, parameter_shapes
+from minima.models.tensor_file import save_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 # Of each tensor its first and last elements count, and samples of its inside. One optimiser step changes some of the
@@ -259,7 +259,7 @@ def write_folder(
     def flush() -> None:
         nonlocal pending_bytes
         path = folder / f"model-{len(files) + 1:05d}.safetensors.partial"
-        save_file(shards[0], path, metadata={"format": "pt"})
+        save_tensors(shards[0], path, metadata={"format": "pt"})
         files.append((path, list(shards[0])))
         shards[0] = {}
         pending_bytes = 0
@@ -279,12 +279,10 @@ def write_folder(
     flush()
     config = {"architectures": [architecture(config)]} | config
     full_config = with_4x_names(config | {"dtype": str(written_dtype).removeprefix("torch.")})
-    config_path = folder / "config.json"
-    config_path.write_text(json.dumps(full_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(full_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(files, start=1):
         final = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        path.chmod(config_path.stat().st_mode)  # safetensors makes them readable for their owner alone
         path.rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     if len(files) > 1:

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minima.batch import Batch
@@ -21,6 +20,7 @@ from minima.losses.loss_sum import LossSum
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.families import Part, family_of, layout
 from minima.models.shape import ModelShape
+from minima.models.tensor_file import save_tensors
 from minima.models.weights import WeightSource
 from minima.pruning.masks import Masks
 
@@ -54,7 +54,7 @@ class Scores:
         tensors = {"head": self.head_LK, "neuron": self.neuron_LI, "hidden": self.hidden_D}
         facts = json.dumps({"kind": self.kind, "model": self.model, "batches": self.batches})
         # One entry only: safetensors writes several in an order that changes from call to call.
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"scores": facts})
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"scores": facts})
 
     @classmethod
     def load(cls, path: Path, *, kind: ScoreKind, model: str) -> "Scores":

@@ -40,7 +40,7 @@ def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
     """
     with access_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _take(descriptor, folder, wait_seconds)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from minima.disk import disk_full_named
+from minima.disk import access_refused_named, disk_full_named
 from minima.errors import MinimaError, RecipeError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.recipe.loading import resolved_yaml
@@ -58,6 +58,7 @@ def output_folder(recipe: Recipe) -> Path:
     return Path(recipe.output or f"runs/{recipe.name}").expanduser()
 
 
+@access_refused_named()
 def run_alone(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:

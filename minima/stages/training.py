@@ -1,7 +1,6 @@
 """The one assembly of a training run: data, student, objective, loop. Training stages differ in two of them."""
 
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minima.disk import copy_content
 from minima.engine import distributed
 from minima.engine.deepspeed_config import training_config
 from minima.engine.loop import train
@@ -112,7 +112,7 @@ def run_training(
         stage.final_learning_rate_fraction,
     )
     if distributed.is_main():
-        shutil.copytree(data / "tokenizer", context.folder / "tokenizer", dirs_exist_ok=True)
+        copy_content(data / "tokenizer", context.folder / "tokenizer")
     try:
         run.start(first_step, total_steps)
         ended = run.ended is not None or run.catch_up(first_step, total_steps)

@@ -167,6 +167,13 @@ def test_every_stage_says_what_it_did(place):
     assert quality["teacher"]["parameters"] > 2 * place.manifest("pruned_smaller")["metrics"]["parameters"]
 
 
+def test_whoever_may_use_the_folder_may_use_all_of_it(place):
+    reference = (place.run_folder / "recipe.yaml").stat().st_mode
+    modes = {path: path.stat().st_mode for path in place.run_folder.rglob("*") if path.is_file()}
+    assert {"checkpoint.json", "scores.safetensors", "model.safetensors", "lock"} <= {path.name for path in modes}
+    assert not [path for path, mode in modes.items() if mode != reference]
+
+
 def test_the_scores_were_reused_without_a_pass(place):
     first, second = (place.run_folder / name / "scores.safetensors" for name in ("pruned", "pruned_smaller"))
     assert first.read_bytes() == second.read_bytes()

@@ -1,13 +1,15 @@
-"""Names in indexes and manifests stay in their folder, wherever they come from."""
+"""Names in indexes and manifests stay in their folder; what the operating system refuses is told as what it is."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from minima.data.store import TokenStore
-from minima.disk import inside
+from minima.disk import access_refused_named, copy_content, inside
 from minima.engine.checkpoint.store import MARKER, verify_checkpoint
-from minima.errors import StoreCorrupted
+from minima.errors import AccessRefused, StoreCorrupted
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource
 
@@ -50,3 +52,54 @@ def test_a_model_folder_reads_nothing_outside(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
     with pytest.raises(StoreCorrupted, match=r"\.\./secret"):
         FolderSource(tmp_path)
+
+
+def refused(number, path):
+    raise OSError(number, os.strerror(number), path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_refusal_says_whose_the_file_is_and_who_asks(tmp_path, monkeypatch, number):
+    (tmp_path / "weights").touch(mode=0o600)
+    monkeypatch.setattr("minima.disk.os.geteuid", lambda: 2**31 - 5)  # of no name, as in a container
+    with pytest.raises(AccessRefused) as said, access_refused_named():
+        refused(number, str(tmp_path / "weights"))
+    assert said.value.what.startswith(f"{tmp_path}/weights: {os.strerror(number)} (it is ")
+    assert said.value.what.endswith("'s, -rw-------; this process is user 2147483643's)")
+
+
+def test_where_nothing_is_to_be_seen_the_folder_above_is_named(tmp_path):
+    with pytest.raises(AccessRefused, match=f"denied \\({tmp_path} is "), access_refused_named():
+        refused(errno.EACCES, os.fsencode(tmp_path / "gone" / "weights"))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no", "a"), OSError(errno.EACCES, "a socket's")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)), access_refused_named():
+        raise error
+
+
+def test_a_read_only_folder_is_copied_as_one_that_can_be_written(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "inside").mkdir(parents=True)
+    (source / "a").write_text("1")
+    (source / "inside" / "b").write_text("2")
+    (source / "a").chmod(0o444)
+    (source / "inside").chmod(0o555)
+    for _ in range(2):
+        copy_content(source, target)
+    assert (target / "a").read_text() == "1" and (target / "inside" / "b").read_text() == "2"
+    fresh = tmp_path / "fresh"
+    fresh.touch()
+    assert (target / "a").stat().st_mode == fresh.stat().st_mode
+    assert (target / "inside").stat().st_mode & 0o200
+
+
+def test_copying_asks_for_no_change_of_mode_or_time(tmp_path, monkeypatch):
+    """Only a file's owner may change them, and the target's files may be somebody else's."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").touch()
+    for name in ("chmod", "utime"):
+        monkeypatch.setattr(os, name, lambda *_, **__: refused(errno.EPERM, "a"))
+    copy_content(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target" / "a").is_file()

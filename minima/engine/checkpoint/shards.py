@@ -19,7 +19,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minima.engine import distributed
@@ -27,6 +26,7 @@ from minima.engine.checkpoint.store import read_marker, verify_together
 from minima.engine.sharded import read_shard, shard_range, sharded_parameters
 from minima.engine.student import Student
 from minima.errors import CheckpointError
+from minima.models.tensor_file import save_tensors
 
 WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS = "weights", "exp_avg", "exp_avg_sq"
 
@@ -103,7 +103,7 @@ def snapshot_shards(student: Student) -> Callable[[Path], list[Path]]:
         files = []
         for kind, shards in kinds.items():
             files.append(folder / file_name(kind, rank, ranks))
-            save_file(shards, files[-1])
+            save_tensors(shards, files[-1])
         files.append(folder / f"random-{rank:05d}-of-{ranks:05d}.json")
         files[-1].write_text(random_states, encoding="utf-8")
         return files

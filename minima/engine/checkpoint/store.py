@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import inside
+from minima.disk import access_refused_named, inside
 from minima.engine import distributed
 from minima.errors import CheckpointError, MinimaError, StoreCorrupted
 
@@ -121,12 +121,14 @@ def verify_together(checkpoint: Path, prefix: str = "") -> None:
 
     Raises:
         StoreCorrupted: on every rank, when one of them found a file that is missing or changed; names it.
+        AccessRefused: on every rank, when one of them may not read a file.
     """
     rank, ranks = distributed.share()
     error: MinimaError | None = None
     try:
-        files = sorted(name for name in read_marker(checkpoint)["sha256"] if name.startswith(prefix))
-        verify_checkpoint(checkpoint, files[rank::ranks])
+        with access_refused_named():
+            files = sorted(name for name in read_marker(checkpoint)["sha256"] if name.startswith(prefix))
+            verify_checkpoint(checkpoint, files[rank::ranks])
     except MinimaError as found:
         error = found
     distributed.raise_together(error)

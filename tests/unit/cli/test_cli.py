@@ -1,5 +1,6 @@
 """The command: its arguments, its exit codes, and what it finds when it is installed without a clone."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -64,6 +65,15 @@ def test_a_users_mistake_is_text_and_code_2(capsys):
     assert "what to do:" in error
     assert "quickstart" in error
     assert "Traceback" not in error
+
+
+def test_a_file_that_may_not_be_read_is_a_users_mistake(monkeypatch, capsys, tmp_path):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "a"))
+
+    monkeypatch.setattr("minima.cluster.status.status", refuse)
+    assert cli.main(["status", "x"]) == 2
+    assert f"AccessRefused: {tmp_path}/a: Permission denied (" in capsys.readouterr().err
 
 
 def test_our_own_mistake_keeps_its_traceback_and_code_1(monkeypatch, capsys):

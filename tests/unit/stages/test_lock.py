@@ -36,6 +36,16 @@ def test_a_second_run_is_refused_and_told_who(tmp_path, holder):
         pass
 
 
+def test_a_group_may_take_turns(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with run_lock(tmp_path / "run"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run" / "lock").stat().st_mode & 0o777 == 0o664
+
+
 def test_a_job_is_named_by_its_id(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with run_lock(tmp_path), pytest.raises(StageError, match=r"\(Slurm job 77\), since"), run_lock(tmp_path):

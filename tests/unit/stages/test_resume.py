@@ -1,11 +1,15 @@
 """The newest whole checkpoint is taken; damaged ones are named, kept aside, and never silently all passed over."""
 
+import errno
+import os
+
 import pytest
 import torch.distributed as dist
 
+from minima.engine.checkpoint import store
 from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_together
 from minima.engine.checkpoint.writer import write_checkpoint
-from minima.errors import CheckpointError, StoreCorrupted
+from minima.errors import AccessRefused, CheckpointError, StoreCorrupted
 from minima.stages import resume
 
 
@@ -44,6 +48,18 @@ def test_the_newest_whole_one(tmp_path, caplog):
     assert facts["step"] == 10 and complete_steps(tmp_path) == [5, 10]
     assert "step-00000015/weights is damaged" in caplog.text
     assert (tmp_path / "step-00000015.damaged" / "weights").read_bytes() == b"?"
+
+
+def test_one_that_may_not_be_read_is_not_set_aside(tmp_path, monkeypatch):
+    write(tmp_path, 5, 10)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(store, "file_sha256", refuse)
+    with pytest.raises(AccessRefused, match="step-00000010/weights: Permission denied"):
+        resume.load_newest(None, tmp_path)
+    assert complete_steps(tmp_path) == [5, 10]
 
 
 def test_without_any_there_is_nothing_to_load(tmp_path):

@@ -1,12 +1,14 @@
 """What each rank does around a stage."""
 
+import errno
+import os
 import sys
 import threading
 import types
 
 import pytest
 
-from minima.errors import DataError, DiskFull, StageError
+from minima.errors import AccessRefused, DataError, DiskFull, StageError
 from minima.launcher import Launch
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import running
@@ -103,6 +105,12 @@ def test_a_full_disk_is_named_wherever_it_is_met(recipe, kind, tmp_path, monkeyp
             with pytest.raises(DiskFull, match="No space left"):
                 go(recipe, tmp_path)
     go(recipe, tmp_path)
+
+
+def test_somebody_elses_file_is_named_wherever_it_is_met(recipe, kind, tmp_path):
+    kind.error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "x.yaml"))
+    with pytest.raises(AccessRefused, match=r"x\.yaml: Permission denied \(it is .*'s"):
+        go(recipe, tmp_path)
 
 
 def test_a_stage_folder_that_cannot_be_made_is_a_mistake_to_mend(recipe, kind, tmp_path):
