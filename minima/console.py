@@ -2,12 +2,15 @@
 
 import errno
 import os
+import queue
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from types import TracebackType
+from typing import Self, TextIO
 
 from minima.errors import MinimaError
 
@@ -73,6 +76,71 @@ def taking_signals(stop: Callable[[int], object]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def pausing(halt: Callable[[], object], go_on: Callable[[], object]) -> Iterator[None]:
+    """At a Ctrl-Z have `halt` called, stop, and have `go_on` called once `fg` or `bg` continues this process."""
+
+    def take(number: int, frame: object) -> None:
+        halt()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # returns when it is continued; at once where there is no shell to do so
+        signal.signal(signal.SIGTSTP, take)
+        go_on()
+
+    before = signal.getsignal(signal.SIGTSTP)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGTSTP, take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
+class Outlet:
+    """Standard output, written from a thread: a terminal that stands still (Ctrl-S, `| less`) holds nothing else up.
+
+    Leaving the context waits until all is written.
+
+    Args:
+        unread: is called where a pipe has lost its reader; see `outliving_readers`.
+    """
+
+    def __init__(self, unread: Callable[[], object]) -> None:
+        self._unread = unread
+        self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._pass_on, name="outlet", daemon=True)
+
+    def write(self, chunk: bytes) -> None:
+        """Have it written after what came before.
+
+        Raises:
+            OSError: an earlier chunk could not be written, as to a file on a full disk.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._chunks.put(chunk)
+
+    def _pass_on(self) -> None:
+        try:
+            while (chunk := self._chunks.get()) is not None:
+                with outliving_readers(self._unread):
+                    sys.stdout.buffer.write(chunk)
+                    sys.stdout.flush()
+        except Exception as error:
+            self._failure = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._chunks.put(None)
+        self._thread.join()
+        if self._failure is not None and value is None:
+            raise self._failure
 
 
 def show(error: MinimaError) -> None:

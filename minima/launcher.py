@@ -4,9 +4,12 @@ import os
 import re
 import socket
 import sys
+import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from minima.errors import LauncherError
 from minima.nodes import (
@@ -20,6 +23,7 @@ from minima.nodes import (
     step_local_size,
 )
 
+DRIVER = "MINIMA_DRIVER"  # of what `minima run` starts: each driver's own value
 _GENERIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -205,7 +209,7 @@ def child_environment(ranks: int, *, by_host_file: bool = False, terminal_column
         by_host_file: where MINIMA_HOSTFILE is set it says so instead, of machines that this one knows nothing of.
         terminal_columns: width of the terminal that the output reaches in the end; 0 when it is none.
     """
-    environment = cleaned_environment() | {"MINIMA_DRIVER": str(os.getpid())}
+    environment = cleaned_environment() | {DRIVER: uuid.uuid4().hex}
     if terminal_columns:
         environment["MINIMA_TERMINAL"] = str(terminal_columns)
     elsewhere = by_host_file and environment.get("MINIMA_HOSTFILE")
@@ -228,37 +232,30 @@ def _keep_extensions_apart(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
 
 
-def ranks_of_session(session: int) -> list[int]:
-    """Processes of a session that are ranks of some launcher running `minima stage`, not the launcher's own.
+def processes_of(session: int, driver: str | None) -> list[psutil.Process]:
+    """What a launcher has started on this machine, itself included.
 
     Args:
-        session: the id of the session that `minima run` started the launcher in.
+        session: the id of the session that it was started in.
+        driver: its own MINIMA_DRIVER, which marks those that it gave other sessions, as torchrun does with its ranks.
     """
-    import psutil
-
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["name"]):
         try:
-            if os.getsid(process.pid) != session or not {"minima", "stage"} <= set(process.cmdline()):
-                continue
-            if {"RANK", "OMPI_COMM_WORLD_RANK"} & set(process.environ()):
-                found.append(process.pid)
+            if os.getsid(process.pid) == session or (driver and process.environ().get(DRIVER) == driver):
+                found.append(process)
         except (psutil.Error, ProcessLookupError):
             continue
     return found
 
 
-def runs_in_session(session: int, program: str) -> bool:
-    """Whether a program of that name runs in a session."""
-    import psutil
-
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.name() == program:
-                return True
-        except (psutil.Error, ProcessLookupError):
-            continue
-    return False
+def is_rank(process: psutil.Process) -> bool:
+    """Whether it is a rank of some launcher, running `minima stage`, and not the launcher itself."""
+    try:
+        runs_stage = {"minima", "stage"} <= set(process.cmdline())
+        return runs_stage and not {"RANK", "OMPI_COMM_WORLD_RANK"}.isdisjoint(process.environ())
+    except psutil.Error:
+        return False
 
 
 def num_cores() -> int:
@@ -268,7 +265,7 @@ def num_cores() -> int:
 
 def started_by_driver() -> bool:
     """Whether `minima run` started this process: it then holds the run folder's lock for it."""
-    return "MINIMA_DRIVER" in os.environ
+    return DRIVER in os.environ
 
 
 def terminal_columns() -> int:

@@ -18,6 +18,7 @@ from minima.errors import RankHung
 EXIT_CODE = 4  # of `minima stage`
 _LONGEST_BEAT_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
+_STOOD_STILL_SECONDS = 5.0  # longer than a beat: the machine was asleep, or this process was stopped and goes on
 _GRACE_SECONDS = 2.0  # launchers end the other ranks about a second after the first one: the message comes before that
 # Files of a rank that only waits: for other ranks, or for a device that does.
 _WAITING = (
@@ -34,7 +35,8 @@ class Watchdog:
     Every rank tells the others, through the process group's key-value store, how far it has come. A rank that has not
     come further for `seconds` asks what the others say: the one that says nothing any more, or that is furthest
     behind, or that is not waiting in a collective while the others are, is the one that hangs. Then every rank that
-    still can ends with exit code 4, so that the launcher ends the rest.
+    still can ends with exit code 4, so that the launcher ends the rest. Time in which this rank was itself stopped
+    (Ctrl-Z, a suspended job) does not count: the others may be woken after it.
 
     Args:
         seconds: without progress that end the job; 0 watches nothing.
@@ -74,7 +76,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         rank, world_size = distributed.rank(), distributed.world_size()
+        slept = time.monotonic()
         while not self._stopped.wait(self._beat_seconds):
+            if time.monotonic() - slept > self._beat_seconds + _STOOD_STILL_SECONDS:
+                self._since = time.monotonic()
             try:
                 self._answered(lambda: self._tell(rank))
                 if time.monotonic() - self._since > self.seconds:
@@ -84,6 +89,7 @@ class Watchdog:
                 if time.monotonic() - self._since > self.seconds and not self._stopped.is_set():
                     verdict = f"rank 0 gave no sign of life while rank {rank} waited for {self.seconds:g} s ({error})"
                     self._leave(verdict, 0.0 if rank == 1 else _GRACE_SECONDS)
+            slept = time.monotonic()
 
     def _tell(self, rank: int) -> None:
         self._beat += 1

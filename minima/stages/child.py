@@ -4,20 +4,19 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from minima.console import outliving_readers, taking_signals
-from minima.launcher import ranks_of_session, runs_in_session, slurm_job
+from minima.console import Outlet, pausing, taking_signals
+from minima.launcher import DRIVER, is_rank, processes_of, slurm_job
 from minima.stages.run_folder import access_named
 from minima.stages.running import ERROR, HEADER
 
-# A stage's name alone: what a model or a file says must not choose where a log goes.
 # What launchers say of a rank that SIGKILL has ended: deepspeed and torchrun, whose exit code alone would not tell.
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
+# A stage's name alone: what a model or a file says must not choose where a log goes.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
 
@@ -68,7 +67,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
 
     SIGINT and SIGTERM are passed on to the ranks, so that they can save; the code is then 128 plus the first one's
     number. A terminal that goes, and a pipe that nobody reads any more, are a SIGTERM to them; the log goes on to the
-    end. The launcher between is left alone: some end their ranks half a minute after a signal, saved or not.
+    end. The launcher between is left alone: some end their ranks half a minute after a signal, saved or not. A Ctrl-Z
+    stops whatever of it runs on this machine. A terminal that stands still holds up nothing before the command's end.
 
     Args:
         command: what to run.
@@ -85,24 +85,29 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
         start_new_session=True,
         pass_fds=[lock],
     )
+    driver = environment.get(DRIVER)
     received: list[int] = []
 
     def stop(number: int) -> None:
         received.append(number)
-        signal_ranks(child.pid, number if number == signal.SIGINT else signal.SIGTERM)
+        signal_ranks(child.pid, number if number == signal.SIGINT else signal.SIGTERM, driver)
 
     def unread() -> None:
         if not received:  # a second one would end the ranks before they have saved
             stop(signal.SIGPIPE)
 
+    def pause() -> None:
+        signal_all(child.pid, signal.SIGSTOP, driver)
+
+    def go_on() -> None:
+        signal_all(child.pid, signal.SIGCONT, driver)
+
     try:
-        with taking_signals(stop):
+        with taking_signals(stop), pausing(pause, go_on), Outlet(unread) as terminal:
             assert child.stdout is not None
             while chunk := os.read(child.stdout.fileno(), 65536):
                 log.write(chunk)
-                with outliving_readers(unread):
-                    sys.stdout.buffer.write(chunk)
-                    sys.stdout.flush()
+                terminal.write(chunk)
             code = child.wait()
     except BaseException:
         signal_group(child.pid, signal.SIGTERM)
@@ -112,16 +117,33 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     return 128 - code if code < 0 else code
 
 
-def signal_ranks(session: int, number: int) -> None:
-    """Send a signal to the ranks of a launcher's session; to all of its processes where there is no rank yet."""
-    ranks, job = ranks_of_session(session), slurm_job()
-    if not ranks and job is not None and runs_in_session(session, "srun"):  # srun would kill its ranks at once
+def signal_ranks(session: int, number: int, driver: str | None = None) -> None:
+    """Send a signal to the ranks that a launcher has started here; to its session where there is no rank yet.
+
+    Args:
+        session: what the launcher was started in.
+        number: of the signal.
+        driver: what the launcher's environment has as MINIMA_DRIVER, by which ranks in other sessions are known.
+    """
+    processes, job = processes_of(session, driver), slurm_job()
+    ranks = [process.pid for process in processes if is_rank(process)]
+    if not ranks and job is not None and any(process.info["name"] == "srun" for process in processes):
+        # It would kill its ranks at once.
         subprocess.run(["scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", job.job_id])
     elif not ranks:  # a stage of one process, or a launcher that has not come so far
         signal_group(session, number)
-    for rank in ranks:
+    _signal(ranks, number)
+
+
+def signal_all(session: int, number: int, driver: str | None = None) -> None:
+    """Send a signal to all that a launcher has started here, itself included; the arguments are those of the ranks'."""
+    _signal([process.pid for process in processes_of(session, driver)], number)
+
+
+def _signal(processes: Sequence[int], number: int) -> None:
+    for process in processes:
         try:
-            os.kill(rank, number)
+            os.kill(process, number)
         except ProcessLookupError:
             continue
 

@@ -48,6 +48,49 @@ def test_none_where_none_is_asked_for(monkeypatch):
         assert threading.active_count() == threads
 
 
+class Clock:
+    """A clock that moves with what is slept; a beat is followed by all of `asleep`, as when the process is stopped."""
+
+    def __init__(self, asleep: list[float]) -> None:
+        self.now, self.asleep = 1000.0, asleep
+
+    def wait(self, seconds: float) -> bool:
+        if not self.asleep:
+            return True
+        self.now += seconds + self.asleep.pop(0)
+        return False
+
+
+@pytest.mark.parametrize(
+    ("asleep", "ended_after"),
+    [
+        ([0, 0, 0, 0, 0], [25]),  # 20 s without progress, looked at every 5
+        ([0, 600, 0, 0, 0, 0], []),  # suspended: the others may wake later, so all of the time counts anew
+        ([0, 600, 0, 0, 0, 0, 0], [635]),  # and they have not
+        ([4, 4, 4], [27]),  # a busy machine, but no suspension
+    ],
+)
+def test_time_in_which_this_rank_was_itself_stopped_does_not_count(monkeypatch, asleep, ended_after):
+    clock, left = Clock(asleep), []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(watchdog.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(watchdog.distributed, "world_size", lambda: 2)
+    watching = Watchdog(20)
+
+    def no_answer(ask):
+        raise TimeoutError("rank 0 is still asleep")
+
+    def leave(verdict, wait_seconds):
+        left.append(clock.now - 1000)
+        clock.asleep.clear()
+
+    monkeypatch.setattr(watching, "_answered", no_answer)
+    monkeypatch.setattr(watching, "_leave", leave)
+    monkeypatch.setattr(watching._stopped, "wait", clock.wait)
+    watching._watch()
+    assert left == ended_after
+
+
 def test_a_hook_that_waits_in_a_thread_of_autograd_is_seen(tmp_path):
     """As on a GPU, where the main thread stands in `backward` and other threads run the hooks."""
     path = tmp_path / "deepspeed" / "runtime" / "zero" / "stage3.py"

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minima import console
@@ -61,6 +62,16 @@ def test_the_ranks_get_it_and_their_launcher_does_not(tmp_path):
     assert child.communicate(timeout=10)[0] == "rank left 7\n"
 
 
+def test_ranks_in_sessions_of_their_own_get_it_too(tmp_path, monkeypatch):
+    """As torchrun's: told by it instead, they would have 30 s for their save."""
+    monkeypatch.setenv("MINIMA_DRIVER", "this one")
+    body = 'trap "echo launcher told" TERM; RANK=0 setsid "$PYTHON" -c "$CODE" minima stage & wait $!; '
+    child = launcher(tmp_path, "torchrun", body + 'echo "rank left $?"')
+    assert child.stdout is not None and child.stdout.readline() == "up\n"
+    signal_ranks(child.pid, signal.SIGTERM, driver="this one")
+    assert child.communicate(timeout=10)[0] == "rank left 7\n"
+
+
 def test_where_no_rank_is_there_the_whole_session_gets_it(tmp_path):
     child = launcher(tmp_path, "starting", "echo up; read -r -t 30 <> <(:)")
     assert child.stdout is not None and child.stdout.readline() == "up\n"
@@ -84,11 +95,16 @@ def test_ranks_of_srun_are_told_by_slurm_since_srun_would_kill_them(tmp_path, mo
     child.wait()
 
 
-def driver(tmp_path: Path, output: int, body: str, hang_up: str = "--default-signal=HUP") -> subprocess.Popen:
-    """Runs until the stage's first step, under nohup or not whatever these tests run under."""
+def driver(
+    tmp_path: Path, output: int, body: str, hang_up: str = "--default-signal=HUP", shell: bool = False
+) -> subprocess.Popen:
+    """Runs until the stage's first step, under nohup or not whatever these tests run under.
+
+    With `shell` as the job of a shell that could continue it, else in a session of its own.
+    """
     child = subprocess.Popen(
         ["env", hang_up, sys.executable, "-c", DRIVER, body], cwd=tmp_path, stdin=output, stdout=output, stderr=output,
-        start_new_session=True,
+        start_new_session=not shell, process_group=0 if shell else None,
     )  # fmt: skip
     os.close(output)
     log = tmp_path / "logs" / "stage.log"
@@ -124,3 +140,64 @@ def test_a_run_whose_output_nobody_reads_on_is_saved_first(tmp_path):
     child = driver(tmp_path, theirs, SAVING)
     os.close(ours)
     assert last_words(tmp_path, child) == ("saved", console.UNREAD)
+
+
+def steps(tmp_path: Path) -> int:
+    return (tmp_path / "logs" / "stage.log").read_text().count("step")
+
+
+def states(process: psutil.Process) -> list[str]:
+    return [one.status() for one in (process, *process.children(recursive=True))]
+
+
+def wait_until(true) -> None:
+    for _ in range(400):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 20 s")
+
+
+def test_ctrl_z_stops_the_ranks_too_and_fg_goes_on(tmp_path):
+    ours, theirs = os.pipe()
+    # The ranks are in a process group of their own, as with mpirun.
+    nested = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {SAVING!r}], process_group=0)"
+    child = driver(tmp_path, theirs, nested, shell=True)
+    process = psutil.Process(child.pid)
+    for _ in range(2):
+        child.send_signal(signal.SIGTSTP)
+        wait_until(lambda: states(process) == [psutil.STATUS_STOPPED] * 3)
+        before = steps(tmp_path)
+        time.sleep(0.3)
+        assert steps(tmp_path) == before
+        child.send_signal(signal.SIGCONT)
+        wait_until(lambda: steps(tmp_path) > before)  # noqa: B023
+    assert psutil.STATUS_STOPPED not in states(process)
+    child.kill()
+    process.wait()
+    os.close(ours)
+
+
+def test_where_nobody_could_go_on_again_ctrl_z_stops_nothing(tmp_path):
+    ours, theirs = os.pipe()
+    child = driver(tmp_path, theirs, SAVING.replace("100", "20"))
+    child.send_signal(signal.SIGTSTP)
+    assert last_words(tmp_path, child) == ("step 19", 0)
+    os.close(ours)
+
+
+def test_a_terminal_that_stands_still_holds_up_no_rank(tmp_path):
+    ours, theirs = os.pipe()
+    child = driver(tmp_path, theirs, "for step in range(1000):\n    print('step', step, 'x' * 1000)")
+    wait_until(lambda: steps(tmp_path) == 1000)  # fifteen times what a pipe holds, and nobody has read any of it
+    assert not (tmp_path / "code").exists(), "the person will still see all of it"
+    with open(ours, "rb") as reader:
+        assert reader.read() == (tmp_path / "logs" / "stage.log").read_bytes()
+    assert last_words(tmp_path, child)[1] == 0
+
+
+def test_output_that_cannot_be_written_ends_the_run(tmp_path):
+    child = driver(tmp_path, os.open("/dev/full", os.O_WRONLY), SAVING)
+    child.wait(timeout=20)
+    assert not (tmp_path / "code").exists()
+    assert (tmp_path / "logs" / "stage.log").read_text().splitlines()[-1] != "step 99"
