@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minima.errors import MinimaError
@@ -48,9 +49,20 @@ def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
         models: hidden states [N, D] and output head [V, D], by what to call the model.
 
     Raises:
-        MinimaError: a shape is another.
+        MinimaError: a shape or a kind of tensor is another.
     """
+    if labels_N.is_floating_point() or labels_N.dtype == torch.bool:
+        raise MinimaError(
+            f"labels of {labels_N.dtype}", "a label is the number of a token", "give int64 token ids: `labels.long()`"
+        )
     for name, (hidden_ND, head_VD) in models.items():
+        if hasattr(hidden_ND, "full_tensor") or hasattr(head_VD, "full_tensor"):
+            raise MinimaError(
+                f"hidden states or an output head of the {name} that are sharded (DTensor)",
+                "each chunk of tokens is multiplied with the whole head",
+                "give `tensor.full_tensor()`, through which the gradient goes back to its shards, or call the loss "
+                "inside the module's forward, where FSDP has gathered them",
+            )
         if labels_N.dim() != 1 or hidden_ND.dim() != 2 or len(hidden_ND) != len(labels_N):
             raise MinimaError(
                 f"hidden states {list(hidden_ND.shape)} of the {name} for labels {list(labels_N.shape)}",

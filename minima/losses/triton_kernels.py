@@ -155,7 +155,8 @@ def _rows(
         t_log += tl.log(tl.sum(t_sum * tl.exp((t_max - t_top) * inverse_temperature), axis=0))
 
     label = tl.load(labels_ptr + row)
-    hard = s_log - tl.load(student_ptr + label)
+    # A label that is no token would read another row's logit; eager refuses it, here the loss is not a number.
+    hard = s_log - tl.load(student_ptr + label, mask=(label >= 0) & (label < vocabulary), other=float("nan"))
     tl.debug_barrier()  # the gradient may overwrite the label's logit
     if HAS_TEACHER:
         mean = 0.0

@@ -5,7 +5,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from minima.errors import MinimaError, VocabularyMismatch
 from minima.losses import (
@@ -227,3 +230,27 @@ def test_losses_of_one_model_name_what_does_not_belong_together(loss):
 def test_agreement_over_chunks_of_no_tokens_is_refused():
     with pytest.raises(MinimaError, match="chunk_tokens -1"):
         linear_agreement(*inputs(8, 33, 13, 17), chunk_tokens=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_that_are_no_token_ids_are_refused(dtype):
+    *models, labels = inputs(8, 33, 13, 17)
+    with pytest.raises(MinimaError, match=f"labels of {dtype}"):
+        linear_distillation_loss(*models, labels.to(dtype))
+
+
+def test_a_sharded_head_is_refused_with_the_way_out():
+    """FSDP's parameters outside of its modules' forward; what the message advises gives each shard its gradient."""
+    student, head, *rest = inputs(8, 33, 13, 17)
+    student.requires_grad_()
+    head.requires_grad_()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        sharded = distribute_tensor(head.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
+        with pytest.raises(MinimaError, match=r"(?s)head of the student.*full_tensor\(\)"):
+            linear_distillation_loss(student, sharded, *rest)
+        linear_distillation_loss(student, sharded.full_tensor(), *rest).total.backward()
+        linear_distillation_loss(student, head, *rest).total.backward()
+        assert torch.equal(sharded.grad.to_local(), head.grad)
+    finally:
+        dist.destroy_process_group()

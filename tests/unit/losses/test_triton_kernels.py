@@ -68,6 +68,9 @@ print(json.dumps(["no gradients", "float32", errors]))
 hidden[models[4] != -100] = float("nan")
 loss = linear_distillation_loss(*models[:2], hidden, *models[3:], kernel="triton")
 print(json.dumps(["not finite", "float32", [0.0 if loss.total.isnan() else 1.0]]))
+for label in (1001, -1):
+    loss = linear_distillation_loss(*models[:4], torch.full_like(models[4], label), kernel="triton")
+    print(json.dumps([f"label {label} of 1001 tokens", "float32", [0.0 if loss.total.isnan() else 1.0]]))
 """
 
 
@@ -77,7 +80,7 @@ def test_the_interpreted_kernel_equals_eager_and_float64():
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 6 * ((5 + 1) * 2 + 1) + 4
+    assert len(lines) == 6 * ((5 + 1) * 2 + 1) + 6
     for name, dtype, errors in lines:
         assert max(errors) < TOLERANCE[dtype], f"{name} in {dtype}: {errors}"
 
