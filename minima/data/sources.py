@@ -3,6 +3,7 @@
 import bz2
 import glob
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -24,10 +25,19 @@ _FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".parquet": "parquet",
 }  # fmt: skip
-_UNPACK = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _PARQUET_ROWS = 1024
+_UNPACKED_BYTES = 1 << 20
 _SNIFF_BYTES = 1 << 12
 T = TypeVar("T")
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    import pyarrow
+
+    return cast(IO[bytes], io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), _UNPACKED_BYTES))
+
+
+_UNPACK: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstd}
 
 
 def read_source(source: Source, rejected: Rejected, *, share: Share | None = None) -> Iterator[str]:
@@ -149,7 +159,8 @@ def _read_files(source: Source, field: str | None, rejected: Rejected, share: Sh
         raise DataError(
             f"none of {len(files)} files at {source.path!r} has a known suffix, for example {files[0].name!r}",
             "the format is told by the suffix",
-            f"give `format:` (text, jsonl or parquet), or files that end in {', '.join(_FORMATS)} (.gz, .xz, .bz2 too)",
+            f"give `format:` (text, jsonl or parquet), or files that end in {', '.join(_FORMATS)} "
+            f"({', '.join(_UNPACK)} too)",
         )
 
 
@@ -184,8 +195,7 @@ def _format(path: Path) -> str | None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    opener: Any = _UNPACK.get(path.suffix.lower(), open)
-    return cast(IO[bytes], opener(path, "rb"))
+    return cast(IO[bytes], _UNPACK.get(path.suffix.lower(), open)(path, "rb"))
 
 
 def _read_text(path: Path, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:

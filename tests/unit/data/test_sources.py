@@ -32,6 +32,15 @@ def lines(texts, field="text"):
     return "".join(json.dumps({"id": 1, field: text}, ensure_ascii=False) + "\n" for text in texts).encode()
 
 
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def in_frames(content: bytes) -> bytes:
+    """As `pzstd` and appending write it."""
+    return zstd(content[:40]) + zstd(content[40:])
+
+
 def test_text_files_one_document_each_in_sorted_order(tmp_path):
     for name, text in zip(("b.txt", "a.md", "c/d.text", "c/.hidden.txt"), TEXTS, strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -44,7 +53,7 @@ def test_text_files_one_document_each_in_sorted_order(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress),
-                                              (".bz2", bz2.compress)])  # fmt: skip
+                                              (".bz2", bz2.compress), (".zst", zstd), (".zst", in_frames)])  # fmt: skip
 def test_json_lines(tmp_path, suffix, pack):
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(lines(TEXTS, "body") + b"\n\n"))
     texts, rejected = read(path=str(tmp_path), field="body")
@@ -138,6 +147,9 @@ def test_a_file_that_is_not_utf8_and_one_of_unknown_kind(tmp_path):
         ("a.jsonl.xz", b"not xz", "cannot be read"),
         ("a.jsonl.xz", lzma.compress(b"{}\n" * 99)[:40] + b"\xff" * 40, "cannot be read"),
         ("a.jsonl.bz2", bz2.compress(b"{}\n" * 99)[:12] + b"\xff" * 40, "cannot be read"),
+        ("a.jsonl.zst", b"not zstd", "cannot be read"),
+        ("a.jsonl.zst", zstd(b"{}\n" * 99)[:-9], "cannot be read"),
+        ("a.jsonl.zst", zstd(lines(TEXTS))[:20] + b"\xff" * 40, "cannot be read"),
         ("a.exe", b"MZ", "known suffix"),
     ],
 )
