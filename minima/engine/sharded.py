@@ -1,6 +1,5 @@
 """A stock model built straight into ZeRO-3's shards: each rank reads its own part of every tensor."""
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +82,6 @@ def release(root: nn.Module, optimizer: Any = None) -> None:
         optimizer.optimizer.state.clear()  # hooks and closures still hold both objects, but no longer their tensors
         optimizer.optimizer.param_groups.clear()
         vars(optimizer).clear()
-    gc.collect()
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.layers import prepare_layers
+from minima.engine.memory import return_unused
 from minima.engine.objectives.objective import Objective
 from minima.engine.sharded import build_sharded, read_shard, release, sharded_parameters
 from minima.losses import LossSum
@@ -149,6 +150,7 @@ class Student:
         root, optimizer = self._root, self.engine.optimizer
         del self.engine, self._root, self.model
         release(root, optimizer)
+        return_unused()
 
 
 def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_local_fp32_param
@@ -185,6 +186,27 @@ def closing(folder: Path) -> Any:
     host.close()
     held = {name: reference() is not None for name, reference in watched.items()}
     return held | {"shards": any(shard.numel() for shard in shards)}
+
+
+class Zeros:
+    """A larger model, in shards of a few MB, as a much larger one on many ranks has."""
+
+    config = teacher_source().config | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5}
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.zeros(stop - start)
+
+
+def resident(folder: Path) -> Any:
+    """Resident bytes of this process: before a model, with it, and once it is closed; of the second such model."""
+    config, found = frozen_config(CONFIGS / "teacher_zero3.json", precision="float32"), []
+    for _ in range(2):
+        found = [psutil.Process().memory_info().rss]
+        host = FrozenHost(Zeros(), config, precision="float32")
+        found.append(psutil.Process().memory_info().rss)
+        host.close()
+        found.append(psutil.Process().memory_info().rss)
+    return found
 
 
 def host_reads(folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """Two real ranks under ZeRO-3 against one plain process, against themselves resumed, and against bad numbers."""
 
+import ctypes
 import json
 
 import pytest
@@ -130,6 +131,13 @@ def test_nothing_is_put_into_the_shared_memory_of_the_machine(two_ranks):
 
 def test_a_closed_engine_leaves_nothing_in_memory(two_ranks):
     assert two_ranks["closing"] == {"master": False, "moment": False, "shards": False}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_a_closed_models_memory_is_the_machines_again(two_ranks):
+    before, with_model, after = two_ranks["resident"]
+    assert with_model - before > 80e6, "the measurement saw nothing"
+    assert after - before < 30e6
 
 
 def test_rotary_frequencies_stay_float32_under_bfloat16(two_ranks):

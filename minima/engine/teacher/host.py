@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
+from minima.engine.memory import return_unused
 from minima.engine.teacher.replica import Replica
 from minima.engine.teacher.tensor_parallel import TensorParallel
 from minima.engine.teacher.zero3 import Zero3
@@ -106,6 +107,7 @@ class FrozenHost:
         """Give the memory back."""
         self._head_VE = None
         self._place.close()
+        return_unused()
 
 
 def _recompute(model: PreTrainedModel) -> None:
