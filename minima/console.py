@@ -159,6 +159,7 @@ def quietly(command: Callable[[], int]) -> int:
     Returns:
         The exit code; `UNREAD` where nobody reads on.
     """
+    _lead_closed_streams_nowhere()
     try:
         try:
             code = command()
@@ -171,6 +172,16 @@ def quietly(command: Callable[[], int]) -> int:
             return UNREAD
         raise  # another pipe: an error of our own
     return code
+
+
+def _lead_closed_streams_nowhere() -> None:
+    """A stream that was closed before the start (`>&-`) is None, and the next file to be opened takes its number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def silenced() -> bool:

@@ -59,3 +59,18 @@ def test_a_rank_without_a_reader_says_nothing_and_another_pipe_has_its_traceback
     monkeypatch.setattr(cli, "silenced", lambda: gone)
     assert cli.main(["stage", "quickstart"]) == code
     assert ("Traceback" in capsys.readouterr().err) != gone
+
+
+@pytest.mark.parametrize(
+    ("closed", "said", "told"),
+    [(">&-", "", "more"), ("2>&-", "said\nprint\necho\n", ""), ("<&- >&- 2>&-", "", "")],
+)
+def test_streams_that_are_closed_lead_nowhere(closed, said, told, root, tmp_path):
+    """As some start a daemon. A file that is opened later must not be taken for standard output."""
+    code = "import os, sys; from minima import console; "
+    code += "console.quietly(lambda: console.write('said') or sys.stderr.write('more') and 0); "
+    code += "os.write(os.open('later', os.O_WRONLY | os.O_CREAT), b'mine'); print('print'); os.system('echo echo')"
+    done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=tmp_path, env=os.environ
+                          | {"PYTHONPATH": str(root)}, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, told)
+    assert (tmp_path / "later").read_text() == "mine"
