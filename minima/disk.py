@@ -14,6 +14,7 @@ from typing import Any
 from minima.errors import AccessRefused, DiskFull, MinimaError, StoreCorrupted
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of folders, on some network and FUSE file systems
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -42,6 +43,18 @@ def inside(folder: Path, name: Any) -> Path:
             f"fetch or make {folder} again, from somebody you trust",
         )
     return folder / path
+
+
+def sync(path: Path) -> None:
+    """Make what a file holds last, or the names in a folder, where its file system knows of that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def copy_content(source: Path, target: Path) -> None:

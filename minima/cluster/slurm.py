@@ -85,7 +85,8 @@ def call(command: Sequence[str], doing: str) -> str:
         raise ClusterError(
             f"{command[0]} refuses, {doing}: {said}",
             "Slurm did not do what was asked",
-            "mend what it names: most often a partition, an account or a limit in the cluster file",
+            "mend what it names: most often a partition, an account or a limit in the cluster file, or a job that is "
+            "somebody else's",
         )
     return done.stdout
 

@@ -23,7 +23,7 @@ from minima.data.part_files import (
 )
 from minima.data.recording import Run, Waiting, encoded, runs
 from minima.data.share import Share
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, sync
 from minima.errors import StoreCorrupted
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
@@ -93,10 +93,10 @@ def build_part(
             }
             shutil.rmtree(unfinished / "tokenizer")
             write_index(unfinished, index)
-            _sync(unfinished)
+            sync(unfinished)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(unfinished, final)
-            _sync(folder)
+            sync(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     counts = {
@@ -164,12 +164,3 @@ class _Limit:
             return False
         ahead = MARGIN * self._ahead * self._tokens / self._characters
         return self._tokens * self._total >= self._needed + ahead
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,7 @@
 """A safetensors file that whoever may read the folder may read, too."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -19,4 +20,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
+    if path.stat().st_mode != mode:
+        with suppress(OSError):  # a file system without modes of its own is no reason to lose a checkpoint
+            path.chmod(mode)

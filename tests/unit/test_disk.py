@@ -7,7 +7,7 @@ import os
 import pytest
 
 from minima.data.store import TokenStore
-from minima.disk import access_refused_named, copy_content, inside
+from minima.disk import access_refused_named, copy_content, inside, sync
 from minima.engine.checkpoint.store import MARKER, verify_checkpoint
 from minima.errors import AccessRefused, StoreCorrupted
 from minima.models.shape import ModelShape
@@ -103,3 +103,16 @@ def test_copying_asks_for_no_change_of_mode_or_time(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *_, **__: refused(errno.EPERM, "a"))
     copy_content(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target" / "a").is_file()
+
+
+def test_a_file_system_that_syncs_no_folders_is_no_reason_to_stop(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    sync(tmp_path)
+    sync(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", lambda _: refused(errno.EINVAL, None))
+    sync(tmp_path)
+    with pytest.raises(OSError, match="Invalid"):  # a file's bytes may be lost
+        sync(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", lambda _: refused(errno.EIO, None))
+    with pytest.raises(OSError, match="Input/output"):
+        sync(tmp_path)

@@ -1,7 +1,6 @@
 """Checkpoints written beside the training: a snapshot in memory, files in a thread, a marker once all are there."""
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minima.disk import is_no_space
+from minima.disk import is_no_space, sync
 from minima.engine import distributed
 from minima.engine.checkpoint.store import FORMAT, MARKER, file_sha256, marker_sha256, prune, remove, step_folder
 from minima.errors import CheckpointError, DiskFull, MinimaError
@@ -143,7 +142,7 @@ class CheckpointWriter:
     def _write(self, write_files: WriteFiles) -> None:
         try:
             for path in write_files(self._partial):
-                _sync(path)
+                sync(path)
                 self._report.sha256[path.name] = file_sha256(path)
                 self._report.num_bytes += path.stat().st_size
         except (OSError, SafetensorError) as error:
@@ -171,11 +170,11 @@ def _complete(partial: Path, final: Path, facts: dict[str, Any]) -> None:
     marker = partial / MARKER
     content = {"format": FORMAT, **facts}
     marker.write_text(json.dumps(content | {"marker_sha256": marker_sha256(content)}, indent=1), encoding="utf-8")
-    _sync(marker)
-    _sync(partial)
+    sync(marker)
+    sync(partial)
     remove(final)  # the same step, saved before a run went back to an earlier one
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError:
@@ -189,11 +188,3 @@ def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError
     return CheckpointError(
         f"{partial} could not be written: {'; '.join(failures)}", why, "mend the cause, then run again"
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

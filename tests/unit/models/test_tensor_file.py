@@ -1,5 +1,6 @@
 """Tensors are written for whoever may read the folder."""
 
+import errno
 import os
 
 import pytest
@@ -24,3 +25,12 @@ def test_the_umask_decides_who_reads_them(tmp_path, umask, mask, mode):
         save_tensors(tensors, path, metadata={"format": "pt"})
         assert path.stat().st_mode & 0o777 == mode
     assert torch.equal(load_file(path)["a"], tensors["a"])
+
+
+def test_a_file_system_without_modes_is_no_reason_to_lose_a_checkpoint(tmp_path, umask, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    save_tensors({"a": torch.arange(3)}, tmp_path / "a.safetensors")
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
