@@ -70,13 +70,14 @@ def check_machine(folder: Path) -> list[Finding]:
     checks = {
         "locks": lambda: _locks(folder),
         "file times": lambda: _file_times(folder),
+        "files": lambda: _files(folder),
         "/dev/shm": _shared_memory,
         "Slurm": _slurm,
         "MPI": _mpi,
         "Hub": _hub,
     }
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):  # the one finding says it
-        del checks["locks"], checks["file times"]
+        del checks["locks"], checks["file times"], checks["files"]
     return [disk, *(guarded(name, look) for name, look in checks.items())]
 
 
@@ -145,6 +146,26 @@ def _file_times(folder: Path) -> Finding:
     if abs(skew) > _SKEW_SECONDS:
         return Finding("file times", "warning", text, "let both follow one clock (chrony or ntpd); file times mislead")
     return Finding("file times", "ok", f"within {_SKEW_SECONDS:.0f} s of this machine's clock")
+
+
+def _files(folder: Path) -> Finding:
+    """What stages rely on: files that grow, and a folder that gets its name once all is in it and is read at once."""
+    do = "take a local disk or a network file system (NFS, Lustre, GPFS); a bucket's mount can hold sources of text"
+    place = Path(tempfile.mkdtemp(dir=folder, prefix=".minima-doctor-"))
+    try:
+        (place / "partial").mkdir()
+        for written in ("one", "two"):
+            with (place / "partial" / "file").open("a", encoding="utf-8") as file:
+                file.write(written)
+        (place / "partial").rename(place / "final")
+        found = (place / "final" / "file").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        return Finding("files", "FAILED", f"writing, renaming and reading in {folder} fails: {error}", do)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    if found != "onetwo":
+        return Finding("files", "FAILED", f"a file in {folder} reads {found!r} where 'onetwo' was written", do)
+    return Finding("files", "ok", "what is written is read back, under a new name too")
 
 
 def _shared_memory() -> Finding:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minima.errors import StageError
@@ -45,12 +45,14 @@ def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
         _take(descriptor, folder, wait_seconds)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         holder |= {"job": job.job_id} if (job := slurm_job()) else {}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        with access_named(folder):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         try:
             yield descriptor
         finally:
-            os.ftruncate(descriptor, 0)  # nobody is named by a lock that nobody holds
+            with suppress(OSError):  # on a disk that is full, or has gone, what is under way says so
+                os.ftruncate(descriptor, 0)  # nobody is named by a lock that nobody holds
     finally:
         os.close(descriptor)
 

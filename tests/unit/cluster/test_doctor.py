@@ -1,5 +1,6 @@
 """What the doctor finds on one machine, and how it tells what several ranks have found."""
 
+import errno
 import os
 import shutil
 import sys
@@ -7,6 +8,7 @@ import threading
 import urllib.error
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -48,7 +50,7 @@ def program(folder, monkeypatch, name, text, code=0):
 def test_a_sound_machine(tmp_path):
     checks = found(tmp_path)
     assert [name for name, finding in checks.items() if finding.state == "FAILED"] == []
-    assert checks["locks"].state == checks["file times"].state == checks["Hub"].state == "ok"
+    assert checks["locks"].state == checks["file times"].state == checks["files"].state == checks["Hub"].state == "ok"
     assert "HF_HUB_OFFLINE=1" in checks["Hub"].found
     assert checks["Slurm"].found == "not installed here" and checks["MPI"].found == "no mpirun here"
     assert list(tmp_path.iterdir()) == [], "the doctor leaves nothing behind"
@@ -60,7 +62,7 @@ def test_a_folder_that_is_not_there_is_one_finding(tmp_path):
         checks = found(tmp_path / name)
         assert checks["disk"].state == "FAILED" and checks["disk"].found.endswith(how)
         assert "mkdir" in checks["disk"].do and "--folder" in checks["disk"].do
-        assert "locks" not in checks and "file times" not in checks
+        assert not {"locks", "file times", "files"} & set(checks)
 
 
 def test_a_misspelt_folder_fails_and_is_not_made(tmp_path, monkeypatch):
@@ -114,6 +116,25 @@ def test_a_file_system_with_another_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_machine.time, "time", lambda: os.stat(tmp_path).st_mtime - 100)
     finding = found(tmp_path)["file times"]
     assert finding.state == "warning" and "100." in finding.found and "chrony" in finding.do
+
+
+def test_a_mount_that_is_no_file_system_of_ones_own(tmp_path, monkeypatch):
+    """As buckets are mounted: files that do not grow, or that are not yet there under their new name."""
+    rename = Path.rename
+
+    def loses_content(path, target):
+        moved = rename(path, target)
+        (moved / "file").write_text("")
+        return moved
+
+    def refuses(path, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    for way, said in ((loses_content, "reads ''"), (refuses, "Input/output error")):
+        monkeypatch.setattr(Path, "rename", way)
+        finding = found(tmp_path)["files"]
+        assert finding.state == "FAILED" and said in finding.found and "local disk" in finding.do
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_slurm(tmp_path, monkeypatch):

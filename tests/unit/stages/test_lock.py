@@ -46,6 +46,30 @@ def test_a_group_may_take_turns(tmp_path):
     assert (tmp_path / "run" / "lock").stat().st_mode & 0o777 == 0o664
 
 
+def test_a_file_system_that_takes_no_writes_is_named(tmp_path, monkeypatch):
+    """As some mounts of buckets: what is opened may then not be written."""
+
+    def refuse(descriptor, length):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(StageError, match="cannot be used"), run_lock(tmp_path):
+        raise AssertionError
+
+
+def test_what_fails_under_the_lock_is_what_is_told(tmp_path, monkeypatch):
+    def refuse(descriptor, length):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def work():
+        with run_lock(tmp_path):
+            monkeypatch.setattr(os, "ftruncate", refuse)
+            raise DiskFull("mine", "", "")
+
+    with pytest.raises(DiskFull, match="mine"):
+        work()
+
+
 def test_a_job_is_named_by_its_id(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with run_lock(tmp_path), pytest.raises(StageError, match=r"\(Slurm job 77\), since"), run_lock(tmp_path):
