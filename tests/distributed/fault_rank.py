@@ -17,7 +17,7 @@ from minima.stages.feed import Feed
 
 FAULTS = json.loads(sys.argv[1])
 current_step = 0
-feed_step, save_file, clock, objective = Feed.step, shards.save_file, time.time, LanguageModelling.__call__
+feed_step, save_tensors, clock, objective = Feed.step, shards.save_tensors, time.time, LanguageModelling.__call__
 
 
 def slower_step(self, step):
@@ -30,7 +30,7 @@ def slower_step(self, step):
 
 
 def slower_save(tensors, path):
-    save_file(tensors, path)
+    save_tensors(tensors, path)
     if FAULTS.get("slow_save_step") == current_step:
         time.sleep(30)
 
@@ -46,7 +46,7 @@ def broken_loss(self, model, batch):
 
 
 if __name__ == "__main__":
-    Feed.step, shards.save_file, time.time, LanguageModelling.__call__ = (  # type: ignore[method-assign]
+    Feed.step, shards.save_tensors, time.time, LanguageModelling.__call__ = (  # type: ignore[method-assign]
         slower_step, slower_save, clock_that_goes_back, broken_loss,
     )  # fmt: skip
     sys.exit(main(["stage", *sys.argv[2:]]))

@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_no_file(keep, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept_reference, "save_file", full)
+    monkeypatch.setattr(kept_reference, "save_tensors", full)
     with pytest.raises(DiskFull):
         keep()
     assert keep.hosts[0].closed and list(keep.folder.iterdir()) == []
@@ -277,7 +277,7 @@ def test_a_file_that_may_not_be_written_is_told_to_every_rank(keep, monkeypatch,
 
     raise_together = distributed.raise_together
     monkeypatch.setattr(distributed, "raise_together", together)
-    monkeypatch.setattr(kept_reference, "save_file", half)
+    monkeypatch.setattr(kept_reference, "save_tensors", half)
     with pytest.raises(StageError, match=r"reference-.* could not be written \(.*13|.*Read-only"):
         keep()
     assert [type(met) for met in told] == [StageError]
