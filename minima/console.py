@@ -14,6 +14,7 @@ from typing import Self, TextIO
 
 from minima.errors import MinimaError
 
+_LOOK_SECONDS = 0.2
 UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that writes to a pipe which nobody reads
 
 
@@ -101,7 +102,7 @@ def pausing(halt: Callable[[], object], go_on: Callable[[], object]) -> Iterator
 class Outlet:
     """Standard output, written from a thread: a terminal that stands still (Ctrl-S, `| less`) holds nothing else up.
 
-    Leaving the context waits until all is written.
+    Leaving the context waits until all is written; after an error, or once it is left alone, for a moment only.
 
     Args:
         unread: is called where a pipe has lost its reader; see `outliving_readers`.
@@ -111,6 +112,7 @@ class Outlet:
         self._unread = unread
         self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
+        self._left_alone = threading.Event()
         self._thread = threading.Thread(target=self._pass_on, name="outlet", daemon=True)
 
     def write(self, chunk: bytes) -> None:
@@ -123,12 +125,15 @@ class Outlet:
             raise self._failure
         self._chunks.put(chunk)
 
+    def leave_alone(self) -> None:
+        """Do not wait for the terminal any more."""
+        self._left_alone.set()
+
     def _pass_on(self) -> None:
         try:
             while (chunk := self._chunks.get()) is not None:
                 with outliving_readers(self._unread):
-                    sys.stdout.buffer.write(chunk)
-                    sys.stdout.flush()
+                    _write_through(chunk)
         except Exception as error:
             self._failure = error
 
@@ -138,9 +143,28 @@ class Outlet:
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._chunks.put(None)
-        self._thread.join()
+        if value is not None:
+            self.leave_alone()
+        while not self._left_alone.is_set() and self._thread.is_alive():
+            self._thread.join(_LOOK_SECONDS)
+        self._thread.join(_LOOK_SECONDS)
         if self._failure is not None and value is None:
             raise self._failure
+
+
+def _write_through(chunk: bytes) -> None:
+    """Past Python's buffer, whose lock a thread that never comes back would hold at the process's end."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file of the system's, as in tests
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+        return
+    while chunk:
+        try:
+            chunk = chunk[os.write(number, chunk) :]
+        except BlockingIOError:  # another program has set the terminal so
+            select.select([], [number], [])
 
 
 def show(error: MinimaError) -> None:

@@ -62,7 +62,12 @@ def copy_content(source: Path, target: Path) -> None:
 
     Unlike `shutil.copytree` it leaves modes and times alone: the source may be read-only, and the target may have been
     begun by somebody else, who alone may change them.
+
+    Raises:
+        FileNotFoundError: the source is no folder.
     """
+    if not source.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
     for path in sorted(source.rglob("*")):
         if path.is_file():
             copied = target / path.relative_to(source)

@@ -76,10 +76,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         rank, world_size = distributed.rank(), distributed.world_size()
-        slept = time.monotonic()
-        while not self._stopped.wait(self._beat_seconds):
-            if time.monotonic() - slept > self._beat_seconds + _STOOD_STILL_SECONDS:
-                self._since = time.monotonic()
+        while not self._wait():
             try:
                 self._answered(lambda: self._tell(rank))
                 if time.monotonic() - self._since > self.seconds:
@@ -89,7 +86,18 @@ class Watchdog:
                 if time.monotonic() - self._since > self.seconds and not self._stopped.is_set():
                     verdict = f"rank 0 gave no sign of life while rank {rank} waited for {self.seconds:g} s ({error})"
                     self._leave(verdict, 0.0 if rank == 1 else _GRACE_SECONDS)
-            slept = time.monotonic()
+
+    def _wait(self) -> bool:
+        """For a beat; whether the watching is over."""
+        began = time.monotonic()
+        stopped = self._stopped.wait(self._beat_seconds)
+        self._excuse(began, self._beat_seconds)
+        return stopped
+
+    def _excuse(self, began: float, seconds: float) -> None:
+        """Begin to count anew where what takes so long at most took much longer: this process was stopped itself."""
+        if time.monotonic() - began > seconds + _STOOD_STILL_SECONDS:
+            self._since = time.monotonic()
 
     def _tell(self, rank: int) -> None:
         self._beat += 1
@@ -120,7 +128,7 @@ class Watchdog:
     def _end(self, rank: int, world_size: int) -> None:
         before = self._answered(lambda: self._ask(world_size))
         for _ in range(3):  # whoever lives says so in this time
-            if self._stopped.wait(self._beat_seconds):
+            if self._wait():
                 return
             self._answered(lambda: self._tell(rank))
         after = self._answered(lambda: self._ask(world_size))
@@ -138,6 +146,7 @@ class Watchdog:
             RuntimeError: the connection is lost.
         """
         answers: list[_T] = []
+        began = time.monotonic()
 
         def run() -> None:
             with suppress(Exception):
@@ -147,6 +156,7 @@ class Watchdog:
             self._asking = threading.Thread(target=run, name="watchdog store", daemon=True)
             self._asking.start()
             self._asking.join(_ANSWER_SECONDS)
+            self._excuse(began, _ANSWER_SECONDS)
         if self._asking.is_alive():
             raise TimeoutError(f"its key-value store has not answered in {_ANSWER_SECONDS:g} s")
         if not answers:

@@ -60,8 +60,7 @@ def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
             raise MinimaError(
                 f"hidden states or an output head of the {name} that are sharded (DTensor)",
                 "each chunk of tokens is multiplied with the whole head",
-                "give `tensor.full_tensor()`, through which the gradient goes back to its shards, or call the loss "
-                "inside the module's forward, where FSDP has gathered them",
+                "call the loss inside the module's forward, where FSDP has gathered it and adds up its gradient",
             )
         if labels_N.dim() != 1 or hidden_ND.dim() != 2 or len(hidden_ND) != len(labels_N):
             raise MinimaError(

@@ -26,7 +26,8 @@ class Source(BaseModel):
         revision: revision of the dataset.
         streaming: read the dataset without downloading it first.
         format: of the files of `path`; by their names when `auto`: a `.json` is one array of records, or JSON lines.
-            One plain text file is one document. All but parquet may be packed: `.gz`, `.xz`, `.bz2`, `.zst`.
+            One plain text file is one document. All but parquet may be packed: `.gz`, `.xz`, `.bz2`, `.zst`
+            (the last with windows of up to 128 MB, that is, by `zstd` without `--long` above 27).
         field: of a record of `path` or `hub`, the one that holds the text; not read for conversations and preferences,
             whose layout is told from the record.
         weight: share of the training tokens, relative to the other sources' weights. All weights equal to their

@@ -87,33 +87,42 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     )
     driver = environment.get(DRIVER)
     received: list[int] = []
+    late: list[int] = []  # while the terminal still takes what the command, which has ended, had to say
 
     def stop(number: int) -> None:
-        received.append(number)
-        signal_ranks(child.pid, number if number == signal.SIGINT else signal.SIGTERM, driver)
+        if child.returncode is None:
+            received.append(number)
+            signal_ranks(child.pid, number if number == signal.SIGINT else signal.SIGTERM, driver)
+        else:
+            late.append(number)
+            terminal.leave_alone()
 
     def unread() -> None:
         if not received:  # a second one would end the ranks before they have saved
             stop(signal.SIGPIPE)
 
+    terminal = Outlet(unread)
+
     def pause() -> None:
-        signal_all(child.pid, signal.SIGSTOP, driver)
+        if child.returncode is None:
+            signal_all(child.pid, signal.SIGSTOP, driver)
 
     def go_on() -> None:
-        signal_all(child.pid, signal.SIGCONT, driver)
+        if child.returncode is None:
+            signal_all(child.pid, signal.SIGCONT, driver)
 
-    try:
-        with taking_signals(stop), pausing(pause, go_on), Outlet(unread) as terminal:
+    with taking_signals(stop), pausing(pause, go_on), terminal:
+        try:
             assert child.stdout is not None
             while chunk := os.read(child.stdout.fileno(), 65536):
                 log.write(chunk)
                 terminal.write(chunk)
             code = child.wait()
-    except BaseException:
-        signal_group(child.pid, signal.SIGTERM)
-        raise
-    if received:
-        return 128 + received[0]
+        except BaseException:
+            signal_group(child.pid, signal.SIGTERM)
+            raise
+    if received or (late and not code):  # what has failed by itself has failed
+        return 128 + (received or late)[0]
     return 128 - code if code < 0 else code
 
 

@@ -116,3 +116,8 @@ def test_a_file_system_that_syncs_no_folders_is_no_reason_to_stop(tmp_path, monk
     monkeypatch.setattr(os, "fsync", lambda _: refused(errno.EIO, None))
     with pytest.raises(OSError, match="Input/output"):
         sync(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_not_copied_as_an_empty_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        copy_content(tmp_path / "none", tmp_path / "target")

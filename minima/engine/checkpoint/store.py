@@ -22,9 +22,22 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending."""
-    found = folder.glob(f"step-*/{MARKER}") if folder.is_dir() else ()
-    return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
+    """Steps of the complete checkpoints in `folder`, ascending.
+
+    Raises:
+        PermissionError: the folder, or one of its checkpoints, may not be looked into.
+    """
+    names = os.listdir(folder) if folder.is_dir() else ()
+    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
+    return sorted(step for step in steps if _has_marker(step_folder(folder, step)))
+
+
+def _has_marker(checkpoint: Path) -> bool:
+    try:
+        (checkpoint / MARKER).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True  # what may not be looked at is refused: it is there, and would be passed over without a word
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
@@ -33,6 +46,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another format.
         StoreCorrupted: the marker is there and is torn.
+        PermissionError: it may not be read.
     """
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
@@ -45,6 +59,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
             "it says which files belong to the checkpoint, and what they have to hold",
             f"remove {checkpoint} to go on from the checkpoint before it",
         ) from error
+    except PermissionError:  # it is no less complete for that
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{checkpoint} is no complete checkpoint: {error}",

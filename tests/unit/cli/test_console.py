@@ -69,7 +69,8 @@ def test_streams_that_are_closed_lead_nowhere(closed, said, told, root, tmp_path
     """As some start a daemon. A file that is opened later must not be taken for standard output."""
     code = "import os, sys; from minima import console; "
     code += "console.quietly(lambda: console.write('said') or sys.stderr.write('more') and 0); "
-    code += "os.write(os.open('later', os.O_WRONLY | os.O_CREAT), b'mine'); print('print'); os.system('echo echo')"
+    code += "os.write(os.open('later', os.O_WRONLY | os.O_CREAT), b'mine'); "
+    code += "print('print', flush=True); os.system('echo echo')"
     done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=tmp_path, env=os.environ
                           | {"PYTHONPATH": str(root)}, capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, said, told)

@@ -91,6 +91,35 @@ def test_time_in_which_this_rank_was_itself_stopped_does_not_count(monkeypatch, 
     assert left == ended_after
 
 
+def test_nor_does_it_where_the_others_were_being_asked(monkeypatch):
+    clock, left = Clock([0, 0, 0, 0]), []
+
+    class Asking:
+        """The question to rank 0's store, in which this rank is stopped, after rank 0 and for an hour."""
+
+        def __init__(self, target, name, daemon):
+            pass
+
+        def start(self):
+            pass
+
+        def is_alive(self):
+            return True
+
+        def join(self, seconds):
+            clock.now += 3600
+
+    monkeypatch.setattr(watchdog.threading, "Thread", Asking)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(watchdog.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(watchdog.distributed, "world_size", lambda: 2)
+    watching = Watchdog(1800)
+    monkeypatch.setattr(watching, "_leave", lambda verdict, wait_seconds: left.append(verdict))
+    monkeypatch.setattr(watching._stopped, "wait", clock.wait)
+    watching._watch()
+    assert not left
+
+
 def test_a_hook_that_waits_in_a_thread_of_autograd_is_seen(tmp_path):
     """As on a GPU, where the main thread stands in `backward` and other threads run the hooks."""
     path = tmp_path / "deepspeed" / "runtime" / "zero" / "stage3.py"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
 
 from minima.errors import MinimaError, VocabularyMismatch
 from minima.losses import (
@@ -239,18 +239,26 @@ def test_labels_that_are_no_token_ids_are_refused(dtype):
         linear_distillation_loss(*models, labels.to(dtype))
 
 
+class _Student(torch.nn.Module):
+    def __init__(self, head: Tensor) -> None:
+        super().__init__()
+        self.head_VD = torch.nn.Parameter(head.detach().clone())
+
+    def forward(self, *models: Tensor) -> Tensor:
+        return linear_distillation_loss(models[0], self.head_VD, *models[1:]).total
+
+
 def test_a_sharded_head_is_refused_with_the_way_out():
-    """FSDP's parameters outside of its modules' forward; what the message advises gives each shard its gradient."""
+    """FSDP's parameters outside of its modules' forward."""
     student, head, *rest = inputs(8, 33, 13, 17)
-    student.requires_grad_()
     head.requires_grad_()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
-        sharded = distribute_tensor(head.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
-        with pytest.raises(MinimaError, match=r"(?s)head of the student.*full_tensor\(\)"):
-            linear_distillation_loss(student, sharded, *rest)
-        linear_distillation_loss(student, sharded.full_tensor(), *rest).total.backward()
+        module = fully_shard(_Student(head), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(MinimaError, match=r"(?s)head of the student.*inside the module's forward"):
+            linear_distillation_loss(student, module.head_VD, *rest)
+        module(student, *rest).backward()
         linear_distillation_loss(student, head, *rest).total.backward()
-        assert torch.equal(sharded.grad.to_local(), head.grad)
+        assert torch.equal(module.head_VD.grad.to_local(), head.grad)
     finally:
         dist.destroy_process_group()

@@ -196,6 +196,44 @@ def test_a_terminal_that_stands_still_holds_up_no_rank(tmp_path):
     assert last_words(tmp_path, child)[1] == 0
 
 
+LOUD = "for step in range(1000):\n    print('step', step, 'x' * 1000)\nraise SystemExit(%d)"
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, console.UNREAD), (3, 3)])
+def test_a_reader_that_goes_after_the_end_hides_no_failure(tmp_path, code, told):
+    ours, theirs = os.pipe()
+    child = driver(tmp_path, theirs, LOUD % code)
+    wait_until(lambda: steps(tmp_path) == 1000)
+    time.sleep(0.5)
+    os.close(ours)
+    assert last_words(tmp_path, child)[1] == told
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 128 + signal.SIGTERM), (3, 3)])
+def test_a_signal_after_the_end_waits_for_no_terminal(tmp_path, code, told):
+    ours, theirs = os.pipe()
+    child = driver(tmp_path, theirs, LOUD % code)
+    wait_until(lambda: steps(tmp_path) == 1000)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGTERM)
+    assert last_words(tmp_path, child)[1] == told
+    os.close(ours)
+
+
+def test_a_log_that_cannot_be_written_ends_the_stage_whatever_the_terminal_does(tmp_path):
+    ours, theirs = os.pipe()
+    (tmp_path / "logs" / "next.log").mkdir(parents=True)
+    body = LOUD.replace("raise", "print('== stage next (x)', flush=True)\nimport time\ntime.sleep(100)\nraise") % 0
+    child = driver(
+        tmp_path, theirs, body.replace("for", "import time\nprint('step 0', flush=True)\ntime.sleep(1)\nfor", 1)
+    )
+    (stage,) = psutil.Process(child.pid).children()
+    wait_until(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
+    os.close(ours)
+    child.wait(timeout=20)
+    assert not (tmp_path / "code").exists()
+
+
 def test_output_that_cannot_be_written_ends_the_run(tmp_path):
     child = driver(tmp_path, os.open("/dev/full", os.O_WRONLY), SAVING)
     child.wait(timeout=20)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -60,6 +61,34 @@ def test_one_that_may_not_be_read_is_not_set_aside(tmp_path, monkeypatch):
     with pytest.raises(AccessRefused, match="step-00000010/weights: Permission denied"):
         resume.load_newest(None, tmp_path)
     assert complete_steps(tmp_path) == [5, 10]
+
+
+@pytest.mark.parametrize("closed", ["step-00000010/checkpoint.json", ""])
+def test_what_may_not_be_looked_at_is_not_passed_over(tmp_path, monkeypatch, closed):
+    write(tmp_path, 5, 10)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    look, listdir = Path.stat, os.listdir
+    refused = tmp_path / closed
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **how: refuse(path) if path == refused and closed else look(path, **how)
+    )
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path) if path == refused else listdir(path))
+    with pytest.raises(PermissionError, match=closed or tmp_path.name):
+        resume.load_newest(None, tmp_path)
+
+
+def test_a_marker_that_may_not_be_read_is_no_missing_one(tmp_path, monkeypatch):
+    write(tmp_path, 5)
+
+    def refuse(path, **how):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(AccessRefused, match=r"checkpoint\.json: Permission denied"):
+        resume.load_newest(None, tmp_path)
 
 
 def test_without_any_there_is_nothing_to_load(tmp_path):
