@@ -14,7 +14,7 @@ from typing import Self, TextIO
 
 from minima.errors import MinimaError
 
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS, _MOMENT_SECONDS = 0.2, 2.0
 UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that writes to a pipe which nobody reads
 
 
@@ -147,7 +147,7 @@ class Outlet:
             self.leave_alone()
         while not self._left_alone.is_set() and self._thread.is_alive():
             self._thread.join(_LOOK_SECONDS)
-        self._thread.join(_LOOK_SECONDS)
+        self._thread.join(_MOMENT_SECONDS)
         if self._failure is not None and value is None:
             raise self._failure
 

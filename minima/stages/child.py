@@ -118,6 +118,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
                 log.write(chunk)
                 terminal.write(chunk)
             code = child.wait()
+            if received:  # whoever ends a run from elsewhere does not wait for its terminal
+                terminal.leave_alone()
         except BaseException:
             signal_group(child.pid, signal.SIGTERM)
             raise

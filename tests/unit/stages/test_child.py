@@ -196,6 +196,15 @@ def test_a_terminal_that_stands_still_holds_up_no_rank(tmp_path):
     assert last_words(tmp_path, child)[1] == 0
 
 
+def test_a_run_that_is_told_to_end_waits_for_no_terminal(tmp_path):
+    ours, theirs = os.pipe()
+    child = driver(tmp_path, theirs, SAVING.replace('"step", second', '"step", second, "x" * 10_000'))
+    wait_until(lambda: steps(tmp_path) > 10)
+    child.send_signal(signal.SIGTERM)
+    assert last_words(tmp_path, child) == ("saved", 128 + signal.SIGTERM)
+    os.close(ours)
+
+
 LOUD = "for step in range(1000):\n    print('step', step, 'x' * 1000)\nraise SystemExit(%d)"
 
 
