@@ -14,7 +14,7 @@ from typing import Self, TextIO
 
 from minima.errors import MinimaError
 
-_LOOK_SECONDS, _MOMENT_SECONDS = 0.2, 2.0
+_LOOK_SECONDS, _MOMENT_SECONDS = 0.2, 1.0
 UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that writes to a pipe which nobody reads
 
 

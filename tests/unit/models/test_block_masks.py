@@ -184,6 +184,7 @@ def test_a_compiled_layer_takes_any_batch_of_blocks_without_a_break_or_another_g
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_the_compiled_attention_is_the_dense_mask_for_any_batch_from_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
