@@ -205,6 +205,7 @@ def test_a_full_disk_keeps_the_older_result(tmp_path, stage, jsonl, addresses, t
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_said(tokenizer):
     make = partial(Encoder, tokenizer / "nowhere", 2, 512)
     with EncodingPool(make, 2) as pool, pytest.raises(DataError, match="ended by itself"):

@@ -197,6 +197,7 @@ def test_a_terminal_that_stands_still_holds_up_no_rank(tmp_path):
     assert last_words(tmp_path, child)[1] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_waits_for_no_terminal(tmp_path):
     ours, theirs = os.pipe()
     child = driver(tmp_path, theirs, SAVING.replace('"step", second', '"step", second, "x" * 10_000'))
@@ -219,6 +220,7 @@ def test_a_reader_that_goes_after_the_end_hides_no_failure(tmp_path, code, told)
     assert last_words(tmp_path, child)[1] == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "told"), [(0, 128 + signal.SIGTERM), (3, 3)])
 def test_a_signal_after_the_end_waits_for_no_terminal(tmp_path, code, told):
     ours, theirs = os.pipe()
