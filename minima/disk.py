@@ -111,7 +111,7 @@ def access_refused_named() -> Iterator[None]:
             raise
         raise AccessRefused(
             f"{error.filename}: {error.strerror}{_ownership(Path(os.fsdecode(error.filename)))}",
-            "this run has to read or write it; nothing that was finished has changed",
+            "minima has to read or write it; nothing that was finished has changed",
             "have its owner open it to you (`chmod -R g+rwX FOLDER` for a group's folder, and umask 002 from then on), "
             "or write elsewhere with output=PATH",
         ) from error
