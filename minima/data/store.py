@@ -16,6 +16,9 @@ FORMATS = ("text", "conversations", "preferences")
 INDEX = "index.json"
 STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
 _READ_BYTES = 1 << 24
+# A mapped file keeps a descriptor, of which a process often has 1,024, and 126e9 tokens are 470 shards of two or three
+# files each. Mapping one again costs less than the read that follows.
+_MAPPED_FILES = 64
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -74,9 +77,7 @@ class TokenStore:
         self._shards: list[dict[str, Any]] = index["shards"]
         blocks = [shard["tokens"] // self.sequence_length for shard in self._shards]
         self._first_block = np.cumsum([0, *blocks], dtype=np.int64)
-        self._map = lru_cache(maxsize=None)(self._open_shard)
-        self._map_learnt = lru_cache(maxsize=None)(self._open_learnt)
-        self._map_starts = lru_cache(maxsize=None)(self._open_starts)
+        self._forget_maps()
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -117,9 +118,13 @@ class TokenStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._map = lru_cache(maxsize=None)(self._open_shard)
-        self._map_learnt = lru_cache(maxsize=None)(self._open_learnt)
-        self._map_starts = lru_cache(maxsize=None)(self._open_starts)
+        self._forget_maps()
+
+    def _forget_maps(self) -> None:
+        """Begin to map files; of each kind, only the latest stay mapped."""
+        self._map = lru_cache(_MAPPED_FILES)(self._open_shard)
+        self._map_learnt = lru_cache(_MAPPED_FILES)(self._open_learnt)
+        self._map_starts = lru_cache(_MAPPED_FILES)(self._open_starts)
 
     @property
     def bytes_per_token(self) -> float:

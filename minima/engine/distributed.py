@@ -3,11 +3,12 @@
 import dataclasses
 import datetime
 import os
+import resource
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 import deepspeed
@@ -21,6 +22,7 @@ from minima.launcher import Launch, export_launch, num_accelerators
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
+OPEN_FILES = 1 << 16  # as many as a rank may want: connections to every other rank, for each of several groups
 R = TypeVar("R")
 _alone = False
 _joined: Launch | None = None
@@ -46,6 +48,7 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     # On GPUs a barrier says that it takes the current device. It shall: that was set for this rank below.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     _joined = launch
+    _raise_file_limit()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     _check_usable(0 if on_cpu else accelerator.device_count(), num_accelerators() or int(not on_cpu))
@@ -64,6 +67,15 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
     )
+
+
+def _raise_file_limit() -> None:
+    """Ask for as many open files as the system lets this process have: mostly 1,024, and many more on asking."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems have a limit beyond the one that they tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_usable(usable: int, here: int) -> None:

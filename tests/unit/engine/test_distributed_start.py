@@ -41,3 +41,16 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_take_the_processor(monkeypatc
     else:
         distributed.start(Launch())
         assert joined == ["gloo" if name == "cpu" else "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "set_to"),
+    [(1024, 4096, 4096), (1024, 2**20, 2**16), (1024, -1, 2**16), (-1, -1, None), (4096, 4096, None)],
+)
+def test_a_rank_may_open_as_many_files_as_the_system_lets_it(monkeypatch, soft, hard, set_to):
+    """Linux gives a process 1,024 at first; connections among hundreds of ranks are more."""
+    found = []
+    monkeypatch.setattr(distributed.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(distributed.resource, "setrlimit", lambda which, limits: found.append(limits))
+    distributed._raise_file_limit()
+    assert found == ([] if set_to is None else [(set_to, hard)])
