@@ -75,6 +75,10 @@ class CheckpointError(MinimaError):
     """A checkpoint that is missing, incomplete or not this model's."""
 
 
+class OutOfMemory(MinimaError):
+    """A device, or a machine, that has no memory left."""
+
+
 class NotFinite(MinimaError):
     """A loss or a gradient that is infinite or not a number."""
 

@@ -198,6 +198,33 @@ def frozen_memory(
     return Memory(device, passing, {"buffers": buffers}, {"weights": shard})
 
 
+def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sharding: Sharding) -> Memory:
+    """Of a frozen model whose importance is measured: no weight has a gradient, but the loss's goes through all layers.
+
+    Args:
+        shape: of the model.
+        precision: `float32` or `bfloat16`, of weights and activations.
+        work: what a rank runs at once.
+        ranks: that share the model.
+        sharding: sizes of its DeepSpeed JSON.
+    """
+    size, tokens = BYTES[precision], work.tokens
+    on_host = sharding.offload_weights != "none"
+    head, gathered = 0, 0
+    if ranks > 1 or on_host:
+        head = size * shape.vocabulary_size * shape.hidden_size
+        ahead = min(sharding.prefetch_elements, shape.num_layers * shape.layer_parameters)
+        gathered = size * (trained_gathered(shape, sharding) + ahead)
+    kept = saved_bytes(shape, precision, "full", tokens, work.sequence_length) + 2 * size * tokens * shape.hidden_size
+    loss = min(work.chunk_tokens, tokens) * shape.vocabulary_size * (4 + (2 if precision == "bfloat16" else 0))
+    layer = recomputed_bytes(shape, precision, "full", tokens)
+    weights = {"weights": size * shard_elements(shape, ranks)}
+    device = ({} if on_host else weights) | {"persistent": _persistent(shape, precision, ranks, sharding)}
+    # The head is given back before layers go backward: nothing needs its gradient.
+    passing = {"gathered": gathered, "activations": kept + max(head + loss, layer)}
+    return Memory(device, passing, weights if on_host else {})
+
+
 def split_elements(shape: ModelShape, ranks: int) -> int:
     """Elements of one rank's part when matrices are split over `ranks`; embeddings and norms stay whole.
 

@@ -59,7 +59,7 @@ class Prune(Stage):
             published, so the score depends on this number.
         sequence_length: tokens of one block; the store's when not given. Shorter blocks take less memory.
         precision: dtype of weights and activations.
-        deepspeed: DeepSpeed JSON for the frozen model; beside the recipe, or one that minima ships.
+        deepspeed: DeepSpeed JSON for the model that is measured; beside the recipe, or one that minima ships.
         seed: of the blocks' order and of random scores.
     """
 
@@ -76,7 +76,7 @@ class Prune(Stage):
     micro_batch_sequences: int = Field(default=8, gt=0)
     sequence_length: int | None = Field(default=None, gt=1)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    deepspeed: str = "teacher_zero3.json"
+    deepspeed: str = "prune_zero3.json"
     seed: int = 776
 
     _coerce_model = field_validator("model", mode="before")(as_model)

@@ -1,4 +1,4 @@
-"""What `auto` stands for on the machine that a training stage runs on: asked once, before anything is built."""
+"""What a stage will need on the machine that it runs on, and what `auto` stands for: before anything is built."""
 
 import logging
 from typing import Any
@@ -9,10 +9,12 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.models.shape import ModelShape
 from minima.planning.candidates import Machine, shipped
+from minima.planning.dry_run import size_text
+from minima.planning.memory import Work, scored_memory
 from minima.planning.placement import Choice, choose, render
 from minima.planning.sharding import Sharding
 from minima.recipe.distillation import Offload, Placement, Teacher
-from minima.recipe.schema import AnyTraining
+from minima.recipe.schema import AnyTraining, Prune
 from minima.stages.context import StageContext
 from minima.stages.host_memory import host_memory_bytes
 
@@ -80,6 +82,42 @@ def plan_memory(
         if teacher is not None or stage.activation_checkpointing == "auto":
             logger.info("%s: %s", stage.name, render(choice))
     return choice
+
+
+def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence_length: int) -> None:
+    """Rank 0 logs what measuring importance takes on each rank, with a warning where it does not seem to fit.
+
+    Every rank calls it.
+
+    Args:
+        context: of the stage.
+        stage: its settings.
+        shape: of the model that is measured.
+        sequence_length: tokens of one block.
+    """
+    machine = this_machine()
+    if not distributed.is_main():
+        return
+    sharding = Sharding.from_json(read_deepspeed_json(context.deepspeed_json(stage.deepspeed)))
+    work = Work(stage.micro_batch_sequences, sequence_length)
+    memory = scored_memory(shape, stage.precision, work, machine.ranks, sharding)
+    weights = memory.resident_bytes + (memory.host_bytes if machine.host_is_device else 0)
+    needed, usable = weights + memory.passing_bytes, machine.usable_bytes
+    assert usable is not None
+    parts = [
+        f"{name} {size_text(size)}" for name, size in ({"weights": weights} | dict(memory.passing)).items() if size
+    ]
+    logger.info(
+        "%s: importance takes %s of the %s that are usable of a rank's device: %s",
+        stage.name, size_text(needed), size_text(usable), ", ".join(parts),
+    )  # fmt: skip
+    if needed > usable:
+        logger.warning(
+            "%s: importance may not fit; give more ranks, or a `deepspeed:` JSON of your own with less "
+            "stage3_max_live_parameters and stage3_prefetch_bucket_size; less micro_batch_sequences or "
+            "sequence_length help, too, but the score depends on them",
+            stage.name,
+        )
 
 
 def choice_metrics(choice: Choice) -> dict[str, Any]:

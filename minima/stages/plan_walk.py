@@ -4,13 +4,12 @@ from pathlib import Path
 
 from minima.errors import MinimaError
 from minima.models.shape import ModelShape
-from minima.planning.activations import recomputed_bytes, saved_bytes
 from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
 from minima.planning.candidates import Stage as Trained
 from minima.planning.candidates import shipped
 from minima.planning.dry_run import training_facts
 from minima.planning.floor import model_flops_per_token
-from minima.planning.memory import Memory, Work, frozen_memory
+from minima.planning.memory import Memory, Work, frozen_memory, scored_memory
 from minima.planning.run_plan import Cluster, StagePlan
 from minima.planning.sharding import Sharding, read_sharding
 from minima.planning.stage_plan import frozen, place
@@ -177,13 +176,10 @@ class _Planner(Walk):
         plan.flops_per_token, plan.executed_flops_per_token = 2 * forward, 3 * forward
         plan.flops = 2 * forward * plan.tokens
         work = Work(stage.micro_batch_sequences, length)
-        memory = self._sharded(shape, stage.precision, work, stage.deepspeed)
-        kept = saved_bytes(shape, stage.precision, "full", work.tokens, length)
-        kept += recomputed_bytes(shape, stage.precision, "full", work.tokens)
-        passing = dict(memory.passing) | {"activations": kept}
+        memory = scored_memory(shape, stage.precision, work, self.ranks, self._sharding(stage.deepspeed))
         turns = -(-stage.sequences // (stage.micro_batch_sequences * self.ranks))  # micro-batches of one rank
         rank_flops = 3 * forward * turns * work.tokens
-        frozen(plan, [Memory(memory.device, passing)], stage.precision, self.cluster, rank_flops)
+        frozen(plan, [memory], stage.precision, self.cluster, rank_flops)
 
     def _evaluated(self, stage: Evaluate, plan: StagePlan) -> None:
         names = [*stage.models, *([stage.teacher] if stage.teacher else [])]

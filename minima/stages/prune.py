@@ -29,6 +29,7 @@ from minima.recipe.schema import Prune
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
+from minima.stages.memory_plan import log_scoring
 from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 
 RANKS = True
@@ -136,6 +137,7 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
             f"choose at most {store.sequence_length}, or leave it out",
         )
     check_tokens(data, origin.tokenizer, origin.identity)
+    log_scoring(context, stage, shape, length)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),
         precision=stage.precision,

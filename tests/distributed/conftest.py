@@ -7,7 +7,7 @@ from tests.distributed.ranks import run_scenarios
 SCENARIOS = [
     "shard_dtypes", "language_modelling", "distillation", "resume", "checkpoint_weights", "not_finite", "rotary",
     "closing", "resident", "bfloat16_start", "host_reads", "packed", "preference", "preference_host_reads",
-    "align_stage", "memory_student", "memory_teacher", "placements", "nvme_refused", "shared_memory",
+    "align_stage", "memory_student", "memory_teacher", "memory_scored", "placements", "nvme_refused", "shared_memory",
     "recomputation", "compiled", "offloaded_optimizer", "rank_0_alone",
 ]  # fmt: skip
 

@@ -26,6 +26,7 @@ from minima.engine.teacher.host import FrozenHost
 from minima.engine.traffic import Traffic
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
+from minima.pruning.importance import importance
 from tests.distributed.scenarios import CONFIGS
 from tests.distributed.tiny import training
 
@@ -45,6 +46,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16": ("bfloat16", {}),
     "offload": ("bfloat16", {"offload_optimizer": {"device": "cpu"}}),
 }
+LIVE = (500_000, 1_500_000)  # weights that may stay whole where a model's importance is measured; a layer has 410,000
 TEACHERS = {"replica": "teacher_replica.json", "zero3": "teacher_zero3.json", "zero3_node": "teacher_zero3_node.json"}
 TEACHERS |= {"tensor_parallel": "teacher_tensor_parallel.json"}
 
@@ -196,5 +198,27 @@ def memory_teacher(folder: Path) -> Any:
             for _ in range(2):  # the first pass records in which order weights are needed
                 host.window(batches)
             found[f"window-{window}-{precision}"] = watched(functools.partial(host.window, batches))
+        host.close()
+    return found
+
+
+def memory_scored(folder: Path) -> Any:
+    """Bytes that a model adds whose importance is measured, and at most, while it is; by live weights and precision."""
+    found = {}
+    for live, precision in itertools.product(LIVE, ("float32", "bfloat16")):
+        path = folder / f"memory-scored-{live}-{distributed.rank()}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3, **SIZES, "stage3_max_live_parameters": live}}))
+        before = live_bytes()
+        config = frozen_config(path, precision=precision)
+        source = RandomSource(MIDDLING.to_config(), seed=2)
+        host = FrozenHost(source, config, precision=precision, activation_checkpointing=True)
+        built = live_bytes() - before
+
+        def score(batches: int, host: FrozenHost = host) -> None:
+            importance(host.run, host.model, [one_batch(16)] * batches, MIDDLING, identity="middling",
+                       all_reduce_sum=distributed.all_reduce_sum, device=host.device)  # fmt: skip
+
+        score(2)  # the first batch records in which order weights are needed
+        found[f"{live}-{precision}"] = {"built": built} | watched(functools.partial(score, 1))
         host.close()
     return found

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from minima.planning.memory import Work, frozen_memory, trained_memory
+from minima.planning.memory import Work, frozen_memory, scored_memory, trained_memory
 from minima.planning.sharding import BYTES, TEACHER, Sharding
 from minima.planning.traffic import frozen_traffic, trained_traffic
-from tests.distributed.memory_scenarios import LENGTH, MIDDLING, SIZES, STUDENTS, TEACHERS, WINDOW
+from tests.distributed.memory_scenarios import LENGTH, LIVE, MIDDLING, SIZES, STUDENTS, TEACHERS, WINDOW
 
 pytestmark = pytest.mark.ranks
 WORK = Work(micro_batch_sequences=2, sequence_length=LENGTH, accumulation=2)
@@ -87,3 +87,16 @@ def test_a_teacher_on_two_nodes_keeps_and_moves_what_the_plan_says(two_nodes, pl
     assert memory.resident_bytes == pytest.approx(found["live"], rel=0.02)
     check_traffic(frozen_traffic(MIDDLING, "bfloat16", placement, "none", work, group, 2, TEACHER), found)
     assert (found["between"] > 0) == (placement == "zero3"), "the other two stay inside a node"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("live", LIVE)
+def test_what_a_model_needs_whose_importance_is_measured_is_what_the_plan_says(two_ranks, live, precision):
+    """CPUs turn the head into float32 for bfloat16 products, which is not planned."""
+    sharding = Sharding.from_json({"zero_optimization": SIZES | {"stage3_max_live_parameters": live}})
+    work = replace(WORK, micro_batch_sequences=16)
+    memory = scored_memory(MIDDLING, precision, work, 2, sharding)
+    found = two_ranks["memory_scored"][f"{live}-{precision}"]
+    head = 0 if precision == "float32" else 4 * MIDDLING.vocabulary_size * MIDDLING.hidden_size
+    assert memory.passing_bytes + head == pytest.approx(found["peak"], rel=0.03)
+    assert memory.resident_bytes == pytest.approx(found["built"], rel=0.02)

@@ -142,6 +142,7 @@ def test_the_recipe_is_carried_over_whole(root):
 
 
 SHIPPED = {
+    "prune_zero3": ("zero3", "none"),
     "student_zero3": ("zero3", "none"),
     "student_zero3_offload": ("zero3", "none"),
     "teacher_replica": ("replica", "none"),

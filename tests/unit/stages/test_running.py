@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from minima.errors import AccessRefused, DataError, DiskFull, StageError
+from minima.errors import AccessRefused, DataError, DiskFull, OutOfMemory, StageError
 from minima.launcher import Launch
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import running
@@ -192,3 +192,10 @@ def test_two_writers_are_refused_unless_the_driver_holds_the_lock(recipe, kind, 
         monkeypatch.setenv("MINIMA_DRIVER", "1")
         go(recipe, tmp_path)
     assert len(kind.ran) == 2
+
+
+def test_no_memory_left_is_no_error_of_our_own(recipe, kind, tmp_path):
+    kind.error = RuntimeError("CUDA error: out of memory")
+    with pytest.raises(OutOfMemory, match=r"(?s)stages\.a: CUDA error.*what to do: lower processes"):
+        go(recipe, tmp_path)
+    assert not is_finished(tmp_path / "out" / "a")

@@ -1,0 +1,68 @@
+"""No memory left, on a device or in a machine: said as what it is, with the ways out that a stage has. No torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from minima.errors import OutOfMemory
+from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
+
+# What PyTorch's allocators, CUDA, NCCL and cuBLAS say of it, in errors of several types.
+_SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
+_NOT_ONE = "static tls block"  # a library that was loaded too late
+_ADVICE_BEGINS = ("If reserved but unallocated", "See documentation")  # PyTorch's own, which follows the figures
+
+
+@contextmanager
+def memory_named(stage: AnyStage) -> Iterator[None]:
+    """Around a stage.
+
+    Raises:
+        OutOfMemory: what ran in it found no memory left.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"stages.{stage.name}: {_figures(error)}",
+            "the stage needs more memory than there is; what it has saved stays, and it goes on from there",
+            _ways_out(stage),
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    if not isinstance(error, RuntimeError | OSError) or _NOT_ONE in said:
+        return False
+    return any(text in said for text in _SAID)
+
+
+def _figures(error: BaseException) -> str:
+    said = " ".join(str(error).split()) or "no memory left"
+    for text in _ADVICE_BEGINS:
+        said = said.partition(text)[0]
+    return said.rstrip(" .")
+
+
+def _ways_out(stage: AnyStage) -> str:
+    if isinstance(stage, Prune):
+        return (
+            "give more ranks, or a `deepspeed:` JSON of your own with less stage3_max_live_parameters; less "
+            "micro_batch_sequences or sequence_length help, too, but the score depends on them"
+        )
+    if not isinstance(stage, AnyTraining):
+        fewer = next((key for key in ("micro_batch_sequences", "batch_size", "processes") if hasattr(stage, key)), "")
+        return f"lower {fewer}, or take more ranks" if fewer else "take more ranks, or a machine with more memory"
+    ways = []
+    if stage.micro_batch_sequences > 1:
+        ways.append("lower micro_batch_sequences, which leaves the batch as it is")
+    if stage.activation_checkpointing != "full":
+        ways.append("set activation_checkpointing: full")
+    if stage.deepspeed != "student_zero3_offload.json":
+        ways.append("keep the optimiser in the hosts' memory with deepspeed: student_zero3_offload.json")
+    if isinstance(stage, Distil) and stage.teacher.offload == "none":
+        ways.append("keep the teacher there with teacher.placement: zero3_node and teacher.offload: cpu")
+    return ", ".join([*ways, "or take more ranks"]) + "; `minima plan` says what fits on which GPUs"
