@@ -6,12 +6,11 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import minima
-from minima.console import UNREAD, quietly, show, silenced, write, write_on
+from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_on
 from minima.disk import access_refused_named
 from minima.errors import MinimaError, Stopped
 from minima.law.command import add_law
@@ -192,7 +191,7 @@ def _stage(options: argparse.Namespace) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and silenced():
             return _leave(UNREAD, launch.world_size)
-        sys.stderr.write(f"[rank {launch.rank}] an error of minima's own, not of the recipe:\n{traceback.format_exc()}")
+        show_own(error, launch.rank)
         return _leave(OWN_ERROR, launch.world_size)
     return _leave(0, launch.world_size)
 

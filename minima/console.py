@@ -7,12 +7,13 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TextIO
 
-from minima.errors import MinimaError
+from minima.errors import LostRank, MinimaError
 
 _LOOK_SECONDS, _MOMENT_SECONDS = 0.2, 1.0
 UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that writes to a pipe which nobody reads
@@ -172,6 +173,12 @@ def show(error: MinimaError) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")  # running.ERROR, which the driver looks for
     sys.stderr.flush()
+
+
+def show_own(error: Exception, rank: int) -> None:
+    """Tell an error that is no mistake of the user's."""
+    own = f"an error of minima's own, not of the recipe:\n{''.join(traceback.format_exception(error))}"
+    sys.stderr.write(f"[rank {rank}] {error if isinstance(error, LostRank) else own.rstrip()}\n")
 
 
 def quietly(command: Callable[[], int]) -> int:

@@ -31,6 +31,21 @@ class Stopped(Exception):
         self.signal, self.where = signal, where
 
 
+class LostRank(Exception):
+    """Another rank has ended in the midst of something to be done together. That one knows why; this one does not.
+
+    Args:
+        said: what the connection's library said.
+    """
+
+    def __init__(self, said: str) -> None:
+        super().__init__(
+            f"the connection to another rank was lost ({said}): that rank has ended, or its machine or the network "
+            "has failed; where it says why itself, that is elsewhere in the log. The same command goes on from what "
+            "is saved"
+        )
+
+
 class RecipeError(MinimaError):
     """A recipe that cannot be read, or that asks for something impossible."""
 

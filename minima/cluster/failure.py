@@ -11,6 +11,7 @@ _FAILED_TASK = re.compile(r"srun: error: (\S+): tasks? (\d+)[\d,\- ]*: (.*)")
 _START = re.compile(r" job \S+: start \d+ on ")
 _OWN = re.compile(r" job \S+: (?!start )")
 _SLURM_ERROR = re.compile(r"(slurmstepd|srun|slurmd)[^ ]*: error: ")
+_ERROR = re.compile(rf"(\[rank \d+\] )?{ERROR}")  # as rank 0 tells it, or another that is alone with it
 _SAVED = "exit code 143"  # a rank that saved and left after SIGTERM
 
 
@@ -26,7 +27,7 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
     if job is None:
         text = _tail(logs / f"{stage}.log")
         own = text[max((index for index, line in enumerate(text) if line.startswith(HEADER)), default=0) :]
-        return _from_error(own) if any(line.startswith(ERROR) for line in own) else []
+        return _from_error(own) if any(map(_ERROR.match, own)) else []
     parts = [path for path in logs.glob(f"{stage}-{job}_*[0-9].log") if "-rank" not in path.name[len(stage) :]]
     batch_logs = sorted([logs / f"{stage}-{job}.log", *parts], key=lambda path: path.name)
     return next((lines for path in batch_logs if (lines := _told(path, path.with_suffix("")))), [])
@@ -94,7 +95,7 @@ def _rank_lines(path: Path) -> list[str]:
 def _from_error(lines: list[str]) -> list[str]:
     """From the last error that minima told on, where it is among the last lines; else the last lines."""
     last = lines[-4 * _SHOWN_LINES :]
-    told = [index for index, line in enumerate(last) if re.match(rf"(\[rank \d+\] )?{ERROR}", line)]
+    told = [index for index, line in enumerate(last) if _ERROR.match(line)]
     return last[told[-1] :][:_SHOWN_LINES] if told else last[-_SHOWN_LINES:]
 
 

@@ -16,6 +16,7 @@ from minima.stages.running import ERROR, HEADER
 
 # What launchers say of a rank that SIGKILL has ended: deepspeed and torchrun, whose exit code alone would not tell.
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
+_TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
 # A stage's name alone: what a model or a file says must not choose where a log goes.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
@@ -26,7 +27,7 @@ class Log:
     Of a line that a progress bar rewrote with carriage returns, only its last state is kept.
 
     Attributes:
-        error: the first line of what rank 0 told the user, for launchers that print pages of their own after it.
+        error: the first line of what a rank told the user, for launchers that print pages of their own after it.
         killed: whether a launcher told of a rank that the system has killed.
     """
 
@@ -48,8 +49,8 @@ class Log:
             if started := _STARTED.match(line):
                 self._file.close()
                 self._file = self._open(started[1].decode())
-            if line.startswith(ERROR.encode()) and self.error is None:
-                self.error = line[len(ERROR) :].decode(errors="replace")
+            if (told := _TOLD.match(line)) and self.error is None:
+                self.error = b"".join(filter(None, told.groups())).decode(errors="replace")
             self.killed |= _KILLED.search(line) is not None
             self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
 

@@ -15,6 +15,7 @@ from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_unchanged, describe
 from minima.stages.lock import run_lock
+from minima.stages.machine_errors import machine_errors_named
 from minima.stages.manifest import (
     NFS_SECONDS,
     is_finished,
@@ -24,7 +25,6 @@ from minima.stages.manifest import (
     write_manifest,
     write_started,
 )
-from minima.stages.out_of_memory import memory_named
 from minima.stages.run_folder import access_named, check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
@@ -131,7 +131,7 @@ def _run(module, context: StageContext, write) -> None:
     main, folder = context.launch.rank == 0, context.folder
     _begin(module, context, write)
     began = time.monotonic()
-    with _alone(module), memory_named(context.stage):
+    with _alone(module), machine_errors_named(context.stage):
         metrics = module.run(context)
     if module.RANKS:
         from minima.engine import distributed

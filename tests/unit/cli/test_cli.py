@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minima import cli
-from minima.errors import StageError
+from minima.errors import LostRank, StageError
 
 
 def test_help_and_version_need_no_torch(tmp_path):
@@ -105,6 +106,24 @@ def test_another_rank_leaves_the_word_to_rank_0_first(monkeypatch, capsys):
     cli.main(["stage", "quickstart"])
     assert left == [cli._OTHER_RANK_SECONDS, cli.USER_ERROR], "it waits to be ended with the others, then speaks"
     assert capsys.readouterr().err.startswith("[rank 1] minima: StageError: what")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (LostRank("Connection closed by peer"), r"^\[rank 0\] the connection to another rank was lost.*is saved\n$"),
+        (RuntimeError("oh"), r"(?s)^\[rank 0\] an error of minima's own.*Traceback.*RuntimeError: oh\n$"),
+    ],
+)
+def test_a_rank_that_has_lost_another_says_no_more_than_that(monkeypatch, capsys, error, told):
+    """Its own trace would hide what the other one said; a job script reads code 1 as a failure that may be a node's."""
+
+    def run_alone(*given):
+        raise error
+
+    monkeypatch.setattr("minima.stages.running.run_alone", run_alone)
+    assert cli.main(["stage", "quickstart"]) == cli.OWN_ERROR
+    assert re.search(told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,16 @@ def test_without_slurm(project, monkeypatch, tmp_path):
     assert "the loss is nan" in text
 
 
+def test_without_slurm_the_word_of_any_rank_counts(project, monkeypatch, tmp_path):
+    finish(RUN, "corpus")
+    train()
+    (RUN / "logs").mkdir()
+    lost = "[rank 0] the connection to another rank was lost"
+    (RUN / "logs" / "base.log").write_text(f"== stage base (adapt)\n[rank 1] minima: OutOfMemory: CUDA\n{lost}\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "[rank 1] minima: OutOfMemory: CUDA" in show()[1]
+
+
 def test_a_log_cannot_command_the_terminal(slurm, project):
     send()
     slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")

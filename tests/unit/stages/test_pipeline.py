@@ -394,3 +394,13 @@ def test_what_a_stage_prints_does_not_choose_another_folder_for_its_log(tmp_path
         log.write(b"== stage ../../outside (adapt)\n== stage second (adapt)\nhello\n")
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"first.log", "second.log"}
     assert (tmp_path / "logs" / "first.log").read_text() == "== stage ../../outside (adapt)\n"
+
+
+def test_what_a_rank_says_is_the_reason_whichever_it_is(tmp_path):
+    """Rank 0 may only have lost the one that ran out of memory."""
+    with Log(tmp_path / "logs", "first") as log:
+        log.write(b"[rank 0] the connection to another rank was lost (Connection closed by peer)\n")
+        log.write(
+            b"[rank 1] minima: OutOfMemory: stages.x: CUDA out of memory\n  why it matters: ...\nminima: Late: y\n"
+        )
+    assert log.error == "[rank 1] OutOfMemory: stages.x: CUDA out of memory"

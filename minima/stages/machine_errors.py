@@ -1,43 +1,60 @@
-"""No memory left, on a device or in a machine: said as what it is, with the ways out that a stage has. No torch."""
+"""What is no error of a stage's own: no memory left, and another rank that has ended; said as what it is. No torch."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minima.errors import OutOfMemory
+from minima.errors import LostRank, OutOfMemory
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
 
-# What PyTorch's allocators, CUDA, NCCL and cuBLAS say of it, in errors of several types.
-_SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
-_NOT_ONE = "static tls block"  # a library that was loaded too late
+# What PyTorch's allocators, CUDA, NCCL and cuBLAS say of memory, in errors of several types.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
+_NOT_MEMORY = "static tls block"  # a library that was loaded too late
+# What gloo, NCCL and PyTorch's key-value store say where whoever was at the other end is there no more.
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "remote process exited",
+    "ncclremoteerror",
+    "connection was likely closed",
+)
 _ADVICE_BEGINS = ("If reserved but unallocated", "See documentation")  # PyTorch's own, which follows the figures
 
 
 @contextmanager
-def memory_named(stage: AnyStage) -> Iterator[None]:
+def machine_errors_named(stage: AnyStage) -> Iterator[None]:
     """Around a stage.
 
     Raises:
         OutOfMemory: what ran in it found no memory left.
+        LostRank: another rank has ended, so that nothing came of what was to be done together.
     """
     try:
         yield
     except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"stages.{stage.name}: {_figures(error)}",
-            "the stage needs more memory than there is; what it has saved stays, and it goes on from there",
-            _ways_out(stage),
-        ) from error
+        said = str(error).lower()
+        if _is_out_of_memory(error, said):
+            raise OutOfMemory(
+                f"stages.{stage.name}: {_figures(error)}",
+                "the stage needs more memory than there is; what it has saved stays, and it goes on from there",
+                _ways_out(stage),
+            ) from error
+        if isinstance(error, RuntimeError) and any(text in said for text in _LOST):
+            raise LostRank(_first_line(error)) from error
+        raise
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException, said: str) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error).lower()
-    if not isinstance(error, RuntimeError | OSError) or _NOT_ONE in said:
-        return False
-    return any(text in said for text in _SAID)
+    of_libraries = isinstance(error, RuntimeError | OSError) and _NOT_MEMORY not in said
+    return of_libraries and any(text in said for text in _NO_MEMORY)
+
+
+def _first_line(error: BaseException) -> str:
+    """Without the place in gloo's source that it begins with, and gloo's advice."""
+    line = next(iter(str(error).splitlines()), "")
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition("This is typically")[0].rstrip(" .")
 
 
 def _figures(error: BaseException) -> str:

@@ -1,11 +1,11 @@
-"""No memory left is the machine's, not an error of ours; what torch and CUDA say of it is in their own words here."""
+"""What is the machine's is not told as an error of ours; what libraries say of it is in their own words here."""
 
 import pytest
 import torch
 
-from minima.errors import OutOfMemory
+from minima.errors import LostRank, OutOfMemory
 from minima.recipe.schema import Recipe
-from minima.stages.out_of_memory import memory_named
+from minima.stages.machine_errors import machine_errors_named
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 512.00 MiB is "
@@ -24,7 +24,7 @@ def stage(**settings):
 
 
 def said(settings: dict, error: Exception) -> OutOfMemory:
-    with pytest.raises(OutOfMemory) as caught, memory_named(stage(**settings)):
+    with pytest.raises(OutOfMemory) as caught, machine_errors_named(stage(**settings)):
         raise error
     assert caught.value.__cause__ is error
     return caught.value
@@ -48,7 +48,7 @@ def test_it_is_known_from_what_libraries_say(error, figures):
 
 def test_a_processors_memory_is_known_by_what_pytorch_really_says():
     evaluate = stage(kind="evaluate", models=["base"], data="text")
-    with pytest.raises(OutOfMemory, match=f"you tried to allocate {2**62} bytes"), memory_named(evaluate):
+    with pytest.raises(OutOfMemory, match=f"you tried to allocate {2**62} bytes"), machine_errors_named(evaluate):
         torch.empty(2**60)
 
 
@@ -86,6 +86,24 @@ def test_the_ways_out_are_those_that_the_stage_has(settings, named, unnamed):
 
 
 @pytest.mark.parametrize(
+    "said",
+    [
+        "[pair.cc:553] Connection closed by peer [::1]:162. This is typically caused by a remote worker crashing.",
+        "NCCL error in: NCCL.cpp:3690, remote process exited or there was a network error, NCCL version 2.27.5\nLast:",
+    ],
+)
+def test_a_rank_that_loses_another_says_so(said):
+    with pytest.raises(LostRank) as caught, machine_errors_named(stage(kind="export", model="base")):
+        raise RuntimeError(said)
+    told = (
+        said.splitlines()[0]
+        .removeprefix("[pair.cc:553] ")
+        .removesuffix(". This is typically caused by a remote worker crashing.")
+    )
+    assert str(caught.value).startswith(f"the connection to another rank was lost ({told}): ")
+
+
+@pytest.mark.parametrize(
     "error",
     [
         RuntimeError("shapes do not fit"),
@@ -94,6 +112,6 @@ def test_the_ways_out_are_those_that_the_stage_has(settings, named, unnamed):
     ],
 )
 def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as caught, memory_named(stage(kind="export", model="base")):
+    with pytest.raises(type(error)) as caught, machine_errors_named(stage(kind="export", model="base")):
         raise error
     assert caught.value is error
