@@ -127,6 +127,11 @@ class TokenStore:
         self._map_starts = lru_cache(_MAPPED_FILES)(self._open_starts)
 
     @property
+    def file_bytes(self) -> int:
+        """Of all its files but the index."""
+        return sum(file["bytes"] for file in self._files())
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text for one token to be learnt: nats a token / (ln 2 x this) are bits per byte."""
         return self.bytes / self.learnt_tokens

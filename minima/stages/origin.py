@@ -12,10 +12,12 @@ from minima.engine.weights import open_weights
 from minima.errors import DataError, MinimaError, ShapeError, TokenizerMismatch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
+from minima.planning.dry_run import size_text
 from minima.recipe.base import ModelInput
 from minima.stages.context import StageContext
 
 logger = logging.getLogger(__name__)
+_TOLD_BYTES = 4e9  # some seconds on one rank
 LEARNABLE = ("text", "conversations")  # formats of data whose tokens have a loss of their own
 
 
@@ -71,6 +73,8 @@ def open_store(folder: Path) -> TokenStore:
     store = None
     try:
         store = TokenStore.open(folder)
+        if store.file_bytes >= _TOLD_BYTES and distributed.is_main():
+            logger.info("%s: reading all %s once, to compare checksums", folder, size_text(store.file_bytes))
         store.verify(*distributed.share())
     except MinimaError as found:
         error = found

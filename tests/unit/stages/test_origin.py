@@ -15,7 +15,7 @@ from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, write_folder
 from minima.recipe.schema import Recipe
-from minima.stages import align, distil, instruct
+from minima.stages import align, distil, instruct, origin
 from minima.stages.context import StageContext
 from tests.pairs import VOCABULARY, write_pairs
 
@@ -147,3 +147,15 @@ def test_a_damaged_shard_is_named_before_anything_is_trained(tmp_path, kind, sha
         file.write_bytes(whole)
     with pytest.raises(Built):
         run(tmp_path, kind, data, **changes)
+
+
+def test_the_wait_for_much_data_is_told(tmp_path, monkeypatch, caplog):
+    write_data(tmp_path / "data", "conversations", MINICHAT)
+    store = tmp_path / "data" / "train"
+    size = sum(file.stat().st_size for file in store.glob("*.bin"))
+    for limit, told in ((size, True), (size + 1, False)):
+        monkeypatch.setattr(origin, "_TOLD_BYTES", limit)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="minima"):
+            origin.open_store(store)
+        assert (f"{store}: reading all {size} bytes once" in caplog.text) is told
