@@ -19,6 +19,7 @@ from minima.batch import Batch, make_batch
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config, training_config
 from minima.engine.loop import train_step
+from minima.engine.memory import return_unused
 from minima.engine.meters import Meters
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.student import Student
@@ -199,6 +200,28 @@ def memory_teacher(folder: Path) -> Any:
                 host.window(batches)
             found[f"window-{window}-{precision}"] = watched(functools.partial(host.window, batches))
         host.close()
+    found["split"] = split_peak()
+    return found
+
+
+def split_peak() -> dict[str, int]:
+    """What memory of this process grows by, at most, while a model of 0.1 GB is split, and what is kept of it."""
+    larger = {"hidden_size": 512, "intermediate_size": 1376, "num_layers": 8, "num_heads": 8}
+    shape = MIDDLING.model_copy(update=larger)
+    source = RandomSource(shape.to_config(), seed=2)
+
+    def resident(which: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+    return_unused()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    config = frozen_config(CONFIGS / TEACHERS["tensor_parallel"], precision="float32", placement="tensor_parallel",
+                           tensor_parallel_ranks=2)  # fmt: skip
+    host = FrozenHost(source, config, precision="float32", placement="tensor_parallel")
+    found = {"peak": resident("VmHWM") - before, "held": host.held_bytes()["device"], "whole": 4 * shape.parameters}
+    host.close()
     return found
 
 

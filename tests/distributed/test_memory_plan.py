@@ -44,6 +44,12 @@ def test_what_a_teacher_keeps_is_what_the_plan_says(two_ranks, placement, precis
     assert memory.resident_bytes == pytest.approx(two_ranks["memory_teacher"][f"{placement}-{precision}"], rel=0.02)
 
 
+def test_no_rank_holds_a_whole_model_while_it_is_split(two_ranks):
+    found = two_ranks["memory_teacher"]["split"]
+    assert found["held"] < 0.55 * found["whole"]
+    assert found["peak"] < 0.85 * found["whole"], "what it keeps, one matrix, and what a process needs besides"
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [1, WINDOW])
 def test_what_a_teachers_forward_needs_beside_it_is_what_the_plan_says(two_ranks, window, precision):

@@ -13,16 +13,17 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.auto_tp import AutoTP
 from deepspeed.utils import groups
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
-from minima.engine.teacher.replica import build_whole
 from minima.errors import RecipeError, ShapeError
 from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.shape import ModelShape
+from minima.models.stock import DTYPES, build_empty
 from minima.models.weights import WeightSource
 
 # What AutoTP leaves behind in the process. Engines that are built later, and the student's, would take it for theirs.
@@ -33,7 +34,7 @@ class TensorParallel:
     """One copy of a frozen model on each group of ranks.
 
     Args:
-        source: weights and shape. Every rank reads all of them into the host's memory, and keeps its part.
+        source: weights and shape. Every rank reads all of them, one at a time, and keeps its part of each.
         config: DeepSpeed's, stage 0, with `tensor_parallel.autotp_size` ranks of a group.
         precision: `float32` or `bfloat16`.
         layers: is given the split model.
@@ -53,10 +54,11 @@ class TensorParallel:
         size = config["tensor_parallel"]["autotp_size"]
         check_split(ModelShape.from_config(source.config), size)
         check_group(distributed.node_ranks(), size)
-        model = build_whole(source, precision, torch.device("cpu")).requires_grad_(True)  # AutoTP hooks gradients
+        with torch.device("cpu"):
+            model = build_empty(source.config, DTYPES[precision]).eval()
         head = head_weight(model)
         self._source, self._head_name = source, next(name for name, p in model.named_parameters() if p is head)
-        with _without_traces():
+        with _without_traces(), _filling(model, source):
             self._engine = deepspeed.initialize(model=model, config=config)[0]
             self._group = groups.get_tensor_model_parallel_group()
         if self._engine.first_dataloader_check is not None:
@@ -125,6 +127,32 @@ def _without_traces() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(groups, name, value)
+
+
+@contextmanager
+def _filling(model: PreTrainedModel, source: WeightSource) -> Iterator[None]:
+    """Fill a matrix when AutoTP is about to split it, so that no rank ever holds all of them; the others at the end.
+
+    AutoTP has a step there for models in ZeRO-3's shards, whose matrices have to be gathered first. What is not filled
+    takes no memory either: it is what the system has never been asked for.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def fill(_: Any, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            if (name := names.pop(id(parameter), None)) is not None:
+                parameter.data = source.read(name).to(parameter.dtype)
+
+    original = AutoTP._gather_zero3_params
+    AutoTP._gather_zero3_params = fill
+    try:
+        yield
+    finally:
+        AutoTP._gather_zero3_params = original
+    for parameter in model.parameters():
+        if (name := names.pop(id(parameter), None)) is not None:
+            parameter.data.copy_(source.read(name))
+    assert not names, f"split before it was filled: {', '.join(names.values())}"
 
 
 def check_split(shape: ModelShape, ranks: int) -> None:
