@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minima.data")
 SPACE = "\u2581"  # SentencePiece's visible space
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they do what tokenizer.json says, and no more
 # The Llama layout: unknown, begin, end, then the 256 bytes, then what was learnt.
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 # SentencePiece skips lines longer than 4,192 bytes by default; an address of 30,000 words is one line.
@@ -157,7 +158,7 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def _load(source: str | Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, LlamaTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
     # Of a lone tokenizer.model, AutoTokenizer makes one that puts no space before the text: other ids, no error.
     lone = (Path(source) / "tokenizer.model").is_file() and not any(
@@ -165,6 +166,8 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
     )
     try:
         tokenizer = (LlamaTokenizer if lone else AutoTokenizer).from_pretrained(str(source))
+        if _overruled(source, tokenizer):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
     except Exception as error:  # of a damaged file, tokenizers raises this class itself, and transformers any other
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DataError(
@@ -174,6 +177,29 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
             "or `tokenizer: {vocabulary_size: N}` to train one",
         ) from error
     return tokenizer
+
+
+def misread_as(folder: Path) -> str | None:
+    """The class that `AutoTokenizer` takes for a model's folder against the folder's word; None where it keeps to it.
+
+    For some families (qwen2) transformers 5 takes the family's own class, which splits text in its own way, whatever
+    tokenizer the model was given: other programs that load the folder would see other ids, or none for a space.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception:  # of any class, as in `_load`; who needs one that does not load refuses it by name
+        return None
+    return type(tokenizer).__name__ if _overruled(folder, tokenizer) else None
+
+
+def _overruled(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a folder says that its tokenizer is what its tokenizer.json says, and was given another class."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    declared = get_tokenizer_config(str(source)).get("tokenizer_class")
+    return declared in _PLAIN_CLASSES and type(tokenizer).__name__ not in _PLAIN_CLASSES
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, folder: Path) -> None:

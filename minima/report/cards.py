@@ -22,6 +22,7 @@ _DONE = {
     "instruct": "tuned on conversations",
     "align": "aligned with preferences",
 }
+_PLAIN = "PreTrainedTokenizerFast"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Card:
         base_model: Hub id of the model whose weights it came from; none when there is none.
         chat: whether it was taught to hold conversations.
         chat_template: whether the tokenizer has one; a base model may have taken it over.
+        misread_as: class that `AutoTokenizer` would take for its tokenizer in error; none where it takes the right one.
         checked: what was compared before the folder was published, one line each.
     """
 
@@ -66,6 +68,7 @@ class Card:
     base_model: str | None = None
     chat: bool = False
     chat_template: bool = False
+    misread_as: str | None = None
     checked: Sequence[str] = field(default_factory=tuple)
 
 
@@ -152,6 +155,15 @@ def _use(card: Card) -> str:
         ends = (
             " It goes on with a text; no stage here taught it to answer. Its tokenizer has the chat template of the "
             "model that it came from, by which `minima chat .` asks it."
+        )
+    if card.misread_as is not None:
+        code = code.replace("AutoTokenizer", _PLAIN).replace(
+            "from transformers import pipeline\n", f"from transformers import {_PLAIN}, pipeline\n"
+        )
+        code = code.replace('model=".")', f'model=".", tokenizer={_PLAIN}.from_pretrained("."))')
+        ends += (
+            f" Its tokenizer wants `{_PLAIN}`: for this family `AutoTokenizer` takes `{card.misread_as}`, which would "
+            "give it other tokens than it was trained on."
         )
     return f"```python\n{code}```\n\nIt loads in transformers 5 and in the last 4.x, with no code of its own.{ends}"
 

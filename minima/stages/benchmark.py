@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from minima.data.tokenizer import misread_as
 from minima.errors import StageError
 from minima.evaluation.harness import Settings, ask, lm_eval_folder
 from minima.evaluation.judged import read_questions, write_answers
@@ -114,6 +115,12 @@ def _scores(
 ) -> dict[str, dict[str, Any]]:
     folder = context.folder / "lm_eval"
     lm_eval_folder()
+    if (misread := misread_as(model)) is not None:
+        raise StageError(
+            f"model {stage.model!r}: AutoTokenizer takes {misread} for it and not what its tokenizer.json says",
+            "lm-eval loads it so, and would score it on other tokens than it was trained on",
+            "train a family whose tokenizer is free (llama, mistral), or give this one its family's own tokenizer",
+        )
     folder.mkdir(exist_ok=True)
     own = [existing(stage.task_folder, "task_folder")] if stage.task_folder else []
     settings = Settings(

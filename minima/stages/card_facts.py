@@ -33,7 +33,13 @@ class Ancestor(NamedTuple):
     step: int | None
 
 
-def gather_card(context: StageContext, config: dict[str, Any], metrics: dict[str, Any], chat_template: bool) -> Card:
+def gather_card(
+    context: StageContext,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    chat_template: bool,
+    misread_as: str | None = None,
+) -> Card:
     """The facts of one export.
 
     Args:
@@ -41,6 +47,7 @@ def gather_card(context: StageContext, config: dict[str, Any], metrics: dict[str
         config: content of its config.json.
         metrics: what the export measured: parameters, dtype and the checks.
         chat_template: whether its tokenizer has one.
+        misread_as: class that `AutoTokenizer` takes for its tokenizer in error.
     """
     stage = context.stage
     assert isinstance(stage, Export)
@@ -72,6 +79,7 @@ def gather_card(context: StageContext, config: dict[str, Any], metrics: dict[str
         datasets=_without_folders(list(dict.fromkeys([*stage.datasets, *_hub_datasets(built)]))),
         base_model=_without_folders(stage.base_model) or (root if root is not None and _on_hub(root) else None),
         chat_template=chat_template,
+        misread_as=misread_as,
         checked=["every tensor's bytes with the trained one, by SHA-256"]
         + [
             f"{_CHECKS[how]}: largest difference {metrics['max_logit_difference']:.2g}" for how in metrics["checked_by"]

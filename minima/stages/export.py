@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from minima.data.tokenizer import ends_added, load_tokenizer
+from minima.data.tokenizer import ends_added, load_tokenizer, misread_as
 from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
@@ -61,7 +61,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
     def publish() -> dict[str, Any]:
         metrics = _metrics(partial, source, dtype, differences)
-        card = gather_card(context, source.config, metrics, has_chat_template(partial))
+        misread = misread_as(partial) if model.tokenizer is not None else None
+        if misread is not None:
+            logger.warning(
+                "%s: AutoTokenizer takes %s for a %s and not what its tokenizer.json says, so plain programs give "
+                "it other tokens; the model card names the class to load it with (PreTrainedTokenizerFast)",
+                stage.name, misread, source.config["model_type"],
+            )  # fmt: skip
+        card = gather_card(context, source.config, metrics, has_chat_template(partial), misread)
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)  # from a start that ended between the rename and the manifest
         partial.rename(final)

@@ -225,3 +225,7 @@ def test_refusals_before_anything_starts(run, tmp_path):
         path.unlink()
     with pytest.raises(StageError, match="no chat template"):
         benchmark.run(context(plain.parent, recipe(plain.parent, chat=True, **base), allow=False))
+    config = plain / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "qwen2"}))
+    with pytest.raises(StageError, match="AutoTokenizer takes Qwen2Tokenizer for it"):
+        benchmark.run(context(plain.parent, recipe(plain.parent, **base), allow=False))

@@ -8,6 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
@@ -16,6 +17,7 @@ from minima.data.tokenizer import (
     check_same_tokens,
     check_vocabulary,
     load_tokenizer,
+    misread_as,
     save_tokenizer,
     train_sentencepiece,
 )
@@ -169,3 +171,14 @@ def test_a_models_tokenizer_that_cannot_be_told_is_no_obstacle(tokenizer, tmp_pa
     (tmp_path / "tokenizer.json").write_text("{}")
     check_same_tokens(tokenizer, tmp_path, "the model")
     assert "cannot tell" in caplog.text
+
+
+def test_a_folder_tokenizes_as_its_files_say_whatever_the_family(tokenizer, tmp_path):
+    """transformers 5 takes a class of its own for a qwen2, by which this tokenizer would lose every space."""
+    shutil.copytree(tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    text = "Let it not be 12345 recorded, that's\n\n  x=3;\tfoo 第一."
+    ids = load_tokenizer(tokenizer)(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text)["input_ids"] != ids, "no longer needed?"
+    assert load_tokenizer(tmp_path / "model")(text)["input_ids"] == ids
+    assert misread_as(tmp_path / "model") == "Qwen2Tokenizer" and misread_as(tokenizer) is None

@@ -102,3 +102,14 @@ def test_a_chat_model_tells_how_it_was_tuned():
     assert "| aligned | 9 | 500 | 0.5000 | 0.7500 | 0.1000 |" in text
     assert "| student | 200 | 409,600 | 4.1000 | - | - |" in text
     assert front_matter(text)["tags"] == ["minima", "prune", "distil", "instruct", "align"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_tokenizer_that_would_be_misread_is_loaded_by_its_class(chat):
+    card = replace(CARD, chat=chat, chat_template=chat)
+    assert "PreTrainedTokenizerFast" not in model_card(card)
+    text = model_card(replace(card, misread_as="Qwen2Tokenizer"))
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "PreTrainedTokenizerFast.from_pretrained(" in code and "AutoTokenizer" not in code
+    compile(code, "card", "exec")
+    assert "`AutoTokenizer` takes `Qwen2Tokenizer`" in text

@@ -194,6 +194,20 @@ def test_the_tokenizer_comes_along_and_its_padding_freezes_no_embedding(context)
     assert config.get("pad_token_id") is None
 
 
+def test_a_tokenizer_that_plain_programs_would_misread_is_told(context, caplog):
+    qwen2 = RandomSource(ModelShape(family="qwen2", **SHAPE).to_config(), 1)
+    folder = context.run_folder / "cut" / "model"
+    shutil.rmtree(folder)
+    write_folder(folder, qwen2.config, ((name, qwen2.read(name)) for name in qwen2.names()))
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "state": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
+    export_stage.run(context)
+    exported = context.folder / "model"
+    assert "AutoTokenizer takes Qwen2Tokenizer for a qwen2" in caplog.text
+    assert "PreTrainedTokenizerFast.from_pretrained(folder)" in (exported / "README.md").read_text()
+    assert PreTrainedTokenizerFast.from_pretrained(exported)("state")["input_ids"] == [2]
+
+
 @pytest.mark.parametrize("begin", [False, True])
 def test_llama_cpp_is_told_whether_a_text_begins_with_a_token(tmp_path, begin):
     """Of a SentencePiece model it believes so, unless told otherwise; transformers 5 does not write it down."""
