@@ -1,7 +1,7 @@
 """What a stage is made from, as one hash; and the refusal to go on where that has changed. No torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,10 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
     if new.get("patience") is not None:
         free -= _DECIDING
     changed = [
-        f"{key} is {_short(new.get(key))} and was {_short(old.get(key))}"
+        text
         for key in dict.fromkeys([*old, *new])
-        if _without_place(old.get(key)) != _without_place(new.get(key)) and key not in free
+        for text in differences(_without_place(old.get(key)), _without_place(new.get(key)), key)
+        if key not in free
     ]
     changed = changed or [  # only where the stage itself is the same: a changed field changes the inputs with it
         f"its input {key} has changed"
@@ -155,12 +156,75 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
     if not changed and before_micro != now_micro:
         changed = [f"micro_batch_sequences is {now_micro} and was {before_micro}"]
     changed = changed or ["it was made by a version of minima that tells its inputs in another way"]
-    raise StageError(
-        f"stage {new['name']!r} is {state} in {folder}, but {'; '.join(changed)}",
+    raise _refusal(new["name"], folder, state, changed)
+
+
+def _refusal(name: str, folder: Path, state: str, changed: list[str]) -> StageError:
+    return StageError(
+        f"stage {name!r} is {state} in {folder}, but {'; '.join(changed)}",
         "going on would mix results of two different runs under one name",
         f"remove {folder} to make it again (and the later stages that read it), undo the change, "
         "or take another output folder with output=PATH",
     )
+
+
+def changed_settings(stage: AnyStage, folder: Path) -> list[str]:
+    """How a stage's settings differ from those that its folder was begun with, a line each.
+
+    Inputs are not looked at: they may lie on another machine, or be gone.
+    """
+    finished = is_finished(folder)
+    if not finished and not is_begun(folder):
+        return []
+    before = read_manifest(folder, FINISHED if finished else STARTED).get("stage", {})
+    if before and before.get("kind") != stage.kind:
+        return differences(before.get("kind"), stage.kind, "kind")
+    try:
+        made = type(stage).model_validate(before)
+    except ValueError:  # a key that another version of minima had, or a folder that is no stage's
+        return []
+    return differences(_settings(made), _settings(stage))
+
+
+def _settings(stage: AnyStage) -> dict[str, Any]:
+    free = free_keys(stage)
+    return {key: _without_place(value) for key, value in stage.model_dump(mode="json").items() if key not in free}
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between two values, part by part: `sources.0.max_documents is 601 and was 600`."""
+    parts: Iterable[Any] = ()
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = ((part, before.get(part), now.get(part)) for part in dict.fromkeys([*before, *now]))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        parts = zip(range(len(now)), before, now, strict=True)
+    elif before != now:
+        return [f"{key} is {_short(now)} and was {_short(before)}"]
+    return [text for part, old, new in parts for text in differences(old, new, f"{key}.{part}" if key else str(part))]
+
+
+def check_read(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> None:
+    """Refuse stages that the chosen ones read, at first or second hand, and that were made with other settings.
+
+    What is made from them would be told to come from what the recipe says now.
+
+    Args:
+        recipe: the whole run.
+        stages: the chosen ones.
+        run_folder: where they lie.
+
+    Raises:
+        StageError: names the first one and what has changed.
+    """
+    chosen = {stage.name for stage in stages}
+    read = set(chosen)
+    for stage in reversed(recipe.stages):  # a stage reads earlier ones
+        if stage.name in read:
+            read |= {reference.stage for reference in references(recipe, stage) if reference.stage is not None}
+    for stage in recipe.stages:
+        folder = run_folder / stage.name
+        if stage.name in read - chosen and (changed := changed_settings(stage, folder)):
+            raise _refusal(stage.name, folder, "finished" if is_finished(folder) else "half-finished", changed)
 
 
 def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> None:
@@ -179,6 +243,7 @@ def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> N
     chosen = {stage.name for stage in stages}
     remade = {name for name in chosen if not is_finished(run_folder / name)}
     planned: dict[str, str] = {}
+    check_read(recipe, stages, run_folder)
     for stage in recipe.stages:
         folder = run_folder / stage.name
         own = stage.name in chosen and (is_finished(folder) or is_begun(folder))

@@ -28,6 +28,7 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
+from minima.stages.identity import changed_settings
 from minima.stages.manifest import FINISHED, STARTED, is_finished
 from minima.stages.preview_inputs import KnownInputs
 from minima.stages.run_folder import check_run_folder
@@ -58,6 +59,8 @@ class Walk(KnownInputs):
         if (own / FINISHED).is_file() or (own / STARTED).is_file():
             state = "finished" if is_finished(own) else "half-finished"
         preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
+        if changed := changed_settings(stage, own):
+            preview.notes.append(f"it would be refused: {'; '.join(changed)}; remove {own} to make it again")
         for reference in references(self.recipe, stage):
             preview.reads.append(self.reads(reference, preview))
         for name in deepspeed_jsons(stage):

@@ -13,7 +13,7 @@ from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.context import StageContext
-from minima.stages.identity import check_unchanged, describe
+from minima.stages.identity import check_read, check_unchanged, describe
 from minima.stages.lock import run_lock
 from minima.stages.machine_errors import machine_errors_named
 from minima.stages.manifest import (
@@ -107,6 +107,7 @@ def run_stages(
         if launch.rank == 0 and is_finished(folder):  # another node need not have what an earlier stage read
             check_unchanged(describe(recipe, stage, run_folder, planned), folder)
     if launch.rank == 0:
+        check_read(recipe, stages, run_folder)
         claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
     group_started = False
     for stage in [stage for stage in stages if not is_finished(run_folder / stage.name)]:

@@ -1,5 +1,7 @@
 """What the plan says of activations and tensors against what stock models and autograd really keep."""
 
+import gc
+
 import pytest
 import torch
 
@@ -35,8 +37,13 @@ def kept_by_autograd(model, ids_BT) -> int:
 
 def allocated_bytes(run) -> int:
     """Bytes that the allocator gave out while `run` ran, less those that it got back: what stays alive after it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = run()
+    gc.collect()
+    gc.disable()  # what others have left would count as given back
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            kept = run()
+    finally:
+        gc.enable()
     assert kept is not None
     return sum(event.self_cpu_memory_usage for event in profile.key_averages())
 

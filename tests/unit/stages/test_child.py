@@ -30,15 +30,16 @@ Path("code").write_text(str(code))
 """
 SAVING = """
 import signal, sys, time
-def save(*_):
-    print("saving", flush=True)
-    time.sleep(0.5)
-    print("saved", flush=True)
-    sys.exit(143)
-signal.signal(signal.SIGTERM, save)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 for second in range(100):
     print("step", second, flush=True)
     time.sleep(0.05)
+    if asked:
+        print("saving", flush=True)
+        time.sleep(0.5)
+        print("saved", flush=True)
+        sys.exit(143)
 """
 RANK = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint('up', flush=True)\n"
 RANK += "time.sleep(30)\n"

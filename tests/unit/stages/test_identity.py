@@ -6,8 +6,8 @@ import pytest
 
 from minima.errors import StageError
 from minima.recipe.loading import load_recipe
-from minima.stages.identity import check_run, check_unchanged, describe
-from minima.stages.manifest import read_manifest, write_manifest, write_started
+from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences
+from minima.stages.manifest import read_manifest, write_json, write_manifest, write_started
 
 RECIPE = """
 name: x
@@ -203,3 +203,45 @@ def test_text_that_is_gone_before_it_was_built_is_no_input(run):
     (run / "text.jsonl").unlink()
     with pytest.raises(StageError, match="has changed"):
         check_unchanged(description(run, "corpus"), run / "corpus")
+
+
+def test_what_a_chosen_stage_reads_has_to_be_what_the_recipe_says(run):
+    """Or its model card would tell of settings that nothing was made with."""
+    publish(run, "corpus")
+    publish(run, "teacher")
+    (run / "text.jsonl").unlink()  # not looked at: it may have stayed on another machine
+    for override, refused in (
+        ("stages.teacher.learning_rate=2e-3", r"'teacher' is finished in .*learning_rate is 0.002 and was 0.001"),
+        ("stages.corpus.sequence_length=32", r"'corpus' is finished in .*sequence_length is 32 and was 64"),
+        ("stages.teacher.log_every_steps=1", None),
+        ("stages.pruned.target.hidden_size=8", None),
+    ):
+        recipe = load_recipe(run / "x.yaml", [override])
+        if refused is None:
+            check_run(recipe, [recipe.stage("pruned")], run)
+            continue
+        with pytest.raises(StageError, match=refused):
+            check_run(recipe, [recipe.stage("pruned")], run)
+
+
+def test_a_key_of_another_version_is_no_change(run):
+    publish(run, "corpus")
+    publish(run, "teacher")
+    path = run / "teacher" / "manifest.json"
+    content = read_manifest(run / "teacher")
+    del content["stage"]["log_every_steps"], content["stage"]["seed"]
+    write_json(path, content)
+    recipe = load_recipe(run / "x.yaml")
+    assert changed_settings(recipe.stage("teacher"), run / "teacher") == []
+    write_json(path, content | {"stage": content["stage"] | {"gone": 1}})
+    assert changed_settings(recipe.stage("teacher"), run / "teacher") == []
+    write_json(path, content | {"stage": content["stage"] | {"kind": "distil"}})
+    assert changed_settings(recipe.stage("teacher"), run / "teacher") == ['kind is "adapt" and was "distil"']
+
+
+def test_of_a_long_value_only_what_differs_is_told():
+    sources = [{"path": "a" * 150, "weight": 1.0}, {"path": "b", "weight": 2.0}]
+    other = [sources[0], sources[1] | {"weight": 3.0}]
+    assert differences(sources, other, "sources") == ["sources.1.weight is 3.0 and was 2.0"]
+    assert differences(sources, sources[:1], "sources")[0].startswith("sources is [")
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": [2]}}) == ["a.c is [2] and was null"]

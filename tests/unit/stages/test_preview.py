@@ -343,3 +343,10 @@ def test_a_trained_tokenizer_larger_than_the_model(show):
     show(data_stage(tokenizer={"vocabulary_size": 300}), training("adapt", steps=2, model=model))
     with pytest.raises(TokenizerMismatch, match="a tokenizer of 301 ids, its model 300 embedding rows"):
         show(data_stage(tokenizer={"vocabulary_size": 301}), training("adapt", steps=2, model=model))
+
+
+def test_a_finished_stage_that_run_would_refuse_is_told(show, built):
+    data = built("out/c", 7)
+    assert not any("refused" in note for note in show(data)[1])
+    notes = show(data | {"held_out_fraction": 0.25})[1]
+    assert any("it would be refused: held_out_fraction is 0.25 and was 0.005; remove out/c" in note for note in notes)

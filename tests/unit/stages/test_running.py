@@ -199,3 +199,13 @@ def test_no_memory_left_is_no_error_of_our_own(recipe, kind, tmp_path):
     with pytest.raises(OutOfMemory, match=r"(?s)stages\.a: CUDA error.*what to do: lower processes"):
         go(recipe, tmp_path)
     assert not is_finished(tmp_path / "out" / "a")
+
+
+def test_a_stage_that_is_read_has_to_be_what_the_recipe_says_though_it_is_not_chosen(recipe, kind, tmp_path):
+    go(recipe, tmp_path, ["a"])
+    changed = load_recipe(tmp_path / "x.yaml", ["stages.a.sequence_length=32"])
+    kept = (tmp_path / "out" / "recipe.yaml").read_text()
+    with pytest.raises(StageError, match="'a' is finished in out/a, but sequence_length is 32 and was 64"):
+        go(changed, tmp_path, ["b"])
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == kept
+    go(recipe, tmp_path, ["b"])
