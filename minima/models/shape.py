@@ -24,6 +24,7 @@ _LLAMA_NAMES = {
     "norm_epsilon": "rms_norm_eps",
     "rope_theta": "rope_theta",
     "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
     "tied": "tie_word_embeddings",
 }
 _NEOX_NAMES = _LLAMA_NAMES | {"norm_epsilon": "layer_norm_eps"}
@@ -57,6 +58,7 @@ class ModelShape(BaseModel):
         norm_epsilon: the epsilon of every norm.
         rope_theta: the base of the rotary embedding.
         attention_bias: whether the attention projections of a Llama carry biases (others have it fixed).
+        mlp_bias: whether the MLP of a Llama does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +76,7 @@ class ModelShape(BaseModel):
     norm_epsilon: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     attention_bias: bool = False
+    mlp_bias: bool = False
 
     @model_validator(mode="after")
     def _fill_and_check(self) -> Self:
@@ -133,7 +136,8 @@ class ModelShape(BaseModel):
         """Parameters of one layer's MLP."""
         if self.family in ("gpt_neox", "gpt2"):
             return 2 * self.hidden_size * self.intermediate_size + self.intermediate_size + self.hidden_size
-        return 3 * self.hidden_size * self.intermediate_size
+        biases = 2 * self.intermediate_size + self.hidden_size if self.mlp_bias and self.family == "llama" else 0
+        return 3 * self.hidden_size * self.intermediate_size + biases
 
     @property
     def norm_parameters(self) -> int:
@@ -189,6 +193,8 @@ class ModelShape(BaseModel):
         for field, name in names.items():
             if field not in skip.get(self.family, set()):
                 config[name] = getattr(self, field)
+        if not (self.mlp_bias and self.family == "llama"):
+            config.pop("mlp_bias")
         if self.family == "qwen2" and self.head_size * self.num_heads == self.hidden_size:
             config.pop("head_dim")  # not among its configuration's own fields, though its attention reads it
         if self.family == "gpt_neox":  # its configuration reads the base from here only

@@ -108,6 +108,8 @@ def layer_tensors(shape: ModelShape) -> list[int]:
     if shape.family == "qwen2" or (shape.attention_bias and shape.family in ("llama", "qwen3")):
         tensors += [query, key_value, key_value]
         tensors += [] if shape.family == "qwen2" else [width]
+    if shape.family == "llama" and shape.mlp_bias:
+        tensors += [neurons, neurons, width]
     if shape.family == "qwen3":
         tensors += [shape.head_size] * 2
     return tensors

@@ -75,7 +75,7 @@ def test_selective_keeps_products_and_attention(family, precision):
     assert many[1] - few[1] == pytest.approx(many[0] - few[0], rel=0.02)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"attention_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"attention_bias": True}, {"mlp_bias": True}])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_are_those_of_the_stock_model(family, changes):
     shape = shape_of(family, **changes)

@@ -24,6 +24,7 @@ SHAPES: dict[str, ModelShape] = {
         num_key_value_heads=2,
         tied=True,
         attention_bias=True,
+        mlp_bias=True,
     ),
     "mistral": ModelShape(
         family="mistral",
