@@ -109,11 +109,14 @@ def check_enough(stage: BuildData, written: dict[str, Any], set_aside: dict[str,
             "give more text or a shorter `sequence_length`",
         )
     if stage.held_out_fraction and not set_aside["blocks"]:
+        documents = written["documents"] + held_out_documents
+        few = "; documents are set aside whole, and a file of plain text is one: write its parts as lines of jsonl"
         raise DataError(
-            f"held_out_fraction {stage.held_out_fraction} chose {held_out_documents} documents with "
+            f"held_out_fraction {stage.held_out_fraction} chose {held_out_documents} of {documents} documents, with "
             f"{set_aside['dropped_tokens']} tokens, less than one block of {stage.sequence_length}",
             "there would be nothing to evaluate on",
-            "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without",
+            "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without"
+            + (few if documents * stage.held_out_fraction < 1 else ""),
         )
 
 

@@ -160,7 +160,7 @@ class SourceStream:
             raise DataError(
                 f"all {self.held_out_documents} documents of source {self.source.label!r} are held out",
                 "nothing of it is left to train on",
-                "lower `held_out_fraction`, or give the source more documents",
+                "lower `held_out_fraction`, or give the source more documents (a file of plain text is one)",
             )
         self._begin_pass()
 
