@@ -10,6 +10,7 @@ from minima.launcher import num_accelerators
 from minima.recipe.distillation import Teacher
 from minima.recipe.references import Reference, deepspeed_jsons, references
 from minima.recipe.schema import AnyStage, Benchmark, Publish, Recipe
+from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.named_checkpoints import checkpoint_steps, way_out
@@ -64,6 +65,8 @@ def check_stages(
             "correct it, or bring the folder to this machine",
         )
     check_run(recipe, stages, folder)
+    if not elsewhere:
+        _check_models(recipe, left, folder, [folder, *to_come])
     for stage in left:
         teacher = getattr(stage, "teacher", None)
         for name in deepspeed_jsons(stage):
@@ -147,6 +150,20 @@ def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder:
         "the run would end there, after everything before it",
         way_out(read, folder, there) if there or finished else f"add it: --stages {read.name},{reader}",
     )
+
+
+def _check_models(recipe: Recipe, left: Sequence[AnyStage], folder: Path, to_come: Sequence[Path]) -> None:
+    """Refuse models that are no folder and that the Hub does not have, each asked for once."""
+    asked = set()
+    for stage in left:
+        for reference in references(recipe, stage):
+            key = (reference.text, reference.revision)
+            if reference.what not in ("model", "exported") or reference.stage is not None or key in asked:
+                continue
+            path = Path(reference.text).expanduser()
+            if not path.exists() and not any(path.absolute().is_relative_to(other.absolute()) for other in to_come):
+                asked.add(key)
+                check_there(*key, folder, f"stages.{stage.name}.{reference.field}")
 
 
 def _missing_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence[Path]) -> list[str]:

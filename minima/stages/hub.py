@@ -1,6 +1,8 @@
 """Models from the Hub: a run takes the same commit of each from its first stage to its last. No torch."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minima.errors import StageError
@@ -27,23 +29,50 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
         StageError: there is no such model, or no way to it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     path, key = run_folder / COMMITS, _key(name, revision)
     commits = _commits(run_folder)
-    try:
+    with _refusal_named(f"model {name!r}"):
         patterns = [*_PATTERNS, *(["*.safetensors"] if weights else [])]
         folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=patterns))
+    if keep and key not in commits:
+        write_json(path, commits | {key: folder.name})  # the cache calls a snapshot's folder by its commit
+    return folder
+
+
+def check_there(name: str, revision: str | None, run_folder: Path, field: str) -> None:
+    """Fetch a model's configuration alone, where it is not in the cache, to see whether there is such a model.
+
+    Args:
+        name: Hub id.
+        revision: branch, tag or commit, as the recipe has it.
+        run_folder: keeps the commits.
+        field: where the recipe names it: `stages.student.teacher`.
+
+    Raises:
+        StageError: there is none, or no way to it.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with _refusal_named(f"{field}: {name!r}"):
+        wanted = kept_commit(name, revision, run_folder) or revision
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=wanted), str):
+            hf_hub_download(name, "config.json", revision=wanted)
+
+
+@contextmanager
+def _refusal_named(what: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
-            f"model {name!r} is neither a stage, nor a folder here, nor to be had from the Hub "
+            f"{what} is neither a stage, nor a folder here, nor to be had from the Hub "
             f"({str(error).strip().splitlines()[0]})",
             "there are no weights to start from",
             "check the name, give the path of a folder, or download it where there is a network",
         ) from error
-    if keep and key not in commits:
-        write_json(path, commits | {key: folder.name})  # the cache calls a snapshot's folder by its commit
-    return folder
 
 
 def kept_commit(name: str, revision: str | None, run_folder: Path) -> str | None:

@@ -19,6 +19,14 @@ DISTIL = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    """What the Hub was asked for; it has all of it."""
+    found = []
+    monkeypatch.setattr(checks, "check_there", lambda name, revision, *given: found.append((name, revision)))
+    return found
+
+
 def check(stage, tmp_path):
     recipe = Recipe(name="test", stages=[stage], launcher="local")
     return checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, ranks=1)
@@ -142,8 +150,9 @@ def test_a_folder_that_only_the_nodes_see(tmp_path):
     assert "stages.student: /data/corpus (data) is not on this machine" in said
 
 
-def test_what_may_come_from_the_hub_is_a_warning(tmp_path):
+def test_what_may_come_from_the_hub_is_a_warning(tmp_path, asked):
     warnings = check(DISTIL | {"data": str(tmp_path)}, tmp_path)
+    assert asked == [("some/model", None), ("some/teacher", None)]
     assert warnings == [
         "stages.student: some/model (model) is not on this machine",
         "stages.student: some/teacher (teacher) is not on this machine",

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 
 from minima.errors import StageError
-from minima.stages.hub import snapshot
+from minima.stages.hub import check_there, snapshot
 
 
 @pytest.fixture
@@ -36,3 +36,25 @@ def test_a_run_stays_with_the_commit_that_it_saw_first(hub, tmp_path):
 def test_a_model_that_is_not_to_be_had_is_named(hub, tmp_path):
     with pytest.raises(StageError, match=r"'no/such' is neither .* \(no connection\)"):
         snapshot("no/such", None, tmp_path, keep=True)
+
+
+def test_a_mistyped_model_is_found_before_anything_runs(monkeypatch, tmp_path):
+    """And the Hub is asked for nothing that is in its cache: a node without a network would wait for it in vain."""
+    asked, cached = [], {"org/cached"}
+
+    def download(name, file, revision=None):
+        asked.append((name, file, revision))
+        if name == "no/such":
+            raise OSError("no connection\nand more")
+
+    found = lambda name, file, revision=None: "a path" if name in cached else None  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    check_there("org/cached", None, tmp_path, "stages.a.model")
+    check_there("org/model", "v2", tmp_path, "stages.a.model")
+    assert asked == [("org/model", "config.json", "v2")]
+    with pytest.raises(StageError, match=r"stages.a.model: 'no/such' is neither .* \(no connection\)"):
+        check_there("no/such", None, tmp_path, "stages.a.model")
+    monkeypatch.undo()
+    with pytest.raises(StageError, match="three/part/name"):
+        check_there("three/part/name", None, tmp_path, "stages.a.model")
