@@ -100,8 +100,10 @@ class ChatEncoder:
             if isinstance(shorter, Unfit):
                 raise shorter
             chat = shorter
-        size = sum(len(text.encode("utf-8")) for role, text in turns if role == ASSISTANT)
-        cut, learnt = len(record.turns) - len(turns), _learnt(chat, chat.replies)
+        replies = [text for role, text in turns if role == ASSISTANT]
+        kept = [number for number in range(len(replies)) if number not in record.unlearnt]
+        size = sum(len(replies[number].encode("utf-8")) for number in kept)
+        cut, learnt = len(record.turns) - len(turns), _learnt(chat, [chat.replies[number] for number in kept])
         return _Unit(chat.ids, learnt, size, len(chat.text), len(chat.ids), cut, record.left_out)
 
     def _pair(self, record: Pair, chosen: TokenizedChat, rejected: TokenizedChat) -> _Unit:

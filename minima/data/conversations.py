@@ -1,7 +1,7 @@
 """Records of many layouts -> conversations of one; a source's conversations and preference pairs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from minima.data.documents import Rejected
@@ -20,6 +20,7 @@ from minima.data.turns import (
     text_of,
     turns_in,
     under_system,
+    unlearnt_in,
 )
 from minima.recipe.data import Source
 
@@ -30,10 +31,12 @@ class Conversation(NamedTuple):
     Attributes:
         turns: role and text, stripped.
         left_out: turns at the end of the record that nobody answers.
+        unlearnt: replies, counted from 0, that are read but not learnt.
     """
 
     turns: list[Turn]
     left_out: int = 0
+    unlearnt: Sequence[int] = ()
 
     @property
     def content(self) -> str:
@@ -69,7 +72,8 @@ def read_conversations(
             except Unfit as unfit:
                 rejected.add(str(unfit), where, record)
             else:
-                yield f"{compact(item)}\n{where}"
+                every = isinstance(item, Conversation) and not item.unlearnt
+                yield f"{compact(item[:2] if every else item)}\n{where}"
 
     what = "preference pairs" if pairs else "conversations"
     yield from some(packed(), source, rejected, f"that its records are {what} in a layout that is known", share)
@@ -89,12 +93,12 @@ def conversation_of(record: Any) -> Conversation:
     `dialogue`. A turn is `{"User", "Assistant"}` (both of an exchange), `{"role", "content"}` (OpenAI) or `{"from",
     "value"}` (ShareGPT). Or `{"instruction", "input", "output"}` (Alpaca), with `history` (a list of question and
     answer) as LLaMA-Factory has it; or `{"prompt", "completion"}` (TRL), strings or turns. A `system` or
-    `system_prompt` beside them comes first.
+    `system_prompt` beside them comes first. A reply with `weight: 0` (OpenAI) is read, and not learnt.
 
     Raises:
-        Unfit: it holds none, or one whose turns are empty or out of order.
+        Unfit: it holds none, or one whose turns are empty or out of order, or of which nothing is to be learnt.
     """
-    turns = turns_in(record)
+    turns, unlearnt = turns_in(record), unlearnt_in(record)
     if turns is None and isinstance(record, dict):
         if "completion" in record:
             turns = under_system(record, prompt_turns(record.get("prompt"))) + answer_turns(record["completion"])
@@ -106,4 +110,6 @@ def conversation_of(record: Any) -> Conversation:
     answered = max((number for number, (role, _) in enumerate(turns, 1) if role == ASSISTANT), default=0)
     if not answered:
         raise Unfit("no_answer")
-    return Conversation(turns[:answered], len(turns) - answered)
+    if unlearnt and len(unlearnt) == sum(role == ASSISTANT for role, _ in turns):
+        raise Unfit("nothing_to_learn")
+    return Conversation(turns[:answered], len(turns) - answered, tuple(unlearnt))

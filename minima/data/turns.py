@@ -23,12 +23,29 @@ class Unfit(Exception):
 
 def turns_in(record: Any) -> list[Turn] | None:
     """The turns of a list of them, or of a record that holds such a list; None where there is none."""
-    if isinstance(record, dict):
-        for field in _TURN_FIELDS:
-            if isinstance(record.get(field), list):
-                return under_system(record, _listed(record[field]))
+    listed = _list_in(record)
+    if listed is None:
         return None
-    return _listed(record) if isinstance(record, list) else None
+    return under_system(record, _listed(listed)) if isinstance(record, dict) else _listed(listed)
+
+
+def unlearnt_in(record: Any) -> list[int]:
+    """Which replies of a record's list of turns are not to be learnt, counted from 0: OpenAI's `weight: 0`.
+
+    Raises:
+        Unfit: a weight is neither 0 nor 1.
+    """
+    turns = [turn for turn in _list_in(record) or [] if isinstance(turn, dict) and "role" in turn]
+    weights = [turn.get("weight") for turn in turns if _role(turn["role"]) == ASSISTANT]
+    if any(weight not in (None, 0, 1) for weight in weights):
+        raise Unfit("weight_between_0_and_1")
+    return [number for number, weight in enumerate(weights) if weight is not None and not weight]
+
+
+def _list_in(record: Any) -> list[Any] | None:
+    if isinstance(record, dict):
+        return next((record[field] for field in _TURN_FIELDS if isinstance(record.get(field), list)), None)
+    return record if isinstance(record, list) else None
 
 
 def _listed(turns: list[Any]) -> list[Turn]:

@@ -14,6 +14,8 @@ from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.planning.dry_run import size_text
 from minima.recipe.base import ModelInput
+from minima.recipe.references import references
+from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,18 @@ def open_origin(context: StageContext, model: ModelInput, seed: int) -> Origin:
                 "correct the recipe's `shape:` block, or name the model that it describes",
             )
     return Origin(source, resolved.name, resolved.tokenizer)
+
+
+def warn_of_same_blocks(context: StageContext, stage: AnyTraining) -> None:
+    """Tell where a stage goes on from a training stage and would read its blocks again in the same order."""
+    for reference in references(context.recipe, stage):
+        before = context.recipe.stage(reference.stage) if reference.stage and reference.field == "model" else None
+        if isinstance(before, AnyTraining) and (before.data, before.seed) == (stage.data, stage.seed):
+            logger.warning(
+                "%s: reads the blocks of %s in the same order as %s, which it goes on from, has read them (seed %d); "
+                "give it a `seed:` of its own to have others first",
+                stage.name, stage.data, before.name, stage.seed,
+            )  # fmt: skip
 
 
 def open_store(folder: Path) -> TokenStore:

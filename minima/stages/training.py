@@ -24,7 +24,15 @@ from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 from minima.stages.feed import Feed
 from minima.stages.memory_plan import choice_metrics, plan_memory
-from minima.stages.origin import LEARNABLE, check_fit, check_format, check_tokens, open_origin, open_store
+from minima.stages.origin import (
+    LEARNABLE,
+    check_fit,
+    check_format,
+    check_tokens,
+    open_origin,
+    open_store,
+    warn_of_same_blocks,
+)
 from minima.stages.training_run import Measure, TrainingRun, held_out_loss
 
 
@@ -79,6 +87,8 @@ def run_training(
             "no step would be made",
             f"give it at least {store.sequence_length} tokens",
         )
+    if distributed.is_main():
+        warn_of_same_blocks(context, stage)
     if stage.deterministic:
         torch.use_deterministic_algorithms(True)
     random.seed(stage.seed)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -125,6 +126,26 @@ def test_every_conversation_is_there_once_whole_with_transformers_mask(
     assert train.bytes + held_out.bytes == said
     assert metrics["cut_conversations"] == 0
     assert sorted(file.name for file in folder.iterdir()) == ["held_out", "report.json", "tokenizer", "train"]
+
+
+def test_replies_of_weight_0_are_not_learnt_and_do_not_count(folder, records, chat_stage, tokenizer):
+    def weighted(number):
+        return [turn | {"weight": 0} if place == 1 else turn for place, turn in enumerate(messages_of(number))]
+
+    several = [number for number in range(200) if len(messages_of(number)) > 2]
+    build(chat_stage({"path": records([{"messages": messages_of(number)} for number in several])}), folder, tokenizer)
+    plain = {tuple(ids): mask for store in stores(folder) for ids, mask in documents_of(store)}
+    sizes = [store.bytes for store in stores(folder)]
+    shutil.rmtree(folder)
+    build(chat_stage({"path": records([{"messages": weighted(number)} for number in several])}), folder, tokenizer)
+    found = [document for store in stores(folder) for document in documents_of(store)]
+    assert len(found) == len(plain) == len(several)
+    for ids, mask in found:
+        before = plain[tuple(ids)]
+        first = before.index(1)
+        end = before.index(0, first)
+        assert mask == [0] * end + before[end:] and any(mask)
+    assert all(fewer < size for fewer, size in zip([store.bytes for store in stores(folder)], sizes, strict=True))
 
 
 def test_a_batch_has_the_labels_that_its_conversations_have_alone(folder, records, chat_stage, tokenizer):

@@ -68,6 +68,16 @@ def test_alpaca_joins_instruction_and_input():
     assert conversation_of(record).turns == [("user", "translate\n你好"), ("assistant", "hello")]
 
 
+def test_a_reply_of_weight_0_is_read_and_not_learnt():
+    first, second = ({**MESSAGES[number], "weight": weight} for number, weight in ((1, 0), (3, 1)))
+    weighted = [MESSAGES[0], first, MESSAGES[2], second]
+    assert conversation_of({"messages": weighted}) == Conversation(TWO, unlearnt=(0,))
+    assert conversation_of(weighted).content == Conversation(TWO).content, "the same text, so held out alike"
+    for wrong, reason in ((0.5, "weight_between_0_and_1"), ("0", "weight_between_0_and_1"), (0, "nothing_to_learn")):
+        with pytest.raises(Unfit, match=reason):
+            conversation_of([MESSAGES[0], {**MESSAGES[1], "weight": wrong}])
+
+
 def test_a_question_that_nobody_answers_is_left_out():
     assert conversation_of({"messages": MESSAGES[:3]}) == Conversation(TWO[:2], left_out=1)
 

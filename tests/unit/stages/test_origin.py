@@ -159,3 +159,17 @@ def test_the_wait_for_much_data_is_told(tmp_path, monkeypatch, caplog):
         with caplog.at_level(logging.INFO, logger="minima"):
             origin.open_store(store)
         assert (f"{store}: reading all {size} bytes once" in caplog.text) is told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({}, True), ({"seed": 5}, False), ({"data": "other"}, False), ({"model": "first@2"}, True)]
+)
+def test_going_on_over_the_same_blocks_is_told(tmp_path, caplog, changes, told):
+    given = {"kind": "adapt", "data": "corpus", "batch_sequences": 2, "micro_batch_sequences": 1, "steps": 2,
+             "learning_rate": 1e-3, "checkpoint_every_steps": 2}  # fmt: skip
+    stages = [given | {"name": "first", "model": "base"}, given | {"name": "second", "model": "first"} | changes]
+    recipe = Recipe.model_validate({"name": "x", "stages": stages})
+    stage = recipe.stage("second")
+    context = StageContext(recipe, tmp_path / "x.yaml", stage, tmp_path / "second", tmp_path, Launch())
+    origin.warn_of_same_blocks(context, stage)
+    assert ("second: reads the blocks of corpus in the same order as first" in caplog.text) is told
