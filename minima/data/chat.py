@@ -45,6 +45,11 @@ class ChatTemplate(NamedTuple):
     text: str
     special_tokens: dict[str, str]
 
+    @property
+    def marked(self) -> bool:
+        """Whether it says itself what the assistant writes, by `{% generation %}`."""
+        return _MARKED.search(self.text) is not None
+
     def render(self, turns: list[Turn], *, prompt: bool = False) -> str:
         """The text of a conversation.
 
@@ -67,7 +72,7 @@ class ChatTemplate(NamedTuple):
             jinja2.TemplateError: the template cannot be read, or refuses the conversation.
             Unfit: the text of the first turns is not how the text of all of them begins.
         """
-        if _MARKED.search(self.text):
+        if self.marked:
             text, found = self._render(turns, spans=True)
             spans = _joined(found)
             if len(spans) != sum(role == ASSISTANT for role, _ in turns):

@@ -33,7 +33,8 @@ class Rejected:
             reason: `broken_json`, `not_a_record`, `missing_field`, `not_text`, `empty`, `not_utf8`, `unknown_suffix`;
                 of chats also `not_a_conversation`, `not_a_pair`, `unknown_role`, `roles_out_of_order`,
                 `empty_user_turn`, `empty_assistant_turn`, `no_answer`, `equal_answers`, `prompts_differ`,
-                `unknown_prompt`, `forged_marker`, `too_long`, `refused_by_template`, `not_splittable`.
+                `unknown_prompt`, `forged_marker`, `too_long`, `refused_by_template`, `not_splittable`,
+                `weight_between_0_and_1`, `nothing_to_learn`.
             where: file and line, or source and row.
             content: what was there; an excerpt of it is kept.
         """

@@ -198,3 +198,16 @@ def test_several_templates_need_a_default(chatml):
     chatml.chat_template = {"default": CHATML, "two": "{{ messages }}"}
     set_template(chatml, "own")
     assert template_of(chatml).text == CHATML
+
+
+def test_what_a_template_marks_before_an_answer_is_learnt_with_it(chatml):
+    """As training templates of thinking models do, whose answers begin with an empty thought."""
+    chatml.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<think>\n\n</think>\n\n' }}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
+        "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    set_template(chatml, "own")
+    (chat,) = chat_tokenizer(chatml).encode([[("user", "zebra"), ("assistant", "walnut")]])
+    ((begin, end),) = chat.replies
+    assert chatml.decode(chat.ids[begin:end]) == "<think>\n\n</think>\n\nwalnut<|im_end|>"
