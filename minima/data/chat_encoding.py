@@ -102,6 +102,8 @@ class ChatEncoder:
             chat = shorter
         replies = [text for role, text in turns if role == ASSISTANT]
         kept = [number for number in range(len(replies)) if number not in record.unlearnt]
+        if not kept:
+            raise Unfit("nothing_to_learn")  # what was to be learnt has been cut off
         size = sum(len(replies[number].encode("utf-8")) for number in kept)
         cut, learnt = len(record.turns) - len(turns), _learnt(chat, [chat.replies[number] for number in kept])
         return _Unit(chat.ids, learnt, size, len(chat.text), len(chat.ids), cut, record.left_out)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ INDEX = "index.json"
 STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
 _READ_BYTES = 1 << 24
 # A mapped file keeps a descriptor, of which a process often has 1,024, and 126e9 tokens are 470 shards of two or three
-# files each. Mapping one again costs less than the read that follows.
-_MAPPED_FILES = 64
+# files each: of each kind, this share of what the process may have stays mapped.
+_MAPPED_SHARE = 1 / 16
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -122,9 +123,11 @@ class TokenStore:
 
     def _forget_maps(self) -> None:
         """Begin to map files; of each kind, only the latest stay mapped."""
-        self._map = lru_cache(_MAPPED_FILES)(self._open_shard)
-        self._map_learnt = lru_cache(_MAPPED_FILES)(self._open_learnt)
-        self._map_starts = lru_cache(_MAPPED_FILES)(self._open_starts)
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = None if soft == resource.RLIM_INFINITY else max(1, int(soft * _MAPPED_SHARE))
+        self._map = lru_cache(most)(self._open_shard)
+        self._map_learnt = lru_cache(most)(self._open_learnt)
+        self._map_starts = lru_cache(most)(self._open_starts)
 
     @property
     def file_bytes(self) -> int:

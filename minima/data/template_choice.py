@@ -128,10 +128,10 @@ def _check(chat: ChatTokenizer, name: str) -> None:
                 "the model would be asked in another way than it learns",
                 _MEND,
             )
-    _check_replies(chat, name, text, replies)
+    _check_replies(chat, name, text, replies, prompts)
 
 
-def _check_replies(chat: ChatTokenizer, name: str, text: str, replies: list[Span]) -> None:
+def _check_replies(chat: ChatTokenizer, name: str, text: str, replies: list[Span], prompts: list[str]) -> None:
     """Refuse a template whose replies are not an answer and one token that ends it."""
     missing = [said for _, said in PROBE if said not in text]
     if missing:
@@ -142,10 +142,13 @@ def _check_replies(chat: ChatTokenizer, name: str, text: str, replies: list[Span
         )
     (chats,) = chat.encode([PROBE])
     assert not isinstance(chats, Unfit)
-    for (begin, end), (first, last), (_, answer) in zip(replies, chats.replies, PROBE[1::2], strict=True):
+    for (begin, end), (first, last), (_, answer), prompt in zip(
+        replies, chats.replies, PROBE[1::2], prompts, strict=True
+    ):
         before, found, after = text[begin:end].partition(answer)
-        # What a template marks before an answer is meant to be written: an empty thought, in Qwen3's.
-        if not found or (before.strip() and not chat.template.marked):
+        # What a template marks behind the prompt is meant to be written: before an answer an empty thought, in Qwen3's.
+        meant = chat.template.marked and begin >= len(prompt)
+        if not found or (before.strip() and not meant):
             raise DataError(
                 f"the chat template ({name}) takes {text[begin:end]!r} for the reply {answer!r}",
                 "a model would learn to write what comes before its answer, or not learn the answer",

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("minima.data")
 SPACE = "\u2581"  # SentencePiece's visible space
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they do what tokenizer.json says, and no more
+# Spaces, line breaks, digits, contractions, capitals, code, an accent in two characters, other scripts.
+_PROBE = (
+    "  Two  words, 12345 that's I'LL;\n\n\tx_1 = 3.5e2\re\u0301t\u00e9 \u7b2c\u4e00 \u0645 \u00bd \U0001f44d\u200b."
+)
 # The Llama layout: unknown, begin, end, then the 256 bytes, then what was learnt.
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 # SentencePiece skips lines longer than 4,192 bytes by default; an address of 30,000 words is one line.
@@ -189,9 +193,11 @@ def misread_as(folder: Path) -> str | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        if not _overruled(folder, tokenizer) or tokenizer(_PROBE)["input_ids"] == _load(folder)(_PROBE)["input_ids"]:
+            return None
     except Exception:  # of any class, as in `_load`; who needs one that does not load refuses it by name
         return None
-    return type(tokenizer).__name__ if _overruled(folder, tokenizer) else None
+    return type(tokenizer).__name__
 
 
 def _overruled(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> bool:

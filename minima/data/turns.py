@@ -30,16 +30,33 @@ def turns_in(record: Any) -> list[Turn] | None:
 
 
 def unlearnt_in(record: Any) -> list[int]:
-    """Which replies of a record's list of turns are not to be learnt, counted from 0: OpenAI's `weight: 0`.
+    """Which replies of a record are not to be learnt, counted from 0: those of `weight: 0` (OpenAI).
 
     Raises:
         Unfit: a weight is neither 0 nor 1.
     """
-    turns = [turn for turn in _list_in(record) or [] if isinstance(turn, dict) and "role" in turn]
-    weights = [turn.get("weight") for turn in turns if _role(turn["role"]) == ASSISTANT]
+    listed, weights = _list_in(record), []
+    if listed is not None:
+        weights = _weights(listed)
+    elif isinstance(record, dict) and "completion" in record:
+        prompt, answer = record.get("prompt"), record["completion"]
+        weights = _weights(prompt) if isinstance(prompt, list) else []
+        weights += _weights(answer if isinstance(answer, list) else [answer]) or [None]
     if any(weight not in (None, 0, 1) for weight in weights):
         raise Unfit("weight_between_0_and_1")
     return [number for number, weight in enumerate(weights) if weight is not None and not weight]
+
+
+def _weights(turns: list[Any]) -> list[Any]:
+    """Of each reply, in the order of `_listed`."""
+    found = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        if role is not None and _role(role) == ASSISTANT:
+            found.append(turn.get("weight"))
+        elif isinstance(turn, dict) and "Assistant" in turn:
+            found.append(None)
+    return found
 
 
 def _list_in(record: Any) -> list[Any] | None:

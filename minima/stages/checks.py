@@ -9,12 +9,12 @@ from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.recipe.distillation import Teacher
 from minima.recipe.references import Reference, deepspeed_jsons, references
-from minima.recipe.schema import AnyStage, Benchmark, Publish, Recipe
+from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.named_checkpoints import checkpoint_steps, way_out
-from minima.stages.preview import walk
+from minima.stages.preview import frozen_model, walk
 from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_deepspeed_json, find_launcher
 
@@ -156,9 +156,11 @@ def _check_models(recipe: Recipe, left: Sequence[AnyStage], folder: Path, to_com
     """Refuse models that are no folder and that the Hub does not have, each asked for once."""
     asked = set()
     for stage in left:
+        unread = "teacher" if isinstance(stage, Distil) and frozen_model(stage) is None else None
         for reference in references(recipe, stage):
             key = (reference.text, reference.revision)
-            if reference.what not in ("model", "exported") or reference.stage is not None or key in asked:
+            of_models = reference.what in ("model", "exported") and reference.field != unread
+            if not of_models or reference.stage is not None or key in asked:
                 continue
             path = Path(reference.text).expanduser()
             if not path.exists() and not any(path.absolute().is_relative_to(other.absolute()) for other in to_come):
@@ -171,7 +173,7 @@ def _missing_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence
     found = []
     for stage in left:
         for reference in references(recipe, stage):
-            of_minima = reference.what in ("data", "scores")
+            of_minima = reference.what in ("data", "scores") or isinstance(stage, Publish)
             is_path = reference.stage is None and (of_minima or reference.text.startswith((".", "/", "~")))
             path = Path(reference.text).expanduser().absolute()
             if is_path and not path.exists() and not any(path.is_relative_to(other.absolute()) for other in to_come):

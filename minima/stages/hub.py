@@ -41,7 +41,7 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
 
 
 def check_there(name: str, revision: str | None, run_folder: Path, field: str) -> None:
-    """Fetch a model's configuration alone, where it is not in the cache, to see whether there is such a model.
+    """Ask the Hub whether there is such a model, where its configuration is not in the cache; nothing is downloaded.
 
     Args:
         name: Hub id.
@@ -52,12 +52,19 @@ def check_there(name: str, revision: str | None, run_folder: Path, field: str) -
     Raises:
         StageError: there is none, or no way to it.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     with _refusal_named(f"{field}: {name!r}"):
         wanted = kept_commit(name, revision, run_folder) or revision
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=wanted), str):
-            hf_hub_download(name, "config.json", revision=wanted)
+            url = hf_hub_url(name, "config.json", revision=wanted)
+            try:
+                get_hf_file_metadata(url)
+            except (HfHubHTTPError, OSError):
+                raise
+            except Exception as error:  # of the library by which this version of the Hub's client reaches it
+                raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 @contextmanager
@@ -69,7 +76,7 @@ def _refusal_named(what: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
             f"{what} is neither a stage, nor a folder here, nor to be had from the Hub "
-            f"({str(error).strip().splitlines()[0]})",
+            f"({(str(error).strip() or type(error).__name__).splitlines()[0]})",
             "there are no weights to start from",
             "check the name, give the path of a folder, or download it where there is a network",
         ) from error

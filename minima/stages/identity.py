@@ -216,15 +216,21 @@ def check_read(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> 
     Raises:
         StageError: names the first one and what has changed.
     """
+    for name, changed in read_and_changed(recipe, stages, run_folder).items():
+        folder = run_folder / name
+        raise _refusal(name, folder, "finished" if is_finished(folder) else "half-finished", changed)
+
+
+def read_and_changed(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> dict[str, list[str]]:
+    """What has changed of the stages that the chosen ones read and that are not chosen themselves, by name."""
     chosen = {stage.name for stage in stages}
     read = set(chosen)
     for stage in reversed(recipe.stages):  # a stage reads earlier ones
         if stage.name in read:
             read |= {reference.stage for reference in references(recipe, stage) if reference.stage is not None}
-    for stage in recipe.stages:
-        folder = run_folder / stage.name
-        if stage.name in read - chosen and (changed := changed_settings(stage, folder)):
-            raise _refusal(stage.name, folder, "finished" if is_finished(folder) else "half-finished", changed)
+    others = [stage for stage in recipe.stages if stage.name in read - chosen]
+    found = {stage.name: changed_settings(stage, run_folder / stage.name) for stage in others}
+    return {name: changed for name, changed in found.items() if changed}
 
 
 def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> None:

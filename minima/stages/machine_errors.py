@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minima.errors import LostRank, OutOfMemory
+from minima.recipe.references import ALONE
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
 
 # What PyTorch's allocators, CUDA, NCCL and cuBLAS say of memory, in errors of several types.
@@ -18,12 +19,17 @@ _LOST = (
     "ncclremoteerror",
     "connection was likely closed",
 )
+_GLOO = r"^\[\S+:\d+\] "  # a place in its source
 _ADVICE_BEGINS = ("If reserved but unallocated", "See documentation")  # PyTorch's own, which follows the figures
 
 
 @contextmanager
-def machine_errors_named(stage: AnyStage) -> Iterator[None]:
+def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
     """Around a stage.
+
+    Args:
+        stage: that runs.
+        ranks: that it runs on; one alone loses none.
 
     Raises:
         OutOfMemory: what ran in it found no memory left.
@@ -39,7 +45,7 @@ def machine_errors_named(stage: AnyStage) -> Iterator[None]:
                 "the stage needs more memory than there is; what it has saved stays, and it goes on from there",
                 _ways_out(stage),
             ) from error
-        if isinstance(error, RuntimeError) and any(text in said for text in _LOST):
+        if ranks > 1 and _is_of_ranks(error, said) and any(text in said for text in _LOST):
             raise LostRank(_first_line(error)) from error
         raise
 
@@ -51,10 +57,16 @@ def _is_out_of_memory(error: BaseException, said: str) -> bool:
     return of_libraries and any(text in said for text in _NO_MEMORY)
 
 
+def _is_of_ranks(error: BaseException, said: str) -> bool:
+    """Whether it came from what connects ranks, and not, say, from a download."""
+    of_torch = type(error).__name__.startswith("Dist") or "nccl" in said or re.match(_GLOO, str(error)) is not None
+    return isinstance(error, RuntimeError) and of_torch
+
+
 def _first_line(error: BaseException) -> str:
     """Without the place in gloo's source that it begins with, and gloo's advice."""
     line = next(iter(str(error).splitlines()), "")
-    return re.sub(r"^\[\S+:\d+\] ", "", line).partition("This is typically")[0].rstrip(" .")
+    return re.sub(_GLOO, "", line).partition("This is typically")[0].rstrip(" .")
 
 
 def _figures(error: BaseException) -> str:
@@ -72,12 +84,14 @@ def _ways_out(stage: AnyStage) -> str:
         )
     if not isinstance(stage, AnyTraining):
         fewer = next((key for key in ("micro_batch_sequences", "batch_size", "processes") if hasattr(stage, key)), "")
-        return f"lower {fewer}, or take more ranks" if fewer else "take more ranks, or a machine with more memory"
+        more = "take a machine with more memory" if stage.kind in ALONE else "take more ranks"
+        return f"lower {fewer}, or {more}" if fewer else more
     ways = []
     if stage.micro_batch_sequences > 1:
         ways.append("lower micro_batch_sequences, which leaves the batch as it is")
     if stage.activation_checkpointing != "full":
-        ways.append("set activation_checkpointing: full")
+        taken = " (unless `auto` has taken that)" if stage.activation_checkpointing == "auto" else ""
+        ways.append(f"set activation_checkpointing: full{taken}")
     if stage.deepspeed != "student_zero3_offload.json":
         ways.append("keep the optimiser in the hosts' memory with deepspeed: student_zero3_offload.json")
     if isinstance(stage, Distil) and stage.teacher.offload == "none":

@@ -1,8 +1,9 @@
 """The dry run: shapes, tokens and steps of every stage, from the recipe and what lies on this machine. No torch."""
 
+from contextlib import suppress
 from pathlib import Path
 
-from minima.errors import MinimaError, RecipeError, VocabularyMismatch
+from minima.errors import MinimaError, RecipeError, StageError, VocabularyMismatch
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
 from minima.planning.candidates import Stage as Planned
@@ -28,7 +29,7 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
-from minima.stages.identity import changed_settings
+from minima.stages.identity import changed_settings, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished
 from minima.stages.preview_inputs import KnownInputs
 from minima.stages.run_folder import check_run_folder
@@ -59,8 +60,9 @@ class Walk(KnownInputs):
         if (own / FINISHED).is_file() or (own / STARTED).is_file():
             state = "finished" if is_finished(own) else "half-finished"
         preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
-        if changed := changed_settings(stage, own):
-            preview.notes.append(f"it would be refused: {'; '.join(changed)}; remove {own} to make it again")
+        with suppress(StageError):  # a manifest that cannot be read stops who needs it, not every command
+            if changed := changed_settings(stage, own):
+                preview.notes.append(f"it would be refused: {'; '.join(changed)}; remove {own} to make it again")
         for reference in references(self.recipe, stage):
             preview.reads.append(self.reads(reference, preview))
         for name in deepspeed_jsons(stage):
@@ -285,9 +287,9 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
         MinimaError: as `walk` does.
     """
     check_run_folder(output_folder(recipe), recipe.name, [stage.name for stage in recipe.stages])
-    shown = {stage.name for stage in stages}
-    previews = [found for found in walk(recipe, recipe_path) if found.name in shown]
-    return render(resolved_yaml(recipe), previews)
+    shown, previews = {stage.name for stage in stages}, walk(recipe, recipe_path)
+    refused = read_and_changed(recipe, stages, output_folder(recipe))
+    return render(resolved_yaml(recipe), [found for found in previews if found.name in shown | refused.keys()])
 
 
 def _model_size(shape: ModelShape, dtype: str | None) -> str:

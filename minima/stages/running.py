@@ -11,6 +11,7 @@ from minima.disk import access_refused_named, disk_full_named
 from minima.errors import MinimaError, RecipeError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.recipe.loading import resolved_yaml
+from minima.recipe.references import ALONE
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_read, check_unchanged, describe
@@ -29,7 +30,6 @@ from minima.stages.run_folder import access_named, check_run_folder, claim_run_f
 
 HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
 ERROR = "minima: "  # begins the line that tells a user's mistake
-ALONE = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that one process does
 # A file server keeps the locks of a machine that it has lost, by default for 90 s (Linux nfsd, nfsv4leasetime).
 _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
@@ -121,7 +121,8 @@ def run_stages(
         if module.RANKS or launch.rank == 0:
             with disk_full_named(folder):
                 context = StageContext(recipe, recipe_path, stage, folder, run_folder, launch, allow_code_execution)
-                _run(module, context, write)
+                with machine_errors_named(stage, launch.world_size if module.RANKS else 1):
+                    _run(module, context, write)
         else:
             _wait(folder)
     if group_started and not keep_group:
@@ -132,7 +133,7 @@ def _run(module, context: StageContext, write) -> None:
     main, folder = context.launch.rank == 0, context.folder
     _begin(module, context, write)
     began = time.monotonic()
-    with _alone(module), machine_errors_named(context.stage):
+    with _alone(module):
         metrics = module.run(context)
     if module.RANKS:
         from minima.engine import distributed

@@ -73,6 +73,13 @@ def test_a_reply_of_weight_0_is_read_and_not_learnt():
     weighted = [MESSAGES[0], first, MESSAGES[2], second]
     assert conversation_of({"messages": weighted}) == Conversation(TWO, unlearnt=(0,))
     assert conversation_of(weighted).content == Conversation(TWO).content, "the same text, so held out alike"
+    sharegpt = [SHAREGPT[0], {**SHAREGPT[1], "weight": 0}, *SHAREGPT[2:]]
+    mixed = [ORIGINAL[0], *MESSAGES[2:3], {**MESSAGES[3], "weight": 0}]
+    assert conversation_of({"conversations": sharegpt}).unlearnt == (0,)
+    assert conversation_of(mixed) == Conversation(TWO, unlearnt=(1,))
+    for completion in ("four", MESSAGES[3:]):
+        assert conversation_of({"prompt": weighted[:3], "completion": completion}) == Conversation(TWO, unlearnt=(0,))
+    assert conversation_of({"prompt": "one", "completion": "two"}).unlearnt == ()
     for wrong, reason in ((0.5, "weight_between_0_and_1"), ("0", "weight_between_0_and_1"), (0, "nothing_to_learn")):
         with pytest.raises(Unfit, match=reason):
             conversation_of([MESSAGES[0], {**MESSAGES[1], "weight": wrong}])

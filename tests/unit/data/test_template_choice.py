@@ -157,6 +157,18 @@ REFUSALS = {
         "{% endgeneration %}{% endif %}{% endfor %}",
         "for the reply 'walnut'",
     ),
+    "marks around the question, too": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<U>"
+        "{{ messages[loop.index0 - 1].content }}"
+        "\n<A>{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}{% elif loop.last %}<U>{{ m.content }}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<A>{% endif %}",
+        "(?s)takes '<U>zebra.*for the reply 'walnut'",
+    ),
+    "marks around the prompt, too": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}<A>{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}",
+        r"takes '<A>walnut<\|im_end\|>' for the reply 'walnut'",
+    ),
     "empty": ("", "leaves out what is said: zebra, walnut, tundra, violin"),
     "constant": ("hello<|im_end|>", "leaves out what is said"),
     "no questions": (

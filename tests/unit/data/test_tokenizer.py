@@ -8,7 +8,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
@@ -182,3 +183,14 @@ def test_a_folder_tokenizes_as_its_files_say_whatever_the_family(tokenizer, tmp_
     assert AutoTokenizer.from_pretrained(tmp_path / "model")(text)["input_ids"] != ids, "no longer needed?"
     assert load_tokenizer(tmp_path / "model")(text)["input_ids"] == ids
     assert misread_as(tmp_path / "model") == "Qwen2Tokenizer" and misread_as(tokenizer) is None
+
+
+def test_a_class_that_tokenizes_alike_is_no_misreading(tmp_path):
+    """A model whose own tokenizer was saved anew is declared plain, and is as right under its family's class."""
+    words = {token: number for number, token in enumerate(["<unk>", "<|endoftext|>", *ByteLevel.alphabet()])}
+    Qwen2Tokenizer(vocab=words, merges=[]).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert type(AutoTokenizer.from_pretrained(tmp_path)).__name__ == "Qwen2Tokenizer"
+    assert misread_as(tmp_path) is None

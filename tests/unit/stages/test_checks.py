@@ -33,11 +33,27 @@ def check(stage, tmp_path):
 
 
 def test_a_push_without_a_token(tmp_path, monkeypatch):
+    publish = PUBLISH | {"model": str(tmp_path)}
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(RecipeError, match="no token for the Hub"):
-        check(PUBLISH, tmp_path)
+        check(publish, tmp_path)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
-    check(PUBLISH, tmp_path)
+    check(publish, tmp_path)
+    with pytest.raises(StageError, match="'some/model' is neither a stage of this recipe nor a folder here"):
+        check(PUBLISH, tmp_path)  # what is on the Hub is there already
+
+
+def test_the_hub_is_asked_only_for_what_will_be_read_and_is_not_here(tmp_path, asked):
+    data = {"data": str(tmp_path)}
+    check(DISTIL | data | {"soft_weight": 0.0, "hard_weight": 1.0}, tmp_path)
+    assert asked == [("some/model", None)], "a teacher that weighs nothing is not opened"
+    asked.clear()
+    (tmp_path / "here").mkdir()
+    check(DISTIL | data | {"model": str(tmp_path / "here"), "teacher": str(tmp_path / "student" / "later")}, tmp_path)
+    assert asked == []
+    recipe = Recipe(name="test", stages=[DISTIL | data], launcher="local")
+    checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, ranks=1, elsewhere=True)
+    assert asked == [], "its jobs will have what `minima fetch` has brought"
 
 
 def test_a_benchmark_without_its_harness(tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ def test_pytorchs_own_advice_is_left_out_for_the_stages():
         ({"kind": "prune", "model": "base", "data": "text", "target": {"sparsity": 50}}, ["max_live_parameters"], []),
         ({"kind": "evaluate", "models": ["base"], "data": "text"}, ["lower micro_batch_sequences"], []),
         ({"kind": "export", "model": "base"}, ["more ranks"], ["lower"]),
+        ({"kind": "benchmark", "model": "base", "tasks": ["t"]}, ["lower batch_size", "more memory"], ["ranks"]),
     ],
 )  # fmt: skip
 def test_the_ways_out_are_those_that_the_stage_has(settings, named, unnamed):
@@ -93,7 +94,7 @@ def test_the_ways_out_are_those_that_the_stage_has(settings, named, unnamed):
     ],
 )
 def test_a_rank_that_loses_another_says_so(said):
-    with pytest.raises(LostRank) as caught, machine_errors_named(stage(kind="export", model="base")):
+    with pytest.raises(LostRank) as caught, machine_errors_named(stage(kind="export", model="base"), ranks=2):
         raise RuntimeError(said)
     told = (
         said.splitlines()[0]
@@ -103,15 +104,17 @@ def test_a_rank_that_loses_another_says_so(said):
     assert str(caught.value).startswith(f"the connection to another rank was lost ({told}): ")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     "error",
     [
+        RuntimeError("CAS service error: Connection reset by peer (os error 104)"),  # a download
         RuntimeError("shapes do not fit"),
         ValueError("out of memory"),
         OSError("libgomp.so: cannot allocate memory in static TLS block"),
     ],
 )
-def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as caught, machine_errors_named(stage(kind="export", model="base")):
+def test_other_errors_stay_what_they_are(error, ranks):
+    with pytest.raises(type(error)) as caught, machine_errors_named(stage(kind="export", model="base"), ranks):
         raise error
     assert caught.value is error

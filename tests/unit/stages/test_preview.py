@@ -350,3 +350,12 @@ def test_a_finished_stage_that_run_would_refuse_is_told(show, built):
     assert not any("refused" in note for note in show(data)[1])
     notes = show(data | {"held_out_fraction": 0.25})[1]
     assert any("it would be refused: held_out_fraction is 0.25 and was 0.005; remove out/c" in note for note in notes)
+
+
+def test_a_manifest_that_cannot_be_read_stops_no_other_stage(show, built, tmp_path):
+    data = built("out/c", 7)
+    (tmp_path / "out" / "later").mkdir()
+    (tmp_path / "out" / "later" / "started.json").write_text("{")
+    (tmp_path / "out" / "later" / "metrics.jsonl").touch()
+    later = {"name": "later", "kind": "evaluate", "models": [str(tmp_path)], "data": "c"}
+    show(data, later)
