@@ -358,4 +358,4 @@ def test_a_manifest_that_cannot_be_read_stops_no_other_stage(show, built, tmp_pa
     (tmp_path / "out" / "later" / "started.json").write_text("{")
     (tmp_path / "out" / "later" / "metrics.jsonl").touch()
     later = {"name": "later", "kind": "evaluate", "models": [str(tmp_path)], "data": "c"}
-    show(data, later)
+    assert not any("refused" in note for note in show(data, later)[1])
