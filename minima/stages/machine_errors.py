@@ -19,6 +19,11 @@ _LOST = (
     "ncclremoteerror",
     "connection was likely closed",
 )
+IMPORTANCE_IN_LESS = (
+    "give more ranks, or a `deepspeed:` JSON of your own with less stage3_max_live_parameters and "
+    "stage3_prefetch_bucket_size; less micro_batch_sequences or sequence_length help, too, but the score depends on "
+    "them"
+)
 _GLOO = r"^\[\S+:\d+\] "  # a place in its source
 _ADVICE_BEGINS = ("If reserved but unallocated", "See documentation")  # PyTorch's own, which follows the figures
 
@@ -78,10 +83,7 @@ def _figures(error: BaseException) -> str:
 
 def _ways_out(stage: AnyStage) -> str:
     if isinstance(stage, Prune):
-        return (
-            "give more ranks, or a `deepspeed:` JSON of your own with less stage3_max_live_parameters; less "
-            "micro_batch_sequences or sequence_length help, too, but the score depends on them"
-        )
+        return IMPORTANCE_IN_LESS
     if not isinstance(stage, AnyTraining):
         fewer = next((key for key in ("micro_batch_sequences", "batch_size", "processes") if hasattr(stage, key)), "")
         more = "take a machine with more memory" if stage.kind in ALONE else "take more ranks"

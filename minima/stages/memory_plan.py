@@ -17,6 +17,7 @@ from minima.recipe.distillation import Offload, Placement, Teacher
 from minima.recipe.schema import AnyTraining, Prune
 from minima.stages.context import StageContext
 from minima.stages.host_memory import host_memory_bytes
+from minima.stages.machine_errors import IMPORTANCE_IN_LESS
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,7 @@ def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence
         stage.name, size_text(needed), size_text(usable), ", ".join(parts),
     )  # fmt: skip
     if needed > usable:
-        logger.warning(
-            "%s: importance may not fit; give more ranks, or a `deepspeed:` JSON of your own with less "
-            "stage3_max_live_parameters and stage3_prefetch_bucket_size; less micro_batch_sequences or "
-            "sequence_length help, too, but the score depends on them",
-            stage.name,
-        )
+        logger.warning("%s: importance may not fit; %s", stage.name, IMPORTANCE_IN_LESS)
 
 
 def choice_metrics(choice: Choice) -> dict[str, Any]:
