@@ -254,6 +254,14 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
             )
 
 
+def count_ids(folder: Path) -> int | None:
+    """One more than the highest id of a model's tokenizer; None where it cannot be loaded."""
+    try:
+        return max(_load(folder).get_vocab().values()) + 1
+    except DataError:
+        return None
+
+
 def check_vocabulary(tokenizer_size: int, model_size: int, tokenizer: str, model: str) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for. (More rows than ids is common padding.)
 

@@ -89,6 +89,7 @@ def evaluate(
     sequences: int | None = None,
     micro_batch_sequences: int = 4,
     teacher: Host | None = None,
+    shared_rows: int | None = None,
     name: str = "model",
 ) -> HeldOut:
     """Score a model on the first `sequences` blocks of a store; every rank calls this and gets the same result.
@@ -100,23 +101,24 @@ def evaluate(
         store: held-out blocks.
         sequences: at most this many blocks; all when not given.
         micro_batch_sequences: blocks of one forward pass on one rank.
-        teacher: a model over the same vocabulary to compare with.
+        teacher: a model over the same tokens to compare with.
+        shared_rows: rows of both vocabularies that are compared, where one of them has more, of no token.
         name: what errors call the model.
 
     Raises:
         DataError: the store is empty.
         TokenizerMismatch: the store has token ids that the model does not know.
-        VocabularyMismatch: the two models' vocabularies differ in size.
+        VocabularyMismatch: the two models' vocabularies differ in size, and `shared_rows` is not given.
         NotFinite: the loss is infinite or not a number.
     """
     num_blocks = len(store) if sequences is None else min(sequences, len(store))
-    check_store(host, store, num_blocks, teacher, name)
+    check_store(host, store, num_blocks, teacher if shared_rows is None else None, name)
     sums = torch.zeros(4, dtype=torch.float64, device=host.device)  # loss, tokens, KL, tokens with the same top 1
     rank, world_size = distributed.rank(), distributed.world_size()
     with torch.no_grad():
         for blocks in rank_blocks(num_blocks, micro_batch_sequences, rank, world_size):
             batch = held_out_batch(store, blocks, micro_batch_sequences).to(host.device)
-            sums += _score(host, teacher, batch)
+            sums += _score(host, teacher, batch, shared_rows)
     loss_sum, tokens, kl_sum, same = distributed.all_reduce_sum(sums).tolist()
     loss = loss_sum / tokens
     if not math.isfinite(loss):
@@ -135,16 +137,15 @@ def evaluate(
     )
 
 
-def _score(host: Host, teacher: Host | None, batch: Batch) -> Tensor:
+def _score(host: Host, teacher: Host | None, batch: Batch, rows: int | None) -> Tensor:
     labels_N = batch.labels_BT.flatten()
     hidden_ND = host.hidden_states(batch).flatten(0, 1)
     loss = linear_cross_entropy(hidden_ND, host.head_VE, labels_N, chunk_tokens=CHUNK_TOKENS)
     sums = [loss.total, loss.count]
     if teacher is not None:
         teacher_NE = teacher.hidden_states(batch).flatten(0, 1)
-        agreement = linear_agreement(
-            hidden_ND, host.head_VE, teacher_NE, teacher.head_VE, labels_N, chunk_tokens=CHUNK_TOKENS
-        )
+        head_VD, head_VE = host.head_VE[:rows], teacher.head_VE[:rows]
+        agreement = linear_agreement(hidden_ND, head_VD, teacher_NE, head_VE, labels_N, chunk_tokens=CHUNK_TOKENS)
         sums += [agreement["kl"], agreement["same_top1"]]
     sums += [torch.zeros_like(loss.total)] * (4 - len(sums))
     return torch.stack([value.double() for value in sums])
@@ -157,7 +158,7 @@ def check_store(host: Host, store: TokenStore, num_blocks: int, teacher: Host | 
         host: the model.
         store: where the blocks lie.
         num_blocks: how many are to be scored.
-        teacher: the model to compare with, if there is one.
+        teacher: the model to compare with row by row, if there is one.
         name: what errors call the model.
 
     Raises:

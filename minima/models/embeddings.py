@@ -1,4 +1,4 @@
-"""A model with more rows in its embedding and its head, as a source of weights made from another.
+"""A model with more or fewer rows in its embedding and its head, as a source of weights made from another.
 
 Shapes: V rows of the model, V' rows of the grown one, D width.
 """
@@ -15,6 +15,39 @@ from minima.models.families import family_of
 from minima.models.weights import WeightSource
 
 HEAD = "lm_head.weight"
+
+
+def has_vocabulary(config: dict[str, Any]) -> set[str]:
+    """Names of the tensors of a model that have a row for every token."""
+    return {f"{family_of(config['model_type']).embeddings[0]}.weight", HEAD}
+
+
+class CutSource:
+    """A `WeightSource` of a model without its last rows of vocabulary, which belong to no token.
+
+    Args:
+        source: the model.
+        size: rows that stay.
+    """
+
+    def __init__(self, source: WeightSource, size: int) -> None:
+        assert size <= source.config["vocab_size"]
+        self._source, self._size, self._cut = source, size, has_vocabulary(source.config)
+        self.config: dict[str, Any] = copy.deepcopy(source.config) | {"vocab_size": size}
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._source.shape(name)
+        return (self._size, *shape[1:]) if name in self._cut else shape
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._source.read(name)
+        return tensor[: self._size] if name in self._cut else tensor
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        return self._source.read_flat(name, start, stop)  # the rows that stay come first
 
 
 class GrownSource:
@@ -37,7 +70,7 @@ class GrownSource:
         self._ids = torch.tensor([i for ids in origins for i in ids], dtype=torch.int64)
         lengths = torch.tensor([len(ids) for ids in origins], dtype=torch.int64)
         self._begins = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        self._grown = {f"{family_of(source.config['model_type']).embeddings[0]}.weight", HEAD}
+        self._grown = has_vocabulary(source.config)
         self.config: dict[str, Any] = copy.deepcopy(source.config) | {"vocab_size": size}
 
     def names(self) -> list[str]:

@@ -11,7 +11,6 @@ from minima.engine.objectives.preference import Preference
 from minima.engine.reference import HostReference, Reference
 from minima.engine.student import StudentView
 from minima.engine.teacher.host import FrozenHost
-from minima.errors import VocabularyMismatch
 from minima.evaluation.kept_reference import keep_references
 from minima.evaluation.preference import evaluate_preference
 from minima.models.shape import ModelShape
@@ -36,8 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
     shape = ModelShape.from_config(origin.source.config)
     references = _References(context, stage, origin)
 
-    def objective(data: Path, student: ModelShape, _: Choice) -> Objective:
-        _check_vocabularies(student.vocabulary_size, shape.vocabulary_size, origin.identity)
+    def objective(data: Path, _student: ModelShape, _: Choice) -> Objective:
         for part in ("train", "held_out"):
             check_fit(shape, TokenStore.open(data / part), origin.identity)
         check_tokens(data, origin.tokenizer, origin.identity)
@@ -74,15 +72,6 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     finally:
         references.close()
-
-
-def _check_vocabularies(model: int, reference: int, name: str) -> None:
-    if model != reference:
-        raise VocabularyMismatch(
-            f"the model's vocabulary has {model} tokens, that of its reference {name} has {reference}",
-            "both say how likely the same answers are, so both must choose among the same tokens",
-            "take a reference with the model's own tokenizer, or leave `reference` out: the starting weights are one",
-        )
 
 
 def _objective(stage: Align, reference: Reference) -> Preference:

@@ -9,7 +9,6 @@ from minima.engine.layers import prepare_layers
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.objectives.objective import Objective
 from minima.engine.teacher.host import FrozenHost
-from minima.losses.linear_distillation import check_vocabularies
 from minima.models.shape import ModelShape
 from minima.models.weights import WeightSource
 from minima.planning.placement import Choice
@@ -21,6 +20,7 @@ from minima.stages.hub import kept_commit
 from minima.stages.manifest import STARTED, read_manifest
 from minima.stages.origin import check_fit, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
+from minima.stages.vocabularies import cut, shared_rows
 
 RANKS = True
 
@@ -36,12 +36,13 @@ def run(context: StageContext) -> dict[str, Any]:
             return Distillation(None, hard_weight=stage.hard_weight, soft_weight=0, chunk_tokens=stage.chunk_tokens)
 
         return run_training(context, stage, alone)
-    teacher = open_origin(context, stage.teacher, stage.seed)
+    student, teacher = (open_origin(context, model, stage.seed) for model in (stage.model, stage.teacher))
+    rows = shared_rows(student, teacher)
+    student, teacher = cut(student, rows), cut(teacher, rows)
     shape = ModelShape.from_config(teacher.source.config)
     hosts: list[FrozenHost] = []
 
-    def objective(data: Path, student: ModelShape, choice: Choice) -> Objective:
-        check_vocabularies(student.vocabulary_size, shape.vocabulary_size)
+    def objective(data: Path, _student: ModelShape, choice: Choice) -> Objective:
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
         check_tokens(data, teacher.tokenizer, teacher.identity)
         check_template(context, data, stage.teacher, refuse=True)
@@ -65,6 +66,7 @@ def run(context: StageContext) -> dict[str, Any]:
             shape.forward_flops_per_token,
             _teacher_facts(context, stage.teacher, teacher.identity),
             teacher=(stage.teacher, shape),
+            origin=student,
         )
     finally:
         for host in hosts:

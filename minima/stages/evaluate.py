@@ -9,16 +9,17 @@ from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
-from minima.engine.weights import open_weights
 from minima.evaluation.held_out import evaluate
 from minima.models.shape import ModelShape
 from minima.models.weights import WeightSource
+from minima.recipe.base import ModelInput
 from minima.recipe.schema import Evaluate
 from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
 from minima.stages.manifest import write_json
-from minima.stages.origin import LEARNABLE, check_fit, check_format, check_tokens, open_store
+from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
+from minima.stages.vocabularies import shared_rows
 
 RANKS = True
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
@@ -33,7 +34,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises:
         StageError: a model or the data is not there.
-        VocabularyMismatch: a model and the teacher have vocabularies of different sizes.
+        VocabularyMismatch: a model and the teacher are over different tokens.
     """
     stage = context.stage
     assert isinstance(stage, Evaluate)
@@ -43,16 +44,17 @@ def run(context: StageContext) -> dict[str, Any]:
     progress = Progress(stage.name, len(stage.models))
     with _teacher(context, stage, store) as teacher:
         for name in stage.models:
-            with _host(context, stage, name, teacher, store) as (source, host):
+            with _host(context, stage, name, teacher, store) as (model, host):
                 held_out = evaluate(
                     host,
                     store,
                     sequences=stage.sequences,
                     micro_batch_sequences=stage.micro_batch_sequences,
-                    teacher=teacher,
+                    teacher=None if teacher is None else teacher[1],
+                    shared_rows=None if teacher is None else shared_rows(model, teacher[0]),
                     name=name,
                 )
-            scores[name] = {"parameters": count_parameters(source)} | held_out.as_dict()
+            scores[name] = {"parameters": count_parameters(model.source)} | held_out.as_dict()
             if distributed.is_main():
                 progress.note(f"{name}: held-out loss {held_out.loss:.4f} nats a token")
     if distributed.is_main():
@@ -72,41 +74,39 @@ def count_parameters(source: WeightSource) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names())
 
 
-def _build(context: StageContext, stage: Evaluate, name: str, store: TokenStore) -> tuple[WeightSource, FrozenHost]:
-    model = context.model(name)
+def _build(context: StageContext, stage: Evaluate, name: str, store: TokenStore) -> tuple[Origin, FrozenHost]:
+    model = open_origin(context, ModelInput(source=name))
     check_tokens(context.data(stage.data), model.tokenizer, name)
-    source = open_weights(model.folder, model.step)
-    check_fit(ModelShape.from_config(source.config), store, name)
+    check_fit(ModelShape.from_config(model.source.config), store, name)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),
         precision=stage.precision,
         micro_batch_sequences=stage.micro_batch_sequences,
     )
-    return source, FrozenHost(source, config, precision=stage.precision)
+    return model, FrozenHost(model.source, config, precision=stage.precision)
 
 
 @contextmanager
-def _teacher(context: StageContext, stage: Evaluate, store: TokenStore) -> Iterator[FrozenHost | None]:
+def _teacher(context: StageContext, stage: Evaluate, store: TokenStore) -> Iterator[tuple[Origin, FrozenHost] | None]:
     """The one teacher of the whole stage, closed at its end."""
-    host = None if stage.teacher is None else _build(context, stage, stage.teacher, store)[1]
+    teacher = None if stage.teacher is None else _build(context, stage, stage.teacher, store)
     try:
-        yield host
+        yield teacher
     finally:
-        if host is not None:
-            host.close()
+        if teacher is not None:
+            teacher[1].close()
 
 
 @contextmanager
 def _host(
-    context: StageContext, stage: Evaluate, name: str, teacher: FrozenHost | None, store: TokenStore
-) -> Iterator[tuple[WeightSource, FrozenHost]]:
+    context: StageContext, stage: Evaluate, name: str, teacher: tuple[Origin, FrozenHost] | None, store: TokenStore
+) -> Iterator[tuple[Origin, FrozenHost]]:
     """One model, closed before the next is built; the teacher is not built twice."""
     if teacher is not None and name == stage.teacher:
-        model = context.model(name)
-        yield open_weights(model.folder, model.step), teacher
+        yield teacher
         return
-    source, host = _build(context, stage, name, store)
+    model, host = _build(context, stage, name, store)
     try:
-        yield source, host
+        yield model, host
     finally:
         host.close()

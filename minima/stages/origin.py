@@ -38,7 +38,7 @@ class Origin:
     tokenizer: Path | None
 
 
-def open_origin(context: StageContext, model: ModelInput, seed: int) -> Origin:
+def open_origin(context: StageContext, model: ModelInput, seed: int = 0) -> Origin:
     """The weights that the recipe names.
 
     Raises:

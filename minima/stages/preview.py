@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from minima.errors import MinimaError, RecipeError, StageError, VocabularyMismatch
+from minima.errors import MinimaError, RecipeError, StageError
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
 from minima.planning.candidates import Stage as Planned
@@ -31,7 +31,7 @@ from minima.recipe.schema import (
 )
 from minima.stages.identity import changed_settings, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished
-from minima.stages.preview_inputs import KnownInputs
+from minima.stages.preview_inputs import KnownInputs, shared_vocabulary
 from minima.stages.run_folder import check_run_folder
 from minima.stages.running import output_folder
 from minima.stages.shipped import find_deepspeed_json
@@ -173,7 +173,11 @@ class Walk(KnownInputs):
             preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
         if teacher is not None:
             preview.facts.append(("teacher" if isinstance(stage, Distil) else "reference", describe_shape(teacher)))
-            _check_vocabularies(stage, shape, teacher)
+            self.check_trained_tokenizer(stage.name, stage.data, teacher)
+        if shape is not None and teacher is not None and isinstance(stage, Distil):
+            same = {"vocabulary_size": shared_vocabulary(stage, preview, shape, teacher)}
+            shape, teacher = shape.model_copy(update=same), teacher.model_copy(update=same)
+            self.shapes[stage.name] = shape
         length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
         plan = self.training_plan(stage)
         if shape is not None:
@@ -254,24 +258,6 @@ def frozen_model(stage: AnyTraining) -> ModelInput | None:
     if isinstance(stage, Align):
         return stage.reference or stage.model
     return stage.teacher if isinstance(stage, Distil) and stage.soft_weight else None
-
-
-def _check_vocabularies(stage: AnyTraining, student: ModelShape | None, teacher: ModelShape) -> None:
-    if student is None or student.vocabulary_size == teacher.vocabulary_size:
-        return
-    if isinstance(stage, Align):
-        raise VocabularyMismatch(
-            f"stages.{stage.name}: the model's vocabulary has {student.vocabulary_size:,} tokens, that of its "
-            f"reference {teacher.vocabulary_size:,}",
-            "both say how likely the same answers are, so both must choose among the same tokens",
-            "take a reference with the model's own tokenizer, or leave `reference` out: the starting weights are one",
-        )
-    raise VocabularyMismatch(
-        f"stages.{stage.name}: a student with vocabulary {student.vocabulary_size:,} and a teacher with "
-        f"{teacher.vocabulary_size:,}",
-        "the loss compares the two models' probabilities of the same tokens",
-        "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
-    )
 
 
 def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from minima.errors import MinimaError, RecipeError, TokenizerMismatch
+from minima.errors import MinimaError, RecipeError, TokenizerMismatch, VocabularyMismatch
 from minima.launcher import default_ranks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
@@ -13,10 +13,12 @@ from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference
-from minima.recipe.schema import AnyTraining, BuildData, ModelInput, Recipe
+from minima.recipe.schema import AnyTraining, BuildData, Distil, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.named_checkpoints import checkpoint_steps
 from minima.stages.running import output_folder
+
+_MOST_PADDING = 4096  # rows of no token; those of families that are padded at all are some hundreds
 
 
 class KnownInputs:
@@ -196,6 +198,30 @@ class KnownInputs:
     def _data_folder(self, reference: str) -> Path:
         own = reference in {stage.name for stage in self.recipe.stages}
         return self.folder / reference if own else Path(reference).expanduser()
+
+
+def shared_vocabulary(stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape) -> int:
+    """Rows that both models have; where one has more, notes on the preview what they have to be.
+
+    Raises:
+        VocabularyMismatch: those are more than padding, or the recipe itself asks for them.
+    """
+    longer = student.vocabulary_size > teacher.vocabulary_size
+    fewest, most = sorted([student.vocabulary_size, teacher.vocabulary_size])
+    asked = (stage.model if longer else stage.teacher).random is not None
+    if most - fewest > _MOST_PADDING or (most > fewest and asked):
+        raise VocabularyMismatch(
+            f"stages.{stage.name}: a student with vocabulary {student.vocabulary_size:,} and a teacher with "
+            f"{teacher.vocabulary_size:,}",
+            "the loss compares the two models' probabilities of the same tokens",
+            "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
+        )
+    if most > fewest:
+        preview.notes.append(
+            f"the {'student' if longer else 'teacher'}'s last {most - fewest:,} rows of vocabulary will be left out: "
+            "they must be of no token"
+        )
+    return fewest
 
 
 def _bytes_of_a_token(vocabulary_size: int) -> int:

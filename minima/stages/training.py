@@ -26,6 +26,7 @@ from minima.stages.feed import Feed
 from minima.stages.memory_plan import choice_metrics, plan_memory
 from minima.stages.origin import (
     LEARNABLE,
+    Origin,
     check_fit,
     check_format,
     check_tokens,
@@ -47,6 +48,7 @@ def run_training(
     measure: Measure = held_out_loss,
     counted: str = "valid_tokens",
     teacher: tuple[Teacher, ModelShape] | None = None,
+    origin: Origin | None = None,
 ) -> dict[str, Any]:
     """Train a stage's model, or go on from its newest checkpoint.
 
@@ -61,6 +63,7 @@ def run_training(
         measure: gives at least `held_out_loss`; every rank calls it.
         counted: what the objective's `count` counts, as the metrics call it.
         teacher: the frozen model that runs beside the student, and its shape; for the memory plan.
+        origin: the weights to start from; those that the stage names when not given.
 
     Returns:
         The stage's metrics.
@@ -68,7 +71,7 @@ def run_training(
     data = context.data(stage.data)
     store, held_out = open_store(data / "train"), open_store(data / "held_out")
     check_format(store, stage.kind, formats)
-    origin = open_origin(context, stage.model, stage.seed)
+    origin = origin or open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
     check_fit(shape, store, origin.identity)
     check_tokens(data, origin.tokenizer, origin.identity)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from minima.models.weights import FolderSource, write_folder
 
 pytestmark = pytest.mark.ranks
 
@@ -67,6 +70,27 @@ stages:
 summary:
   student: {{loss: quality.student.loss, mean: [quality.teacher.loss, quality.pruned.loss]}}
 """
+# Large members of a family have more rows of no token than small ones.
+PADDED = """
+name: padded
+ranks: 2
+stages:
+  - &student
+    name: own
+    kind: distil
+    model: runs/tiny/pruned
+    teacher: runs/tiny/out/model
+    data: runs/tiny/corpus
+    batch_sequences: 8
+    micro_batch_sequences: 2
+    steps: 3
+    learning_rate: 1e-3
+    log_every_steps: 1
+  - {<<: *student, name: padded, teacher: more_rows}
+  - {<<: *student, name: student_padded, model: more_rows}
+  - {name: quality, kind: evaluate, models: [runs/tiny/out/model, more_rows], teacher: more_rows,
+     data: runs/tiny/corpus}
+"""
 
 
 def write_text(folder: Path) -> None:
@@ -87,28 +111,28 @@ class Place:
     """A folder that a user works in, outside of the clone."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run_folder = folder, folder / "runs" / "tiny"
+        self.folder, self.runs, self.run_folder = folder, folder / "runs", folder / "runs" / "tiny"
         write_text(folder / "text")
         (folder / "tiny.yaml").write_text(RECIPE)
         self.environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
-    def start(self, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "minima", "run", "tiny.yaml", *arguments]
+    def start(self, *arguments: str, recipe: str = "tiny.yaml") -> subprocess.Popen:
+        command = [sys.executable, "-m", "minima", "run", recipe, *arguments]
         return subprocess.Popen(
             command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def run(self, *arguments: str) -> str:
-        process = self.start(*arguments)
+    def run(self, *arguments: str, recipe: str = "tiny.yaml") -> str:
+        process = self.start(*arguments, recipe=recipe)
         output = process.communicate(timeout=400)[0]
         assert process.returncode == 0, output[-4000:]
         return output
 
-    def manifest(self, stage: str) -> dict:
-        return json.loads((self.run_folder / stage / "manifest.json").read_text())
+    def manifest(self, stage: str, run: str = "tiny") -> dict:
+        return json.loads((self.runs / run / stage / "manifest.json").read_text())
 
-    def records(self, stage: str) -> list[dict]:
-        path = self.run_folder / stage / "metrics.jsonl"
+    def records(self, stage: str, run: str = "tiny") -> list[dict]:
+        path = self.runs / run / stage / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
@@ -203,6 +227,28 @@ def test_the_summary_holds_what_the_recipe_asks_for(place):
     assert summary["student"]["mean"] == pytest.approx((quality["teacher"]["loss"] + quality["pruned"]["loss"]) / 2)
     assert Path(place.folder / summary["export"]["out"]).resolve() == (place.run_folder / "out" / "model").resolve()
     assert summary["tokens"] == (12 + 80 + 80) * 8 * 32
+
+
+def test_rows_of_no_token_change_nothing(place):
+    (place.folder / "padded.yaml").write_text(PADDED)
+    model, padded = place.run_folder / "out" / "model", place.folder / "more_rows"
+    shutil.copytree(model, padded)
+    source = FolderSource(model)
+    tensors = {name: source.read(name) for name in source.names()}
+    rows = {name: tensor for name, tensor in tensors.items() if tensor.shape[0] == 320}
+    tensors |= {name: torch.cat([old, torch.full((8, old.shape[1]), 0.1)]) for name, old in rows.items()}
+    write_folder(padded, source.config | {"vocab_size": 328}, tensors.items())
+    output = place.run(recipe="padded.yaml")
+    assert output.count("more_rows: the last 8 of its 328 rows of vocabulary are left out") == 3
+
+    losses, with_padded = ([record["loss"] for record in place.records(name, "padded")] for name in ("own", "padded"))
+    assert len(losses) == 3 and losses == with_padded
+    size = sum(tensor.numel() for tensor in tensors.values())
+    sizes = place.manifest("student_padded", "padded")["metrics"]["parameters"], size
+    scores = place.manifest("quality", "padded")["metrics"]
+    assert sizes == (scores["runs/tiny/out/model"]["parameters"], scores["more_rows"]["parameters"])
+    for name in ("runs/tiny/out/model", "more_rows"):
+        assert abs(scores[name]["kl"]) < 1e-6 and scores[name]["top1_agreement"] == 1
 
 
 def test_a_second_call_says_that_all_is_done_and_changes_nothing(place):

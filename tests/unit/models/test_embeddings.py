@@ -1,4 +1,7 @@
-"""A grown model predicts old tokens as before, and each new row is the mean of its old ones, read whole or in parts."""
+"""A grown model predicts old tokens as before, and each new row is the mean of its old ones, read whole or in parts.
+
+A cut one predicts what is left of them as before.
+"""
 
 import math
 
@@ -7,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minima.models.causal_lm import load_plain
-from minima.models.embeddings import GrownSource
+from minima.models.embeddings import CutSource, GrownSource
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource, RandomSource, write_folder
 
@@ -104,3 +107,22 @@ def test_the_stored_dtype_stays_and_means_are_not_taken_in_it():
     grown = GrownSource(MemorySource(config, half), SIZE, USED, [[1, 0, 2]]).read("model.embed_tokens.weight")
     assert grown.dtype == torch.bfloat16
     assert torch.equal(grown[USED], torch.full((8,), 1 / 3).to(torch.bfloat16))  # 256 + 1 is 256 in bfloat16
+
+
+def test_a_cut_model_is_the_model_without_its_last_rows(source, tmp_path):
+    cut = CutSource(source, USED)
+    assert cut.config == source.config | {"vocab_size": USED} and source.config["vocab_size"] == ROWS
+    assert {name: cut.shape(name) for name in cut.names()} == {
+        name: (USED, *source.shape(name)[1:]) if name in changed(source, cut) else source.shape(name)
+        for name in source.names()
+    }
+    assert len(changed(source, cut)) == (1 if ModelShape.from_config(source.config).tied else 2)
+    for name in cut.names():
+        whole = cut.read(name)
+        assert whole.shape == cut.shape(name)
+        assert torch.equal(cut.read_flat(name, 3, whole.numel()), whole.reshape(-1)[3:])
+    write_folder(tmp_path, cut.config, ((name, cut.read(name)) for name in cut.names()))
+    ids = torch.arange(USED)[None, :16]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, load_plain(source)(ids).logits[..., :USED], rtol=1e-6, atol=1e-6)

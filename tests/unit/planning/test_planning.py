@@ -258,11 +258,11 @@ def test_a_teacher_that_does_not_run_costs_nothing(show):
 def test_vocabularies_that_differ_are_refused(show):
     text = RECIPE + (
         "  - {name: d, kind: distil, model: {random: {vocabulary_size: 64, hidden_size: 8, intermediate_size: 8,"
-        " num_layers: 1, num_heads: 1}}, teacher: {source: b, shape: {vocabulary_size: 96, hidden_size: 8,"
+        " num_layers: 1, num_heads: 1}}, teacher: {source: b, shape: {vocabulary_size: 48, hidden_size: 8,"
         " intermediate_size: 8, num_layers: 1, num_heads: 1}}, data: c, batch_sequences: 8,"
         " micro_batch_sequences: 4, steps: 1, learning_rate: 1e-3}\n"
     )
-    with pytest.raises(VocabularyMismatch, match="64 and a teacher with 96"):
+    with pytest.raises(VocabularyMismatch, match="64 and a teacher with 48"):
         show(text=text)
 
 

@@ -138,21 +138,39 @@ def test_text_longer_than_the_positions_is_refused_before_it_is_built(show):
         show(data_stage(), training("adapt", model={"random": SMALL | {"max_positions": 128}}))
 
 
-def test_a_teacher_that_does_not_run_may_have_any_vocabulary(show):
-    other = {"source": "b", "shape": SMALL | {"vocabulary_size": 96}}
-    stage = training("distil", steps=3, teacher=other)
-    with pytest.raises(VocabularyMismatch, match="student with vocabulary 64 and a teacher with 96"):
+@pytest.mark.parametrize(
+    ("own", "others"), [({"source": "a", "shape": SMALL}, 8000), ({"random": SMALL | {"vocabulary_size": 96}}, 64)]
+)
+def test_a_teacher_that_does_not_run_may_have_any_vocabulary(show, own, others):
+    other = {"source": "b", "shape": SMALL | {"vocabulary_size": others}}
+    stage = training("distil", steps=3, model=own, teacher=other)
+    with pytest.raises(VocabularyMismatch, match=f"student with vocabulary .* and a teacher with {others:,}"):
         show(data_stage(), stage)
     facts, _ = show(data_stage(), stage | {"soft_weight": 0})
-    assert facts["FLOPs"] == flops_text(flops(training("align", steps=3), 0, 0))
     assert "teacher" not in facts
 
 
-def test_a_references_vocabulary_is_compared_in_its_own_words(show):
-    stage = training("align", steps=3, reference={"source": "b", "shape": SMALL | {"vocabulary_size": 96}})
-    with pytest.raises(VocabularyMismatch, match="model's vocabulary has 64 tokens, that of its reference 96") as error:
-        show(data_stage("preferences"), stage)
-    assert "student" not in str(error.value)
+def test_a_teacher_that_does_not_run_costs_nothing(show):
+    facts, _ = show(data_stage(), training("distil", steps=3, teacher={"source": "b", "shape": SMALL}, soft_weight=0))
+    assert facts["FLOPs"] == flops_text(flops(training("align", steps=3), 0, 0))
+
+
+@pytest.mark.parametrize(("longer", "rows"), [("teacher", (64, 96)), ("student", (96, 64))])
+def test_padding_of_one_vocabulary_is_left_out_and_said(show, longer, rows):
+    student, teacher = ({"source": "b", "shape": SMALL | {"vocabulary_size": size}} for size in rows)
+    stage = training("distil", steps=3, model=student, teacher=teacher)
+    facts, notes = show(data_stage(), stage)
+    assert f"the {longer}'s last 32 rows of vocabulary will be left out: they must be of no token" in notes
+    same = training("distil", steps=3, model=teacher | {"shape": SMALL}, teacher=teacher | {"shape": SMALL})
+    assert facts["FLOPs"] == show(data_stage(), same)[0]["FLOPs"]
+
+
+def test_a_reference_may_have_more_rows_and_not_fewer_than_the_data_has_ids(show):
+    text, data = data_stage(name="b", tokenizer={"vocabulary_size": 300}), data_stage("preferences", tokenizer="b")
+    stage = training("align", steps=3, model={"random": SMALL | {"vocabulary_size": 300}})
+    show(text, data, stage | {"reference": {"source": "r", "shape": SMALL | {"vocabulary_size": 400}}})
+    with pytest.raises(TokenizerMismatch, match="a tokenizer of 300 ids, its model 299"):
+        show(text, data, stage | {"reference": {"source": "r", "shape": SMALL | {"vocabulary_size": 299}}})
 
 
 def test_data_of_another_run_is_not_taken_for_a_stage_of_its_name(show, built):
