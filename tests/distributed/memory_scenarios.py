@@ -76,6 +76,7 @@ def watched(run: Callable[[], Any]) -> dict[str, int]:
         `peak`: bytes that the allocator had given out at most, beyond those before it; `gathered` and `scattered`:
         elements of whole tensors in collectives.
     """
+    gc.collect()  # what is given back meanwhile, of something before, would be taken off the peak
     settings: dict[str, Any] = {"profile_memory": True, "record_shapes": True}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], **settings) as profile:
         run()
