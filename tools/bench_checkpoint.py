@@ -2,15 +2,17 @@
 
     python tools/bench_checkpoint.py [--ranks 2] [--width 512] [--layers 6] [--steps 24] [--every 12] [--folder DIR]
 
-Ways: no checkpoint; written while the training waits; written beside it; and none, with deterministic algorithms (a
-CPU's always are). Prints, for each, seconds of a step with its share of checkpoints, the share of the time that
-training stood still for them, and bytes a second from the snapshot to the complete checkpoint. The ways alternate,
-round after round, over the same model; ratios of one run count, since machines differ. The folder decides what the disk
-can do: give the one where runs lie.
+Ways: no checkpoint; written while the training waits; written beside it; DeepSpeed's own `save_checkpoint` of the same
+engine, for which the training waits (it neither syncs nor hashes what it writes); and none, with deterministic
+algorithms (a CPU's always are). Prints, for each, seconds of a step with its share of checkpoints, the share of the
+time that training stood still for them, and bytes a second from the snapshot to the complete checkpoint. The ways
+alternate, round after round, over the same model; ratios of one run count, since machines differ. The folder decides
+what the disk can do: give the one where runs lie.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from pathlib import Path
 
 from minima.launcher import child_environment, default_ranks, free_port, read_launch
 
-WAYS = ("none", "waiting", "beside", "fixed bits")
-WRITTEN = ("waiting", "beside")
+WAYS = ("none", "waiting", "beside", "deepspeed", "fixed bits")
+OURS, WRITTEN = ("waiting", "beside"), ("waiting", "beside", "deepspeed")
 VOCABULARY, SEQUENCE_TOKENS, MICRO_BATCH = 8192, 128, 2
 
 
@@ -86,25 +88,40 @@ def _rank(options: argparse.Namespace) -> None:
 
     facts = {"ranks": options.ranks, "config": student.config, "shapes": shapes(student), "optimizer_steps": 0}
     writer = CheckpointWriter(options.folder / "checkpoints", keep=1)
+    theirs = options.folder / "deepspeed"
     meters, objective = Meters(student.device), LanguageModelling()
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(options.rounds * len(WAYS) + 1):  # the first turn only warms up
         way, steps = WAYS[turn % len(WAYS)], options.steps if turn else 2
         torch.use_deterministic_algorithms(way == "fixed bits")
         distributed.barrier()
+        saved: list[float] = []
         began = time.perf_counter()
         for step in range(1, steps + 1):  # as the training loop does it
             votes = Votes(0, int(writer.writing))
             agreed = train_step(student, objective, [batch], settings.learning_rate, meters, votes).votes
             if not agreed.writing:
                 writer.finish()
-            if way in WRITTEN and step % options.every == options.every // 2:
+            if step % options.every != options.every // 2:
+                continue
+            if way in OURS:
                 writer.begin(step, lambda: snapshot_shards(student), {**facts, "step": step})
-                if way == "waiting":
-                    writer.finish()
+            if way == "waiting":
+                writer.finish()
+            if way == "deepspeed":
+                before = time.perf_counter()
+                student.engine.save_checkpoint(str(theirs), tag=f"step-{step}")
+                saved.append(time.perf_counter() - before)
         seconds = time.perf_counter() - began
         writer.finish()
         times = writer.take_times()
+        if saved:
+            distributed.barrier()
+            size = sum(file.stat().st_size for file in theirs.rglob("*") if file.is_file()) / len(saved)
+            times = {"checkpoint_wait_seconds": sum(saved), "checkpoint_seconds": saved[-1], "checkpoint_bytes": size}
+            distributed.barrier()
+            if distributed.is_main():
+                shutil.rmtree(theirs)
         if turn:
             share = times.get("checkpoint_wait_seconds", 0.0) / seconds
             found[way].append({"seconds": seconds / steps, "share": share, **times})
