@@ -79,7 +79,7 @@ class Benchmark(Stage):
     """The field's own harness (lm-eval) on an exported folder, and answer files for judges.
 
     Attributes:
-        model: an export stage, or a folder in Hugging Face's layout.
+        model: an export stage, a folder in Hugging Face's layout, or a Hub id.
         suite: `minima` is what the paper reports: MMLU 5-shot, C-Eval 5-shot, DROP 3-shot, HumanEval 0-shot, BBH
             3-shot and GSM8K 8-shot. HumanEval executes what the model wrote, so it is left out, with a warning, unless
             `minima run` is given `--allow-code-execution`.

@@ -107,7 +107,7 @@ def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Pat
     path = Path(reference.text).expanduser()
     if path.exists():
         return Got(what, LOCAL)
-    if reference.what in ("data", "scores", "exported"):
+    if reference.what in ("data", "scores") or isinstance(stage, Publish):
         return Got(what, MISSING, "it is not on the Hub but a folder: mend its path, or make it")
     folder = output_folder(recipe)
     claim_run_folder(folder, recipe.name, [each.name for each in recipe.stages], resolved_yaml(recipe))

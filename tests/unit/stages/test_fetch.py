@@ -73,7 +73,10 @@ def corpus(*sources):
 
 @pytest.mark.slow
 def test_models_tokenizers_and_data_sets_are_there_for_a_job_without_a_network(place, hub, tmp_path):
-    place.recipe(corpus({"hub": "org/text"}, {"embedded": "sotu"}), TEACHER)
+    (tmp_path / "questions.jsonl").touch()
+    answers = [{"format": "mt_bench", "questions": "questions.jsonl"}]
+    measured = {"name": "asked", "kind": "benchmark", "model": "org/model", "answers": answers}
+    place.recipe(corpus({"hub": "org/text"}, {"embedded": "sotu"}), TEACHER, measured)
     done = place.fetch()
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -81,13 +84,14 @@ def test_models_tokenizers_and_data_sets_are_there_for_a_job_without_a_network(p
     assert lines[1].startswith(f"corpus: data set org/text (train): {FETCHED} (")
     assert lines[2] == f"corpus: text sotu: {LOCAL} (minima ships it)"
     assert lines[3].startswith(f"teacher: model org/model, commit {COMMIT[:12]}: {FETCHED} (4 files")
+    assert lines[4].startswith(f"asked: model org/model, commit {COMMIT[:12]}: {THERE}")
     assert "hf_nobody" not in done.stdout + done.stderr
     assert json.loads((tmp_path / "out" / "hub.json").read_text())["org/model@default"] == COMMIT
     files = {path.name for path in place.cache.glob(f"models--org--model/snapshots/{COMMIT}/*")}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}, "and no pickle"
 
     again = place.fetch()
-    assert again.returncode == 0 and again.stdout.count(f": {THERE}") == 3 and FETCHED + " (" not in again.stdout
+    assert again.returncode == 0 and again.stdout.count(f": {THERE}") == 4 and FETCHED + " (" not in again.stdout
 
     asked = len(hub.requests)
     code = (
