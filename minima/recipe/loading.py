@@ -22,6 +22,31 @@ _WANTED = {  # by how pydantic's names of its errors begin
     "dict_type": "has to be a block of keys",
     "model_type": "has to be a block of keys",
 }
+_ELSEWHERE = {  # our names, and what other trainers and configurations call the same
+    "activation_checkpointing": "gradient_checkpointing recompute",
+    "batch_sequences": "batch_size train_batch_size global_batch_size",
+    "checkpoint_every_steps": "save_steps save_interval",
+    "compile": "torch_compile",
+    "data": "dataset datasets train_dataset",
+    "epochs": "num_train_epochs num_epochs",
+    "evaluate_every_steps": "eval_steps eval_interval",
+    "gradient_clip": "max_grad_norm grad_clip gradient_clipping",
+    "keep_checkpoints": "save_total_limit",
+    "learning_rate": "lr peak_lr",
+    "log_every_steps": "logging_steps log_interval",
+    "max_positions": "max_position_embeddings",
+    "micro_batch_sequences": "per_device_train_batch_size micro_batch_size",
+    "model": "model_name_or_path",
+    "num_heads": "num_attention_heads n_head",
+    "num_layers": "num_hidden_layers n_layer",
+    "precision": "bf16 dtype torch_dtype",
+    "schedule": "lr_scheduler_type lr_scheduler",
+    "sequence_length": "seq_len seq_length max_length max_seq_length block_size",
+    "steps": "max_steps num_steps train_iters",
+    "teacher": "teacher_model_name_or_path teacher_model",
+    "vocabulary_size": "vocab_size",
+    "warmup_fraction": "warmup_ratio",
+}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -150,7 +175,9 @@ def _problem(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
         known = _known_names(detail["loc"][:-1])
-        return f"no such key{nearest(key, known) or '; known are ' + ', '.join(known)}"
+        meant = [name for name, others in _ELSEWHERE.items() if key in others.split() and name in known]
+        close = f"; did you mean {meant[0]!r}?" if meant else nearest(key, known)
+        return f"no such key{close or '; known are ' + ', '.join(known)}"
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
         tag = detail["ctx"].get("tag")
         kinds = [kind.strip(" '") for kind in detail["ctx"].get("expected_tags", "").split(",") if kind.strip()]

@@ -1,15 +1,17 @@
 """Recipes: what is read, what is refused, and how the refusal reads."""
 
 import copy
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from minima.errors import RecipeError, ShapeError
-from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.models.shape import ModelShape
+from minima.recipe.loading import _ELSEWHERE, load_recipe, resolved_yaml
 from minima.recipe.references import references
-from minima.recipe.schema import Recipe
+from minima.recipe.schema import AnyStage, Recipe
 
 SHAPE = {"vocabulary_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4}
 TRAINING = {"data": "corpus", "batch_sequences": 8, "micro_batch_sequences": 4, "steps": 4, "learning_rate": 0.001}
@@ -57,12 +59,21 @@ def test_round_trip(load, recipe):
         ("stages.corpus.sources.0.embeded=sotu", "stages.corpus.sources.0.embeded", "embedded"),
         ("stages.corpus.tokenizer.vocab_size=512", "stages.corpus.tokenizer.vocab_size", "vocabulary_size"),
         ("lancher=local", "lancher", "launcher"),
+        ("stages.student.lr=1", "stages.student.lr", "learning_rate"),
+        ("stages.student.max_steps=1", "stages.student.max_steps", "steps"),
+        ("stages.student.bf16=true", "stages.student.bf16", "precision"),
+        ("stages.corpus.max_length=9", "stages.corpus.max_length", "sequence_length"),
     ],
 )
 def test_unknown_key_names_its_place_and_the_nearest(load, recipe, override, where, meant):
     with pytest.raises(RecipeError) as error:
         load(recipe, override)
     assert f"{where}: no such key; did you mean {meant!r}?" in str(error.value)
+
+
+def test_what_other_programs_call_a_key_leads_to_one_that_there_is():
+    kinds = [kind.model_fields for kind in typing.get_args(typing.get_args(AnyStage)[0])]
+    assert set(_ELSEWHERE) <= {name for fields in kinds for name in fields} | set(ModelShape.model_fields)
 
 
 def test_unknown_key_with_nothing_near_lists_the_known(load, recipe):
