@@ -1,5 +1,7 @@
 """Errors that are the user's to mend. Each says what is wrong, why it matters and what to do."""
 
+ADVICE = "  what to do: "  # begins the last line that an error prints of itself
+
 
 class MinimaError(ValueError):
     """A mistake in a recipe, an input or the machine, told so that it can be mended.
@@ -11,7 +13,7 @@ class MinimaError(ValueError):
     """
 
     def __init__(self, what: str, why: str, do: str) -> None:
-        super().__init__(f"{what}\n  why it matters: {why}\n  what to do: {do}")
+        super().__init__(f"{what}\n  why it matters: {why}\n{ADVICE}{do}")
         self.what, self.why, self.do = what, why, do
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:

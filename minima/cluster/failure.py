@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from minima.errors import ADVICE
 from minima.stages.running import ERROR, HEADER
 
 _TAIL_BYTES = 262144
@@ -93,10 +94,15 @@ def _rank_lines(path: Path) -> list[str]:
 
 
 def _from_error(lines: list[str]) -> list[str]:
-    """From the last error that minima told on, where it is among the last lines; else the last lines."""
+    """The last error that minima told, where it is among the last lines; else the last lines."""
     last = lines[-4 * _SHOWN_LINES :]
     told = [index for index, line in enumerate(last) if _ERROR.match(line)]
-    return last[told[-1] :][:_SHOWN_LINES] if told else last[-_SHOWN_LINES:]
+    if not told:
+        return last[-_SHOWN_LINES:]
+    error = last[told[-1] :]
+    advice = next((index for index, line in enumerate(error) if line.startswith(ADVICE)), len(error))
+    launchers = (index for index, line in enumerate(error) if index > advice and not line.startswith("  "))
+    return error[: next(launchers, len(error))][:_SHOWN_LINES]  # launchers tell the same again, in more lines
 
 
 def _tail(path: Path) -> list[str]:

@@ -172,13 +172,14 @@ def test_without_slurm(project, monkeypatch, tmp_path):
     train()
     (RUN / "logs").mkdir()
     (RUN / "logs" / "base.log").write_text(
-        "== stage base (adapt)\nminima: NotFinite: the loss is nan\n  what to do: x\n"
+        "== stage base (adapt)\nminima: NotFinite: the loss is nan\n  what to do: x\n    y\n"
+        "[launch.py:363:sigkill_handler] exits with return code = 2\n  File launch.py\n"
     )
     monkeypatch.setenv("PATH", str(tmp_path))
     _, text = show()
     assert row(text, "corpus")[2] == "finished" and row(text, "base")[2:4] == ["begun", "40/100"]
     assert row(text, "out")[2:] == ["not", "begun"]
-    assert "the loss is nan" in text
+    assert "the loss is nan" in text and "    y\n" in text and "launch" not in text
 
 
 def test_without_slurm_the_word_of_any_rank_counts(project, monkeypatch, tmp_path):
