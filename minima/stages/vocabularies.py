@@ -33,7 +33,10 @@ def shared_rows(student: Origin, teacher: Origin) -> int:
     for who, model in models.items():
         if rows[who] == fewest:
             continue
-        ids = distributed.broadcast_object(rows[who] if model.tokenizer is None else count_ids(model.tokenizer))
+        ids = rows[who] if model.tokenizer is None else None
+        if model.tokenizer is not None and distributed.share()[0] == 0:
+            ids = count_ids(model.tokenizer)
+        ids = distributed.broadcast_object(ids)
         if ids is None or ids > fewest:
             tokens = "nothing tells how many tokens" if ids is None else f"{ids:,} tokens"
             raise VocabularyMismatch(
