@@ -65,7 +65,9 @@ class TokenizerMismatch(MinimaError):
 
 
 class VocabularyMismatch(MinimaError):
-    """Two models whose vocabularies differ in size where they have to be the same."""
+    """Two models over different tokens where they have to be over the same."""
+
+    DO = "start the student from a pruned teacher, or give both models one tokenizer (`expand_vocabulary`)"
 
 
 class ShapeError(MinimaError):

@@ -177,7 +177,6 @@ def _with_torch_pruning(kind: str) -> Callable[[WeightSource, Any, list[Batch]],
 
         warnings.simplefilter("ignore")
         model.config.use_cache = False  # with a cache in the model's output its tracing does not come to an end
-        model.set_attn_implementation("eager")  # it does not follow grouped queries through a fused kernel
         config, heads = model.config, {}
         for layer in model.model.layers:
             attention = layer.self_attn
@@ -190,6 +189,7 @@ def _with_torch_pruning(kind: str) -> Callable[[WeightSource, Any, list[Batch]],
             score: Any = tp.importance.GroupTaylorImportance(group_reduction="mean")
         else:
             score = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
+        model.set_attn_implementation("eager")  # its tracing does not follow grouped queries through a fused kernel
         pruner = tp.pruner.BasePruner(
             model,
             example_inputs=batches[0].input_ids_BT[:1, :16],

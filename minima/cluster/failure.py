@@ -28,7 +28,7 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
     if job is None:
         text = _tail(logs / f"{stage}.log")
         own = text[max((index for index, line in enumerate(text) if line.startswith(HEADER)), default=0) :]
-        return _from_error(own) if any(map(_ERROR.match, own)) else []
+        return _from_error(own, len(own)) if any(map(_ERROR.match, own)) else []
     parts = [path for path in logs.glob(f"{stage}-{job}_*[0-9].log") if "-rank" not in path.name[len(stage) :]]
     batch_logs = sorted([logs / f"{stage}-{job}.log", *parts], key=lambda path: path.name)
     return next((lines for path in batch_logs if (lines := _told(path, path.with_suffix("")))), [])
@@ -93,9 +93,9 @@ def _rank_lines(path: Path) -> list[str]:
     return _from_error(_tail(path))
 
 
-def _from_error(lines: list[str]) -> list[str]:
-    """The last error that minima told, where it is among the last lines; else the last lines."""
-    last = lines[-4 * _SHOWN_LINES :]
+def _from_error(lines: list[str], searched: int = 4 * _SHOWN_LINES) -> list[str]:
+    """The last error that minima told, where it is among the last `searched` lines; else the last lines."""
+    last = lines[-searched:]
     told = [index for index, line in enumerate(last) if _ERROR.match(line)]
     if not told:
         return last[-_SHOWN_LINES:]

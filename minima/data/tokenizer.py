@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minima.errors import DataError, TokenizerMismatch
+from minima.models.layout import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -254,12 +255,20 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
             )
 
 
-def count_ids(folder: Path) -> int | None:
-    """One more than the highest id of a model's tokenizer; None where it cannot be loaded."""
-    try:
-        return max(_load(folder).get_vocab().values()) + 1
-    except DataError:
-        return None
+def count_ids(folder: Path) -> int:
+    """One more than the highest id of a model's tokenizer.
+
+    Raises:
+        DataError: there is none that can be loaded, or it knows no token.
+    """
+    vocabulary = _load(folder).get_vocab() if any((folder / name).is_file() for name in VOCABULARY_FILES) else {}
+    if not vocabulary:  # of a config.json alone, transformers makes a tokenizer of a token or two
+        raise DataError(
+            f"{folder} holds no tokenizer ({', '.join(VOCABULARY_FILES)})",
+            "nothing tells how many tokens the model has",
+            "give a folder that holds both",
+        )
+    return int(max(vocabulary.values())) + 1
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int, tokenizer: str, model: str) -> None:

@@ -16,7 +16,7 @@ from minima.batch import Batch
 from minima.data.batches import read_batch
 from minima.data.store import TokenStore
 from minima.engine import distributed
-from minima.errors import DataError, NotFinite, TokenizerMismatch, VocabularyMismatch
+from minima.errors import DataError, NotFinite, TokenizerMismatch
 from minima.losses import linear_agreement, linear_cross_entropy
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at one time: 0.1 GB of float32 at a vocabulary of 50,000
@@ -112,7 +112,7 @@ def evaluate(
         NotFinite: the loss is infinite or not a number.
     """
     num_blocks = len(store) if sequences is None else min(sequences, len(store))
-    check_store(host, store, num_blocks, teacher if shared_rows is None else None, name)
+    check_store(host, store, num_blocks, name)
     sums = torch.zeros(4, dtype=torch.float64, device=host.device)  # loss, tokens, KL, tokens with the same top 1
     rank, world_size = distributed.rank(), distributed.world_size()
     with torch.no_grad():
@@ -151,20 +151,18 @@ def _score(host: Host, teacher: Host | None, batch: Batch, rows: int | None) -> 
     return torch.stack([value.double() for value in sums])
 
 
-def check_store(host: Host, store: TokenStore, num_blocks: int, teacher: Host | None, name: str) -> None:
-    """Refuse held-out blocks that a model, or its teacher, cannot be scored on.
+def check_store(host: Host, store: TokenStore, num_blocks: int, name: str) -> None:
+    """Refuse held-out blocks that a model cannot be scored on.
 
     Args:
         host: the model.
         store: where the blocks lie.
         num_blocks: how many are to be scored.
-        teacher: the model to compare with row by row, if there is one.
         name: what errors call the model.
 
     Raises:
         DataError: there is no block.
         TokenizerMismatch: the store has token ids that the model does not know.
-        VocabularyMismatch: the two models' vocabularies differ in size.
     """
     if num_blocks == 0:
         raise DataError(
@@ -178,10 +176,4 @@ def check_store(host: Host, store: TokenStore, num_blocks: int, teacher: Host | 
             f"{store.folder} has {store.vocabulary_size} token ids, {name} knows {vocabulary}",
             "ids beyond the embedding have no meaning for the model",
             "build the data with this model's tokenizer",
-        )
-    if teacher is not None and teacher.config["vocab_size"] != vocabulary:
-        raise VocabularyMismatch(
-            f"{name} has a vocabulary of {vocabulary} tokens, its teacher one of {teacher.config['vocab_size']}",
-            "agreement compares the two predictions token by token, so both must be over the same tokens",
-            "leave `teacher` out (loss and bits per byte need none), or expand the smaller vocabulary",
         )

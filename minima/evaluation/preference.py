@@ -67,7 +67,7 @@ def evaluate_preference(
         NotFinite: the loss is infinite or not a number.
     """
     num_blocks = len(store) if sequences is None else min(sequences, len(store))
-    check_store(host, store, num_blocks, None, name)
+    check_store(host, store, num_blocks, name)
     names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
     sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=host.device)
     with torch.no_grad():

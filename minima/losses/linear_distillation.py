@@ -180,7 +180,7 @@ def check_vocabularies(student_size: int, teacher_size: int) -> None:
         raise VocabularyMismatch(
             f"the student's vocabulary has {student_size} tokens, the teacher's {teacher_size}",
             "their predictions are compared token by token, so both must be over the same tokens",
-            "give both the same tokenizer: expand the smaller vocabulary, or prune the student from this teacher",
+            VocabularyMismatch.DO,
         )
 
 

@@ -12,6 +12,7 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.*",
 )
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")  # a tokenizer has one of them
 
 
 def model_folder(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Which earlier stages a stage reads: names are told from paths and Hub ids here, and nowhere else."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from minima.errors import RecipeError
 from minima.recipe.data import Source
@@ -50,6 +50,38 @@ def references(recipe: Recipe, stage: AnyStage) -> list[Reference]:
         else:
             found.append(Reference(field, value, None, None, what, revision))
     return found
+
+
+class Ancestor(NamedTuple):
+    """A stage that a model came through.
+
+    Attributes:
+        stage: of the recipe.
+        step: the checkpoint that was taken; none for the newest, or where there are no checkpoints.
+    """
+
+    stage: AnyStage
+    step: int | None
+
+
+def lineage(recipe: Recipe, name: str) -> tuple[list[Ancestor], str | None]:
+    """The stages of the recipe that a model came through, the first one first, and what that one started from.
+
+    Returns:
+        The second is the folder or Hub id that is no stage of the recipe; none where it began with random weights.
+    """
+    by_name = {stage.name: stage for stage in recipe.stages}
+    found: list[Ancestor] = []
+    reference: str | None = name
+    while reference is not None:
+        base, _, step = reference.rpartition("@")
+        stage = by_name.get(reference) or (by_name.get(base) if step.isdigit() else None)
+        if stage is None:
+            break
+        found.append(Ancestor(stage, None if reference in by_name else int(step)))
+        source = getattr(stage, "model", None)
+        reference = source.source if isinstance(source, ModelInput) else source
+    return found[::-1], reference
 
 
 def named_steps(recipe: Recipe, name: str) -> frozenset[int]:

@@ -11,6 +11,7 @@ from minima.engine.objectives.preference import Preference
 from minima.engine.reference import HostReference, Reference
 from minima.engine.student import StudentView
 from minima.engine.teacher.host import FrozenHost
+from minima.errors import VocabularyMismatch
 from minima.evaluation.kept_reference import keep_references
 from minima.evaluation.preference import evaluate_preference
 from minima.models.shape import ModelShape
@@ -35,7 +36,14 @@ def run(context: StageContext) -> dict[str, Any]:
     shape = ModelShape.from_config(origin.source.config)
     references = _References(context, stage, origin)
 
-    def objective(data: Path, _student: ModelShape, _: Choice) -> Objective:
+    def objective(data: Path, student: ModelShape, _: Choice) -> Objective:
+        if origin.tokenizer is None and student.vocabulary_size != shape.vocabulary_size:
+            raise VocabularyMismatch(
+                f"the reference {origin.identity} has no tokenizer and {shape.vocabulary_size:,} rows of vocabulary, "
+                f"the model has {student.vocabulary_size:,}",
+                "both say how likely the same answers are, so both must be over the same tokens",
+                "take a reference with its tokenizer, or leave `reference` out: the starting weights are one",
+            )
         for part in ("train", "held_out"):
             check_fit(shape, TokenStore.open(data / part), origin.identity)
         check_tokens(data, origin.tokenizer, origin.identity)

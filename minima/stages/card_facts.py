@@ -3,12 +3,12 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minima.engine.metrics import read_records
 from minima.models.shape import ModelShape
-from minima.recipe.references import STEPPED
-from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export, ModelInput
+from minima.recipe.references import STEPPED, Ancestor, lineage
+from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export
 from minima.report.cards import TRAINING, Card
 from minima.stages.context import StageContext
 from minima.stages.manifest import is_finished, read_manifest
@@ -19,18 +19,6 @@ _CHECKS = {
     "transformers": "its logits, as plain transformers loads it, with the trained model's",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-class Ancestor(NamedTuple):
-    """A stage that a model came through.
-
-    Attributes:
-        stage: of the recipe.
-        step: the checkpoint that was taken; none for the newest, or where there are no checkpoints.
-    """
-
-    stage: AnyStage
-    step: int | None
 
 
 def gather_card(
@@ -52,7 +40,7 @@ def gather_card(
     stage = context.stage
     assert isinstance(stage, Export)
     shape = ModelShape.from_config(config)
-    ancestors, root = lineage(context, stage.model)
+    ancestors, root = lineage(context.recipe, stage.model)
     built = _data_stages(context, ancestors)
     return Card(
         name=stage.name,
@@ -87,26 +75,6 @@ def gather_card(
     )
 
 
-def lineage(context: StageContext, name: str) -> tuple[list[Ancestor], str | None]:
-    """The stages of the recipe that a model came through, the first one first, and what that one started from.
-
-    Returns:
-        The second is the folder or Hub id that is no stage of the recipe; none where it began with random weights.
-    """
-    by_name = {stage.name: stage for stage in context.recipe.stages}
-    found: list[Ancestor] = []
-    reference: str | None = name
-    while reference is not None:
-        base, _, step = reference.rpartition("@")
-        stage = by_name.get(reference) or (by_name.get(base) if step.isdigit() else None)
-        if stage is None:
-            break
-        found.append(Ancestor(stage, None if reference in by_name else int(step)))
-        source = getattr(stage, "model", None)
-        reference = source.source if isinstance(source, ModelInput) else source
-    return found[::-1], reference
-
-
 def taught_to_chat(context: StageContext, name: str) -> bool:
     """Whether a stage of the recipe taught a model to hold conversations.
 
@@ -115,7 +83,7 @@ def taught_to_chat(context: StageContext, name: str) -> bool:
     return any(
         made.kind in ("instruct", "align")
         or (made.kind in ("adapt", "distil") and _format(context, made.data) == "conversations")
-        for made, _ in lineage(context, name)[0]
+        for made, _ in lineage(context.recipe, name)[0]
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minima.errors import StageError
 from minima.launcher import Launch
+from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.references import STEPPED, Reference, references
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
 from minima.stages.hub import snapshot
@@ -12,7 +13,7 @@ from minima.stages.manifest import NFS_SECONDS, wait_finished
 from minima.stages.named_checkpoints import checkpoint_steps, way_out
 from minima.stages.shipped import find_deepspeed_json
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, che
 from minima.stages.vocabularies import shared_rows
 
 RANKS = True
+_WITHOUT = "leave `teacher` out (loss and bits per byte need none), or compare models with one tokenizer"
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
 
 
@@ -51,7 +52,7 @@ def run(context: StageContext) -> dict[str, Any]:
                     sequences=stage.sequences,
                     micro_batch_sequences=stage.micro_batch_sequences,
                     teacher=None if teacher is None else teacher[1],
-                    shared_rows=None if teacher is None else shared_rows(model, teacher[0]),
+                    shared_rows=None if teacher is None else shared_rows(model, teacher[0], _WITHOUT),
                     name=name,
                 )
             scores[name] = {"parameters": count_parameters(model.source)} | held_out.as_dict()

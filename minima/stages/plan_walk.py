@@ -31,6 +31,7 @@ from minima.recipe.schema import (
     Recipe,
 )
 from minima.stages.preview import Walk, frozen_model
+from minima.stages.preview_inputs import with_shared_rows
 from minima.stages.shipped import find_deepspeed_json
 
 
@@ -119,6 +120,8 @@ class _Planner(Walk):
         model = frozen_model(stage)
         key = "teacher" if isinstance(stage, Distil) else "reference"
         other = self._known(stage.name, model, plan, key) if model is not None else None
+        if shape is not None and other is not None and isinstance(stage, Distil):
+            shape, other = with_shared_rows(shape, other)
         length, blocks = self.length(stage.data), self.blocks(stage.data)
         training = plan_training(stage, length, blocks) if length else None
         if training is not None:

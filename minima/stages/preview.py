@@ -31,7 +31,7 @@ from minima.recipe.schema import (
 )
 from minima.stages.identity import changed_settings, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished
-from minima.stages.preview_inputs import KnownInputs, shared_vocabulary
+from minima.stages.preview_inputs import KnownInputs, with_shared_rows
 from minima.stages.run_folder import check_run_folder
 from minima.stages.running import output_folder
 from minima.stages.shipped import find_deepspeed_json
@@ -166,18 +166,19 @@ class Walk(KnownInputs):
         check_batch(stage.name, stage, self.ranks)
         shape, frozen = self.shape(stage.model) or self.made(stage.name), frozen_model(stage)
         teacher = self.shape(frozen) if frozen is not None else None
+        if shape is not None and teacher is not None and isinstance(stage, Distil):
+            note = self.check_rows(stage, shape, teacher)
+            preview.notes += [note] if note is not None else []
+            shape, teacher = with_shared_rows(shape, teacher)
         if shape is None:
             preview.notes.append("the model's config.json is not on this machine, and no `shape:` says what it is")
         else:
             self.shapes[stage.name] = shape
             preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
         if teacher is not None:
-            preview.facts.append(("teacher" if isinstance(stage, Distil) else "reference", describe_shape(teacher)))
-            self.check_trained_tokenizer(stage.name, stage.data, teacher)
-        if shape is not None and teacher is not None and isinstance(stage, Distil):
-            same = {"vocabulary_size": shared_vocabulary(stage, preview, shape, teacher)}
-            shape, teacher = shape.model_copy(update=same), teacher.model_copy(update=same)
-            self.shapes[stage.name] = shape
+            who = "teacher" if isinstance(stage, Distil) else "reference"
+            preview.facts.append((who, describe_shape(teacher)))
+            self.check_trained_tokenizer(stage.name, stage.data, teacher, who)
         length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
         plan = self.training_plan(stage)
         if shape is not None:

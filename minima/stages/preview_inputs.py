@@ -12,13 +12,11 @@ from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
 from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
-from minima.recipe.references import Reference
-from minima.recipe.schema import AnyTraining, BuildData, Distil, ModelInput, Recipe
+from minima.recipe.references import Reference, lineage
+from minima.recipe.schema import AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.named_checkpoints import checkpoint_steps
 from minima.stages.running import output_folder
-
-_MOST_PADDING = 4096  # rows of no token; those of families that are padded at all are some hundreds
 
 
 class KnownInputs:
@@ -43,7 +41,8 @@ class KnownInputs:
             )
         path = Path(reference.text).expanduser()
         if not path.exists():
-            if reference.what in ("model", "tokenizer") and _cached_config(reference.text, reference.revision):
+            of_hub = reference.what in ("model", "tokenizer") or self.recipe.stage(preview.name).kind == "benchmark"
+            if of_hub and _cached_config(reference.text, reference.revision):
                 return f"{reference.field}: {reference.text} from the Hub's cache"
             self._refuse_misspelt(reference, preview.name)
             preview.missing.append(f"{reference.text} ({reference.field}) is not on this machine")
@@ -131,8 +130,8 @@ class KnownInputs:
         except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
             return None
 
-    def check_trained_tokenizer(self, stage: str, reference: str, shape: ModelShape) -> None:
-        """Refuse data of a tokenizer that the recipe trains with more ids than the model has rows.
+    def check_trained_tokenizer(self, stage: str, reference: str, shape: ModelShape, who: str = "model") -> None:
+        """Refuse data of a tokenizer that the recipe trains with more ids than a model of the stage has rows.
 
         Raises:
             TokenizerMismatch: with both sizes.
@@ -145,11 +144,39 @@ class KnownInputs:
         if size <= shape.vocabulary_size:
             return
         raise TokenizerMismatch(
-            f"stages.{stage}: the data {reference!r} has a tokenizer of {size:,} ids, its model "
+            f"stages.{stage}: the data {reference!r} has a tokenizer of {size:,} ids, its {who} "
             f"{shape.vocabulary_size:,} embedding rows",
             f"an id of {shape.vocabulary_size:,} or more would be looked up outside the embedding",
-            "give the tokenizer of the build_data stage and the model the same vocabulary_size",
+            f"give the tokenizer of the build_data stage and the {who} the same vocabulary_size",
         )
+
+    def check_rows(self, stage: Distil, student: ModelShape, teacher: ModelShape) -> str | None:
+        """What the stage does about a vocabulary with more rows than the other; None where there is nothing to do.
+
+        Raises:
+            VocabularyMismatch: those rows are of tokens, as far as that is known here: random weights and grown
+                vocabularies have no others.
+        """
+        sizes = {"student": student.vocabulary_size, "teacher": teacher.vocabulary_size}
+        longer = max(sizes, key=lambda who: sizes[who])
+        fewest, most = min(sizes.values()), sizes[longer]
+        if fewest == most:
+            return None
+        model = stage.model if longer == "student" else stage.teacher
+        made, root = ([], None) if model.source is None else lineage(self.recipe, model.source)
+        ids: int | None = most
+        if root is not None and not any(isinstance(ancestor.stage, ExpandVocabulary) for ancestor in made):
+            first = getattr(made[0].stage, "model", None) if made else model
+            config = _cached_config(root, first.revision if isinstance(first, ModelInput) else None)
+            ids = _ids_in(config.parent if config else Path(root).expanduser())
+        if ids is not None and ids > fewest:
+            raise VocabularyMismatch(
+                f"stages.{stage.name}: a student with vocabulary {sizes['student']:,} and a teacher with "
+                f"{sizes['teacher']:,}, and {ids:,} tokens in the {longer}'s",
+                "the loss compares the two models' probabilities of the same tokens",
+                VocabularyMismatch.DO,
+            )
+        return f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
 
     def length(self, reference: str | None) -> int | None:
         """Tokens of a block of that data."""
@@ -200,28 +227,21 @@ class KnownInputs:
         return self.folder / reference if own else Path(reference).expanduser()
 
 
-def shared_vocabulary(stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape) -> int:
-    """Rows that both models have; where one has more, notes on the preview what they have to be.
+def with_shared_rows(student: ModelShape, teacher: ModelShape) -> tuple[ModelShape, ModelShape]:
+    """Both with as many rows of vocabulary as the shorter one has, as `distil` takes them."""
+    same = {"vocabulary_size": min(student.vocabulary_size, teacher.vocabulary_size)}
+    return student.model_copy(update=same), teacher.model_copy(update=same)
 
-    Raises:
-        VocabularyMismatch: those are more than padding, or the recipe itself asks for them.
-    """
-    longer = student.vocabulary_size > teacher.vocabulary_size
-    fewest, most = sorted([student.vocabulary_size, teacher.vocabulary_size])
-    asked = (stage.model if longer else stage.teacher).random is not None
-    if most - fewest > _MOST_PADDING or (most > fewest and asked):
-        raise VocabularyMismatch(
-            f"stages.{stage.name}: a student with vocabulary {student.vocabulary_size:,} and a teacher with "
-            f"{teacher.vocabulary_size:,}",
-            "the loss compares the two models' probabilities of the same tokens",
-            "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
-        )
-    if most > fewest:
-        preview.notes.append(
-            f"the {'student' if longer else 'teacher'}'s last {most - fewest:,} rows of vocabulary will be left out: "
-            "they must be of no token"
-        )
-    return fewest
+
+def _ids_in(folder: Path) -> int | None:
+    """One more than the highest id of a tokenizer.json; None where there is none, or not of that form."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        pieces = tokenizer["model"]["vocab"]
+        ids = pieces.values() if isinstance(pieces, dict) else range(len(pieces))
+        return 1 + max([*ids, *(added["id"] for added in tokenizer["added_tokens"])])
+    except (OSError, ValueError, KeyError, TypeError):  # the stage itself asks the tokenizer
+        return None
 
 
 def _bytes_of_a_token(vocabulary_size: int) -> int:

@@ -8,52 +8,63 @@ import logging
 
 from minima.data.tokenizer import count_ids
 from minima.engine import distributed
-from minima.errors import VocabularyMismatch
+from minima.errors import DataError, VocabularyMismatch
 from minima.models.embeddings import CutSource
 from minima.stages.origin import Origin
 
 logger = logging.getLogger(__name__)
 
 
-def shared_rows(student: Origin, teacher: Origin) -> int:
-    """Rows of the smaller vocabulary, where those that the other has beyond them belong to no token.
+def shared_rows(model: Origin, teacher: Origin, do: str = VocabularyMismatch.DO) -> int:
+    """Rows of the shorter vocabulary, where those that the other has beyond them belong to no token.
 
     Every rank calls it.
 
     Args:
-        student: a model with or without a tokenizer; without one, each of its rows counts as a token's.
-        teacher: the model that it is compared with, likewise.
+        model: with or without a tokenizer; without one, each of its rows counts as a token's.
+        teacher: that it is compared with, likewise.
+        do: what to do about a refusal.
 
     Raises:
-        VocabularyMismatch: the larger one has tokens that the other has no row for.
+        VocabularyMismatch: the longer one has tokens that the other has no row for, or nothing tells.
     """
-    models = {"the student": student, "the teacher": teacher}
-    rows = {who: int(model.source.config["vocab_size"]) for who, model in models.items()}
-    fewest = min(rows.values())
-    for who, model in models.items():
-        if rows[who] == fewest:
-            continue
-        ids = rows[who] if model.tokenizer is None else None
-        if model.tokenizer is not None and distributed.share()[0] == 0:
-            ids = count_ids(model.tokenizer)
-        ids = distributed.broadcast_object(ids)
-        if ids is None or ids > fewest:
-            tokens = "nothing tells how many tokens" if ids is None else f"{ids:,} tokens"
-            raise VocabularyMismatch(
-                f"{who} {model.identity} has {tokens} in {rows[who]:,} rows, the other model has {fewest:,} rows",
-                "their predictions are compared token by token, so both must be over the same tokens",
-                "start the student from a pruned teacher, or adapt one of them to the other's tokenizer first",
-            )
-        if distributed.share()[0] == 0:
-            logger.info(
-                "%s: the last %d of its %d rows of vocabulary are left out; they belong to no token",
-                model.identity, rows[who] - fewest, rows[who],
-            )  # fmt: skip
+    shorter, longer = sorted((model, teacher), key=_rows)
+    fewest, most = _rows(shorter), _rows(longer)
+    if fewest == most:
+        return most
+    main = distributed.share()[0] == 0
+    ids, trouble = distributed.broadcast_object(_tokens(longer) if main else None)
+    if trouble or ids > fewest:
+        raise VocabularyMismatch(
+            f"{longer.identity} has {f'{ids:,} tokens in ' if not trouble else ''}{most:,} rows of vocabulary, "
+            f"{shorter.identity} has {fewest:,}{f' ({trouble})' if trouble else ''}",
+            "their predictions are compared token by token, so both must be over the same tokens",
+            do,
+        )
+    if main:
+        logger.info(
+            "%s: the last %d of its %d rows of vocabulary are left out; they belong to no token",
+            longer.identity, most - fewest, most,
+        )  # fmt: skip
     return fewest
+
+
+def _rows(model: Origin) -> int:
+    return int(model.source.config["vocab_size"])
+
+
+def _tokens(model: Origin) -> tuple[int, str]:
+    """How many tokens a model has, or why that cannot be told."""
+    if model.tokenizer is None:
+        return _rows(model), ""
+    try:
+        return count_ids(model.tokenizer), ""
+    except DataError as error:
+        return 0, error.what
 
 
 def cut(model: Origin, rows: int) -> Origin:
     """The same model with that many rows of vocabulary."""
-    if model.source.config["vocab_size"] == rows:
+    if _rows(model) == rows:
         return model
     return Origin(CutSource(model.source, rows), model.identity, model.tokenizer)

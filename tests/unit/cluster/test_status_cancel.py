@@ -173,7 +173,7 @@ def test_without_slurm(project, monkeypatch, tmp_path):
     (RUN / "logs").mkdir()
     (RUN / "logs" / "base.log").write_text(
         "== stage base (adapt)\nminima: NotFinite: the loss is nan\n  what to do: x\n    y\n"
-        "[launch.py:363:sigkill_handler] exits with return code = 2\n  File launch.py\n"
+        + "[launch.py:363:sigkill_handler] exits with return code = 2\n  File launch.py\n" * 40
     )
     monkeypatch.setenv("PATH", str(tmp_path))
     _, text = show()

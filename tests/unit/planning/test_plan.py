@@ -51,6 +51,16 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(planned, root, r
     assert checked > 5
 
 
+@pytest.mark.parametrize("longer", ["model", "teacher"])
+def test_rows_that_a_distillation_leaves_out_are_not_counted(planned, longer):
+    same = {who: {"source": who, "shape": SMALL} for who in ("model", "teacher")}
+    padded = {"source": longer, "shape": SMALL | {"vocabulary_size": SMALL["vocabulary_size"] + 640}}
+    wanted, found = (planned(stages(**models), gpus=2)[0]["s"] for models in (same, same | {longer: padded}))
+    assert found.parameters == wanted.parameters and found.frozen_parameters == wanted.frozen_parameters
+    assert found.flops == wanted.flops and found.disk == wanted.disk
+    assert [one.peak_bytes for one in found.placed] == [one.peak_bytes for one in wanted.placed]
+
+
 def _fits(planned, run, size, level, name) -> bool:
     overrides = [f"stages.student.micro_batch_sequences={size}", f"stages.student.activation_checkpointing={level}"]
     plans, _ = planned(run, gpu="h100", overrides=overrides)

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from minima.data.packing import StoreWriter
-from minima.errors import DataError, ShapeError, TokenizerMismatch
+from minima.errors import DataError, ShapeError, VocabularyMismatch
 from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Recipe
@@ -50,8 +50,8 @@ def test_text_is_no_preference(tmp_path):
 def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     for name in ("train", "held_out"):
         write_pairs(tmp_path / "data" / name, 2)
-    other = SHAPE.model_copy(update={"vocabulary_size": VOCABULARY - 3})
-    with pytest.raises(TokenizerMismatch, match="has 61 ids, but model random weights, seed 776 has 58"):
+    other = SHAPE.model_copy(update={"vocabulary_size": VOCABULARY + 3})
+    with pytest.raises(VocabularyMismatch, match=r"(?s)no tokenizer and 64 rows .* 61\n.*leave `reference` out"):
         run(tmp_path, reference={"random": other.model_dump()})
     short = SHAPE.model_copy(update={"max_positions": 4})
     with pytest.raises(ShapeError, match="made for 4 positions"):
