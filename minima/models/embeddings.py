@@ -17,12 +17,23 @@ from minima.models.weights import WeightSource
 HEAD = "lm_head.weight"
 
 
-def has_vocabulary(config: dict[str, Any]) -> set[str]:
-    """Names of the tensors of a model that have a row for every token."""
-    return {f"{family_of(config['model_type']).embeddings[0]}.weight", HEAD}
+class _ResizedSource:
+    """Names, shapes and configuration of a model whose embedding and untied head have another number of rows."""
+
+    def __init__(self, source: WeightSource, size: int) -> None:
+        self._source, self._size = source, size
+        self._resized = {f"{family_of(source.config['model_type']).embeddings[0]}.weight", HEAD}
+        self.config: dict[str, Any] = copy.deepcopy(source.config) | {"vocab_size": size}
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._source.shape(name)
+        return (self._size, *shape[1:]) if name in self._resized else shape
 
 
-class CutSource:
+class CutSource(_ResizedSource):
     """A `WeightSource` of a model without its last rows of vocabulary, which belong to no token.
 
     Args:
@@ -32,25 +43,17 @@ class CutSource:
 
     def __init__(self, source: WeightSource, size: int) -> None:
         assert size <= source.config["vocab_size"]
-        self._source, self._size, self._cut = source, size, has_vocabulary(source.config)
-        self.config: dict[str, Any] = copy.deepcopy(source.config) | {"vocab_size": size}
-
-    def names(self) -> list[str]:
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._source.shape(name)
-        return (self._size, *shape[1:]) if name in self._cut else shape
+        super().__init__(source, size)
 
     def read(self, name: str) -> Tensor:
         tensor = self._source.read(name)
-        return tensor[: self._size] if name in self._cut else tensor
+        return tensor[: self._size] if name in self._resized else tensor
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         return self._source.read_flat(name, start, stop)  # the rows that stay come first
 
 
-class GrownSource:
+class GrownSource(_ResizedSource):
     """A `WeightSource` of the grown model: the embedding and an untied head get rows, all else is passed through.
 
     A new piece's row is the mean, taken in float32, of the rows of the tokens that its text was before: the model
@@ -66,28 +69,20 @@ class GrownSource:
 
     def __init__(self, source: WeightSource, size: int, first: int, origins: Sequence[Sequence[int]]) -> None:
         assert first + len(origins) <= size and all(ids and max(ids) < first for ids in origins)
-        self._source, self._size, self._first = source, size, first
+        super().__init__(source, size)
+        self._first = first
         self._ids = torch.tensor([i for ids in origins for i in ids], dtype=torch.int64)
         lengths = torch.tensor([len(ids) for ids in origins], dtype=torch.int64)
         self._begins = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        self._grown = has_vocabulary(source.config)
-        self.config: dict[str, Any] = copy.deepcopy(source.config) | {"vocab_size": size}
-
-    def names(self) -> list[str]:
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._source.shape(name)
-        return (self._size, *shape[1:]) if name in self._grown else shape
 
     def read(self, name: str) -> Tensor:
-        if name not in self._grown:
+        if name not in self._resized:
             return self._source.read(name)
         return self.read_flat(name, 0, math.prod(self.shape(name))).view(self.shape(name))
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop): of old rows only those asked for are read, for new ones the whole tensor."""
-        if name not in self._grown:
+        if name not in self._resized:
             return self._source.read_flat(name, start, stop)
         width = self.shape(name)[1]
         edge = min(max(start, self._first * width), stop)  # where the old rows end
