@@ -55,8 +55,8 @@ setup(
         "benchmark": ["lm-eval>=0.4.13", "accelerate"],  # accelerate starts it on several GPUs
         "liger": ['liger-kernel>=0.8.5; platform_system == "Linux"'],  # `kernels: liger`
         "law": ["scipy>=1.11.1", "matplotlib>=3.8"],  # `minima law fit` and `recommend` need the first, `plot` both
-        # The peers of tools/bench_distil.py; what is missing is a row that says so.
-        "bench": ["trl>=1.16", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"'],
+        # The peers of tools/bench_distil.py and tools/bench_prune.py; what is missing is a row that says so.
+        "bench": ["trl>=1.16", "accelerate", 'liger-kernel>=0.8.5; platform_system == "Linux"', "torch-pruning>=1.6"],
         "dev": [
             "pytest",
             "pytest-xdist",  # `make check` runs on all cores

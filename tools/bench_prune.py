@@ -2,7 +2,7 @@
 
     python tools/fetch_smollm2.py
     minima run recipes/smollm2-54m.yaml --stages corpus
-    pip install torch-pruning==1.6.1          # a row without it says so
+    pip install -c constraints.txt torch-pruning         # a row without it says so
     python tools/bench_prune.py [--steps 60] [--only minima,torch-pruning:taylor]
 
 Every way keeps two thirds of the heads, neurons and width, and all layers, and reads the same blocks. Printed are the
@@ -81,7 +81,8 @@ def main() -> None:
             f"| {way} | " + (facts["missing"] + " |" * len(columns) if "missing" in facts else " | ".join(cells) + " |")
         )
     if options.json is not None:
-        options.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "rows": found}))
+        measured = {"model": options.model.name, "blocks": options.blocks, "steps": options.steps, "rows": found}
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
