@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         print(json.dumps(_measure(options)))
         return
     found: dict[str, dict[str, Any]] = {}
@@ -87,7 +88,6 @@ def main() -> None:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     source = FolderSource(options.model)
     model = load_plain(source)
     train, held_out = (TokenStore.open(options.data / name) for name in ("train", "held_out"))
