@@ -11,6 +11,7 @@ import torch
 from minima.disk import copy_content
 from minima.engine import distributed
 from minima.engine.deepspeed_config import training_config
+from minima.engine.determinism import fix_bits
 from minima.engine.loop import train
 from minima.engine.objectives.objective import Objective
 from minima.engine.schedule import Schedule
@@ -93,7 +94,7 @@ def run_training(
     if distributed.is_main():
         warn_of_same_blocks(context, stage)
     if stage.deterministic:
-        torch.use_deterministic_algorithms(True)
+        fix_bits()
     random.seed(stage.seed)
     np.random.seed(stage.seed % 2**32)
     torch.manual_seed(stage.seed)

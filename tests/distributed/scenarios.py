@@ -14,6 +14,7 @@ from deepspeed.utils import safe_get_local_fp32_param
 
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config, training_config
+from minima.engine.determinism import fix_bits
 from minima.engine.loop import Events, train
 from minima.engine.meters import Meters
 from minima.engine.objectives.distillation import Distillation
@@ -291,7 +292,8 @@ def rank_0_alone(folder: Path) -> Any:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     distributed.start(read_launch())
-    torch.use_deterministic_algorithms(distributed.device().type == "cuda")
+    if distributed.device().type == "cuda":
+        fix_bits()
     known = globals()
     for others in ("checkpoint", "preference", "step", "memory", "placement"):  # which import this file
         known = vars(importlib.import_module(f"tests.distributed.{others}_scenarios")) | known
