@@ -4,10 +4,10 @@
 
 Ways: no checkpoint; written while the training waits; written beside it; DeepSpeed's own `save_checkpoint` of the same
 engine, for which the training waits (it neither syncs nor hashes what it writes); and none, with deterministic
-algorithms (a CPU's always are; it shows what asking for them costs by itself). Prints, for each, seconds of a step with its share of checkpoints, the share of the
-time that training stood still for them, and bytes a second from the snapshot to the complete checkpoint. The ways
-alternate, round after round, over the same model; ratios of one run count, since machines differ. The folder decides
-what the disk can do: give the one where runs lie.
+algorithms (a CPU's always are; it shows what asking for them costs by itself). Prints, for each, seconds of a step with
+its share of checkpoints, the share of the time that training stood still for them, and bytes a second from the snapshot
+to the complete checkpoint. The ways alternate, round after round, over the same model; ratios of one run count, since
+machines differ. The folder decides what the disk can do: give the one where runs lie.
 """
 
 import argparse
