@@ -11,4 +11,4 @@ def fix_bits() -> None:
     chunks of logits above all (`tools/bench_checkpoint.py`).
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
