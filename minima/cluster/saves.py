@@ -8,6 +8,7 @@ from typing import Any
 from minima.cluster import slurm
 from minima.cluster.render import Place
 from minima.errors import ClusterError
+from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.recipe.schema import AnyStage
 
 _MARGIN = 1.5  # a save behind a busy file system takes longer than the last one did; the step's end comes first
@@ -15,9 +16,14 @@ _MARGIN = 1.5  # a save behind a busy file system takes longer than the last one
 
 def newest_checkpoint(stage_folder: Path) -> dict[str, Any] | None:
     """What the newest complete checkpoint of a stage says of itself; None when there is none."""
-    for path in sorted(stage_folder.glob("checkpoints/step-*/checkpoint.json"), reverse=True):
+    checkpoints = stage_folder / "checkpoints"
+    try:
+        steps = complete_steps(checkpoints)
+    except PermissionError:  # somebody else's run
+        return None
+    for step in reversed(steps):
         try:
-            marker = json.loads(path.read_text(encoding="utf-8"))
+            marker = json.loads((step_folder(checkpoints, step) / MARKER).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # removed or replaced while we look
             continue
         if isinstance(marker, dict):

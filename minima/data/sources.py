@@ -1,7 +1,6 @@
 """Readers: plain text, JSON, parquet, Hugging Face datasets and what minima ships -> texts, or whole records."""
 
 import bz2
-import glob
 import gzip
 import io
 import json
@@ -133,10 +132,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _read_files(source: Source, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
-    assert source.path is not None
     readers = {"text": _read_text, "json": _read_json, "jsonl": _read_jsonl, "parquet": _read_parquet}
     known = 0
-    files = find_files(source.path)
+    files = find_files(source)
     share.begin(len(files))
     for number, path in enumerate(files):
         name = source.format if source.format != "auto" else _format(path)
@@ -164,27 +162,20 @@ def _read_files(source: Source, field: str | None, rejected: Rejected, share: Sh
         )
 
 
-def find_files(pattern: str) -> list[Path]:
-    """The files of a path: itself, all below a folder, or all that match a pattern; sorted, hidden ones left out.
+def find_files(source: Source) -> list[Path]:
+    """The files of a source's `path`, in the order in which they are read.
 
     Raises:
         DataError: there is none.
     """
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        below = [file for file in path.rglob("*") if file.is_file()]
-        files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    files = source.files()
     if not files:
         raise DataError(
-            f"no file at {pattern!r} (looked from {Path.cwd()})",
+            f"no file at {source.path!r} (looked from {Path.cwd()})",
             "a source without text would silently change the mixture",
             "correct the path, or remove the source",
         )
-    return sorted(files, key=lambda file: file.as_posix())
+    return files
 
 
 def _format(path: Path) -> str | None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
-from minima.engine.checkpoint.store import complete_steps, step_folder, verify_together
+from minima.engine.checkpoint.store import verify_together
 from minima.errors import CheckpointError
+from minima.models.layout import complete_steps, step_folder
 from minima.models.weights import FolderSource, WeightSource
 
 

@@ -1,6 +1,7 @@
-"""Which files make up a model folder in Hugging Face's layout. No torch."""
+"""Where weights lie: the files of a model folder in Hugging Face's layout, and a stage's checkpoints. No torch."""
 
 import json
+import os
 from pathlib import Path
 
 TOKENIZER_FILES = (
@@ -13,6 +14,32 @@ TOKENIZER_FILES = (
     "merges.*",
 )
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")  # a tokenizer has one of them
+
+MARKER = "checkpoint.json"  # written last: a checkpoint without it does not count
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending; those set aside as damaged do not count.
+
+    Raises:
+        PermissionError: the folder, or one of its checkpoints, may not be looked into.
+    """
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else ()
+    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
+    return sorted(step for step in steps if _has_marker(step_folder(checkpoints, step)))
+
+
+def _has_marker(checkpoint: Path) -> bool:
+    try:
+        (checkpoint / MARKER).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True  # a PermissionError passes: to skip a checkpoint that exists would resume from an older one
 
 
 def model_folder(folder: Path) -> Path:

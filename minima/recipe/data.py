@@ -1,5 +1,7 @@
 """Where text comes from, and how a tokenizer is made from it."""
 
+import glob
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -79,6 +81,28 @@ class Source(BaseModel):
     def label(self) -> str:
         """What reports call it."""
         return self.name or self.embedded or self.hub or str(self.path)
+
+    def files(self) -> list[Path]:
+        """The files of `path` on this machine, as they are read: sorted, hidden ones of a folder or pattern left out.
+
+        Returns:
+            The file itself, all below a folder, or all that match a pattern (`**` crosses folders); none of a source
+            without `path`.
+        """
+        path = Path(self.path).expanduser() if self.path is not None else None
+        if path is None or path.is_file():
+            return [path] if path else []
+        if path.is_dir():
+            return files_below(path)
+        found = (Path(name) for name in glob.glob(str(path), recursive=True))
+        return sorted((file for file in found if file.is_file()), key=Path.as_posix)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; hidden ones, and those in hidden folders, left out."""
+    below = [file for file in folder.rglob("*") if file.is_file()]
+    shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return sorted(shown, key=Path.as_posix)
 
 
 class TokenizerTraining(BaseModel):

@@ -78,11 +78,7 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
     for part in parts[:-1]:
         block = _step(block, part, text)
     last = parts[-1]
-    if isinstance(block, list):
-        _step(block, last, text)
-        block[int(last)] = value
-    else:
-        block[last] = value
+    block[_entry(block, last, text) if isinstance(block, list) else last] = value
 
 
 def _stage(raw: dict[str, Any], text: str, rest: str) -> tuple[dict[str, Any], list[str]]:
@@ -91,6 +87,12 @@ def _stage(raw: dict[str, Any], text: str, rest: str) -> tuple[dict[str, Any], l
     for name in sorted(by_name, key=len, reverse=True):  # a name may hold a point, so the longest match is meant
         if rest.startswith(name + "."):
             return by_name[name], rest.removeprefix(name + ".").split(".")
+    if rest in by_name:
+        raise RecipeError(
+            f"the override {text!r} names a stage, and no key of it",
+            "a stage is not replaced as a whole",
+            f"write stages.{rest}.key=value",
+        )
     name = rest.split(".")[0]
     raise RecipeError(
         f"the override {text!r} names no stage of this recipe{nearest(name, list(by_name))}",
@@ -101,21 +103,27 @@ def _stage(raw: dict[str, Any], text: str, rest: str) -> tuple[dict[str, Any], l
 
 def _step(block: Any, part: str, text: str) -> Any:
     if isinstance(block, list):
-        if not part.isdigit() or int(part) >= len(block):
-            raise RecipeError(
-                f"the override {text!r} asks for entry {part!r} of a list of {len(block)}",
-                "it would change nothing",
-                f"give a number from 0 to {len(block) - 1}",
-            )
-        return block[int(part)]
-    if isinstance(block.get(part), str) and part in ("model", "teacher", "reference"):  # a plain string is a source
-        block[part] = {"source": block[part]}
-    if block.get(part) is None:
-        block[part] = {}
-    if not isinstance(block[part], dict | list):
+        key: Any = _entry(block, part, text)
+    else:
+        key = part
+        if isinstance(block.get(part), str) and part in ("model", "teacher", "reference"):  # a plain string is a source
+            block[part] = {"source": block[part]}
+        if block.get(part) is None:
+            block[part] = {}
+    if not isinstance(block[key], dict | list):
         raise RecipeError(
-            f"the override {text!r} goes into {part!r}, which is {block[part]!r}",
+            f"the override {text!r} goes into {part!r}, which is {block[key]!r}",
             "a single value has no parts",
             f"override {part!r} as a whole",
         )
-    return block[part]
+    return block[key]
+
+
+def _entry(block: list[Any], part: str, text: str) -> int:
+    if part.isdigit() and int(part) < len(block):
+        return int(part)
+    raise RecipeError(
+        f"the override {text!r} asks for entry {part!r} of a list of {len(block)}",
+        "it would change nothing",
+        f"give a number from 0 to {len(block) - 1}" if block else "override the list as a whole",
+    )

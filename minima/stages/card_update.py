@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from minima.errors import StageError
 from minima.report.benchmark_card import BenchmarkScore, with_benchmarks
 from minima.stages.manifest import is_finished, read_manifest
 
@@ -20,6 +21,7 @@ def updated_card(export: Path, card: str) -> str:
 
     Raises:
         ValueError: its front matter is not YAML.
+        StageError: what one of those stages stored cannot be read; names it.
     """
     scores: list[BenchmarkScore] = []
     for folder in sorted(path for path in export.resolve().parent.iterdir() if is_finished(path)):
@@ -38,23 +40,36 @@ def _is_of(stage: dict[str, Any], export: Path) -> bool:
 
 
 def benchmark_scores(folder: Path) -> list[BenchmarkScore]:
-    """The scores that a benchmark stage stored; none where it only wrote answers."""
-    if not (folder / "benchmark.json").is_file():
+    """The scores that a benchmark stage stored; none where it only wrote answers.
+
+    Raises:
+        StageError: they cannot be read.
+    """
+    path = folder / "benchmark.json"
+    if not path.is_file():
         return []
-    found = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
-    harness = " ".join(str(part) for part in found["harness"].values() if part is not None)
-    return [
-        BenchmarkScore(
-            task=name,
-            metric=task["metric"],
-            value=task["score"],
-            harness=harness,
-            stderr=task["stderr"] if isinstance(task["stderr"], int | float) else None,
-            shots=None if task["shots"] is None else str(task["shots"]),
-            version=None if task["version"] is None else str(task["version"]),
-            items=task["items"],
-            limited=task.get("limited", False),
-            stand_in=task.get("stand_in", False),
-        )
-        for name, task in found["tasks"].items()
-    ]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        harness = " ".join(str(part) for part in found["harness"].values() if part is not None)
+        return [_score(name, task, harness) for name, task in found["tasks"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StageError(
+            f"{path} cannot be read: {type(error).__name__}: {error}",
+            "the model card tells the scores of the benchmark stages that are finished",
+            f"remove {folder} and run the stage again, or put the file back",
+        ) from error
+
+
+def _score(name: str, task: dict[str, Any], harness: str) -> BenchmarkScore:
+    return BenchmarkScore(
+        task=name,
+        metric=task["metric"],
+        value=task["score"],
+        harness=harness,
+        stderr=task["stderr"] if isinstance(task["stderr"], int | float) else None,
+        shots=None if task["shots"] is None else str(task["shots"]),
+        version=None if task["version"] is None else str(task["version"]),
+        items=task["items"],
+        limited=task.get("limited", False),
+        stand_in=task.get("stand_in", False),
+    )

@@ -7,13 +7,14 @@ from pathlib import Path
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
+from minima.models.layout import complete_steps
 from minima.recipe.distillation import Teacher
 from minima.recipe.references import Reference, deepspeed_jsons, references
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
-from minima.stages.named_checkpoints import checkpoint_steps, way_out
+from minima.stages.named_checkpoints import way_out
 from minima.stages.preview import frozen_model, walk
 from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_deepspeed_json, find_launcher
@@ -142,7 +143,7 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
 def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder: Path, chosen: bool) -> None:
     """Refuse a checkpoint that is not there, where no training that is about to run will leave it."""
     assert reference.step is not None
-    there, finished = checkpoint_steps(folder), is_finished(folder)
+    there, finished = complete_steps(folder / "checkpoints"), is_finished(folder)
     if reference.step in there or (chosen and not finished and reference.step > max(there, default=0)):
         return
     raise StageError(

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from minima.errors import StageError
 from minima.launcher import Launch
-from minima.models.layout import VOCABULARY_FILES
+from minima.models.layout import VOCABULARY_FILES, complete_steps
 from minima.recipe.references import STEPPED, Reference, references
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
 from minima.stages.hub import snapshot
 from minima.stages.manifest import NFS_SECONDS, wait_finished
-from minima.stages.named_checkpoints import checkpoint_steps, way_out
+from minima.stages.named_checkpoints import way_out
 from minima.stages.shipped import find_deepspeed_json
 
 _TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
@@ -143,10 +143,11 @@ class StageContext:
     def _checkpoint(self, reference: Reference) -> Path:
         assert reference.stage is not None
         folder = self.run_folder / reference.stage
-        if not (folder / "checkpoints" / f"step-{reference.step:08d}").is_dir():
+        there = complete_steps(folder / "checkpoints")
+        if reference.step not in there:
             raise StageError(
                 f"stage {reference.stage!r} has no checkpoint after step {reference.step}",
                 f"stage {self.stage.name!r} reads it",
-                way_out(self.recipe.stage(reference.stage), folder, checkpoint_steps(folder)),
+                way_out(self.recipe.stage(reference.stage), folder, there),
             )
         return folder

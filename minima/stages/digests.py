@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minima.recipe.data import Source
+from minima.models.layout import MARKER, complete_steps, step_folder
+from minima.recipe.data import Source, files_below
 
 # A file counts by its size, its ends and samples of its inside: some 3 MiB are read of a file of any size. A model
 # that was trained further differs everywhere; a change of a few bytes inside of a large file can go unseen.
@@ -45,34 +46,26 @@ def folder_digest(folder: Path) -> str:
         return file_digest(folder)
     inside = [file for name in ("model", "tokenizer") if (folder / name).is_dir() for file in (folder / name).iterdir()]
     inside += [folder / split / "index.json" for split in ("train", "held_out")]
-    inside += sorted(folder.glob("checkpoints/step-*[0-9]/checkpoint.json"))[-1:]
+    checkpoints = folder / "checkpoints"
+    inside += [step_folder(checkpoints, step) / MARKER for step in complete_steps(checkpoints)[-1:]]
     return _files_digest([*folder.iterdir(), *inside], folder)
 
 
 def source_digest(source: Source) -> str:
-    """Of the files of a source; of what the recipe says of it, where nothing of it lies on this machine."""
-    text = source.path or source.hub
-    path = Path(text).expanduser() if text is not None else None
-    if path is not None and path.is_dir():
-        return _files_digest(file for file in path.rglob("*") if not _hidden(file.relative_to(path)))
-    if source.path is None or path is None:
-        return digest(source.model_dump(mode="json", exclude_defaults=True))
-    return _files_digest([path] if path.exists() else Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    """Of the files that are read of a source; of what the recipe says of it, where they do not lie on this machine."""
+    if source.path is not None:
+        return _files_digest(source.files())
+    if source.hub is not None and (folder := Path(source.hub).expanduser()).is_dir():
+        return _files_digest(files_below(folder))
+    return digest(source.model_dump(mode="json", exclude_defaults=True))
 
 
 def is_gone(source: Source) -> bool:
     """Whether the files of a source are no longer on this machine."""
-    if source.path is None:
-        return False
-    path = Path(source.path).expanduser()
-    return not path.exists() and not any(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    return source.path is not None and not source.files()
 
 
 def _files_digest(paths: Iterable[Path], base: Path | None = None) -> str:
     """By their names alone, or by their paths from a base."""
     named = {file: file.name if base is None else str(file.relative_to(base)) for file in paths if file.is_file()}
     return digest([(named[file], file_digest(file)) for file in sorted(named)])
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

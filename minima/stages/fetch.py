@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minima.disk import disk_full_named
-from minima.errors import DataError, StageError
+from minima.errors import StageError
 from minima.launcher import cleaned_environment
 from minima.recipe.data import Source
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -126,15 +126,14 @@ def _source(source: Source, field: str | None, cache: Path) -> Got:
     from minima.data.documents import Rejected
     from minima.data.records import read_dataset
     from minima.data.share import Share
-    from minima.data.sources import find_files
 
     if source.embedded is not None:
         return Got(f"text {source.embedded}", LOCAL, "minima ships it")
     if source.path is not None:
-        try:
-            return Got(f"files {source.path}", LOCAL, f"{len(find_files(source.path)):,} files")
-        except DataError:
+        files = source.files()
+        if not files:
             return Got(f"files {source.path}", MISSING, "mend the path, or put them there")
+        return Got(f"files {source.path}", LOCAL, f"{len(files):,} files")
     assert source.hub is not None
     what = f"data set {source.hub} ({', '.join(part for part in (source.config, source.split) if part)})"
     if Path(source.hub).expanduser().is_dir():

@@ -97,18 +97,18 @@ def current_card(path: Path, stage: Path | None) -> str:
         stage: the export stage's folder; none for a folder from elsewhere, whose card stays as it is.
 
     Raises:
-        StageError: its front matter cannot be read.
+        StageError: its front matter, or what a benchmark stage beside it stored, cannot be read.
     """
     try:
         card = path.read_text(encoding="utf-8")
         split(card)
-        return card if stage is None else updated_card(stage, card)
     except ValueError as error:  # UnicodeDecodeError is one
         raise StageError(
             f"the front matter of {path} cannot be read ({error})",
             "the Hub reads licence, language and base model there",
             "mend what stands between its first two lines of ---",
         ) from error
+    return card if stage is None else updated_card(stage, card)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

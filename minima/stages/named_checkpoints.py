@@ -6,12 +6,6 @@ from pathlib import Path
 from minima.recipe.schema import AnyStage
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a training stage's folder."""
-    names = [marker.parent.name[5:] for marker in folder.glob("checkpoints/step-*/checkpoint.json")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
 def way_out(stage: AnyStage, folder: Path, there: Sequence[int]) -> str:
     """What to do about a checkpoint that a training stage has not left.
 

@@ -29,6 +29,7 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
+from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished
 from minima.stages.preview_inputs import KnownInputs, with_shared_rows
@@ -92,9 +93,7 @@ class Walk(KnownInputs):
     def _sources(self, stage: AnyStage, preview: StagePreview) -> None:
         for _, source in sources(stage):
             preview.reads.append(f"source {source.label}" + (f", weight {source.weight:g}" if source.weight else ""))
-            path = Path(source.path).expanduser() if source.path else None
-            anchor = Path(path.anchor or ".") if path else None
-            if path and anchor and not path.exists() and not any(anchor.glob(str(path.relative_to(path.anchor)))):
+            if is_gone(source):
                 preview.missing.append(f"{source.path} (source {source.label}) is not on this machine")
 
     def _build_data(self, stage: BuildData, preview: StagePreview) -> None:

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from minima.errors import MinimaError, RecipeError, TokenizerMismatch, VocabularyMismatch
 from minima.launcher import default_ranks
+from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
 from minima.planning.dry_run import StagePreview
@@ -15,7 +16,6 @@ from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference, lineage
 from minima.recipe.schema import AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
-from minima.stages.named_checkpoints import checkpoint_steps
 from minima.stages.running import output_folder
 
 
@@ -55,7 +55,7 @@ class KnownInputs:
         assert isinstance(trained, AnyTraining), "refused by the recipe"
         if trained.patience is not None:
             preview.notes.append(f"{reference.text} is there only if {reference.stage}'s best step is no earlier one")
-        if reference.step in checkpoint_steps(self.folder / reference.stage):  # as a signal may have left it
+        if reference.step in complete_steps(self.folder / reference.stage / "checkpoints"):  # a signal may have left it
             return
         periods = [trained.checkpoint_every_steps]
         periods += [trained.evaluate_every_steps] if trained.patience is not None else []
@@ -250,9 +250,10 @@ def _bytes_of_a_token(vocabulary_size: int) -> int:
 
 def _shape_in(folder: Path) -> ModelShape | None:
     """Of the model in a stage's folder or in Hugging Face's layout, in the order in which weights are looked for."""
-    for marker in folder.glob("checkpoints/step-*/checkpoint.json"):  # of a stage, all are of one model
+    checkpoints = folder / "checkpoints"
+    for step in complete_steps(checkpoints):  # of a stage, all are of one model
         try:
-            facts = json.loads(marker.read_text(encoding="utf-8"))
+            facts = json.loads((step_folder(checkpoints, step) / MARKER).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # whoever reads the checkpoint says so
             continue
         if isinstance(facts, dict) and isinstance(facts.get("config"), dict):

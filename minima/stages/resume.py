@@ -6,9 +6,10 @@ from typing import Any
 
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import load_shards
-from minima.engine.checkpoint.store import complete_steps, set_aside, step_folder
+from minima.engine.checkpoint.store import set_aside
 from minima.engine.student import Student
 from minima.errors import CheckpointError, StoreCorrupted
+from minima.models.layout import complete_steps, step_folder
 
 logger = logging.getLogger("minima.resume")
 

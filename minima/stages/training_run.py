@@ -11,7 +11,7 @@ from minima.data.store import TokenStore
 from minima.disk import disk_full_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import shapes, snapshot_shards
-from minima.engine.checkpoint.store import complete_steps, drop_after, read_marker, step_folder
+from minima.engine.checkpoint.store import drop_after, read_marker
 from minima.engine.checkpoint.writer import CheckpointWriter
 from minima.engine.loop import Events
 from minima.engine.metrics import MetricsLog, read_records
@@ -21,6 +21,7 @@ from minima.engine.watchdog import Watchdog
 from minima.errors import CheckpointError, MinimaError
 from minima.evaluation.held_out import evaluate
 from minima.launcher import terminal_columns
+from minima.models.layout import complete_steps, step_folder
 from minima.models.shape import ModelShape
 from minima.recipe.references import named_steps
 from minima.recipe.schema import AnyTraining

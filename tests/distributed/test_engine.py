@@ -7,9 +7,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from minima.engine.checkpoint.shards import CheckpointSource
-from minima.engine.checkpoint.store import complete_steps, step_folder, verify_checkpoint
+from minima.engine.checkpoint.store import verify_checkpoint
 from minima.engine.weights import open_weights
 from minima.errors import CheckpointError, StoreCorrupted
+from minima.models.layout import complete_steps, step_folder
 from minima.models.stock import build_empty
 from tests.distributed.ranks import run_scenarios
 from tests.distributed.reference import plain_training

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minima.engine.checkpoint.store import complete_steps, step_folder, verify_checkpoint
+from minima.engine.checkpoint.store import verify_checkpoint
+from minima.models.layout import complete_steps, step_folder
 from tests.distributed.ranks import start_ranks
 
 pytestmark = pytest.mark.ranks

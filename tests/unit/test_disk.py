@@ -8,8 +8,9 @@ import pytest
 
 from minima.data.store import TokenStore
 from minima.disk import access_refused_named, copy_content, inside, sync
-from minima.engine.checkpoint.store import MARKER, verify_checkpoint
+from minima.engine.checkpoint.store import verify_checkpoint
 from minima.errors import AccessRefused, StoreCorrupted
+from minima.models.layout import MARKER
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource
 

@@ -11,33 +11,9 @@ from typing import Any
 from minima.disk import access_refused_named, inside
 from minima.engine import distributed
 from minima.errors import CheckpointError, MinimaError, StoreCorrupted
+from minima.models.layout import MARKER, complete_steps, step_folder
 
 FORMAT = "minima-checkpoint-1"
-MARKER = "checkpoint.json"  # written last: a checkpoint without it does not count
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
-    return folder / f"step-{step:08d}"
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending.
-
-    Raises:
-        PermissionError: the folder, or one of its checkpoints, may not be looked into.
-    """
-    names = os.listdir(folder) if folder.is_dir() else ()
-    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
-    return sorted(step for step in steps if _has_marker(step_folder(folder, step)))
-
-
-def _has_marker(checkpoint: Path) -> bool:
-    try:
-        (checkpoint / MARKER).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True  # what may not be looked at is refused: it is there, and would be passed over without a word
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
@@ -59,7 +35,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
             "it says which files belong to the checkpoint, and what they have to hold",
             f"remove {checkpoint} to go on from the checkpoint before it",
         ) from error
-    except PermissionError:  # it is no less complete for that
+    except PermissionError:  # unreadable is not incomplete
         raise
     except OSError as error:
         raise CheckpointError(
@@ -82,7 +58,7 @@ def marker_sha256(facts: dict[str, Any]) -> str:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint so that it no longer counts; nothing of it is removed. One rank calls it.
+    """Rename a damaged checkpoint so that it no longer counts, in place of an earlier such copy. One rank calls it.
 
     Returns:
         Its new path.

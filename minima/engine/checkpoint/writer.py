@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 
 from minima.disk import is_no_space, sync
 from minima.engine import distributed
-from minima.engine.checkpoint.store import FORMAT, MARKER, file_sha256, marker_sha256, prune, remove, step_folder
+from minima.engine.checkpoint.store import FORMAT, file_sha256, marker_sha256, prune, remove
 from minima.errors import CheckpointError, DiskFull, MinimaError
+from minima.models.layout import MARKER, step_folder
 
 WriteFiles = Callable[[Path], list[Path]]  # writes this rank's files into a folder, and returns them
 

@@ -63,6 +63,16 @@ def test_every_state(slurm, project):
     assert show("recipe.yaml")[1] == text  # by its recipe, too
 
 
+def test_a_checkpoint_set_aside_as_damaged_is_none(slurm, project):
+    send()
+    train()
+    checkpoints = RUN / "base" / "checkpoints"
+    (checkpoints / "step-00000040.damaged").mkdir()
+    (checkpoints / "step-00000040.damaged" / "checkpoint.json").write_text(json.dumps({"step": 40}))
+    slurm.answer(squeue="102|N/A|RUNNING|test.base|None")
+    assert row(show()[1], "base")[-2:] == ["step", "30"]
+
+
 def test_a_job_that_was_requeued(slurm, project):
     send()
     slurm.answer(squeue="101|N/A|PENDING|test.corpus|BeginTime")

@@ -8,9 +8,10 @@ import pytest
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_checkpoint
+from minima.engine.checkpoint.store import read_marker, verify_checkpoint
 from minima.engine.checkpoint.writer import CheckpointWriter, write_checkpoint
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
+from minima.models.layout import complete_steps, step_folder
 
 
 @pytest.fixture(scope="module", autouse=True)

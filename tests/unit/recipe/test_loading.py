@@ -178,6 +178,20 @@ def test_malformed_overrides_are_refused(load, recipe, override):
         load(recipe, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.quality.models.0.revision=main", "goes into '0', which is 'teacher'"),
+        ("stages.quality.models.0.revision.x=main", "goes into '0', which is 'teacher'"),
+        ("stages.quality.models.2=pruned", "entry '2' of a list of 2"),
+        ("stages.student=1", "names a stage, and no key of it"),
+    ],
+)
+def test_overrides_that_reach_nothing_are_refused(load, recipe, override, words):
+    with pytest.raises(RecipeError, match=words):
+        load(recipe, override)
+
+
 def test_override_of_no_stage_names_the_nearest(load, recipe):
     with pytest.raises(RecipeError, match="did you mean 'student'"):
         load(recipe, "stages.studnt.steps=3")

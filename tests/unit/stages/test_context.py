@@ -78,7 +78,10 @@ def test_a_checkpoint_of_an_unfinished_stage_may_be_taken(context, tmp_path):
     with pytest.raises(StageError, match="no checkpoint after step 2") as error:
         context.model("teacher@2")
     assert "choose among 1" in error.value.do
-    (tmp_path / "teacher" / "checkpoints" / "step-00000002").mkdir()
+    (second := tmp_path / "teacher" / "checkpoints" / "step-00000002").mkdir()
+    with pytest.raises(StageError, match="no checkpoint after step 2"):
+        context.model("teacher@2")
+    (second / "checkpoint.json").touch()
     found = context.model("teacher@2")
     assert (found.name, found.folder, found.step) == ("teacher@2", tmp_path / "teacher", 2)
 

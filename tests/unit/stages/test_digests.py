@@ -4,7 +4,7 @@ import pytest
 
 from minima.recipe.data import Source
 from minima.stages import digests
-from minima.stages.digests import file_digest, folder_digest, source_digest
+from minima.stages.digests import file_digest, folder_digest, is_gone, source_digest
 
 
 def test_a_large_file_counts_by_its_ends_and_size(tmp_path, monkeypatch):
@@ -100,6 +100,27 @@ def test_a_folder_of_text_counts_by_its_files(tmp_path, monkeypatch, key, home):
     assert source_digest(source) == before
     (folder / "a.arrow").write_bytes(b"two")
     assert source_digest(source) != before
+
+
+def test_files_below_two_stars_count(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    file = tmp_path / "deeper" / "a.txt"
+    file.write_text("one")
+    source = Source(path=f"{tmp_path}/**")
+    before = source_digest(source)
+    file.write_text("two")
+    assert source_digest(source) != before
+    assert not is_gone(source)
+
+
+def test_a_hidden_file_is_no_text_of_a_pattern(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    source = Source(path=f"{tmp_path}/*")
+    before = source_digest(source)
+    (tmp_path / ".a.txt.swp").write_text("an editor's")
+    assert source_digest(source) == before
+    (tmp_path / "a.txt").unlink()
+    assert is_gone(source), "what is left is not read"
 
 
 def test_a_hub_dataset_counts_by_what_the_recipe_says():

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from minima.data.store import FORMAT, TokenStore
-from minima.engine.checkpoint.store import MARKER, step_folder
 from minima.errors import MinimaError, RecipeError, ShapeError, StageError, TokenizerMismatch, VocabularyMismatch
+from minima.models.layout import MARKER, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
 from minima.planning.dry_run import flops_text, size_text

@@ -63,6 +63,12 @@ def write(model: Path, shard_bytes: int = 10**9) -> None:
     (model / "checkpoints").mkdir()
 
 
+def cut_off_benchmark(export):
+    write_benchmark(export, "chat")
+    path = export.parent / "bench" / "benchmark.json"
+    path.write_text(path.read_text()[:-9])
+
+
 def write_benchmark(export: Path, model: str, **task) -> None:
     folder = export.parent / "bench"
     folder.mkdir(exist_ok=True)
@@ -231,6 +237,7 @@ def damage_weights(export):
         (lambda export: (export / "model" / "README.md").unlink(), StageError, "has no README.md"),
         (lambda export: (export / "model" / "README.md").write_text("---\na: [\n---\n"), StageError, "front matter"),
         (lambda export: (export / "model" / "README.md").write_bytes(b"\xff"), StageError, "front matter"),
+        (cut_off_benchmark, StageError, "bench/benchmark.json cannot be read"),
         (lambda export: (export / "manifest.json").unlink(), StageError, "not finished"),
         (
             lambda export: (export / "manifest.json").write_text('{"stage": {"kind": "prune"}}'),

@@ -8,9 +8,10 @@ import pytest
 import torch.distributed as dist
 
 from minima.engine.checkpoint import store
-from minima.engine.checkpoint.store import complete_steps, read_marker, step_folder, verify_together
+from minima.engine.checkpoint.store import read_marker, verify_together
 from minima.engine.checkpoint.writer import write_checkpoint
 from minima.errors import AccessRefused, CheckpointError, StoreCorrupted
+from minima.models.layout import complete_steps, step_folder
 from minima.stages import resume
 
 

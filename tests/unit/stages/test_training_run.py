@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from minima.engine.checkpoint.store import MARKER, step_folder
 from minima.engine.patience import Patience
+from minima.models.layout import MARKER, step_folder
 from minima.recipe.schema import Recipe
 from minima.stages.training_run import ENDED, TrainingRun
 
