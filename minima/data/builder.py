@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minima.data.block_packing import PackedWriter
 from minima.data.build_report import build_report, check_enough, show_rejected, unigram_entropy
@@ -25,11 +25,14 @@ from minima.data.parts import RecordedParts
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.template_choice import set_template
-from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
+from minima.data.tokenizer import ends_added, load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.disk import disk_full_named
 from minima.errors import DataError
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LOG = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
@@ -91,6 +94,7 @@ class Plan(NamedTuple):
     make: Callable[[], Callable[[Batch], Result]]  # an encoder
     read: Callable[..., Iterator[str]] = read_source
     writer: type[StoreWriter] | type[PackedWriter] = StoreWriter
+    begin_token: int | None = None  # of each document of text
 
 
 def processes_of(stage: BuildData) -> int:
@@ -112,12 +116,36 @@ def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, 
     size = max(len(loaded), end_token + 1)
     if stage.format == "text":
         save_tokenizer(loaded, tokenizer, folder)
-        return Plan(end_token, size, partial(Encoder, folder, end_token, size))
+        begin = _begin_token(stage, loaded)
+        return Plan(end_token, size, partial(Encoder, folder, end_token, size, begin), begin_token=begin)
     set_template(loaded, stage.chat_template)
     save_tokenizer(loaded, tokenizer, folder)
     pairs = stage.format == "preferences"
     make = partial(ChatEncoder, folder, template_of(loaded), size, stage.sequence_length, pairs)
     return Plan(end_token, size, make, partial(read_conversations, pairs=pairs), PackedWriter)
+
+
+def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The id that each document begins with; None for none.
+
+    A model that was trained with a begin token leans on it: attention that has nothing to look at goes there (Xiao et
+    al., "Efficient Streaming Language Models with Attention Sinks", 2023).
+    """
+    adds, _ = ends_added(tokenizer)
+    begin: int | None = tokenizer.bos_token_id
+    if stage.add_bos_token and begin is None:
+        raise DataError(
+            f"build_data stage {stage.name!r} sets add_bos_token; its tokenizer {stage.tokenizer} has no begin token",
+            "documents would begin as if it had not been asked for",
+            "leave add_bos_token out",
+        )
+    if stage.add_bos_token is not None and stage.add_bos_token != adds:
+        _LOG.warning(
+            "documents begin %s %r; the tokenizer by itself does otherwise, and so will who uses the exported model",
+            "with" if stage.add_bos_token else "without",
+            tokenizer.bos_token,
+        )
+    return begin if (adds if stage.add_bos_token is None else stage.add_bos_token) else None
 
 
 def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[str]:
@@ -170,10 +198,13 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
         held_out.publish()
     for label, stream in zip(labels, streams, strict=True):
         show_rejected(label, stream.rejected)
+        if (stream.epochs or 1.0) >= 1.05:
+            _LOG.info("source %s: its documents were read %.1f times to fill its share", label, stream.epochs)
     _LOG.info("wrote %d training and %d held-out blocks", written["blocks"], set_aside["blocks"])
     unigram = unigram_entropy(TokenStore.open(folder / "held_out"))
     return build_report(stage.format, streams, labels, written, set_aside, train.beyond_tokens) | {
         "unigram_entropy": unigram, "sequence_length": length, "vocabulary_size": plan.vocabulary_size,
+        "begin_token": plan.begin_token,
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: unsigned int array, all documents.
-        lengths: int64 array; ids of each document, its end token included.
+        lengths: int64 array; ids of each document, its begin and end token included.
         sizes: int64 array; UTF-8 bytes of each document's text, or of what is to be learnt of it.
         characters: int64 array; of each document's text.
         learnt: uint8 array like `ids`; 1 for what is to be learnt. None for text, of which all is.
@@ -107,10 +107,12 @@ class Encoder:
         folder: holds `tokenizer.json`; else transformers loads what is there, which is slower.
         end_token: the id put after each document.
         vocabulary_size: decides two or four bytes an id.
+        begin_token: the id put before each document; none is when not given.
     """
 
-    def __init__(self, folder: Path, end_token: int, vocabulary_size: int) -> None:
+    def __init__(self, folder: Path, end_token: int, vocabulary_size: int, begin_token: int | None = None) -> None:
         self._end_token, self._dtype = end_token, np.dtype(token_dtype(vocabulary_size))
+        self._begin = [] if begin_token is None else [begin_token]
         self._encode: Callable[[list[str]], list[list[int]]]
         if (folder / "tokenizer.json").is_file():
             from tokenizers import Tokenizer  # without transformers, a worker starts in a tenth of the time
@@ -142,9 +144,10 @@ class Encoder:
         for begin in range(0, len(texts), _AT_ONCE):
             stream: list[int] = []
             for document in self._encode(texts[begin : begin + _AT_ONCE]):
+                stream += self._begin
                 stream += document
                 stream.append(self._end_token)
-                lengths.append(len(document) + 1)
+                lengths.append(len(self._begin) + len(document) + 1)
             pieces.append(np.array(stream, dtype=self._dtype))
         counts = np.array(lengths, dtype=np.int64)
         return Result(Encoded(np.concatenate(pieces), counts, _lengths(contents), _lengths(texts)), held_out, [])

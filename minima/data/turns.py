@@ -11,6 +11,8 @@ _ROLES = {
     "system": SYSTEM, "developer": SYSTEM, "user": USER, "human": USER, "prompter": USER,
     "assistant": ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
 }  # fmt: skip
+# What stands beside a turn's content and is part of what was said; without it an answer would be learnt by half.
+_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _TURN_FIELDS = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue")
 
 
@@ -70,6 +72,8 @@ def _listed(turns: list[Any]) -> list[Turn]:
     for turn in turns:
         if not isinstance(turn, dict):
             raise Unfit("not_a_conversation")
+        if unread := next((field for field in _BESIDE_CONTENT if turn.get(field)), None):
+            raise Unfit(f"{unread}_beside_content")
         if "User" in turn and "Assistant" in turn:
             found += [(USER, text_of(turn["User"])), (ASSISTANT, text_of(turn["Assistant"]))]
         elif "role" in turn:

@@ -31,6 +31,10 @@ class BuildData(Stage):
         sequence_length: tokens of one block. Blocks of text are cut from the stream of documents, each closed by the
             end token; what is left at the end and is less than a block is counted and dropped. Conversations are not
             cut: what is left of a block is filled up.
+        add_bos_token: begin each document of text with the tokenizer's begin token; as the tokenizer by itself begins a
+            text when not given (Llama and Mistral do, Qwen2 and GPT-2 do not, and neither does one that is trained
+            here). Of a document that a block cuts, the rest goes on without it. In conversations and preferences the
+            chat template decides.
         document_mask: whoever reads the blocks sees no token of another document, and positions begin anew with each.
             False is the published behaviour. Conversations and preferences always have it.
         tokens: how many training tokens to write, over all sources; every token once when not given.
@@ -47,6 +51,7 @@ class BuildData(Stage):
     tokenizer: str | TokenizerTraining
     chat_template: str | None = None
     sequence_length: int = Field(gt=1)
+    add_bos_token: bool | None = None
     document_mask: bool = True
     tokens: int | None = Field(default=None, gt=0)
     held_out_fraction: float = Field(default=0.005, ge=0, lt=1)
@@ -54,6 +59,11 @@ class BuildData(Stage):
     processes: int | None = Field(default=None, gt=0)
     shard_tokens: int = Field(default=2**28, gt=0)
     seed: int = 776
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the stage makes the tokenizer that it encodes with."""
+        return isinstance(self.tokenizer, TokenizerTraining)
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
@@ -64,13 +74,21 @@ class BuildData(Stage):
                 "text has no turns, so it would not be used",
                 "set `format: conversations`, or leave chat_template out",
             )
+        if self.add_bos_token is not None and (chat or (self.add_bos_token and self.trains_tokenizer)):
+            raise RecipeError(
+                f"build_data stage {self.name!r} sets add_bos_token for {self.format if chat else 'its own tokenizer'}",
+                "the chat template writes what a conversation begins with"
+                if chat
+                else "a tokenizer that is trained here begins no text with it: the exported model would not see it",
+                "leave add_bos_token out",
+            )
         if chat and not self.document_mask:
             raise RecipeError(
                 f"build_data stage {self.name!r} asks for {self.format} without a document mask",
                 "an answer would be learnt from somebody else's question",
                 "leave document_mask out",
             )
-        if chat and isinstance(self.tokenizer, TokenizerTraining):
+        if chat and self.trains_tokenizer:
             raise RecipeError(
                 f"build_data stage {self.name!r} would train a tokenizer on {self.format}",
                 "a chat model reads with the tokenizer that its base was trained with",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minima.assets import read_text_asset
-from minima.data.tokenizer import train_sentencepiece, write_tokenizer
+from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.recipe.schema import BuildData
 
 
@@ -30,6 +30,20 @@ def tokenizer(model, tmp_path_factory) -> Path:
     """Its folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def beginning(tokenizer, tmp_path_factory) -> Path:
+    """The same tokenizer as Llama's own files have it: a text begins with its begin token."""
+    from tokenizers import processors
+
+    folder = tmp_path_factory.mktemp("beginning")
+    loaded = load_tokenizer(tokenizer)
+    loaded.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", loaded.bos_token_id)]
+    )
+    save_tokenizer(loaded, tokenizer, folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from minima.data.builder import build
 from minima.data.documents import HeldOut, Rejected, batched, shuffled
@@ -61,6 +62,48 @@ def test_every_document_is_on_one_side_and_whole(tmp_path, stage, jsonl, address
     assert sorted(file.name for file in tmp_path.iterdir()) == ["held_out", "report.json", "tokenizer", "train"]
 
 
+def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path, stage, jsonl, addresses, tokenizer, beginning):
+    source, loaded = {"path": jsonl(addresses)}, load_tokenizer(beginning)
+    assert build(stage(source), tmp_path, beginning)["begin_token"] == loaded.bos_token_id
+    for store in stores(tmp_path):
+        stream, starts = store.blocks(np.arange(len(store))).reshape(-1), store.document_starts()
+        assert len(starts) > 5
+        assert (stream[starts] == loaded.bos_token_id).all()
+        assert (stream == loaded.bos_token_id).sum() == len(starts), "nowhere else"
+        second = stream[starts[0] : starts[1]]
+        assert second.tolist() == [*loaded(loaded.decode(second[1:-1]))["input_ids"], store.end_token]
+    assert build(stage(source), tmp_path, tokenizer)["begin_token"] is None
+    train, _ = stores(tmp_path)
+    assert loaded.bos_token_id not in train.blocks(np.arange(len(train)))
+
+
+def test_documents_begin_as_the_recipe_says(
+    tmp_path, stage, jsonl, addresses, tokenizer, beginning, byte_level, caplog
+):
+    source = {"path": jsonl(addresses)}
+    without = build(stage(source, add_bos_token=False), tmp_path, beginning)
+    assert without["begin_token"] is None and "documents begin without '<s>'" in caplog.text
+    caplog.clear()
+    assert build(stage(source, add_bos_token=True), tmp_path, beginning)["begin_token"] == 1
+    assert "documents begin" not in caplog.text
+    assert build(stage(source, add_bos_token=True), tmp_path, tokenizer)["begin_token"] == 1
+    assert "documents begin with '<s>'; the tokenizer by itself does otherwise" in caplog.text
+    with pytest.raises(DataError, match="has no begin token"):
+        build(stage(source, add_bos_token=True), tmp_path, byte_level)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"add_bos_token": True, "tokenizer": TokenizerTraining(vocabulary_size=300)}, "its own tokenizer"),
+        ({"add_bos_token": False, "format": "conversations"}, "for conversations"),
+    ],
+)
+def test_a_begin_token_that_would_not_be_read_is_refused(stage, settings, words):
+    with pytest.raises(ValidationError, match=words):
+        stage({"path": "x"}, **settings)
+
+
 def test_unigram_entropy_is_that_of_the_held_out_tokens(tmp_path, stage, jsonl, addresses, tokenizer):
     metrics = build(stage({"path": jsonl(addresses)}), tmp_path, tokenizer)
     store = stores(tmp_path)[1]
@@ -97,12 +140,17 @@ def test_weights_are_shares_of_the_tokens(tmp_path, stage, jsonl, addresses, tok
     assert len(held_out) == len(set(held_out))  # repeated sources are held out once
 
 
-def test_without_weights_every_source_is_read_before_any_is_repeated(tmp_path, stage, jsonl, addresses, tokenizer):
+def test_without_weights_every_source_is_read_before_any_is_repeated(
+    tmp_path, stage, jsonl, addresses, tokenizer, caplog
+):
+    caplog.set_level(logging.INFO, logger="minima.data")
     sources = [{"name": "big", "path": jsonl(addresses[:350])}, {"name": "small", "path": jsonl(addresses[350:])}]
     once = build(stage(*sources), tmp_path, tokenizer)
     assert {name: numbers["epochs"] for name, numbers in once["sources"].items()} == {"big": 1.0, "small": 1.0}
     available = once["tokens"] + once["dropped_tail_tokens"]
+    assert "times to fill" not in caplog.text
     more = build(stage(*sources, tokens=int(1.5 * available)), tmp_path, tokenizer)
+    assert "source big: its documents were read" in caplog.text
     assert all(1.0 <= numbers["epochs"] <= 2.0 for numbers in more["sources"].values())
     assert more["tokens"] == int(1.5 * available) // 32 * 32
     stream = stores(tmp_path)[0].blocks(np.arange(more["blocks"])).reshape(-1)

@@ -85,6 +85,11 @@ def test_a_reply_of_weight_0_is_read_and_not_learnt():
             conversation_of([MESSAGES[0], {**MESSAGES[1], "weight": wrong}])
 
 
+def test_empty_fields_beside_a_turn_say_nothing():
+    plain = [MESSAGES[0], MESSAGES[1] | {"tool_calls": [], "reasoning_content": None}]
+    assert conversation_of(plain) == conversation_of(MESSAGES[:2])
+
+
 def test_a_question_that_nobody_answers_is_left_out():
     assert conversation_of({"messages": MESSAGES[:3]}) == Conversation(TWO[:2], left_out=1)
 
@@ -95,6 +100,8 @@ def test_a_question_that_nobody_answers_is_left_out():
         ("text", "not_a_conversation"),
         (7, "not_a_conversation"),
         ({"text": "one"}, "not_a_conversation"),
+        ([MESSAGES[0], MESSAGES[1] | {"reasoning_content": "hm"}], "reasoning_content_beside_content"),
+        ([MESSAGES[0], MESSAGES[1] | {"tool_calls": [{"type": "function"}]}], "tool_calls_beside_content"),
         (["one", "two"], "not_a_conversation"),
         ([{"speaker": "one"}], "not_a_conversation"),
         ({"User": "one", "Assistant": "two"}, "not_a_conversation"),  # one turn is no list of them

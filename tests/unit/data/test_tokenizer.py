@@ -90,6 +90,16 @@ def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
     assert encoded.characters.tolist() == [len(text) for text in ODD]
 
 
+def test_each_document_begins_with_the_begin_token(tokenizer):
+    plain, *_ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    begun, *_ = Encoder(tokenizer, 2, 512, begin_token=1)(Batch(ODD, HeldOut(0.0, 0)))
+    ends = plain.lengths.cumsum()
+    documents = [plain.ids[end - length : end].tolist() for end, length in zip(ends, plain.lengths, strict=True)]
+    assert begun.ids.tolist() == [token for document in documents for token in [1, *document]]
+    assert begun.lengths.tolist() == [length + 1 for length in plain.lengths]
+    assert begun.sizes.tolist() == plain.sizes.tolist(), "bytes are those of the text"
+
+
 def test_a_folder_without_fast_tokenizer_encodes_the_same(tokenizer, tmp_path, monkeypatch, loaded):
     fast, *_ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
     monkeypatch.setattr("minima.data.tokenizer.load_tokenizer", lambda folder: loaded)

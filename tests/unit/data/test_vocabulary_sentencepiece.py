@@ -9,7 +9,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer
 
 from minima.assets import read_text_asset
-from minima.data.tokenizer import load_tokenizer
+from minima.data.tokenizer import ends_added, load_tokenizer
 from minima.data.vocabulary import expand, open_base
 from minima.data.vocabulary_sentencepiece import SentencePieceVocabulary, read_model
 from minima.errors import DataError
@@ -91,6 +91,12 @@ def test_both_files_and_all_loaders_agree_and_text_comes_back(grown, poems, addr
     assert ids == [encoding.ids for encoding in raw.encode_batch(poems + mixed)]
     assert fast.batch_decode(ids) == poems + mixed
     assert sum(token >= 512 for document in ids for token in document) > 10_000
+
+
+def test_a_text_begins_as_with_the_base(tokenizer, beginning, tmp_path):
+    for base, adds in ((tokenizer, False), (beginning, True)):
+        open_base(base).write(tmp_path / base.name, ["龍"])
+        assert ends_added(load_tokenizer(tmp_path / base.name)) == (adds, False)
 
 
 def test_the_report(grown, tokenizer, poems):
