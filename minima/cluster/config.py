@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from minima.cluster.secret import check_lines, names_secret, refuse_secret
 from minima.errors import ClusterError
@@ -14,7 +14,11 @@ from minima.stages.running import uses_ranks
 
 CELLS = "cells"  # the key of a grid's jobs under `stages`; no stage can have this name
 # What a #SBATCH line can hold: Slurm reads quotes, backslashes and # in it by rules of its own.
-_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=+/@%&|*()\[\]-]+$")]
+_Word = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9_.,:=+/@%&|*()\[\]-]+$"),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),  # `memory: 0`, `account: 4711`
+]
 _Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\r\n\x00]*)?$")]
 _Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
 _Path = Annotated[_Line, AfterValidator(os.path.expanduser)]  # scripts quote it, so no job would
@@ -73,7 +77,7 @@ class Resources(Placement):
         gpus_per_node: GPUs on each.
         gpu_type: of the GPUs, as the cluster calls it.
         cpus_per_task: processor cores of each rank; also its OMP_NUM_THREADS.
-        memory: of each node, as sbatch's --mem.
+        memory: of each node, as sbatch's --mem (0 for all of it).
         exclusive: share the nodes with no other job.
         array: jobs that a build_data stage is shared out to; another one merges what they made.
         array_limit: at most so many of an array's jobs at one time.

@@ -125,7 +125,7 @@ class Stage:
 def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> tuple[list[Row], list[str]]:
     """All places that could be, in the order in which they are tried, and a sentence for each that could not.
 
-    A teacher that is named is the only one.
+    A place that the recipe names is the only one, refused where it could not be.
     """
     trained = trained_memory(
         stage.student,
@@ -140,10 +140,11 @@ def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> 
         return [_judged(Row(None, "none", 1, 1, checkpointing, trained, Memory(), 0, 0), machine)], []
     rows, excluded = [], []
     for placement, offload, group, problem in _places(stage.teacher, stage.teacher_shape, machine):
-        if problem:
+        if problem and stage.teacher.placement == "auto":
             excluded.append(f"{placement}{'' if offload == 'none' else '+' + offload} cannot be: {problem}")
-        else:
-            rows.append(_widest(stage, machine, checkpointing, trained, placement, offload, group))
+            continue
+        row = _widest(stage, machine, checkpointing, trained, placement, offload, group)
+        rows.append(replace(row, refused=f"cannot be: {problem}") if problem else row)
     return rows, excluded
 
 
@@ -153,16 +154,18 @@ def _places(teacher: Teacher, shape: ModelShape, machine: Machine) -> Iterator[t
     nodes = -(-machine.ranks // node)
     split = teacher.tensor_parallel_ranks or node
     groups: dict[Placement, int] = {"replica": 1, "zero3_node": node, "zero3": machine.ranks, "tensor_parallel": split}
-    if teacher.placement != "auto":
-        yield teacher.placement, teacher.offload, groups[teacher.placement], ""
-        return
     alone = "one rank has nobody to share it with"
+    unsplittable = alone if split == 1 else _unsplittable(shape, split, node)
+    if teacher.placement != "auto":
+        problem = unsplittable if teacher.placement == "tensor_parallel" and split > 1 else ""
+        yield teacher.placement, teacher.offload, groups[teacher.placement], problem
+        return
     uneven = "the machines have different numbers of ranks" if machine.ranks % node else ""
     same = "on one machine it is what zero3_node is" if nodes == 1 else ""
     yield "replica", "none", 1, ""
     yield "zero3_node", "none", node, uneven or (alone if node == 1 else "")
     yield "zero3", "none", machine.ranks, same if node > 1 else (alone if nodes == 1 else "")
-    yield "tensor_parallel", "none", split, alone if split == 1 else _unsplittable(shape, split, node)
+    yield "tensor_parallel", "none", split, unsplittable
     both = "the host's memory is the devices'" if machine.host_is_device else ""
     missing = "" if teacher.nvme_path is not None else "no nvme_path is given"
     for offload, problem in (("cpu", both), ("nvme", missing)):
@@ -172,6 +175,8 @@ def _places(teacher: Teacher, shape: ModelShape, machine: Machine) -> Iterator[t
 
 
 def _unsplittable(shape: ModelShape, split: int, node: int) -> str:
+    if shape.family == "gpt2":
+        return "DeepSpeed's AutoTP does not split a gpt2"
     if node % split:
         return f"groups of {split} ranks do not fill a machine of {node}"
     for count, what in ((shape.num_heads, "heads"), (shape.num_key_value_heads, "key-value heads")):

@@ -98,9 +98,10 @@ def find_gpu(name: str, **changes: float | None) -> Gpu:
     elif Path(name).suffix in (".yaml", ".yml"):
         found = {"name": Path(name).stem} | _read(Path(name).expanduser())
     else:
-        longer = [known for known in GPUS if known.startswith(name.lower())]  # a100 is no h100
+        asked = name.lower()  # an h100-80gb is no a100-80, and an a100 no h100
+        alike = [known for known in GPUS if known.startswith(asked) or known.split("-")[0] in asked]
         raise RecipeError(
-            f"the GPU {name!r} is not known{nearest((longer or [name.lower()])[0], list(GPUS))}",
+            f"the GPU {name!r} is not known{nearest((alike or [asked])[0], list(GPUS))}",
             "memory and time follow from what its vendor publishes",
             f"choose among {', '.join(GPUS)}, or give a YAML file with {', '.join(_required())}",
         )

@@ -40,7 +40,7 @@ class Choice:
         window_micro_batches: that one traversal of the teacher serves.
         tensor_parallel_ranks: ranks that one copy is split over; None for other placements.
         reason: a sentence for each candidate that was passed over; empty where the first one was taken.
-        warning: what does not seem to fit though it was asked for; empty otherwise.
+        warning: what does not seem to fit, or cannot be, though it was asked for; empty otherwise.
         rows: all candidates at the chosen checkpointing.
         chosen: the one that was taken.
         machine: that it was chosen for.
@@ -102,7 +102,7 @@ def choose(
                     return _choice(row, tables, machine)
     rows = tables[levels[-1]][0]
     if teacher is None or teacher.placement != "auto":
-        return _choice(rows[0], tables, machine, f"{rows[0].name} may not fit: it {rows[0].refused}")
+        return _choice(rows[0], tables, machine, f"{rows[0].name} {rows[0].refused}")
     least = min(rows, key=lambda row: row.peak_bytes)
     raise RecipeError(
         f"stages.{name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
@@ -195,5 +195,7 @@ def unchosen(stage: Stage, ranks: int) -> list[str]:
     lines = [f"of one of {ranks} ranks on one machine; the student, by activation_checkpointing: {', '.join(students)}"]
     if stage.teacher is None:
         return lines
-    lines += table(tables[levels[-1]], machine) + list(_UNITS)
+    rows = tables[levels[-1]]
+    lines += table(rows, machine) + list(_UNITS)
+    lines += [f"{row.name} {row.refused}" for row in rows if row.refused]
     return [*lines, f"what fits is decided where it runs: peak may be up to {1 - MARGIN:.0%} of a device"]

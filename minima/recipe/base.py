@@ -4,8 +4,14 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from minima.errors import RecipeError
+from minima.errors import RecipeError, ShapeError
 from minima.models.shape import ModelShape
+
+# What parameters, FLOPs and bytes follow from.
+_COUNTED = (
+    "family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads",
+    "head_size", "tied",
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -41,6 +47,30 @@ class ModelInput(Strict):
                 "give either a source (stage, folder or Hub id) or a `random:` shape",
             )
         return self
+
+    def check_shape(self, found: ModelShape, name: str) -> None:
+        """Refuse weights that are of another shape than the recipe's `shape:` says.
+
+        Args:
+            found: of the weights.
+            name: what to call them.
+
+        Raises:
+            ShapeError: says each number that differs.
+        """
+        if self.shape is None:
+            return
+        wrong = [
+            f"{field} is {getattr(found, field)}, the recipe says {getattr(self.shape, field)}"
+            for field in _COUNTED
+            if getattr(found, field) != getattr(self.shape, field)
+        ]
+        if wrong:
+            raise ShapeError(
+                f"{name}: {'; '.join(wrong)}",
+                "the run was planned for another model",
+                "correct the recipe's `shape:` block, or name the model that it describes",
+            )
 
 
 def as_model(value: Any) -> Any:

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.models.layout import complete_steps
-from minima.recipe.distillation import Teacher
 from minima.recipe.references import Reference, deepspeed_jsons, references
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
 from minima.stages.hub import check_there
@@ -17,7 +15,7 @@ from minima.stages.manifest import is_finished
 from minima.stages.named_checkpoints import way_out
 from minima.stages.preview import frozen_model, walk
 from minima.stages.running import uses_ranks
-from minima.stages.shipped import find_deepspeed_json, find_launcher
+from minima.stages.shipped import check_deepspeed_json, find_launcher
 
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 
@@ -69,13 +67,8 @@ def check_stages(
     if not elsewhere:
         _check_models(recipe, left, folder, [folder, *to_come])
     for stage in left:
-        teacher = getattr(stage, "teacher", None)
         for name in deepspeed_jsons(stage):
-            path = find_deepspeed_json(name, recipe_path)
-            if isinstance(teacher, Teacher) and name == teacher.deepspeed and teacher.placement != "auto":
-                read_deepspeed_json(path, teacher.placement, teacher.offload)
-            else:
-                read_deepspeed_json(path)
+            check_deepspeed_json(stage, name, recipe_path)
         if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
             raise RecipeError(
                 f"stages.{stage.name}: lm-eval is not installed",

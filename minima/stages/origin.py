@@ -49,18 +49,7 @@ def open_origin(context: StageContext, model: ModelInput, seed: int = 0) -> Orig
     resolved = context.model(model)
     source = open_weights(resolved.folder, resolved.step)
     if model.shape is not None:
-        found = ModelShape.from_config(source.config)
-        wrong = [
-            f"{name} is {getattr(found, name)}, the recipe says {getattr(model.shape, name)}"
-            for name in ("family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-            if getattr(found, name) != getattr(model.shape, name)
-        ]
-        if wrong:
-            raise ShapeError(
-                f"{resolved.name}: {'; '.join(wrong)}",
-                "the run was planned for another model",
-                "correct the recipe's `shape:` block, or name the model that it describes",
-            )
+        model.check_shape(ModelShape.from_config(source.config), resolved.name)
     return Origin(source, resolved.name, resolved.tokenizer)
 
 

@@ -15,7 +15,7 @@ from minima.planning.sharding import Sharding, read_sharding
 from minima.planning.stage_plan import frozen, place
 from minima.recipe.base import ModelInput
 from minima.recipe.distillation import Teacher
-from minima.recipe.references import named_steps
+from minima.recipe.references import deepspeed_jsons, named_steps
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -32,7 +32,7 @@ from minima.recipe.schema import (
 )
 from minima.stages.preview import Walk, frozen_model
 from minima.stages.preview_inputs import with_shared_rows
-from minima.stages.shipped import find_deepspeed_json
+from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 
 
 class _Planner(Walk):
@@ -43,10 +43,10 @@ class _Planner(Walk):
         self.ranks, self.cluster = cluster.gpus, cluster
         self.unknown: dict[str, str] = {}  # what a stage's model goes back to where its shape is not known
         self.told: set[str] = set()  # what has been said how to make known
-        inputs = [value for stage in recipe.stages for _, value in stage if isinstance(value, ModelInput)]
-        self.given = {model.source: model.shape for model in inputs if model.source and model.shape}
 
     def plan(self, stage: AnyStage) -> StagePlan:
+        for name in deepspeed_jsons(stage):
+            check_deepspeed_json(stage, name, self.recipe_path)
         self.stage(stage)  # checks it, and remembers its shape
         plan = StagePlan(
             stage.name, stage.kind, idle=isinstance(stage, BuildData | ExpandVocabulary | Export | Publish)
@@ -74,10 +74,6 @@ class _Planner(Walk):
         elif isinstance(stage, Benchmark):
             plan.notes.append("its time is that of generating answers, whose lengths are not known")
         return plan
-
-    def shape(self, model: ModelInput) -> ModelShape | None:
-        """As the dry run knows it; one `shape:` of a source does for all that read it."""
-        return super().shape(model) or self.given.get(model.source or "")
 
     def _known(self, name: str, model: ModelInput, plan: StagePlan, key: str = "") -> ModelShape | None:
         """The model's shape; None, with a note that says what to add, where nothing tells it.
@@ -121,6 +117,8 @@ class _Planner(Walk):
         key = "teacher" if isinstance(stage, Distil) else "reference"
         other = self._known(stage.name, model, plan, key) if model is not None else None
         if shape is not None and other is not None and isinstance(stage, Distil):
+            note = self.check_rows(stage, shape, other)
+            plan.notes += [note] if note is not None else []
             shape, other = with_shared_rows(shape, other)
         length, blocks = self.length(stage.data), self.blocks(stage.data)
         training = plan_training(stage, length, blocks) if length else None

@@ -35,7 +35,7 @@ from minima.stages.manifest import FINISHED, STARTED, is_finished
 from minima.stages.preview_inputs import KnownInputs, with_shared_rows
 from minima.stages.run_folder import check_run_folder
 from minima.stages.running import output_folder
-from minima.stages.shipped import find_deepspeed_json
+from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 
 _LEAVES = {
     "build_data": "tokenizer, train and held-out blocks",
@@ -68,8 +68,8 @@ class Walk(KnownInputs):
             preview.reads.append(self.reads(reference, preview))
         for name in deepspeed_jsons(stage):
             try:
-                find_deepspeed_json(name, self.recipe_path)
-            except RecipeError as error:
+                check_deepspeed_json(stage, name, self.recipe_path)
+            except MinimaError as error:
                 preview.notes.append(error.what)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):

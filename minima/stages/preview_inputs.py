@@ -18,6 +18,8 @@ from minima.recipe.schema import AnyTraining, BuildData, Distil, ExpandVocabular
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.running import output_folder
 
+_MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
+
 
 class KnownInputs:
     """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes and steps."""
@@ -26,6 +28,8 @@ class KnownInputs:
         self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
         self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
         self.shapes: dict[str, ModelShape] = {}
+        inputs = [value for stage in self.recipe.stages for _, value in stage if isinstance(value, ModelInput)]
+        self._given = {model.source: model.shape for model in inputs if model.source and model.shape}
         self.steps: dict[str, int] = {}
 
     def reads(self, reference: Reference, preview: StagePreview) -> str:
@@ -97,9 +101,17 @@ class KnownInputs:
         return _bytes_of_a_token(shape.vocabulary_size if shape is not None else 0)
 
     def shape(self, model: ModelInput) -> ModelShape | None:
-        """A model's shape; None where nothing on this machine tells it."""
-        if model.random or model.shape:
-            return model.random or model.shape
+        """A model's shape; None where nothing on this machine tells it. One `shape:` of a source does for all stages.
+
+        Raises:
+            ShapeError: its `config.json` is here, and says otherwise than the recipe's `shape:`.
+        """
+        found = model.random or self._shape_here(model)
+        if found is not None and model.random is None:
+            model.check_shape(found, str(model.source))
+        return found or model.shape or self._given.get(model.source or "")
+
+    def _shape_here(self, model: ModelInput) -> ModelShape | None:
         assert model.source is not None
         base = model.source.rpartition("@")[0] or model.source
         names = {stage.name for stage in self.recipe.stages}
@@ -176,7 +188,8 @@ class KnownInputs:
                 "the loss compares the two models' probabilities of the same tokens",
                 VocabularyMismatch.DO,
             )
-        return f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
+        note = f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
+        return note + (", and so many hardly are" if most - fewest > _MOST_PADDING else "")
 
     def length(self, reference: str | None) -> int | None:
         """Tokens of a block of that data."""

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import minima
+from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError
+from minima.recipe.distillation import Teacher
 from minima.recipe.overrides import nearest
+from minima.recipe.schema import AnyStage
 
 _PACKAGE = Path(minima.__file__).parent
 _CLONE = _PACKAGE.parent
@@ -53,6 +56,20 @@ def find_deepspeed_json(name: str, recipe_path: Path) -> Path:
         "it says how the model is sharded over the ranks",
         f"write it beside the recipe, or choose a shipped one: {known or 'none found'}",
     )
+
+
+def check_deepspeed_json(stage: AnyStage, name: str, recipe_path: Path) -> None:
+    """Refuse a DeepSpeed JSON with which a stage that names it could not run.
+
+    Raises:
+        RecipeError: there is none of that name.
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns, or is for another placement.
+    """
+    path, teacher = find_deepspeed_json(name, recipe_path), getattr(stage, "teacher", None)
+    if isinstance(teacher, Teacher) and name == teacher.deepspeed and teacher.placement != "auto":
+        read_deepspeed_json(path, teacher.placement, teacher.offload)
+    else:
+        read_deepspeed_json(path)
 
 
 def find_launcher(name: str, recipe_path: Path) -> Path:

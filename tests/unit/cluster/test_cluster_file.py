@@ -40,6 +40,11 @@ def test_a_name_wins_over_a_kind_over_defaults_over_the_top(tmp_path):
     assert base.ranks == 12  # one for each GPU
 
 
+def test_what_yaml_takes_for_a_number_is_a_word_of_sbatch(tmp_path):
+    base = load(tmp_path, "account: 4711\ndefaults: {memory: 0}").resources(RECIPE.stage("base"))
+    assert (base.account, base.memory) == ("4711", "0")
+
+
 def test_one_process_is_given_one_rank_whatever_the_defaults_say(tmp_path):
     cluster = load(tmp_path, "defaults: {nodes: 4, ranks_per_node: 8}")
     assert cluster.resources(RECIPE.stage("corpus")).ranks == 1

@@ -10,7 +10,7 @@ from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.planning.candidates import HOST_MARGIN, MARGIN, Machine, Stage, candidates
 from minima.planning.memory import Work, frozen_memory, split_elements, trained_memory
-from minima.planning.placement import choose, render
+from minima.planning.placement import choose, render, unchosen
 from minima.planning.sharding import STUDENT, TEACHER, Sharding
 from minima.recipe.distillation import Distil
 
@@ -117,6 +117,20 @@ def test_a_split_needs_heads_that_divide():
         assert ("4 key-value heads do not divide by 8 ranks" in "; ".join(excluded)) == (not possible)
 
 
+def test_a_named_split_of_heads_that_do_not_divide_is_told_before_it_is_tried():
+    grouped = TEACHER_7B.model_copy(update={"num_key_value_heads": 4})
+    stage = stage_of(teacher={"placement": "tensor_parallel"})
+    choice = chosen(stage, NODE, teacher_shape=grouped)
+    assert choice.chosen.refused == "cannot be: 4 key-value heads do not divide by 8 ranks"
+    assert choice.warning == f"tensor_parallel {choice.chosen.refused}"
+    planned = Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, grouped)
+    assert choice.warning in unchosen(planned, 8)
+    assert not chosen(stage_of(teacher={"placement": "tensor_parallel", "tensor_parallel_ranks": 4}), NODE,
+                      teacher_shape=grouped).warning  # fmt: skip
+    gpt2 = TEACHER_7B.model_copy(update={"family": "gpt2"})
+    assert "does not split a gpt2" in chosen(stage, NODE, teacher_shape=gpt2).warning
+
+
 def test_the_window_shrinks_where_hidden_states_do_not_fit():
     stage = stage_of(batch_sequences=2048, teacher={"placement": "zero3_node"})
     machine = replace(NODE, ranks=32)
@@ -133,8 +147,8 @@ def test_what_is_named_is_taken_with_a_warning():
     choice = chosen(stage_of(teacher={"placement": "replica"}), replace(NODE, device_bytes=10 * GB))
     assert choice.placement == "replica"
     assert len(choice.rows) == 1
-    assert "replica may not fit: it needs" in choice.warning
-    assert "warning: replica may not fit" in render(choice)
+    assert "replica needs" in choice.warning
+    assert "warning: replica needs" in render(choice)
 
 
 def test_nothing_fits():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minima.errors import DeepSpeedConfigError
 from minima.planning.plan_text import assumptions, render
 from minima.planning.run_plan import PARTS, total_cost, untimed
 from minima.planning.throughput import LINK_FRACTION
@@ -56,9 +57,17 @@ def test_rows_that_a_distillation_leaves_out_are_not_counted(planned, longer):
     same = {who: {"source": who, "shape": SMALL} for who in ("model", "teacher")}
     padded = {"source": longer, "shape": SMALL | {"vocabulary_size": SMALL["vocabulary_size"] + 640}}
     wanted, found = (planned(stages(**models), gpus=2)[0]["s"] for models in (same, same | {longer: padded}))
+    assert any("last 640 rows" in note for note in found.notes)
     assert found.parameters == wanted.parameters and found.frozen_parameters == wanted.frozen_parameters
     assert found.flops == wanted.flops and found.disk == wanted.disk
     assert [one.peak_bytes for one in found.placed] == [one.peak_bytes for one in wanted.placed]
+
+
+def test_a_deepspeed_json_that_a_run_would_refuse_is_refused(planned, tmp_path):
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2}}')
+    model = {"source": "model", "shape": SMALL}
+    with pytest.raises(DeepSpeedConfigError, match="stage to 3"):
+        planned(stages(model=model, teacher=model | {"source": "teacher"}, deepspeed="own.json"), gpus=2)
 
 
 def _fits(planned, run, size, level, name) -> bool:
@@ -161,7 +170,7 @@ def test_where_nothing_fits_the_plan_says_so_and_names_no_cost(planned):
     assert own.split()[4:8] == ["-", "-", "-", "-"], "tokens/s, too, as in the stage's own table"
     named = [*overrides, "stages.student.teacher.placement=replica"]
     student = planned("7B to 3B", gpus=1, gpu="4090", overrides=named)[0]["student"]
-    assert student.taken == "replica" and student.cost is None and "may not fit" in student.notes[0]
+    assert student.taken == "replica" and student.cost is None and "replica needs" in student.notes[0]
 
 
 def test_a_stage_that_only_runs_models_and_does_not_fit_has_no_time(planned):

@@ -33,7 +33,10 @@ def test_every_gpu_names_its_source_and_is_in_one_unit(name):
     assert gpu.network_bandwidth is None or gpu.network_bandwidth < gpu.node_bandwidth < gpu.memory_bandwidth
 
 
-@pytest.mark.parametrize(("name", "meant"), [("h10", "h100"), ("b20", "b200"), ("a100", "a100-80"), ("l40", "l40s")])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("h10", "h100"), ("b20", "b200"), ("a100", "a100-80"), ("l40", "l40s"), ("H100-80GB", "h100")],
+)
 def test_an_unknown_gpu_names_the_known_ones_and_the_nearest(name, meant):
     with pytest.raises(RecipeError) as error:
         find_gpu(name)

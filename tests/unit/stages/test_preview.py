@@ -164,6 +164,36 @@ def test_padding_of_one_vocabulary_is_left_out_and_said(show, longer, rows):
     assert facts["FLOPs"] == show(data_stage(), same)[0]["FLOPs"]
 
 
+def test_so_many_rows_are_told_to_be_no_padding(show):
+    rows = {"student": 1024, "teacher": 3000}
+    models = {who: {"source": f"o/{who}", "shape": SMALL | {"vocabulary_size": size}} for who, size in rows.items()}
+    stage = training("distil", steps=1, model=models["student"], teacher=models["teacher"])
+    assert any("last 1,976 rows" in note and "so many hardly are" in note for note in show(data_stage(), stage)[1])
+
+
+def test_a_shape_that_a_config_on_this_machine_contradicts_is_refused(show, left):
+    left("model", ModelShape(**SMALL, num_key_value_heads=1))
+    stage = training("adapt", steps=1, model={"source": "model", "shape": SMALL})
+    assert "FLOPs" in show(data_stage(), stage)[0]
+    for wrong in ({"hidden_size": 16}, {"tied": True}, {"num_heads": 2, "num_key_value_heads": 1}):
+        with pytest.raises(ShapeError, match="the recipe says"):
+            show(data_stage(), stage | {"model": {"source": "model", "shape": SMALL | wrong}})
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1 << 16, "2.05 kB"), ((1 << 16) + 1, "4.1 kB")])
+def test_the_shape_of_a_model_tells_the_bytes_of_its_tokens(show, rows, size):
+    model = {"source": "o/m", "shape": SMALL | {"vocabulary_size": rows}}
+    data = data_stage(tokens=4 * LENGTH, tokenizer="o/m") | {"name": "last"}
+    assert show(training("adapt", steps=1, model=model, data="o/x"), data)[0]["disk"] == size
+
+
+@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 3, "zero_hpz_partition_size": 2}])
+def test_a_deepspeed_json_that_a_run_would_refuse_is_told(show, tmp_path, zero):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
+    notes = show(data_stage(), training("adapt", steps=1, deepspeed="own.json"))[1]
+    assert any("own.json" in note and ("stage to 3" in note or "hpz" in note) for note in notes)
+
+
 def test_a_hub_model_that_a_benchmark_measures_is_looked_for_in_the_cache(show, monkeypatch, tmp_path):
     monkeypatch.setattr("minima.stages.preview_inputs._cached_config", lambda *_: tmp_path / "config.json")
     answers = [{"format": "mt_bench", "questions": "q.jsonl"}]
