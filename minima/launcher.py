@@ -1,9 +1,11 @@
 """Rank, world size and master address from the launcher's variables. The package's only reader of the environment."""
 
+import getpass
 import os
 import re
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ import psutil
 from minima.errors import LauncherError
 from minima.nodes import (
     SlurmJob,
-    broadcast_master,
-    derived_port,
+    free_port,
     job_of,
     master_of_step,
     number,
+    openmpi_master,
     partial,
+    slurm_master,
     step_local_size,
 )
 
@@ -78,9 +81,9 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
         return _launch(environment, _GENERIC, local_size, None)
     if any(name in environment for name in _OPENMPI):
-        launch = _launch(environment, _OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE", _openmpi_master)
+        launch = _launch(environment, _OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE", openmpi_master)
     elif number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
-        launch = _launch(environment, _SLURM, None, _slurm_master)
+        launch = _launch(environment, _SLURM, None, slurm_master)
     elif generic:
         raise partial(_GENERIC, environment)
     else:
@@ -121,19 +124,6 @@ def _launch(environment, names, local_size_name, master) -> Launch:
             "export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port there) for every rank",
         )
     return Launch(rank, world_size, local_rank, local_size, address or "127.0.0.1", port or free_port())
-
-
-def _openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
-    if not one_machine:
-        world_size = number(environment, "OMPI_COMM_WORLD_SIZE", 1)
-        return broadcast_master(socket.gethostname(), environment.get("MASTER_ADDR"), free_port(), world_size)
-    job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or ""
-    return ("127.0.0.1", derived_port(job)) if job else (None, 0)
-
-
-def _slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
-    host, port = master_of_step(environment)
-    return "127.0.0.1" if one_machine else host, port
 
 
 def step_master(environment: Mapping[str, str] | None = None) -> tuple[str | None, int]:
@@ -215,9 +205,10 @@ def child_environment(ranks: int, *, by_host_file: bool = False, terminal_column
     elsewhere = by_host_file and environment.get("MINIMA_HOSTFILE")
     if not elsewhere:
         environment["MINIMA_RANKS"] = str(ranks)
+        # With GPUs too, where an optimiser in the host's memory is updated: torchrun would set 1, deepspeed nothing.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     if not elsewhere and not num_accelerators():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     _keep_extensions_apart(environment)
     return environment
 
@@ -288,10 +279,16 @@ def export_launch(launch: Launch) -> None:
     if sys.prefix != sys.base_prefix:
         os.environ["PATH"] = _own_programs_first(os.environ)
     _keep_extensions_apart(os.environ)
+    _keep_caches_apart(os.environ)
 
 
-def free_port() -> int:
-    """A port on this machine that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _keep_caches_apart(environment: MutableMapping[str, str]) -> None:
+    """Give compiled kernels a folder where this user has no name or no home: PyTorch up to 2.12 asks for the name, and
+    Triton would make a folder called `~` where it runs."""
+    folder = f"{tempfile.gettempdir()}/minima-{os.getuid()}"
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/torchinductor")
+    if not os.path.isabs(os.path.expanduser("~")):
+        environment.setdefault("TRITON_CACHE_DIR", f"{folder}/triton")

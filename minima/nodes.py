@@ -1,6 +1,7 @@
 """What Slurm's and Open MPI's variables say of machines. The launcher alone reads the process's, and hands them on."""
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -176,3 +177,25 @@ def partial(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherE
         "a rank has to know its number, its group's size and its number on its machine; a guess could hang the group",
         f"set {', '.join(missing)} too, or unset {', '.join(name for name in names if name in environment)}",
     )
+
+
+def free_port() -> int:
+    """A port on this machine that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
+    """Host and port of rank 0 among Open MPI's ranks; no host and 0 where nothing tells them."""
+    if not one_machine:
+        world_size = number(environment, "OMPI_COMM_WORLD_SIZE", 1)
+        return broadcast_master(socket.gethostname(), environment.get("MASTER_ADDR"), free_port(), world_size)
+    job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or ""
+    return ("127.0.0.1", derived_port(job)) if job else (None, 0)
+
+
+def slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
+    """Host and port of rank 0 in an `srun` step."""
+    host, port = master_of_step(environment)
+    return "127.0.0.1" if one_machine else host, port

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
 from minima.errors import LauncherError, MinimaError
@@ -67,6 +68,9 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
     )
+    # DeepSpeed would make this group of all ranks itself, with the backend's own limit (NCCL: 10 minutes), and wait in
+    # it for the last rank that still reads its whole copy of a teacher.
+    deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=timeout)
 
 
 def _raise_file_limit() -> None:

@@ -35,7 +35,7 @@ def build_sharded(
     assert all(parameter.dtype == dtype for _, parameter in sharded_parameters(model)), "another precision"
     for name, parameter in sharded_parameters(model):
         _fill(parameter, read_shard(parameter, source, name))
-    _restore_rotary(model)
+    restore_rotary(model)
     return model
 
 
@@ -50,8 +50,8 @@ def _fill(parameter: Any, shard: Tensor) -> None:
     swapper.swap_out_and_release([parameter])
 
 
-def _restore_rotary(model: PreTrainedModel) -> None:
-    """Compute the rotary frequencies again, in float32.
+def restore_rotary(model: PreTrainedModel) -> None:
+    """Compute the rotary frequencies again, in float32 and on the CPU: a GPU's powers differ in the last bit.
 
     zero.Init makes every new floating tensor the weights' dtype, so bfloat16 weights would bring frequencies with
     three digits: at position 4,096 the angles of the slow dimensions are then off by whole turns.

@@ -1,6 +1,7 @@
 """Weights, batches and engines of the rows: minima's own, and the plain DeepSpeed engines of the others."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,14 @@ def make_batches(profile: Profile, row: Row, device: torch.device, step: int, sh
 
 
 def settings(profile: Profile, row: Row) -> Training:
-    """What the recipe of such a run would say."""
+    """What the recipe of such a run would say.
+
+    Raises:
+        Missing: liger-kernel, which the profile's own rows take, is not installed.
+    """
+    kernels = "stock" if row.group == "a" else profile.kernels  # where only the loss differs the models are stock ones
+    if kernels == "liger" and find_spec("liger_kernel") is None:
+        raise Missing("liger-kernel is not installed: pip install liger-kernel")
     return Training.model_validate(
         {
             "batch_sequences": distributed.world_size() * row.micro_batch * row.micro_batches,
@@ -84,8 +92,7 @@ def settings(profile: Profile, row: Row) -> Training:
             "learning_rate": LEARNING_RATE,
             "precision": row.precision,
             "activation_checkpointing": profile.activation_checkpointing,
-            # Where only the loss differs the models are stock ones.
-            "kernels": "stock" if row.group == "a" else profile.kernels,
+            "kernels": kernels,
             "compile": row.what == "minima_compiled",
         }
     )

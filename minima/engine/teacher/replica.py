@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
+from minima.engine.sharded import restore_rotary
 from minima.engine.teacher.root import FrozenRoot, backbone_of
 from minima.models.causal_lm import head_weight
 from minima.models.stock import DTYPES, build_empty
@@ -71,5 +72,6 @@ def build_whole(source: WeightSource, precision: str, device: torch.device) -> P
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name))
+    restore_rotary(model)
     model.requires_grad_(False)
     return model.eval()

@@ -34,6 +34,8 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_take_the_processor(monkeypatc
     monkeypatch.setattr(distributed, "_without_shared_memory", lambda: None)
     monkeypatch.setattr(distributed, "_joined", None)
     monkeypatch.setattr(distributed.deepspeed, "init_distributed", lambda **given: joined.append(given["dist_backend"]))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda timeout: f"all ranks, {timeout}")
+    monkeypatch.setattr(distributed.deepspeed_groups, "_WORLD_GROUP", None)
     if refused:
         with pytest.raises(LauncherError, match=r"(?s)PyTorch \S+ can use none.*minima doctor.*DS_ACCELERATOR=cpu"):
             distributed.start(Launch())
@@ -41,6 +43,7 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_take_the_processor(monkeypatc
     else:
         distributed.start(Launch())
         assert joined == ["gloo" if name == "cpu" else "nccl"]
+        assert distributed.deepspeed_groups._WORLD_GROUP == "all ranks, 2:00:00"
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,34 @@ def test_child_environment_without_a_gpu_shares_the_cores(monkeypatch):
     assert child_environment(3)["OMP_NUM_THREADS"] == "5"
 
 
+def test_child_environment_with_gpus_shares_the_cores_of_an_optimiser_on_the_host(monkeypatch):
+    monkeypatch.setattr(launcher, "num_accelerators", lambda: 8)
+    monkeypatch.setattr(launcher, "num_cores", lambda: 96)
+    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    environment = child_environment(8)
+    assert environment["OMP_NUM_THREADS"] == "12" and "DS_ACCELERATOR" not in environment
+
+
+@pytest.mark.parametrize(("named", "home"), [(True, True), (False, True), (True, False), (False, False)])
+def test_kernels_are_kept_in_a_folder_of_a_user_without_a_name_or_a_home(monkeypatch, named, home):
+    def getuser() -> str:
+        if named:
+            return "somebody"
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(launcher.getpass, "getuser", getuser)
+    monkeypatch.setattr(launcher.os.path, "expanduser", lambda path: "/home/somebody" if home else path)
+    environment = {}
+    launcher._keep_caches_apart(environment)
+    assert ("TORCHINDUCTOR_CACHE_DIR" in environment) == (not named)
+    assert ("TRITON_CACHE_DIR" in environment) == (not home)
+    assert all(os.path.isabs(folder) and str(os.getuid()) in folder for folder in environment.values())
+    kept = dict.fromkeys(environment, "mine")
+    launcher._keep_caches_apart(kept)
+    assert set(kept.values()) <= {"mine"}, "what the user has set stays"
+
+
 def test_a_child_reads_files_as_utf_8_unless_it_is_told_otherwise(monkeypatch):
     monkeypatch.delenv("PYTHONUTF8", raising=False)
     assert child_environment(1)["PYTHONUTF8"] == launcher.cleaned_environment()["PYTHONUTF8"] == "1"

@@ -12,6 +12,7 @@ from minima.models.causal_lm import hidden_states, load_plain
 from minima.models.compiling import compile_layers, decoder_layers, recompute
 from minima.models.shape import FAMILIES, ModelShape
 from minima.models.weights import RandomSource
+from tests.probe import probe_loss
 
 SMALL = {"vocabulary_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 4}
 TOKENS_BT = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,7 @@ def model_of(family: str = "llama"):
 
 def gradients(model, documents=DOCUMENTS_BT) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    hidden_states(model, make_batch(TOKENS_BT, documents_BT=documents)).square().mean().backward()
+    probe_loss(hidden_states(model, make_batch(TOKENS_BT, documents_BT=documents))).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -61,7 +62,7 @@ def test_selective_keeps_products_and_attention_and_full_keeps_nothing(family, d
         model = model_of(family)
         recompute(model, what)
         with Watch(model) as watch:
-            loss = hidden_states(model, make_batch(TOKENS_BT, documents_BT=documents)).square().mean()
+            loss = probe_loss(hidden_states(model, make_batch(TOKENS_BT, documents_BT=documents)))
             held[what] = watch.held_bytes()
         with Watch(model) as watch:
             loss.backward()
@@ -85,7 +86,7 @@ def test_compiled_layers_are_one_graph_with_the_same_gradients(family):
     for documents in (None, DOCUMENTS_BT):
         wanted, found = gradients(plain, documents), gradients(model, documents)
         for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert calls == [False, False], "a hook on the layer stays outside"
     assert not any("forward" in vars(module) for module in other.modules()), "only the one instance is compiled"
@@ -141,7 +142,7 @@ def test_recomputation_is_part_of_a_compiled_layer():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             found = gradients(model)
         for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
     held = {what: sum(sizes.values()) for what, sizes in kept.items()}
     # Without recomputation that was asked for, the partitioner already recomputes what is cheap.
     assert held["none"] >= held["selective"] > 1.5 * held["full"], held

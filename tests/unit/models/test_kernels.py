@@ -92,6 +92,7 @@ import tests.interpreted
 from minima.batch import make_batch
 from minima.models import kernels
 from minima.models.causal_lm import hidden_states
+from tests.probe import probe_loss
 from tests.unit.models.test_kernels import model_of
 class Scalar(float):
     def to(self, dtype):
@@ -113,7 +114,7 @@ for family in ("llama", "qwen3"):
             kernels.triton_trouble = lambda: None
             assert kernels.use_liger(model)
         hidden = hidden_states(model, make_batch(tokens))
-        hidden.square().mean().backward()
+        probe_loss(hidden).backward()
         named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
         results.append({"hidden": hidden.detach(), **named})
     assert len(results[0]) == len(results[1]) > 10

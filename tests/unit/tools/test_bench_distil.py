@@ -276,3 +276,16 @@ class TestCommand:
 
         written = json.dumps({key: value for key, value in tiny.items() if key != "printed"})
         assert str(ROOT) not in written and socket.gethostname() not in written
+
+
+def test_own_rows_without_the_kernels_that_they_take_are_missing(monkeypatch):
+    from tools.bench import models
+
+    profile = PROFILES["gpu-small"]
+    assert profile.kernels == "liger"
+    own, alone = (next(row for row in profile.rows if row.group == group) for group in ("b", "a"))
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.distributed, "world_size", lambda: 1)
+    with pytest.raises(Missing, match="pip install liger-kernel"):
+        models.settings(profile, own)
+    assert models.settings(profile, alone).kernels == "stock"
