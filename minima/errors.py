@@ -3,6 +3,11 @@
 ADVICE = "  what to do: "  # begins the last line that an error prints of itself
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, at most 300 characters; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 class MinimaError(ValueError):
     """A mistake in a recipe, an input or the machine, told so that it can be mended.
 

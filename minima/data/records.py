@@ -6,7 +6,7 @@ from typing import Any
 
 from minima.data.documents import Rejected
 from minima.data.share import Share
-from minima.errors import DataError
+from minima.errors import DataError, first_line
 from minima.recipe.data import Source
 
 
@@ -58,9 +58,8 @@ def read_dataset(source: Source, field: str | None, rejected: Rejected, share: S
 
 
 def _unreadable(source: Source, how: str, error: Exception) -> DataError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return DataError(
-        f"dataset {source.hub!r} (config {source.config}, split {source.split}) {how}: {reason}",
+        f"dataset {source.hub!r} (config {source.config}, split {source.split}) {how}: {first_line(error)}",
         "its text is part of the mixture",
         "check its name, configuration and split, and that this machine can reach the Hub; or download it and give "
         "its folder",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minima.errors import DataError, TokenizerMismatch
+from minima.errors import DataError, TokenizerMismatch, first_line
 from minima.models.layout import VOCABULARY_FILES
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, *, space_bef
             minloglevel=2,
         )
     except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise DataError(
-            f"SentencePiece could not learn {vocabulary_size} pieces: {str(error).strip().splitlines()[-1][-300:]}",
+            f"SentencePiece could not learn {vocabulary_size} pieces: {reason[-300:]}",
             "too little text has too few different words, and a small vocabulary cannot hold many characters",
             "give more text, or another `vocabulary_size`",
         ) from error
@@ -174,9 +175,8 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
         if _overruled(source, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
     except Exception as error:  # of a damaged file, tokenizers raises this class itself, and transformers any other
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DataError(
-            f"no tokenizer can be loaded from {str(source)!r}: {reason}",
+            f"no tokenizer can be loaded from {str(source)!r}: {first_line(error)}",
             "text cannot be turned into tokens without it",
             "give a folder that holds a whole tokenizer.json or tokenizer.model, a Hub id that this machine can reach, "
             "or `tokenizer: {vocabulary_size: N}` to train one",

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from minima.errors import RecipeError
+from minima.errors import RecipeError, first_line
 
 logger = logging.getLogger("minima.metrics")
 
@@ -65,8 +65,7 @@ class MetricsLog:
                 )
             except wandb.Error as error:
                 raise RecipeError(
-                    f"wandb_project is {wandb_project!r}, and Weights & Biases cannot be started: "
-                    + (str(error).strip() or type(error).__name__).splitlines()[0],
+                    f"wandb_project is {wandb_project!r}, and Weights & Biases cannot be started: {first_line(error)}",
                     "the run would not be logged where you look for it",
                     "`wandb login`; without a network export WANDB_MODE=offline, and `wandb sync` its folder later; or "
                     "remove the key",

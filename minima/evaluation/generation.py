@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from minima.data.chat import ChatTokenizer, chat_tokenizer
 from minima.data.tokenizer import load_tokenizer
-from minima.errors import CheckpointError, DataError, MinimaError
+from minima.errors import CheckpointError, DataError, MinimaError, first_line
 from minima.evaluation.streaming import stream
 from minima.launcher import without_gpus
 from minima.models.layout import model_folder
@@ -100,7 +100,7 @@ class Generator:
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{folder} cannot be loaded by transformers: {str(error).strip().splitlines()[0][:300]}",
+                f"{folder} cannot be loaded by transformers: {first_line(error)}",
                 "there is nothing to talk to",
                 "export the model again, or fetch the folder again",
             ) from error

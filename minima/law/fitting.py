@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from minima.disk import disk_full_named
-from minima.errors import TableError
+from minima.errors import TableError, first_line
 from minima.law.checks import Excluded, Run, Sizes, check_rows
 from minima.law.curves import Budget, Condition, Curve, condition_of, curves_of, describe, gaps
 from minima.law.interpolate import Minimum, minimum_of
@@ -205,7 +205,7 @@ def read_fit(path: Path) -> Fit:
         fit = _ADAPTER.validate_json(path.read_bytes())
         problem = None if fit.format == FORMAT else f"its format is {fit.format!r}"
     except (OSError, ValidationError) as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
     if problem is not None:
         raise TableError(
             f"{path} is no fit that can be read: {problem}",

@@ -46,6 +46,13 @@ class ModelInput(Strict):
                 "weights come from exactly one place",
                 "give either a source (stage, folder or Hub id) or a `random:` shape",
             )
+        idle = [name for name in ("revision", "shape") if self.random is not None and getattr(self, name) is not None]
+        if idle:
+            raise RecipeError(
+                f"a model with random weights and {' and '.join(idle)}",
+                "random weights come from no source that would have one, so it would not be read",
+                f"leave {' and '.join(idle)} out",
+            )
         return self
 
     def check_shape(self, found: ModelShape, name: str) -> None:

@@ -152,7 +152,8 @@ class Distil(Training, Stage):
                     f"leave {name} out, or set divergence to {' or '.join(users)}",
                 )
         given = [name for name in ("beta", "alpha", "top_k", "top_p") if getattr(self, name) is not None]
-        given += ["divergence"] if self.divergence != "forward_kl" else []
+        fields = type(self).model_fields  # a finished run's recipe writes its defaults out: those count as not given
+        given += [name for name in ("divergence", "temperature") if getattr(self, name) != fields[name].default]
         if given and self.soft_weight == 0:
             raise RecipeError(
                 f"distil stage {self.name!r} has soft_weight 0 and {' and '.join(given)}",

@@ -143,6 +143,7 @@ def check_references(recipe: Recipe) -> None:
         "tokenizer": ("build_data", *WEIGHTS),
     }
     for index, stage in enumerate(recipe.stages):
+        _check_revisions(stage, set(order))
         for reference in references(recipe, stage):
             if reference.stage is None:
                 continue
@@ -175,6 +176,16 @@ def check_references(recipe: Recipe) -> None:
                 "call the key otherwise",
             )
     _check_summary(recipe, recipe.summary, "summary")
+
+
+def _check_revisions(stage: AnyStage, names: set[str]) -> None:
+    for field, text, _, revision in _fields(stage):
+        if revision is not None and (text in names or text.rpartition("@")[0] in names):
+            raise RecipeError(
+                f"stages.{stage.name}.{field}: {text!r} with revision {revision!r}",
+                "a stage of the recipe has no revisions, so it would not be read",
+                "leave revision out; NAME@STEP is a training stage's checkpoint after that step",
+            )
 
 
 def _check_summary(recipe: Recipe, value: Any, where: str) -> None:

@@ -138,6 +138,12 @@ class Training(BaseModel):
                 "leave it out (an override takes it away with `final_learning_rate_fraction=0`), or choose `linear` or "
                 "`cosine`",
             )
+        if self.evaluate_sequences is not None and not self.evaluate_every_steps:
+            raise RecipeError(
+                f"evaluate_sequences {self.evaluate_sequences} with evaluate_every_steps 0",
+                "nothing is evaluated while it trains, so it would not be read",
+                "set evaluate_every_steps, or leave evaluate_sequences out",
+            )
         return self
 
     def total_steps(self, sequence_length: int, blocks: int) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minima.errors import StageError
+from minima.errors import StageError, first_line
 from minima.stages.manifest import write_json
 
 COMMITS = "hub.json"
@@ -75,8 +75,7 @@ def _refusal_named(what: str) -> Iterator[None]:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
-            f"{what} is neither a stage, nor a folder here, nor to be had from the Hub "
-            f"({(str(error).strip() or type(error).__name__).splitlines()[0]})",
+            f"{what} is neither a stage, nor a folder here, nor to be had from the Hub ({first_line(error)})",
             "there are no weights to start from",
             "check the name, give the path of a folder, or download it where there is a network",
         ) from error

@@ -107,7 +107,9 @@ def _scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelSha
 
 
 def _new_scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelShape) -> Scores | None:
-    unused = {"sequences", "micro_batch_sequences", "sequence_length"} & stage.model_fields_set
+    fields = type(stage).model_fields  # a finished run's recipe writes its defaults out: those count as not given
+    measuring = ("sequences", "micro_batch_sequences", "sequence_length", "precision", "deepspeed")
+    unused = [name for name in measuring if getattr(stage, name) != fields[name].default]
     if unused and (stage.scores is not None or stage.score != "gradient"):
         logger.warning("%s: %s not used: no data is read for its scores", stage.name, ", ".join(sorted(unused)))
     if stage.score == "gradient" and stage.scores is None:

@@ -71,12 +71,14 @@ def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:
             if parent.exists() and not parent.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
         held = set(os.listdir(folder)) if folder.is_dir() else set()
-    if all(name in _OWN or name.startswith(".recipe.yaml") for name in held):  # the second of a write that failed
-        return
+        if all(name in _OWN or name.startswith(".recipe.yaml") for name in held):  # the second of a write that failed
+            return
+        path = folder / "recipe.yaml"
+        text = path.read_bytes() if path.is_file() else b""
     try:
-        kept: Any = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        kept: Any = yaml.safe_load(text.decode("utf-8"))
         other, other_stages = kept["name"], [str(stage["name"]) for stage in kept["stages"]]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # bytes that are no UTF-8 are a ValueError
+    except (ValueError, yaml.YAMLError, KeyError, TypeError):  # bytes that are no UTF-8 are a ValueError
         raise StageError(
             f"the output folder {folder} holds files but no recipe.yaml of a run",
             "a run writes into its folder, and nothing of yours may be lost",

@@ -99,6 +99,15 @@ def test_baselines_need_no_data_and_take_the_tokenizer_along(model, score):
     assert (one.folder / "model" / "tokenizer.json").is_file()
 
 
+def test_what_measures_nothing_says_which_settings_it_does_not_use(model, caplog):
+    resolved = context(model, score="random").stage.model_dump(mode="json")
+    del resolved["model"]
+    prune.run(context(model, **resolved))
+    assert "not used" not in caplog.text, "a finished run's recipe writes its defaults out"
+    prune.run(context(model, name="other", score="random", sequences=4, precision="float32"))
+    assert "sequences, precision not used: no data is read for its scores" in caplog.text
+
+
 def test_scores_are_reused_for_the_same_kind_only(model):
     first = context(model, score="random", seed=5)
     prune.run(first)
