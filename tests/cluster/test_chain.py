@@ -78,10 +78,10 @@ class Faults:
         self.slurm.freeze(job)
         self.slurm.stop_node("n2")
         try:
-            self.chain.wait("loss of n2", lambda: self.slurm.state(job) != "RUNNING")
+            self.chain.wait("loss of n2", lambda: "down" in self.slurm.nodes()["n2"])
+            self.chain.wait("end of the job's start", lambda: self.slurm.state(job) != "RUNNING")
             self.slurm.thaw(job)
             self.chain.wait("end of all ranks", lambda: not self.slurm.ranks(job))
-            assert "down" in self.slurm.nodes()["n2"]
         finally:
             self.slurm.start_node("n2")
         self.end("lost node", job, restarts)
