@@ -63,7 +63,7 @@ def stop_signals() -> tuple[int, ...]:
 def taking_signals(stop: Callable[[int], object]) -> Iterator[None]:
     """Have `stop` called with the number of each signal that asks for the end.
 
-    A terminal ends once, though the system and a shell both tell of it: what comes after another signal is left out.
+    A terminal's end can send SIGHUP twice, from the system and from a shell: one after any other signal is ignored.
     """
     came: list[int] = []
 

@@ -19,9 +19,9 @@ from minima.nodes import (
     free_port,
     job_of,
     master_of_step,
+    missing_variables,
     number,
     openmpi_master,
-    partial,
     slurm_master,
     step_local_size,
 )
@@ -85,7 +85,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     elif number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         launch = _launch(environment, _SLURM, None, slurm_master)
     elif generic:
-        raise partial(_GENERIC, environment)
+        raise missing_variables(_GENERIC, environment)
     else:
         return Launch(master_port=free_port())
     for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world_size), ("LOCAL_RANK", launch.local_rank)):
@@ -100,7 +100,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 def _launch(environment, names, local_size_name, master) -> Launch:
     if any(name not in environment for name in names):
-        raise partial(names, environment)
+        raise missing_variables(names, environment)
     rank, world_size, local_rank = (number(environment, name, 0) for name in names)
     if local_size_name is None:
         local_size = step_local_size(environment, world_size)

@@ -168,7 +168,7 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
         ) from None
 
 
-def partial(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
+def missing_variables(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
     """What to raise for a set of variables of which some are missing."""
     given = [f"{name}={environment[name]}" for name in names if name in environment]
     missing = [name for name in names if name not in environment]

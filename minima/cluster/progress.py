@@ -15,7 +15,7 @@ _TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a training stage; what is not known is None.
+    """How far a training stage has come; what is not known is None.
 
     Attributes:
         step: optimiser steps done, as last logged.

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"part-{self.number:05d}-of-{self.total:05d}"
 
     def __str__(self) -> str:

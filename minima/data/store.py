@@ -131,7 +131,7 @@ class TokenStore:
 
     @property
     def file_bytes(self) -> int:
-        """Of all its files but the index."""
+        """Bytes of all its files but the index."""
         return sum(file["bytes"] for file in self._files())
 
     @property

@@ -50,7 +50,7 @@ def unlearnt_in(record: Any) -> list[int]:
 
 
 def _weights(turns: list[Any]) -> list[Any]:
-    """Of each reply, in the order of `_listed`."""
+    """The weight of each reply, in the order of `_listed`."""
     found = []
     for turn in turns:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None

@@ -42,7 +42,7 @@ def load_op(builder: Any) -> Any:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[bool]:
-    """Whether nobody but minima builds here, and no other process of it does now."""
+    """Hold minima's own build lock; yields whether any lock of PyTorch's that is found here must be a dead build's."""
     try:
         lock = os.open(folder.with_name("minima-lock"), os.O_WRONLY | os.O_CREAT)
     except OSError:  # a read-only folder, in which nobody builds

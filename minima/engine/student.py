@@ -45,7 +45,7 @@ class StudentView:
         """Final hidden states [B, T, E] of `batch`, without gradients."""
         self.mark()
         with torch.no_grad():
-            return self.root(_backbone, batch)
+            return self.root(hidden_states, batch)
 
 
 class _StudentRoot(nn.Module):
@@ -151,7 +151,3 @@ class Student:
         del self.engine, self._root, self.model
         release(root, optimizer)
         return_unused()
-
-
-def _backbone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return hidden_states(model, batch)

@@ -34,7 +34,7 @@ class Traffic(TorchDispatchMode):
 
     @property
     def collective_bytes(self) -> int:
-        """Of all kinds of operation together."""
+        """Bytes of all kinds of operation together."""
         return sum(self.collectives.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -88,7 +88,7 @@ class Watchdog:
                     self._leave(verdict, 0.0 if rank == 1 else _GRACE_SECONDS)
 
     def _wait(self) -> bool:
-        """For a beat; whether the watching is over."""
+        """Wait for a beat; whether the watching is over."""
         began = time.monotonic()
         stopped = self._stopped.wait(self._beat_seconds)
         self._excuse(began, self._beat_seconds)

@@ -124,7 +124,7 @@ def write_answers(
 
 
 def temperature(question: Mapping[str, Any], answers: Answers) -> float:
-    """As the judge's own script samples: by the question's category in MT-Bench, greedily for AlpacaEval."""
+    """The temperature of the judge's own script: by the question's category in MT-Bench, greedily for AlpacaEval."""
     if answers.format == "alpaca_eval":
         return 0.0
     if "required_temperature" in question:  # FastChat's own way to say it for one question
@@ -203,7 +203,7 @@ def _key(question: Mapping[str, Any], format: str) -> str:
 
 
 def _digest(question: Mapping[str, Any]) -> str:
-    """Of the whole question: an answer to another wording is none to this one."""
+    """Hash of the whole question: an answer to another wording is none to this one."""
     return _identifier(json.dumps(question, sort_keys=True))
 
 

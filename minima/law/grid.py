@@ -70,7 +70,7 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The run's folder."""
         assert self.recipe.output is not None
         return Path(self.recipe.output)
 
@@ -126,13 +126,13 @@ def sequence_length(units: Sequence[Unit]) -> int:
 
 
 def name_of(cell: Cell) -> str:
-    """Of a cell's unit."""
+    """The name of a cell's unit."""
     teacher = [] if cell.teacher is None else [cell.teacher]
     return f"{CELLS}/{'-'.join([cell.student, *teacher, cell.initialisation, str(cell.tokens), f'seed{cell.seed}'])}"
 
 
 def teacher_name(teacher: str, seed: int) -> str:
-    """Of a teacher's unit."""
+    """The name of a teacher's unit."""
     return f"{TEACHERS}/{teacher}-seed{seed}"
 
 

@@ -16,7 +16,7 @@ from scipy.stats import t as t_distribution
 from minima.law.interpolate import LEVEL, MINIMUM, Interval, Minimum, interval
 
 MILLION = 1e6
-PAPER_SLOPE, PAPER_INTERCEPT, PAPER_R2 = 2.498, -11.498, 0.9957
+PAPER_SLOPE, PAPER_INTERCEPT = 2.498, -11.498  # with R^2 = 0.9957
 PAPER_TEACHERS = (70e6, 7e9)  # GPT-2 and Pythia teachers of 70M to 2.8B, and LLaMA2-7B
 SMALLEST_PAPER_STUDENT = -PAPER_INTERCEPT / (PAPER_SLOPE - 1) * MILLION  # below it, its teacher is no larger: 7.7M
 FEWEST_STUDENTS = 3
@@ -169,7 +169,7 @@ def _without(student_S: np.ndarray, best_S: np.ndarray, ratios_B: np.ndarray | N
 
 
 def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], size: float) -> Interval:
-    """Of the best teacher of one more student, from how far the measured ones lie from the line; parameters.
+    """Interval of the best teacher of one more student, from how far the measured ones lie from the line; parameters.
 
     Args:
         line: with an intercept.

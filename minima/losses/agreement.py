@@ -6,8 +6,9 @@ Shapes: N tokens, C tokens of one chunk, D student width, E teacher width, V voc
 import torch
 from torch import Tensor
 
+from minima.batch import IGNORE_INDEX
 from minima.losses.checks import check_chunk, check_tokens
-from minima.losses.linear import float_logits
+from minima.losses.linear import float_logits, logits_head
 from minima.losses.linear_distillation import check_vocabularies
 
 
@@ -19,7 +20,7 @@ def linear_agreement(
     labels_N: Tensor,
     *,
     chunk_tokens: int = 1024,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> dict[str, Tensor]:
     """How far a student follows a teacher over the valid tokens; no gradients.
 
@@ -42,10 +43,12 @@ def linear_agreement(
     kl = torch.zeros((), dtype=torch.float64, device=labels_N.device)
     same = torch.zeros((), dtype=torch.int64, device=labels_N.device)
     with torch.no_grad():
+        student_float_VD = logits_head(student_head_VD, student_hidden_ND.dtype)
+        teacher_float_VE = logits_head(teacher_head_VE, teacher_hidden_NE.dtype)
         for start in range(0, labels_N.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            student_CV = float_logits(student_hidden_ND[chunk], student_head_VD)
-            teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_head_VE)
+            student_CV = float_logits(student_hidden_ND[chunk], student_float_VD)
+            teacher_CV = float_logits(teacher_hidden_NE[chunk], teacher_float_VE)
             same += ((student_CV.argmax(-1) == teacher_CV.argmax(-1)) & keep_N[chunk]).sum()
             log_student_CV, log_teacher_CV = student_CV.log_softmax(-1), teacher_CV.log_softmax(-1)
             kl_C = (log_teacher_CV.exp() * (log_teacher_CV - log_student_CV)).sum(-1)

@@ -16,7 +16,7 @@ def check_chunk(chunk_tokens: int) -> None:
     """
     if chunk_tokens < 1:
         raise MinimaError(
-            f"chunk_tokens {chunk_tokens}",
+            f"chunk_tokens {chunk_tokens} is no number of tokens",
             "a loss is added up over chunks of so many tokens, so it would be of none",
             "give 1 or more; 1024 suits most machines",
         )
@@ -36,7 +36,7 @@ def check_ranges(what: str, /, **settings: tuple[Any, bool, str]) -> None:
         if not right:
             raise MinimaError(
                 f"{what} with {name} {value!r}",
-                "it would be no loss, or another one than it says",
+                "the value returned would not be the loss that was asked for",
                 f"give a {name} that is {range_text}",
             )
 

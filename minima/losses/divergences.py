@@ -19,9 +19,9 @@ DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
 
+_ONE = 2.0**52  # a probability of 1 as a whole number: what is rounded off is less than what a double loses
 # exp(80) is a float32. Where p is so much larger than q, q's own terms are under 1e-34, whatever d is; and the other
 # way round.
-_ONE = 2.0**52  # a probability of 1 as a whole number: what is rounded off is less than what a double loses
 _LARGEST = 80.0
 
 
@@ -64,7 +64,13 @@ class SoftTerm(NamedTuple):
 
     @property
     def truncated(self) -> bool:
+        """Whether the teacher's less likely tokens count as one."""
         return self.top_k is not None or self.top_p is not None
+
+    @property
+    def plain_forward_kl(self) -> bool:
+        """Whether it is the published one, whose gradient is the student's probabilities less the teacher's."""
+        return self.divergence == "forward_kl" and not self.truncated
 
 
 def divergence_and_slope(log_p_RV: Tensor, log_q_RV: Tensor, soft: SoftTerm) -> tuple[Tensor, Tensor]:

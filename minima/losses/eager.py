@@ -56,7 +56,7 @@ def losses_and_gradient(
         sums: float64 [3]: hard, soft (times temperature squared) and KL(teacher || student).
         need_gradient: False leaves the student's logits as they are.
     """
-    tau, published = terms.term.temperature, terms.term.divergence == "forward_kl" and not terms.term.truncated
+    tau, published = terms.term.temperature, terms.term.plain_forward_kl
     # Which tokens are a teacher's top is found with indices and sums of 8 bytes, and some copies more.
     for block in row_blocks(student_CV, 64 if terms.term.truncated else 16):
         logits_RV, keep_R = student_CV[block], keep_C[block]
@@ -123,7 +123,7 @@ def _general(
 ) -> None:
     """Any loss, at any temperature; all of its gradient but the label's."""
     tau, scale = terms.term.temperature, terms.soft * terms.term.temperature
-    published = terms.term.divergence == "forward_kl" and not terms.term.truncated
+    published = terms.term.plain_forward_kl
     log_p_RV = logits_RV.log_softmax(-1) if terms.has_hard or tau == 1.0 else None
     if terms.has_hard:
         assert log_p_RV is not None

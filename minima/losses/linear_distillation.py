@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minima.batch import IGNORE_INDEX
 from minima.errors import MinimaError, VocabularyMismatch
 from minima.losses.checks import check_chunk, check_tokens
 from minima.losses.divergences import DivergenceName, SoftTerm
@@ -57,7 +58,7 @@ def linear_distillation_loss(
     top_k: int | None = None,
     top_p: float | None = None,
     chunk_tokens: int = 1024,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     zero_parts: bool = False,
     kernel: Kernel = "auto",
 ) -> LossSum:
@@ -143,7 +144,7 @@ def linear_cross_entropy(
     labels_N: Tensor,
     *,
     chunk_tokens: int = 1024,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     kernel: Kernel = "auto",
 ) -> LossSum:
     """Next-token cross-entropy from hidden states, without the logits of all tokens.

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
 from minima.losses.checks import check_chunk, check_tokens
-from minima.losses.linear import add_gradients, float_logits, row_blocks, without_autocast
+from minima.losses.linear import add_gradients, float_logits, logits_head, row_blocks, without_autocast
 
 
 def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
@@ -47,9 +47,10 @@ class _TokenLogProbs(torch.autograd.Function):
         labels_N = labels_N.masked_fill(~keep_N, 0)
         log_probs_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden_ND.device)
         log_total_N = torch.empty_like(log_probs_N)  # log of the sum over the vocabulary
+        float_VD = logits_head(head_VD, hidden_ND.dtype)
         for start in range(0, labels_N.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = float_logits(hidden_ND[chunk], head_VD)
+            logits_CV = float_logits(hidden_ND[chunk], float_VD)
             for block in row_blocks(logits_CV):
                 log_total_N[chunk][block] = logits_CV[block].logsumexp(-1)
             log_probs_N[chunk] = logits_CV.gather(1, labels_N[chunk].unsqueeze(1)).squeeze(1)
@@ -69,10 +70,11 @@ class _TokenLogProbs(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
+        float_VD = logits_head(head_VD, hidden_ND.dtype)
         for start in range(0, labels_N.shape[0], ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             hidden_CD = hidden_ND[chunk]
-            logits_CV = float_logits(hidden_CD, head_VD)
+            logits_CV = float_logits(hidden_CD, float_VD)
             _overwrite(logits_CV, labels_N[chunk], keep_N[chunk], log_total_N[chunk], grad_N[chunk])
             gradient_CV = logits_CV.to(hidden_CD.dtype)
             grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]

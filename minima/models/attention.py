@@ -179,6 +179,5 @@ def attention_mask(config: PretrainedConfig, documents_BT: Tensor, dtype: torch.
 def _takes_blocks(config: PretrainedConfig, length: int) -> bool:
     """Below a block's length PyTorch takes a kernel that may have no configuration for grouped queries."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return (
-        length >= _BLOCK and head_size >= _SMALLEST_HEAD and config.model_type != "gpt2"
-    )  # whose stock model asks a mask for its `ndim`
+    # The stock GPT-2 reads `mask.ndim`, which a block mask does not have.
+    return length >= _BLOCK and head_size >= _SMALLEST_HEAD and config.model_type != "gpt2"

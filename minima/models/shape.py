@@ -11,7 +11,7 @@ from minima.errors import CheckpointError, ShapeError, UnsupportedFamily
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
 
-# What each family's config.json calls a field, where it is not the Llama name.
+# What a config.json calls a field: Llama's names, and below them what other families call otherwise.
 _LLAMA_NAMES = {
     "vocabulary_size": "vocab_size",
     "hidden_size": "hidden_size",

@@ -10,7 +10,7 @@ from minima.planning.sharding import BYTES
 
 
 def _norm(width: int, size: int) -> int:
-    """Of one token in an RMSNorm: what is squared in float32, what is scaled, and the reciprocal root."""
+    """Bytes that an RMSNorm keeps of one token: what is squared in float32, what is scaled, and the reciprocal root."""
     return width * (4 + size) + 4
 
 

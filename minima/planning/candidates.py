@@ -6,9 +6,9 @@ from typing import Literal
 
 from minima.models.shape import ModelShape
 from minima.planning.dry_run import size_text
-from minima.planning.memory import Memory, Offload, Placement, Work, frozen_memory, trained_memory
+from minima.planning.memory import Memory, Work, frozen_memory, trained_memory
 from minima.planning.sharding import TEACHER, Sharding, gathered_ahead
-from minima.recipe.distillation import Teacher
+from minima.recipe.distillation import Offload, Placement, Teacher
 from minima.recipe.training import Training
 
 Checkpointing = Literal["none", "selective", "full"]

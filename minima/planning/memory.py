@@ -8,7 +8,6 @@ gradients once more). `tests/distributed/test_memory_plan.py` holds them against
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from minima.models.shape import ModelShape
 from minima.planning.activations import forward_bytes, norm_bytes, recomputed_bytes, saved_bytes
@@ -21,9 +20,7 @@ from minima.planning.sharding import (
     shard_elements,
     tensors,
 )
-
-Placement = Literal["replica", "zero3_node", "zero3", "tensor_parallel"]
-Offload = Literal["none", "cpu", "nvme"]
+from minima.recipe.distillation import Offload, Placement
 
 
 @dataclass(frozen=True)
@@ -44,28 +41,23 @@ class Memory:
 
     @property
     def resident_bytes(self) -> int:
-        """On the device between two steps."""
+        """Bytes on the device between two steps."""
         return sum(self.device.values())
 
     @property
     def passing_bytes(self) -> int:
-        """On the device within a step alone."""
+        """Bytes on the device within a step alone."""
         return sum(self.passing.values())
 
     @property
     def device_bytes(self) -> int:
-        """On the device, at most."""
+        """Bytes on the device, at most."""
         return self.resident_bytes + self.passing_bytes
 
     @property
     def host_bytes(self) -> int:
-        """In the host's memory, all parts."""
+        """Bytes in the host's memory, all parts."""
         return sum(self.host.values())
-
-    @property
-    def disk_bytes(self) -> int:
-        """In files, all parts."""
-        return sum(self.disk.values())
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """Tokens of one micro-batch."""
         return self.micro_batch_sequences * self.sequence_length
 
 
@@ -100,7 +92,7 @@ def trained_memory(
     *,
     taught: bool = True,
 ) -> Memory:
-    """Of a model in training under ZeRO-3 over all ranks.
+    """Bytes of one rank of a model in training under ZeRO-3 over all ranks.
 
     Args:
         shape: of the model.
@@ -159,7 +151,7 @@ def frozen_memory(
     *,
     window: int = 1,
 ) -> Memory:
-    """Of a frozen model that gives final hidden states.
+    """Bytes of one rank of a frozen model that gives final hidden states.
 
     Args:
         shape: of the model.
@@ -199,7 +191,9 @@ def frozen_memory(
 
 
 def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sharding: Sharding) -> Memory:
-    """Of a frozen model whose importance is measured: no weight has a gradient, but the loss's goes through all layers.
+    """Bytes of one rank of a frozen model whose importance is measured.
+
+    No weight has a gradient, but the loss's goes through all layers.
 
     Args:
         shape: of the model.

@@ -15,9 +15,8 @@ from minima.planning.candidates import (
     shipped,
 )
 from minima.planning.dry_run import size_text
-from minima.planning.memory import Offload, Placement
 from minima.planning.sharding import STUDENT, Sharding
-from minima.recipe.distillation import Teacher
+from minima.recipe.distillation import Offload, Placement, Teacher
 from minima.recipe.training import Training
 
 LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")

@@ -22,7 +22,7 @@ _HEADS = {
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With thousands separators where it is large, with so many digits where it is not."""
+    """A number with thousands separators where it is large, with so many digits where it is not."""
     if value is None:
         return "-"
     if 0 < abs(value) < 10 ** (digits - 1):

@@ -54,7 +54,7 @@ class Cluster:
 
     @property
     def machine(self) -> Machine:
-        """As the memory plan knows it."""
+        """The GPUs as the memory plan takes them."""
         memory = None if self.gpu is None else self.gpu.memory_bytes
         return Machine(self.gpus, min(self.gpus, self.gpus_per_node), memory, self.host_bytes)
 
@@ -190,7 +190,7 @@ def untimed(plans: list[StagePlan]) -> Untimed:
 
 
 def known_cost(plans: list[StagePlan], cluster: Cluster) -> Cost:
-    """Of the stages whose cost is known, which may be some of them only."""
+    """Cost of the stages whose cost is known, which may be some of them only."""
     known = [plan.cost for plan in plans if plan.cost is not None]
     hours = sum(cost.hours for cost in known)
     gpu_hours = sum(cost.gpu_hours for cost in known)
@@ -198,7 +198,7 @@ def known_cost(plans: list[StagePlan], cluster: Cluster) -> Cost:
 
 
 def total_cost(plans: list[StagePlan], cluster: Cluster) -> Cost | None:
-    """Of the whole run; None where a stage that uses GPUs does not fit or has no known time."""
+    """Cost of the whole run; None where a stage that uses GPUs does not fit or has no known time."""
     lacking = untimed(plans)
     return None if lacking.unknown or lacking.too_large or cluster.gpu is None else known_cost(plans, cluster)
 

@@ -182,7 +182,7 @@ def parts(row: Row) -> dict[str, int]:
 
 
 def _traffic(row: Row, stage: Stage, machine: Machine) -> list[Traffic]:
-    """Of the student, and of the teacher where there is one."""
+    """Traffic of the student, and of the teacher where there is one."""
     work, precision = stage.work(machine.ranks), stage.training.precision
     one = trained_traffic(stage.student, precision, work, machine.ranks, machine.ranks_per_node, stage.sharding)
     if row.placement is None or stage.teacher is None or stage.teacher_shape is None:

@@ -7,8 +7,9 @@ own part, from its neighbour; to sum and scatter one, as much. One rank of each 
 from dataclasses import dataclass, fields
 
 from minima.models.shape import ModelShape
-from minima.planning.memory import Offload, Placement, Work, trained_gathered
+from minima.planning.memory import Work, trained_gathered
 from minima.planning.sharding import BYTES, Sharding, persistent_elements
+from minima.recipe.distillation import Offload, Placement
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Traffic:
         return self.received - self.between_nodes
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """Of both together."""
+        """Bytes of both together."""
         return Traffic(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
 
 def trained_traffic(
     shape: ModelShape, precision: str, work: Work, ranks: int, ranks_per_node: int, sharding: Sharding
 ) -> Traffic:
-    """Of a model in training under ZeRO-3 over all ranks.
+    """Bytes of one step of a model in training under ZeRO-3 over all ranks.
 
     Each micro-batch gathers all weights for its forward pass, and again for its backward pass those that were not kept;
     float32 gradients are summed and scattered once for each micro-batch. Recomputing a layer gathers nothing more: its
@@ -74,7 +75,7 @@ def frozen_traffic(
     *,
     window: int = 1,
 ) -> Traffic:
-    """Of a frozen model that gives final hidden states.
+    """Bytes of one step of a frozen model that gives final hidden states.
 
     Shards are gathered, and fetched, once for each window. Split matrices leave partial sums of hidden states, which
     are summed over the group twice in each layer, for the sequences of all of the group's ranks.

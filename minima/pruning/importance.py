@@ -83,7 +83,7 @@ class Scores:
         return cls(kind, model, head_LK, neuron_LI, hidden_D, found["batches"])
 
 
-def mean_cross_entropy(model: Any, batch: Batch) -> LossSum:
+def cross_entropy_sum(model: Any, batch: Batch) -> LossSum:
     """Next-token cross-entropy of a micro-batch, summed over valid tokens; runs inside the root module's forward."""
     hidden_BTD = hidden_states(model, batch)
     return linear_cross_entropy(hidden_BTD.flatten(0, 1), head_weight(model), batch.labels_BT.flatten())
@@ -124,7 +124,7 @@ def importance(
     counted = torch.zeros((), dtype=torch.int64, device=device)
     with masks.attached(model):
         for batch in batches:
-            loss = run(mean_cross_entropy, batch)
+            loss = run(cross_entropy_sum, batch)
             (loss.total / loss.count.clamp(min=1)).backward()
             for mask, total in zip(masks.tensors(), sums, strict=True):
                 assert mask.grad is not None

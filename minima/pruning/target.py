@@ -40,11 +40,6 @@ class TargetPlan:
         """Percent of the kept layers' weights that is removed; whole layers that are dropped do not count."""
         return 100.0 * (1.0 - self.student.layer_parameters / self.source.layer_parameters)
 
-    @property
-    def parameter_sparsity_percent(self) -> float:
-        """Percent of all parameters that is removed."""
-        return 100.0 * (1.0 - self.student.parameters / self.source.parameters)
-
 
 def width_percent(sparsity: float) -> int:
     """p' = 100 - round(100 sqrt(1 - p / 100)): cutting p' percent of both dimensions removes p percent of a matrix.

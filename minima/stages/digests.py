@@ -16,12 +16,12 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def digest(content: Any) -> str:
-    """Of anything that JSON can spell; the order of keys does not count."""
+    """Hash of anything that JSON can spell; the order of keys does not count."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's size, its first and last mebibyte, and evenly spaced samples between them."""
+    """Hash of a file's size, its first and last mebibyte, and evenly spaced samples between them."""
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
     inside = size - 2 * _EDGE_BYTES
@@ -36,7 +36,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of the files of a model, of blocks or of anything else, by name and content; of one file, where it is one.
+    """Hash of the files of a model, of blocks or of anything else, by name and content; of one file, where it is one.
 
     Those that lie directly in the folder count, and what is read of a folder that a stage wrote: `model/`,
     `tokenizer/`, the newest complete checkpoint (its marker has the checksum of each of its files), and the index of
@@ -52,7 +52,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """Of the files that are read of a source; of what the recipe says of it, where they do not lie on this machine."""
+    """Hash of the files that are read of a source; of the recipe's words, where they are not on this machine."""
     if source.path is not None:
         return _files_digest(source.files())
     if source.hub is not None and (folder := Path(source.hub).expanduser()).is_dir():
@@ -66,6 +66,6 @@ def is_gone(source: Source) -> bool:
 
 
 def _files_digest(paths: Iterable[Path], base: Path | None = None) -> str:
-    """By their names alone, or by their paths from a base."""
+    """Hash of files by content and name: their names alone, or their paths from a base."""
     named = {file: file.name if base is None else str(file.relative_to(base)) for file in paths if file.is_file()}
     return digest([(named[file], file_digest(file)) for file in sorted(named)])

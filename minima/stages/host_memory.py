@@ -22,7 +22,7 @@ def host_memory_bytes(groups: Path = _GROUPS, own: Path = _OWN) -> int:
 
 
 def _limit_files(groups: Path, own: Path) -> list[Path]:
-    """Of the process's group and of those around it, each of which may limit it; in a container the root's is its."""
+    """Limit files of the process's group and of all around it; a container is its own root."""
     found = [groups / "memory.max", groups / "memory" / "memory.limit_in_bytes"]
     lines = own.read_text().splitlines() if own.is_file() else []
     for line in lines:

@@ -279,7 +279,7 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
 
 
 def _model_size(shape: ModelShape, dtype: str | None) -> str:
-    """Of a model's file; where the dtype is that of the weights it is made from, no more than float32."""
+    """Size of a model's file; where the dtype is that of the weights it is made from, no more than float32."""
     if dtype is None:
         return f"{size_text(4 * shape.parameters)} at most"
     return f"{size_text((4 if dtype == 'float32' else 2) * shape.parameters)} in {dtype}"

@@ -89,7 +89,7 @@ class KnownInputs:
             )
 
     def token_bytes(self, stage: BuildData) -> int:
-        """Of one token: its vocabulary's, or the 2 that most have where that is not known here."""
+        """Bytes of one token: its vocabulary's, or the 2 that most have where that is not known here."""
         if isinstance(stage.tokenizer, TokenizerTraining):
             return _bytes_of_a_token(stage.tokenizer.vocabulary_size)
         if (data := self.data_stage(stage.tokenizer)) is not None:
@@ -262,7 +262,7 @@ def _bytes_of_a_token(vocabulary_size: int) -> int:
 
 
 def _shape_in(folder: Path) -> ModelShape | None:
-    """Of the model in a stage's folder or in Hugging Face's layout, in the order in which weights are looked for."""
+    """Shape of the model in a stage's or a Hugging Face folder, in the order in which weights are looked for."""
     checkpoints = folder / "checkpoints"
     for step in complete_steps(checkpoints):  # of a stage, all are of one model
         try:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.sharded import restore_rotary
-from minima.engine.teacher.root import FrozenRoot, backbone_of
-from minima.models.causal_lm import head_weight
+from minima.engine.teacher.root import FrozenRoot
+from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.stock import DTYPES, build_empty
 from minima.models.weights import WeightSource
 
@@ -46,7 +46,7 @@ class Replica:
 
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Final hidden states [B, T, E] of each micro-batch."""
-        return [self._root(backbone_of, batch) for batch in batches]
+        return [self._root(hidden_states, batch) for batch in batches]
 
     def head(self) -> Tensor:
         """The output head [V, E], which is the model's own."""

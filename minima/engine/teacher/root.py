@@ -3,11 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-
-from minima.batch import Batch
-from minima.models.causal_lm import hidden_states
 
 
 class FrozenRoot(nn.Module):
@@ -20,8 +17,3 @@ class FrozenRoot(nn.Module):
 
     def forward(self, function: Callable[[PreTrainedModel, Any], Any], batches: Any) -> Any:
         return function(self.model, batches)
-
-
-def backbone_of(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Final hidden states [B, T, E] of one micro-batch."""
-    return hidden_states(model, batch)

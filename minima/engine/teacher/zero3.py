@@ -24,11 +24,11 @@ from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine.ops import load_op
 from minima.engine.sharded import build_sharded, release, sharded_parameters
-from minima.engine.teacher.root import FrozenRoot, backbone_of
+from minima.engine.teacher.root import FrozenRoot
 from minima.engine.teacher.window import LayerWindow
 from minima.errors import RecipeError
 from minima.launcher import node_name
-from minima.models.causal_lm import head_weight
+from minima.models.causal_lm import head_weight, hidden_states
 from minima.models.compiling import decoder_layers
 from minima.models.weights import WeightSource
 
@@ -80,7 +80,7 @@ class Zero3:
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Final hidden states [B, T, E] of each micro-batch."""
         if self._window is None or len(batches) == 1:
-            return [self._root(backbone_of, batch) for batch in batches]
+            return [self._root(hidden_states, batch) for batch in batches]
         hidden_RTE = self._root(self._window.hidden_states, batches)
         return list(hidden_RTE.split([len(batch.input_ids_BT) for batch in batches]))
 
