@@ -46,6 +46,8 @@ class Answer:
         losses: under each teacher asked for, in their order.
         measured: the range in which the law was measured.
         notes: what to know about this answer; all of them are warnings.
+        alone: expected loss of the same student on the same tokens without a teacher, from random weights; None where
+            the law does not say it.
     """
 
     law: str
@@ -60,6 +62,7 @@ class Answer:
     losses: tuple[float, ...]
     measured: str
     notes: tuple[str, ...]
+    alone: float | None = None
 
 
 @dataclass(frozen=True)

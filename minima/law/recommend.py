@@ -70,11 +70,22 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
     warnings += [f"{answer.law}: {note}" for answer in answers for note in answer.notes]
     found = [answer for answer in answers if answer.teacher is not None]
     chosen = [answer.teacher for answer in found if answer.teacher is not None]
-    if chosen and max(chosen) > min(chosen) * (1.0 if question.teachers else DISAGREEMENT):
+    if (
+        chosen
+        and max(chosen) > min(chosen) * (1.0 if question.teachers else DISAGREEMENT)
+        and _matters(question, found)
+    ):
         said = "; ".join(f"{answer.law}: {short(answer.teacher or 0)}" for answer in found)
         warnings.append(f"the laws disagree ({said}): measure it on your own data, with `minima law study`")
     costs = tuple(_cost(question, teacher) for teacher in question.teachers)
     return Recommendation(question, tuple(answers), costs, tuple(warnings))
+
+
+def _matters(question: Question, found: Sequence[Answer]) -> bool:
+    """Whether the teachers that were chosen among those at hand differ by more than a law's flat bottom."""
+    places = [question.teachers.index(answer.teacher) for answer in found if answer.teacher in question.teachers]
+    losses = [[answer.losses[place] for place in places] for answer in found if answer.losses]
+    return not losses or any(max(each) - min(each) > FLAT_NATS for each in losses)
 
 
 def _cost(question: Question, teacher: float) -> Cost:
@@ -227,6 +238,12 @@ def _scaling_answer(
         inside_G = grid_G[loss_under(grid_G) <= loss_under(ideal) + FLAT_NATS]
         flat = (float(inside_G[0]), float(inside_G[-1])) if inside_G.size else (ideal, ideal)
     loss = None if teacher is None else float(loss_under(teacher))
+    alone = float(scaling.supervised.loss(student, tokens))
+    if loss is not None and alone < loss:
+        notes.append(
+            f"without a teacher the student would reach {alone:.3f} on these tokens, which are so many that this "
+            "teacher has nothing left to teach a student that starts from random weights"
+        )
     if teacher is not None and largest is not None and teacher > largest:
         notes.append(f"a teacher of {short(teacher)} extrapolates; measured were up to {short(largest)}")
     if teacher is not None and part is not None and part.teacher_loss_range is not None:
@@ -236,7 +253,7 @@ def _scaling_answer(
     ends = None if loss is None else (loss * (1 - error), loss * (1 + error))
     cost = None if teacher is None else _cost(question, teacher)
     losses = tuple(float(loss_under(size)) for size in question.teachers)
-    return Answer(law, teacher, None, ideal, loss, ends, law, flat, cost, losses, measured, tuple(notes))
+    return Answer(law, teacher, None, ideal, loss, ends, law, flat, cost, losses, measured, tuple(notes), alone)
 
 
 def sorted_teachers(teachers: Sequence[float]) -> tuple[float, ...]:

@@ -25,6 +25,8 @@ def render_recommendation(found: Recommendation) -> str:
             lines.append(f"{answer.law}: measured on {answer.measured}")
         if question.teachers and answer.ideal is not None:
             lines.append(f"{answer.law}: the best of all sizes would be {short(answer.ideal)}")
+        if answer.alone is not None:
+            lines.append(f"{answer.law}: the student without a teacher, from random weights: {answer.alone:.3f}")
         if answer.flat is not None:
             low, high = (short(end) for end in answer.flat)
             lines.append(f"{answer.law}: within {FLAT_NATS} nats of the lowest loss from {low} to {high}")

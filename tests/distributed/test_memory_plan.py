@@ -105,5 +105,5 @@ def test_what_a_model_needs_whose_importance_is_measured_is_what_the_plan_says(t
     found = two_ranks["memory_scored"][f"{live}-{precision}"]
     head = 0 if precision == "float32" else 4 * MIDDLING.vocabulary_size * MIDDLING.hidden_size
     planned, peak = memory.passing_bytes + head, found["peak"]
-    assert 0.97 * peak <= planned <= 1.08 * peak, "of 500,000 live weights in bfloat16 two ranks show one of two peaks"
+    assert 0.98 * peak <= planned <= 1.12 * peak
     assert memory.resident_bytes == pytest.approx(found["built"], rel=0.02)

@@ -88,6 +88,22 @@ def test_of_the_teachers_at_hand_each_law_takes_one():
     assert not any("disagree" in one for one in recommend(Question(2.7e9, 126e9, (7e9,))).warnings)
 
 
+def test_teachers_between_which_no_loss_tells_are_no_disagreement():
+    close = recommend(Question(3e9, 20e9, (7.6e9, 8e9)))
+    assert {answer.teacher for answer in close.answers} == {7.6e9, 8e9}
+    assert not any("disagree" in warning for warning in close.warnings)
+
+
+def test_tokens_that_need_no_teacher_are_told():
+    few, many = (recommend(Question(3e9, tokens, (8e9,))) for tokens in (20e9, 1e12))
+    for found, tokens in ((few, 20e9), (many, 1e12)):
+        assert found.answers[1].alone == pytest.approx(PUBLISHED.supervised.loss(3e9, tokens))
+    assert few.answers[1].alone > few.answers[1].loss and many.answers[1].alone < many.answers[1].loss
+    assert any("without a teacher the student would reach 2.001" in warning for warning in many.warnings)
+    assert not any("without a teacher" in warning for warning in few.warnings)
+    assert few.answers[0].alone is None, "a line says nothing about losses"
+
+
 @pytest.mark.parametrize(
     ("question", "warning"),
     [
