@@ -70,11 +70,8 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
     warnings += [f"{answer.law}: {note}" for answer in answers for note in answer.notes]
     found = [answer for answer in answers if answer.teacher is not None]
     chosen = [answer.teacher for answer in found if answer.teacher is not None]
-    if (
-        chosen
-        and max(chosen) > min(chosen) * (1.0 if question.teachers else DISAGREEMENT)
-        and _matters(question, found)
-    ):
+    apart = max(chosen, default=1.0) / min(chosen, default=1.0)
+    if apart > (1.0 if question.teachers else DISAGREEMENT) and _matters(question, found):
         said = "; ".join(f"{answer.law}: {short(answer.teacher or 0)}" for answer in found)
         warnings.append(f"the laws disagree ({said}): measure it on your own data, with `minima law study`")
     costs = tuple(_cost(question, teacher) for teacher in question.teachers)
