@@ -1,5 +1,6 @@
 """What every block of a recipe is made of."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -7,11 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from minima.errors import RecipeError, ShapeError
 from minima.models.shape import ModelShape
 
-# What parameters, FLOPs and bytes follow from.
-_COUNTED = (
-    "family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads",
-    "head_size", "tied",
-)  # fmt: skip
+# What makes it another model, and what else its parameters, FLOPs and bytes follow from; of the latter many a `shape:`
+# says nothing, and would give the defaults.
+_IDENTIFYING = ("family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+_COUNTED = ("num_key_value_heads", "head_size", "tied")
 
 
 class Strict(BaseModel):
@@ -30,7 +30,7 @@ class ModelInput(Strict):
         random: start from random weights of this shape instead. Every tensor's values follow from the run's seed
             and the tensor's name alone, so they are the same on any number of ranks.
         shape: what the source's shape is expected to be. Lets `--dry-run` count a model that is not on this machine;
-            refused when the loaded `config.json` says otherwise.
+            refused when the `config.json` is that of another model.
     """
 
     source: str | None = None
@@ -55,29 +55,31 @@ class ModelInput(Strict):
             )
         return self
 
-    def check_shape(self, found: ModelShape, name: str) -> None:
-        """Refuse weights that are of another shape than the recipe's `shape:` says.
+    def check_shape(self, found: ModelShape, name: str) -> str:
+        """Refuse weights of another model than the recipe's `shape:` describes.
 
         Args:
             found: of the weights.
             name: what to call them.
 
+        Returns:
+            What else differs, so that what was planned without the weights was wrong; empty where nothing does.
+
         Raises:
             ShapeError: says each number that differs.
         """
-        if self.shape is None:
-            return
-        wrong = [
-            f"{field} is {getattr(found, field)}, the recipe says {getattr(self.shape, field)}"
-            for field in _COUNTED
-            if getattr(found, field) != getattr(self.shape, field)
-        ]
-        if wrong:
+        if wrong := self._differences(found, _IDENTIFYING):
             raise ShapeError(
-                f"{name}: {'; '.join(wrong)}",
+                f"{name}: {wrong}",
                 "the run was planned for another model",
                 "correct the recipe's `shape:` block, or name the model that it describes",
             )
+        return self._differences(found, _COUNTED)
+
+    def _differences(self, found: ModelShape, fields: Sequence[str]) -> str:
+        pairs = [(field, getattr(found, field), getattr(self.shape, field, None)) for field in fields]
+        wrong = [f"{field} is {own}, the recipe says {said}" for field, own, said in pairs if own != said]
+        return "; ".join(wrong) if self.shape is not None else ""
 
 
 def as_model(value: Any) -> Any:

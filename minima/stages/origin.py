@@ -48,8 +48,8 @@ def open_origin(context: StageContext, model: ModelInput, seed: int = 0) -> Orig
         return Origin(RandomSource(model.random.to_config(), seed), f"random weights, seed {seed}", None)
     resolved = context.model(model)
     source = open_weights(resolved.folder, resolved.step)
-    if model.shape is not None:
-        model.check_shape(ModelShape.from_config(source.config), resolved.name)
+    if model.shape is not None and (other := model.check_shape(ModelShape.from_config(source.config), resolved.name)):
+        logger.warning("%s: %s; what was planned by its `shape:` alone was of another size", resolved.name, other)
     return Origin(source, resolved.name, resolved.tokenizer)
 
 

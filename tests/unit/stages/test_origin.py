@@ -1,6 +1,7 @@
 """What a stage refuses before it begins: damaged data, and conversations in another format than the model's."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minima.data.packing import StoreWriter
 from minima.data.template_choice import set_template
-from minima.errors import StoreCorrupted, TokenizerMismatch
+from minima.errors import ShapeError, StoreCorrupted, TokenizerMismatch
 from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, write_folder
@@ -173,3 +174,16 @@ def test_going_on_over_the_same_blocks_is_told(tmp_path, caplog, changes, told):
     context = StageContext(recipe, tmp_path / "x.yaml", stage, tmp_path / "second", tmp_path, Launch())
     origin.warn_of_same_blocks(context, stage)
     assert ("second: reads the blocks of corpus in the same order as first" in caplog.text) is told
+
+
+def test_a_shape_of_another_model_is_refused_and_one_that_says_too_little_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(origin, "open_weights", lambda folder, step: RandomSource(SHAPE.to_config(), seed=1))
+    resolved = SimpleNamespace(folder=None, step=None, name="m", tokenizer=None)
+    context = SimpleNamespace(model=lambda model: resolved)
+    given = SHAPE.model_dump(exclude={"num_key_value_heads", "head_size"})
+    origin.open_origin(context, origin.ModelInput(source="m", shape=given))
+    assert not caplog.text
+    origin.open_origin(context, origin.ModelInput(source="m", shape=given | {"tied": True}))
+    assert "m: tied is False, the recipe says True" in caplog.text
+    with pytest.raises(ShapeError, match="hidden_size is 8, the recipe says 16"):
+        origin.open_origin(context, origin.ModelInput(source="m", shape=given | {"hidden_size": 16}))
