@@ -205,10 +205,12 @@ def child_environment(ranks: int, *, by_host_file: bool = False, terminal_column
     elsewhere = by_host_file and environment.get("MINIMA_HOSTFILE")
     if not elsewhere:
         environment["MINIMA_RANKS"] = str(ranks)
-        # With GPUs too, where an optimiser in the host's memory is updated: torchrun would set 1, deepspeed nothing.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
-    if not elsewhere and not num_accelerators():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+        # With GPUs too, for an optimiser in the host's memory: torchrun would set 1, deepspeed nothing. One process
+        # takes what there is, and lm-eval may start others.
+        if ranks > 1 or not num_accelerators():
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
+        if not num_accelerators():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
     _keep_extensions_apart(environment)
     return environment
 

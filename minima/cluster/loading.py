@@ -12,12 +12,12 @@ from minima.recipe.overrides import RecipeLoader, nearest
 
 
 class _Loader(RecipeLoader):
-    """A recipe's YAML, but `24:00:00` is a text: YAML 1.1 would make 86400 of it, which Slurm reads as minutes."""
+    """A recipe's YAML, but `24:00:00` and `0123` are texts: YAML 1.1 would make 86400 and 83 of them."""
 
 
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in pairs if not pattern.match("24:00:00")]
-    + [(tag, re.compile(r"[-+]?[0-9]+$")) for tag, pattern in pairs if tag == "tag:yaml.org,2002:int"]
+    + [(tag, re.compile(r"(0|[-+]?[1-9][0-9]*)$")) for tag, pattern in pairs if tag == "tag:yaml.org,2002:int"]
     for letter, pairs in RecipeLoader.yaml_implicit_resolvers.items()
 }
 

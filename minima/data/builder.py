@@ -139,13 +139,25 @@ def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase") -> int 
             "documents would begin as if it had not been asked for",
             "leave add_bos_token out",
         )
-    if stage.add_bos_token is not None and stage.add_bos_token != adds:
+    token, asked = tokenizer.bos_token, stage.add_bos_token
+    if asked is not None and asked != adds:
+        how, other = ("with", "without") if asked else ("without", "with")
+        _LOG.warning("documents begin %s %r; the tokenizer itself begins texts %s it, in the exported model, too", how,
+                     token, other)  # fmt: skip
+    elif adds:
+        _LOG.info("documents begin with %r, as the tokenizer begins a text", token)
+    elif asked is None and begin is not None and _is_lone(stage.tokenizer):
         _LOG.warning(
-            "documents begin %s %r; the tokenizer by itself does otherwise, and so will who uses the exported model",
-            "with" if stage.add_bos_token else "without",
-            tokenizer.bos_token,
+            "documents begin without %r: a tokenizer.model alone does not say that a text begins with it; set "
+            "add_bos_token: true where the model was trained so, as Llama and Mistral were",
+            token,
         )
-    return begin if (adds if stage.add_bos_token is None else stage.add_bos_token) else None
+    return begin if (adds if asked is None else asked) else None
+
+
+def _is_lone(tokenizer: str | TokenizerTraining) -> bool:
+    folder = Path(str(tokenizer)).expanduser()
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
 
 
 def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[str]:

@@ -15,7 +15,7 @@ from minima.disk import inside
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
-FORMAT = "minima-part-2"
+FORMAT = "minima-part-3"  # 2 knew no begin tokens
 PARTS = "parts"  # the folder of all parts, inside a build_data stage's
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})(\.partial)?")
 

@@ -11,8 +11,9 @@ _ROLES = {
     "system": SYSTEM, "developer": SYSTEM, "user": USER, "human": USER, "prompter": USER,
     "assistant": ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
 }  # fmt: skip
-# What stands beside a turn's content and is part of what was said; without it an answer would be learnt by half.
+# What stands beside a reply's content and is part of what was said; without it an answer would be learnt by half.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_NOTHING: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {})
 _TURN_FIELDS = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue")
 
 
@@ -72,8 +73,6 @@ def _listed(turns: list[Any]) -> list[Turn]:
     for turn in turns:
         if not isinstance(turn, dict):
             raise Unfit("not_a_conversation")
-        if unread := next((field for field in _BESIDE_CONTENT if turn.get(field)), None):
-            raise Unfit(f"{unread}_beside_content")
         if "User" in turn and "Assistant" in turn:
             found += [(USER, text_of(turn["User"])), (ASSISTANT, text_of(turn["Assistant"]))]
         elif "role" in turn:
@@ -82,6 +81,9 @@ def _listed(turns: list[Any]) -> list[Turn]:
             found.append((_role(turn["from"]), text_of(turn.get("value"))))
         else:
             raise Unfit("not_a_conversation")
+        beside = [field for field in _BESIDE_CONTENT if turn.get(field) not in _NOTHING]
+        if beside and found[-1][0] == ASSISTANT and turn.get("weight") != 0:
+            raise Unfit(f"{beside[0]}_beside_content")
     return found
 
 

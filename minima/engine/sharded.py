@@ -35,7 +35,7 @@ def build_sharded(
     assert all(parameter.dtype == dtype for _, parameter in sharded_parameters(model)), "another precision"
     for name, parameter in sharded_parameters(model):
         _fill(parameter, read_shard(parameter, source, name))
-    restore_rotary(model)
+    restore_rotary(model, distributed.device())
     return model
 
 
@@ -50,7 +50,7 @@ def _fill(parameter: Any, shard: Tensor) -> None:
     swapper.swap_out_and_release([parameter])
 
 
-def restore_rotary(model: PreTrainedModel) -> None:
+def restore_rotary(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the rotary frequencies again, in float32 and on the CPU: a GPU's powers differ in the last bit.
 
     zero.Init makes every new floating tensor the weights' dtype, so bfloat16 weights would bring frequencies with
@@ -60,7 +60,7 @@ def restore_rotary(model: PreTrainedModel) -> None:
         if hasattr(module, "inv_freq"):
             fresh = type(module)(model.config)
             for name, buffer in fresh.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(distributed.device()))
+                setattr(module, name, buffer.to(device))
 
 
 def release(root: nn.Module, optimizer: Any = None) -> None:

@@ -71,7 +71,7 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
     found = [answer for answer in answers if answer.teacher is not None]
     chosen = [answer.teacher for answer in found if answer.teacher is not None]
     apart = max(chosen, default=1.0) / min(chosen, default=1.0)
-    if apart > (1.0 if question.teachers else DISAGREEMENT) and _matters(question, found):
+    if apart > DISAGREEMENT or (apart > 1.0 and question.teachers and _matters(question, found)):
         said = "; ".join(f"{answer.law}: {short(answer.teacher or 0)}" for answer in found)
         warnings.append(f"the laws disagree ({said}): measure it on your own data, with `minima law study`")
     costs = tuple(_cost(question, teacher) for teacher in question.teachers)

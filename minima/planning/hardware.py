@@ -1,5 +1,6 @@
 """GPUs by name, as their vendor publishes them, and machines that a user describes. No torch."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def find_gpu(name: str, **changes: float | None) -> Gpu:
         found = {"name": Path(name).stem} | _read(Path(name).expanduser())
     else:
         asked = name.lower()  # an h100-80gb is no a100-80, and an a100 no h100
-        alike = [known for known in GPUS if known.startswith(asked) or known.split("-")[0] in asked]
+        alike = [known for known in GPUS if known.startswith(asked) or re.match(rf"{known.split('-')[0]}\b", asked)]
         raise RecipeError(
             f"the GPU {name!r} is not known{nearest((alike or [asked])[0], list(GPUS))}",
             "memory and time follow from what its vendor publishes",

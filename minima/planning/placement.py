@@ -101,7 +101,8 @@ def choose(
                     return _choice(row, tables, machine)
     rows = tables[levels[-1]][0]
     if teacher is None or teacher.placement != "auto":
-        return _choice(rows[0], tables, machine, f"{rows[0].name} {rows[0].refused}")
+        who = rows[0].name if teacher is not None else "the trained model"
+        return _choice(rows[0], tables, machine, f"{who} {rows[0].refused}")
     least = min(rows, key=lambda row: row.peak_bytes)
     raise RecipeError(
         f"stages.{name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",

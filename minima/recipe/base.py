@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from minima.errors import RecipeError, ShapeError
 from minima.models.shape import ModelShape
 
-# What makes it another model, and what else its parameters, FLOPs and bytes follow from; of the latter many a `shape:`
-# says nothing, and would give the defaults.
+# What makes it another model; and what else is counted, which a `shape:` often leaves out: a difference is only told.
 _IDENTIFYING = ("family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
 _COUNTED = ("num_key_value_heads", "head_size", "tied")
 
@@ -45,13 +44,6 @@ class ModelInput(Strict):
                 f"a model with source {self.source!r} and random {'given' if self.random else 'not given'}",
                 "weights come from exactly one place",
                 "give either a source (stage, folder or Hub id) or a `random:` shape",
-            )
-        idle = [name for name in ("revision", "shape") if self.random is not None and getattr(self, name) is not None]
-        if idle:
-            raise RecipeError(
-                f"a model with random weights and {' and '.join(idle)}",
-                "random weights come from no source that would have one, so it would not be read",
-                f"leave {' and '.join(idle)} out",
             )
         return self
 

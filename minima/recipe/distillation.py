@@ -152,8 +152,7 @@ class Distil(Training, Stage):
                     f"leave {name} out, or set divergence to {' or '.join(users)}",
                 )
         given = [name for name in ("beta", "alpha", "top_k", "top_p") if getattr(self, name) is not None]
-        fields = type(self).model_fields  # a finished run's recipe writes its defaults out: those count as not given
-        given += [name for name in ("divergence", "temperature") if getattr(self, name) != fields[name].default]
+        given += ["divergence"] if self.divergence != "forward_kl" else []
         if given and self.soft_weight == 0:
             raise RecipeError(
                 f"distil stage {self.name!r} has soft_weight 0 and {' and '.join(given)}",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from minima.errors import RecipeError
 from minima.recipe.data import Source
 from minima.recipe.overrides import nearest
-from minima.recipe.schema import AnyStage, BuildData, Evaluate, ModelInput, Recipe
+from minima.recipe.schema import AnyStage, BuildData, Distil, Evaluate, ModelInput, Recipe
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
@@ -143,7 +143,6 @@ def check_references(recipe: Recipe) -> None:
         "tokenizer": ("build_data", *WEIGHTS),
     }
     for index, stage in enumerate(recipe.stages):
-        _check_revisions(stage, set(order))
         for reference in references(recipe, stage):
             if reference.stage is None:
                 continue
@@ -178,14 +177,21 @@ def check_references(recipe: Recipe) -> None:
     _check_summary(recipe, recipe.summary, "summary")
 
 
-def _check_revisions(stage: AnyStage, names: set[str]) -> None:
-    for field, text, _, revision in _fields(stage):
-        if revision is not None and (text in names or text.rpartition("@")[0] in names):
-            raise RecipeError(
-                f"stages.{stage.name}.{field}: {text!r} with revision {revision!r}",
-                "a stage of the recipe has no revisions, so it would not be read",
-                "leave revision out; NAME@STEP is a training stage's checkpoint after that step",
-            )
+def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
+    """Settings of a stage that nothing reads, though they are part of what a begun one keeps: told, not refused."""
+    found = []
+    if isinstance(stage, Distil) and stage.soft_weight == 0 and stage.temperature != 1.0:
+        found.append(f"temperature {stage.temperature:g} with soft_weight 0, in which the teacher has no part")
+    names = {other.name for other in recipe.stages}
+    for field, value in stage:
+        if not isinstance(value, ModelInput):
+            continue
+        if value.source in names | {f"{name}@{(value.source or '').rpartition('@')[2]}" for name in names}:
+            found += [f"{field}.revision {value.revision!r} of a stage of the recipe"] if value.revision else []
+        if value.random is not None:
+            idle = [key for key in ("revision", "shape") if getattr(value, key) is not None]
+            found += [f"{field}.{key} beside random weights" for key in idle]
+    return found
 
 
 def _check_summary(recipe: Recipe, value: Any, where: str) -> None:

@@ -32,9 +32,9 @@ class BuildData(Stage):
             end token; what is left at the end and is less than a block is counted and dropped. Conversations are not
             cut: what is left of a block is filled up.
         add_bos_token: begin each document of text with the tokenizer's begin token; as the tokenizer by itself begins a
-            text when not given (Llama and Mistral do, Qwen2 and GPT-2 do not, and neither does one that is trained
-            here). Of a document that a block cuts, the rest goes on without it. In conversations and preferences the
-            chat template decides.
+            text when not given (Llama's and Mistral's tokenizer.json do, Qwen2 and GPT-2 do not, and neither does one
+            that is trained here). Of a document that a block cuts, the rest goes on without it. In conversations and
+            preferences the chat template decides.
         document_mask: whoever reads the blocks sees no token of another document, and positions begin anew with each.
             False is the published behaviour. Conversations and preferences always have it.
         tokens: how many training tokens to write, over all sources; every token once when not given.

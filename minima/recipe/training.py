@@ -142,7 +142,8 @@ class Training(BaseModel):
             raise RecipeError(
                 f"evaluate_sequences {self.evaluate_sequences} with evaluate_every_steps 0",
                 "nothing is evaluated while it trains, so it would not be read",
-                "set evaluate_every_steps, or leave evaluate_sequences out",
+                "set evaluate_every_steps, or leave evaluate_sequences out (an override takes it away with "
+                "`evaluate_sequences=null`)",
             )
         return self
 

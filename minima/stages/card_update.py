@@ -52,6 +52,8 @@ def benchmark_scores(folder: Path) -> list[BenchmarkScore]:
         found = json.loads(path.read_text(encoding="utf-8"))
         harness = " ".join(str(part) for part in found["harness"].values() if part is not None)
         return [_score(name, task, harness) for name, task in found["tasks"].items()]
+    except PermissionError:  # it is no less whole for that
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(
             f"{path} cannot be read: {type(error).__name__}: {error}",

@@ -52,12 +52,20 @@ def folder_digest(folder: Path) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """Hash of the files that are read of a source; of the recipe's words, where they are not on this machine."""
+    """Hash of the files that are read of a source; of the recipe's words for a data set of the Hub."""
     if source.path is not None:
         return _files_digest(source.files())
     if source.hub is not None and (folder := Path(source.hub).expanduser()).is_dir():
         return _files_digest(files_below(folder))
     return digest(source.model_dump(mode="json", exclude_defaults=True))
+
+
+def former_source_digest(source: Source) -> str | None:
+    """The hash of a pattern's files as earlier versions took it, hidden ones too; None where they took none."""
+    if source.path is None or (path := Path(source.path).expanduser()).exists():
+        return None
+    files = [file for file in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if file.is_file()]
+    return _files_digest(files) if files else None
 
 
 def is_gone(source: Source) -> bool:

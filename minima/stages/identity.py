@@ -9,7 +9,7 @@ from minima.errors import StageError
 from minima.recipe.distillation import PLACING
 from minima.recipe.references import Reference, references, sources
 from minima.recipe.schema import AnyStage, Recipe
-from minima.stages.digests import digest, folder_digest, is_gone, source_digest
+from minima.stages.digests import digest, folder_digest, former_source_digest, is_gone, source_digest
 from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, read_manifest
 
 # Keys that change how a stage is logged, saved or cut into pieces, but not what it computes. They may change between
@@ -96,7 +96,8 @@ def input_hashes(
     for field, source in sources(stage):
         key = f"{field} ({source.label})"
         # Text that was put away once its blocks were built, or that stayed on another machine, has not changed.
-        hashes[key] = built[key] if key in built and is_gone(source) else source_digest(source)
+        same = key in built and (is_gone(source) or built[key] == former_source_digest(source))
+        hashes[key] = built[key] if same else source_digest(source)
     files = [(field, getattr(stage, field, None)) for field in ("chat_template", "task_folder", "data_folder")]
     files += [("answers", answers.questions) for answers in getattr(stage, "answers", [])]
     for field, text in files:

@@ -13,7 +13,7 @@ from minima.planning.placement import unchosen
 from minima.planning.sharding import read_sharding
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.references import deepspeed_jsons, named_steps, references, sources
+from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, unread
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -64,6 +64,7 @@ class Walk(KnownInputs):
         with suppress(StageError):  # a manifest that cannot be read stops who needs it, not every command
             if changed := changed_settings(stage, own):
                 preview.notes.append(f"it would be refused: {'; '.join(changed)}; remove {own} to make it again")
+        preview.notes += [f"not used: {setting}" for setting in unread(self.recipe, stage)]
         for reference in references(self.recipe, stage):
             preview.reads.append(self.reads(reference, preview))
         for name in deepspeed_jsons(stage):

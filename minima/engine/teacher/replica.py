@@ -72,6 +72,6 @@ def build_whole(source: WeightSource, precision: str, device: torch.device) -> P
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name))
-    restore_rotary(model)
+    restore_rotary(model, device)
     model.requires_grad_(False)
     return model.eval()

@@ -43,6 +43,8 @@ def test_a_name_wins_over_a_kind_over_defaults_over_the_top(tmp_path):
 def test_what_yaml_takes_for_a_number_is_a_word_of_sbatch(tmp_path):
     base = load(tmp_path, "account: 4711\ndefaults: {memory: 0}").resources(RECIPE.stage("base"))
     assert (base.account, base.memory) == ("4711", "0")
+    for text in ("0123", "0899", "010"):  # octal, or nearly, in YAML 1.1
+        assert load(tmp_path, f"account: {text}").resources(RECIPE.stage("base")).account == text
 
 
 def test_one_process_is_given_one_rank_whatever_the_defaults_say(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -87,7 +88,13 @@ def test_documents_begin_as_the_recipe_says(
     assert build(stage(source, add_bos_token=True), tmp_path, beginning)["begin_token"] == 1
     assert "documents begin" not in caplog.text
     assert build(stage(source, add_bos_token=True), tmp_path, tokenizer)["begin_token"] == 1
-    assert "documents begin with '<s>'; the tokenizer by itself does otherwise" in caplog.text
+    assert "documents begin with '<s>'; the tokenizer itself begins texts without it" in caplog.text
+    caplog.clear()
+    (tmp_path / "lone").mkdir()
+    shutil.copy(tokenizer / "tokenizer.model", tmp_path / "lone")
+    lone = str(tmp_path / "lone")
+    assert build(stage(source, tokenizer=lone), tmp_path, lone)["begin_token"] is None
+    assert "a tokenizer.model alone does not say" in caplog.text
     with pytest.raises(DataError, match="has no begin token"):
         build(stage(source, add_bos_token=True), tmp_path, byte_level)
 

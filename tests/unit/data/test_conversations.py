@@ -86,8 +86,12 @@ def test_a_reply_of_weight_0_is_read_and_not_learnt():
 
 
 def test_empty_fields_beside_a_turn_say_nothing():
-    plain = [MESSAGES[0], MESSAGES[1] | {"tool_calls": [], "reasoning_content": None}]
-    assert conversation_of(plain) == conversation_of(MESSAGES[:2])
+    wanted = conversation_of(MESSAGES[:2])
+    for beside in ({"tool_calls": [], "reasoning_content": None}, {"tool_calls": "[]", "reasoning_content": ""}):
+        assert conversation_of([MESSAGES[0], MESSAGES[1] | beside]) == wanted
+    assert conversation_of([MESSAGES[0] | {"thinking": "off"}, MESSAGES[1]]) == wanted, "of a question it is a setting"
+    first = MESSAGES[1] | {"weight": 0, "reasoning_content": "hm"}
+    assert conversation_of([MESSAGES[0], first, *MESSAGES[2:]]).unlearnt == (0,)
 
 
 def test_a_question_that_nobody_answers_is_left_out():

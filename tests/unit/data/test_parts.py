@@ -77,6 +77,11 @@ def test_the_merge_is_the_undivided_build(tmp_path, stage, jsonl, addresses, tok
         assert report["sources"]["small"]["epochs"] > 1, "later passes are merged too"
 
 
+def test_the_parts_documents_begin_as_the_undivided_builds(tmp_path, stage, jsonl, addresses, beginning):
+    report = assert_same(tmp_path, stage({"path": jsonl(addresses[:200])}), beginning, 3)
+    assert report["begin_token"] == 1
+
+
 @pytest.mark.parametrize("weight", [None, 1.0])
 @pytest.mark.parametrize("margin", [1.05, 0.3])
 def test_parts_encode_what_the_mixture_takes_and_the_merge_what_is_short(

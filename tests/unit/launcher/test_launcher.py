@@ -162,6 +162,7 @@ def test_child_environment_with_gpus_shares_the_cores_of_an_optimiser_on_the_hos
         monkeypatch.delenv(name, raising=False)
     environment = child_environment(8)
     assert environment["OMP_NUM_THREADS"] == "12" and "DS_ACCELERATOR" not in environment
+    assert "OMP_NUM_THREADS" not in child_environment(1)
 
 
 @pytest.mark.parametrize(("named", "home"), [(True, True), (False, True), (True, False), (False, False)])

@@ -6,6 +6,7 @@ import pytest
 
 from minima.errors import StageError
 from minima.recipe.loading import load_recipe
+from minima.stages.digests import former_source_digest, source_digest
 from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences
 from minima.stages.manifest import read_manifest, write_json, write_manifest, write_started
 
@@ -195,6 +196,20 @@ def test_text_that_was_put_away_once_it_was_built_has_not_changed(run):
     (run / "text.jsonl").write_text('{"text": "b"}\n')
     with pytest.raises(StageError, match=r"sources\.0 \(text\.jsonl\) has changed"):
         check_unchanged(description(run, "corpus"), run / "corpus")
+
+
+def test_a_hash_that_an_earlier_version_took_of_the_same_files_still_holds(run):
+    (run / "x.yaml").write_text(RECIPE.replace("text.jsonl", "'*text*'"))
+    (run / ".text.swp").write_text("an editor's, which earlier versions counted and nobody read")
+    publish(run, "corpus")
+    source = load_recipe(run / "x.yaml").stage("corpus").sources[0]
+    former = former_source_digest(source)
+    key, manifest = "sources.0 (*text*)", read_manifest(run / "corpus")
+    assert former not in (None, manifest["inputs"][key])
+    write_json(run / "corpus" / "manifest.json", manifest | {"inputs": {key: former}})
+    assert description(run, "corpus")["inputs"][key] == former
+    (run / "text.jsonl").write_text('{"text": "b"}\n')
+    assert description(run, "corpus")["inputs"][key] == source_digest(source) != former
 
 
 def test_text_that_is_gone_before_it_was_built_is_no_input(run):
