@@ -186,8 +186,9 @@ def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
     for field, value in stage:
         if not isinstance(value, ModelInput):
             continue
-        if value.source in names | {f"{name}@{(value.source or '').rpartition('@')[2]}" for name in names}:
-            found += [f"{field}.revision {value.revision!r} of a stage of the recipe"] if value.revision else []
+        source = value.source or ""
+        if value.revision is not None and names & {source, source.rpartition("@")[0]}:
+            found.append(f"{field}.revision {value.revision!r} of a stage of the recipe")
         if value.random is not None:
             idle = [key for key in ("revision", "shape") if getattr(value, key) is not None]
             found += [f"{field}.{key} beside random weights" for key in idle]
