@@ -25,7 +25,14 @@ from minima.data.parts import RecordedParts
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.template_choice import set_template
-from minima.data.tokenizer import ends_added, load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
+from minima.data.tokenizer import (
+    ends_added,
+    is_lone,
+    load_tokenizer,
+    save_tokenizer,
+    train_sentencepiece,
+    write_tokenizer,
+)
 from minima.disk import disk_full_named
 from minima.errors import DataError
 from minima.recipe.data import TokenizerTraining
@@ -116,7 +123,7 @@ def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, 
     size = max(len(loaded), end_token + 1)
     if stage.format == "text":
         save_tokenizer(loaded, tokenizer, folder)
-        begin = _begin_token(stage, loaded)
+        begin = _begin_token(stage, loaded, tokenizer)
         return Plan(end_token, size, partial(Encoder, folder, end_token, size, begin), begin_token=begin)
     set_template(loaded, stage.chat_template)
     save_tokenizer(loaded, tokenizer, folder)
@@ -125,8 +132,8 @@ def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, 
     return Plan(end_token, size, make, partial(read_conversations, pairs=pairs), PackedWriter)
 
 
-def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The id that each document begins with; None for none.
+def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase", source: str | Path) -> int | None:
+    """The id that each document begins with; None for none. `source` is what the tokenizer was loaded from.
 
     A model that was trained with a begin token leans on it: attention that has nothing to look at goes there (Xiao et
     al., "Efficient Streaming Language Models with Attention Sinks", 2023).
@@ -146,18 +153,13 @@ def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase") -> int 
                      token, other)  # fmt: skip
     elif adds:
         _LOG.info("documents begin with %r, as the tokenizer begins a text", token)
-    elif asked is None and begin is not None and _is_lone(stage.tokenizer):
+    elif asked is None and begin is not None and is_lone(source):
         _LOG.warning(
             "documents begin without %r: a tokenizer.model alone does not say that a text begins with it; set "
             "add_bos_token: true where the model was trained so, as Llama and Mistral were",
             token,
         )
     return begin if (adds if asked is None else asked) else None
-
-
-def _is_lone(tokenizer: str | TokenizerTraining) -> bool:
-    folder = Path(str(tokenizer)).expanduser()
-    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
 
 
 def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[str]:

@@ -163,15 +163,18 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def is_lone(source: str | Path) -> bool:
+    """Whether a folder's tokenizer is a SentencePiece model with no file beside it that says how it is used."""
+    others = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    return (Path(source) / "tokenizer.model").is_file() and not any((Path(source) / name).is_file() for name in others)
+
+
 def _load(source: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-    # Of a lone tokenizer.model, AutoTokenizer makes one that puts no space before the text: other ids, no error.
-    lone = (Path(source) / "tokenizer.model").is_file() and not any(
-        (Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json")
-    )
     try:
-        tokenizer = (LlamaTokenizer if lone else AutoTokenizer).from_pretrained(str(source))
+        # Of a lone tokenizer.model, AutoTokenizer makes one that puts no space before the text: other ids, no error.
+        tokenizer = (LlamaTokenizer if is_lone(source) else AutoTokenizer).from_pretrained(str(source))
         if _overruled(source, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
     except Exception as error:  # of a damaged file, tokenizers raises this class itself, and transformers any other
