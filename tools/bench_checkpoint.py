@@ -1,6 +1,7 @@
 """What exact resume costs a training run: checkpoints, and on a GPU `deterministic: true`, in one run of real ranks.
 
     python tools/bench_checkpoint.py [--ranks 2] [--width 512] [--layers 6] [--steps 24] [--every 12] [--folder DIR]
+        [--sequences 2] [--sequence-tokens 128] [--precision float32]
 
 Ways: no checkpoint; written while the training waits; written beside it; DeepSpeed's own `save_checkpoint` of the same
 engine, for which the training waits (it neither syncs nor hashes what it writes); and none, with deterministic
@@ -24,7 +25,7 @@ from minima.launcher import child_environment, default_ranks, free_port, read_la
 
 WAYS = ("none", "waiting", "beside", "deepspeed", "fixed bits")
 OURS, WRITTEN = ("waiting", "beside"), ("waiting", "beside", "deepspeed")
-VOCABULARY, SEQUENCE_TOKENS, MICRO_BATCH = 8192, 128, 2
+VOCABULARY = 8192
 
 
 def main() -> None:
@@ -32,6 +33,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=default_ranks())
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--sequences", type=int, default=2, help="of each rank in a step")
+    parser.add_argument("--sequence-tokens", type=int, default=128)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=24, help="of each way in each round")
     parser.add_argument("--every", type=int, default=12, help="steps between checkpoints")
     parser.add_argument("--rounds", type=int, default=3)
@@ -76,15 +80,15 @@ def _rank(options: argparse.Namespace) -> None:
     distributed.start(read_launch())
     shape = ModelShape(
         vocabulary_size=VOCABULARY, hidden_size=options.width, intermediate_size=options.width * 5 // 2,
-        num_layers=options.layers, num_heads=options.width // 64, max_positions=SEQUENCE_TOKENS,
+        num_layers=options.layers, num_heads=options.width // 64, max_positions=options.sequence_tokens,
     )  # fmt: skip
     settings = Training(
-        batch_sequences=MICRO_BATCH * options.ranks, micro_batch_sequences=MICRO_BATCH, steps=1,
-        learning_rate=1e-4, precision="float32", activation_checkpointing="none",
+        batch_sequences=options.sequences * options.ranks, micro_batch_sequences=options.sequences, steps=1,
+        learning_rate=1e-4, precision=options.precision, activation_checkpointing="none",
     )  # fmt: skip
     config = training_config(shipped_folder("ds_configs") / "student_zero3.json", settings, options.ranks)
     student = Student(RandomSource(shape.to_config(), seed=1), config, settings)
-    tokens_BT = torch.randint(0, VOCABULARY, (MICRO_BATCH, SEQUENCE_TOKENS), device=student.device)
+    tokens_BT = torch.randint(0, VOCABULARY, (options.sequences, options.sequence_tokens), device=student.device)
     batch = make_batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), None)
 
     facts = {"ranks": options.ranks, "config": student.config, "shapes": shapes(student), "optimizer_steps": 0}

@@ -29,6 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
     parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
+    parser.add_argument("--kernels", type=int, default=0, help="of a GPU, so many that take most of a step of minima's")
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,23 +68,32 @@ def _bench(options: argparse.Namespace) -> int:
             f"No row of {profile.name} contains {options.only!r}: {[row.name for row in profile.rows]}", file=sys.stderr
         )
         return 2
+    interrupted = False
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(
-            replace(profile, rows=rows), Path(__file__).resolve(), Path(scratch), lambda line: print(line, flush=True)
+            replace(profile, rows=rows),
+            Path(__file__).resolve(),
+            Path(scratch),
+            lambda line: print(line, flush=True),
+            options.kernels,
         )
-        run.run()
+        try:
+            run.run()
+        except (KeyboardInterrupt, SystemExit) as stopped:  # hours may have been measured
+            print(f"stopped ({stopped!r}): rows without a turn were not run", file=sys.stderr)
+            interrupted = True
     found = report(run.profile, run.turns, run.ceilings)
     shown = table(found)
     print(shown)
     output = options.output
-    if output is None and not options.only:
+    if output is None and not options.only and not interrupted:
         output = ROOT / "benchmarks" / f"distil-{profile.name}.json"
         page = ROOT / "benchmarks" / "README.md"
         page.write_text(into_page(page.read_text(encoding="utf-8"), profile.name, shown), encoding="utf-8")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row["status"] == "failed" or row.get("failed_turns") for row in found["rows"]) else 0
+    return 1 if interrupted or any(row["status"] == "failed" or row.get("failed_turns") for row in found["rows"]) else 0
 
 
 if __name__ == "__main__":

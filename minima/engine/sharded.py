@@ -101,8 +101,10 @@ def shard_range(parameter: Any) -> tuple[int, int]:
 
 
 def read_shard(parameter: Any, source: WeightSource, name: str) -> Tensor:
-    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, on the CPU, zero-padded."""
+    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, zero-padded, on the CPU."""
     start, stop = shard_range(parameter)
+    if stop - start == parameter.ds_tensor.ds_numel:
+        return source.read_flat(name, start, stop).float()
     shard = torch.zeros(parameter.ds_tensor.ds_numel)
     if stop > start:
         shard[: stop - start] = source.read_flat(name, start, stop)

@@ -1,6 +1,7 @@
 """Real processes in one process group: start a pair once, let it run many scenarios, read what they found."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def start_ranks(
         place |= {"LOCAL_WORLD_SIZE": per_node, "LOCAL_SIZE": per_node}  # the second as the deepspeed launcher says it
         environment = child_environment(world_size) | {name: str(value) for name, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        environment |= {"DS_ACCELERATOR": accelerator, "PYTHONPATH": str(ROOT)}
+        found_by = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+        environment |= {"DS_ACCELERATOR": accelerator, "PYTHONPATH": os.pathsep.join(found_by)}
         environment.pop("MINIMA_DRIVER")  # no driver holds the lock for these
         command = [sys.executable, "-m", *module]
         with open(logs / f"rank-{rank}.log", "wb") as log:

@@ -34,6 +34,8 @@ _BLOCK = 2**20
 class TiledSource:
     """Random weights in an instant: one block of normal numbers, over and over. A 7B model drawn afresh takes minutes.
 
+    It draws on the CPU and repeats on the rank's device, so that no copy from the host is waited for.
+
     Args:
         shape: of the model.
         seed: of the block.
@@ -42,7 +44,8 @@ class TiledSource:
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.config: dict[str, Any] = shape.to_config()
         self._shapes = parameter_shapes(self.config)
-        self._block = torch.empty(_BLOCK).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        block = torch.empty(_BLOCK).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        self._block = block.to(distributed.device())
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -55,7 +58,7 @@ class TiledSource:
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         if len(self._shapes[name]) == 1:
-            return torch.ones(stop - start)
+            return torch.ones(stop - start, device=self._block.device)
         first = start % _BLOCK
         copies = -(-(first + stop - start) // _BLOCK)
         return self._block.repeat(copies)[first : first + stop - start]

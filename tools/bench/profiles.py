@@ -68,6 +68,8 @@ class Profile:
         kernels: of minima's own rows in group `b`, and of group `window`.
         ceiling_width: rows and columns of the matmul that is the ceiling; 64 times its square is copied, in bytes.
         micro_batches_to_try: sequences that a row with `micro_batch` 0 tries, smallest first.
+        memory_bytes: of a GPU that has more, group `b` uses only so much: its micro-batches are the largest that fit.
+        sharing_groups: their rows share a process group in each turn, since starting takes longer than timing.
         shared_process: all rows in one process group, one turn: the fast check of the program, not a measurement.
     """
 
@@ -86,6 +88,8 @@ class Profile:
     kernels: str = "stock"
     ceiling_width: int = 2048
     micro_batches_to_try: tuple[int, ...] = ()
+    memory_bytes: int | None = None
+    sharing_groups: tuple[str, ...] = ()
     shared_process: bool = False
 
     def flops_per_token(self) -> float:
@@ -124,7 +128,8 @@ def _rows(precision: str, micro_batch: int, largest: int, **fields) -> tuple[Row
     # Where every row has the same micro-batch, minima's line of group b is that of group a.
     tools = TOOLS if largest == micro_batch else ("minima", *TOOLS)
     b = [Row("b", what, precision, largest, **fields) for what in tools]
-    return (*a, *b, *(Row("loss", what, precision, turns=fields.get("turns", 2)) for what in LOSSES))
+    # The tools last: their process groups are most of the time, and a run that is stopped keeps what it has.
+    return (*a, *(Row("loss", what, precision, turns=fields.get("turns", 2)) for what in LOSSES), *b)
 
 
 def _more_turns(turns: int, rows: tuple[Row, ...], names: tuple[str, ...]) -> tuple[Row, ...]:
@@ -194,7 +199,12 @@ _GPU = Profile(
     loss_repeats=10,
     ceiling_width=8192,
     micro_batches_to_try=(1, 2, 3, 4, 6, 8),
-    rows=_rows("bfloat16", 2, 0, placement="replica"),
+    memory_bytes=80_000_000_000,
+    sharing_groups=("a", "loss"),
+    rows=(
+        *_rows("bfloat16", 2, 0, placement="replica"),
+        Row("b", "minima_compiled", "bfloat16", 0, placement="replica"),
+    ),
 )
 
 _GPU_SMALL = replace(

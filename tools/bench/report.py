@@ -77,6 +77,8 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
         return described
     described |= {"micro_batch": measured[0]["micro_batch"], "micro_batches": row.micro_batches}
     described |= {f"{name}_per_step": measured[-1][name] for name in ("collective_bytes", "host_to_device_bytes")}
+    if "kernels" in measured[-1]:
+        described["kernels"] = measured[-1]["kernels"]
     described |= {"model_flops_per_second": tokens_per_second * profile.flops_per_token()}
     if row.precision in ceilings:
         described["share_of_ceiling"] = described["model_flops_per_second"] / ceilings[row.precision]
@@ -179,6 +181,7 @@ def report(profile: Profile, turns: dict[str, list[Found]], ceilings: dict[str, 
             "ranks": profile.ranks,
             "loss_tokens": profile.loss_tokens,
             "activation_checkpointing": profile.activation_checkpointing,
+            "memory_bytes_at_most": profile.memory_bytes,
         },
         "environment": environment(profile),
     }
@@ -253,6 +256,10 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"- {one['with']} over {one['against']}: speed {one['speed']:.2f}{shown}")
     failed = [f"{row['name']} ({row['failed_turns']})" for row in found["rows"] if row.get("failed_turns")]
     lines += ["", f"turns that failed: {', '.join(failed)}"] if failed else []
+    for row in found["rows"]:
+        if "kernels" in row:
+            lines += ["", f"{row['name']}: {row['median_seconds']:.3f} s a step; of one more, under the profiler:"]
+            lines += [f"- {one['seconds']:.4f} s, {one['calls']} x {one['name']}" for one in row["kernels"]]
     lines += ["", "ratios: " + ", ".join(f"{name} {_shown(value)}" for name, value in found["ratios"].items())]
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,26 +36,30 @@ def start(
     *,
     ceiling: bool = False,
     alone: bool = False,
+    sizes: tuple[int, ...] = (),
+    num_kernels: int = 0,
     timeout: float = 1800,
-) -> Found | None:
+) -> Found:
     """Run rows in a process group of their own.
 
     Args:
         script: the program whose `--worker TASK` does the work.
         ceiling: measure the ceilings, of matmuls and of memory, first.
         alone: one process without a group, with as many threads as a rank has: for losses alone.
+        sizes: instead of timing the one row, find the largest of these micro-batches that fits.
+        num_kernels: of a GPU that are listed with the time they took in one more step.
         timeout: seconds after which its ranks are ended.
 
     Returns:
-        `rows`, what rank 0 found of each, and `ceiling`; None when a rank failed, with the end of its output on
-        standard error.
+        `rows`, what rank 0 found of each, and `ceiling`. When a rank failed, the end of its output is on standard
+        error, and the rows that it had not ended have failed.
     """
     ranks = 1 if alone else profile.ranks
     threads = threads_of(profile.ranks)
     result, task = scratch / "result.json", scratch / "task.json"
     result.unlink(missing_ok=True)
     given = {"profile": profile.name, "rows": [dataclasses.asdict(row) for row in rows], "ceiling": ceiling}
-    given |= {"steps": profile.steps, "loss_repeats": profile.loss_repeats}
+    given |= {"steps": profile.steps, "loss_repeats": profile.loss_repeats, "sizes": sizes, "num_kernels": num_kernels}
     task.write_text(json.dumps(given | {"alone": alone, "result": str(result)}))
     port, processes, logs = free_port(), [], []
     for rank in range(ranks):
@@ -71,8 +75,9 @@ def start(
     if _wait(processes, timeout) or not result.is_file():
         for log in logs:
             print(log.read_text(errors="replace")[-1500:], file=sys.stderr)
-        return None
-    return json.loads(result.read_text())
+    found = json.loads(result.read_text()) if result.is_file() else {"rows": [], "ceiling": {}}
+    found["rows"] += [_FAILED] * (len(rows) - len(found["rows"]))
+    return found
 
 
 def threads_of(ranks: int) -> int:
@@ -96,20 +101,35 @@ def _wait(processes: list[subprocess.Popen], timeout: float) -> bool:
                 process.wait()
 
 
-def largest_that_fits(row: Row, sizes: tuple[int, ...], attempt: Callable[[Row], Found]) -> tuple[Row | None, Found]:
-    """The row at the largest micro-batch that fits, by trying them from the smallest, and what the last try found.
+def process_groups(order: Sequence[Row], sharing: Collection[str]) -> list[list[Row]]:
+    """The turns that each process group runs: one, or neighbours of the same group where those share."""
+    found: list[list[Row]] = []
+    for row in order:
+        if found and row.group in sharing and row.group == found[-1][0].group and row not in found[-1]:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def largest_that_fits(row: Row, sizes: Sequence[int], attempt: Callable[[Row], Found]) -> Found:
+    """The largest micro-batch that fits, by trying them from the smallest.
+
+    Args:
+        row: with any micro-batch.
+        sizes: sequences, in rising order.
+        attempt: runs a row; its `status` is `measured` where it fits.
 
     Returns:
-        None instead of the row where not even the smallest was measured; what was found then says why.
+        What the last try found, with `micro_batch`: the largest that fits, 0 where none does.
     """
-    fitting, found = None, _FAILED
+    fitting, found = 0, _FAILED
     for size in sizes:
-        sized = replace(row, micro_batch=size)
-        found = attempt(sized)
+        found = attempt(replace(row, micro_batch=size))
         if found["status"] != "measured":
             break
-        fitting = sized
-    return fitting, found
+        fitting = size
+    return found | {"micro_batch": fitting}
 
 
 class Run:
@@ -120,13 +140,23 @@ class Run:
         script: the program, for its worker processes.
         scratch: a folder for tasks and logs.
         say: is told what happens.
+        num_kernels: of a GPU that are listed for each step's row.
     """
 
-    def __init__(self, profile: Profile, script: Path, scratch: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        script: Path,
+        scratch: Path,
+        say: Callable[[str], None] = print,
+        num_kernels: int = 0,
+    ) -> None:
         self.profile, self.script, self.scratch, self.say = profile, script, scratch, say
+        self.num_kernels = num_kernels
         self.turns: dict[str, list[Found]] = {row.name: [] for row in profile.rows}
         self.ceilings: dict[str, list[float]] = {}
-        self._done: list[Row] = []
+        self._largest: dict[str, int] = {}
+        self._num_done = 0
 
     def run(self) -> None:
         """Measure all of it."""
@@ -134,9 +164,9 @@ class Run:
             self._at_once()
             return
         self._ceiling()
-        rows = tuple(self._sized(row) for row in self.profile.rows)
-        for row in (order := turn_order(tuple(row for row in rows if row.micro_batch))):
-            self._turn(row, f"[{len(self._done) + 1}/{len(order)}] ")
+        order = turn_order(self.profile.rows)
+        for together in process_groups(order, self.profile.sharing_groups):
+            self._turn(together, len(order))
         self._ceiling()
 
     def _at_once(self) -> None:
@@ -145,13 +175,13 @@ class Run:
             row if row.micro_batch else replace(row, micro_batch=self.profile.micro_batches_to_try[-1])
             for row in self.profile.rows
         ]
-        found = start(self.script, self.profile, rows, self.scratch, ceiling=True) or {"rows": [_FAILED] * len(rows)}
-        self._keep_ceiling(found.get("ceiling", {}))
+        found = start(self.script, self.profile, rows, self.scratch, ceiling=True)
+        self._keep_ceiling(found["ceiling"])
         for row, one in zip(rows, found["rows"], strict=True):
             self._keep(row, one)
 
     def _ceiling(self) -> None:
-        self._keep_ceiling((start(self.script, self.profile, [], self.scratch, ceiling=True) or {}).get("ceiling", {}))
+        self._keep_ceiling(start(self.script, self.profile, [], self.scratch, ceiling=True)["ceiling"])
 
     def _keep_ceiling(self, found: dict[str, float]) -> None:
         for name, rate in found.items():
@@ -161,28 +191,32 @@ class Run:
         self.say("ceilings: " + ", ".join(shown))
 
     def _sized(self, row: Row) -> Row:
+        """The row with the largest micro-batch that fits, unless it names one; 0 where none does."""
         if row.micro_batch:
             return row
-        sizes = self.profile.micro_batches_to_try
-        largest, found = largest_that_fits(row, sizes, self._attempt)
-        if largest is None:
-            if found["status"] == "out of memory":
-                found = found | {"reason": f"not even {sizes[0]} sequence fits"}
-            self._keep(row, found)
-            return row
-        ended = "" if found["status"] in ("measured", "out of memory") else f" (the next one {found['status']})"
-        self.say(f"{row.name}: a micro-batch of {largest.micro_batch} is the largest of {sizes} that fits{ended}")
-        return largest
+        if row.name not in self._largest:
+            sizes = self.profile.micro_batches_to_try
+            found = self._start([row], sizes=sizes)[0]
+            largest = self._largest[row.name] = found.get("micro_batch", 0)
+            if largest:
+                ended = f" (the next one: {found['reason']})" if found["status"] == "failed" else ""
+                self.say(f"{row.name}: a micro-batch of {largest} is the largest of {sizes} that fits{ended}")
+            else:
+                small = {"reason": f"not even {sizes[0]} sequence fits"} if found["status"] == "out of memory" else {}
+                self._keep(row, found | small)
+        return replace(row, micro_batch=self._largest[row.name])
 
-    def _attempt(self, row: Row) -> Found:
-        found = start(self.script, self.profile, [row], self.scratch, alone=row.group == "loss")
-        return found["rows"][0] if found else _FAILED
+    def _start(self, rows: list[Row], **options: Any) -> list[Found]:
+        alone = rows[0].group == "loss"
+        return start(self.script, self.profile, rows, self.scratch, alone=alone, **options)["rows"]
 
-    def _turn(self, row: Row, place: str) -> None:
-        self._done.append(row)
-        earlier = self.turns[row.name]
-        if not earlier or earlier[-1]["status"] == "measured":
-            self._keep(row, self._attempt(row), place)
+    def _turn(self, rows: list[Row], num_turns: int) -> None:
+        """Time rows in one process group; those whose last turn failed are left out."""
+        due = [row for row in rows if not self.turns[row.name] or self.turns[row.name][-1]["status"] == "measured"]
+        due = [sized for row in due if (sized := self._sized(row)).micro_batch]
+        for row, one in zip(due, self._start(due, num_kernels=self.num_kernels) if due else (), strict=True):
+            self._num_done += 1
+            self._keep(row, one, f"[{self._num_done}/{num_turns}] ")
 
     def _keep(self, row: Row, one: Found, place: str = "") -> None:
         self.turns[row.name].append(one)

@@ -1,8 +1,10 @@
 """What runs in a process group of its own: the timed turns of rows, the losses alone, or the ceilings."""
 
 import contextlib
+import functools
 import gc
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 
 from .memory import PeakMemory
 from .profiles import PROFILES, Profile, Row
+from .running import largest_that_fits
 
 
 def work(task: dict[str, Any]) -> None:
@@ -21,7 +24,8 @@ def work(task: dict[str, Any]) -> None:
 
     Args:
         task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (measure it), `alone` (no group: the loss
-            alone), and `result`, a path. What is written has `rows` and `ceiling`.
+            alone), `sizes` (find the largest micro-batch that fits), `num_kernels` (list as many of a GPU's), and
+            `result`, a path. What is written, after each row, has `rows` and `ceiling`.
     """
     profile = replace(PROFILES[task["profile"]], steps=task["steps"], loss_repeats=task["loss_repeats"])
     rows = [Row(**row) for row in task["rows"]]
@@ -34,26 +38,78 @@ def work(task: dict[str, Any]) -> None:
 
         distributed.start(read_launch())
         main = distributed.is_main()
-    found: dict[str, Any] = {"ceiling": _ceiling(profile) if task["ceiling"] else {}}
-    found["rows"] = [_guarded(_time_loss if row.group == "loss" else _time_row, profile, row) for row in rows]
-    if main:
-        Path(task["result"]).write_text(json.dumps(found))
+    if any(row.group == "b" for row in rows):
+        _stay_within(profile)
+    found: dict[str, Any] = {"ceiling": _ceiling(profile) if task["ceiling"] else {}, "rows": []}
+    _write(found, task["result"], main)
+    for row in rows:
+        if task["sizes"]:
+            one = _guarded(functools.partial(_search, sizes=task["sizes"]), profile, row)
+        elif row.group == "loss":
+            one = _guarded(_time_loss, profile, row)
+        else:
+            one = _guarded(functools.partial(_time_row, num_kernels=task["num_kernels"]), profile, row)
+        found["rows"].append(one)
+        _write(found, task["result"], main)
     if not task["alone"]:
         distributed.barrier()
         distributed.leave()
 
 
-def _guarded(measure, profile: Profile, row: Row) -> dict[str, Any]:
+def _write(found: dict[str, Any], path: str, main: bool) -> None:
+    if main:
+        Path(path + ".part").write_text(json.dumps(found))
+        os.replace(path + ".part", path)
+
+
+def _stay_within(profile: Profile) -> None:
+    """Take no more of a GPU than the profile says."""
+    if profile.memory_bytes and profile.device == "cuda":
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, profile.memory_bytes / total))
+
+
+def _search(profile: Profile, row: Row, sizes: list[int]) -> dict[str, Any]:
+    """The largest micro-batch that fits: the same engines run two steps of each size, the smallest first."""
+    from minima.engine import distributed
+
+    from .models import make_batches
+    from .steps import build_step
+
+    built = build_step(profile, replace(row, micro_batch=sizes[0]))
+
+    def attempt(sized: Row) -> dict[str, Any]:
+        gc.collect()
+        if profile.device == "cuda":
+            torch.cuda.empty_cache()
+        for step in range(2):
+            built.step(make_batches(profile, sized, distributed.device(), step))
+        return {}
+
+    # No group of several ranks searches, so none waits for one that has failed.
+    return largest_that_fits(row, sizes, lambda sized: _caught(lambda: attempt(sized)))
+
+
+def _guarded(measure: Callable[[Profile, Row], dict[str, Any]], profile: Profile, row: Row) -> dict[str, Any]:
+    return _caught(lambda: measure(profile, row), may_raise=not profile.shared_process)
+
+
+def _caught(measure: Callable[[], dict[str, Any]], may_raise: bool = False) -> dict[str, Any]:
+    """What was measured, or why it was not.
+
+    Args:
+        may_raise: whether what is neither a missing tool nor missing memory is raised.
+    """
     from .losses import Missing
 
     try:
-        return measure(profile, row) | {"status": "measured"}
+        return {"status": "measured"} | measure()
     except Missing as missing:
         return {"status": "missing", "reason": str(missing)}
     except torch.OutOfMemoryError:
         return {"status": "out of memory"}
     except Exception as error:  # one row that fails must not take the others' results with it
-        if not profile.shared_process:  # its ranks may wait for each other: end here, and the parent writes the row
+        if may_raise:  # its ranks may wait for each other: end here, and the parent writes the row
             raise
         traceback.print_exc()
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
@@ -64,7 +120,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
+def _time_row(profile: Profile, row: Row, num_kernels: int = 0) -> dict[str, Any]:
     from minima.engine import distributed
     from minima.engine.traffic import Traffic
 
@@ -100,6 +156,8 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
             with (traffic := Traffic()):
                 built.step(batches)
             moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
+        if num_kernels and device.type == "cuda" and "minima" in row.what:
+            moved["kernels"] = _kernels(lambda: built.step(make_batches(profile, row, device, 1)), num_kernels)
     finally:
         with contextlib.suppress(Exception):
             built.close()
@@ -117,6 +175,19 @@ def _time_row(profile: Profile, row: Row) -> dict[str, Any]:
     } | moved
 
 
+def _kernels(step: Callable[[], object], most: int) -> list[dict[str, Any]]:
+    """The GPU's kernels that one step spends most of its time in: `name`, `calls`, `seconds`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    found = sorted(profiled.key_averages(), key=lambda one: -one.self_device_time_total)[:most]
+    return [
+        {"name": one.key[:120], "calls": one.count, "seconds": one.self_device_time_total / 1e6}
+        for one in found
+        if one.self_device_time_total
+    ]
+
+
 def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
     from minima.models.stock import DTYPES
 
@@ -127,7 +198,7 @@ def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
     tokens, vocabulary = profile.loss_tokens, profile.student.vocabulary_size
 
     def inputs(num_tokens: int) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator(device).manual_seed(3)
         sizes = [
             (num_tokens, profile.student.hidden_size),
             (vocabulary, profile.student.hidden_size),
@@ -137,10 +208,10 @@ def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
         # Heads of 0.1 give logits with a standard deviation of a few units, as a trained model's have.
         scales = (1.0, 0.1, 1.0, 0.1)
         made = [
-            torch.randn(size, generator=generator).mul_(scale).to(device, DTYPES[row.precision])
+            torch.randn(size, generator=generator, device=device).mul_(scale).to(DTYPES[row.precision])
             for size, scale in zip(sizes, scales, strict=True)
         ]
-        labels_N = torch.randint(0, vocabulary, (num_tokens,), generator=generator).to(device)
+        labels_N = torch.randint(0, vocabulary, (num_tokens,), generator=generator, device=device)
         return [*(tensor.requires_grad_(place < 2) for place, tensor in enumerate(made)), labels_N]
 
     def once(given: list[torch.Tensor]) -> float:

@@ -63,21 +63,40 @@ class TestOrder:
             tried.append(row.micro_batch)
             return {"status": "measured" if row.micro_batch <= 4 else "out of memory"}
 
-        largest, found = largest_that_fits(Row("b", "original", micro_batch=0), (1, 2, 4, 8, 16), attempt)
-        assert largest is not None and largest.micro_batch == 4
-        assert tried == [1, 2, 4, 8] and found == {"status": "out of memory"}
-        assert largest_that_fits(Row("b", "original", micro_batch=0), (8,), attempt)[0] is None
+        found = largest_that_fits(Row("b", "original", micro_batch=0), (1, 2, 4, 8, 16), attempt)
+        assert tried == [1, 2, 4, 8] and found == {"status": "out of memory", "micro_batch": 4}
+        assert largest_that_fits(Row("b", "original", micro_batch=0), (8,), attempt)["micro_batch"] == 0
+
+    def test_rows_that_share_a_process_group_are_neighbours_of_one_turn(self):
+        a, b = [Row("a", "minima"), Row("a", "dense")], [Row("b", "trl"), Row("b", "liger", turns=1)]
+        groups = running.process_groups(turn_order((*a, *b)), ("a",))
+        assert groups == [a, [b[0]], [b[1]], [b[0]], a[::-1]]
+        twice = running.process_groups(turn_order(tuple(a)), ("a",))
+        assert twice == [a, a[::-1]]
+
+    def test_rows_that_had_ended_keep_what_they_found_when_a_rank_dies(self, tmp_path):
+        script = tmp_path / "worker.py"
+        script.write_text(
+            "import json, sys\n"
+            "task = json.load(open(sys.argv[2]))\n"
+            "found = {'ceiling': {}, 'rows': [{'status': 'measured'}]}\n"
+            "open(task['result'], 'w').write(json.dumps(found))\n"
+            "sys.exit('died')\n"
+        )
+        rows = [Row("a", "minima"), Row("a", "dense")]
+        found = running.start(script, PROFILES["gpu-7b-3b"], rows, tmp_path)
+        assert [row["status"] for row in found["rows"]] == ["measured", "failed"]
 
     @pytest.mark.parametrize(
         ("tried", "status", "reason"),
         [
             ({"status": "missing", "reason": "no TRL"}, "missing", "no TRL"),
             ({"status": "failed", "reason": "rank 0 died"}, "failed", "rank 0 died"),
-            ({"status": "out of memory"}, "out of memory", "not even 1 sequence fits"),
+            ({"status": "out of memory", "micro_batch": 0}, "out of memory", "not even 1 sequence fits"),
         ],
     )
     def test_a_row_of_which_no_size_runs_says_why(self, monkeypatch, tmp_path, tried, status, reason):
-        monkeypatch.setattr(running, "start", lambda *_, ceiling=False, **__: None if ceiling else {"rows": [tried]})
+        monkeypatch.setattr(running, "start", lambda *_, **__: {"rows": [tried], "ceiling": {}})
         row = Row("b", "trl", "bfloat16", micro_batch=0)
         profile = replace(PROFILES["gpu-7b-3b"], rows=(row,))
         run = running.Run(profile, SCRIPT, tmp_path, say=lambda _: None)
