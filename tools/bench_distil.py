@@ -30,6 +30,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
     parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
     parser.add_argument("--kernels", type=int, default=0, help="of a GPU, so many that take most of a step of minima's")
+    parser.add_argument("--traces", type=Path, default=None, help="folder for a trace of such a step (with --kernels)")
+    parser.add_argument(
+        "--largest",
+        default="",
+        help="the largest micro-batches that fit, of a run before, which are then not searched for: NAME=N,NAME=N",
+    )
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -75,7 +81,9 @@ def _bench(options: argparse.Namespace) -> int:
             Path(__file__).resolve(),
             Path(scratch),
             lambda line: print(line, flush=True),
+            {name: int(size) for name, size in (pair.split("=") for pair in options.largest.split(",") if pair)},
             options.kernels,
+            str(options.traces or ""),
         )
         try:
             run.run()

@@ -166,14 +166,14 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
         path: a DeepSpeed JSON.
         training: the stage's settings.
         world_size: ranks.
-        shape: of the model, after which a compiled one gathers ahead; as the JSON says when not given.
+        shape: of the model, of which at least a layer is gathered ahead; as the JSON says when not given.
 
     Raises:
         DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
     """
     config = read_deepspeed_json(path)
-    if training.compile and shape is not None:
-        ahead = gathered_ahead(Sharding.from_json(config), shape, compiled=True).prefetch_elements
+    if shape is not None:
+        ahead = gathered_ahead(Sharding.from_json(config), shape).prefetch_elements
         config["zero_optimization"] |= {"stage3_prefetch_bucket_size": ahead}
     return (
         _DEFAULTS

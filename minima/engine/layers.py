@@ -24,11 +24,14 @@ def prepare_layers(
 ) -> None:
     """Choose how one model's layers run. Names and parameters stay what they are.
 
+    Each decoder layer is one leaf for ZeRO-3: its weights are gathered and let go of together, by hooks around the
+    layer. Hooks on every module within it, DeepSpeed's default, cost the host a third of a step's time, and would break
+    a compiled layer's graph.
+
     Args:
         model: from `build_sharded`, whole or sharded, its engine still to be made.
         activation_checkpointing: what the backward pass computes again; `none` for a frozen model that only predicts.
-        compiled: compile each decoder layer. Its weights are then one leaf for ZeRO-3, gathered and let go of
-            together around the compiled code: a hook inside would break the graph.
+        compiled: compile each decoder layer.
         kernels: `stock`, or `liger` for liger-kernel's norms and SwiGLUs.
         backend: of `torch.compile`.
 
@@ -51,10 +54,9 @@ def prepare_layers(
     if kernels == "liger":
         use_liger(model)
     recompute(model, activation_checkpointing)
+    if kinds := {type(layer) for layer in decoder_layers(model)}:
+        set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__name__))
     if compiled:
-        set_z3_leaf_modules(
-            model, sorted({type(layer) for layer in decoder_layers(model)}, key=lambda kind: kind.__name__)
-        )
         compile_layers(model, backend)
 
 

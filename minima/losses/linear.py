@@ -39,19 +39,18 @@ class ChunkBuffers:
     pages, and clear them, for every chunk.
 
     Args:
-        chunk_tokens: rows of the largest chunk.
         vocabulary: columns.
         device: where they lie.
     """
 
-    def __init__(self, chunk_tokens: int, vocabulary: int, device: torch.device) -> None:
-        self._shape, self._device = (chunk_tokens, vocabulary), device
+    def __init__(self, vocabulary: int, device: torch.device) -> None:
+        self._vocabulary, self._device = vocabulary, device
         self._kept: dict[str, Tensor] = {}
 
-    def get(self, name: str, num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The first rows of the matrix called `name`; what is in them is what was left there."""
+    def get(self, name: str, num_tokens: int, most_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The first rows of the matrix called `name`, which has `most_tokens`; in them is what was left there."""
         if name not in self._kept:
-            self._kept[name] = torch.empty(self._shape, dtype=dtype, device=self._device)
+            self._kept[name] = torch.empty(most_tokens, self._vocabulary, dtype=dtype, device=self._device)
         return self._kept[name][:num_tokens]
 
 

@@ -133,7 +133,7 @@ def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> 
         checkpointing,
         stage.work(machine.ranks),
         machine.ranks,
-        gathered_ahead(stage.sharding, stage.student, compiled=stage.training.compile),
+        gathered_ahead(stage.sharding, stage.student),
         taught=stage.teacher is not None,
     )
     if stage.teacher is None or stage.teacher_shape is None:

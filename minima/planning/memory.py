@@ -208,7 +208,7 @@ def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sha
     if ranks > 1 or on_host:
         head = size * shape.vocabulary_size * shape.hidden_size
         ahead = min(sharding.prefetch_elements, shape.num_layers * shape.layer_parameters)
-        gathered = size * (trained_gathered(shape, sharding) + ahead)
+        gathered = size * (trained_gathered(shape, sharding, layers=False) + ahead)
     kept = saved_bytes(shape, precision, "full", tokens, work.sequence_length) + 2 * size * tokens * shape.hidden_size
     loss = min(work.chunk_tokens, tokens) * shape.vocabulary_size * (4 + (2 if precision == "bfloat16" else 0))
     layer = recomputed_bytes(shape, precision, "full", tokens)
@@ -237,15 +237,22 @@ def _persistent(shape: ModelShape, precision: str, group: int, sharding: Shardin
     return BYTES[precision] * persistent_elements(shape, sharding) if group > 1 else 0
 
 
-def trained_gathered(shape: ModelShape, sharding: Sharding) -> int:
+def trained_gathered(shape: ModelShape, sharding: Sharding, *, layers: bool = True) -> int:
     """Elements that are whole at one time in a step of a trained model, the head not among them.
 
     DeepSpeed's prefetcher marks what the backward pass will need again, and that is then kept, up to a limit on all
     that is whole; without prefetching, what is needed again within a distance, which a weight has twice to its turn.
+
+    Args:
+        shape: of the model.
+        sharding: sizes of its DeepSpeed JSON.
+        layers: whether a layer is gathered as a whole, and so kept.
     """
-    head = shape.vocabulary_size * shape.hidden_size
-    kept = sharding.live_elements if sharding.prefetch_elements else sharding.reuse_elements // 2
-    return min(shape.parameters - head, max(kept - head, shape.layer_parameters + sharding.prefetch_elements))
+    head, layer = shape.vocabulary_size * shape.hidden_size, shape.layer_parameters
+    kept = (sharding.live_elements if sharding.prefetch_elements else sharding.reuse_elements // 2) - head
+    if layers and kept < shape.parameters - head:
+        kept -= kept % layer
+    return min(shape.parameters - head, max(kept, layer + sharding.prefetch_elements))
 
 
 def frozen_gathered(shape: ModelShape, sharding: Sharding) -> int:

@@ -90,9 +90,12 @@ TEACHER = Sharding(
 )
 
 
-def gathered_ahead(sharding: Sharding, shape: ModelShape, *, compiled: bool) -> Sharding:
-    """The sizes with which a model trains: a compiled layer is gathered as a whole, so no less is gathered ahead."""
-    if not compiled:
+def gathered_ahead(sharding: Sharding, shape: ModelShape) -> Sharding:
+    """The sizes with which a model trains: a layer is gathered as a whole, so no less is gathered ahead.
+
+    A JSON that gathers nothing ahead is left so.
+    """
+    if not sharding.prefetch_elements:
         return sharding
     return replace(sharding, prefetch_elements=max(sharding.prefetch_elements, shape.layer_parameters))
 

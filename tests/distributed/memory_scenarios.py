@@ -137,7 +137,7 @@ def memory_student(folder: Path) -> Any:
         path = folder / f"memory-{name}-{distributed.rank()}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 3, **SIZES, **changes}}))
         settings = training(precision=precision)
-        config = training_config(path, settings, distributed.world_size())
+        config = training_config(path, settings, distributed.world_size(), MIDDLING)
         before = live_bytes()
         student = Student(RandomSource(MIDDLING.to_config(), seed=1), config, settings)
         built = live_bytes() - before
@@ -159,7 +159,7 @@ def memory_on_nodes(folder: Path) -> Any:
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, **SIZES}}))
     settings = training(precision="bfloat16")
     before = live_bytes()
-    config = training_config(path, settings, distributed.world_size())
+    config = training_config(path, settings, distributed.world_size(), MIDDLING)
     student = Student(RandomSource(MIDDLING.to_config(), seed=1), config, settings)
     batches, meters = [one_batch(2), one_batch(2)], Meters(student.device)
     for turn in range(3):  # the first steps record in which order weights are needed

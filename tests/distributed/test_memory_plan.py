@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from minima.planning.memory import Work, frozen_memory, scored_memory, trained_memory
-from minima.planning.sharding import BYTES, TEACHER, Sharding
+from minima.planning.sharding import BYTES, TEACHER, Sharding, gathered_ahead
 from minima.planning.traffic import frozen_traffic, trained_traffic
 from tests.distributed.memory_scenarios import LENGTH, LIVE, MIDDLING, SIZES, STUDENTS, TEACHERS, WINDOW
 
@@ -16,7 +16,7 @@ WORK = Work(micro_batch_sequences=2, sequence_length=LENGTH, accumulation=2)
 @pytest.mark.parametrize("name", STUDENTS)
 def test_what_a_student_keeps_is_what_the_plan_says(two_ranks, name):
     precision, changes = STUDENTS[name]
-    sharding = Sharding.from_json({"zero_optimization": SIZES | changes})
+    sharding = gathered_ahead(Sharding.from_json({"zero_optimization": SIZES | changes}), MIDDLING)
     memory = trained_memory(MIDDLING, precision, "none", WORK, 2, sharding, taught=False)
     found = two_ranks["memory_student"][name]
     kept = memory.resident_bytes + memory.host_bytes  # the devices are CPUs, so both are among the live tensors
@@ -29,7 +29,7 @@ def test_what_a_student_keeps_is_what_the_plan_says(two_ranks, name):
 def test_what_a_step_needs_beside_it_is_nearly_what_the_plan_says(two_ranks, name):
     """On CPUs, where bfloat16 products are made from float32 copies and gloo copies what it sends: both not planned."""
     precision, changes = STUDENTS[name]
-    sharding = Sharding.from_json({"zero_optimization": SIZES | changes})
+    sharding = gathered_ahead(Sharding.from_json({"zero_optimization": SIZES | changes}), MIDDLING)
     memory = trained_memory(
         MIDDLING, precision, "none", replace(WORK, micro_batch_sequences=16), 2, sharding, taught=False
     )
@@ -65,7 +65,7 @@ def test_what_a_teachers_forward_needs_beside_it_is_what_the_plan_says(two_ranks
 @pytest.mark.parametrize("name", STUDENTS)
 def test_what_collectives_of_a_step_move_is_what_the_plan_says(two_ranks, name):
     precision, changes = STUDENTS[name]
-    sharding = Sharding.from_json({"zero_optimization": SIZES | changes})
+    sharding = gathered_ahead(Sharding.from_json({"zero_optimization": SIZES | changes}), MIDDLING)
     traffic = trained_traffic(MIDDLING, precision, WORK, 2, 2, sharding)
     found = two_ranks["memory_student"][name]
     assert found["scattered"] == WORK.accumulation * MIDDLING.parameters
@@ -79,7 +79,8 @@ def check_traffic(traffic, found) -> None:
 
 
 def test_a_student_on_two_nodes_keeps_and_moves_what_the_plan_says(two_nodes):
-    found, sharding = two_nodes["memory_on_nodes"]["student"], Sharding.from_json({"zero_optimization": SIZES})
+    found = two_nodes["memory_on_nodes"]["student"]
+    sharding = gathered_ahead(Sharding.from_json({"zero_optimization": SIZES}), MIDDLING)
     memory = trained_memory(MIDDLING, "bfloat16", "none", WORK, 4, sharding, taught=False)
     assert memory.resident_bytes == pytest.approx(found["live"], rel=0.02)
     check_traffic(trained_traffic(MIDDLING, "bfloat16", WORK, 4, 2, sharding), found)

@@ -8,8 +8,9 @@ from tests.unit.losses.references import DIVERGENCES, exact, inputs, models_apar
 
 pytestmark = pytest.mark.gpu
 
-# Norm of a gradient's error over its norm. A GPU's exp and log lose a digit more than a CPU's.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
+# Norm of a gradient's error over its norm. A GPU's exp and log lose a digit more than a CPU's; in bfloat16 it is what
+# rounding takes, 5.2e-3 at most (the reverse KL on an H200, by either kernel).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
 # Of models that differ much it is nearly flat, and what is left of its slopes has 3e-5 on a CPU at 49,216 tokens, too.
 FLAT_TOLERANCE = {"skew_reverse_kl": 1e-4}
 
@@ -85,5 +86,5 @@ def test_peak_memory_is_a_few_chunks(tokens):
     linear_distillation_loss(student, head, teacher, teacher_head, labels, chunk_tokens=chunk).total.backward()
     gradients = tokens * width * 2 + vocabulary * width * 4
     extra = torch.cuda.max_memory_allocated() - before - gradients
-    # Logits of both models in float32 and the gradient in bfloat16: 2.5 of a chunk's float32 logits.
-    assert extra < 2.7 * chunk * vocabulary * 4, f"{extra / (chunk * vocabulary * 4):.2f} chunks"
+    # A quarter of both models' logits in float32, and the whole chunk's gradient in bfloat16: its float32 logits once.
+    assert extra < 1.2 * chunk * vocabulary * 4, f"{extra / (chunk * vocabulary * 4):.2f} chunks"

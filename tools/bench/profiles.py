@@ -200,7 +200,7 @@ _GPU = Profile(
     ceiling_width=8192,
     micro_batches_to_try=(1, 2, 3, 4, 6, 8),
     memory_bytes=80_000_000_000,
-    sharing_groups=("a", "loss"),
+    sharing_groups=("a", "loss", "window"),
     rows=(
         *_rows("bfloat16", 2, 0, placement="replica"),
         Row("b", "minima_compiled", "bfloat16", 0, placement="replica"),
@@ -229,5 +229,25 @@ _GPU_OFFLOAD = replace(
     rows=_windows(8, (PLACES[2],), micro_batch=2, precision="bfloat16"),
 )
 
-PROFILES = {profile.name: profile for profile in (_CPU, _TINY, _GPU_SMALL, _GPU, _GPU_OFFLOAD)}
+# The layers of the real pair and nothing in them: what Python, PyTorch and DeepSpeed need for a step themselves, which
+# a GPU waits for where it is longer than its own work.
+_THIN = {"vocabulary_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_key_value_heads": 4}
+_HOST = replace(
+    _GPU,
+    name="host",
+    device="cpu",
+    teacher=LLAMA_7B.model_copy(update=_THIN),
+    student=MINIMA_3B.model_copy(update=_THIN),
+    sequence_tokens=16,
+    kernels="stock",
+    steps=10,
+    ceiling_width=256,
+    memory_bytes=None,
+    rows=tuple(
+        Row("b", what, "bfloat16", 2, placement="replica")
+        for what in ("minima", "minima_compiled", "original", "trl", "liger")
+    ),
+)
+
+PROFILES = {profile.name: profile for profile in (_CPU, _HOST, _TINY, _GPU_SMALL, _GPU, _GPU_OFFLOAD)}
 SHOWN = tuple(name for name in PROFILES if name != "tiny")

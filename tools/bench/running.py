@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def start(
     alone: bool = False,
     sizes: tuple[int, ...] = (),
     num_kernels: int = 0,
+    traces: str = "",
     timeout: float = 1800,
 ) -> Found:
     """Run rows in a process group of their own.
@@ -48,6 +49,7 @@ def start(
         alone: one process without a group, with as many threads as a rank has: for losses alone.
         sizes: instead of timing the one row, find the largest of these micro-batches that fits.
         num_kernels: of a GPU that are listed with the time they took in one more step.
+        traces: folder for a trace of that step.
         timeout: seconds after which its ranks are ended.
 
     Returns:
@@ -59,8 +61,8 @@ def start(
     result, task = scratch / "result.json", scratch / "task.json"
     result.unlink(missing_ok=True)
     given = {"profile": profile.name, "rows": [dataclasses.asdict(row) for row in rows], "ceiling": ceiling}
-    given |= {"steps": profile.steps, "loss_repeats": profile.loss_repeats, "sizes": sizes, "num_kernels": num_kernels}
-    task.write_text(json.dumps(given | {"alone": alone, "result": str(result)}))
+    given |= {"steps": profile.steps, "loss_repeats": profile.loss_repeats, "sizes": sizes, "alone": alone}
+    task.write_text(json.dumps(given | {"num_kernels": num_kernels, "traces": traces, "result": str(result)}))
     port, processes, logs = free_port(), [], []
     for rank in range(ranks):
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
@@ -140,7 +142,9 @@ class Run:
         script: the program, for its worker processes.
         scratch: a folder for tasks and logs.
         say: is told what happens.
+        largest: micro-batches of rows that take the largest that fits, where a run before has found them; by name.
         num_kernels: of a GPU that are listed for each step's row.
+        traces: folder for traces of these steps.
     """
 
     def __init__(
@@ -149,13 +153,15 @@ class Run:
         script: Path,
         scratch: Path,
         say: Callable[[str], None] = print,
+        largest: Mapping[str, int] | None = None,
         num_kernels: int = 0,
+        traces: str = "",
     ) -> None:
         self.profile, self.script, self.scratch, self.say = profile, script, scratch, say
-        self.num_kernels = num_kernels
+        self.num_kernels, self.traces = num_kernels, traces
         self.turns: dict[str, list[Found]] = {row.name: [] for row in profile.rows}
         self.ceilings: dict[str, list[float]] = {}
-        self._largest: dict[str, int] = {}
+        self._largest = dict(largest or {})
         self._num_done = 0
 
     def run(self) -> None:
@@ -163,11 +169,18 @@ class Run:
         if self.profile.shared_process:
             self._at_once()
             return
-        self._ceiling()
         order = turn_order(self.profile.rows)
-        for together in process_groups(order, self.profile.sharing_groups):
-            self._turn(together, len(order))
-        self._ceiling()
+        groups = process_groups(order, self.profile.sharing_groups)
+        # On a CPU they have processes of their own: what they leave in a heap would be part of a row's idle process.
+        apart = self.profile.device != "cuda" or all(rows[0].group == "loss" for rows in groups)
+        with_engines = [number for number, rows in enumerate(groups) if rows[0].group != "loss"]
+        ends = [] if apart else [with_engines[0], with_engines[-1]]
+        if apart:
+            self._ceiling()
+        for number, together in enumerate(groups):
+            self._turn(together, len(order), ceiling=number in ends)
+        if apart:
+            self._ceiling()
 
     def _at_once(self) -> None:
         """Every row in one process group, with the largest micro-batch taken for the one that fits."""
@@ -186,6 +199,8 @@ class Run:
     def _keep_ceiling(self, found: dict[str, float]) -> None:
         for name, rate in found.items():
             self.ceilings.setdefault(name, []).append(rate)
+        if not found:
+            return
         units = {"memory": "GB/s of copying"}
         shown = (f"{name} {rate / 1e9:,.0f} {units.get(name, 'GFLOP/s')}" for name, rate in found.items())
         self.say("ceilings: " + ", ".join(shown))
@@ -196,7 +211,7 @@ class Run:
             return row
         if row.name not in self._largest:
             sizes = self.profile.micro_batches_to_try
-            found = self._start([row], sizes=sizes)[0]
+            found = self._start([row], sizes=sizes)["rows"][0]
             largest = self._largest[row.name] = found.get("micro_batch", 0)
             if largest:
                 ended = f" (the next one: {found['reason']})" if found["status"] == "failed" else ""
@@ -206,17 +221,33 @@ class Run:
                 self._keep(row, found | small)
         return replace(row, micro_batch=self._largest[row.name])
 
-    def _start(self, rows: list[Row], **options: Any) -> list[Found]:
+    def _start(self, rows: list[Row], **options: Any) -> Found:
         alone = rows[0].group == "loss"
-        return start(self.script, self.profile, rows, self.scratch, alone=alone, **options)["rows"]
+        return start(self.script, self.profile, rows, self.scratch, alone=alone, **options)
 
-    def _turn(self, rows: list[Row], num_turns: int) -> None:
+    def _turn(self, rows: list[Row], num_turns: int, *, ceiling: bool) -> None:
         """Time rows in one process group; those whose last turn failed are left out."""
         due = [row for row in rows if not self.turns[row.name] or self.turns[row.name][-1]["status"] == "measured"]
         due = [sized for row in due if (sized := self._sized(row)).micro_batch]
-        for row, one in zip(due, self._start(due, num_kernels=self.num_kernels) if due else (), strict=True):
+        if not due:
+            return
+        options = {"num_kernels": self.num_kernels, "traces": self.traces}
+        found = self._start(due, ceiling=ceiling, **options)
+        self._keep_ceiling(found["ceiling"])
+        for row, one in zip(due, found["rows"], strict=True):
+            while one["status"] == "out of memory" and (row := self._smaller(row)).micro_batch:
+                one = self._start([row], **options)["rows"][0]
             self._num_done += 1
             self._keep(row, one, f"[{self._num_done}/{num_turns}] ")
+
+    def _smaller(self, row: Row) -> Row:
+        """The row with the next smaller micro-batch, where it was searched for: more steps need more than two did."""
+        if row.name not in self._largest:
+            return replace(row, micro_batch=0)
+        smaller = max((size for size in self.profile.micro_batches_to_try if size < row.micro_batch), default=0)
+        self.say(f"{row.name}: {row.micro_batch} do not fit for long")
+        self._largest[row.name] = smaller
+        return replace(row, micro_batch=smaller)
 
     def _keep(self, row: Row, one: Found, place: str = "") -> None:
         self.turns[row.name].append(one)

@@ -48,7 +48,8 @@ def work(task: dict[str, Any]) -> None:
         elif row.group == "loss":
             one = _guarded(_time_loss, profile, row)
         else:
-            one = _guarded(functools.partial(_time_row, num_kernels=task["num_kernels"]), profile, row)
+            timed = functools.partial(_time_row, num_kernels=task["num_kernels"], traces=task["traces"])
+            one = _guarded(timed, profile, row)
         found["rows"].append(one)
         _write(found, task["result"], main)
     if not task["alone"]:
@@ -120,7 +121,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _time_row(profile: Profile, row: Row, num_kernels: int = 0) -> dict[str, Any]:
+def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = "") -> dict[str, Any]:
     from minima.engine import distributed
     from minima.engine.traffic import Traffic
 
@@ -135,7 +136,8 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0) -> dict[str, Any
     memory = PeakMemory(device)
     built = build_step(profile, row)
     try:
-        built.step(make_batches(profile, row, device, step=0))
+        for _ in range(2 if device.type == "cuda" else 1):  # a GPU's allocator still grows in the second
+            built.step(make_batches(profile, row, device, step=0))
         memory.reset()
         seconds, processor, loss = [], [], float("nan")
         for number in range(1, profile.steps + 1):
@@ -157,7 +159,8 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0) -> dict[str, Any
                 built.step(batches)
             moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
         if num_kernels and device.type == "cuda" and "minima" in row.what:
-            moved["kernels"] = _kernels(lambda: built.step(make_batches(profile, row, device, 1)), num_kernels)
+            trace = Path(traces, f"{row.name.replace(':', '-').replace(' ', '-')}.json.gz") if traces else None
+            moved["kernels"] = _kernels(lambda: built.step(make_batches(profile, row, device, 1)), num_kernels, trace)
     finally:
         with contextlib.suppress(Exception):
             built.close()
@@ -175,11 +178,14 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0) -> dict[str, Any
     } | moved
 
 
-def _kernels(step: Callable[[], object], most: int) -> list[dict[str, Any]]:
+def _kernels(step: Callable[[], object], most: int, trace: Path | None) -> list[dict[str, Any]]:
     """The GPU's kernels that one step spends most of its time in: `name`, `calls`, `seconds`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA, kinds.CPU] if trace else [kinds.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
+    if trace:
+        profiled.export_chrome_trace(str(trace))
     found = sorted(profiled.key_averages(), key=lambda one: -one.self_device_time_total)[:most]
     return [
         {"name": one.key[:120], "calls": one.count, "seconds": one.self_device_time_total / 1e6}
@@ -255,15 +261,18 @@ def _ceiling(profile: Profile) -> dict[str, float]:
 
     device, width, best = distributed.device(), profile.ceiling_width, {}
 
+    repeats = 20 if device.type == "cuda" else 1  # one product of a GPU is hardly longer than its launch
+
     def rate(amount: float, work: Callable[[], object]) -> float:
         rates = []
         for _ in range(6):
             distributed.barrier()
             _synchronize(device)
             began = time.perf_counter()
-            work()
+            for _ in range(repeats):
+                work()
             _synchronize(device)
-            rates.append(amount / (time.perf_counter() - began))
+            rates.append(repeats * amount / (time.perf_counter() - began))
         return sum(distributed.gather_objects(max(rates)))
 
     for name in ("float32", "bfloat16"):

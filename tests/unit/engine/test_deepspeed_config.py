@@ -203,22 +203,20 @@ def test_a_block_that_is_none_is_named(tmp_path, block):
         frozen_config(path, precision="float32")
 
 
-def test_a_compiled_layer_is_gathered_ahead_as_a_whole(root):
+def test_a_layer_is_gathered_ahead_as_a_whole(root):
     path = root / "ds_configs/student_zero3.json"
 
     large = ModelShape(vocabulary_size=64, hidden_size=3072, intermediate_size=8192, num_layers=1, num_heads=24)
     assert large.layer_parameters > 5e7
-
-    def ahead(**changes) -> int:
-        config = training_config(path, training(**changes), 2, large)
-        return config["zero_optimization"]["stage3_prefetch_bucket_size"]
-
-    assert ahead() == 5e7
-    assert ahead(compile=True) == large.layer_parameters
+    config = training_config(path, training(), 2, large)
+    assert config["zero_optimization"]["stage3_prefetch_bucket_size"] == large.layer_parameters
+    assert training_config(path, training(), 2)["zero_optimization"]["stage3_prefetch_bucket_size"] == 5e7
     shape = ModelShape(vocabulary_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1)
-    assert gathered_ahead(STUDENT, shape, compiled=False) == STUDENT
+    assert gathered_ahead(STUDENT, shape) == STUDENT
     small = replace(STUDENT, prefetch_elements=10)
-    assert gathered_ahead(small, shape, compiled=True).prefetch_elements == shape.layer_parameters
+    assert gathered_ahead(small, shape).prefetch_elements == shape.layer_parameters
+    nothing = replace(STUDENT, prefetch_elements=0)
+    assert gathered_ahead(nothing, shape) == nothing
 
 
 def test_deepspeed_waits_for_no_device_to_count_its_own_throughput(root):

@@ -17,12 +17,13 @@ def model():
     return build_empty(ModelShape(**SMALL).to_config())
 
 
-def test_compiled_layers_are_leaves_of_this_model_alone():
-    compiled, other = model(), model()
-    prepare_layers(compiled, compiled=True)
-    prepare_layers(other)
-    assert get_z3_leaf_modules(compiled) == decoder_layers(compiled)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_are_leaves_of_this_model_alone(compiled):
+    prepared, other = model(), model()
+    prepare_layers(prepared, compiled=compiled)
+    assert get_z3_leaf_modules(prepared) == decoder_layers(prepared)
     assert get_z3_leaf_modules(other) == []
+    assert any("forward" in vars(module) for module in prepared.modules()) == compiled
     assert not any("forward" in vars(module) for module in other.modules())
 
 

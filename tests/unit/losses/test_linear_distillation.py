@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import minima.losses.linear_distillation as module
 from minima.errors import MinimaError, VocabularyMismatch
 from minima.losses import (
     linear_agreement,
@@ -17,6 +18,7 @@ from minima.losses import (
     linear_distillation_loss,
     linear_token_log_probs,
 )
+from minima.losses.linear import float_logits
 
 # Relative to the largest magnitude of the reference. bfloat16 inputs are exact in the reference; what is left is the
 # rounding of the gradient to bfloat16 (2^-8), twice: as it enters the matrix product and as it leaves.
@@ -136,6 +138,26 @@ def test_ignored_tokens_have_no_say_even_when_not_finite():
     teacher[labels == -100] = float("inf")
     found = linear_distillation_loss(student, head, teacher, teacher_head, labels)
     assert torch.isfinite(found.total) and found.total == wanted.total
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 1024), (37, 16), (64, 7), (5, 3), (0, 16)])
+def test_pieces_of_a_chunk_as_a_gpu_has_them_change_nothing(monkeypatch, tokens, chunk):
+    given, found, rows = inputs(tokens, 101, 16, 24, torch.bfloat16), [], []
+
+    def counted(hidden_PD: Tensor, *others: Tensor) -> Tensor:
+        rows.append(len(hidden_PD))
+        return float_logits(hidden_PD, *others)
+
+    monkeypatch.setattr(module, "float_logits", counted)
+    for pieces in (1, 4):
+        monkeypatch.setitem(module._PIECES, "cpu", pieces)
+        rows.clear()
+        student, head = (tensor.clone().requires_grad_() for tensor in given[:2])
+        loss = linear_distillation_loss(student, head, *given[2:], chunk_tokens=chunk)
+        loss.total.backward()
+        found.append((loss.total.detach(), *loss.parts.values(), student.grad, head.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert sum(rows) == 2 * tokens and max(rows, default=0) <= -(-min(chunk, tokens) // 4), "of either model"
 
 
 def test_without_gradients_nothing_is_kept():

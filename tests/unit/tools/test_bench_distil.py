@@ -104,6 +104,21 @@ class TestOrder:
         found = report.summary(row, run.turns[row.name], profile, {})
         assert (found["status"], found["reason"]) == (status, reason)
 
+    def test_a_size_that_fits_for_two_steps_and_not_for_more_gives_way_to_a_smaller_one(self, monkeypatch, tmp_path):
+        def start(_script, _profile, rows, _scratch, *, sizes=(), ceiling=False, **_):
+            fits = [{"status": "out of memory", "micro_batch": 6}] if sizes else [
+                turn([1.0], micro_batch=row.micro_batch) if row.micro_batch <= 3 else {"status": "out of memory"}
+                for row in rows
+            ]  # fmt: skip
+            return {"rows": fits, "ceiling": {"bfloat16": 1e12} if ceiling else {}}
+
+        monkeypatch.setattr(running, "start", start)
+        row = Row("b", "trl", "bfloat16", micro_batch=0)
+        run = running.Run(replace(PROFILES["gpu-7b-3b"], rows=(row,)), SCRIPT, tmp_path, say=lambda _: None)
+        run.run()
+        assert [found["micro_batch"] for found in run.turns[row.name]] == [3, 3]
+        assert run.ceilings == {"bfloat16": [1e12, 1e12]}, "before the first turn and after the last"
+
 
 class TestReport:
     def test_the_median_is_over_all_turns_and_the_spread_over_their_medians(self):
