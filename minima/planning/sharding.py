@@ -84,7 +84,7 @@ def read_sharding(path: Path) -> Sharding:
 
 
 # What `ds_configs/student_zero3.json` and `teacher_zero3*.json` say, for whoever has no file at hand.
-STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 1_000_000_000, 100_000_000)
+STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 0, 100_000_000)
 TEACHER = Sharding(
     prefetch_elements=250_000_000, persistence_elements=1000, live_elements=2_000_000_000, reuse_elements=0
 )
