@@ -209,6 +209,9 @@ class Run:
         """The row with the largest micro-batch that fits, unless it names one; 0 where none does."""
         if row.micro_batch:
             return row
+        eager = replace(row, what=row.what.removesuffix("_compiled")).name
+        if row.name not in self._largest and eager in self._largest:  # each size would be compiled, and needs no more
+            self._largest[row.name] = self._largest[eager]
         if row.name not in self._largest:
             sizes = self.profile.micro_batches_to_try
             found = self._start([row], sizes=sizes)["rows"][0]

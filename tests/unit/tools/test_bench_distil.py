@@ -104,6 +104,22 @@ class TestOrder:
         found = report.summary(row, run.turns[row.name], profile, {})
         assert (found["status"], found["reason"]) == (status, reason)
 
+    def test_a_compiled_row_takes_the_size_that_was_found_for_the_same_one_uncompiled(self, monkeypatch, tmp_path):
+        searched = []
+
+        def start(_script, _profile, rows, _scratch, *, sizes=(), **_):
+            searched.extend(row.what for row in rows if sizes)
+            fits = [{"status": "measured", "micro_batch": 4} if sizes else turn([1.0], micro_batch=row.micro_batch)
+                    for row in rows]  # fmt: skip
+            return {"rows": fits, "ceiling": {}}
+
+        monkeypatch.setattr(running, "start", start)
+        rows = tuple(Row("b", what, "bfloat16", micro_batch=0) for what in ("minima", "minima_compiled"))
+        run = running.Run(replace(PROFILES["gpu-7b-3b"], rows=rows), SCRIPT, tmp_path, say=lambda _: None)
+        run.run()
+        assert searched == ["minima"]
+        assert [found["micro_batch"] for found in run.turns[rows[1].name]] == [4, 4]
+
     def test_a_size_that_fits_for_two_steps_and_not_for_more_gives_way_to_a_smaller_one(self, monkeypatch, tmp_path):
         def start(_script, _profile, rows, _scratch, *, sizes=(), ceiling=False, **_):
             fits = [{"status": "out of memory", "micro_batch": 6}] if sizes else [
