@@ -86,7 +86,7 @@ def _rank(options: argparse.Namespace) -> None:
         batch_sequences=options.sequences * options.ranks, micro_batch_sequences=options.sequences, steps=1,
         learning_rate=1e-4, precision=options.precision, activation_checkpointing="none",
     )  # fmt: skip
-    config = training_config(shipped_folder("ds_configs") / "student_zero3.json", settings, options.ranks)
+    config = training_config(shipped_folder("ds_configs") / "student_zero3.json", settings, options.ranks, shape)
     student = Student(RandomSource(shape.to_config(), seed=1), config, settings)
     tokens_BT = torch.randint(0, VOCABULARY, (options.sequences, options.sequence_tokens), device=student.device)
     batch = make_batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), None)

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
     parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
     parser.add_argument("--kernels", type=int, default=0, help="of a GPU, so many that take most of a step of minima's")
-    parser.add_argument("--traces", type=Path, default=None, help="folder for a trace of such a step (with --kernels)")
+    parser.add_argument("--traces", type=Path, default=None, help="folder for traces of these steps")
     parser.add_argument(
         "--largest",
         default="",
@@ -59,6 +59,7 @@ def _bench(options: argparse.Namespace) -> int:
     from minima.launcher import num_accelerators
 
     profile = PROFILES[options.profile]
+    options.kernels = options.kernels or (20 if options.traces else 0)
     if profile.device == "cuda" and not num_accelerators():
         print(f"The profile {profile.name} needs a GPU, and this machine shows none, so nothing was measured. "
               "Run it where one is, or take --profile cpu.", file=sys.stderr)  # fmt: skip

@@ -25,7 +25,7 @@ def prepare_layers(
     """Choose how one model's layers run. Names and parameters stay what they are.
 
     Each decoder layer is one leaf for ZeRO-3: its weights are gathered and let go of together, by hooks around the
-    layer. Hooks on every module within it, DeepSpeed's default, cost the host a third of a step's time, and would break
+    layer. Hooks on every module within it, DeepSpeed's default, cost the host more than a third of a step's time, and would break
     a compiled layer's graph.
 
     Args:

@@ -101,7 +101,7 @@ def shard_range(parameter: Any) -> tuple[int, int]:
 
 
 def read_shard(parameter: Any, source: WeightSource, name: str) -> Tensor:
-    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, zero-padded, on the CPU."""
+    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, zero-padded, read only."""
     start, stop = shard_range(parameter)
     if stop - start == parameter.ds_tensor.ds_numel:
         return source.read_flat(name, start, stop).float()

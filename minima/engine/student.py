@@ -80,6 +80,8 @@ class Student:
             kernels=training.kernels,
         )
         root = _StudentRoot(self.model).train()
+        # A layer's gradients are taken once all of them are there, which DeepSpeed learns from its inputs' gradient.
+        assert all(parameter.requires_grad for parameter in self.model.parameters()), "a frozen part of a trained model"
         # Matrices decay, norms and biases do not; a shard is flat, so the whole parameter's shape decides.
         matrices = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) >= 2]
         others = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) < 2]

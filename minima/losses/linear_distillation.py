@@ -19,7 +19,7 @@ from minima.losses.loss_sum import LossSum
 from minima.triton_driver import triton_trouble
 
 Kernel = Literal["auto", "eager", "triton"]
-# Of a chunk. On a GPU a piece of 1,024 tokens' logits over 49,216 is then 50 MB, as large as an H100's cache.
+# Of a chunk. With four, a piece's logits of both models are together as large as the chunk's rounded gradient.
 _PIECES = {"cpu": 1, "cuda": 4}
 
 
@@ -201,8 +201,8 @@ class _LinearDistillation(torch.autograd.Function):
 
     Of the size of a chunk's logits there are two buffers, student's and teacher's. The gradient overwrites the first;
     where the hidden states are not float32 it is rounded into a third of half that size, as the matrix products want
-    it. On a GPU the logits are then those of a piece of the chunk, which its cache holds, and only the gradient is the
-    whole chunk's: each product with it passes over the head's float32 gradient.
+    it. On a GPU the logits are then those of a piece of the chunk, and only the gradient is the whole chunk's: each
+    product with it passes over the head's float32 gradient.
     """
 
     @staticmethod

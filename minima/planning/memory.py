@@ -133,8 +133,10 @@ def trained_memory(
     passing["activations"] = kept + 2 * size * work.tokens * shape.hidden_size
     logits = min(work.chunk_tokens, work.tokens) * shape.vocabulary_size
     loss = logits * ((8 if taught else 4) + (2 if precision == "bfloat16" else 0))
-    # Layers go backward when the loss's chunks are gone; their gradients are copied once more to be scattered.
-    layer = again + recomputed_bytes(shape, precision, checkpointing, work.tokens) + bucket
+    # Layers go backward when the loss's chunks are gone. A whole layer's gradients, which take the place of what was
+    # recomputed of it, are copied once more to be scattered.
+    recomputed = recomputed_bytes(shape, precision, checkpointing, work.tokens)
+    layer = again + max(recomputed, size * shape.layer_parameters) + bucket
     passing["loss or layer"] = max(loss, layer)
     passing["update"] = max(0, update - sum(passing.values()))  # what the backward pass has not needed
     return Memory(device, passing, host)
@@ -241,20 +243,25 @@ def trained_gathered(shape: ModelShape, sharding: Sharding, *, layers: bool = Tr
     """Elements that are whole at one time in a step of a trained model, the head not among them.
 
     DeepSpeed's prefetcher marks what the backward pass will need again, and that is then kept, up to a limit on all
-    that is whole; without prefetching, what is needed again within a distance, which a weight has twice to its turn. A
-    JSON that prefetches and has a distance, too, keeps more than is planned: the shipped ones have none, since DeepSpeed
-    counts none between two uses of an embedding where layers are leaves.
+    that is whole. What is needed again within a distance is kept as well. Where layers are gathered as a whole, the
+    distance is counted from the end of the forward pass, and between two uses of the embeddings it is none.
 
     Args:
         shape: of the model.
         sharding: sizes of its DeepSpeed JSON.
         layers: whether a layer is gathered as a whole, and so kept.
     """
-    head, layer = shape.vocabulary_size * shape.hidden_size, shape.layer_parameters
-    kept = (sharding.live_elements if sharding.prefetch_elements else sharding.reuse_elements // 2) - head
-    if layers and kept < shape.parameters - head:
-        kept -= kept % layer
-    return min(shape.parameters - head, max(kept, layer + sharding.prefetch_elements))
+    table, layer = shape.vocabulary_size * shape.hidden_size, shape.layer_parameters
+    every = shape.parameters - table
+    kept = sharding.live_elements - table if sharding.prefetch_elements else 0
+    if layers:
+        kept = kept if kept >= every else kept - kept % layer
+        if sharding.reuse_elements:
+            near = layer * -(-sharding.reuse_elements // layer)
+            kept = max(kept, near) + (0 if shape.tied else table)
+    elif not sharding.prefetch_elements:
+        kept = sharding.reuse_elements // 2 - table
+    return min(every, max(kept, layer + sharding.prefetch_elements))
 
 
 def frozen_gathered(shape: ModelShape, sharding: Sharding) -> int:

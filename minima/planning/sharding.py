@@ -22,7 +22,8 @@ class Sharding:
         persistence_elements: tensors of at most so many elements stay whole on every rank.
         live_elements: gathered weights up to which the next ones are gathered ahead. What the backward pass needs again
             is then not given back, so that a trained model holds so many whole weights.
-        reuse_elements: a gathered weight that is needed again within so many elements is kept until then.
+        reuse_elements: a gathered weight that is needed again within so many elements is kept until then. Of a model in
+            training it is 0 where the JSON says nothing (`deepspeed_config.training_config`).
         sub_group_elements: shard elements that one call of the optimiser updates.
         offload_optimizer: master weights, moments and gradients lie in the host's memory.
         offload_weights: where shards of the weights lie: `none`, `cpu` or `nvme`.

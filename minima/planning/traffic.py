@@ -50,7 +50,10 @@ def trained_traffic(
     weights are whole then for its backward pass.
     """
     travelling = shape.parameters - persistent_elements(shape, sharding)
-    kept = min(travelling, trained_gathered(shape, sharding))  # not the head: the root's forward ends before its use
+    # Not the head: the root's forward ends before its use. Where the JSON has a distance, it is kept until then.
+    table = shape.vocabulary_size * shape.hidden_size
+    head = table if sharding.prefetch_elements and sharding.reuse_elements >= table else 0
+    kept = min(travelling, trained_gathered(shape, sharding) + head)
     weights = BYTES[precision] * (2 * travelling - kept)
     gradients = 4 * shape.parameters
     size = work.accumulation * (weights + gradients)

@@ -46,6 +46,7 @@ SIZES = {
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "float32": ("float32", {}),
     "bfloat16": ("bfloat16", {}),
+    "reuse": ("bfloat16", {"stage3_max_reuse_distance": 500_000}),
     "offload": ("bfloat16", {"offload_optimizer": {"device": "cpu"}}),
 }
 LIVE = (500_000, 1_500_000)  # weights that may stay whole where a model's importance is measured; a layer has 410,000

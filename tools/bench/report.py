@@ -52,7 +52,7 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
         described |= {"placement": row.placement, "offload": row.offload, "window_micro_batches": row.window}
     measured = [turn for turn in turns if turn["status"] == "measured"]
     if not measured:
-        last = turns[-1] if turns else {"status": "failed", "reason": "it was not run"}
+        last = turns[-1] if turns else {"status": "not run", "reason": "the run was stopped before"}
         return described | {"status": last["status"], "reason": last.get("reason", "")}
     seconds = [one for turn in measured for one in turn["seconds"]]
     middle = statistics.median(seconds)

@@ -77,9 +77,15 @@ def start(
     if _wait(processes, timeout) or not result.is_file():
         for log in logs:
             print(log.read_text(errors="replace")[-1500:], file=sys.stderr)
-    found = json.loads(result.read_text()) if result.is_file() else {"rows": [], "ceiling": {}}
+    found = _read(scratch)
     found["rows"] += [_FAILED] * (len(rows) - len(found["rows"]))
     return found
+
+
+def _read(scratch: Path) -> Found:
+    """What the last process group has written so far."""
+    result = scratch / "result.json"
+    return json.loads(result.read_text()) if result.is_file() else {"rows": [], "ceiling": {}}
 
 
 def threads_of(ranks: int) -> int:
@@ -143,7 +149,7 @@ class Run:
         scratch: a folder for tasks and logs.
         say: is told what happens.
         largest: micro-batches of rows that take the largest that fits, where a run before has found them; by name.
-        num_kernels: of a GPU that are listed for each step's row.
+        num_kernels: of a GPU that are listed for each of minima's own steps.
         traces: folder for traces of these steps.
     """
 
@@ -235,7 +241,12 @@ class Run:
         if not due:
             return
         options = {"num_kernels": self.num_kernels, "traces": self.traces}
-        found = self._start(due, ceiling=ceiling, **options)
+        try:
+            found = self._start(due, ceiling=ceiling, **options)
+        except BaseException:  # told to stop: rows of this process group that had ended are kept
+            for row, one in zip(due, _read(self.scratch)["rows"], strict=False):
+                self._keep(row, one)
+            raise
         self._keep_ceiling(found["ceiling"])
         for row, one in zip(due, found["rows"], strict=True):
             while one["status"] == "out of memory" and (row := self._smaller(row)).micro_batch:

@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
     memory = PeakMemory(device)
     built = build_step(profile, row)
     try:
-        for _ in range(2 if device.type == "cuda" else 1):  # a GPU's allocator still grows in the second
+        for _ in range(2 if device.type == "cuda" else 1):  # prefetching begins in the second
             built.step(make_batches(profile, row, device, step=0))
         memory.reset()
         seconds, processor, loss = [], [], float("nan")
@@ -185,8 +186,14 @@ def _kernels(step: Callable[[], object], most: int, trace: Path | None) -> list[
         step()
         torch.cuda.synchronize()
     if trace:
-        profiled.export_chrome_trace(str(trace))
-    found = sorted(profiled.key_averages(), key=lambda one: -one.self_device_time_total)[:most]
+        try:
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            profiled.export_chrome_trace(str(trace))
+        except OSError as error:  # the row is worth more
+            print(f"no trace: {error}", file=sys.stderr)
+    # An operator of the host is said to have its kernels' time, too.
+    kernels = [one for one in profiled.key_averages() if one.device_type == torch.autograd.DeviceType.CUDA]
+    found = sorted(kernels, key=lambda one: -one.self_device_time_total)[:most]
     return [
         {"name": one.key[:120], "calls": one.count, "seconds": one.self_device_time_total / 1e6}
         for one in found
@@ -261,7 +268,7 @@ def _ceiling(profile: Profile) -> dict[str, float]:
 
     device, width, best = distributed.device(), profile.ceiling_width, {}
 
-    repeats = 20 if device.type == "cuda" else 1  # one product of a GPU is hardly longer than its launch
+    repeats = 20 if device.type == "cuda" else 1  # one product of a GPU is a millisecond
 
     def rate(amount: float, work: Callable[[], object]) -> float:
         rates = []

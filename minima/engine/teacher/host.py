@@ -31,7 +31,7 @@ class FrozenHost:
         precision: `float32` or `bfloat16`.
         placement: where the weights live; see `recipe.distillation.Teacher`.
         activation_checkpointing: recompute each layer in `run`'s backward pass instead of keeping its activations.
-        windows: `window` will be given several micro-batches. Each layer is then gathered as a whole.
+        windows: `window` will be given several micro-batches.
         documents: whether batches may have documents; matters to `tensor_parallel`, where ranks run theirs together.
         layers: is given the built model before DeepSpeed's hooks are on it, to put other kernels in, or to compile.
     """

@@ -42,7 +42,8 @@ class Zero3:
         precision: `float32` or `bfloat16`.
         group: ranks that share one copy; all when not given.
         layers: is given the built model, before any hook is on it.
-        windows: several micro-batches may share one traversal of the layers. Each layer is then gathered as a whole.
+        windows: several micro-batches may share one traversal of the layers. Each layer is then gathered as a whole,
+            whatever `layers` does.
     """
 
     def __init__(

@@ -10,21 +10,13 @@ import pytest
 import torch
 
 from minima.losses import linear_distillation_loss
-from tools.bench import report, running
+from tests.unit.tools.bench_turns import turn
+from tools.bench import report
 from tools.bench.losses import LOSS_MAKERS, Missing
 from tools.bench.profiles import PROFILES, SHOWN, Row
-from tools.bench.running import largest_that_fits, turn_order
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "tools" / "bench_distil.py"
-
-
-def turn(seconds: list[float], peak: int = 300, **fields) -> dict:
-    return {
-        "status": "measured", "tokens": 1000, "seconds": seconds, "processor_seconds": seconds, "loss": 1.0,
-        "micro_batch": 4, "idle_bytes": 100, "peak_bytes": peak, "peak_above_idle_bytes": peak - 100,
-        "collective_bytes": 800, "host_to_device_bytes": 0, **fields,
-    }  # fmt: skip
 
 
 def rows_of(found: dict[Row, list[dict]]) -> list[dict]:
@@ -43,97 +35,6 @@ def tiny(tmp_path_factory) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(path.read_text()) | {"printed": done.stdout}
-
-
-class TestOrder:
-    def test_turns_alternate(self):
-        first, second, once = Row("a", "minima"), Row("a", "dense"), Row("window", "minima", turns=1)
-        assert turn_order((first, second, once)) == [first, second, once, second, first]
-
-    def test_rows_of_a_profile_have_names_of_their_own(self):
-        for profile in PROFILES.values():
-            names = [row.name for row in profile.rows]
-            assert len(set(names)) == len(names), profile.name
-            assert all(f"{row.group}:{row.what}" in report.DESCRIPTIONS for row in profile.rows)
-
-    def test_the_largest_micro_batch_is_the_last_that_fits(self):
-        tried = []
-
-        def attempt(row: Row) -> dict:
-            tried.append(row.micro_batch)
-            return {"status": "measured" if row.micro_batch <= 4 else "out of memory"}
-
-        found = largest_that_fits(Row("b", "original", micro_batch=0), (1, 2, 4, 8, 16), attempt)
-        assert tried == [1, 2, 4, 8] and found == {"status": "out of memory", "micro_batch": 4}
-        assert largest_that_fits(Row("b", "original", micro_batch=0), (8,), attempt)["micro_batch"] == 0
-
-    def test_rows_that_share_a_process_group_are_neighbours_of_one_turn(self):
-        a, b = [Row("a", "minima"), Row("a", "dense")], [Row("b", "trl"), Row("b", "liger", turns=1)]
-        groups = running.process_groups(turn_order((*a, *b)), ("a",))
-        assert groups == [a, [b[0]], [b[1]], [b[0]], a[::-1]]
-        twice = running.process_groups(turn_order(tuple(a)), ("a",))
-        assert twice == [a, a[::-1]]
-
-    def test_rows_that_had_ended_keep_what_they_found_when_a_rank_dies(self, tmp_path):
-        script = tmp_path / "worker.py"
-        script.write_text(
-            "import json, sys\n"
-            "task = json.load(open(sys.argv[2]))\n"
-            "found = {'ceiling': {}, 'rows': [{'status': 'measured'}]}\n"
-            "open(task['result'], 'w').write(json.dumps(found))\n"
-            "sys.exit('died')\n"
-        )
-        rows = [Row("a", "minima"), Row("a", "dense")]
-        found = running.start(script, PROFILES["gpu-7b-3b"], rows, tmp_path)
-        assert [row["status"] for row in found["rows"]] == ["measured", "failed"]
-
-    @pytest.mark.parametrize(
-        ("tried", "status", "reason"),
-        [
-            ({"status": "missing", "reason": "no TRL"}, "missing", "no TRL"),
-            ({"status": "failed", "reason": "rank 0 died"}, "failed", "rank 0 died"),
-            ({"status": "out of memory", "micro_batch": 0}, "out of memory", "not even 1 sequence fits"),
-        ],
-    )
-    def test_a_row_of_which_no_size_runs_says_why(self, monkeypatch, tmp_path, tried, status, reason):
-        monkeypatch.setattr(running, "start", lambda *_, **__: {"rows": [tried], "ceiling": {}})
-        row = Row("b", "trl", "bfloat16", micro_batch=0)
-        profile = replace(PROFILES["gpu-7b-3b"], rows=(row,))
-        run = running.Run(profile, SCRIPT, tmp_path, say=lambda _: None)
-        run.run()
-        found = report.summary(row, run.turns[row.name], profile, {})
-        assert (found["status"], found["reason"]) == (status, reason)
-
-    def test_a_compiled_row_takes_the_size_that_was_found_for_the_same_one_uncompiled(self, monkeypatch, tmp_path):
-        searched = []
-
-        def start(_script, _profile, rows, _scratch, *, sizes=(), **_):
-            searched.extend(row.what for row in rows if sizes)
-            fits = [{"status": "measured", "micro_batch": 4} if sizes else turn([1.0], micro_batch=row.micro_batch)
-                    for row in rows]  # fmt: skip
-            return {"rows": fits, "ceiling": {}}
-
-        monkeypatch.setattr(running, "start", start)
-        rows = tuple(Row("b", what, "bfloat16", micro_batch=0) for what in ("minima", "minima_compiled"))
-        run = running.Run(replace(PROFILES["gpu-7b-3b"], rows=rows), SCRIPT, tmp_path, say=lambda _: None)
-        run.run()
-        assert searched == ["minima"]
-        assert [found["micro_batch"] for found in run.turns[rows[1].name]] == [4, 4]
-
-    def test_a_size_that_fits_for_two_steps_and_not_for_more_gives_way_to_a_smaller_one(self, monkeypatch, tmp_path):
-        def start(_script, _profile, rows, _scratch, *, sizes=(), ceiling=False, **_):
-            fits = [{"status": "out of memory", "micro_batch": 6}] if sizes else [
-                turn([1.0], micro_batch=row.micro_batch) if row.micro_batch <= 3 else {"status": "out of memory"}
-                for row in rows
-            ]  # fmt: skip
-            return {"rows": fits, "ceiling": {"bfloat16": 1e12} if ceiling else {}}
-
-        monkeypatch.setattr(running, "start", start)
-        row = Row("b", "trl", "bfloat16", micro_batch=0)
-        run = running.Run(replace(PROFILES["gpu-7b-3b"], rows=(row,)), SCRIPT, tmp_path, say=lambda _: None)
-        run.run()
-        assert [found["micro_batch"] for found in run.turns[row.name]] == [3, 3]
-        assert run.ceilings == {"bfloat16": [1e12, 1e12]}, "before the first turn and after the last"
 
 
 class TestReport:
