@@ -25,8 +25,8 @@ def prepare_layers(
     """Choose how one model's layers run. Names and parameters stay what they are.
 
     Each decoder layer is one leaf for ZeRO-3: its weights are gathered and let go of together, by hooks around the
-    layer. Hooks on every module within it, DeepSpeed's default, cost the host more than a third of a step's time, and would break
-    a compiled layer's graph.
+    layer. Hooks on every module within it, DeepSpeed's default, take more than a third of the host's time of a step
+    (`tools/bench_distil.py --profile host`), and would break a compiled layer's graph.
 
     Args:
         model: from `build_sharded`, whole or sharded, its engine still to be made.
