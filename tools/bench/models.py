@@ -84,7 +84,8 @@ def settings(profile: Profile, row: Row) -> Training:
     Raises:
         Missing: liger-kernel, which the profile's own rows take, is not installed.
     """
-    kernels = "stock" if row.group == "a" else profile.kernels  # where only the loss differs the models are stock ones
+    # Where only the loss differs the models are stock ones, and what is compiled takes no other kernels.
+    kernels = "stock" if row.group == "a" or row.what == "minima_compiled" else profile.kernels
     if kernels == "liger" and find_spec("liger_kernel") is None:
         raise Missing("liger-kernel is not installed: pip install liger-kernel")
     return Training.model_validate(

@@ -216,7 +216,7 @@ class Run:
         if row.micro_batch:
             return row
         eager = replace(row, what=row.what.removesuffix("_compiled")).name
-        if row.name not in self._largest and eager in self._largest:  # each size would be compiled, and needs no more
+        if row.name not in self._largest and self._largest.get(eager):  # each size would be compiled, and needs no more
             self._largest[row.name] = self._largest[eager]
         if row.name not in self._largest:
             sizes = self.profile.micro_batches_to_try

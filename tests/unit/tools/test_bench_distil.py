@@ -240,3 +240,5 @@ def test_own_rows_without_the_kernels_that_they_take_are_missing(monkeypatch):
     with pytest.raises(Missing, match="pip install liger-kernel"):
         models.settings(profile, own)
     assert models.settings(profile, alone).kernels == "stock"
+    compiled = models.settings(profile, replace(own, what="minima_compiled"))
+    assert (compiled.compile, compiled.kernels) == (True, "stock"), "not both"
