@@ -196,7 +196,8 @@ def node_group() -> dist.ProcessGroup:
 
 def barrier() -> None:
     """Wait for every rank."""
-    dist.barrier()
+    if dist.get_world_size() > 1:  # DeepSpeed tells NCCL no device of a lone one, and NCCL warns that it guesses
+        dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
         seconds, processor, loss = [], [], float("nan")
         for number in range(1, profile.steps + 1):
             batches = make_batches(profile, row, device, number)
+            _synchronize(device)
             distributed.barrier()
             began, worked = time.perf_counter(), time.process_time()
             loss = built.step(batches)
