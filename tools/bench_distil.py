@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=None, help="folder for traces of these steps")
     parser.add_argument(
         "--largest",
-        default="",
+        type=_sizes,
+        default={},
         help="the largest micro-batches that fit, of a run before, which are then not searched for: NAME=N,NAME=N",
     )
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
@@ -47,7 +48,24 @@ def main() -> None:
     if not options.profile:
         parser.error(f"--profile is one of {', '.join(SHOWN)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that no rank stays behind
+    options.kernels = options.kernels or (20 if options.traces else 0)
+    if options.kernels and PROFILES[options.profile].device != "cuda":
+        parser.error(f"--kernels and --traces look at a GPU, and the profile {options.profile} runs on CPUs")
+    searched = [row.name for row in PROFILES[options.profile].rows if not row.micro_batch]
+    if unknown := [name for name in options.largest if name not in searched]:
+        parser.error(f"--largest: {unknown} take no largest micro-batch in {options.profile}; these do: {searched}")
     sys.exit(_bench(options))
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """`NAME=N,NAME=N`."""
+    found = {}
+    for pair in filter(None, text.split(",")):
+        name, _, size = pair.partition("=")
+        if not size.isdecimal() or not int(size):
+            raise argparse.ArgumentTypeError(f"{pair!r} is no NAME=N with sequences N")
+        found[name] = int(size)
+    return found
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -59,7 +77,6 @@ def _bench(options: argparse.Namespace) -> int:
     from minima.launcher import num_accelerators
 
     profile = PROFILES[options.profile]
-    options.kernels = options.kernels or (20 if options.traces else 0)
     if profile.device == "cuda" and not num_accelerators():
         print(f"The profile {profile.name} needs a GPU, and this machine shows none, so nothing was measured. "
               "Run it where one is, or take --profile cpu.", file=sys.stderr)  # fmt: skip
@@ -82,7 +99,7 @@ def _bench(options: argparse.Namespace) -> int:
             Path(__file__).resolve(),
             Path(scratch),
             lambda line: print(line, flush=True),
-            {name: int(size) for name, size in (pair.split("=") for pair in options.largest.split(",") if pair)},
+            options.largest,
             options.kernels,
             str(options.traces or ""),
         )

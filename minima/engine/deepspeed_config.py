@@ -172,7 +172,7 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
         DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
     """
     config = read_deepspeed_json(path)
-    # DeepSpeed's own distance of 1e9 counts wrongly where layers are leaves, and keeps the embeddings whole for ever.
+    # DeepSpeed's own distance of 1e9 counts wrongly where layers are leaves: the embeddings would stay whole, too.
     config["zero_optimization"].setdefault("stage3_max_reuse_distance", 0)
     if shape is not None:
         ahead = gathered_ahead(Sharding.from_json(config), shape).prefetch_elements

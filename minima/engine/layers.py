@@ -24,9 +24,7 @@ def prepare_layers(
 ) -> None:
     """Choose how one model's layers run. Names and parameters stay what they are.
 
-    Each decoder layer is one leaf for ZeRO-3: its weights are gathered and let go of together, by hooks around the
-    layer. Hooks on every module within it, DeepSpeed's default, take more than a third of the host's time of a step
-    (`tools/bench_distil.py --profile host`), and would break a compiled layer's graph.
+    Each decoder layer is gathered as a whole (`gather_whole_layers`).
 
     Args:
         model: from `build_sharded`, whole or sharded, its engine still to be made.
@@ -54,10 +52,22 @@ def prepare_layers(
     if kernels == "liger":
         use_liger(model)
     recompute(model, activation_checkpointing)
-    if kinds := {type(layer) for layer in decoder_layers(model)}:
-        set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__name__))
+    gather_whole_layers(model)
     if compiled:
         compile_layers(model, backend)
+
+
+def gather_whole_layers(model: PreTrainedModel) -> None:
+    """Make each decoder layer one leaf for ZeRO-3: its weights are gathered and let go of together, around the layer.
+
+    Hooks on every module within it, DeepSpeed's default, take more than a third of the host's time of a step
+    (`tools/bench_distil.py --profile host`), and would break a compiled layer's graph.
+
+    Args:
+        model: from `build_sharded`, its engine still to be made. One without such layers stays as it is.
+    """
+    if kinds := {type(layer) for layer in decoder_layers(model)}:
+        set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__name__))
 
 
 def _on_gpu(model: PreTrainedModel) -> bool:

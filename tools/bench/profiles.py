@@ -231,8 +231,10 @@ _GPU_OFFLOAD = replace(
 
 # The layers of the real pair and nothing in them: what Python, PyTorch and DeepSpeed need for a step themselves, which
 # a GPU waits for where it is longer than its own work.
-_THIN = {"vocabulary_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_key_value_heads": 4}
-_THIN |= {"head_size": 16}
+_THIN = {
+    "vocabulary_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_key_value_heads": 4,
+    "head_size": 16,
+}  # fmt: skip
 _HOST = replace(
     _GPU,
     name="host",

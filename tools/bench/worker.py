@@ -25,8 +25,8 @@ def work(task: dict[str, Any]) -> None:
 
     Args:
         task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (measure it), `alone` (no group: the loss
-            alone), `sizes` (find the largest micro-batch that fits), `num_kernels` (list as many of a GPU's), and
-            `result`, a path. What is written, after each row, has `rows` and `ceiling`.
+            alone), `sizes` (find the largest micro-batch that fits), `num_kernels` (list as many of a GPU's), `traces`
+            (their folder, or nothing), and `result`, a path. What is written, after each row, has `rows` and `ceiling`.
     """
     profile = replace(PROFILES[task["profile"]], steps=task["steps"], loss_repeats=task["loss_repeats"])
     rows = [Row(**row) for row in task["rows"]]

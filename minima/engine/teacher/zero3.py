@@ -16,12 +16,12 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minima.batch import Batch
 from minima.engine import distributed
+from minima.engine.layers import gather_whole_layers
 from minima.engine.ops import load_op
 from minima.engine.sharded import build_sharded, release, sharded_parameters
 from minima.engine.teacher.root import FrozenRoot
@@ -29,7 +29,6 @@ from minima.engine.teacher.window import LayerWindow
 from minima.errors import RecipeError
 from minima.launcher import node_name
 from minima.models.causal_lm import head_weight, hidden_states
-from minima.models.compiling import decoder_layers
 from minima.models.weights import WeightSource
 
 
@@ -66,9 +65,7 @@ class Zero3:
         self._window: LayerWindow | None = None
         layers(self.model)
         if windows:
-            kinds = {type(layer) for layer in decoder_layers(self.model)}
-            if kinds:
-                set_z3_leaf_modules(self.model, list(kinds))
+            gather_whole_layers(self.model)
             self._window = LayerWindow(self.model)
         # No optimiser here and none in the configuration: DeepSpeed then only shards and gathers.
         self._engine = deepspeed.initialize(model=FrozenRoot(self.model), config=config)[0]

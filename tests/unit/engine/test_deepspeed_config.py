@@ -203,6 +203,13 @@ def test_a_block_that_is_none_is_named(tmp_path, block):
         frozen_config(path, precision="float32")
 
 
+@pytest.mark.parametrize(("said", "meant"), [({}, 0), ({"stage3_max_reuse_distance": 7}, 7)])
+def test_no_weight_is_kept_for_a_distance_that_nobody_named(tmp_path, said, meant):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **said}}))
+    assert training_config(path, training(), 1)["zero_optimization"]["stage3_max_reuse_distance"] == meant
+
+
 def test_a_layer_is_gathered_ahead_as_a_whole(root):
     path = root / "ds_configs/student_zero3.json"
 

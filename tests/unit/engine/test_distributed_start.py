@@ -1,4 +1,4 @@
-"""What keeps a rank from joining before it has tried."""
+"""What keeps a rank from joining before it has tried, and what one does that is alone."""
 
 from types import SimpleNamespace
 
@@ -57,3 +57,13 @@ def test_a_rank_may_open_as_many_files_as_the_system_lets_it(monkeypatch, soft, 
     monkeypatch.setattr(distributed.resource, "setrlimit", lambda which, limits: found.append(limits))
     distributed._raise_file_limit()
     assert found == ([] if set_to is None else [(set_to, hard)])
+
+
+@pytest.mark.parametrize(("ranks", "waits"), [(1, 0), (2, 1)])
+def test_a_lone_rank_waits_for_nobody(monkeypatch, ranks, waits):
+    """NCCL would warn that it guesses its device, which DeepSpeed tells it only where there are more."""
+    waited = []
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: waited.append(True))
+    distributed.barrier()
+    assert len(waited) == waits

@@ -185,6 +185,18 @@ class TestCommand:
         assert done.returncode == 2
         assert f"The profile {profile} needs a GPU" in done.stderr
 
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--profile", "gpu-7b-3b", "--largest", "b:trl"], "'b:trl' is no NAME=N"),
+            (["--profile", "gpu-7b-3b", "--largest", "a:minima bfloat16=2"], "take no largest micro-batch"),
+            (["--profile", "host", "--traces", "x"], "the profile host runs on CPUs"),
+        ],
+    )
+    def test_what_would_be_ignored_is_refused(self, arguments, said):
+        done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr
+
     @pytest.mark.ranks
     def test_every_row_of_the_tiny_profile_is_measured(self, tiny):
         statuses = {row["name"]: row["status"] for row in tiny["rows"]}
