@@ -85,7 +85,7 @@ def check_stage(
     if not is_begun(folder) and not is_finished(folder):  # to hash the inputs of what has made nothing takes time
         return
     try:
-        check_unchanged(describe(recipe, recipe.stage(job.stage), run_folder, planned), folder)
+        check_unchanged(describe(recipe, recipe.stage(job.stage), run_folder, planned), folder, recipe)
     except StageError as error:
         first = f"job {job.id} ({state}) of this stage is in the queue: end it first, {_cancel(run_folder)}; then"
         raise StageError(error.what, error.why, f"{first} {error.do}") from None

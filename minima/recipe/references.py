@@ -84,6 +84,15 @@ def lineage(recipe: Recipe, name: str) -> tuple[list[Ancestor], str | None]:
     return found[::-1], reference
 
 
+def readers(recipe: Recipe, name: str) -> list[str]:
+    """The later stages that read a stage, at first or second hand, in the recipe's order."""
+    found = [name]
+    for stage in recipe.stages:  # a stage reads earlier ones
+        if any(reference.stage in found for reference in references(recipe, stage)):
+            found.append(stage.name)
+    return found[1:]
+
+
 def named_steps(recipe: Recipe, name: str) -> frozenset[int]:
     """Steps of a training stage whose checkpoints other stages of the recipe read, as `name@step`."""
     read = [reference for stage in recipe.stages for reference in references(recipe, stage)]

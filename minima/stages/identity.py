@@ -7,7 +7,7 @@ from typing import Any
 
 from minima.errors import StageError
 from minima.recipe.distillation import PLACING
-from minima.recipe.references import Reference, references, sources
+from minima.recipe.references import Reference, readers, references, sources
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.digests import digest, folder_digest, former_source_digest, is_gone, source_digest
 from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, read_manifest
@@ -123,12 +123,13 @@ def _stage_identity(recipe: Recipe, reference: Reference, run_folder: Path, plan
     return planned[reference.stage]
 
 
-def check_unchanged(description: dict[str, Any], folder: Path) -> None:
+def check_unchanged(description: dict[str, Any], folder: Path, recipe: Recipe) -> None:
     """Refuse to skip or resume a folder that was made from something else.
 
     Args:
         description: what the recipe asks for now, from `describe`.
         folder: the stage's folder; may be missing or empty.
+        recipe: the whole run, so that the refusal can tell which later stages read this one.
 
     Raises:
         StageError: the stage or one of its inputs has changed since the folder was begun.
@@ -159,16 +160,22 @@ def check_unchanged(description: dict[str, Any], folder: Path) -> None:
     if not changed and before_micro != now_micro:
         changed = [f"micro_batch_sequences is {now_micro} and was {before_micro}"]
     changed = changed or ["it was made by a version of minima that tells its inputs in another way"]
-    raise _refusal(new["name"], folder, state, changed)
+    raise _refusal(recipe, new["name"], folder, state, changed)
 
 
-def _refusal(name: str, folder: Path, state: str, changed: list[str]) -> StageError:
+def _refusal(recipe: Recipe, name: str, folder: Path, state: str, changed: list[str]) -> StageError:
     return StageError(
         f"stage {name!r} is {state} in {folder}, but {'; '.join(changed)}",
         "going on would mix results of two different runs under one name",
-        f"remove {folder} to make it again (and the later stages that read it), undo the change, "
-        "or take another output folder with output=PATH",
+        f"remove {folder} to make it again{made_from(recipe, name, folder.parent)}, undo the change, or take another "
+        "output folder with output=PATH",
     )
+
+
+def made_from(recipe: Recipe, name: str, run_folder: Path) -> str:
+    """What a refusal adds where later stages were made from a stage: they have to go with it."""
+    later = [name for name in readers(recipe, name) if is_begun(run_folder / name) or is_finished(run_folder / name)]
+    return f" (with what was made from it: {', '.join(later)})" if later else ""
 
 
 def changed_settings(stage: AnyStage, folder: Path) -> list[str]:
@@ -221,7 +228,7 @@ def check_read(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> 
     """
     for name, changed in read_and_changed(recipe, stages, run_folder).items():
         folder = run_folder / name
-        raise _refusal(name, folder, "finished" if is_finished(folder) else "half-finished", changed)
+        raise _refusal(recipe, name, folder, "finished" if is_finished(folder) else "half-finished", changed)
 
 
 def read_and_changed(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> dict[str, list[str]]:
@@ -257,7 +264,7 @@ def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> N
         folder = run_folder / stage.name
         own = stage.name in chosen and (is_finished(folder) or is_begun(folder))
         if own or (is_finished(folder) and any(read.stage in remade for read in references(recipe, stage))):
-            check_unchanged(describe(recipe, stage, run_folder, planned), folder)
+            check_unchanged(describe(recipe, stage, run_folder, planned), folder, recipe)
 
 
 def _without_place(value: Any) -> Any:

@@ -85,7 +85,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
         with run_lock(run_folder, _LOCK_SECONDS):
             stage_names = [one.name for one in recipe.stages]
             check_run_folder(run_folder, recipe.name, stage_names)
-            check_unchanged(description, folder)
+            check_unchanged(description, folder, recipe)
             if is_finished(folder):
                 write(f"stage {stage.name} was finished before")
                 return

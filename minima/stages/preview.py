@@ -30,7 +30,7 @@ from minima.recipe.schema import (
     Recipe,
 )
 from minima.stages.digests import is_gone
-from minima.stages.identity import changed_settings, read_and_changed
+from minima.stages.identity import changed_settings, made_from, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished
 from minima.stages.preview_inputs import KnownInputs, with_shared_rows
 from minima.stages.run_folder import check_run_folder
@@ -63,7 +63,8 @@ class Walk(KnownInputs):
         preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
         with suppress(StageError):  # a manifest that cannot be read stops who needs it, not every command
             if changed := changed_settings(stage, own):
-                preview.notes.append(f"it would be refused: {'; '.join(changed)}; remove {own} to make it again")
+                again = f"remove {own} to make it again{made_from(self.recipe, stage.name, self.folder)}"
+                preview.notes.append(f"it would be refused: {'; '.join(changed)}; {again}")
         preview.notes += [f"not used: {setting}" for setting in unread(self.recipe, stage)]
         for reference in references(self.recipe, stage):
             preview.reads.append(self.reads(reference, preview))

@@ -105,7 +105,7 @@ def run_stages(
         if launch.world_size > 1:
             look_again(folder)  # ranks of two machines have to agree on what is finished
         if launch.rank == 0 and is_finished(folder):  # another node need not have what an earlier stage read
-            check_unchanged(describe(recipe, stage, run_folder, planned), folder)
+            check_unchanged(describe(recipe, stage, run_folder, planned), folder, recipe)
     if launch.rank == 0:
         check_read(recipe, stages, run_folder)
         claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
@@ -162,7 +162,7 @@ def _begin(module, context: StageContext, write) -> None:
         try:
             with disk_full_named(context.folder):
                 description = describe(context.recipe, context.stage, context.run_folder)
-                check_unchanged(description, context.folder)
+                check_unchanged(description, context.folder, context.recipe)
                 write(f"{HEADER}{context.stage.name} ({context.stage.kind})")
                 with access_named(context.folder):
                     context.folder.mkdir(parents=True, exist_ok=True)

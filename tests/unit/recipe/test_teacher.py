@@ -60,8 +60,11 @@ def test_what_would_not_be_used_is_refused(teacher, what):
 )
 def test_a_run_may_go_on_with_its_teacher_elsewhere_but_not_with_another(tmp_path, change, may):
     def description(**teacher):
-        recipe = Recipe(name="x", stages=[distil(**teacher).model_dump(exclude_unset=True)])
+        recipe = recipe_of(teacher)
         return describe(recipe, recipe.stages[0], tmp_path)
+
+    def recipe_of(teacher):
+        return Recipe(name="x", stages=[distil(**teacher).model_dump(exclude_unset=True)])
 
     (tmp_path / "student").mkdir()
     write_json(tmp_path / "student" / STARTED, description())
@@ -69,7 +72,7 @@ def test_a_run_may_go_on_with_its_teacher_elsewhere_but_not_with_another(tmp_pat
     after = description(**change)
     assert (after["identity"] == description()["identity"]) == may
     if may:
-        check_unchanged(after, tmp_path / "student")
+        check_unchanged(after, tmp_path / "student", recipe_of(change))
 
 
 def test_all_that_places_a_teacher_is_known_as_such():

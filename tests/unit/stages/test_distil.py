@@ -38,7 +38,7 @@ def said(tmp_path, monkeypatch):
         own = tmp_path / folder
         own.mkdir(exist_ok=True)
         description = describe(recipe, recipe.stages[0], tmp_path, {})
-        check_unchanged(description, own)
+        check_unchanged(description, own, recipe)
         write_started(own, description)
         launch = Launch(rank, 2, rank, 2)
         distil.run(StageContext(recipe, tmp_path / "x.yaml", recipe.stages[0], own, tmp_path, launch))

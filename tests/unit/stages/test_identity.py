@@ -36,6 +36,11 @@ def description(run, name, *overrides):
     return describe(recipe, recipe.stage(name), run)
 
 
+def check_stage(run, name, *overrides):
+    recipe = load_recipe(run / "x.yaml", overrides)
+    check_unchanged(describe(recipe, recipe.stage(name), run), run / name, recipe)
+
+
 def publish(run, name, finished=True):
     (run / name).mkdir(exist_ok=True)
     write_started(run / name, description(run, name))
@@ -60,16 +65,29 @@ def test_a_changed_field_is_refused_by_name(run, finished):
     publish(run, "corpus")
     publish(run, "teacher", finished)
     (run / "teacher" / "metrics.jsonl").touch()
-    check_unchanged(description(run, "teacher"), run / "teacher")
+    check_stage(run, "teacher")
     state = "finished" if finished else "half-finished"
     with pytest.raises(StageError, match=rf"'teacher' is {state} in .*learning_rate is 0.002 and was 0.001"):
-        check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+        check_stage(run, "teacher", "stages.teacher.learning_rate=2e-3")
+
+
+def test_a_refusal_names_what_has_to_be_made_again_with_the_stage(run):
+    publish(run, "corpus")
+    publish(run, "teacher")
+    later = "stages.corpus.sequence_length=32"
+    with pytest.raises(StageError, match=r"remove \S+corpus to make it again \(with what was made from it: teacher\),"):
+        check_stage(run, "corpus", later)
+    publish(run, "pruned")  # which reads both
+    with pytest.raises(StageError, match=r"\(with what was made from it: teacher, pruned\),"):
+        check_stage(run, "corpus", later)
+    with pytest.raises(StageError, match=r"pruned to make it again, undo"):
+        check_stage(run, "pruned", "stages.pruned.target.hidden_size=8")
 
 
 def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
     publish(run, "corpus")
     publish(run, "teacher", finished=False)
-    check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+    check_stage(run, "teacher", "stages.teacher.learning_rate=2e-3")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +97,7 @@ def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
 def test_what_does_not_change_the_result_may_change(run, override):
     publish(run, "corpus")
     publish(run, "teacher")
-    check_unchanged(description(run, "teacher", f"stages.teacher.{override}"), run / "teacher")
+    check_stage(run, "teacher", f"stages.teacher.{override}")
 
 
 def test_the_micro_batch_of_a_prune_stage_may_not(run):
@@ -87,7 +105,7 @@ def test_the_micro_batch_of_a_prune_stage_may_not(run):
     publish(run, "teacher", finished=False)
     publish(run, "pruned")
     with pytest.raises(StageError, match="micro_batch_sequences"):
-        check_unchanged(description(run, "pruned", "stages.pruned.micro_batch_sequences=2"), run / "pruned")
+        check_stage(run, "pruned", "stages.pruned.micro_batch_sequences=2")
 
 
 def test_a_changed_text_is_named_and_reaches_later_stages(run):
@@ -95,12 +113,12 @@ def test_a_changed_text_is_named_and_reaches_later_stages(run):
     publish(run, "teacher")
     (run / "text.jsonl").write_text('{"text": "b"}\n')
     with pytest.raises(StageError, match=r"its input sources.0 \(text.jsonl\) has changed"):
-        check_unchanged(description(run, "corpus"), run / "corpus")
+        check_stage(run, "corpus")
     (run / "corpus" / "manifest.json").unlink()
     (run / "corpus" / "started.json").unlink()
     publish(run, "corpus")
     with pytest.raises(StageError, match=r"its input data \(corpus\) has changed"):
-        check_unchanged(description(run, "teacher"), run / "teacher")
+        check_stage(run, "teacher")
 
 
 @pytest.mark.parametrize(("name", "content"), [("model.safetensors", b"123456789"), ("config.json", b"[]")])
@@ -109,7 +127,7 @@ def test_a_changed_model_folder_is_named(run, name, content):
     publish(run, "teacher")
     (run / "base" / name).write_bytes(content)
     with pytest.raises(StageError, match=r"its input model \(base\) has changed"):
-        check_unchanged(description(run, "teacher"), run / "teacher")
+        check_stage(run, "teacher")
 
 
 def test_changed_blocks_of_a_data_folder_given_by_path_are_named(run):
@@ -119,17 +137,17 @@ def test_changed_blocks_of_a_data_folder_given_by_path_are_named(run):
     (run / "teacher").mkdir()
     write_started(run / "teacher", describe(recipe, recipe.stage("teacher"), run))
     write_manifest(run / "teacher", {"loss": 1.5}, 2.0)
-    check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher")
+    check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher", recipe)
     (run / "copy" / "train" / "index.json").write_text("[2]")
     with pytest.raises(StageError, match=r"its input data \(copy\) has changed"):
-        check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher")
+        check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher", recipe)
 
 
 def test_half_written_names_beside_started_are_no_content(run):
     publish(run, "corpus")
     publish(run, "teacher", finished=False)
     (run / "teacher" / ".started.json.4711").touch()  # another rank is writing, or was killed as it wrote
-    check_unchanged(description(run, "teacher", "stages.teacher.learning_rate=2e-3"), run / "teacher")
+    check_stage(run, "teacher", "stages.teacher.learning_rate=2e-3")
 
 
 def whole_run(run):
@@ -192,10 +210,10 @@ def test_an_input_that_is_not_there_is_an_error_where_nothing_is_planned(run):
 def test_text_that_was_put_away_once_it_was_built_has_not_changed(run):
     publish(run, "corpus")
     (run / "text.jsonl").rename(run / "archived.jsonl")
-    check_unchanged(description(run, "corpus"), run / "corpus")
+    check_stage(run, "corpus")
     (run / "text.jsonl").write_text('{"text": "b"}\n')
     with pytest.raises(StageError, match=r"sources\.0 \(text\.jsonl\) has changed"):
-        check_unchanged(description(run, "corpus"), run / "corpus")
+        check_stage(run, "corpus")
 
 
 def test_a_hash_that_an_earlier_version_took_of_the_same_files_still_holds(run):
@@ -217,7 +235,7 @@ def test_text_that_is_gone_before_it_was_built_is_no_input(run):
     (run / "corpus" / "train").mkdir()
     (run / "text.jsonl").unlink()
     with pytest.raises(StageError, match="has changed"):
-        check_unchanged(description(run, "corpus"), run / "corpus")
+        check_stage(run, "corpus")
 
 
 def test_what_a_chosen_stage_reads_has_to_be_what_the_recipe_says(run):
