@@ -63,7 +63,7 @@ setup(
             "lm-eval>=0.4.13",
             "accelerate",
             "trl>=1.16",  # its preference loss is what ours is compared with
-            'liger-kernel>=0.8.5; platform_system == "Linux"',  # its norms and SwiGLUs are compared with the stock ones
+            'liger-kernel>=0.8.5; platform_system == "Linux"',  # its modules are compared with the stock ones
             'triton; platform_system == "Linux"',  # its interpreter runs the GPU's kernels
             "scipy>=1.11.1",
             "matplotlib>=3.8",

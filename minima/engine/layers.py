@@ -30,7 +30,7 @@ def prepare_layers(
         model: from `build_sharded`, whole or sharded, its engine still to be made.
         activation_checkpointing: what the backward pass computes again; `none` for a frozen model that only predicts.
         compiled: compile each decoder layer.
-        kernels: `stock`, or `liger` for liger-kernel's norms and SwiGLUs.
+        kernels: `stock`, or `liger` for liger-kernel's norms, SwiGLUs and rotary embedding.
         backend: of `torch.compile`.
 
     Raises:
@@ -50,7 +50,7 @@ def prepare_layers(
             f"{CURE}, or set compile: false",
         )
     if kernels == "liger":
-        use_liger(model)
+        use_liger(model, products_kept=activation_checkpointing == "selective")
     recompute(model, activation_checkpointing)
     gather_whole_layers(model)
     if compiled:

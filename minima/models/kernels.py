@@ -1,7 +1,10 @@
-"""Fused norms and SwiGLUs from liger-kernel, for one model: no class and no module of a library changes."""
+"""liger-kernel's norms, SwiGLUs and rotary embedding for one model: no class and no module of a library changes."""
 
 import functools
 import importlib
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +17,19 @@ from minima.models.families import family_of
 from minima.triton_driver import CURE, triton_trouble
 
 # liger-kernel's own way patches classes for all models of the process, and its rotary option a whole module. Taken here
-# are its two autograd functions alone.
+# are its three autograd functions alone.
+_ROTATION = "apply_rotary_pos_emb"  # what a stock attention calls it, by a name of its module
 
 
-def use_liger(model: PreTrainedModel) -> list[str]:
-    """Let this instance's RMSNorms and SwiGLUs run liger-kernel's kernels, on the same parameters by the same names.
+def use_liger(model: PreTrainedModel, products_kept: bool = False) -> list[str]:
+    """Let this instance's RMSNorms, SwiGLUs and rotary embedding run liger-kernel's kernels.
+
+    Its parameters stay what they are, by the same names.
 
     Args:
         model: a stock model, whole or partitioned by ZeRO-3.
+        products_kept: whether the backward pass reads the queries and keys that the projections gave, as it does where
+            all but matrix products is recomputed. liger-kernel rotates in place, so they are then copied first.
 
     Returns:
         Paths of the modules that run them.
@@ -38,12 +46,15 @@ def use_liger(model: PreTrainedModel) -> list[str]:
             "set kernels: stock; with compile: true its norms and activations are fused, too",
         )
     functions = _liger_functions()
+    rotation = functools.partial(_rotate, functions.LigerRopeFunction, products_kept)
     replaced = []
     for path, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = functools.partial(_rms_norm, module, functions.LigerRMSNormFunction)
         elif _is_swiglu(module, model.config):
             module.forward = functools.partial(_swiglu, module, functions.LigerSiLUMulFunction)
+        elif (stock := inspect.unwrap(type(module).forward)) and _ROTATION in stock.__code__.co_names:
+            module.forward = functools.partial(_calling(stock, rotation), module)
         else:
             continue
         replaced.append(path)
@@ -82,6 +93,22 @@ def _has_gpu() -> bool:
 def _is_swiglu(module: nn.Module, config: Any) -> bool:
     parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
     return parts and config.hidden_act in ("silu", "swish")
+
+
+def _calling(stock: Callable[..., Any], rotation: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a stock attention's forward pass that calls `rotation`; all else of its module is as it was."""
+    names = stock.__globals__ | {_ROTATION: rotation}
+    copied = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
+    copied.__kwdefaults__ = stock.__kwdefaults__
+    return copied
+
+
+def _rotate(
+    function: Any, products_kept: bool, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    if products_kept:
+        queries, keys = queries.clone(), keys.clone()
+    return function.apply(queries, keys, cos, sin)
 
 
 def _rms_norm(norm: Any, function: Any, hidden: Tensor) -> Tensor:

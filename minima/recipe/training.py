@@ -35,8 +35,8 @@ class Training(BaseModel):
             stage fits.
         compile: compile each decoder layer, and the frozen teacher's, with `torch.compile`. The first step takes
             minutes longer.
-        kernels: `liger` replaces norms and SwiGLUs of student and teacher by liger-kernel's fused ones (a GPU, and
-            the `liger` extra); `stock` leaves the models as they are.
+        kernels: `liger` replaces norms, SwiGLUs and rotary embeddings of student and teacher by liger-kernel's fused
+            ones (a GPU, and the `liger` extra); `stock` leaves the models as they are.
         deterministic: on a GPU, the same run gives the same bits, at some cost in speed. A CPU always does.
         checkpoint_every_steps: steps between checkpoints; one is written at the end in any case.
         keep_checkpoints: how many of the newest are kept, beside those that another stage of the recipe reads as

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 from minima.batch import IGNORE_INDEX, Batch
 from minima.engine.loop import train_step
@@ -155,8 +156,8 @@ class TrlStep(_TwoEngines):
 class LigerStep(_TwoEngines):
     """Backbones only, then Liger's fused linear loss: TRL's `use_liger_kernel` step, which TRL 1.x no longer has.
 
-    Both heads are whole while the loss runs. On a GPU Liger's fused modules replace the stock ones of both models,
-    rotary embeddings left as they are: that option changes a whole module.
+    Both heads are whole while the loss runs. On a GPU Liger's fused norms, SwiGLUs and rotary embedding replace the
+    stock ones of both models. The last replaces a function of a whole module, which `close` puts back.
     """
 
     def __init__(self, profile: Profile, row: Row) -> None:
@@ -165,11 +166,12 @@ class LigerStep(_TwoEngines):
         model = frozen_model(profile, row, config)
         self.teacher = deepspeed.initialize(model=Root(model), config=config)[0]
         self.student = peer_student(profile, row, rooted=True)
+        self._stock_rotation = modeling_llama.apply_rotary_pos_emb
         if profile.device == "cuda":
             from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
             for engine in (self.student, self.teacher):
-                _apply_liger_kernel_to_instance(model=engine.module.model, rope=False)
+                _apply_liger_kernel_to_instance(model=engine.module.model)
 
     def step(self, micro_batches: list[Batch]) -> float:
         total = 0.0
@@ -188,6 +190,10 @@ class LigerStep(_TwoEngines):
     def _student_loss(self, model, batch: Batch, taught_NE: Tensor, head: Tensor) -> Tensor:
         hidden_ND = _final_states(model, batch.input_ids_BT)
         return self._loss(hidden_ND, model.get_output_embeddings().weight, taught_NE, head, batch.labels_BT.flatten())
+
+    def close(self) -> None:
+        modeling_llama.apply_rotary_pos_emb = self._stock_rotation
+        super().close()
 
 
 def _final_states(model, tokens_BT: Tensor) -> Tensor:

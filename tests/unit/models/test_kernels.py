@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from minima.errors import RecipeError, UnsupportedFamily
 from minima.models import kernels
@@ -30,7 +31,8 @@ def named_functions(monkeypatch):
     """Functions that say which they are, in the place of liger-kernel's."""
     norm = SimpleNamespace(apply=lambda hidden, weight, *rest: hidden * 0 + 2)
     product = SimpleNamespace(apply=lambda gate, up, *rest: gate * 0 + 3)
-    functions = SimpleNamespace(LigerRMSNormFunction=norm, LigerSiLUMulFunction=product)
+    rotation = SimpleNamespace(apply=lambda queries, keys, cos, sin: (queries * 0 + 4, keys))
+    functions = SimpleNamespace(LigerRMSNormFunction=norm, LigerSiLUMulFunction=product, LigerRopeFunction=rotation)
     monkeypatch.setattr(kernels, "_liger_functions", lambda: functions)
 
 
@@ -44,14 +46,31 @@ def test_one_instance_changes_and_its_parameters_stay_the_same_objects(named_fun
     }
     assert list(model.state_dict()) == list(other.state_dict())
     norms = 2 + (2 if family == "qwen3" else 0)  # queries and keys are normalised, too
-    assert len(replaced) == 2 * (norms + 1) + 1
-    assert {path.rpartition(".")[2] for path in replaced} >= {"mlp", "norm", "input_layernorm"}
+    assert len(replaced) == 2 * (norms + 2) + 1
+    assert {path.rpartition(".")[2] for path in replaced} >= {"mlp", "norm", "input_layernorm", "self_attn"}
     hidden = torch.randn(1, 3, 32)
     assert (model.base_model.norm(hidden) == 2).all()
     mlp = model.base_model.layers[1].mlp
     assert mlp(hidden).equal(mlp.down_proj(torch.full((1, 3, 48), 3.0)))
+    assert_attends_to(model, 4.0)
+    with pytest.raises(AssertionError):
+        assert_attends_to(other, 4.0)
     assert not any("forward" in vars(module) for module in other.modules())
     assert not (other.base_model.norm(hidden) == 2).any()
+
+
+def assert_attends_to(model, queries: float):
+    """Its attention is given queries that are all one number."""
+    seen = []
+
+    def attention(module, query, key, value, mask, **settings):
+        seen.append(query)
+        return value.transpose(1, 2), None
+
+    AttentionInterface.register("seen", attention)
+    model.config._attn_implementation = "seen"
+    model(torch.arange(5).view(1, 5))
+    assert len(seen) == 2 and all((query == queries).all() for query in seen)
 
 
 def test_another_activation_keeps_the_stock_mlp(named_functions):
@@ -92,6 +111,7 @@ import tests.interpreted
 from minima.batch import make_batch
 from minima.models import kernels
 from minima.models.causal_lm import hidden_states
+from minima.models.compiling import recompute
 from tests.probe import probe_loss
 from tests.unit.models.test_kernels import model_of
 class Scalar(float):
@@ -105,14 +125,15 @@ rms_norm.rsqrt = lambda value: triton.language.rsqrt(value)
 convert = interpreter._implicit_cvt
 interpreter._implicit_cvt = lambda argument: Scalar(argument) if type(argument) is float else convert(argument)
 tokens = torch.arange(14).view(2, 7)
-for family in ("llama", "qwen3"):
+for family, what in (("llama", "none"), ("qwen3", "full"), ("mistral", "selective")):
     results = []
     for liger in (False, True):
-        model = model_of(family)
+        model = model_of(family, num_key_value_heads=2)
         if liger:
             kernels._has_gpu = lambda: True  # the interpreter runs the kernels on the CPU
             kernels.triton_trouble = lambda: None
-            assert kernels.use_liger(model)
+            assert kernels.use_liger(model, products_kept=what == "selective")
+        recompute(model, what)
         hidden = hidden_states(model, make_batch(tokens))
         probe_loss(hidden).backward()
         named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
