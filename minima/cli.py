@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
     for name, (kind, metavar, text) in _PLANNED_FOR.items():
         plan.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
+    plan.add_argument("--stages", metavar="A,B", help="only these; all when not given")
     plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
     plan.set_defaults(command=_plan)
 
@@ -260,11 +261,8 @@ def _chat(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from minima.stages.plan_command import plan_command
 
-    write(
-        plan_command(
-            options.recipe, options.overrides, options.json, **{name: getattr(options, name) for name in _PLANNED_FOR}
-        )
-    )
+    asked = {name: getattr(options, name) for name in _PLANNED_FOR}
+    write(plan_command(options.recipe, options.overrides, _names(options.stages), options.json, **asked))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Recipe
 from minima.stages.plan_walk import plan_run
 from minima.stages.preview_inputs import KnownInputs
+from minima.stages.running import select
 from minima.stages.shipped import find_recipe, shipped_folder
 
 
@@ -82,12 +84,15 @@ def cluster_for(
     )
 
 
-def plan_command(name: str, overrides: list[str], as_json: bool = False, **asked: Any) -> str:
+def plan_command(
+    name: str, overrides: list[str], stages: Sequence[str] | None = None, as_json: bool = False, **asked: Any
+) -> str:
     """What `minima plan` prints.
 
     Args:
         name: of the recipe, or its path.
         overrides: of the recipe.
+        stages: those to show and to add up; all when not given.
         as_json: all numbers, for programs.
         asked: what `cluster_for` takes.
 
@@ -96,8 +101,10 @@ def plan_command(name: str, overrides: list[str], as_json: bool = False, **asked
     """
     path = find_recipe(name)
     recipe = load_recipe(path, overrides)
+    shown = {stage.name for stage in select(recipe, stages)}
     cluster = cluster_for(recipe, path, **asked)
-    plans, notes = plan_run(recipe, path, cluster), assumptions(cluster)
+    plans = [plan for plan in plan_run(recipe, path, cluster) if plan.name in shown]
+    notes = assumptions(cluster)
     if as_json:
         return json.dumps(as_dict(plans, cluster, notes), indent=2)
     return render(plans, cluster, notes)

@@ -123,6 +123,19 @@ def test_the_command_prints_a_plan_without_torch(root):
     assert cli.main(["plan", "minima-3b", "--gpus", "0"]) == 2
 
 
+def test_chosen_stages_alone_are_shown_and_added_up(capsys):
+    def planned(*flags):
+        assert cli.main(["plan", "minima-3b", "--gpus", "16", "--gpu", "h100", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole, chosen = planned(), planned("--stages", "student,pruned")
+    wanted = [stage for stage in whole["stages"] if stage["name"] in ("pruned", "student")]
+    assert chosen["stages"] == wanted and len(wanted) == 2
+    assert chosen["total"]["gpu_hours"] < whole["total"]["gpu_hours"]
+    assert cli.main(["plan", "minima-3b", "--stages", "studnt"]) == 2
+    assert "student" in capsys.readouterr().err
+
+
 def test_the_memory_that_is_published_is_called_less_than_a_card_reports(planned):
     said = [" ".join(assumptions(planned("7B to 3B", gpu="h100", **asked)[1])) for asked in ({}, {"gpu_memory": 85e9})]
     assert "--gpu-memory takes what it reports" in said[0] and "--gpu-memory" not in said[1]
