@@ -27,9 +27,9 @@ def main() -> None:
         default="",
         help="rows whose name contains one of these (A,B); writes nothing by default",
     )
-    parser.add_argument("--turns", type=int, default=None, help="of each row, instead of the profile's number")
-    parser.add_argument("--steps", type=int, default=None, help="timed in each turn, instead of the profile's number")
-    parser.add_argument("--kernels", type=int, default=0, help="of a GPU, so many that take most of a step of minima's")
+    parser.add_argument("--turns", type=_count, default=None, help="of each row, instead of the profile's number")
+    parser.add_argument("--steps", type=_count, default=None, help="timed in each turn, instead of the profile's number")
+    parser.add_argument("--kernels", type=_count, default=0, help="of a GPU, so many that take most of a step of minima's")
     parser.add_argument("--traces", type=Path, default=None, help="folder for traces of these steps")
     parser.add_argument(
         "--largest",
@@ -55,6 +55,13 @@ def main() -> None:
     if unknown := [name for name in options.largest if name not in searched]:
         parser.error(f"--largest: {unknown} take no largest micro-batch in {options.profile}; these do: {searched}")
     sys.exit(_bench(options))
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def _sizes(text: str) -> dict[str, int]:

@@ -23,17 +23,20 @@ _DEFAULTS = {
 }
 
 
-def read_deepspeed_json(path: Path, placement: Placement = "zero3", offload: Offload | None = None) -> dict[str, Any]:
+def read_deepspeed_json(
+    path: Path, placement: Placement = "zero3", offload: Offload | None = None, *, frozen: bool = False
+) -> dict[str, Any]:
     """A DeepSpeed JSON that keeps to sharding, offload, communication and profiling.
 
     Args:
         path: of the file.
         placement: that it has to be for: stage 3 where weights are sharded, stage 0 where they are whole or split.
         offload: where shards have to lie; where the JSON says, but not on NVMe, when not given.
+        frozen: the model is not trained.
 
     Raises:
-        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or is for
-            another placement.
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns, what may change a result or what a frozen
+            model has no use for, or is for another placement.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -50,6 +53,8 @@ def read_deepspeed_json(path: Path, placement: Placement = "zero3", offload: Off
     _check_blocks(path, config)
     _check_keys(path, config)
     _check_placement(path, config, placement, offload)
+    if frozen:
+        _check_frozen(path, config)
     return config
 
 
@@ -86,6 +91,18 @@ def _check_placement(path: Path, config: dict[str, Any], placement: Placement, o
             f"{path} offloads parameters to {_device(zero, 'offload_param')}, and the recipe's teacher to {offload}",
             "with two owners one silently loses",
             "make both the same, or leave `deepspeed` out of the recipe's teacher",
+        )
+
+
+def _check_frozen(path: Path, config: dict[str, Any]) -> None:
+    idle = ["offload_optimizer"] if _device(_block(config, "zero_optimization"), "offload_optimizer") != "none" else []
+    profiler = config.get("flops_profiler")
+    idle += ["flops_profiler"] if isinstance(profiler, dict) and profiler.get("enabled") else []
+    if idle:
+        raise DeepSpeedConfigError(
+            f"{path} sets {' and '.join(idle)} for a model that is frozen",
+            "it has no optimiser and takes no step, which is what DeepSpeed looks at there, so it would do nothing",
+            "remove it, or name one of the shipped teacher_*.json",
         )
 
 
@@ -213,9 +230,10 @@ def frozen_config(
         tensor_parallel_ranks: ranks that one copy is split over.
 
     Raises:
-        DeepSpeedConfigError: the JSON sets what the recipe owns, or is for another placement.
+        DeepSpeedConfigError: the JSON sets what the recipe owns or what no frozen model has, or is for another
+            placement.
     """
-    config = read_deepspeed_json(path, placement, offload)
+    config = read_deepspeed_json(path, placement, offload, frozen=True)
     if offload == "nvme":
         zero = config["zero_optimization"]
         config["zero_optimization"] = zero | {"offload_param": zero["offload_param"] | {"nvme_path": str(nvme_path)}}

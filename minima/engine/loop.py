@@ -168,6 +168,7 @@ def train_step(
             student.backward(loss.total / count * finite)
             meters.add(loss)
             norm = student.step(learning_rate)
+        del batch  # which holds the window's states of the teacher, while the next one's are made
     return StepResult(norm, Votes(*agreed.tolist()))
 
 

@@ -1,5 +1,6 @@
 """What a caller of the losses may get wrong. Shapes and plain numbers alone are looked at, so no GPU is waited for."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,14 +13,19 @@ def check_chunk(chunk_tokens: int) -> None:
     """Refuse chunks of no tokens.
 
     Raises:
-        MinimaError: `chunk_tokens` is below 1.
+        MinimaError: `chunk_tokens` is no whole number, or below 1.
     """
-    if chunk_tokens < 1:
+    if not is_count(chunk_tokens):
         raise MinimaError(
             f"chunk_tokens {chunk_tokens} is no number of tokens",
             "a loss is added up over chunks of so many tokens, so it would be of none",
             "give 1 or more; 1024 suits most machines",
         )
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 1 on."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_ranges(what: str, /, **settings: tuple[Any, bool, str]) -> None:
@@ -51,7 +57,7 @@ def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
     Raises:
         MinimaError: a shape or a kind of tensor is another.
     """
-    if labels_N.is_floating_point() or labels_N.dtype == torch.bool:
+    if labels_N.dtype not in (torch.int64, torch.int32):
         raise MinimaError(
             f"labels of {labels_N.dtype}", "a label is the number of a token", "give int64 token ids: `labels.long()`"
         )

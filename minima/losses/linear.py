@@ -15,6 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Elements of one block of rows in the element-wise part of a loss: on a CPU a block and its temporaries stay in the
 # cache (2^17 float32 numbers are 0.5 MB); a GPU wants few, large kernels.
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
+_NARROW = (torch.bfloat16, torch.float16)  # what a GPU multiplies into float32
 _NARROWED_ELEMENTS = 2**24  # 32 MB of bfloat16 beside the sum
 
 
@@ -56,9 +57,9 @@ class ChunkBuffers:
 
 def logits_head(head_VD: Tensor, hidden_dtype: torch.dtype) -> Tensor:
     """The head as `float_logits` wants it for all chunks of hidden states of this dtype."""
-    if hidden_dtype == torch.float32 or not head_VD.is_cuda:
-        return head_VD.float()  # no CPU kernel multiplies bfloat16 into float32
-    return head_VD.to(hidden_dtype)
+    if hidden_dtype in _NARROW and head_VD.is_cuda:
+        return head_VD.to(hidden_dtype)
+    return head_VD.float()  # no CPU kernel multiplies bfloat16 into float32, and no kernel float64
 
 
 def float_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor | None = None) -> Tensor:
@@ -81,7 +82,7 @@ def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
     """sum_VD += gradient_CV^T hidden_CD, with the sum in float32."""
     if gradient_CV.dtype == torch.float32:
         sum_VD.addmm_(gradient_CV.t(), hidden_CD)
-    elif gradient_CV.is_cuda:
+    elif gradient_CV.is_cuda and gradient_CV.dtype in _NARROW:
         try:  # one pass over the sum, and no second matrix of its size
             torch.addmm(sum_VD, gradient_CV.t(), hidden_CD, out_dtype=torch.float32, out=sum_VD)
         except RuntimeError:  # an older torch wants a sum in the factors' dtype

@@ -3,45 +3,24 @@
 Shapes: N tokens, C tokens of one chunk, P tokens of a piece of it, D student width, E teacher width, V vocabulary.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
-from minima.errors import MinimaError, VocabularyMismatch
-from minima.losses.checks import check_chunk, check_tokens
+from minima.errors import VocabularyMismatch
+from minima.losses.checks import check_ranges, check_tokens
 from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
 from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed, without_autocast
 from minima.losses.loss_sum import LossSum
-from minima.triton_driver import triton_trouble
+from minima.losses.way import Kernel, Way
 
-Kernel = Literal["auto", "eager", "triton"]
 # Of a chunk. With four, a piece's logits of both models are together as large as the chunk's rounded gradient.
 _PIECES = {"cpu": 1, "cuda": 4}
-
-
-class _Way(NamedTuple):
-    """How a loss is computed; nothing here changes it beyond rounding."""
-
-    chunk_tokens: int
-    kernel: Kernel
-
-    def check(self, truncated: bool) -> None:
-        """Refuse, with a MinimaError, what cannot be done; `truncated` is whether the teacher is cut."""
-        check_chunk(self.chunk_tokens)
-        if self.kernel not in get_args(Kernel):
-            raise MinimaError(
-                f"kernel {self.kernel!r}", "no such kernel is there", f"give one of {', '.join(get_args(Kernel))}"
-            )
-        if self.kernel == "triton" and truncated:
-            raise MinimaError(
-                "kernel 'triton' with top_k or top_p",
-                "there is no Triton kernel for a teacher that is cut",
-                "leave kernel at 'auto', or give 'eager'",
-            )
 
 
 def linear_distillation_loss(
@@ -117,9 +96,14 @@ def linear_distillation_loss(
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
     student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)
     check_tokens(labels_N, student=student, teacher=teacher)
-    term, way = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p), _Way(chunk_tokens, kernel)
+    term, way = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p), Way(chunk_tokens, kernel)
     term.check()
-    way.check(term.truncated)
+    if term.top_k is not None and term.top_k >= teacher_head_VE.shape[0]:
+        term = term._replace(top_k=None)  # which cuts nothing, and a GPU has a kernel for
+    way.check(labels_N.device, term.truncated)
+    weights = {"hard_weight": hard_weight, "soft_weight": soft_weight}
+    ranges = {name: (value, 0 <= value < math.inf, "0 or more, and finite") for name, value in weights.items()}
+    check_ranges("a distillation loss", **ranges)
     keep_N = labels_N != ignore_index
     count = keep_N.sum()
     terms = Terms(hard_weight, soft_weight, term, zero_parts)
@@ -166,8 +150,8 @@ def linear_cross_entropy(
         MinimaError: as for `linear_distillation_loss`.
     """
     check_tokens(labels_N, model=(hidden_ND, head_VD))
-    terms, way = Terms(1.0, 0.0, SoftTerm()), _Way(chunk_tokens, kernel)
-    way.check(truncated=False)
+    terms, way = Terms(1.0, 0.0, SoftTerm()), Way(chunk_tokens, kernel)
+    way.check(labels_N.device)
     keep_N = labels_N != ignore_index
     total, _ = _LinearDistillation.apply(hidden_ND, head_VD, None, None, labels_N, keep_N, terms, way)
     return LossSum(total, keep_N.sum(), {})
@@ -192,10 +176,6 @@ def _piece_tokens(chunk_tokens: int, device: torch.device) -> int:
     return -(-chunk_tokens // _PIECES.get(device.type, 1))
 
 
-def _is_fused(kernel: Kernel, *, on_gpu: bool, truncated: bool) -> bool:
-    return kernel == "triton" or (kernel == "auto" and on_gpu and not truncated and triton_trouble() is None)
-
-
 class _LinearDistillation(torch.autograd.Function):
     """Sum of the loss, and its gradients for hidden states and head, chunk by chunk.
 
@@ -216,7 +196,7 @@ class _LinearDistillation(torch.autograd.Function):
         labels_N: Tensor,
         keep_N: Tensor,
         terms: Terms,
-        way: _Way,
+        way: Way,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_head = ctx.needs_input_grad[:2]
         need_gradient = need_hidden or need_head
@@ -224,8 +204,10 @@ class _LinearDistillation(torch.autograd.Function):
         labels_N = labels_N.masked_fill(~keep_N, 0)
         sums = torch.zeros(3, dtype=torch.float64, device=labels_N.device)  # hard, soft (scaled), kl
         grad_hidden_ND = torch.zeros_like(student_hidden_ND) if need_hidden else None
-        grad_head_VD = torch.zeros_like(student_head_VD, dtype=torch.float32) if need_head else None
-        fused = _is_fused(way.kernel, on_gpu=labels_N.is_cuda, truncated=terms.term.truncated)
+        grad_head_VD = None
+        if need_head:  # whatever the head's strides: the sum is narrowed within its own memory
+            grad_head_VD = torch.zeros(student_head_VD.shape, dtype=torch.float32, device=student_head_VD.device)
+        fused = way.is_fused(labels_N.device, terms.term.truncated)
         if fused:
             from minima.losses.triton_kernels import fused_losses_and_gradient
         chunk_tokens = min(way.chunk_tokens, num_tokens)

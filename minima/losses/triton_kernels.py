@@ -81,6 +81,11 @@ def fused_losses_and_gradient(
     sums.add_(losses_C3.sum(0, dtype=torch.float64))
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET=1."""
+    return not isinstance(_rows, triton.JITFunction)
+
+
 @triton.jit
 def _rows(
     student_ptr,

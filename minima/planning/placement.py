@@ -98,11 +98,12 @@ def choose(
         for level in levels:
             for row in tables[level][0]:
                 if row.offload == offload and not row.refused:
-                    return _choice(row, tables, machine)
+                    return _choice(row, tables, machine, _too_wide(teacher, row))
     rows = tables[levels[-1]][0]
     if teacher is None or teacher.placement != "auto":
         who = rows[0].name if teacher is not None else "the trained model"
-        return _choice(rows[0], tables, machine, f"{who} {rows[0].refused}")
+        warnings = [f"{who} {rows[0].refused}", _too_wide(teacher, rows[0])]
+        return _choice(rows[0], tables, machine, "; ".join(filter(None, warnings)))
     least = min(rows, key=lambda row: row.peak_bytes)
     raise RecipeError(
         f"stages.{name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
@@ -111,6 +112,14 @@ def choose(
         "lower micro_batch_sequences, keep the optimiser in the hosts' memory with deepspeed: "
         "student_zero3_offload.json, take more ranks, or name a placement to try it all the same",
     )
+
+
+def _too_wide(teacher: Teacher | None, row: Row) -> str:
+    """That a step has fewer micro-batches than the window that the recipe names; empty where it has not."""
+    named = teacher.window_micro_batches if teacher is not None else None
+    if named is None or named <= row.window:
+        return ""
+    return f"window_micro_batches is {named}, and a step has {row.window} micro-batches on each rank: so many share one"
 
 
 def _choice(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from minima.errors import RecipeError
 from minima.recipe.data import Source
+from minima.recipe.distillation import PLACING
 from minima.recipe.overrides import nearest
 from minima.recipe.schema import AnyStage, BuildData, Distil, Evaluate, ModelInput, Recipe
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
@@ -191,6 +192,10 @@ def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
     found = []
     if isinstance(stage, Distil) and stage.soft_weight == 0 and stage.temperature != 1.0:
         found.append(f"temperature {stage.temperature:g} with soft_weight 0, in which the teacher has no part")
+    if isinstance(stage, Distil) and stage.soft_weight == 0:
+        placed = sorted(key for key in stage.teacher.model_fields_set if key in (*PLACING, "precision"))
+        idle = [key for key in placed if getattr(stage.teacher, key) not in (None, "auto", "none")]
+        found += [f"teacher.{key} with soft_weight 0, for which no teacher is loaded" for key in idle]
     names = {other.name for other in recipe.stages}
     for field, value in stage:
         if not isinstance(value, ModelInput):

@@ -5,9 +5,11 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 
 from minima import triton_driver
-from minima.losses import linear_distillation
+from minima.errors import MinimaError
+from minima.losses import way
 
 
 class Driver:
@@ -68,10 +70,17 @@ def test_a_gpu_where_triton_is_missing_or_sound(driver, caplog, monkeypatch):
 
 
 def test_the_losses_do_without_it_but_where_it_is_asked_for(monkeypatch):
+    pytest.importorskip("triton")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for trouble in (None, "no C compiler"):
-        monkeypatch.setattr(linear_distillation, "triton_trouble", lambda trouble=trouble: trouble)
-        chosen = linear_distillation._is_fused
-        assert chosen("auto", on_gpu=True, truncated=False) is (trouble is None)
-        assert chosen("triton", on_gpu=True, truncated=False) is True
-        for kernel, on_gpu, truncated in (("auto", False, False), ("auto", True, True), ("eager", True, False)):
-            assert chosen(kernel, on_gpu=on_gpu, truncated=truncated) is False
+        monkeypatch.setattr(way, "triton_trouble", lambda trouble=trouble: trouble)
+        assert way.Way(8, "auto").is_fused(gpu, truncated=False) is (trouble is None)
+        for kernel, device, truncated in (("auto", cpu, False), ("auto", gpu, True), ("eager", gpu, False)):
+            assert way.Way(8, kernel).is_fused(device, truncated) is False
+        asked = way.Way(8, "triton")
+        assert asked.is_fused(gpu, truncated=False) is True
+        if trouble is None:
+            asked.check(gpu)
+        else:
+            with pytest.raises(MinimaError, match="no C compiler"):
+                asked.check(gpu)

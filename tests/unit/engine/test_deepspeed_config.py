@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minima.engine.deepspeed_config import accumulation_steps, frozen_config, training_config
+from minima.engine.deepspeed_config import accumulation_steps, frozen_config, read_deepspeed_json, training_config
 from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
 from minima.models.shape import ModelShape
@@ -107,6 +107,17 @@ def test_shards_that_would_be_read_wrongly_are_refused(write, zero):
         frozen_config(write({"zero_optimization": {"stage": 3, **zero}}), precision="float32")
 
 
+@pytest.mark.parametrize("placement", ["zero3", "replica"])
+def test_what_only_an_optimiser_or_a_step_uses_is_refused_for_a_frozen_model(write, placement):
+    zero = {"stage": 3 if placement == "zero3" else 0}
+    for content, named in (
+        ({"zero_optimization": zero | {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": zero, "flops_profiler": {"enabled": True}}, "flops_profiler"),
+    ):
+        with pytest.raises(DeepSpeedConfigError, match=f"{named} for a model that is frozen"):
+            frozen_config(write(content), precision="float32", placement=placement)
+
+
 def test_offload_to_the_cpu_is_the_jsons_own(write):
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
     path = write({"zero_optimization": zero})
@@ -158,6 +169,9 @@ def test_there_is_a_json_for_every_placement_and_each_is_accepted(root):
     assert {path.stem for path in (root / "ds_configs").glob("*.json")} == set(SHIPPED)
     for name, (placement, offload) in SHIPPED.items():
         path = root / "ds_configs" / f"{name}.json"
+        if name.startswith("student"):
+            assert read_deepspeed_json(path)["zero_optimization"]["stage"] == 3
+            continue
         if name.startswith("teacher"):
             assert Teacher.shipped_json(placement, offload) == path.name
         where = {"placement": placement, "offload": offload, "nvme_path": Path("/disk/run"), "tensor_parallel_ranks": 4}

@@ -254,7 +254,41 @@ def test_agreement_over_chunks_of_no_tokens_is_refused():
         linear_agreement(*inputs(8, 33, 13, 17), chunk_tokens=-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loss", [linear_distillation_loss, linear_cross_entropy, linear_token_log_probs])
+def test_strides_of_a_head_change_nothing(loss, dtype):
+    """A head that is a view, [D, V] transposed, say, as some libraries keep them."""
+    student, head, *teacher, labels = inputs(24, 33, 16, 17, dtype)
+    models, found = (*teacher, labels) if loss is linear_distillation_loss else (labels.clamp_min(0),), []
+    for given in (head, head.t().contiguous().t()):
+        hidden, own = student.clone().requires_grad_(), given.detach().requires_grad_()
+        value = loss(hidden, own, *models)
+        (value.sum() if isinstance(value, Tensor) else value.total).backward()
+        found.append((hidden.grad, own.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"top_k": 2.5}, "top_k 2.5"),
+        ({"top_k": True}, "top_k True"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"chunk_tokens": 1.5}, "chunk_tokens 1.5"),
+        ({"chunk_tokens": True}, "chunk_tokens True"),
+        ({"hard_weight": float("nan")}, "hard_weight nan"),
+        ({"soft_weight": -1.0}, "soft_weight -1.0"),
+        ({"hard_weight": float("inf")}, "hard_weight inf"),
+        ({"kernel": "cuda"}, "kernel 'cuda'"),
+        ({"kernel": "triton"}, "(?s)kernel 'triton'.*(on the cpu|cannot be imported)"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(option, said):
+    with pytest.raises(MinimaError, match=said):
+        linear_distillation_loss(*inputs(8, 33, 13, 17), **option)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
 def test_labels_that_are_no_token_ids_are_refused(dtype):
     *models, labels = inputs(8, 33, 13, 17)
     with pytest.raises(MinimaError, match=f"labels of {dtype}"):

@@ -151,6 +151,17 @@ def test_what_is_named_is_taken_with_a_warning():
     assert "warning: replica needs" in render(choice)
 
 
+def test_a_window_wider_than_a_step_is_told():
+    wide = stage_of(teacher={"placement": "zero3_node", "window_micro_batches": 1000})
+    choice = chosen(wide, NODE)
+    assert (
+        choice.warning == f"window_micro_batches is 1000, and a step has {choice.window_micro_batches} micro-"
+        "batches on each rank: so many share one"
+    )
+    fits = stage_of(teacher={"placement": "zero3_node", "window_micro_batches": choice.window_micro_batches})
+    assert not chosen(fits, NODE).warning
+
+
 def test_nothing_fits():
     with pytest.raises(RecipeError) as error:
         chosen(stage_of(activation_checkpointing="auto"), replace(NODE, device_bytes=5 * GB))

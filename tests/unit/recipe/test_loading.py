@@ -319,6 +319,12 @@ def test_what_a_training_stage_would_not_read_is_refused(load, recipe, overrides
             "temperature 2 with soft_weight 0",
         ),
         (["stages.student.temperature=2"], "student", None),
+        (
+            ["stages.student.soft_weight=0", "stages.student.teacher={source: teacher, window_micro_batches: 4}"],
+            "student",
+            "teacher.window_micro_batches with soft_weight 0",
+        ),
+        (["stages.student.soft_weight=0", "stages.student.teacher={source: teacher}"], "student", None),
     ],
 )
 def test_what_a_begun_stage_may_keep_though_nothing_reads_it_is_told(load, recipe, overrides, stage, told):

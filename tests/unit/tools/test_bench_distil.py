@@ -191,6 +191,8 @@ class TestCommand:
             (["--profile", "gpu-7b-3b", "--largest", "b:trl"], "'b:trl' is no NAME=N"),
             (["--profile", "gpu-7b-3b", "--largest", "a:minima bfloat16=2"], "take no largest micro-batch"),
             (["--profile", "host", "--traces", "x"], "the profile host runs on CPUs"),
+            (["--profile", "host", "--steps=0"], "no whole number from 1 on"),
+            (["--profile", "host", "--turns=-1"], "no whole number from 1 on"),
         ],
     )
     def test_what_would_be_ignored_is_refused(self, arguments, said):
