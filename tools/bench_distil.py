@@ -28,8 +28,12 @@ def main() -> None:
         help="rows whose name contains one of these (A,B); writes nothing by default",
     )
     parser.add_argument("--turns", type=_count, default=None, help="of each row, instead of the profile's number")
-    parser.add_argument("--steps", type=_count, default=None, help="timed in each turn, instead of the profile's number")
-    parser.add_argument("--kernels", type=_count, default=0, help="of a GPU, so many that take most of a step of minima's")
+    parser.add_argument(
+        "--steps", type=_count, default=None, help="timed in each turn, instead of the profile's number"
+    )
+    parser.add_argument(
+        "--kernels", type=_count, default=0, help="of a GPU, so many that take most of a step of minima's"
+    )
     parser.add_argument("--traces", type=Path, default=None, help="folder for traces of these steps")
     parser.add_argument(
         "--largest",

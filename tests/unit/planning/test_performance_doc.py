@@ -8,8 +8,10 @@ import pytest
 from minima.planning.candidates import Machine, Stage, candidates
 from minima.planning.dry_run import size_text
 from minima.planning.floor import executed_flops_per_token, model_flops_per_token
+from minima.planning.hardware import GPUS
 from minima.planning.memory import Work, frozen_memory, trained_memory
 from minima.planning.sharding import STUDENT, TEACHER
+from minima.planning.throughput import Efficiency, step_time
 from minima.planning.traffic import frozen_traffic, trained_traffic
 from tests.unit.planning.test_placement import STUDENT_3B, TEACHER_7B, stage_of
 
@@ -65,6 +67,25 @@ def traffic_rows() -> Iterator[str]:
         yield f"| {ranks} | " + " | ".join(cells) + " |"
 
 
+def seconds_rows() -> Iterator[str]:
+    gpu, floor = GPUS["h100"], Efficiency(MATMUL / GPUS["h100"].peak_flops)
+    flops = executed_flops_per_token(STUDENT_3B, TEACHER_7B, 4096) * 512 * 4096
+    for ranks in (1, 8, 32, 64):
+        work, offload = Work(2, 4096, accumulation=256 // ranks), "cpu" if ranks == 1 else "none"
+        student = trained_traffic(STUDENT_3B, "bfloat16", work, ranks, 8, STUDENT)
+        places = [("zero3_node", min(ranks, 8)), ("zero3", ranks)]
+        teachers = [
+            frozen_traffic(TEACHER_7B, "bfloat16", placement, offload, work, group, 8, TEACHER, window=window)
+            for placement, group in places
+            for window in (1, 8)
+        ]
+        shard = STUDENT_3B.parameters / ranks
+        own, *taught = (step_time(flops / ranks, "bfloat16", [one], shard, gpu, floor) for one in [student, *teachers])
+        cells = [own.compute, own.update, own.transfer, *(one.transfer + one.host for one in taught)]
+        name = "1, `offload: cpu`" if ranks == 1 else str(ranks)
+        yield f"| {name} | " + " | ".join(f"{cell:.3g}" for cell in cells) + " |"
+
+
 def placement_rows() -> Iterator[str]:
     machine = Machine(32, 8)
     stage = stage_of(batch_sequences=2048)
@@ -78,7 +99,7 @@ def placement_rows() -> Iterator[str]:
         yield f"| `{row.name}` | " + " | ".join(size_text(cell) if cell else "-" for cell in cells) + " |"
 
 
-ROWS = [floor_rows, memory_rows, vocabulary_rows, traffic_rows, placement_rows]
+ROWS = [floor_rows, memory_rows, vocabulary_rows, traffic_rows, seconds_rows, placement_rows]
 
 
 @pytest.mark.parametrize("rows", ROWS)
