@@ -82,6 +82,7 @@ else
     where=(--include "localhost:$(cut -d, -f"1-$ranks" <<<"$visible")" --master_addr "$address")
   fi
 fi
+unset RANK WORLD_SIZE LOCAL_RANK  # of another launcher; the ranks' own come from this one
 command=(deepspeed "${where[@]}" --master_port "$port" --no_local_rank --log_level error "${start[@]}" stage "$@")
 printf '+'; printf ' %q' "${command[@]}"; printf '\n'
 exec "${command[@]}"

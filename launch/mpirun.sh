@@ -30,6 +30,7 @@ names+='|(CUBLAS|CUDA|DS|GLOO|HF|NCCL|OMP|TOKENIZERS|TORCH|TRITON|UCX|WANDB)_.*'
 while read -r name; do
   options+=(-x "$name")
 done < <(compgen -e | grep -xE "$names")
+unset RANK WORLD_SIZE LOCAL_RANK  # of another launcher; the ranks' own come from this one
 command=(mpirun "${options[@]}" python -m minima stage "$@")
 printf '+'; printf ' %q' "${command[@]}"; printf '\n'
 exec "${command[@]}"

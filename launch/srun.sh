@@ -39,6 +39,9 @@ options=(--kill-on-bad-exit=1 --export=ALL "${where[@]}")
 [ -z "${MINIMA_SRUN_OUTPUT:-}" ] || options+=(--output="$MINIMA_SRUN_OUTPUT" --open-mode=append)
 read -ra more <<<"${MINIMA_SRUN_OPTIONS:-}"
 unset RANK WORLD_SIZE LOCAL_RANK  # of another launcher; the ranks' own come from srun
+# What an srun told the shell that it started; what a user exports for srun comes without a type.
+[ -z "${SLURM_CPU_BIND_TYPE+x}" ] || unset "${!SLURM_CPU_BIND@}"
+[ -z "${SLURM_MEM_BIND_TYPE+x}" ] || unset "${!SLURM_MEM_BIND@}"
 command=(srun "${options[@]}" "${more[@]}" python -m minima stage "$@")
 printf '+'; printf ' %q' "${command[@]}"; printf '\n'
 exec "${command[@]}"

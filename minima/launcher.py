@@ -17,6 +17,7 @@ from minima.errors import LauncherError
 from minima.nodes import (
     SlurmJob,
     free_port,
+    is_set,
     job_of,
     master_of_step,
     missing_variables,
@@ -24,22 +25,14 @@ from minima.nodes import (
     openmpi_master,
     slurm_master,
     step_local_size,
+    without_job,
+    without_launcher,
 )
 
 DRIVER = "MINIMA_DRIVER"  # of what `minima run` starts: each driver's own value
 _GENERIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-
-# What launchers tell their ranks. A child that inherited one of these would take itself for a rank of its parent's
-# launcher. The allocation (SLURM_JOB_ID, SLURM_JOB_NODELIST) and settings (OMPI_MCA_btl) stay.
-_FOREIGN = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|CROSS_RANK|CROSS_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
-    r"|(GROUP|ROLE)_(RANK|WORLD_SIZE|NAME)|TORCHELASTIC_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE"
-    r"|OMPI_MCA_(ess|orte|pmix|prte)_.*|PMI_.*|PMIX_.*|MPI_LOCAL.*|MV2_COMM_.*"
-    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|ACCELERATE_.*"
-    r"|MINIMA_(RANKS|DRIVER|TERMINAL)"
-)
 
 
 @dataclass(frozen=True)
@@ -76,13 +69,13 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         LauncherError: a set of variables is partial, not a number, or impossible.
     """
     environment = os.environ if environment is None else environment
-    generic = [name for name in _GENERIC if name in environment]
+    generic = [name for name in _GENERIC if is_set(environment, name)]
     if len(generic) == len(_GENERIC):
-        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
+        local_size = "LOCAL_WORLD_SIZE" if is_set(environment, "LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
         return _launch(environment, _GENERIC, local_size, None)
-    if any(name in environment for name in _OPENMPI):
+    if any(is_set(environment, name) for name in _OPENMPI):
         launch = _launch(environment, _OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE", openmpi_master)
-    elif number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    elif number(environment, "SLURM_STEP_NUM_TASKS", 1) != 1:
         launch = _launch(environment, _SLURM, None, slurm_master)
     elif generic:
         raise missing_variables(_GENERIC, environment)
@@ -99,7 +92,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def _launch(environment, names, local_size_name, master) -> Launch:
-    if any(name not in environment for name in names):
+    if not all(is_set(environment, name) for name in names):
         raise missing_variables(names, environment)
     rank, world_size, local_rank = (number(environment, name, 0) for name in names)
     if local_size_name is None:
@@ -117,9 +110,10 @@ def _launch(environment, names, local_size_name, master) -> Launch:
     if (not address or not port) and world_size > 1:
         found = master(environment, local_size == world_size) if master else (None, 0)
         address, port = address or found[0], port or found[1]
-    if world_size > 1 and (not address or not 0 < port < 65536):
+    if (world_size > 1 and not (address and port)) or not 0 <= port < 65536:
         raise LauncherError(
-            f"{world_size} ranks with MASTER_ADDR={address or 'missing'} and MASTER_PORT={port or 'missing'}",
+            f"{world_size} rank{'s' * (world_size > 1)} with MASTER_ADDR={address or 'missing'} and "
+            f"MASTER_PORT={port or 'missing'}",
             "the ranks find each other through rank 0's address",
             "export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port there) for every rank",
         )
@@ -179,10 +173,15 @@ def cleaned_environment() -> dict[str, str]:
     """This process's environment without what any launcher told it: of a program with a launcher of its own."""
     # UTF-8, since PyTorch reads sources of its own in the locale's encoding, and in GB18030 they are no text.
     defaults = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    environment = defaults | {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
+    environment = defaults | without_launcher(os.environ)
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
     environment["PATH"] = _own_programs_first(environment)
     return environment
+
+
+def submitting_environment() -> dict[str, str]:
+    """The environment of Slurm's commands, which a job inherits that one of them submits: see `nodes.without_job`."""
+    return without_job(cleaned_environment())
 
 
 def _own_programs_first(environment: Mapping[str, str]) -> str:

@@ -8,6 +8,19 @@ from dataclasses import dataclass
 from minima.errors import LauncherError
 
 _PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which begins at 32,768, so no client socket sits on one
+# What launchers tell their ranks. A child that inherited one of these would take itself for a rank of its parent's
+# launcher. The allocation (SLURM_JOB_ID, SLURM_JOB_NODELIST) and settings (OMPI_MCA_btl) stay.
+_FOREIGN = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|CROSS_RANK|CROSS_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
+    r"|(GROUP|ROLE)_(RANK|WORLD_SIZE|NAME)|TORCHELASTIC_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE"
+    r"|OMPI_MCA_(ess|orte|pmix|prte)_.*|PMI_.*|PMIX_.*|MPI_LOCAL.*|MV2_COMM_.*"
+    r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|ACCELERATE_.*"
+    r"|MINIMA_(RANKS|DRIVER|TERMINAL)"
+)
+# Slurm's commands read defaults of their options from these, and print other jobs or tell other processes.
+_OF_A_COMMAND = re.compile(r"(SQUEUE|SCANCEL|SACCT|SINFO)_.*")
+_OF_THE_CLUSTER = re.compile(r"SLURM_(CONF|CONF_SERVER|CLUSTERS|JWT|SACK_.*)")  # not of a job
+
 _master: tuple[str, int] | None = None  # what the ranks of an mpirun have agreed on
 
 
@@ -158,24 +171,30 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, "").strip()
     if not text:
         return default
-    try:
+    if re.fullmatch(r"[+-]?[0-9]+", text):
         return int(text)
-    except ValueError:
-        raise LauncherError(
-            f"{name}={text!r} is not a whole number",
-            "a rank's place in its group is counted",
-            f"unset {name}, or start the ranks through one of the launchers",
-        ) from None
+    raise LauncherError(
+        f"{name}={text!r} is not a whole number",
+        "a rank's place in its group is counted",
+        f"unset {name}, or start the ranks through one of the launchers",
+    )
+
+
+def is_set(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a variable says something; an empty one is as good as none."""
+    return bool(environment.get(name, "").strip())
 
 
 def missing_variables(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
     """What to raise for a set of variables of which some are missing."""
-    given = [f"{name}={environment[name]}" for name in names if name in environment]
-    missing = [name for name in names if name not in environment]
+    given = [name for name in names if is_set(environment, name)]
+    missing = [name for name in names if name not in given]
+    empty = [name for name in missing if name in environment]
     return LauncherError(
-        f"{' and '.join(given)} without {' and '.join(missing)}",
+        f"{' and '.join(f'{name}={environment[name]}' for name in given) or 'no variable'} without "
+        f"{' and '.join(missing)}" + (f" ({', '.join(empty)} being empty)" if empty else ""),
         "a rank has to know its number, its group's size and its number on its machine; a guess could hang the group",
-        f"set {', '.join(missing)} too, or unset {', '.join(name for name in names if name in environment)}",
+        f"set {', '.join(missing)} too, or unset {', '.join([*given, *empty])}",
     )
 
 
@@ -199,3 +218,23 @@ def slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str
     """Host and port of rank 0 in an `srun` step."""
     host, port = master_of_step(environment)
     return "127.0.0.1" if one_machine else host, port
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """These variables but what any launcher tells its ranks."""
+    return {name: value for name, value in environment.items() if not _FOREIGN.fullmatch(name)}
+
+
+def without_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """These variables as one of Slurm's commands wants them, and the job that it submits.
+
+    Inside a job nothing of that job is among them: another one that was told its cores, its place in an array or how it
+    binds tasks would ask for these, and send its signals to the wrong job.
+    """
+    own = is_set(environment, "SLURM_JOB_ID")
+    return {
+        name: value
+        for name, value in environment.items()
+        if not _OF_A_COMMAND.fullmatch(name)
+        and not (own and re.match(r"SLURMD?_", name) and not _OF_THE_CLUSTER.fullmatch(name))
+    }

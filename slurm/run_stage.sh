@@ -7,7 +7,8 @@
 #
 # What happens to signals (no exit code requeues a job by itself, and a SIGTERM to srun would kill the ranks unsaved):
 #   USR1 to this shell, which #SBATCH --signal=B:USR1@SECONDS asks for before the time limit: SIGTERM to the ranks, which
-#     save at the end of their step; then the job is requeued under its own id, so jobs that wait for it go on waiting.
+#     save at the end of their next step; then the job is requeued under its own id, and jobs that wait for it go on
+#     waiting.
 #   A preemption with a grace time: Slurm sends SIGTERM to the ranks alone; once they have saved the job is requeued, by
 #     Slurm itself where it does so.
 #   SIGTERM to this shell (scancel; a preemption without a grace time, which Slurm requeues): the ranks save, no more.
@@ -18,10 +19,19 @@
 #   srun_options=(...)   more options for srun, such as --container-image
 #   max_requeues=N       fail rather than requeue once the job has been started N times again
 
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
-job=${job:-${SLURM_JOB_ID:?run_stage.sh belongs into a job of sbatch}}
+job=${SLURM_JOB_ID:?run_stage.sh belongs into a job of sbatch}
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+  # Submitted by hand in the shell of an array's task, a job inherits that one's place in its array.
+  array=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}
+  shown=$(scontrol show job --oneliner "$array" 2>/dev/null) || shown=''
+  [ -n "$shown" ] && [[ " $shown " != *" JobId=$job "* ]] || job=$array
+fi
 declare -a srun_options
 unset RANK WORLD_SIZE LOCAL_RANK  # of a launcher that the job was submitted from; the ranks' own come from srun
+unset "${!SQUEUE_@}" "${!SCANCEL_@}"  # defaults of options: they could hide jobs, or tell no one
+# What an srun told its task; what a user exports for srun comes without a type.
+[ -z "${SLURM_CPU_BIND_TYPE+x}" ] || unset "${!SLURM_CPU_BIND@}"
+[ -z "${SLURM_MEM_BIND_TYPE+x}" ] || unset "${!SLURM_MEM_BIND@}"
 export SLURM_TIME_FORMAT=standard  # whatever its user likes to read: times are compared here
 export PYTHONUNBUFFERED=1 PYTHONUTF8=${PYTHONUTF8:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # srun takes the cores of a rank from the job only up to Slurm 22.04; later ones would give it one
@@ -103,9 +113,29 @@ cancel() { # after a SIGTERM that is not Slurm's own: `minima cancel` asks so, s
   scancel "$job" || true
 }
 
+as_path() { # a folder whose name no program takes for an option or an expression
+  case $1 in
+    [A-Za-z0-9_./]*) printf '%s' "$1" ;;
+    *) printf './%s' "$1" ;;
+  esac
+}
+
+refuse_folder() { # refuse_folder ARGUMENTS...: the plain files name their run's folder themselves
+  local argument
+  for argument; do
+    case $argument in
+      output=* | name=*)
+        say "$argument: this file names the run's folder, where it looks for what was saved before it is requeued:" \
+          "change it there, or let \`minima submit\` write the jobs"
+        exit 2
+        ;;
+    esac
+  done
+}
+
 run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job where it may go on
   local code=0 child node=''
-  run=$1
+  run=$(as_path "$1")
   shift
   before=${before-$(progress_of "$run")}
   say "start ${SLURM_RESTART_COUNT:-0} on ${SLURM_JOB_NODELIST:-}"
@@ -147,7 +177,8 @@ run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job 
 }
 
 run_step() { # run_step RUN_FOLDER STAGE SRUN_OPTIONS... -- COMMAND...
-  local folder=$1 stage=$2 options=()
+  local folder stage=$2 options=()
+  folder=$(as_path "$1")
   shift 2
   while [ "$1" != -- ]; do
     options+=("$1")
@@ -155,7 +186,7 @@ run_step() { # run_step RUN_FOLDER STAGE SRUN_OPTIONS... -- COMMAND...
   done
   shift
   mkdir -p "$folder/logs"
-  run_job "$folder" srun --kill-on-bad-exit=1 --open-mode=append \
+  run_job "$folder" srun --kill-on-bad-exit=1 --export=ALL --open-mode=append \
     --output="${folder//%/%%}/logs/$stage-$job-rank%t.log" "${srun_options[@]}" "${options[@]}" "$@"
 }
 

@@ -18,6 +18,8 @@ from minima.cluster.queued import check_asked, queued_tasks, warn_asked
 from minima.cluster.records import Job
 from minima.cluster.render import Place, Script, asked_of, python, render
 from minima.cluster.runs import RESOLVED
+from minima.cluster.saves import save_warnings
+from minima.cluster.secret import check_values
 from minima.cluster.snapshot import snapshot
 from minima.errors import ClusterError
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -52,6 +54,7 @@ def submit_grid(
         MinimaError: the grid's file or one of its cells is refused, or Slurm is.
     """
     recipe = load_recipe(recipe_path, overrides)
+    check_values("overrides", overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     warn_unread(place.cluster, recipe, write)
     warn_no_venv(place, write)
@@ -64,6 +67,7 @@ def submit_grid(
         missing: dict[str, list[str]] = {}
         warnings: dict[str, None] = {}
         for name, own in cells.items():
+            check_values(f"cell {name!r}", own)
             changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]
             cell = load_recipe(recipe_path, changes)
             folder = place.run_folder / "cells" / name
@@ -74,7 +78,7 @@ def submit_grid(
                 write(f"{name}: {_queued(job, cell, names, folder)}")
                 check_asked(job, name, f"{name}: {who}", cell, recipe_path, place.run_folder, write)
             else:
-                warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder))
+                warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder, dry_run))
                 missing[name] = changes
         for job in {job.id: job for job, _ in queued}.values():
             warn_asked(job, f"job {job.id}", asked_of(place, _resources(place, len(job.cells))), write)
@@ -174,10 +178,14 @@ def _output(folder: Path) -> str:
     return f"output={json.dumps(str(folder), ensure_ascii=False)}"  # which YAML reads back, whatever the path holds
 
 
-def _check(cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: Place, folder: Path) -> list[str]:
+def _check(
+    cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: Place, folder: Path, dry_run: bool
+) -> list[str]:
     check_run_folder(folder, cell.name, [stage.name for stage in cell.stages])
     cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
-    return check_run(cell, recipe_path, select(cell, names), Place(cluster, place.working_directory, folder))
+    own, stages = Place(cluster, place.working_directory, folder), select(cell, names)
+    saves = save_warnings([stage for stage in stages if not is_finished(folder / stage.name)], own, dry_run)
+    return [*check_run(cell, recipe_path, stages, own), *(f"{folder.name}: {warning}" for warning in saves)]
 
 
 def _resources(place: Place, num_cells: int) -> Resources:

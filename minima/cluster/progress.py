@@ -1,16 +1,12 @@
 """How far a stage has come: step, loss, speed and what is left, from what its folder holds. No torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from minima.cluster.saves import newest_checkpoint
+from minima.cluster.logged import last_record, newest_checkpoint
 from minima.planning.arithmetic import plan_training
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.preview_inputs import KnownInputs
-
-_TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ def progress(recipe: Recipe, stage: AnyStage, run_folder: Path) -> Progress:
     if not isinstance(stage, AnyTraining):
         return Progress()
     folder = run_folder / stage.name
-    record, marker = _last_record(folder / "metrics.jsonl"), newest_checkpoint(folder) or {}
+    record, marker = last_record(folder / "metrics.jsonl"), newest_checkpoint(folder) or {}
     steps = _steps(recipe, stage, run_folder)
     step, tokens, speed = record.get("step"), record.get("tokens"), record.get("tokens_per_second")
     left = None
@@ -57,22 +53,3 @@ def _steps(recipe: Recipe, stage: AnyTraining, run_folder: Path) -> int | None:
     length = known.length(stage.data)
     plan = plan_training(stage, length, known.blocks(stage.data)) if length else None
     return plan.steps if plan else None
-
-
-def _last_record(path: Path) -> dict[str, Any]:
-    """The last whole record of a training step."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:  # being written, or cut
-            continue
-        if isinstance(record, dict) and "loss" in record and "tokens_per_second" in record:
-            return record
-    return {}

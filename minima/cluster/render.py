@@ -18,6 +18,7 @@ _LAST_WORDS = """begun=
 last_words() { [ -n "$begun" ] || echo "the job ended before its stage began, with exit code $1, at: $2"; }
 trap 'last_words $? "$BASH_COMMAND"' EXIT"""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+_MOUNT = re.compile(r"[,:]")  # of a list of mounts, and of a mount's two ends
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Script:
         role: see `records.Job`.
         resources: what it asks for.
         text: of the script.
-        options: of sbatch that no #SBATCH line can hold.
+        options: of sbatch: all of them, since SBATCH_* variables of whoever submits would beat #SBATCH lines.
         path: where the script is written.
         cells: names of a grid's cells, in the order of the array's tasks.
         stages: that each cell runs.
@@ -95,8 +96,14 @@ def check_place(place: Place) -> None:
     """Refuse folders that neither sbatch nor srun can be told.
 
     Raises:
-        ClusterError: a path holds a control character or a backslash.
+        ClusterError: a path holds a control character or a backslash, or a comma or a colon where it is mounted.
     """
+    if place.cluster.container is not None and _MOUNT.search(str(place.working_directory)):
+        raise ClusterError(
+            f"the working directory {str(place.working_directory)!r} holds a comma or a colon",
+            "it is mounted in the container, and these two separate mounts from each other: another folder would be",
+            "submit from another folder, or from a link to this one whose name holds neither",
+        )
     for path in (place.working_directory, place.run_folder):
         if _UNPRINTABLE.search(str(path)):
             raise ClusterError(
@@ -130,9 +137,8 @@ def render(
     body = (shipped_folder("slurm") / "run_stage.sh").read_text(encoding="utf-8")
     lines += [*_settings(place), "", body.split("\n", 1)[1], *work]
     path = place.scripts / (f"{stage}.sbatch" if role in ("stage", "cells") else f"{stage}.{role}.sbatch")
-    outside = tuple(option for option in options if option not in inside)
     text, asked = "\n".join(lines) + "\n", asked_of(place, resources)
-    return Script(name, stage, role, resources, text, outside, path, asked=asked)
+    return Script(name, stage, role, resources, text, tuple(options), path, asked=asked)
 
 
 def asked_of(place: Place, resources: Resources) -> dict[str, Any]:

@@ -1,34 +1,16 @@
 """Whether a stage's save fits the time that a job has for it, as far as a save was measured. No torch."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from minima.cluster import slurm
+from minima.cluster.logged import last_record, newest_checkpoint
 from minima.cluster.render import Place
 from minima.errors import ClusterError
-from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.recipe.schema import AnyStage
 
-_MARGIN = 1.5  # a save behind a busy file system takes longer than the last one did; the step's end comes first
-
-
-def newest_checkpoint(stage_folder: Path) -> dict[str, Any] | None:
-    """What the newest complete checkpoint of a stage says of itself; None when there is none."""
-    checkpoints = stage_folder / "checkpoints"
-    try:
-        steps = complete_steps(checkpoints)
-    except PermissionError:  # somebody else's run
-        return None
-    for step in reversed(steps):
-        try:
-            marker = json.loads((step_folder(checkpoints, step) / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # removed or replaced while we look
-            continue
-        if isinstance(marker, dict):
-            return marker
-    return None
+_MARGIN = 1.5  # a save behind a busy file system takes longer than the last one did
+_STEPS = 2  # that may come before it: ranks tell each other of a signal as a step begins, and save at its end
 
 
 def save_warnings(stages: Sequence[AnyStage], place: Place, dry_run: bool) -> list[str]:
@@ -45,18 +27,27 @@ def save_warnings(stages: Sequence[AnyStage], place: Place, dry_run: bool) -> li
         seconds, lead = marker.get("save_seconds"), place.cluster.signal_lead_seconds
         if not isinstance(seconds, int | float):
             continue
-        if seconds * _MARGIN > lead:
+        steps = _STEPS * _step_seconds(place.run_folder / stage.name)
+        took = f"its last save took {seconds:.0f} s" + (f" and two steps {steps:.0f} s" if steps >= 1 else "")
+        if seconds * _MARGIN + steps > lead:
             warnings.append(
-                f"{stage.name}: its last save took {seconds:.0f} s, and the ranks are told to save {lead} s before the "
-                f"time limit: set signal_lead_seconds to {seconds * 2 + 60:.0f} or more"
+                f"{stage.name}: {took}, and the ranks are told to save {lead} s before the time limit: set "
+                f"signal_lead_seconds to {seconds * 2 + steps + 60:.0f} or more"
             )
         grace = None if dry_run else _grace_seconds(place.cluster.resources(stage).partition)
-        if grace is not None and seconds * _MARGIN > grace:
+        if grace is not None and seconds * _MARGIN + steps > grace:
             warnings.append(
-                f"{stage.name}: its last save took {seconds:.0f} s, and a preempted job of this partition has "
-                f"GraceTime={grace} s: what a preemption interrupts goes back to the newest checkpoint"
+                f"{stage.name}: {took}, and a preempted job of this partition has GraceTime={grace} s: what a "
+                "preemption interrupts goes back to the newest checkpoint"
             )
     return warnings
+
+
+def _step_seconds(stage_folder: Path) -> float:
+    """How long a step took, as last logged; 0 where nothing was."""
+    record = last_record(stage_folder / "metrics.jsonl")
+    step, tokens, speed = record.get("step"), record.get("tokens"), record.get("tokens_per_second")
+    return tokens / step / speed if step and tokens and speed else 0.0
 
 
 def _grace_seconds(partition: str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""What looks like a token, and may not stand in a cluster file: scripts and command lines can be read by others."""
+"""What looks like a token, and may not stand in a cluster file or an override: others can read job scripts."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ _OF_TEXT = re.compile(  # of a tokenizer, or a number of tokens: eos_token, pad_
 )
 _NO_SECRET = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS")  # a switch and a path
 _PLACES = ("_PATH", "_FILE", "_DIR")  # HF_TOKEN_PATH says where a token lies
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # they have 34 letters; hf_transfer and hf_xet are packages
+_TOKEN = re.compile(  # the Hub's (hf_transfer and hf_xet are packages), GitHub's, GitLab's, OpenAI's, Amazon's
+    r"\b(hf_[A-Za-z0-9]{20,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16})"
+)
+_OF_A_URL = re.compile(r"://[^/@\s'\"]*:([^/@\s'\"]+)@")  # https://user:password@proxy
+_AFTER_OPTION = re.compile(r"(?<!\S)--([a-z-]+)\s+('[^']*'|\"[^\"]*\"|[^\s'\"-][^\s'\"]*)")  # --token VALUE
 _ASSIGNED = re.compile(r"(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_-]*)=(?=('[^']*'|\"[^\"]*\"|[^\s,;'\"]*))")
 _READ = re.compile(r"[$`]")  # from a variable or a command, such as $(cat ~/.token)
 _WHY = "it would stand in job scripts or on a command line, which others may read"
@@ -45,15 +49,36 @@ def check_lines(key: str, lines: Sequence[str], shell: bool) -> None:
         shell: a shell reads them, so a line may take a token from a file or another variable.
 
     Raises:
-        ClusterError: a variable that is named like a secret is given a value, or a token of the Hub stands there.
+        ClusterError: a variable or an option that is named like a secret is given a value, or a token stands there.
     """
     for line in lines:
-        for name, value in _ASSIGNED.findall(line):
+        for name, value in [*_ASSIGNED.findall(line), *_AFTER_OPTION.findall(line)]:
             text = value.strip("'\"")
             is_read = shell and not value.startswith("'") and _READ.search(text)
             if text and names_secret(name) and not is_read:
                 error = refuse_secret(key, name)
                 more = f"; or read it there from a file of yours: {name}=$(cat ~/.token)" if shell else ""
                 raise ClusterError(error.what, error.why, error.do + more)
-        if _HUB_TOKEN.search(line):
-            raise ClusterError(f"{key}: a token of the Hub stands there", _WHY, f"export HF_TOKEN {_INHERIT}")
+    check_values(key, lines, shell)
+
+
+def check_values(key: str, texts: Sequence[str], shell: bool = False) -> None:
+    """Refuse texts in which a token stands, or an address with a password, whatever it is called.
+
+    Args:
+        key: what an error calls them.
+        texts: to look at.
+        shell: a shell reads them, so a password may come from a file or a variable.
+
+    Raises:
+        ClusterError: names the key, and does not repeat the text.
+    """
+    for text in texts:
+        passwords = [word for word in _OF_A_URL.findall(text) if not (shell and _READ.search(word))]
+        if found := _TOKEN.search(text):
+            variable = "HF_TOKEN" if found[0].startswith("hf_") else "it as a variable"
+            raise ClusterError(f"{key}: what looks like a token stands there", _WHY, f"export {variable} {_INHERIT}")
+        if passwords:
+            raise ClusterError(
+                f"{key}: an address with a password stands there", _WHY, f"export it as a variable {_INHERIT}"
+            )

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minima.errors import ClusterError
-from minima.launcher import cleaned_environment
+from minima.launcher import submitting_environment
 
 _TIMEOUT_SECONDS = 120  # slurmctld may be busy; its own MessageTimeout is 10 s by default, and commands try again
 # Of a job that may still run: squeue(1), job state codes.
 ACTIVE = frozenset(
     {
         "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
-        "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED",
+        "RESIZING", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED",
     }
 )  # fmt: skip
 _UNKNOWN = "Invalid job id"
@@ -61,7 +61,7 @@ def call(command: Sequence[str], doing: str) -> str:
     try:
         done = subprocess.run(
             command,
-            env=cleaned_environment(),  # a job inherits it: no place in the group of a launcher that started us
+            env=submitting_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

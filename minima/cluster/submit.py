@@ -12,6 +12,7 @@ from minima.cluster.records import Job
 from minima.cluster.render import Place, asked_of, quoted
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
+from minima.cluster.secret import check_values
 from minima.cluster.slurm import Task
 from minima.cluster.snapshot import snapshot
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -58,6 +59,7 @@ def submit(
         return submit_grid(recipe_path, overrides, cluster_path, names, grid, dry_run, write, allow_code_execution)
     recipe = load_recipe(recipe_path, overrides)
     stages = select(recipe, names)
+    check_values("overrides", overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 TOKENIZER_FILES = (
@@ -15,6 +16,7 @@ TOKENIZER_FILES = (
 )
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")  # a tokenizer has one of them
 
+_STEP = re.compile(r"step-([0-9]{8,})(\.partial)?")  # as `step_folder` writes it, and a save that is not complete
 MARKER = "checkpoint.json"  # written last: a checkpoint without it does not count
 
 
@@ -30,8 +32,14 @@ def complete_steps(checkpoints: Path) -> list[int]:
         PermissionError: the folder, or one of its checkpoints, may not be looked into.
     """
     names = os.listdir(checkpoints) if checkpoints.is_dir() else ()
-    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()]
+    steps = [step for name in names if not name.endswith(".partial") and (step := step_of(name)) is not None]
     return sorted(step for step in steps if _has_marker(step_folder(checkpoints, step)))
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder, or of a save that was cut short; None for a name that minima does not give."""
+    found = _STEP.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def _has_marker(checkpoint: Path) -> bool:

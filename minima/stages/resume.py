@@ -48,8 +48,8 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
         raise CheckpointError(
             f"no checkpoint in {checkpoints} is whole: {'; '.join(passed_over or left)}",
             "the run would silently start again from its first step",
-            f"copy an undamaged checkpoint back as {checkpoints}/step-N, or remove {checkpoints}, and all that is left "
-            "in it, to train again from the first step",
+            f"copy an undamaged checkpoint back as {checkpoints}/step-NNNNNNNN (its step, in eight digits), or remove "
+            f"{checkpoints}, and all that is left in it, to train again from the first step",
         )
     return None
 

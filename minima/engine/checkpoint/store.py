@@ -11,7 +11,7 @@ from typing import Any
 from minima.disk import access_refused_named, inside
 from minima.engine import distributed
 from minima.errors import CheckpointError, MinimaError, StoreCorrupted
-from minima.models.layout import MARKER, complete_steps, step_folder
+from minima.models.layout import MARKER, complete_steps, step_folder, step_of
 
 FORMAT = "minima-checkpoint-1"
 
@@ -29,7 +29,9 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
         own = facts.pop("marker_sha256", None)  # markers of earlier versions have none
         if own is not None and own != marker_sha256(facts):
             raise ValueError("its content does not have the checksum that it says")
-    except (ValueError, AttributeError) as error:  # no text, no JSON, no object, or not what was written
+        if facts.get("format") == FORMAT:
+            _check_facts(facts)
+    except (ValueError, AttributeError, TypeError) as error:  # no text, no JSON, no object, or not what was written
         raise StoreCorrupted(
             f"{checkpoint / MARKER} is damaged: {error}",
             "it says which files belong to the checkpoint, and what they have to hold",
@@ -50,6 +52,14 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
             "export it with the version of minima that wrote it",
         )
     return facts
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    if "sha256" not in facts:
+        raise ValueError("it has no checksums")
+    for key, kind in {"step": int, "ranks": int, "config": dict, "shapes": dict, "sha256": dict}.items():
+        if key in facts and (not isinstance(facts[key], kind) or facts[key] == 0):
+            raise ValueError(f"its {key!r} is {facts[key]!r}")
 
 
 def marker_sha256(facts: dict[str, Any]) -> str:
@@ -91,8 +101,8 @@ def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[
     kept = {*(steps[-keep:] if keep else steps), *spare}
     kept |= {step for step in steps if keep_every_steps and step % keep_every_steps == 0}
     for path in folder.glob("step-*"):
-        number = path.name.removesuffix(".partial")[5:]
-        if number.isdigit() and int(number) not in kept and (keep or not (path / MARKER).is_file()):
+        step = step_of(path.name)
+        if step is not None and path.is_dir() and step not in kept and (keep or not (path / MARKER).is_file()):
             remove(path)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 folder, name, arguments = Path({folder!r}), Path(sys.argv[0]).name, sys.argv[1:]
 token = os.environ.get("HF_TOKEN")
 entry = dict(command=name, arguments=arguments, rank=os.environ.get("RANK"), token=token, lead=os.environ.get("LEAD"))
-entry["times"] = os.environ.get("SLURM_TIME_FORMAT")
+entry["times"], entry["names"] = os.environ.get("SLURM_TIME_FORMAT"), list(os.environ)
 with open(folder / "calls.jsonl", "a") as file:
     file.write(json.dumps(entry) + "\\n")
 answers = json.loads((folder / "answers.json").read_text())

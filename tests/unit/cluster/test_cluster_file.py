@@ -198,6 +198,11 @@ HUB = "hf_" + "verysecret" * 3
         "preamble: export HF_TOKEN=verysecret",
         f"preamble: ['hf auth login --token {HUB}']",
         f"environment: {{MINE: {HUB}}}",
+        "environment: {HTTPS_PROXY: 'http://me:verysecret@proxy:3128'}",
+        "environment: {MY_KEY: ghp_verysecretverysecret12}",
+        "environment: {OPENAI_KEY: sk-proj-verysecretverysecret}",
+        "preamble: ['huggingface-cli login --token verysecret']",
+        "preamble: ['pip install --index-url https://__token__:verysecret@host/simple x']",
     ],
 )
 def test_a_token_is_refused_in_lines_and_options_and_not_repeated(tmp_path, text):
@@ -211,6 +216,10 @@ def test_a_token_is_refused_in_lines_and_options_and_not_repeated(tmp_path, text
     [
         "export HF_TOKEN=$(cat ~/.token)",
         'export HF_TOKEN="$(< ~/.token)" WANDB_API_KEY=${KEY}',
+        "hf auth login --token $HF_TOKEN --add-to-git-credential",
+        "export HTTPS_PROXY=http://$USER:$PROXY_WORD@proxy:3128",
+        "python prepare.py --tokenizer /data/tok --max-tokens 512 --eos-token 3",
+        "git clone ssh://git@host:22/a/b && ssh://host:22/x@y",
         "export HF_TOKEN=`cat ~/.token`",
         "export HF_TOKEN= TOKENIZERS_PARALLELISM=false HF_TOKEN_PATH=/home/me/.token",
         "pip install hf_transfer hf_xet",

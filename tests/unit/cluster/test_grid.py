@@ -1,5 +1,6 @@
 """A grid: cells of a recipe as the tasks of one job array."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,15 @@ def test_a_cell_whose_job_in_the_queue_runs_some_stages_alone(slurm, project):
     assert "alone" not in send(names=["corpus"])
     finish(RUN / "cells" / "a", "base", "out")
     assert "a: in the queue\n" in send()
+
+
+def test_a_cells_save_that_takes_longer_than_the_signals_lead_is_told(slurm, project):
+    write_grid({"cells": [{"name": "a"}, {"name": "b"}]})
+    marker = RUN / "cells/b/base/checkpoints/step-00000010/checkpoint.json"
+    marker.parent.mkdir(parents=True)
+    (RUN / "cells/b/recipe.yaml").write_text(Path("recipe.yaml").read_text())
+    marker.write_text(json.dumps({"step": 10, "save_seconds": 900.0}))
+    assert "warning: b: base: its last save took 900 s" in send()
 
 
 def test_a_cell_that_cannot_be_is_refused_before_any_runs(slurm, project):

@@ -1,5 +1,6 @@
 """What a job does when it is told to leave: slurm/run_stage.sh, run by bash with stand-ins for Slurm."""
 
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -67,6 +68,45 @@ def test_before_the_time_limit_the_ranks_save_and_the_job_is_requeued(slurm, scr
     assert slurm.calls("scancel") == [["--signal=TERM", "7"]]  # to the ranks: SIGTERM, not USR1, and not through srun
     assert slurm.calls("scontrol")[-1] == ["requeue", "7"]
     assert code == 143 and "requeued" in log
+
+
+def test_an_array_s_task_is_told_by_its_own_number(slurm, script, tmp_path):
+    slurm.answer(
+        srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job="JobId=7 ArrayJobId=5 ArrayTaskId=1 JobState=RUNNING"
+    )
+    end(slurm, slurm.job(script(), SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="1"), signal.SIGUSR1)
+    assert slurm.calls("scancel") == [["--signal=TERM", "5_1"]] and slurm.calls("scontrol")[-1] == ["requeue", "5_1"]
+
+
+def test_the_array_of_another_job_is_left_alone(slurm, script, tmp_path):
+    """Submitted by hand in the shell of an array's task, a job inherits that one's SLURM_ARRAY_*."""
+    slurm.answer(
+        srun=f"wait 143 {saved(tmp_path)}", scontrol_show_job="JobId=6 ArrayJobId=5 ArrayTaskId=1 JobState=RUNNING"
+    )
+    inherited = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "SCANCEL_BATCH": "true"}
+    bound = {"SLURM_CPU_BIND": "mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}
+    end(slurm, slurm.job(script(), **inherited, **bound), signal.SIGUSR1)
+    assert slurm.calls("scancel") == [["--signal=TERM", "7"]] and slurm.calls("scontrol")[-1] == ["requeue", "7"]
+    assert not {"SLURM_CPU_BIND", "SLURM_CPU_BIND_TYPE"} & set(slurm.entries("srun")[0]["names"])
+    assert "SCANCEL_BATCH" not in slurm.entries("scancel")[0]["names"]
+
+
+def test_what_a_user_exports_for_srun_stays(slurm, script):
+    slurm.job(script(), SLURM_CPU_BIND="cores").communicate()
+    assert "SLURM_CPU_BIND" in slurm.entries("srun")[0]["names"]
+    assert "--export=ALL" in slurm.calls("srun")[0], "whatever the job itself was submitted with"
+
+
+@pytest.mark.parametrize("name", ["-x", "(", "!", "a b"])
+def test_a_folder_whose_name_is_like_an_option_or_an_expression(slurm, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "job.sh"
+    path.write_text(f"set -eu\nsource {RUN_STAGE}\nrun_stage {shlex.quote(name)} base python x\n")
+    marker = tmp_path / name / "base/checkpoints/step-00000010/checkpoint.json"
+    slurm.answer(srun=f"wait 143 {marker}" if " " not in name else "wait 143", scontrol_show_job=RUNNING)
+    _, log = end(slurm, slurm.job(path), signal.SIGUSR1)
+    assert (tmp_path / name / "logs").is_dir(), log
+    assert ("nothing new was saved" in log) == (" " in name), log
 
 
 def test_ranks_that_finish_after_all_are_not_requeued(slurm, script, tmp_path):

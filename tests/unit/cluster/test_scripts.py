@@ -1,5 +1,6 @@
 """The scripts: complete and clean for the paper's runs, and safe whatever anybody is called."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -122,6 +123,21 @@ def test_a_plain_file_starts_its_stage(slurm, tmp_path, monkeypatch):
     assert " ".join(arguments).endswith(f"--nodes=1 --ntasks=1 {command}")
 
 
+@pytest.mark.parametrize("argument", ["output=/scratch/x", "name=other"])
+@pytest.mark.parametrize("file", ["minima.sh", "minichat.sh", "minima/student.sbatch", "minichat/chat.sbatch"])
+def test_plain_files_refuse_another_folder_than_the_one_that_they_look_into(slurm, tmp_path, file, argument):
+    clone = tmp_path / "clone"
+    shutil.copytree(CLONE / "slurm", clone / "slurm")
+    (clone / ".venv/bin").mkdir(parents=True)
+    (clone / ".venv/bin/activate").touch()
+    environment = os.environ | {"SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", f"slurm/{file}", argument], cwd=clone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and argument in done.stdout + done.stderr
+    assert not slurm.calls("sbatch") and not slurm.calls("srun")
+
+
 HOSTILE = "a b'\"$(touch A)`touch B`;touch C;#&|>D *~%n"
 
 
@@ -162,6 +178,19 @@ def test_a_folder_that_slurm_cannot_be_told(slurm, project, name):
     with pytest.raises(ClusterError, match="backslash or a control character"):
         submit(project / "recipe.yaml", overrides, project / "cluster.yaml", None, None, False, print)
     assert not slurm.calls("sbatch")
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b"])
+def test_a_folder_that_no_container_can_be_given(slurm, project, monkeypatch, name):
+    folder = project / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    arguments = (project / "recipe.yaml", [], project / "cluster.yaml", None, None, False, lambda text: None)
+    submit(*arguments)
+    assert len(slurm.calls("sbatch")) == 3
+    (project / "cluster.yaml").write_text(yaml.safe_dump({"container": {"image": "a.sqsh"}}))
+    with pytest.raises(ClusterError, match="a comma or a colon"):
+        submit(*arguments)
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])

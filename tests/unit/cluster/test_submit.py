@@ -353,6 +353,48 @@ def test_tokens_and_the_launcher_of_the_shell(slurm, project, monkeypatch):
         assert not path.is_file() or "verysecret" not in path.read_text()
 
 
+def test_variables_of_the_shell_do_not_beat_the_cluster_file(slurm, project, monkeypatch):
+    """What stands in #SBATCH lines does not hold against SBATCH_*; what stands on the command line does."""
+    monkeypatch.setenv("SBATCH_PARTITION", "debug")
+    Path("cluster.yaml").write_text(yaml.safe_dump({"partition": "gpu", "time": "01:00:00"}))
+    send()
+    for call, stage in zip(slurm.calls("sbatch"), ("corpus", "base", "out"), strict=True):
+        asked = {"--partition=gpu", "--time=01:00:00", f"--job-name=test.{stage}", "--export=ALL", "--requeue"}
+        assert asked | {"--signal=B:USR1@300", "--open-mode=append"} < set(call)
+        script = Path(call[-1]).read_text()
+        assert all(f"#SBATCH {option}\n" in script for option in asked), "for who submits it by hand"
+
+
+@pytest.mark.parametrize(
+    "override", ["output=runs/hf_" + "verysecret" * 3, "stages.base.wandb_project=http://me:verysecret@proxy:3128"]
+)
+def test_a_token_in_an_override_is_refused_and_not_repeated(slurm, project, override):
+    with pytest.raises(ClusterError, match="overrides: ") as caught:
+        send(override)
+    assert "verysecret" not in str(caught.value) and not slurm.calls("sbatch")
+
+
+def test_a_job_that_is_held_since_its_reservation_is_gone_is_in_the_queue(slurm, project):
+    send()
+    answer_queue(slurm, "101 RESV_DEL_HOLD corpus ReservationDeleted", "102 PENDING base Dependency",
+                 "103 PENDING out Dependency")  # fmt: skip
+    assert "nothing to submit" in send()
+    assert len(slurm.calls("sbatch")) == 3
+
+
+def test_a_save_and_two_steps_that_take_longer_than_the_signals_lead(slurm, project):
+    marker = RUN / "base/checkpoints/step-00000010/checkpoint.json"
+    marker.parent.mkdir(parents=True)
+    (RUN / "recipe.yaml").write_text(Path("recipe.yaml").read_text())
+    marker.write_text(json.dumps({"step": 10, "save_seconds": 20.0}))
+    record = {"step": 10, "loss": 2.0, "tokens": 1000, "tokens_per_second": 1.0}
+    (RUN / "base" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert "signal_lead_seconds" not in send()
+    (RUN / "base" / "metrics.jsonl").write_text(json.dumps(record | {"tokens_per_second": 0.5}) + "\n")
+    said = send()
+    assert "took 20 s and two steps 400 s" in said and "set signal_lead_seconds to 500 or more" in said
+
+
 def test_a_save_that_takes_longer_than_the_signals_lead(slurm, project):
     marker = RUN / "base/checkpoints/step-00000010/checkpoint.json"
     marker.parent.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """A checkpoint is complete or it does not count; a full disk takes nothing that was there."""
 
 import errno
+import json
 import os
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from minima.engine.checkpoint.store import read_marker, verify_checkpoint
+from minima.engine.checkpoint.store import FORMAT, read_marker, verify_checkpoint
 from minima.engine.checkpoint.writer import CheckpointWriter, write_checkpoint
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
@@ -141,3 +142,31 @@ def test_those_that_are_named_stay(tmp_path):
     writer.begin(10, lambda: files(b"x"), {"step": 10})
     writer.finish()
     assert complete_steps(tmp_path) == [2, 6, 10]
+
+
+def test_names_that_minima_does_not_give_are_left_alone(tmp_path):
+    """A copy with a number of its own, a file, digits that are none: nothing of them is looked at or removed."""
+    (tmp_path / "step-500").mkdir()
+    (tmp_path / "step-500" / "checkpoint.json").write_text("{}")
+    (tmp_path / "step-00000007").touch()
+    (tmp_path / "step-0000000²").mkdir()
+    writer = CheckpointWriter(tmp_path, keep=1)
+    for step in (2, 4):
+        writer.begin(step, lambda: files(b"x"), {"step": step})
+        writer.finish()
+    assert complete_steps(tmp_path) == [4]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-500", "step-00000007", "step-0000000²", "step-00000004",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", '"x"', {"sha256": []}, {}, {"sha256": {}, "ranks": 0}, {"sha256": {}, "ranks": "2"},
+     {"sha256": {}, "shapes": 1}, {"sha256": {}, "config": None}],
+)  # fmt: skip
+def test_a_marker_that_is_json_and_no_marker_is_damaged(tmp_path, content):
+    text = content if isinstance(content, str) else json.dumps(content | {"format": FORMAT})
+    (tmp_path / "checkpoint.json").write_text(text)
+    with pytest.raises(StoreCorrupted, match=r"checkpoint\.json is damaged"):
+        read_marker(tmp_path)

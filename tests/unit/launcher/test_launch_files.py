@@ -188,6 +188,17 @@ def test_torchrun_on_machines_without_slurm(start):
     assert "not a number" in start("torchrun", MINIMA_NODES="two")
 
 
+@pytest.mark.parametrize("name", ["mpirun", "deepspeed", "srun"])
+def test_ranks_are_told_by_their_own_launcher_alone(start, tmp_path, name):
+    """Of a rank of torchrun, say, in whose shell a launcher is called: all ranks would take themselves for that one."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n1 slots=2\n")
+    more = {"MINIMA_HOSTFILE": str(hosts), "MINIMA_DEEPSPEED_LAUNCHER": "openmpi"} if name == "deepspeed" else {}
+    told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    asked = start(name, MINIMA_RANKS="2", SLURM_JOB_ID="7", **told, **more)
+    assert not told.keys() & asked["environment"].keys()
+
+
 # -- deepspeed -----------------------------------------------------------------------------------------------------
 
 

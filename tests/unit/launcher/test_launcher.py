@@ -9,7 +9,7 @@ import pytest
 
 from minima import launcher
 from minima.errors import LauncherError
-from minima.launcher import Launch, child_environment, read_launch
+from minima.launcher import Launch, child_environment, read_launch, submitting_environment
 from minima.nodes import first_host
 
 TORCHRUN = {
@@ -100,6 +100,30 @@ def test_impossible_values_are_refused(wrong):
         read_launch(TORCHRUN | wrong)
 
 
+@pytest.mark.parametrize("empty", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_an_empty_variable_is_a_missing_one(empty):
+    """As `export RANK=$SLURM_PROCID` leaves it outside of a step: every process would be rank 0."""
+    with pytest.raises(LauncherError, match=rf"without {empty} \({empty} being empty\)"):
+        read_launch(TORCHRUN | {empty: ""})
+    assert read_launch(dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "")).world_size == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"MASTER_PORT": "99999"}, {"MASTER_PORT": "-5"}, {"RANK": "0_0"}, {"LOCAL_RANK": "\u0660"}]
+)
+def test_one_rank_is_checked_as_many_are(wrong):
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert read_launch(one | {"MASTER_PORT": "29500"}).master_port == 29500
+    with pytest.raises(LauncherError, match=next(iter(wrong))):
+        read_launch(one | wrong)
+
+
+@pytest.mark.parametrize("tasks", ["0", "-2"])
+def test_a_step_of_no_tasks_is_impossible(tasks):
+    with pytest.raises(LauncherError, match=f"SLURM_STEP_NUM_TASKS={tasks}"):
+        read_launch(SLURM | {"SLURM_STEP_NUM_TASKS": tasks})
+
+
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
 def test_many_ranks_need_an_address(missing):
     with pytest.raises(LauncherError, match=f"{missing}=missing"):
@@ -118,6 +142,21 @@ def test_a_leftover_that_disagrees_is_refused():
 )
 def test_first_host(nodes, host):
     assert first_host(nodes) == host
+
+
+def test_a_job_that_is_submitted_inside_of_another_inherits_nothing_of_it(monkeypatch):
+    settings = {"SLURM_CONF": "/c", "SLURM_JWT": "j", "HF_HOME": "/h"}
+    of_the_job = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "SLURM_CPUS_PER_TASK": "64",
+                  "SLURM_CPU_BIND": "mask", "SLURM_EXPORT_ENV": "NONE", "SLURMD_NODENAME": "n1"}  # fmt: skip
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    for name, value in (settings | of_the_job | {"SLURM_JOB_ID": "77", "SQUEUE_PARTITION": "x"}).items():
+        monkeypatch.setenv(name, value)
+    told = submitting_environment()
+    assert settings.items() <= told.items() and "SQUEUE_PARTITION" not in told
+    assert not {*of_the_job, "SLURM_JOB_ID"} & told.keys()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert submitting_environment()["SLURM_CPU_BIND"] == "mask", "a setting of its user's, outside of a job"
 
 
 def test_child_environment_forgets_the_parents_launcher(monkeypatch):
