@@ -1,6 +1,7 @@
 """What the operating system refuses of files, told as what it is: a full disk, somebody else's file."""
 
 import errno
+import hashlib
 import os
 import pwd
 import re
@@ -43,6 +44,12 @@ def inside(folder: Path, name: Any) -> Path:
             f"fetch or make {folder} again, from somebody you trust",
         )
     return folder / path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, token_dtype
+from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, index_sha256, token_dtype
 from minima.disk import disk_full_named
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class StoreWriter:
                 "shards": self._shards,
             }
             with (self._partial / INDEX).open("w", encoding="utf-8") as file:
-                json.dump(index, file, indent=1)
+                json.dump(index | {"index_sha256": index_sha256(index)}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
         blocks = self._flushed // self._sequence_length

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from minima.data.packing import HashedFile
-from minima.data.store import file_sha256
-from minima.disk import inside
+from minima.disk import file_sha256, inside
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"

@@ -9,31 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import inside
+from minima.disk import file_sha256, inside
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
 FORMATS = ("text", "conversations", "preferences")
 INDEX = "index.json"
 STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
-_READ_BYTES = 1 << 24
 # A mapped file keeps a descriptor, of which a process often has 1,024, and 126e9 tokens are 470 shards of two or three
 # files each: of each kind, this share of what the process may have stays mapped.
 _MAPPED_SHARE = 1 / 16
 
 
+def index_sha256(index: dict[str, Any]) -> str:
+    """Checksum of what an index says, which it carries itself: SHA-256 whatever the order and the spaces."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
 def token_dtype(vocabulary_size: int) -> str:
     """Two bytes a token where every id fits, else four; little-endian."""
     return "<u2" if vocabulary_size <= 1 << 16 else "<u4"
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class TokenStore:
@@ -99,15 +94,23 @@ class TokenStore:
             ) from None
         except ValueError as error:
             raise _damaged(folder / INDEX, f"is not valid JSON ({error})") from None
-        if index.get("format") != FORMAT:
-            raise _damaged(folder / INDEX, f"says format {index.get('format')!r}, expected {FORMAT!r}")
-        store = cls(folder, index)
-        for file in store._files():
-            path = inside(folder, file["file"])
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            said = index.get("format") if isinstance(index, dict) else index
+            raise _damaged(folder / INDEX, f"says format {said!r}, expected {FORMAT!r}")
+        own = index.pop("index_sha256", None)  # those of earlier versions have none
+        if own is not None and own != index_sha256(index):
+            raise _damaged(folder / INDEX, "does not have the checksum that it says")
+        try:
+            store = cls(folder, index)
+            files = [(file["file"], int(file["bytes"]), str(file["sha256"])) for file in store._files()]
+        except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+            raise _damaged(folder / INDEX, f"is not whole ({type(error).__name__}: {error})") from None
+        for name, size, _ in files:
+            path = inside(folder, name)
             if not path.exists():
                 raise _damaged(path, "is missing")
-            if path.stat().st_size != file["bytes"]:
-                raise _damaged(path, f"has {path.stat().st_size} bytes, {file['bytes']} were written")
+            if path.stat().st_size != size:
+                raise _damaged(path, f"has {path.stat().st_size} bytes, {size} were written")
         return store
 
     def __len__(self) -> int:

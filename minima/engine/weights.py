@@ -5,13 +5,14 @@ from pathlib import Path
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import verify_together
-from minima.errors import CheckpointError
+from minima.errors import CheckpointError, MinimaError
+from minima.models.checksums import verify_files
 from minima.models.layout import complete_steps, step_folder
 from minima.models.weights import FolderSource, WeightSource
 
 
 def open_weights(folder: Path, step: int | None = None) -> WeightSource:
-    """The weights in `folder`; those of a checkpoint are compared with their checksums first.
+    """The weights in `folder`; those that minima wrote are compared with their checksums first.
 
     Where there is a process group, every rank has to call it.
 
@@ -21,7 +22,7 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
 
     Raises:
         CheckpointError: there is no such checkpoint, or no weights at all.
-        StoreCorrupted: a file of the checkpoint is damaged.
+        StoreCorrupted: a file of the checkpoint, or of the stage's model, is missing or damaged.
     """
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir():
@@ -36,6 +37,13 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
         checkpoint = step_folder(checkpoints, step if step is not None else steps[-1])
         verify_together(checkpoint, prefix=WEIGHTS)
         return CheckpointSource(checkpoint)
+    if (folder / "metrics.jsonl").is_file() and not (folder / "config.json").is_file():  # a training stage's
+        raise CheckpointError(
+            f"{checkpoints} is not there any more",
+            "the weights of a training stage are in its checkpoints",
+            f"put them back, or remove {folder} to train it again",
+        )
+    _verify_together(folder)
     if step is not None:
         raise CheckpointError(
             f"{folder} has no checkpoints, so none after step {step}",
@@ -43,3 +51,13 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
             "leave `@STEP` away",
         )
     return FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
+
+
+def _verify_together(folder: Path) -> None:
+    """Every rank reads its share of what a stage has left; what one finds, all raise."""
+    error: MinimaError | None = None
+    try:
+        verify_files(folder, *distributed.share())
+    except MinimaError as found:
+        error = found
+    distributed.raise_together(error)

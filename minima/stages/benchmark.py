@@ -11,6 +11,7 @@ from minima.errors import StageError
 from minima.evaluation.harness import Settings, ask, lm_eval_folder
 from minima.evaluation.judged import read_questions, write_answers
 from minima.evaluation.suite import SUITE, Asked, file_hashes, plan_suite, plan_tasks, score, table, write_tasks
+from minima.models.checksums import verify_files
 from minima.models.layout import has_chat_template, model_folder
 from minima.recipe.release import Benchmark
 from minima.report.progress import Progress
@@ -40,7 +41,9 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     stage = context.stage
     assert isinstance(stage, Benchmark)
-    model = check_model(model_folder(context.model(stage.model).folder), stage)
+    folder = context.model(stage.model).folder
+    verify_files(folder)
+    model = check_model(model_folder(folder), stage)
     data = None if stage.data_folder is None else existing(stage.data_folder, "data_folder")
     asked, left_out = plan_suite(data, context.allow_code_execution) if stage.suite else ([], [])
     if stage.tasks:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import minima
 from minima.errors import MinimaError, StageError
+from minima.models.checksums import verify_files
 from minima.stages.hub_files import PUSHED_MODEL_FILES, check_files, current_card, locate, matches
 
 if TYPE_CHECKING:
@@ -74,10 +75,13 @@ def publish(
 
     Raises:
         CheckpointError: the weights cannot be read.
+        StoreCorrupted: they are not what the export stage wrote.
         StageError: the folder is not a finished export, or the Hub does not take it. No file is pushed then; a
             repository that was made for it stays, and the message says so.
     """
     model, stage = locate(folder)
+    if stage is not None:
+        verify_files(stage)
     files, left_out = check_files(model)
     card = current_card(model / "README.md", stage)
     content: dict[str, Path | bytes] = {name: model / name for name in files} | {"README.md": card.encode("utf-8")}

@@ -9,6 +9,7 @@ from pathlib import Path
 from minima.disk import disk_full_named
 from minima.errors import LauncherError
 from minima.launcher import child_environment, default_ranks, read_launch
+from minima.models.checksums import missing_files
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.schema import AnyStage
 from minima.report.run_table import run_table
@@ -16,7 +17,7 @@ from minima.stages.checks import check_stages
 from minima.stages.child import Log, run_child
 from minima.stages.identity import check_run
 from minima.stages.lock import run_lock
-from minima.stages.manifest import is_finished
+from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 from minima.stages.running import output_folder, select, uses_ranks
 from minima.stages.shipped import find_launcher
@@ -76,6 +77,8 @@ def run(
         done = [stage.name for stage in stages if stage not in left]
         if done:
             write(f"finished before: {', '.join(done)}")
+        for line in lacking(folder, done, allow_code_execution):
+            write(f"warning: {line}")
         for group in (groups := group_stages(left)):
             code = _run_group(recipe, recipe_path, overrides, group, ranks, lock, write)
             if code in STOPPED and all(is_finished(folder / stage.name) for stage in group):
@@ -95,6 +98,23 @@ def run(
         later = [stage.name for stage in recipe.stages if not is_finished(folder / stage.name)]
         write(f"done: {', '.join(stage.name for stage in stages)}; left: {', '.join(later)}")
     return 0
+
+
+def lacking(run_folder: Path, finished: Sequence[str], allow_code_execution: bool) -> list[str]:
+    """What finished stages do not have, or do not have any more, a line each."""
+    found = []
+    for name in finished:
+        folder = run_folder / name
+        if gone := missing_files(folder):
+            more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+            found.append(f"stage {name} is finished, and {folder / gone[0]}{more} is not there any more")
+        left_out = read_manifest(folder).get("metrics", {}).get("left_out", []) if allow_code_execution else []
+        if left_out:
+            found.append(
+                f"{ALLOW_CODE_EXECUTION} changes nothing of stage {name}, which was finished without "
+                f"{', '.join(left_out)}: remove {folder} to have it"
+            )
+    return found
 
 
 def group_stages(stages: Sequence[AnyStage]) -> list[list[AnyStage]]:

@@ -18,6 +18,7 @@ from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.errors import ShapeError
 from minima.launcher import terminal_columns
+from minima.models.checksums import verify_files
 from minima.models.families import family_of, shape_of
 from minima.models.shape import ModelShape
 from minima.models.weights import model_identity, write_folder
@@ -119,7 +120,9 @@ def _new_scores(context: StageContext, stage: Prune, origin: Origin, shape: Mode
     source = origin.source
     identity = model_identity(source)
     if stage.scores is not None:
-        return Scores.load(context.scores(stage.scores) / SCORES, kind=stage.score, model=identity)
+        folder = context.scores(stage.scores)
+        verify_files(folder)
+        return Scores.load(folder / SCORES, kind=stage.score, model=identity)
     if stage.score == "magnitude":
         return magnitude(source, shape, identity=identity)
     return random(shape, stage.seed, identity=identity)

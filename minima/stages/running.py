@@ -10,6 +10,7 @@ from pathlib import Path
 from minima.disk import access_refused_named, disk_full_named
 from minima.errors import MinimaError, RecipeError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
+from minima.models.checksums import write_checksums
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.references import ALONE
 from minima.recipe.schema import AnyStage, Recipe
@@ -141,6 +142,7 @@ def _run(module, context: StageContext, write) -> None:
         distributed.barrier()
     if main:
         seconds = time.monotonic() - began
+        write_checksums(folder)
         write_manifest(folder, metrics, seconds)
         if hasattr(module, "tidy"):
             module.tidy(context)

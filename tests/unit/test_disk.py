@@ -32,7 +32,13 @@ def test_a_token_store_reads_nothing_outside(tmp_path):
     (tmp_path / "secret").write_bytes(b"ab")
     folder = tmp_path / "store"
     folder.mkdir()
-    shard = {"file": "../secret", "bytes": 2, "tokens": 1, "sha256": "", "starts": {"file": "s", "bytes": 0}}
+    shard = {
+        "file": "../secret",
+        "bytes": 2,
+        "tokens": 1,
+        "sha256": "",
+        "starts": {"file": "s", "bytes": 0, "sha256": ""},
+    }
     index = {"format": "minima-tokens-1", "sequence_length": 1, "vocabulary_size": 2, "end_token": 0, "tokens": 1,
              "documents": 0, "bytes": 1, "dtype": "<u2", "shards": [shard]}  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index))

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, inside
+from minima.disk import access_refused_named, file_sha256, inside
 from minima.engine import distributed
 from minima.errors import CheckpointError, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
@@ -110,12 +110,6 @@ def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, if it is there."""
     (checkpoint / MARKER).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
     shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_together(checkpoint: Path, prefix: str = "") -> None:

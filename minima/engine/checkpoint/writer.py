@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minima.disk import is_no_space, sync
+from minima.disk import file_sha256, is_no_space, sync
 from minima.engine import distributed
-from minima.engine.checkpoint.store import FORMAT, file_sha256, marker_sha256, prune, remove
+from minima.engine.checkpoint.store import FORMAT, marker_sha256, prune, remove
 from minima.errors import CheckpointError, DiskFull, MinimaError
 from minima.models.layout import MARKER, step_folder
 

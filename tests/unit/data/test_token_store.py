@@ -112,6 +112,39 @@ def test_a_flipped_byte_is_found_and_named(store):
     TokenStore.open(store.folder).verify()
 
 
+def test_a_flipped_bit_anywhere_in_the_index_is_found(store):
+    path = store.folder / "index.json"
+    content = path.read_bytes()
+    for place in range(content.index(b'"index_sha256"')):
+        for bit in (0, 2, 5):
+            changed = content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+            path.write_bytes(changed)
+            if _says(changed) == _says(content):  # spaces between its parts
+                TokenStore.open(store.folder).verify()
+                continue
+            with pytest.raises(StoreCorrupted, match=r"index\.json"):
+                TokenStore.open(store.folder)
+
+
+def _says(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_an_index_of_an_earlier_version_has_no_checksum(store):
+    path = store.folder / "index.json"
+    index = json.loads(path.read_text())
+    assert index.pop("index_sha256")
+    path.write_text(json.dumps(index))
+    assert len(TokenStore.open(store.folder)) == len(store)
+    del index["sequence_length"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(StoreCorrupted, match=r"not whole .*sequence_length"):
+        TokenStore.open(store.folder)
+
+
 def test_a_truncated_or_missing_shard_is_named(store):
     file = store.folder / "tokens-00001.bin"
     content = file.read_bytes()

@@ -11,9 +11,11 @@ import time
 import pytest
 
 from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError
+from minima.models.checksums import write_checksums
 from minima.recipe.loading import load_recipe
 from minima.stages import checks, pipeline
 from minima.stages.child import Log
+from minima.stages.manifest import write_manifest, write_started
 from minima.stages.run_folder import claim_run_folder
 
 TRAINING = "data: corpus, batch_sequences: 8, micro_batch_sequences: 4, steps: 4, learning_rate: 1e-3"
@@ -82,6 +84,22 @@ def run(tmp_path, monkeypatch):
         return code, "\n".join(said)
 
     return run
+
+
+def test_what_finished_stages_lack_is_told(tmp_path):
+    for name, metrics in (("out", {}), ("bench", {"left_out": ["humaneval"]})):
+        (tmp_path / name).mkdir()
+        write_started(tmp_path / name, {})
+        write_manifest(tmp_path / name, metrics, 1.0)
+    (tmp_path / "out" / "model").mkdir()
+    for shard in ("a", "b"):
+        (tmp_path / "out" / "model" / f"{shard}.safetensors").write_bytes(b"x")
+    write_checksums(tmp_path / "out")
+    assert pipeline.lacking(tmp_path, ["out", "bench"], False) == []
+    (tmp_path / "out" / "model" / "b.safetensors").unlink()
+    gone, unused = pipeline.lacking(tmp_path, ["out", "bench"], True)
+    assert gone.startswith("stage out is finished") and gone.endswith("out/model/b.safetensors is not there any more")
+    assert "--allow-code-execution changes nothing of stage bench" in unused and "humaneval" in unused
 
 
 def calls(tmp_path):
