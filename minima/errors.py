@@ -4,8 +4,13 @@ ADVICE = "  what to do: "  # begins the last line that an error prints of itself
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, at most 300 characters; its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What an error of a library says first, at most 300 characters; its class where it says nothing.
+
+    A first line that ends with a colon goes on in the next ones.
+    """
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    text = lines[0] if not lines[0].rstrip().endswith(":") else " ".join(" ".join(lines).split())
+    return text[:300]
 
 
 class MinimaError(ValueError):

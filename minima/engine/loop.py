@@ -112,11 +112,13 @@ def train(
         watchdog.mark(f"step {done}: done")
         if norm != norm or norm in (float("inf"), float("-inf")):
             events.settle()
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in meters.losses().items())
             raise NotFinite(
-                f"step {done}: the gradient norm is {norm}; losses since the last log line: {meters.reduce()}",
+                f"step {done}: the gradient norm is {norm}; since the last log line: {losses}",
                 "an update with it would destroy the weights; it has not been applied, and the last checkpoint stands",
-                "lower the learning rate or lengthen the warm-up, look at the step's data, and run again: the run "
-                "resumes from its last checkpoint",
+                "look at the step's data. For a lower learning rate or a longer warm-up remove this stage's folder, or "
+                "write a stage of another name with `model: STAGE@STEP`, which starts from that checkpoint. Run again "
+                "as it is, this one resumes from it and comes to the same step",
             )
         meters.step(norm, learning_rate, time.perf_counter() - started)
         if not agreed.writing:  # all ranks' files were on disk as the step began

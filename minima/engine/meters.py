@@ -34,6 +34,11 @@ class Meters:
         self._seconds += seconds
         self._steps += 1
 
+    def losses(self) -> dict[str, float]:
+        """The means alone of what `reduce` gives; every rank has to call it, and nothing is left to reduce."""
+        names = list(self._sums)
+        return {name: value for name, value in self.reduce().items() if name in names}
+
     def reduce(self) -> dict[str, float]:
         """Means over the valid tokens of all ranks since the last call (nats), and the last step's facts.
 

@@ -37,7 +37,7 @@ def linear_agreement(
     """
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
     student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)
-    check_tokens(labels_N, student=student, teacher=teacher)
+    check_tokens(labels_N, ignore_index, student=student, teacher=teacher)
     check_chunk(chunk_tokens)
     keep_N = labels_N != ignore_index
     kl = torch.zeros((), dtype=torch.float64, device=labels_N.device)

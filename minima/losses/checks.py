@@ -1,11 +1,12 @@
-"""What a caller of the losses may get wrong. Shapes and plain numbers alone are looked at, so no GPU is waited for."""
+"""What a caller of the losses may get wrong. On a GPU shapes and plain numbers alone are looked at: nothing waits."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minima.batch import IGNORE_INDEX
 from minima.errors import MinimaError
 
 
@@ -47,11 +48,22 @@ def check_ranges(what: str, /, **settings: tuple[Any, bool, str]) -> None:
             )
 
 
-def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
+def is_number(value: Any) -> bool:
+    """Whether it is a plain real number, which can be compared."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_between(value: Any, low: float, high: float) -> bool:
+    """Whether it is a number between the two, both excluded."""
+    return is_number(value) and low < value < high
+
+
+def check_tokens(labels_N: Tensor, ignored: int = IGNORE_INDEX, /, **models: tuple[Tensor, Tensor]) -> None:
     """Refuse hidden states that do not belong to the labels, or not to their head.
 
     Args:
-        labels_N: one for each token.
+        labels_N: one for each token. On a CPU they are looked at; a GPU would have to be waited for.
+        ignored: the label of tokens that are left out.
         models: hidden states [N, D] and output head [V, D], by what to call the model.
 
     Raises:
@@ -80,6 +92,14 @@ def check_tokens(labels_N: Tensor, **models: tuple[Tensor, Tensor]) -> None:
                 "logits are products of the two, so they have to be of one width",
                 "give the output head [vocabulary, width] of the model that the hidden states come from",
             )
+    vocabulary = next(iter(models.values()))[1].shape[0]
+    kept = labels_N[labels_N != ignored] if labels_N.device.type == "cpu" else labels_N[:0]
+    if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < vocabulary:
+        raise MinimaError(
+            f"labels from {int(kept.min())} to {int(kept.max())} for a vocabulary of {vocabulary} tokens",
+            "they are token ids of another tokenizer than the model's, or meant to be left out by another number",
+            f"give ids from 0 to {vocabulary - 1}, and {ignored} where a token is left out",
+        )
 
 
 def check_pairs(policy_BS: Tensor, reference_BS: Tensor, lengths_BS: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from minima.losses.checks import check_ranges, is_count
+from minima.losses.checks import check_ranges, is_between, is_count
 
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
@@ -55,11 +55,27 @@ class SoftTerm(NamedTuple):
         check_ranges(
             "a distillation loss",
             divergence=(self.divergence, self.divergence in names, f"one of {', '.join(names)}"),
-            temperature=(self.temperature, 0 < self.temperature < math.inf, "above 0 and finite: it divides logits"),
-            beta=(self.beta, 0 < self.beta < 1, "between 0 and 1, whose ends are forward_kl and reverse_kl"),
-            alpha=(self.alpha, 0 < self.alpha < 1, "between 0 and 1: 0 is forward_kl or reverse_kl, and 1 is nothing"),
+            temperature=(
+                self.temperature,
+                is_between(self.temperature, 0, math.inf),
+                "above 0 and finite: it divides logits",
+            ),
+            beta=(
+                self.beta,
+                is_between(self.beta, 0, 1),
+                "between 0 and 1, whose ends are forward_kl and reverse_kl",
+            ),
+            alpha=(
+                self.alpha,
+                is_between(self.alpha, 0, 1),
+                "between 0 and 1: 0 is forward_kl or reverse_kl, and 1 is nothing",
+            ),
             top_k=(top_k, top_k is None or is_count(top_k), "a whole number from 1 on, or None for all tokens"),
-            top_p=(top_p, top_p is None or 0 < top_p < 1, "between 0 and 1, both excluded, or None for all"),
+            top_p=(
+                top_p,
+                top_p is None or is_between(top_p, 0, 1),
+                "between 0 and 1, both excluded, or None for all",
+            ),
         )
 
     @property

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
 from minima.errors import VocabularyMismatch
-from minima.losses.checks import check_ranges, check_tokens
+from minima.losses.checks import check_ranges, check_tokens, is_number
 from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
 from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed, without_autocast
@@ -95,15 +95,17 @@ def linear_distillation_loss(
     """
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
     student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)
-    check_tokens(labels_N, student=student, teacher=teacher)
+    check_tokens(labels_N, ignore_index, student=student, teacher=teacher)
     term, way = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p), Way(chunk_tokens, kernel)
     term.check()
     if term.top_k is not None and term.top_k >= teacher_head_VE.shape[0]:
         term = term._replace(top_k=None)  # which cuts nothing, and a GPU has a kernel for
     way.check(labels_N.device, term.truncated)
     weights = {"hard_weight": hard_weight, "soft_weight": soft_weight}
-    ranges = {name: (value, 0 <= value < math.inf, "0 or more, and finite") for name, value in weights.items()}
-    check_ranges("a distillation loss", **ranges)
+    check_ranges(
+        "a distillation loss",
+        **{key: (w, is_number(w) and 0 <= w < math.inf, "0 or more, and finite") for key, w in weights.items()},
+    )
     keep_N = labels_N != ignore_index
     count = keep_N.sum()
     terms = Terms(hard_weight, soft_weight, term, zero_parts)
@@ -149,7 +151,7 @@ def linear_cross_entropy(
     Raises:
         MinimaError: as for `linear_distillation_loss`.
     """
-    check_tokens(labels_N, model=(hidden_ND, head_VD))
+    check_tokens(labels_N, ignore_index, model=(hidden_ND, head_VD))
     terms, way = Terms(1.0, 0.0, SoftTerm()), Way(chunk_tokens, kernel)
     way.check(labels_N.device)
     keep_N = labels_N != ignore_index

@@ -126,14 +126,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "a recipe says at least `name` and `stages`",
             "see the shipped recipes/quickstart.yaml",
         )
-    return _unshared(raw)
+    return _unshared(raw, path)
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: Any, path: Path, around: tuple[int, ...] = ()) -> Any:
     """A copy in which YAML anchors share nothing, so that an override of one stage leaves the others as they are."""
+    if not isinstance(value, dict | list):
+        return value
+    if id(value) in around:
+        raise RecipeError(
+            f"{path}: an anchor's value holds an alias of itself", "it would never end", "name another anchor there"
+        )
+    around = (*around, id(value))
     if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _unshared(inner, path, around) for key, inner in value.items()}
+    return [_unshared(inner, path, around) for inner in value]
 
 
 def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaError:

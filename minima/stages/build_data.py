@@ -11,6 +11,7 @@ from minima.data.builder import build, processes_of
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import PARTS, Part
 from minima.data.parts import RecordedParts, check_counts
+from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
 from minima.stages.context import StageContext
@@ -90,4 +91,7 @@ def _tokenizer(context: StageContext, stage: BuildData) -> str | Path | Tokenize
     if any(other.name == stage.tokenizer for other in context.recipe.stages):
         resolved = context.model(stage.tokenizer)
         return resolved.tokenizer or resolved.folder
+    path = Path(stage.tokenizer).expanduser()
+    if path.is_dir() and not any((path / name).is_file() for name in VOCABULARY_FILES):  # a stage's, by its path
+        return next((path / inner for inner in ("tokenizer", "model") if (path / inner).is_dir()), path)
     return stage.tokenizer

@@ -19,7 +19,7 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.engine.weights import open_weights
-from minima.errors import CheckpointError, DataError
+from minima.errors import CheckpointError, DataError, DiskFull, NotFinite
 from minima.evaluation.same_logits import check_same_logits, host_logits, plain_logits, probe_batch
 from minima.models.layout import TOKENIZER_FILES, has_chat_template
 from minima.models.legacy_config import tokenizer_with_4x_names
@@ -48,6 +48,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises:
         CheckpointError: the written folder is not the trained model; it stays in `model.partial`.
         DiskFull: no space is left; what was published before still is.
+        NotFinite: a tensor is not finite in the dtype that is written; names it.
     """
     stage = context.stage
     assert isinstance(stage, Export)
@@ -115,7 +116,10 @@ def _write(
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in source.names():
-            tensor = source.read(name).to(dtype)
+            read = source.read(name)
+            tensor = read.to(dtype)
+            if not torch.isfinite(tensor).all():
+                raise _not_finite(name, read, dtype)
             trained[name] = tensor_sha256(tensor)
             yield name, tensor
 
@@ -124,12 +128,33 @@ def _write(
     for name in ("bos_token_id", "eos_token_id"):
         if config.get(name) is None and name in generation:
             config[name] = generation[name]
-    with disk_full_named(partial):
-        written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
-        check_hashes(trained, written, partial)
-        _write_json(partial / "generation_config.json", generation)
-        if model.tokenizer is not None:
-            copy_tokenizer(model.tokenizer, partial)
+    try:
+        with disk_full_named(partial):
+            written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
+            check_hashes(trained, written, partial)
+            _write_json(partial / "generation_config.json", generation)
+            if model.tokenizer is not None:
+                copy_tokenizer(model.tokenizer, partial)
+    except (DiskFull, NotFinite):  # half a model is worth nothing, and a full disk is wanted for something else
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> NotFinite:
+    short = str(dtype).removeprefix("torch.")
+    if torch.isfinite(tensor).all():
+        return NotFinite(
+            f"tensor {name} holds values up to {tensor.abs().max().item():.4g}, and {short} ends at "
+            f"{torch.finfo(dtype).max:.5g}",
+            "they would be written as infinite, and the model would predict nothing",
+            "set `dtype: bfloat16` or `dtype: float32`",
+        )
+    return NotFinite(
+        f"tensor {name} holds values that are infinite or no numbers",
+        "the model predicts nothing",
+        "look at its training metrics for the step at which they went wrong, and export an earlier checkpoint: "
+        "`model: STAGE@STEP`",
+    )
 
 
 def check_hashes(trained: dict[str, str], written: dict[str, str], folder: Path) -> None:
