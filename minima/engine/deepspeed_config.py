@@ -1,10 +1,21 @@
 """DeepSpeed's configuration: a JSON for sharding and communication, and what the recipe owns added to it."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minima.engine.deepspeed_keys import AIO, OFFLOAD, RECIPE_OWNS, TENSOR_PARALLEL, TOP, ZERO
+from minima.engine.deepspeed_keys import (
+    AIO,
+    DEVICES,
+    MONITORS,
+    NUMBERS,
+    OFFLOAD,
+    RECIPE_OWNS,
+    TENSOR_PARALLEL,
+    TOP,
+    ZERO,
+)
 from minima.errors import DeepSpeedConfigError
 from minima.models.shape import ModelShape
 from minima.planning.sharding import Sharding, gathered_ahead
@@ -52,6 +63,7 @@ def read_deepspeed_json(
         )
     _check_blocks(path, config)
     _check_keys(path, config)
+    _check_values(path, config)
     _check_placement(path, config, placement, offload)
     if frozen:
         _check_frozen(path, config)
@@ -92,6 +104,36 @@ def _check_placement(path: Path, config: dict[str, Any], placement: Placement, o
             "with two owners one silently loses",
             "make both the same, or leave `deepspeed` out of the recipe's teacher",
         )
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    zero = _block(config, "zero_optimization")
+    found = [
+        (f"zero_optimization.{key}", zero[key], "a number from 0 on")
+        for key in NUMBERS
+        if key in zero and not (type(zero[key]) in (int, float) and zero[key] >= 0)
+    ]
+    for block in ("offload_param", "offload_optimizer"):
+        given = _block(zero, block)
+        if (device := given.get("device") or "none") not in DEVICES:
+            found.append((f"zero_optimization.{block}.device", device, f"one of {', '.join(DEVICES)}"))
+        for key in ("buffer_count", "buffer_size", "max_in_cpu"):
+            if key in given and not (type(given[key]) in (int, float) and given[key] >= 0):
+                found.append((f"zero_optimization.{block}.{key}", given[key], "a number from 0 on"))
+    if found:
+        raise DeepSpeedConfigError(
+            f"{path} sets " + "; ".join(f"{key} to {value!r}" for key, value, _ in found),
+            "DeepSpeed would refuse it once the ranks have started, or plan with it",
+            "; ".join(f"give {key} {wanted}" for key, _, wanted in found),
+        )
+    for key, package in MONITORS.items():
+        monitor = config.get(key)
+        if isinstance(monitor, dict) and monitor.get("enabled") and find_spec(package) is None:
+            raise DeepSpeedConfigError(
+                f"{path} enables {key}, and {package} is not installed",
+                "DeepSpeed would end the run as it starts",
+                f"pip install {package} on every machine, or remove {key}: minima writes metrics of its own",
+            )
 
 
 def _check_frozen(path: Path, config: dict[str, Any]) -> None:

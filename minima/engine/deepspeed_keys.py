@@ -51,6 +51,10 @@ TOP = (
     "aio",  # how files on NVMe are read
 )
 
+# Packages that some of these write with.
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+DEVICES = ("none", "cpu", "nvme")
+
 # Its size is the recipe's `tensor_parallel_ranks`.
 TENSOR_PARALLEL = ("preset_model", "tp_grain_size")
 
@@ -92,6 +96,19 @@ ZERO = (
     "enable_sanity_checks",
     "zero_hpz_partition_size",  # of it only the value that turns it off
     "mics_shard_size",  # refused by its own name
+)
+
+# Of these, numbers from 0 on.
+NUMBERS = (
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
 )
 
 # Not: `ratio` and `super_offload`, which step a part of the weights with another optimiser.

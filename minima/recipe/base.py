@@ -1,7 +1,7 @@
 """What every block of a recipe is made of."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,9 +14,28 @@ _COUNTED = ("num_key_value_heads", "head_size", "tied")
 
 
 class Strict(BaseModel):
-    """A block whose unknown keys are refused, and numbers that are infinite or none."""
+    """A block whose unknown keys are refused, numbers that are infinite or none, and `true` for a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, given: Any) -> Any:
+        """YAML reads `on` and `yes` as true, and true is 1 to Python."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(str(name))
+            if isinstance(value, bool) and field is not None and not _takes_switch(field.annotation):
+                raise RecipeError(
+                    f"{name} is {str(value).lower()}",
+                    "it is no switch: YAML reads on, yes and true alike, which would count as the number 1",
+                    f"give {name} the value that is meant, or leave it out",
+                )
+        return given
+
+
+def _takes_switch(annotation: Any) -> bool:
+    """Whether a field is one of yes and no, by itself or among others."""
+    return annotation in (bool, Any) or any(map(_takes_switch, get_args(annotation)))
 
 
 class ModelInput(Strict):

@@ -4,16 +4,17 @@ import glob
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from minima.errors import RecipeError
+from minima.recipe.base import Strict
 
 _OF_HUB = ("config", "split", "revision", "streaming")
 # What nothing reads, by where the documents come from.
 _IDLE = {"path": _OF_HUB, "hub": ("format",), "embedded": (*_OF_HUB, "format", "field")}
 
 
-class Source(BaseModel):
+class Source(Strict):
     """Documents of one origin. Exactly one of `path`, `hub` and `embedded` is given.
 
     Attributes:
@@ -37,8 +38,6 @@ class Source(BaseModel):
             and the report counts the epochs.
         max_documents: read at most so many.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str | None = None
     path: str | None = None
@@ -105,7 +104,7 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(shown, key=Path.as_posix)
 
 
-class TokenizerTraining(BaseModel):
+class TokenizerTraining(Strict):
     """A SentencePiece BPE to be trained on the training documents of the stage's own sources.
 
     Attributes:
@@ -113,8 +112,6 @@ class TokenizerTraining(BaseModel):
         sources: labels of the sources to train on; all when not given.
         max_characters: text that training sees at most; documents are taken in a seeded random order.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocabulary_size: int = Field(gt=259, description="three control pieces and 256 bytes come first")
     sources: list[str] | None = None

@@ -2,14 +2,15 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from minima.errors import RecipeError
+from minima.recipe.base import Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moving average would never move
 
 
-class Training(BaseModel):
+class Training(Strict):
     """The one owner of batch size, accumulation, clipping, precision, optimiser and schedule.
 
     Attributes:
@@ -55,8 +56,6 @@ class Training(BaseModel):
         deepspeed: DeepSpeed JSON for the trained model; beside the recipe, or one that minima ships.
         seed: of the blocks' order and of any random weights.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     batch_sequences: int = Field(gt=0)
     micro_batch_sequences: int = Field(gt=0)

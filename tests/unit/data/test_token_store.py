@@ -116,14 +116,13 @@ def test_a_flipped_bit_anywhere_in_the_index_is_found(store):
     path = store.folder / "index.json"
     content = path.read_bytes()
     for place in range(content.index(b'"index_sha256"')):
-        for bit in (0, 2, 5):
-            changed = content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
-            path.write_bytes(changed)
-            if _says(changed) == _says(content):  # spaces between its parts
-                TokenStore.open(store.folder).verify()
-                continue
-            with pytest.raises(StoreCorrupted, match=r"index\.json"):
-                TokenStore.open(store.folder)
+        changed = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+        path.write_bytes(changed)
+        if _says(changed) == _says(content):  # spaces between its parts
+            TokenStore.open(store.folder).verify()
+            continue
+        with pytest.raises(StoreCorrupted, match=r"index\.json"):
+            TokenStore.open(store.folder)
 
 
 def _says(content: bytes) -> object:

@@ -118,6 +118,25 @@ def test_what_only_an_optimiser_or_a_step_uses_is_refused_for_a_frozen_model(wri
             frozen_config(write(content), precision="float32", placement=placement)
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "lots"}}, "max_live_parameters to 'lots'"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -5}}, "reduce_bucket_size to -5"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": True}}, "sub_group_size to True"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, "device to 'gpu'"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": "x"}}},
+            "buffer_count to 'x'",
+        ),
+        ({"zero_optimization": {"stage": 3}, "comet": {"enabled": True}}, "enables comet, and comet_ml is not"),
+    ],
+)
+def test_values_that_deepspeed_would_refuse_later_are_refused_at_once(write, content, named):
+    with pytest.raises(DeepSpeedConfigError, match=named):
+        read_deepspeed_json(write(content))
+
+
 def test_offload_to_the_cpu_is_the_jsons_own(write):
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
     path = write({"zero_optimization": zero})

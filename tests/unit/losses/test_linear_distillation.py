@@ -278,6 +278,10 @@ def test_strides_of_a_head_change_nothing(loss, dtype):
         ({"chunk_tokens": True}, "chunk_tokens True"),
         ({"hard_weight": float("nan")}, "hard_weight nan"),
         ({"soft_weight": -1.0}, "soft_weight -1.0"),
+        ({"soft_weight": None}, "soft_weight None"),
+        ({"temperature": None}, "temperature None"),
+        ({"temperature": "1"}, "temperature '1'"),
+        ({"top_p": "x"}, "top_p 'x'"),
         ({"hard_weight": float("inf")}, "hard_weight inf"),
         ({"kernel": "cuda"}, "kernel 'cuda'"),
         ({"kernel": "triton"}, "(?s)kernel 'triton'.*(on the cpu|cannot be imported)"),
@@ -286,6 +290,19 @@ def test_strides_of_a_head_change_nothing(loss, dtype):
 def test_settings_that_mean_nothing_are_refused(option, said):
     with pytest.raises(MinimaError, match=said):
         linear_distillation_loss(*inputs(8, 33, 13, 17), **option)
+
+
+@pytest.mark.parametrize("wrong", [33, -1, -101])
+@pytest.mark.parametrize(
+    "loss", [linear_distillation_loss, linear_cross_entropy, linear_token_log_probs, linear_agreement]
+)
+def test_labels_of_another_vocabulary_are_refused_with_its_size(loss, wrong):
+    *models, labels = inputs(8, 33, 13, 17)
+    given = models[:2] if loss in (linear_cross_entropy, linear_token_log_probs) else models
+    loss(*given, labels)
+    labels[3] = wrong
+    with pytest.raises(MinimaError, match=rf"labels from .*{wrong}.* for a vocabulary of 33 tokens"):
+        loss(*given, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])

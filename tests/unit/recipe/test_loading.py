@@ -215,6 +215,19 @@ def test_override_into_a_reference_given_as_a_string(load, recipe):
     assert (reference.source, reference.revision) == ("org/chat", "main")
 
 
+def test_an_anchor_that_holds_itself_is_refused(load):
+    for text in ("name: x\nstages: &a [*a]\n", "name: x\nstages: &a {b: {c: *a}}\n"):
+        with pytest.raises(RecipeError, match="holds an alias of itself"):
+            load(text)
+
+
+@pytest.mark.parametrize("key", ["steps", "learning_rate", "weight_decay", "seed", "patience", "teacher.source"])
+def test_true_is_no_number_and_no_name(load, recipe, key):
+    with pytest.raises(RecipeError, match=f"{key.rpartition('.')[2]} is true"):
+        load(recipe, f"stages.student.{key}=on")
+    assert load(recipe, "stages.student.compile=on").stage("student").compile is True
+
+
 def test_override_leaves_what_a_yaml_anchor_shares(load):
     text = """
 name: x

@@ -7,6 +7,8 @@ import pytest
 from minima.errors import RecipeError, StageError
 from minima.launcher import Launch
 from minima.recipe.loading import load_recipe
+from minima.recipe.schema import BuildData
+from minima.stages import build_data
 from minima.stages import context as context_module
 from minima.stages.context import StageContext
 
@@ -113,3 +115,17 @@ def test_deepspeed_json_beside_the_recipe_comes_first(context, tmp_path):
     with pytest.raises(RecipeError, match=r"'other\.json'.*\n.*\n.*student_zero3\.json"):
         context.deepspeed_json("other.json")
     assert context_module.ResolvedModel("a", tmp_path, None, None).step is None
+
+
+def test_the_tokenizer_of_a_stage_that_is_given_by_its_path(context, tmp_path):
+    """As `model:`, `data:` and `scores:` take one."""
+    for stage, inner in (("corpus", "tokenizer"), ("exported", "model")):
+        (tmp_path / stage / inner).mkdir(parents=True)
+        build = BuildData.model_validate(
+            {"name": "more", "kind": "build_data", "sources": [{"embedded": "sotu"}], "sequence_length": 8,
+             "tokenizer": str(tmp_path / stage)}
+        )  # fmt: skip
+        assert build_data._tokenizer(context, build) == tmp_path / stage / inner
+    (tmp_path / "corpus" / "tokenizer.json").touch()
+    own = build.model_copy(update={"tokenizer": str(tmp_path / "corpus")})
+    assert build_data._tokenizer(context, own) == str(tmp_path / "corpus"), "a folder with files of its own"

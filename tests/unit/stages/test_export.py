@@ -1,5 +1,6 @@
 """Export and evaluate in one process, with plain models in place of sharded ones. Two ranks: tests/pipeline."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
 from minima.engine import distributed
-from minima.errors import CheckpointError
+from minima.errors import CheckpointError, DiskFull, NotFinite
 from minima.launcher import Launch
 from minima.models.causal_lm import head_weight, hidden_states, load_plain
 from minima.models.shape import ModelShape
@@ -93,6 +94,34 @@ def context(tmp_path, monkeypatch):
         if metrics is not None:
             write_json(tmp_path / name / "manifest.json", {"metrics": metrics})
     return StageContext(RECIPE, Path("recipe.yaml"), RECIPE.stage("out"), tmp_path / "out", tmp_path, Launch())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "told"),
+    [
+        ("float16", 1e6, r"holds values up to 1e\+06, and float16 ends at 65504.*bfloat16"),
+        ("float32", float("nan"), "holds values that are infinite or no numbers.*STAGE@STEP"),
+    ],
+)
+def test_what_is_not_finite_is_named_and_nothing_of_it_stays(context, dtype, value, told):
+    path = context.run_folder / "cut" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+    save_file(tensors, path)
+    out = for_stage(context, "out", dtype=dtype)
+    with pytest.raises(NotFinite, match=rf"(?s)tensor model\.layers\.1\.mlp\.down_proj\.weight {told}"):
+        export_stage.run(out)
+    assert not list(out.folder.glob("model*"))
+
+
+def test_a_full_disk_is_left_as_full_as_it_was(context, monkeypatch):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_stage, "_write_json", full)
+    with pytest.raises(DiskFull):
+        export_stage.run(context)
+    assert not list(context.folder.glob("model*"))
 
 
 def for_stage(context, name, **changes):
