@@ -16,6 +16,7 @@ from minima.errors import AccessRefused, DiskFull, MinimaError, StoreCorrupted
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of folders, on some network and FUSE file systems
+_NO_HOME = "Could not determine home directory."  # what pathlib says of ~NAME
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -110,9 +111,18 @@ def access_refused_named() -> Iterator[None]:
 
     Raises:
         AccessRefused: something inside may not read or write a file.
+        MinimaError: a path begins with the home of somebody who is not known here.
     """
     try:
         yield
+    except RuntimeError as error:
+        if str(error) != _NO_HOME:
+            raise
+        raise MinimaError(
+            "a path begins with ~ and a name that no user of this machine has",
+            "~NAME stands for the home folder of NAME",
+            "write the path out, or ~/ for your own home folder",
+        ) from error
     except OSError as error:
         if error.errno not in _NO_ACCESS or error.filename is None:
             raise

@@ -132,13 +132,16 @@ class ByteLevelVocabulary:
         folder: of the tokenizer.
 
     Raises:
-        DataError: it is of another kind.
+        DataError: it is of another kind, or a piece of it is empty or shares its name or its id with another.
     """
 
     kind = "byte-level BPE"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        file = folder / "tokenizer.json"
+        if file.is_file():  # as it stands: of two pieces with one id or of one name, loading keeps the last
+            read_content(file.read_text(encoding="utf-8", errors="replace"), str(file))
         self._fast = load_tokenizer(folder)
         backend = getattr(self._fast, "backend_tokenizer", None)
         if backend is None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -26,7 +27,7 @@ def read_model(path: Path) -> Any:
     """The SentencePiece BPE in a file, a `ModelProto`.
 
     Raises:
-        DataError: it is none, or a piece of it is empty or there twice.
+        DataError: it is none, has no pieces of text, or a piece of it is empty, there twice or without a place.
     """
     model = _PROTO.ModelProto()
     try:
@@ -53,7 +54,19 @@ def read_model(path: Path) -> Any:
                 "a piece stands for one id, and an empty one for no text",
                 "repair the model, or take another",
             )
+        if not math.isfinite(piece.score):
+            raise DataError(
+                f"piece {number} of {path}, {piece.piece!r}, has a score of {piece.score}",
+                "scores say in which order pieces are merged, and this one has no place in it",
+                "repair the model, or take another",
+            )
         seen[piece.piece] = number
+    if all(piece.type != _KIND.NORMAL for piece in model.pieces):
+        raise DataError(
+            f"{path} has no pieces of text, but {len(model.pieces)} of control or bytes",
+            "there is nothing that could be merged",
+            "give a tokenizer.model that was trained on text",
+        )
     return model
 
 

@@ -6,7 +6,9 @@ The judging is theirs: it needs a stronger model, which is asked elsewhere.
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,10 +52,11 @@ def read_questions(path: Path, answers: Answers) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         good = isinstance(row, dict) and (_is_instruction(row) if alpaca else _is_conversation(row))
         if not good:
-            needs = "an `instruction`" if alpaca else "a `question_id` and a list of `turns`"
+            needs = "an `instruction` of text" if alpaca else "a `question_id` and a list of `turns` of text"
+            more = "" if alpaca else ", and a `required_temperature` from 0 on where it has one"
             raise DataError(
-                f"{where}: question {number + 1} has not {needs}",
-                "the judge could not find its answer",
+                f"{where}: question {number + 1} has not {needs}{more}",
+                "it could not be answered as the judge expects",
                 "give the project's own question file, unchanged",
             )
     names = [_key(row, answers.format) for row in rows]
@@ -186,12 +189,18 @@ def _alpaca_eval(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], na
 
 
 def _is_instruction(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("instruction"), str) and bool(row["instruction"].strip())
+    return _is_text(row.get("instruction")) and (not row.get("input") or _is_text(row["input"]))
 
 
 def _is_conversation(row: Mapping[str, Any]) -> bool:
-    turns = row.get("turns")
-    return "question_id" in row and isinstance(turns, list) and bool(turns) and all(isinstance(t, str) for t in turns)
+    turns, asked = row.get("turns"), row.get("required_temperature", 0.0)
+    is_warmth = isinstance(asked, int | float) and not isinstance(asked, bool) and 0 <= asked < math.inf
+    return "question_id" in row and isinstance(turns, list) and bool(turns) and all(map(_is_text, turns)) and is_warmth
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it says something, in characters that UTF-8 can write: half of a pair, as JSON may name one, is none."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def _instruction(row: Mapping[str, Any]) -> str:

@@ -32,7 +32,8 @@ def _result(metrics: Mapping[str, Any]) -> str:
         return f"{len(losses)} models, loss {number(min(losses))} to {number(max(losses))}"
     scores = [value for value in metrics.items() if isinstance(value[1], Mapping) and "score" in value[1]]
     if scores:  # a benchmark
-        return ", ".join(f"{name} {_percent(value)}" for name, value in scores)
+        left_out = metrics.get("left_out") or []
+        return ", ".join([*(f"{name} {_percent(value)}" for name, value in scores), *(f"no {it}" for it in left_out)])
     if "url" in metrics:
         return str(metrics["url"])
     shown = [f"{key} {number(metrics[key])}" for key in _SHOWN if isinstance(metrics.get(key), int | float)]

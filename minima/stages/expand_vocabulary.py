@@ -8,7 +8,7 @@ from typing import Any
 from minima.data.tokenizer import check_vocabulary
 from minima.data.vocabulary import expand, open_base
 from minima.disk import whole_or_gone
-from minima.errors import TokenizerMismatch
+from minima.errors import DataError, TokenizerMismatch
 from minima.models.embeddings import GrownSource
 from minima.models.families import shape_of
 from minima.models.shape import ModelShape
@@ -88,4 +88,10 @@ def _tokenizer(context: StageContext, text: str) -> Path:
     if text in kinds or text.rpartition("@")[0] in kinds or path.is_dir():
         resolved = context.model(text)
         return resolved.tokenizer or resolved.folder
+    if path.suffix in (".model", ".json") and not path.is_file():  # no Hub id is meant
+        raise DataError(
+            f"there is no file {text!r}",
+            f"stage {context.stage.name!r} reads a tokenizer's pieces from it",
+            "give the path of a tokenizer.model or a tokenizer.json, a folder that holds one, or a Hub id",
+        )
     return path if path.is_file() else snapshot(text, None, context.run_folder, keep=True, weights=False)

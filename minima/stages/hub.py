@@ -32,7 +32,8 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
 
     path, key = run_folder / COMMITS, _key(name, revision)
     commits = _commits(run_folder)
-    with _refusal_named(f"model {name!r}"):
+    lacking = "there are no weights to start from" if weights else "there are no pieces to read"
+    with _refusal_named(f"{'model' if weights else 'tokenizer'} {name!r}", lacking):
         patterns = [*_PATTERNS, *(["*.safetensors"] if weights else [])]
         folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=patterns))
     if keep and key not in commits:
@@ -68,7 +69,7 @@ def check_there(name: str, revision: str | None, run_folder: Path, field: str) -
 
 
 @contextmanager
-def _refusal_named(what: str) -> Iterator[None]:
+def _refusal_named(what: str, lacking: str = "there are no weights to start from") -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -76,7 +77,7 @@ def _refusal_named(what: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
             f"{what} is neither a stage, nor a folder here, nor to be had from the Hub ({first_line(error)})",
-            "there are no weights to start from",
+            lacking,
             "check the name, give the path of a folder, or download it where there is a network",
         ) from error
 

@@ -136,7 +136,8 @@ class Walk(KnownInputs):
         preview.facts.append(("disk", _model_size(grown, None)))
 
     def _benchmark(self, stage: Benchmark, preview: StagePreview) -> None:
-        tasks = [*(["the paper's six"] if stage.suite else []), *stage.tasks, *(a.format for a in stage.answers)]
+        suite = ["the paper's six (humaneval with --allow-code-execution alone)"] if stage.suite else []
+        tasks = [*suite, *stage.tasks, *(answers.format for answers in stage.answers)]
         preview.facts.append(("tasks", ", ".join(tasks) + (f", {stage.limit:,} items each" if stage.limit else "")))
         for folder in (stage.data_folder, stage.task_folder, *(answers.questions for answers in stage.answers)):
             if folder is not None and not Path(folder).expanduser().exists():

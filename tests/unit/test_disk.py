@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from minima.data.store import TokenStore
 from minima.disk import access_refused_named, copy_content, inside, sync
 from minima.engine.checkpoint.store import verify_checkpoint
-from minima.errors import AccessRefused, StoreCorrupted
+from minima.errors import AccessRefused, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource
@@ -128,3 +129,10 @@ def test_a_file_system_that_syncs_no_folders_is_no_reason_to_stop(tmp_path, monk
 def test_a_folder_that_is_not_there_is_not_copied_as_an_empty_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="none"):
         copy_content(tmp_path / "none", tmp_path / "target")
+
+
+def test_the_home_of_somebody_who_is_not_here():
+    with pytest.raises(MinimaError, match="~NAME"), access_refused_named():
+        Path("~nobody-of-this-name/x").expanduser()
+    with pytest.raises(RuntimeError, match="another"), access_refused_named():
+        raise RuntimeError("another")

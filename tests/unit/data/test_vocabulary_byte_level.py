@@ -186,3 +186,13 @@ def test_damaged_donors_are_refused(base, donor, tmp_path, before, after, messag
     with pytest.raises(DataError, match=message):
         expand(stage(), open_base(base), tmp_path / "tokenizer.json", 502, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
+    if 'no", "piece' not in after:  # tokenizers itself sees that one
+        with pytest.raises(DataError, match=message):
+            open_base(tmp_path)  # as the base, too
+
+
+def test_another_kind_of_base_is_refused_as_such_whatever_else_it_lacks(tmp_path):
+    """BERT's has no end token, and to be told so would lead nowhere."""
+    Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="but WordPiece"):
+        open_base(tmp_path)

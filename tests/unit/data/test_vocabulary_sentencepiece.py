@@ -232,3 +232,15 @@ def test_training_a_donor_is_deterministic_and_learns_more_than_characters(token
     assert first == second
     assert 200 < sum(len(piece) == 1 for piece in first) <= (1000 - 259) // 2
     assert not any(piece.startswith("▁") for piece in first)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "no text"])
+def test_a_model_that_says_nothing_of_merging_is_refused(tokenizer, tmp_path, wrong):
+    odd = read_model(tokenizer / "tokenizer.model")
+    if wrong == "no text":
+        del odd.pieces[259:]  # control pieces and bytes
+    else:
+        odd.pieces[300].score = wrong
+    (tmp_path / "tokenizer.model").write_bytes(odd.SerializeToString())
+    with pytest.raises(DataError, match="has no pieces of text" if wrong == "no text" else "piece 300 of .*a score of"):
+        open_base(tmp_path)

@@ -145,6 +145,13 @@ def test_temperature_of_a_question():
         (MT_BENCH, "", "is empty"),
         (MT_BENCH, '{"question_id": 1, "turns": []}', "question 1 has not a `question_id` and a list of `turns`"),
         (MT_BENCH, '{"question_id": 1, "turns": ["a"]}\n{"turns": ["b"]}', "question 2 has not"),
+        (MT_BENCH, '{"question_id": 1, "turns": ["a", " "]}', "a list of `turns` of text"),
+        (MT_BENCH, '{"question_id": 1, "turns": ["\\ud800"]}', "a list of `turns` of text"),
+        *(
+            (MT_BENCH, f'{{"question_id": 1, "turns": ["a"], "required_temperature": {wrong}}}', "required_temperature")
+            for wrong in ("null", '"x"', "-1", "true", "1e999", "NaN")
+        ),
+        (ALPACA, '[{"instruction": "\\ud800"}]', "an `instruction` of text"),
         (MT_BENCH, '{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', "holds a question twice"),
         (ALPACA, '[{"instruction": " "}]', "question 1 has not an `instruction`"),
         (ALPACA, '["text"]', "question 1 has not"),

@@ -41,5 +41,5 @@ def test_a_benchmark_shows_its_scores():
     assert (
         run_table([row("b", scores | {"left_out": ["humaneval"]})], None)
         .splitlines()[-1]
-        .endswith("mmlu 28.5 % of 7 items only, drop 50.0 %")
+        .endswith("mmlu 28.5 % of 7 items only, drop 50.0 %, no humaneval")
     )
