@@ -161,6 +161,20 @@ def run(tmp_path_factory):
     end("stopped", ranks)
 
     end("nan", run.start("disturbed", nan_step=48))
+
+    shard = next((run.out / "corpus" / "train").glob("*.bin"))
+    whole, run.facts["shard"] = shard.read_bytes(), shard
+    for name, content in (("flipped", whole[:-1] + bytes([whole[-1] ^ 1])), ("missing", None)):
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        end(name, run.start("disturbed"))
+        shard.write_bytes(whole)
+    recipe = run.folder / "faults.yaml"
+    recipe.write_bytes(RECIPE.encode()[:-20] + b"\xff: [")
+    end("unreadable", run.start("disturbed"))
+    recipe.write_text(RECIPE)
+    run.facts["steps_after_damage"] = complete_steps(run.checkpoints())
     end("finished", run.start("disturbed"))
     return run
 
@@ -216,6 +230,18 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(run):
     assert run.codes["nan"] == [2, 2]
     assert "NotFinite: step 48" in run.texts["nan"]
     assert "resuming after step 45\n" in run.texts["finished"]
+
+
+@pytest.mark.parametrize(("name", "how"), [("flipped", "has sha256"), ("missing", "is missing")])
+def test_a_damaged_shard_of_the_data_is_named_before_anything_is_trained_on_it(run, name, how):
+    assert run.codes[name] == [2, 2]
+    assert f"{run.facts['shard'].name} {how}" in run.texts[name]
+    assert max(run.facts["steps_after_damage"]) == 45, "nothing was trained, and nothing lost"
+
+
+def test_a_recipe_that_cannot_be_read_touches_nothing(run):
+    assert run.codes["unreadable"] == [2, 2]
+    assert "the recipe faults.yaml cannot be read" in run.texts["unreadable"]
 
 
 def test_after_all_of_it_the_run_equals_an_undisturbed_one_to_the_bit(run):
