@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import pwd
 import re
@@ -51,6 +52,17 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:
@@ -119,9 +131,10 @@ def access_refused_named() -> Iterator[None]:
         if str(error) != _NO_HOME:
             raise
         raise MinimaError(
-            "a path begins with ~ and a name that no user of this machine has",
-            "~NAME stands for the home folder of NAME",
-            "write the path out, or ~/ for your own home folder",
+            "a path begins with ~, and no home folder is known for it: either the name behind it is no user's of this "
+            "machine, or HOME is not set and this process's user has none",
+            "~NAME stands for the home folder of NAME, and ~ alone for one's own",
+            "write the path out",
         ) from error
     except OSError as error:
         if error.errno not in _NO_ACCESS or error.filename is None:

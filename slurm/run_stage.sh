@@ -25,6 +25,7 @@ if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
   array=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}
   shown=$(scontrol show job --oneliner "$array" 2>/dev/null) || shown=''
   [ -n "$shown" ] && [[ " $shown " != *" JobId=$job "* ]] || job=$array
+  unset array shown
 fi
 declare -a srun_options
 unset RANK WORLD_SIZE LOCAL_RANK  # of a launcher that the job was submitted from; the ranks' own come from srun

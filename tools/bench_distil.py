@@ -63,7 +63,7 @@ def main() -> None:
 
 def _count(text: str) -> int:
     """A whole number from 1 on."""
-    if not text.isdecimal() or not int(text):
+    if not (text.isascii() and text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
 

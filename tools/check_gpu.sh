@@ -64,7 +64,7 @@ attempt() { # runs one step for as long as the time allows, and keeps its exit c
         return
     fi
     timeout --signal=TERM --kill-after=10 "$((left - 5))" "${command[@]}" >"$output/$1.log" 2>&1 || code=$?
-    ((code == 124)) && code="ended: no time left"
+    ((code != 124 && code != 137)) || code="ended: no time left"
     echo "$code" >"$output/$1.code"
     echo "[$((SECONDS - started)) s] $1: $code"
 }

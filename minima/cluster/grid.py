@@ -13,7 +13,7 @@ import yaml
 
 from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.config import CELLS, Resources
-from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unread
+from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_asked, queued_tasks, warn_asked
 from minima.cluster.records import Job
 from minima.cluster.render import Place, Script, asked_of, python, render
@@ -58,6 +58,7 @@ def submit_grid(
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     warn_unread(place.cluster, recipe, write)
     warn_no_venv(place, write)
+    warn_unmounted(place, write)
     cells = read_grid(grid)
     with ExitStack() as stack:
         if not dry_run:
@@ -66,8 +67,8 @@ def submit_grid(
         waiting = {job.cells.get(str(task.index)): (job, f"job {job.id}_{task.index}") for job, task in queued}
         missing: dict[str, list[str]] = {}
         warnings: dict[str, None] = {}
-        for name, own in cells.items():
-            check_values(f"cell {name!r}", own)
+        for number, (name, own) in enumerate(cells.items(), 1):
+            check_values(f"cell {number}", own)
             changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]
             cell = load_recipe(recipe_path, changes)
             folder = place.run_folder / "cells" / name

@@ -59,6 +59,20 @@ def warn_no_venv(place: Place, write: Callable[[str], None]) -> None:
             write(f"warning: {activate} is not there; where the nodes see the same files, every job would end at once")
 
 
+def warn_unmounted(place: Place, write: Callable[[str], None]) -> None:
+    """Say that the run's folder is not in the container, where what it writes would be lost."""
+    container, folder = place.cluster.container, place.run_folder
+    if container is None or not folder.is_absolute():
+        return
+    seen = [str(place.working_directory)]
+    seen += [mount.split(":")[1] if ":" in mount else mount for mount in container.mounts]
+    if not any(folder.is_relative_to(path) for path in seen):
+        write(
+            f"warning: the run's folder {folder} is neither below the working directory nor among the container's "
+            "mounts: what the jobs write there is lost with the container"
+        )
+
+
 def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
     """Refuse, before anything waits in a queue, what is sure to fail later.
 

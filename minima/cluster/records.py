@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minima.disk import write_json
 from minima.errors import ClusterError
-from minima.stages.manifest import write_json
 
 FOLDER, FILE = "cluster", "jobs.json"
 

@@ -1,5 +1,6 @@
 """Whether a stage's save fits the time that a job has for it, as far as a save was measured. No torch."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def _step_seconds(stage_folder: Path) -> float:
     return tokens / step / speed if step and tokens and speed else 0.0
 
 
+@functools.cache  # a grid asks for each of its cells
 def _grace_seconds(partition: str | None) -> int | None:
     """GraceTime of a partition whose jobs can be preempted; None where they cannot, or Slurm does not say."""
     if partition is None:

@@ -14,13 +14,15 @@ _OF_TEXT = re.compile(  # of a tokenizer, or a number of tokens: eos_token, pad_
     re.IGNORECASE,
 )
 _NO_SECRET = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS")  # a switch and a path
-_PLACES = ("_PATH", "_FILE", "_DIR")  # HF_TOKEN_PATH says where a token lies
+_PLACES = ("_PATH", "_FILE", "_DIR", "_STDIN")  # HF_TOKEN_PATH says where a token lies, and --password-stdin
 _TOKEN = re.compile(  # the Hub's (hf_transfer and hf_xet are packages), GitHub's, GitLab's, OpenAI's, Amazon's
-    r"\b(hf_[A-Za-z0-9]{20,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16})"
+    r"\b(hf_[A-Za-z0-9]{20,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|AKIA[A-Z0-9]{16})|(?<![\w-])sk-((?:proj|svcacct|admin|ant)-[\w-]{20,}|[A-Za-z0-9]{32,})"  # sk- is Slovak, too
 )
-_OF_A_URL = re.compile(r"://[^/@\s'\"]*:([^/@\s'\"]+)@")  # https://user:password@proxy
-_AFTER_OPTION = re.compile(r"(?<!\S)--([a-z-]+)\s+('[^']*'|\"[^\"]*\"|[^\s'\"-][^\s'\"]*)")  # --token VALUE
+_OF_A_URL = re.compile(r"(?:https?|ftps?|socks5h?)://[^/@\s'\"]*:([^/@\s'\"]+)@")  # https://user:password@proxy
+_AFTER_OPTION = re.compile(r"(?<!\S)--([a-z-]+)\s+('[^']*'|\"[^\"]*\"|[^\s'\"<-][^\s'\"]*)")  # --token VALUE
 _ASSIGNED = re.compile(r"(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_-]*)=(?=('[^']*'|\"[^\"]*\"|[^\s,;'\"]*))")
+_SWITCHES = ("true", "false", "0", "1")
 _READ = re.compile(r"[$`]")  # from a variable or a command, such as $(cat ~/.token)
 _WHY = "it would stand in job scripts or on a command line, which others may read"
 _INHERIT = "in your shell before `minima submit`: jobs inherit its environment"
@@ -55,7 +57,7 @@ def check_lines(key: str, lines: Sequence[str], shell: bool) -> None:
         for name, value in [*_ASSIGNED.findall(line), *_AFTER_OPTION.findall(line)]:
             text = value.strip("'\"")
             is_read = shell and not value.startswith("'") and _READ.search(text)
-            if text and names_secret(name) and not is_read:
+            if text and names_secret(name) and not is_read and text.lower() not in _SWITCHES:
                 error = refuse_secret(key, name)
                 more = f"; or read it there from a file of yours: {name}=$(cat ~/.token)" if shell else ""
                 raise ClusterError(error.what, error.why, error.do + more)
@@ -76,9 +78,9 @@ def check_values(key: str, texts: Sequence[str], shell: bool = False) -> None:
     for text in texts:
         passwords = [word for word in _OF_A_URL.findall(text) if not (shell and _READ.search(word))]
         if found := _TOKEN.search(text):
-            variable = "HF_TOKEN" if found[0].startswith("hf_") else "it as a variable"
-            raise ClusterError(f"{key}: what looks like a token stands there", _WHY, f"export {variable} {_INHERIT}")
+            what = "HF_TOKEN" if found[0].startswith("hf_") else "it in a variable"
+            raise ClusterError(f"{key}: what looks like a token stands there", _WHY, f"export {what} {_INHERIT}")
         if passwords:
             raise ClusterError(
-                f"{key}: an address with a password stands there", _WHY, f"export it as a variable {_INHERIT}"
+                f"{key}: an address with a password stands there", _WHY, f"export it in a variable {_INHERIT}"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minima.cluster.chain import submit_chain, write_file
 from minima.cluster.grid import submit_grid
-from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unread
+from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_stage, queued_tasks, warn_asked
 from minima.cluster.records import Job
 from minima.cluster.render import Place, asked_of, quoted
@@ -65,6 +65,7 @@ def submit(
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     warn_unread(place.cluster, recipe, write)
     warn_no_venv(place, write)
+    warn_unmounted(place, write)
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))  # two submissions at once would submit everything twice

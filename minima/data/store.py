@@ -103,7 +103,7 @@ class TokenStore:
         try:
             store = cls(folder, index)
             files = [(file["file"], int(file["bytes"]), str(file["sha256"])) for file in store._files()]
-        except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
             raise _damaged(folder / INDEX, f"is not whole ({type(error).__name__}: {error})") from None
         for name, size, _ in files:
             path = inside(folder, name)

@@ -44,7 +44,7 @@ def read_content(text: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model") or {}, dict):
         raise _unreadable(name, "it is not laid out as a tokenizer.json")
     model, around = content.get("model") or {}, json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
-    kind = model.get("type")
+    kind = model.get("type") or ("BPE" if {"vocab", "merges"} <= model.keys() else None)  # GPT-2's own file has none
     suffixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if kind != "BPE" or '"ByteLevel"' not in around or suffixed:
         raise DataError(

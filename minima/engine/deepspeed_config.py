@@ -1,6 +1,8 @@
 """DeepSpeed's configuration: a JSON for sharding and communication, and what the recipe owns added to it."""
 
 import json
+import logging
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from minima.recipe.distillation import Offload, Placement
 from minima.recipe.overrides import nearest
 from minima.recipe.training import Training
 
+logger = logging.getLogger(__name__)
+
 # Ours, whatever the JSON says; DeepSpeed's own lines are silent unless it asks for them, since the loop logs.
 _DEFAULTS = {
     "zero_allow_untested_optimizer": True,
@@ -34,20 +38,17 @@ _DEFAULTS = {
 }
 
 
-def read_deepspeed_json(
-    path: Path, placement: Placement = "zero3", offload: Offload | None = None, *, frozen: bool = False
-) -> dict[str, Any]:
+def read_deepspeed_json(path: Path, placement: Placement = "zero3", offload: Offload | None = None) -> dict[str, Any]:
     """A DeepSpeed JSON that keeps to sharding, offload, communication and profiling.
 
     Args:
         path: of the file.
         placement: that it has to be for: stage 3 where weights are sharded, stage 0 where they are whole or split.
         offload: where shards have to lie; where the JSON says, but not on NVMe, when not given.
-        frozen: the model is not trained.
 
     Raises:
-        DeepSpeedConfigError: it cannot be read, sets what the recipe owns, what may change a result or what a frozen
-            model has no use for, or is for another placement.
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or is for
+            another placement.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -65,8 +66,6 @@ def read_deepspeed_json(
     _check_keys(path, config)
     _check_values(path, config)
     _check_placement(path, config, placement, offload)
-    if frozen:
-        _check_frozen(path, config)
     return config
 
 
@@ -111,14 +110,14 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     found = [
         (f"zero_optimization.{key}", zero[key], "a number from 0 on")
         for key in NUMBERS
-        if key in zero and not (type(zero[key]) in (int, float) and zero[key] >= 0)
+        if key in zero and not _is_size(zero[key])
     ]
     for block in ("offload_param", "offload_optimizer"):
         given = _block(zero, block)
         if (device := given.get("device") or "none") not in DEVICES:
             found.append((f"zero_optimization.{block}.device", device, f"one of {', '.join(DEVICES)}"))
         for key in ("buffer_count", "buffer_size", "max_in_cpu"):
-            if key in given and not (type(given[key]) in (int, float) and given[key] >= 0):
+            if key in given and not _is_size(given[key]):
                 found.append((f"zero_optimization.{block}.{key}", given[key], "a number from 0 on"))
     if found:
         raise DeepSpeedConfigError(
@@ -126,6 +125,14 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             "DeepSpeed would refuse it once the ranks have started, or plan with it",
             "; ".join(f"give {key} {wanted}" for key, _, wanted in found),
         )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _check_monitors(path: Path, config: dict[str, Any]) -> None:
+    """Refuse monitors that this Python cannot write with. Asked as the engine is made: a plan is of other machines."""
     for key, package in MONITORS.items():
         monitor = config.get(key)
         if isinstance(monitor, dict) and monitor.get("enabled") and find_spec(package) is None:
@@ -136,16 +143,11 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             )
 
 
-def _check_frozen(path: Path, config: dict[str, Any]) -> None:
-    idle = ["offload_optimizer"] if _device(_block(config, "zero_optimization"), "offload_optimizer") != "none" else []
+def _idle(config: dict[str, Any]) -> list[str]:
+    """Keys that DeepSpeed looks at in a training step only."""
+    found = ["offload_optimizer"] if _device(_block(config, "zero_optimization"), "offload_optimizer") != "none" else []
     profiler = config.get("flops_profiler")
-    idle += ["flops_profiler"] if isinstance(profiler, dict) and profiler.get("enabled") else []
-    if idle:
-        raise DeepSpeedConfigError(
-            f"{path} sets {' and '.join(idle)} for a model that is frozen",
-            "it has no optimiser and takes no step, which is what DeepSpeed looks at there, so it would do nothing",
-            "remove it, or name one of the shipped teacher_*.json",
-        )
+    return found + (["flops_profiler"] if isinstance(profiler, dict) and profiler.get("enabled") else [])
 
 
 def _device(zero: dict[str, Any], block: str) -> str:
@@ -231,6 +233,7 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
         DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
     """
     config = read_deepspeed_json(path)
+    _check_monitors(path, config)
     # DeepSpeed's own distance of 1e9 counts wrongly where layers are leaves: the embeddings would stay whole, too.
     config["zero_optimization"].setdefault("stage3_max_reuse_distance", 0)
     if shape is not None:
@@ -272,10 +275,12 @@ def frozen_config(
         tensor_parallel_ranks: ranks that one copy is split over.
 
     Raises:
-        DeepSpeedConfigError: the JSON sets what the recipe owns or what no frozen model has, or is for another
-            placement.
+        DeepSpeedConfigError: the JSON sets what the recipe owns, or is for another placement.
     """
-    config = read_deepspeed_json(path, placement, offload, frozen=True)
+    config = read_deepspeed_json(path, placement, offload)
+    _check_monitors(path, config)
+    if idle := _idle(config):
+        logger.info("%s: %s not used: the model is frozen, and takes no step", path.name, " and ".join(idle))
     if offload == "nvme":
         zero = config["zero_optimization"]
         config["zero_optimization"] = zero | {"offload_param": zero["offload_param"] | {"nvme_path": str(nvme_path)}}

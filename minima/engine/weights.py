@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from minima.disk import access_refused_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import verify_together
 from minima.errors import CheckpointError, MinimaError
-from minima.models.checksums import verify_files
+from minima.models import checksums
 from minima.models.layout import complete_steps, step_folder
 from minima.models.weights import FolderSource, WeightSource
 
@@ -43,13 +44,13 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
             "the weights of a training stage are in its checkpoints",
             f"put them back, or remove {folder} to train it again",
         )
-    _verify_together(folder)
     if step is not None:
         raise CheckpointError(
             f"{folder} has no checkpoints, so none after step {step}",
             "only a training stage keeps checkpoints by step",
             "leave `@STEP` away",
         )
+    _verify_together(folder)
     return FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
 
 
@@ -57,7 +58,8 @@ def _verify_together(folder: Path) -> None:
     """Every rank reads its share of what a stage has left; what one finds, all raise."""
     error: MinimaError | None = None
     try:
-        verify_files(folder, *distributed.share())
+        with access_refused_named():
+            checksums.verify_files(folder, checksums.WEIGHTS, *distributed.share())
     except MinimaError as found:
         error = found
     distributed.raise_together(error)

@@ -37,7 +37,16 @@ _GPT2_NAMES = _LLAMA_NAMES | {
     "norm_epsilon": "layer_norm_epsilon",
 }
 _NAMES: dict[str, dict[str, str]] = {"gpt_neox": _NEOX_NAMES, "gpt2": _GPT2_NAMES}
-_TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gpt_neox": False, "gpt2": True}
+# What transformers 5 takes where a config.json does not have the key; a null there is another thing.
+_RMS = {"norm_epsilon": 1e-6, "tied": False}
+_ABSENT: dict[str, dict[str, Any]] = {
+    "llama": _RMS | {"max_positions": 2048},
+    "mistral": _RMS | {"max_positions": 131_072, "num_key_value_heads": 8},
+    "qwen2": _RMS | {"max_positions": 32_768, "num_key_value_heads": 32},
+    "qwen3": _RMS | {"max_positions": 32_768, "num_key_value_heads": 32, "head_size": 128},
+    "gpt_neox": {"norm_epsilon": 1e-5, "max_positions": 2048, "tied": False},
+    "gpt2": {"norm_epsilon": 1e-5, "max_positions": 1024, "tied": True},
+}
 
 
 class ModelShape(BaseModel):
@@ -220,8 +229,8 @@ class ModelShape(BaseModel):
                 f"use one of {', '.join(FAMILIES)}",
             )
         names = _NAMES.get(family, _LLAMA_NAMES)
-        values = {field: config[name] for field, name in names.items() if config.get(name) is not None}
-        values.setdefault("tied", _TIED_BY_DEFAULT[family])
+        values = {field: value for field, value in _ABSENT[family].items() if names[field] not in config}
+        values |= {field: config[name] for field, name in names.items() if config.get(name) is not None}
         if family == "gpt2" and isinstance(values.get("hidden_size"), int):
             values.setdefault("intermediate_size", 4 * values["hidden_size"])
         rope = config.get("rope_parameters") or {}

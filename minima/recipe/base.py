@@ -27,7 +27,7 @@ class Strict(BaseModel):
             if isinstance(value, bool) and field is not None and not _takes_switch(field.annotation):
                 raise RecipeError(
                     f"{name} is {str(value).lower()}",
-                    "it is no switch: YAML reads on, yes and true alike, which would count as the number 1",
+                    "it is no switch: YAML reads on, yes and true alike, and it takes a number or a text",
                     f"give {name} the value that is meant, or leave it out",
                 )
         return given

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from minima.data.tokenizer import misread_as
+from minima.disk import write_json
 from minima.errors import StageError
 from minima.evaluation.harness import Settings, ask, lm_eval_folder
 from minima.evaluation.judged import read_questions, write_answers
 from minima.evaluation.suite import SUITE, Asked, file_hashes, plan_suite, plan_tasks, score, table, write_tasks
-from minima.models.checksums import verify_files
+from minima.models.checksums import WEIGHTS, verify_files
 from minima.models.layout import has_chat_template, model_folder
 from minima.recipe.release import Benchmark
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
-from minima.stages.manifest import write_json
 
 RANKS = False
 ANSWER_FILES = {"mt_bench": "mt_bench.jsonl", "mt_bench_zh": "mt_bench_zh.jsonl", "alpaca_eval": "alpaca_eval.json"}
@@ -42,7 +42,7 @@ def run(context: StageContext) -> dict[str, Any]:
     stage = context.stage
     assert isinstance(stage, Benchmark)
     folder = context.model(stage.model).folder
-    verify_files(folder)
+    verify_files(folder, WEIGHTS)
     model = check_model(model_folder(folder), stage)
     data = None if stage.data_folder is None else existing(stage.data_folder, "data_folder")
     asked, left_out = plan_suite(data, context.allow_code_execution) if stage.suite else ([], [])

@@ -11,11 +11,12 @@ from minima.data.builder import build, processes_of
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import PARTS, Part
 from minima.data.parts import RecordedParts, check_counts
+from minima.disk import write_json
 from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
 from minima.stages.context import StageContext
-from minima.stages.manifest import STARTED, read_manifest, write_json
+from minima.stages.manifest import STARTED, read_manifest
 
 RANKS = False
 

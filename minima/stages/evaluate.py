@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from minima.data.store import TokenStore
+from minima.disk import write_json
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
@@ -17,7 +18,6 @@ from minima.recipe.schema import Evaluate
 from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
-from minima.stages.manifest import write_json
 from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 from minima.stages.vocabularies import shared_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from minima.data.tokenizer import check_vocabulary
 from minima.data.vocabulary import expand, open_base
-from minima.disk import whole_or_gone
+from minima.disk import whole_or_gone, write_json
 from minima.errors import DataError, TokenizerMismatch
 from minima.models.embeddings import GrownSource
 from minima.models.families import shape_of
@@ -17,7 +17,6 @@ from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
 from minima.stages.hub import snapshot
-from minima.stages.manifest import write_json
 from minima.stages.origin import Origin, open_origin
 
 RANKS = False

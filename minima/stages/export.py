@@ -147,7 +147,7 @@ def _not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> NotFinite:
             f"tensor {name} holds values up to {tensor.abs().max().item():.4g}, and {short} ends at "
             f"{torch.finfo(dtype).max:.5g}",
             "they would be written as infinite, and the model would predict nothing",
-            "set `dtype: bfloat16` or `dtype: float32`",
+            "set `dtype: float32`" if short == "bfloat16" else "set `dtype: bfloat16` or `dtype: float32`",
         )
     return NotFinite(
         f"tensor {name} holds values that are infinite or no numbers",

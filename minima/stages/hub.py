@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minima.disk import write_json
 from minima.errors import StageError, first_line
-from minima.stages.manifest import write_json
 
 COMMITS = "hub.json"
 _PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]

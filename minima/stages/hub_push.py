@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import minima
 from minima.errors import MinimaError, StageError
-from minima.models.checksums import verify_files
+from minima.models.checksums import WEIGHTS, verify_files
 from minima.stages.hub_files import PUSHED_MODEL_FILES, check_files, current_card, locate, matches
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def publish(
     """
     model, stage = locate(folder)
     if stage is not None:
-        verify_files(stage)
+        verify_files(stage, WEIGHTS)
     files, left_out = check_files(model)
     card = current_card(model / "README.md", stage)
     content: dict[str, Path | bytes] = {name: model / name for name in files} | {"README.md": card.encode("utf-8")}

@@ -174,8 +174,9 @@ def _refusal(recipe: Recipe, name: str, folder: Path, state: str, changed: list[
 
 def made_from(recipe: Recipe, name: str, run_folder: Path) -> str:
     """What a refusal adds where later stages were made from a stage: they have to go with it."""
-    later = [name for name in readers(recipe, name) if is_begun(run_folder / name) or is_finished(run_folder / name)]
-    return f" (with what was made from it: {', '.join(later)})" if later else ""
+    folders = [run_folder / later for later in readers(recipe, name)]
+    made = [folder.name for folder in folders if is_begun(folder) or is_finished(folder)]
+    return f" (with what was made from it: {', '.join(made)})" if made else ""
 
 
 def changed_settings(stage: AnyStage, folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import minima
+from minima.disk import write_json
 from minima.errors import StageError
 
 FINISHED, STARTED = "manifest.json", "started.json"
@@ -126,17 +127,6 @@ def write_manifest(folder: Path, metrics: dict[str, Any], seconds: float) -> Non
         folder / FINISHED,
         started | {"versions": versions(), "metrics": metrics, "seconds": seconds, "finished": _now()},
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

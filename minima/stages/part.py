@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, disk_full_named
+from minima.disk import access_refused_named, disk_full_named, write_json
 from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
 from minima.recipe.loading import resolved_yaml
@@ -12,7 +12,7 @@ from minima.recipe.schema import BuildData, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_unchanged, describe
 from minima.stages.lock import run_lock
-from minima.stages.manifest import STARTED, is_begun, is_finished, read_manifest, write_json, write_started
+from minima.stages.manifest import STARTED, is_begun, is_finished, read_manifest, write_started
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 from minima.stages.running import HEADER, output_folder, select
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minima.disk import disk_full_named
-from minima.errors import LauncherError
+from minima.errors import LauncherError, StoreCorrupted
 from minima.launcher import child_environment, default_ranks, read_launch
 from minima.models.checksums import missing_files
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -105,11 +105,17 @@ def lacking(run_folder: Path, finished: Sequence[str], allow_code_execution: boo
     found = []
     for name in finished:
         folder = run_folder / name
-        if gone := missing_files(folder):
+        try:
+            gone = missing_files(folder)
+        except StoreCorrupted as error:
+            found.append(error.what)
+            continue
+        if gone:
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             found.append(f"stage {name} is finished, and {folder / gone[0]}{more} is not there any more")
-        left_out = read_manifest(folder).get("metrics", {}).get("left_out", []) if allow_code_execution else []
-        if left_out:
+        manifest = read_manifest(folder) if allow_code_execution else {}
+        left_out = manifest.get("metrics", {}).get("left_out", [])
+        if left_out and manifest.get("stage", {}).get("kind") == "benchmark":
             found.append(
                 f"{ALLOW_CODE_EXECUTION} changes nothing of stage {name}, which was finished without "
                 f"{', '.join(left_out)}: remove {folder} to have it"

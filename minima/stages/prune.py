@@ -18,7 +18,7 @@ from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
 from minima.errors import ShapeError
 from minima.launcher import terminal_columns
-from minima.models.checksums import verify_files
+from minima.models.checksums import SCORES, verify_files
 from minima.models.families import family_of, shape_of
 from minima.models.shape import ModelShape
 from minima.models.weights import model_identity, write_folder
@@ -34,7 +34,6 @@ from minima.stages.memory_plan import log_scoring
 from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 
 RANKS = True
-SCORES = "scores.safetensors"
 logger = logging.getLogger(__name__)
 
 
@@ -121,7 +120,7 @@ def _new_scores(context: StageContext, stage: Prune, origin: Origin, shape: Mode
     identity = model_identity(source)
     if stage.scores is not None:
         folder = context.scores(stage.scores)
-        verify_files(folder)
+        verify_files(folder, SCORES)
         return Scores.load(folder / SCORES, kind=stage.score, model=identity)
     if stage.score == "magnitude":
         return magnitude(source, shape, identity=identity)
@@ -142,6 +141,11 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
             f"choose at most {store.sequence_length}, or leave it out",
         )
     check_tokens(data, origin.tokenizer, origin.identity)
+    if stage.sequences > len(store) and distributed.is_main():
+        logger.warning(
+            "%s: %d sequences are asked for, and %s has %d: they are read again",
+            stage.name, stage.sequences, store.folder, len(store),
+        )  # fmt: skip
     log_scoring(context, stage, shape, length)
     config = frozen_config(
         context.deepspeed_json(stage.deepspeed),

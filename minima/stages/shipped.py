@@ -7,7 +7,7 @@ from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.errors import RecipeError
 from minima.recipe.distillation import Teacher
 from minima.recipe.overrides import nearest
-from minima.recipe.schema import AnyStage, AnyTraining
+from minima.recipe.schema import AnyStage
 
 _PACKAGE = Path(minima.__file__).parent
 _CLONE = _PACKAGE.parent
@@ -67,10 +67,9 @@ def check_deepspeed_json(stage: AnyStage, name: str, recipe_path: Path) -> None:
     """
     path, teacher = find_deepspeed_json(name, recipe_path), getattr(stage, "teacher", None)
     if isinstance(teacher, Teacher) and name == teacher.deepspeed and teacher.placement != "auto":
-        read_deepspeed_json(path, teacher.placement, teacher.offload, frozen=True)
+        read_deepspeed_json(path, teacher.placement, teacher.offload)
     else:
-        trained = isinstance(stage, AnyTraining) and name == stage.deepspeed
-        read_deepspeed_json(path, frozen=not trained or name == getattr(stage, "reference_deepspeed", None))
+        read_deepspeed_json(path)
 
 
 def find_launcher(name: str, recipe_path: Path) -> Path:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from minima.disk import write_json
 from minima.errors import RecipeError
 from minima.recipe.references import STEPPED
 from minima.recipe.schema import Recipe
-from minima.stages.manifest import STARTED, is_finished, read_manifest, write_json
+from minima.stages.manifest import STARTED, is_finished, read_manifest
 
 
 def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:

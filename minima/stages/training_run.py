@@ -8,7 +8,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from minima.data.store import TokenStore
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, write_json
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import shapes, snapshot_shards
 from minima.engine.checkpoint.store import drop_after, read_marker
@@ -27,7 +27,6 @@ from minima.recipe.references import named_steps
 from minima.recipe.schema import AnyTraining
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
-from minima.stages.manifest import write_json
 from minima.stages.origin import Origin
 from minima.stages.resume import load_newest
 

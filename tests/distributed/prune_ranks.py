@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
+from minima.disk import write_json
 from minima.engine import distributed
 from minima.launcher import read_launch
 from minima.recipe.schema import Recipe
 from minima.stages import prune
 from minima.stages.context import StageContext
-from minima.stages.manifest import write_json
 
 
 def main(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minima.cluster import saves
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages.identity import describe
 
@@ -91,6 +92,7 @@ class FakeSlurm:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    saves._grace_seconds.cache_clear()
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
     return fake

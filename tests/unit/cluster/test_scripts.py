@@ -193,6 +193,17 @@ def test_a_folder_that_no_container_can_be_given(slurm, project, monkeypatch, na
         submit(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("mounts", "told"),
+    [([], True), (["/scratch"], False), (["/data:/scratch/x"], False), (["/scratch/other"], True)],
+)
+def test_a_run_folder_that_no_container_sees_is_told(slurm, project, mounts, told):
+    (project / "cluster.yaml").write_text(yaml.safe_dump({"container": {"image": "a.sqsh", "mounts": mounts}}))
+    for output, outside in (("/scratch/x/run", told), ("runs/a", False), (f"{project}/b", False)):
+        said = dry_run(project / "recipe.yaml", project / "cluster.yaml", [f"output={output}"])
+        assert ("is lost with the container" in said) == outside
+
+
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
 def test_a_container(project, slurm, runtime):
     cluster = {

@@ -374,6 +374,12 @@ def test_a_token_in_an_override_is_refused_and_not_repeated(slurm, project, over
     assert "verysecret" not in str(caught.value) and not slurm.calls("sbatch")
 
 
+@pytest.mark.parametrize("name", ["opus-en-sk-parallel-corpus-2024", "sk-minima-3b-student-distilled"])
+def test_a_folder_that_only_looks_like_a_token(slurm, project, name):
+    send(f"output=runs/{name}")
+    assert len(slurm.calls("sbatch")) == 3
+
+
 def test_a_job_that_is_held_since_its_reservation_is_gone_is_in_the_queue(slurm, project):
     send()
     answer_queue(slurm, "101 RESV_DEL_HOLD corpus ReservationDeleted", "102 PENDING base Dependency",

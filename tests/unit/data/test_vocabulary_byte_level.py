@@ -1,6 +1,7 @@
 """A grown byte-level BPE: old text keeps its ids, every new piece is alive, special tokens and template stay."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -189,6 +190,17 @@ def test_damaged_donors_are_refused(base, donor, tmp_path, before, after, messag
     if 'no", "piece' not in after:  # tokenizers itself sees that one
         with pytest.raises(DataError, match=message):
             open_base(tmp_path)  # as the base, too
+
+
+def test_a_file_of_before_models_had_a_type_is_a_bpe_all_the_same(base, donor, tmp_path):
+    """GPT-2's own on the Hub."""
+    shutil.copytree(base, tmp_path / "base")
+    for path, copy in ((base / "tokenizer.json", tmp_path / "base" / "tokenizer.json"), (donor, tmp_path / "d.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert content["model"].pop("type") == "BPE"
+        copy.write_text(json.dumps(content), encoding="utf-8")
+    found = expand(stage(), open_base(tmp_path / "base"), tmp_path / "d.json", 502, tmp_path / "grown")
+    assert found.metrics == expand(stage(), open_base(base), donor, 502, tmp_path / "typed").metrics
 
 
 def test_another_kind_of_base_is_refused_as_such_whatever_else_it_lacks(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minima.engine import deepspeed_config
 from minima.engine.deepspeed_config import accumulation_steps, frozen_config, read_deepspeed_json, training_config
 from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
@@ -108,14 +109,27 @@ def test_shards_that_would_be_read_wrongly_are_refused(write, zero):
 
 
 @pytest.mark.parametrize("placement", ["zero3", "replica"])
-def test_what_only_an_optimiser_or_a_step_uses_is_refused_for_a_frozen_model(write, placement):
+def test_what_only_a_training_step_uses_is_told_of_a_frozen_model(write, placement, caplog):
     zero = {"stage": 3 if placement == "zero3" else 0}
-    for content, named in (
-        ({"zero_optimization": zero | {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
-        ({"zero_optimization": zero, "flops_profiler": {"enabled": True}}, "flops_profiler"),
-    ):
-        with pytest.raises(DeepSpeedConfigError, match=f"{named} for a model that is frozen"):
-            frozen_config(write(content), precision="float32", placement=placement)
+    content = {
+        "zero_optimization": zero | {"offload_optimizer": {"device": "cpu"}},
+        "flops_profiler": {"enabled": True},
+    }
+    with caplog.at_level("INFO"):
+        frozen_config(write({"zero_optimization": zero}), precision="float32", placement=placement)
+        assert not caplog.messages
+        frozen_config(write(content), precision="float32", placement=placement)
+    assert "offload_optimizer and flops_profiler not used" in caplog.messages[0]
+
+
+def test_a_monitor_is_asked_for_where_the_engine_is_made_alone(write, monkeypatch):
+    """A plan or a submission may be of other machines, whose Python is another."""
+    path = write({"zero_optimization": {"stage": 3}, "comet": {"enabled": True}})
+    monkeypatch.setattr(deepspeed_config, "find_spec", lambda name: None)
+    assert read_deepspeed_json(path)["comet"]
+    for make in (frozen_config, lambda path, precision: training_config(path, training(precision=precision), 1)):
+        with pytest.raises(DeepSpeedConfigError, match="enables comet, and comet_ml is not installed"):
+            make(path, precision="float32")
 
 
 @pytest.mark.parametrize(
@@ -123,13 +137,13 @@ def test_what_only_an_optimiser_or_a_step_uses_is_refused_for_a_frozen_model(wri
     [
         ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "lots"}}, "max_live_parameters to 'lots'"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -5}}, "reduce_bucket_size to -5"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": float("inf")}}, "reduce_bucket_size to inf"),
         ({"zero_optimization": {"stage": 3, "sub_group_size": True}}, "sub_group_size to True"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, "device to 'gpu'"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": "x"}}},
             "buffer_count to 'x'",
         ),
-        ({"zero_optimization": {"stage": 3}, "comet": {"enabled": True}}, "enables comet, and comet_ml is not"),
     ],
 )
 def test_values_that_deepspeed_would_refuse_later_are_refused_at_once(write, content, named):

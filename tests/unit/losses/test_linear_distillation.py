@@ -284,12 +284,19 @@ def test_strides_of_a_head_change_nothing(loss, dtype):
         ({"top_p": "x"}, "top_p 'x'"),
         ({"hard_weight": float("inf")}, "hard_weight inf"),
         ({"kernel": "cuda"}, "kernel 'cuda'"),
-        ({"kernel": "triton"}, "(?s)kernel 'triton'.*(on the cpu|cannot be imported)"),
+        ({"kernel": "triton", "top_k": 3}, "kernel 'triton' with top_k or top_p"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(option, said):
     with pytest.raises(MinimaError, match=said):
         linear_distillation_loss(*inputs(8, 33, 13, 17), **option)
+
+
+def test_a_kernel_for_gpus_is_refused_on_a_cpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("minima.losses.triton_kernels.interpreted", lambda: False)
+    with pytest.raises(MinimaError, match="kernel 'triton', and the tensors are on the cpu"):
+        linear_distillation_loss(*inputs(8, 33, 13, 17), kernel="triton")
 
 
 @pytest.mark.parametrize("wrong", [33, -1, -101])

@@ -38,6 +38,19 @@ def test_a_shape_comes_back_from_the_stock_configuration(shape):
     assert ModelShape.from_config(shape.to_config()) == shape
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(family):
+    """As one that was written by hand: Mistral then has 8 key-value heads, and a Qwen3's heads are 128 wide."""
+    llama = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1,
+             "num_attention_heads": 32}  # fmt: skip
+    gpt2 = {"vocab_size": 64, "n_embd": 128, "n_layer": 1, "n_head": 32}
+    short = {"model_type": family} | (gpt2 if family == "gpt2" else llama)
+    assert ModelShape.from_config(short) == ModelShape.from_config(stock_config(short).to_dict())
+    with torch.device("meta"):
+        model = build_empty(short)
+    assert ModelShape.from_config(short).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_the_rotary_base_reaches_the_model(family):
     shape = ModelShape(family=family, rope_theta=12345.0, **SMALL)

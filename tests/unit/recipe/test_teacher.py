@@ -3,10 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
+from minima.disk import write_json
 from minima.recipe.distillation import PLACING, Distil, Teacher
 from minima.recipe.schema import Recipe
 from minima.stages.identity import check_unchanged, describe
-from minima.stages.manifest import STARTED, write_json
+from minima.stages.manifest import STARTED
 
 STAGE = {
     "name": "student", "kind": "distil", "model": {"random": {"vocabulary_size": 8, "hidden_size": 8,

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from minima.disk import write_json
 from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, write_folder
@@ -11,7 +12,7 @@ from minima.recipe.schema import Recipe
 from minima.stages import distil
 from minima.stages.context import StageContext
 from minima.stages.identity import check_unchanged, describe
-from minima.stages.manifest import read_manifest, write_json, write_started
+from minima.stages.manifest import read_manifest, write_started
 
 SHAPE = {"vocabulary_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 2}
 COMMIT = "0123456789abcdef"

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
+from minima.disk import write_json
 from minima.engine import distributed
 from minima.errors import CheckpointError, DiskFull, NotFinite
 from minima.launcher import Launch
@@ -26,7 +27,6 @@ from minima.stages import evaluate as evaluate_stage
 from minima.stages import export as export_stage
 from minima.stages.context import StageContext
 from minima.stages.generation_settings import CHAT_SAMPLING
-from minima.stages.manifest import write_json
 from tests.chat_model import ANSWER, QUESTION, WINDOW
 from tests.fakes import TextStore
 

@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 
+from minima.disk import write_json
 from minima.errors import StageError
 from minima.recipe.loading import load_recipe
 from minima.stages.digests import former_source_digest, source_digest
 from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences
-from minima.stages.manifest import read_manifest, write_json, write_manifest, write_started
+from minima.stages.manifest import read_manifest, write_manifest, write_started
 
 RECIPE = """
 name: x

@@ -87,9 +87,13 @@ def run(tmp_path, monkeypatch):
 
 
 def test_what_finished_stages_lack_is_told(tmp_path):
-    for name, metrics in (("out", {}), ("bench", {"left_out": ["humaneval"]})):
+    reasons = {"known": 3, "rare": 2}  # why pieces did not come: no task was left out
+    for name, kind, metrics in (
+        ("out", "export", {}), ("bench", "benchmark", {"left_out": ["humaneval"]}),
+        ("expanded", "expand_vocabulary", {"left_out": reasons}),
+    ):  # fmt: skip
         (tmp_path / name).mkdir()
-        write_started(tmp_path / name, {})
+        write_started(tmp_path / name, {"stage": {"kind": kind}})
         write_manifest(tmp_path / name, metrics, 1.0)
     (tmp_path / "out" / "model").mkdir()
     for shard in ("a", "b"):
@@ -97,9 +101,11 @@ def test_what_finished_stages_lack_is_told(tmp_path):
     write_checksums(tmp_path / "out")
     assert pipeline.lacking(tmp_path, ["out", "bench"], False) == []
     (tmp_path / "out" / "model" / "b.safetensors").unlink()
-    gone, unused = pipeline.lacking(tmp_path, ["out", "bench"], True)
+    gone, unused = pipeline.lacking(tmp_path, ["out", "expanded", "bench"], True)
     assert gone.startswith("stage out is finished") and gone.endswith("out/model/b.safetensors is not there any more")
     assert "--allow-code-execution changes nothing of stage bench" in unused and "humaneval" in unused
+    (tmp_path / "out" / "checksums.json").write_text('{"format": "minima-checksums-1", "files": 3}')
+    assert "checksums.json" in pipeline.lacking(tmp_path, ["out"], False)[0], "told, and no reason to end"
 
 
 def calls(tmp_path):

@@ -8,11 +8,12 @@ import types
 
 import pytest
 
+from minima.disk import write_json
 from minima.errors import AccessRefused, DataError, DiskFull, OutOfMemory, StageError
 from minima.launcher import Launch
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import running
-from minima.stages.manifest import is_finished, read_manifest, write_json
+from minima.stages.manifest import is_finished, read_manifest
 
 RECIPE = """
 name: x

@@ -30,7 +30,7 @@ def check(tmp_path):
 
 @pytest.mark.slow
 def test_each_step_is_told_with_its_exit_code_and_the_time_is_kept(check, tmp_path):
-    done = check("-s", "12", "doctor", "offload", "loss", "tests")
+    done = check("-s", "20", "doctor", "offload", "loss", "tests")
     assert done.returncode == 1, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("== ")]
     assert told == ["== doctor: 1", "== offload: ended: no time left", "== loss: no time left", "== tests: 0"]
