@@ -3,6 +3,7 @@
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,11 +93,15 @@ def check_tokens(labels_N: Tensor, ignored: int = IGNORE_INDEX, /, **models: tup
                 "logits are products of the two, so they have to be of one width",
                 "give the output head [vocabulary, width] of the model that the hidden states come from",
             )
-    vocabulary = next(iter(models.values()))[1].shape[0]
-    kept = labels_N[labels_N != ignored] if labels_N.device.type == "cpu" else labels_N[:0]
-    if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < vocabulary:
+    if labels_N.device.type == "cpu" and type(labels_N) is Tensor:
+        _check_vocabulary(labels_N.numpy(), ignored, next(iter(models.values()))[1].shape[0])
+
+
+def _check_vocabulary(labels_N: np.ndarray, ignored: int, vocabulary: int) -> None:
+    kept = labels_N[labels_N != ignored]
+    if kept.size and not 0 <= kept.min() <= kept.max() < vocabulary:
         raise MinimaError(
-            f"labels from {int(kept.min())} to {int(kept.max())} for a vocabulary of {vocabulary} tokens",
+            f"labels from {kept.min()} to {kept.max()} for a vocabulary of {vocabulary} tokens",
             "they are token ids of another tokenizer than the model's, or meant to be left out by another number",
             f"give ids from 0 to {vocabulary - 1}, and {ignored} where a token is left out",
         )
