@@ -18,6 +18,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 INTERPRETED = """
 import itertools, json, sys
 import torch
+import minima.losses.linear_distillation as module
 import tests.interpreted
 from minima.losses import linear_cross_entropy, linear_distillation_loss
 from tests.unit.losses.references import DIVERGENCES, exact, inputs, models_apart, with_gradients
@@ -68,6 +69,7 @@ print(json.dumps(["no gradients", "float32", errors]))
 hidden[models[4] != -100] = float("nan")
 loss = linear_distillation_loss(*models[:2], hidden, *models[3:], kernel="triton")
 print(json.dumps(["not finite", "float32", [0.0 if loss.total.isnan() else 1.0]]))
+module.check_tokens = lambda *given, **named: None  # a GPU's labels are not looked at
 for label in (1001, -1):
     loss = linear_distillation_loss(*models[:4], torch.full_like(models[4], label), kernel="triton")
     print(json.dumps([f"label {label} of 1001 tokens", "float32", [0.0 if loss.total.isnan() else 1.0]]))
