@@ -11,6 +11,7 @@ from minima.engine import loop
 from minima.engine.meters import Meters
 from minima.engine.objectives.distillation import Distillation
 from minima.losses import LossSum
+from tests.unit.engine.test_objective_weights import Student
 
 
 class Teacher:
@@ -33,17 +34,6 @@ class Objective(Distillation):
     def __call__(self, model, batch):
         assert batch.teacher_hidden_BTE is not None
         return LossSum(torch.tensor(1.0), torch.tensor(1), {})
-
-
-class Student:
-    def __call__(self, objective, batch):
-        return objective(None, batch)
-
-    def backward(self, loss):
-        pass
-
-    def step(self, learning_rate):
-        return 1.0
 
 
 def test_a_windows_states_are_gone_before_the_next_ones_are_made(monkeypatch):
