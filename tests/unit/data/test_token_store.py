@@ -112,6 +112,7 @@ def test_a_flipped_byte_is_found_and_named(store):
     TokenStore.open(store.folder).verify()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_the_index_is_found(store):
     path = store.folder / "index.json"
     content = path.read_bytes()

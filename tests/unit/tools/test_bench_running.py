@@ -141,6 +141,7 @@ class _Step:
         return 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status"), [(torch.OutOfMemoryError(), "out of memory"), (RuntimeError("no kernel"), "failed")]
 )
