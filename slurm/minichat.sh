@@ -5,14 +5,8 @@
 # and the virtual environment: slurm/environment.sh. Submit again only when no job of an earlier submission is left.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-for argument; do
-  case $argument in
-    output=* | name=*)
-      echo "$argument: these files name the run's folder, runs/minichat-3b: change it there, or use \`minima submit\`" >&2
-      exit 2
-      ;;
-  esac
-done
+source slurm/refuse_folder.sh
+refuse_folder "$@"
 mkdir -p runs/minichat-3b/logs
 
 after=()

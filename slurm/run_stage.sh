@@ -121,19 +121,6 @@ as_path() { # a folder whose name no program takes for an option or an expressio
   esac
 }
 
-refuse_folder() { # refuse_folder ARGUMENTS...: the plain files name their run's folder themselves
-  local argument
-  for argument; do
-    case $argument in
-      output=* | name=*)
-        say "$argument: this file names the run's folder, where it looks for what was saved before it is requeued:" \
-          "change it there, or let \`minima submit\` write the jobs"
-        exit 2
-        ;;
-    esac
-  done
-}
-
 run_job() { # run_job RUN_FOLDER COMMAND...: run a command, and requeue the job where it may go on
   local code=0 child node=''
   run=$(as_path "$1")
