@@ -33,6 +33,15 @@ def without_autocast(step: F) -> F:
     return inner  # type: ignore[return-value]
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now was told to keep its graph (`retain_graph`), for another pass through it.
+
+    What torch's own compiler asks before it reuses saved tensors. A torch that does not say counts as yes.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
 class ChunkBuffers:
     """Matrices of the size of one chunk's logits, taken once and used for every chunk.
 

@@ -15,7 +15,15 @@ from minima.errors import VocabularyMismatch
 from minima.losses.checks import check_ranges, check_tokens, is_number
 from minima.losses.divergences import DivergenceName, SoftTerm
 from minima.losses.eager import Terms, losses_and_gradient
-from minima.losses.linear import ChunkBuffers, add_gradients, float_logits, logits_head, narrowed, without_autocast
+from minima.losses.linear import (
+    ChunkBuffers,
+    add_gradients,
+    float_logits,
+    graph_is_kept,
+    logits_head,
+    narrowed,
+    without_autocast,
+)
 from minima.losses.loss_sum import LossSum
 from minima.losses.way import Kernel, Way
 
@@ -254,10 +262,10 @@ class _LinearDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
-        # Scaled in place, which spares a copy of each: they belong to this node alone, and autograd refuses a second
-        # backward pass through them.
+        # Scaled in place, which spares a copy of each, unless another pass will read them.
+        scaled = torch.mul if graph_is_kept() else Tensor.mul_
         if grad_hidden_ND is not None:
-            grad_hidden_ND.mul_(grad_total)
+            grad_hidden_ND = scaled(grad_hidden_ND, grad_total)
         if grad_head_VD is not None:
-            grad_head_VD = narrowed(grad_head_VD.mul_(grad_total), ctx.head_dtype)
+            grad_head_VD = narrowed(scaled(grad_head_VD, grad_total), ctx.head_dtype)
         return grad_hidden_ND, grad_head_VD, *(None,) * 6

@@ -342,3 +342,18 @@ def test_a_sharded_head_is_refused_with_the_way_out():
         assert torch.equal(module.head_VD.grad.to_local(), head.grad)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_kept_graph_gives_the_same_gradients_again(kept, dtype):
+    student, head, teacher, teacher_head, labels = inputs(9, 13, 8, 12, dtype)
+    leaves = [t.requires_grad_() for t in (student, head)]
+    total = linear_distillation_loss(student, head, teacher, teacher_head, labels, chunk_tokens=4).total
+    first = torch.autograd.grad(total / 7, leaves, retain_graph=True)
+    values = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(total / 7, leaves, retain_graph=kept)
+    for one, other, value in zip(first, second, values, strict=True):
+        assert torch.equal(one, value), "the second pass changed what the first had returned"
+        assert torch.equal(other, value)
+        assert torch.count_nonzero(value) > 0
