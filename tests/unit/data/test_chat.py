@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from minima.data.chat import chat_tokenizer, stop_ids, template_of
@@ -104,6 +105,15 @@ def test_ids_and_mask_are_transformers_own(minichat, name):
     assert ours.text == minichat.apply_chat_template(messages(CHATS[name]), tokenize=False)
     said = [minichat.decode(ours.ids[begin:end]).strip() for begin, end in ours.replies]
     assert said == [text.strip() + minichat.eos_token for role, text in CHATS[name] if role == "assistant"]
+
+
+def test_a_message_may_be_a_list_of_texts(minichat):
+    parted = [{"role": "user", "content": [{"type": "text", "text": text} for text in (" Who", " are you?\n")]}]
+    whole = messages([("user", "Who are you?")])
+    assert minichat.apply_chat_template(parted, tokenize=False) == minichat.apply_chat_template(whole, tokenize=False)
+    picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    with pytest.raises(TemplateError, match="MiniChat reads text, not a part of type image"):
+        minichat.apply_chat_template(picture, tokenize=False)
 
 
 @pytest.mark.parametrize("name", CHATS)
