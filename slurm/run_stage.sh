@@ -64,8 +64,11 @@ was_told() { # whether Slurm has sent SIGTERM to the ranks itself: a second one 
 
 tell_ranks() { # SIGTERM to every rank, once; never through srun, which answers it by killing them
   [ -z "$told" ] || return 0
+  was_told || scancel --signal=TERM "$job" || {
+    say "the ranks could not be told"
+    return 0
+  }
   told=yes
-  was_told || scancel --signal=TERM "$job" || say "the ranks could not be told"
 }
 
 on_usr1() {
@@ -91,8 +94,9 @@ lost_node() { # the first node of this job that Slurm misses, has taken out of s
   done < <(scontrol show node --oneliner "${SLURM_JOB_NODELIST:-}" 2>/dev/null)
 }
 
-progress_of() { # what there is to go on from: complete checkpoints and finished stages
-  find "$1" -maxdepth 4 \( -name checkpoint.json -o -name manifest.json \) 2>/dev/null | sort || true
+progress_of() { # what a later start goes on from: checkpoints, finished stages, scores, tasks and answers of benchmarks
+  find "$1" -maxdepth 6 \( -name checkpoint.json -o -name manifest.json -o -name scores.safetensors -o \
+    -name 'reference-*' -o -name results.json -o -name '*.answered' \) -printf '%p %s\n' 2>/dev/null | sort || true
 }
 
 requeue() {

@@ -121,7 +121,8 @@ PROLOG
 leftovers() {
   local process environment
   for process in /proc/[0-9]*; do
-    [ "${process#/proc/}" != $$ ] && [ -O "$process" ] || [ "$(id -u)" = 0 ] || continue
+    [ "${process#/proc/}" != $$ ] || continue
+    [ -O "$process" ] || [ "$(id -u)" = 0 ] || continue
     environment=$( (tr '\0' '\n' <"$process/environ") 2>/dev/null) || continue
     grep -qxF "SLURM_CONF=$conf" <<<"$environment" || continue
     case $(cat "$process/comm" 2>/dev/null) in

@@ -1,13 +1,12 @@
 """Handing scripts to Slurm one after another. No torch."""
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from minima.cluster import slurm
 from minima.cluster.records import Job, add_job
 from minima.cluster.render import Place, Script, quoted
+from minima.disk import write_whole
 from minima.errors import ClusterError
 
 
@@ -56,7 +55,7 @@ def submit_chain(
 
 def _submit(script: Script, command: Sequence[str], after: Sequence[str], place: Place) -> Job:
     place.logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log; the job would fail unheard
-    write_file(script.path, script.text)
+    write_whole(script.path, script.text)
     printed = slurm.call(command, f"handed the job of stage {script.stage}")
     identifier = printed.strip().splitlines()[-1].split(";")[0] if printed.strip() else ""
     if not identifier.isdigit():
@@ -83,10 +82,3 @@ def _submit(script: Script, command: Sequence[str], after: Sequence[str], place:
     )
     add_job(place.run_folder, job)
     return job
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,16 +234,15 @@ def _locks_across(folder: Path) -> Finding:
     """Whether a lock of rank 0 keeps ranks of other machines out."""
     name = str(distributed.broadcast_object(secrets.token_hex(16)))
     path, refused = folder / f".minima-doctor-{name}", True
-    try:
-        with open(path, "ab") as own:
+    with ExitStack() as stack:
+        own = None
+        with suppress(OSError):  # said by the check of each machine; the others still have to be met
+            own = stack.enter_context(path.open("ab"))
             if distributed.is_main():
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            distributed.barrier()
-            if not distributed.is_main():
-                refused = _is_refused(own)
-            distributed.barrier()
-    except OSError:  # said by the check of each machine; the others still have to be met
         distributed.barrier()
+        if own is not None and not distributed.is_main():
+            refused = _is_refused(own)
         distributed.barrier()
     both = [rank for rank, one in enumerate(distributed.gather_objects(refused)) if not one]
     _remove(path)

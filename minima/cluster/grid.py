@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from minima.cluster.chain import submit_chain, write_file
+from minima.cluster.chain import submit_chain
 from minima.cluster.config import CELLS, Resources
 from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_asked, queued_tasks, warn_asked
@@ -21,6 +21,7 @@ from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
 from minima.cluster.secret import check_values
 from minima.cluster.snapshot import snapshot
+from minima.disk import write_whole
 from minima.errors import ClusterError
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.overrides import RecipeLoader, nearest
@@ -91,7 +92,7 @@ def submit_grid(
         copy = snapshot(recipe, recipe_path, place.run_folder / "cluster" / "recipes", write=not dry_run)
         script = _script(recipe, recipe_path, copy, missing, names, place)
         if not dry_run:
-            write_file(place.scripts / RESOLVED, resolved_yaml(recipe))
+            write_whole(place.scripts / RESOLVED, resolved_yaml(recipe))
         # Cells have folders of their own, so they wait for nothing.
         submit_chain([script], [], place, dry_run, write)
         write(f"cells: {', '.join(missing)}")

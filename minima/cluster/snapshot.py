@@ -1,9 +1,9 @@
 """The recipe as it was submitted: what a job reads hours later, whatever has become of the file since. No torch."""
 
 import hashlib
-import os
 from pathlib import Path
 
+from minima.disk import write_whole
 from minima.recipe.references import deepspeed_jsons
 from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.shipped import find_deepspeed_json, shipped_folder
@@ -33,9 +33,7 @@ def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Pa
     for name, content in files.items() if write else ():
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_whole(path, content)
     return target / recipe_path.name
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from minima.cluster.chain import submit_chain, write_file
+from minima.cluster.chain import submit_chain
 from minima.cluster.grid import submit_grid
 from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_stage, queued_tasks, warn_asked
@@ -15,6 +15,7 @@ from minima.cluster.saves import save_warnings
 from minima.cluster.secret import check_values
 from minima.cluster.slurm import Task
 from minima.cluster.snapshot import snapshot
+from minima.disk import write_whole
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.schema import Recipe
 from minima.stages.lock import run_lock
@@ -90,9 +91,8 @@ def submit(
         for warning in save_warnings(missing, place, dry_run):
             write(f"warning: {warning}")
         if scripts and not dry_run:
-            write_file(
-                place.scripts / RESOLVED, resolved_yaml(recipe)
-            )  # `minima status` knows the stages before they begin
+            # `minima status` knows the stages before they begin
+            write_whole(place.scripts / RESOLVED, resolved_yaml(recipe))
         submit_chain(scripts, queued, place, dry_run, write, [stage.name for stage in recipe.stages])
     if not scripts:
         write("nothing to submit")

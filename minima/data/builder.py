@@ -1,6 +1,5 @@
 """Sources -> tokenizer, training blocks, held-out blocks and a report."""
 
-import json
 import logging
 import os
 import shutil
@@ -33,7 +32,7 @@ from minima.data.tokenizer import (
     train_sentencepiece,
     write_tokenizer,
 )
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, write_json
 from minima.errors import DataError
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
@@ -52,7 +51,7 @@ def build(
     """Write `tokenizer/`, `train/`, `held_out/` and `report.json` into a folder.
 
     The result depends on the stage and its sources, not on the number of processes. All of it is written under
-    temporary names and renamed at the end; when anything fails, nothing is left.
+    temporary names and renamed at the end; what fails before that leaves nothing.
 
     Args:
         stage: what to build.
@@ -82,7 +81,7 @@ def build(
         report["seconds"] = round(earlier_seconds + time.monotonic() - started, 3)
         with disk_full_named(folder):
             _replace(unfinished, folder / "tokenizer")
-            _write_json(folder / "report.json", report)
+            write_json(folder / "report.json", report)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     metrics = {name: value for name, value in report.items() if name != "sources"}
@@ -271,12 +270,3 @@ class _Progress:
 def _replace(partial: Path, final: Path) -> None:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

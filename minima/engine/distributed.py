@@ -196,7 +196,7 @@ def node_group() -> dist.ProcessGroup:
 
 def barrier() -> None:
     """Wait for every rank."""
-    if dist.get_world_size() > 1:  # DeepSpeed tells NCCL no device of a lone one, and NCCL warns that it guesses
+    if share()[1] > 1:  # DeepSpeed tells NCCL no device of a lone one, and NCCL warns that it guesses
         dist.barrier()
 
 
@@ -208,6 +208,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def gather_objects(value: Any) -> list[Any]:
     """What each rank gave, on every rank. For small facts of our own, never for data."""
+    if not _together():
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
@@ -226,6 +228,25 @@ def raise_together(error: MinimaError | None) -> None:
     for met in gather_objects(error):
         if met is not None:
             raise met
+
+
+@contextmanager
+def refused_together(cannot: Callable[[OSError], MinimaError] | None = None) -> Iterator[None]:
+    """Raise at its end, on every rank, what a rank refused inside. Every rank enters it; no collective runs in it.
+
+    Args:
+        cannot: what an OSError is to its user; without it, one ends its rank alone.
+    """
+    error: MinimaError | None = None
+    try:
+        yield
+    except MinimaError as refusal:
+        error = refusal
+    except OSError as failure:
+        if cannot is None:
+            raise
+        error = cannot(failure)
+    raise_together(error)
 
 
 def all_reduce_max(value: float) -> float:

@@ -6,7 +6,7 @@ from minima.disk import access_refused_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import verify_together
-from minima.errors import CheckpointError, MinimaError
+from minima.errors import CheckpointError
 from minima.models import checksums
 from minima.models.layout import complete_steps, step_folder
 from minima.models.weights import FolderSource, WeightSource
@@ -56,10 +56,5 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
 
 def _verify_together(folder: Path) -> None:
     """Every rank reads its share of what a stage has left; what one finds, all raise."""
-    error: MinimaError | None = None
-    try:
-        with access_refused_named():
-            checksums.verify_files(folder, checksums.WEIGHTS, *distributed.share())
-    except MinimaError as found:
-        error = found
-    distributed.raise_together(error)
+    with distributed.refused_together(), access_refused_named():
+        checksums.verify_files(folder, checksums.WEIGHTS, *distributed.share())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from minima.disk import write_whole
 from minima.errors import DataError
 from minima.recipe.release import Answers
 
@@ -94,8 +95,8 @@ def write_answers(
         progress: told how many questions are answered.
 
     Returns:
-        `questions`, `resumed` (answered by an earlier start) and `unanswered` (turns whose question does not fit into
-        the model's window; their answer is empty).
+        `questions`, `resumed` (answered by an earlier start) and `unanswered` (turns whose answer is empty: the
+        question does not fit into the model's window, or the model said nothing).
 
     Raises:
         DataError: not one question could be answered.
@@ -120,9 +121,10 @@ def write_answers(
         answered.unlink()
         raise refusal
     if unanswered:
-        logger.warning("%s: %d turns have an empty answer (%s)", path.name, unanswered, refusal and refusal.what)
+        why = "the model said nothing" if refusal is None else refusal.what
+        logger.warning("%s: %d turns have an empty answer (%s)", path.name, unanswered, why)
     rows = [(question, kept[_digest(question)]) for question in questions]
-    _publish(path, _alpaca_eval(rows, name) if answers.format == "alpaca_eval" else _fastchat(rows, name))
+    write_whole(path, _alpaca_eval(rows, name) if answers.format == "alpaca_eval" else _fastchat(rows, name))
     return {"questions": len(questions), "resumed": resumed, "unanswered": unanswered}
 
 
@@ -247,9 +249,3 @@ def _append(answered: Path, row: Mapping[str, Any]) -> None:
         file.write(("\n" if torn else "") + json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _publish(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -196,8 +196,9 @@ def _read(path: Path, facts: dict[str, Any]) -> tuple[Tensor | None, str, str]:
 
 def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
     """Rank 0 writes the file, whole or not at all; every rank calls it."""
-    error: MinimaError | None = None
-    if distributed.is_main():
+    with distributed.refused_together():
+        if not distributed.is_main():
+            return
         said = json.dumps(facts | {"sha256": tensor_sha256(values_LS)})
         partial = path.with_name(f".{path.name}.partial")
         try:
@@ -208,8 +209,7 @@ def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
         except (MinimaError, OSError, SafetensorError) as found:
             with suppress(OSError):  # what forbade the file may forbid this, and the other ranks wait
                 partial.unlink(missing_ok=True)
-            error = found if isinstance(found, MinimaError) else _cannot_write(path, found)
-    distributed.raise_together(error)
+            raise found if isinstance(found, MinimaError) else _cannot_write(path, found) from found
 
 
 def _cannot_write(path: Path, cause: Exception) -> StageError:

@@ -169,7 +169,8 @@ def write_tasks(folder: Path, data_folder: Path | None) -> Path:
         text = asset.read_text(encoding="utf-8")
         if asset.name == "_local_mmlu_subject":
             for subject in subjects:
-                (folder / f"local_mmlu_{subject}.yaml").write_text(_filled(text, paths | {"SUBJECT": subject}))
+                filled = _filled(text, paths | {"SUBJECT": subject})
+                (folder / f"local_mmlu_{subject}.yaml").write_text(filled, encoding="utf-8")
         else:
             template = asset.name.endswith(".yaml") or "." not in asset.name
             (folder / asset.name).write_text(_filled(text, paths) if template else text, encoding="utf-8")

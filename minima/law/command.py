@@ -122,7 +122,7 @@ def _study(options: argparse.Namespace, write: Write) -> int:
         collect_only=options.collect,
         dry_run=options.dry_run,
         cluster=None if options.cluster is None else Path(options.cluster).expanduser(),
-        runs=None if options.runs is None else options.runs.split(","),
+        runs=None if options.runs is None else [name.strip() for name in options.runs.split(",")],
     )
 
 

@@ -1,7 +1,6 @@
 """Everything that `minima law fit` finds in a table, and the JSON that keeps it."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, write_whole
 from minima.errors import TableError, first_line
 from minima.law.checks import Excluded, Run, Sizes, check_rows
 from minima.law.curves import Budget, Condition, Curve, condition_of, curves_of, describe, gaps
@@ -188,10 +187,8 @@ def to_json(fit: Fit) -> str:
 
 def write_fit(fit: Fit, path: Path) -> None:
     """Write the JSON; a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     with disk_full_named(path.parent):
-        beside.write_text(to_json(fit), encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, to_json(fit))
 
 
 def read_fit(path: Path) -> Fit:

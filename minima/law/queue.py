@@ -1,5 +1,6 @@
 """A study's runs over this machine's GPUs or cores: some worker processes, each fed with one run after another."""
 
+import logging
 import os
 import queue
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from minima.console import taking_signals
 from minima.launcher import child_environment, num_accelerators, num_cores
@@ -17,6 +19,7 @@ from minima.law.worker import BEGUN, DONE, EVENT, READY
 
 POLL_SECONDS = 1.0  # between two looks at whether a signal has come
 _ERROR = "minima: "
+logger = logging.getLogger("minima.study")
 
 
 @dataclass
@@ -65,7 +68,15 @@ def ready_units(units: Sequence[Unit], tally: Tally) -> list[Unit]:
 class _Worker:
     """One process, and the thread that reads what it says."""
 
-    def __init__(self, number: int, command: Sequence[str], environment: dict[str, str], lock: int, said, logs) -> None:
+    def __init__(
+        self,
+        number: int,
+        command: Sequence[str],
+        environment: dict[str, str],
+        lock: int,
+        said: "queue.Queue[tuple[_Worker, str]]",
+        logs: Path,
+    ) -> None:
         self.number, self.began, self.ready = number, time.monotonic(), False
         self.unit: Unit | None = None
         self.told = 0  # how often it was asked to end
@@ -81,26 +92,27 @@ class _Worker:
             start_new_session=True,
             pass_fds=[lock],
         )
-        self._log = _open(logs, f"worker-{number}")
+        self.log = logs / f"worker-{number}.log"
         threading.Thread(target=self._read, args=(said, logs), daemon=True).start()
 
-    def _read(self, said: queue.Queue, logs: Path) -> None:
+    def _read(self, said: "queue.Queue[tuple[_Worker, str]]", logs: Path) -> None:
         assert self.process.stdout is not None
+        log = _Log(self.log)
         for line in self.process.stdout:
-            if line.startswith(EVENT):
-                event, *words = line.removeprefix(EVENT).split()
+            words = line.removeprefix(EVENT).split() if line.startswith(EVENT) else []
+            if words:
+                event = words[0]
                 if event == BEGUN:
-                    self._log.close()
-                    self._log = _open(logs, words[0])
+                    log.close()
+                    log = _Log(logs / f"{words[1]}.log")
                     self.error = None
                 said.put((self, event))
                 continue
             if line.startswith(_ERROR) and self.error is None:
                 self.error = line.removeprefix(_ERROR).strip()
-            self._log.write(line)
-            self._log.flush()
+            log.write(line)
         self.process.wait()
-        self._log.close()
+        log.close()
         said.put((self, "ended"))
 
     def give(self, unit: Unit) -> None:
@@ -205,7 +217,7 @@ class Pool:
             reason = worker.error or (f"ended by signal {-code}" if code < 0 else f"exit code {code}")
             self.tally.failed[worker.unit.name] = reason
         elif not worker.ready:  # another one would not come further
-            reason = worker.error or f"a worker could not start: exit code {code}, see {self.logs / 'worker-0.log'}"
+            reason = worker.error or f"a worker could not start: exit code {code}, see {worker.log}"
             for unit in self.units:
                 if unit.name not in self.tally.done | self.tally.running:
                     self.tally.failed.setdefault(unit.name, reason)
@@ -253,7 +265,31 @@ class Pool:
                 worker.process.terminate()
 
 
-def _open(logs: Path, name: str):
-    path = logs / f"{name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return open(path, "a", encoding="utf-8")
+class _Log:
+    """A file that lines are added to. Once it cannot be written it takes no more: the worker's output is read on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        with self._may_fail():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: str) -> None:
+        if self._file is not None:
+            with self._may_fail():
+                self._file.write(line)
+                self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            with self._may_fail():
+                self._file.close()
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._file = None
+            logger.warning("%s cannot be written, and lacks what follows: %s", self._path, error)

@@ -18,15 +18,15 @@ def order_notes(runs: Sequence[Run]) -> list[str]:
     that get worse with size are named.
     """
     families: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    sizes: dict[str, int] = {}
+    sizes: dict[tuple[str, str, str], int] = {}
     for run in runs:
         if run.teacher and run.teacher_loss is not None:
             families[run.study, run.family][run.teacher][run.seed] = run.teacher_loss
-            sizes[run.teacher] = run.teacher_size
+            sizes[run.study, run.family, run.teacher] = run.teacher_size
     notes = []
     for (study, family), teachers in sorted(families.items()):
         where = " ".join(name for name in (study, family) if name)
-        ordered = sorted(teachers, key=sizes.__getitem__)
+        ordered = sorted(teachers, key=lambda name: sizes[study, family, name])
         means = {name: float(np.mean(list(teachers[name].values()))) for name in ordered}
         squares = [(loss - means[name]) ** 2 for name in ordered for loss in teachers[name].values()]
         freedom = len(squares) - len(ordered)

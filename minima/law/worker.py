@@ -49,10 +49,10 @@ def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
     """
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("minima").setLevel(logging.INFO)
-    launch = read_launch()
-    _start(launch)
-    _tell(READY)
     try:
+        launch = read_launch()
+        _start(launch)
+        _tell(READY)
         for name in names:
             _tell(BEGUN, name)
             began = time.monotonic()

@@ -18,7 +18,8 @@ class WeightSchedule(Strict):
     """A weight that follows from the number of the step alone, so that a resumed run has the same ones.
 
     Attributes:
-        schedule: `constant`, `value` at every step; `linear`, from `start` at the first step to `end` at the last one;
+        schedule: `constant`, `value` at every step; `linear`, from `start` at the first step to `end` at the last one
+            (of a single step, `start`);
             `warmup_stable_decay`, from `start` to `peak`, which is held, and to `end`, reached at the last step.
         value: of `constant`.
         start: of the others.

@@ -131,6 +131,17 @@ class Benchmark(Stage):
         return self
 
     @model_validator(mode="after")
+    def _each_format_once(self) -> Self:
+        formats = [answers.format for answers in self.answers]
+        if len(set(formats)) < len(formats):
+            raise RecipeError(
+                f"answers of benchmark stage {self.name!r} name {' and '.join(formats)}",
+                "each format has one file, so the second would overwrite the first",
+                "take a benchmark stage for each question file",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _each_name_once(self) -> Self:
         taken = {*_BESIDE_SCORES}
         if self.suite is not None:

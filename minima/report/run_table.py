@@ -1,5 +1,6 @@
 """The table that ends a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,8 @@ def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
 def number(value: Any) -> str:
     """A value for a person: thousands separated, four decimals, small numbers with an exponent."""
     if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if not math.isfinite(value):
         return str(value)
     if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
         return f"{int(value):,}"

@@ -13,7 +13,7 @@ from minima.evaluation.harness import Settings, ask, lm_eval_folder
 from minima.evaluation.judged import read_questions, write_answers
 from minima.evaluation.suite import SUITE, Asked, file_hashes, plan_suite, plan_tasks, score, table, write_tasks
 from minima.models.checksums import WEIGHTS, verify_files
-from minima.models.layout import has_chat_template, model_folder
+from minima.models.layout import VOCABULARY_FILES, has_chat_template, model_folder
 from minima.recipe.release import Benchmark
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
@@ -48,13 +48,6 @@ def run(context: StageContext) -> dict[str, Any]:
     asked, left_out = plan_suite(data, context.allow_code_execution) if stage.suite else ([], [])
     if stage.tasks:
         asked += plan_tasks(stage.tasks, stage.num_fewshot, context.allow_code_execution)
-    formats = [answers.format for answers in stage.answers]
-    if len(set(formats)) < len(formats):
-        raise StageError(
-            f"answers of stage {stage.name!r} name {' and '.join(formats)}",
-            "each format has one file, so the second would overwrite the first",
-            "take a benchmark stage for each question file",
-        )
     # Read before the first model is loaded: a mistake in the last of them is told at once.
     questions = [read_questions(Path(answers.questions).expanduser(), answers) for answers in stage.answers]
     progress = Progress(stage.name, sum(map(len, questions)))
@@ -80,7 +73,7 @@ def check_model(folder: Path, stage: Benchmark) -> Path:
     Raises:
         StageError: it has not.
     """
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not (folder / "config.json").is_file() or not has_tokenizer or not weights:
         raise StageError(

@@ -15,7 +15,7 @@ from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.references import Reference, references, sources
 from minima.recipe.schema import AnyStage, Benchmark, BuildData, ModelInput, Publish, Recipe
 from minima.stages.hub import snapshot
-from minima.stages.run_folder import claim_run_folder
+from minima.stages.run_folder import check_run_folder, claim_run_folder, has_recipe
 from minima.stages.running import output_folder, select
 
 FETCHED, THERE, LOCAL, MISSING, LEFT = "fetched", "was there", "on this machine", "MISSING", "NOT FETCHED"
@@ -110,7 +110,11 @@ def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Pat
     if reference.what in ("data", "scores") or isinstance(stage, Publish):
         return Got(what, MISSING, "it is not on the Hub but a folder: mend its path, or make it")
     folder = output_folder(recipe)
-    claim_run_folder(folder, recipe.name, [each.name for each in recipe.stages], resolved_yaml(recipe))
+    names = [each.name for each in recipe.stages]
+    if has_recipe(folder):  # a run may be at work in it, whose recipe is not ours to write
+        check_run_folder(folder, recipe.name, names)
+    else:
+        claim_run_folder(folder, recipe.name, names, resolved_yaml(recipe))
     before = _files(cache, "models", reference.text)
     revision = _revision(stage, reference)
     found = snapshot(reference.text, revision, folder, keep=True, weights=reference.what != "tokenizer")

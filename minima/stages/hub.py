@@ -37,7 +37,8 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
         patterns = [*_PATTERNS, *(["*.safetensors"] if weights else [])]
         folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=patterns))
     if keep and key not in commits:
-        write_json(path, commits | {key: folder.name})  # the cache calls a snapshot's folder by its commit
+        # The cache calls a snapshot's folder by its commit. Another part may have added its own meanwhile.
+        write_json(path, {key: folder.name} | _commits(run_folder))
     return folder
 
 

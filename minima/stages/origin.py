@@ -72,17 +72,11 @@ def open_store(folder: Path) -> TokenStore:
         DataError: there is no store.
         StoreCorrupted: a file is missing or damaged; names it.
     """
-    error: MinimaError | None = None
-    store = None
-    try:
+    with distributed.refused_together():
         store = TokenStore.open(folder)
         if store.file_bytes >= _TOLD_BYTES and distributed.is_main():
             logger.info("%s: reading all %s once, to compare checksums", folder, size_text(store.file_bytes))
         store.verify(*distributed.share())
-    except MinimaError as found:
-        error = found
-    distributed.raise_together(error)
-    assert store is not None
     return store
 
 
@@ -97,13 +91,9 @@ def check_tokens(data: Path, own: Path | None, model: str) -> None:
     Raises:
         TokenizerMismatch: names the first id that differs.
     """
-    error: MinimaError | None = None
-    if own is not None and (data / "tokenizer").is_dir() and distributed.share()[0] == 0:
-        try:
+    with distributed.refused_together():
+        if own is not None and (data / "tokenizer").is_dir() and distributed.share()[0] == 0:
             check_same_tokens(data / "tokenizer", own, model)
-        except MinimaError as found:
-            error = found
-    distributed.raise_together(error)
 
 
 def check_template(context: StageContext, data: Path, model: ModelInput, *, refuse: bool) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from minima.errors import MinimaError
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
 from minima.planning.candidates import Stage as Trained
@@ -30,7 +29,7 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
-from minima.stages.preview import Walk, frozen_model
+from minima.stages.preview import Walk, frozen_model, stage_named
 from minima.stages.preview_inputs import with_shared_rows
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 
@@ -223,10 +222,6 @@ def plan_run(recipe: Recipe, recipe_path: Path, cluster: Cluster) -> list[StageP
     """
     planner, plans = _Planner(recipe, recipe_path, cluster), []
     for stage in recipe.stages:
-        try:
+        with stage_named(stage.name):
             plans.append(planner.plan(stage))
-        except MinimaError as error:
-            if error.what.startswith(f"stages.{stage.name}:"):
-                raise
-            raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
     return plans

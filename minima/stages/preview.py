@@ -1,6 +1,7 @@
 """The dry run: shapes, tokens and steps of every stage, from the recipe and what lies on this machine. No torch."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minima.errors import MinimaError, RecipeError, StageError
@@ -247,13 +248,20 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
     """
     previews, state = [], Walk(recipe, recipe_path)
     for stage in recipe.stages:
-        try:
+        with stage_named(stage.name):
             previews.append(state.stage(stage))
-        except MinimaError as error:
-            if error.what.startswith((f"stages.{stage.name}:", f"stages.{stage.name}.")):
-                raise
-            raise type(error)(f"stages.{stage.name}: {error.what}", error.why, error.do) from None
     return previews
+
+
+@contextmanager
+def stage_named(name: str) -> Iterator[None]:
+    """Let what is refused inside begin with `stages.NAME`, where it does not say so itself."""
+    try:
+        yield
+    except MinimaError as error:
+        if error.what.startswith((f"stages.{name}:", f"stages.{name}.")):
+            raise
+        raise type(error)(f"stages.{name}: {error.what}", error.why, error.do) from None
 
 
 def frozen_model(stage: AnyTraining) -> ModelInput | None:

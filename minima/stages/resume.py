@@ -1,6 +1,7 @@
 """Where a training stage goes on: the newest complete checkpoint whose bytes are those that were written."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
             return load_shards(student, checkpoint)
         except StoreCorrupted as error:  # all ranks have met it
             passed_over.append(error.what)
-            if distributed.is_main():
-                aside = set_aside(checkpoint)
-                logger.warning("%s; it is passed over and kept as %s", error.what, aside)
-            distributed.barrier()
+            with distributed.refused_together(partial(_cannot_set_aside, checkpoint, error.what)):
+                if distributed.is_main():
+                    aside = set_aside(checkpoint)
+                    logger.warning("%s; it is passed over and kept as %s", error.what, aside)
     if left := distributed.broadcast_object(_not_whole(checkpoints) if distributed.is_main() else []):
         raise CheckpointError(
             f"no checkpoint in {checkpoints} is whole: {'; '.join(passed_over or left)}",
@@ -52,6 +53,14 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
             f"{checkpoints}, and all that is left in it, to train again from the first step",
         )
     return None
+
+
+def _cannot_set_aside(checkpoint: Path, damage: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{damage}, and {checkpoint} cannot be renamed: {error}",
+        "the run would go on from the checkpoint before it, and every later start would read this one first",
+        "let this user write there, or remove it by hand, and run again",
+    )
 
 
 def _not_whole(checkpoints: Path) -> list[str]:

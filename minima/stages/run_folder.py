@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, write_whole
 from minima.errors import StageError
 
 _OWN = ("lock", "logs", "cluster", "cells")  # what may lie in a folder before its recipe does
@@ -50,9 +50,12 @@ def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: s
     check_run_folder(folder, name, stages)
     with access_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".recipe.yaml.{os.getpid()}"
-        temporary.write_text(resolved, encoding="utf-8")
-        os.replace(temporary, folder / "recipe.yaml")
+        write_whole(folder / "recipe.yaml", resolved)
+
+
+def has_recipe(folder: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return (folder / "recipe.yaml").is_file()
 
 
 def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from minima.engine.metrics import MetricsLog, read_records
 from minima.engine.patience import Patience
 from minima.engine.student import Student, StudentView
 from minima.engine.watchdog import Watchdog
-from minima.errors import CheckpointError, MinimaError
+from minima.errors import CheckpointError
 from minima.evaluation.held_out import evaluate
 from minima.launcher import terminal_columns
 from minima.models.layout import complete_steps, step_folder
@@ -225,15 +225,10 @@ class TrainingRun:
         best = self.patience.best_step if self.ended is None else self.ended["best_step"]
         if self.stage.patience is None or best is None:
             return
-        error: MinimaError | None = None
-        if self.ended is None and distributed.is_main():  # before anything is dropped: a start after a kill here
-            ended = {"step": self.step, "best_step": best, "metrics": self.metrics()}  # does not train it again
-            try:
-                with disk_full_named(self.context.folder):
-                    write_json(self.context.folder / ENDED, ended)
-            except MinimaError as found:
-                error = found
-        distributed.raise_together(error)
+        with distributed.refused_together(), disk_full_named(self.context.folder):
+            if self.ended is None and distributed.is_main():  # before anything is dropped: a start after a kill here
+                ended = {"step": self.step, "best_step": best, "metrics": self.metrics()}  # does not train it again
+                write_json(self.context.folder / ENDED, ended)
         drop_after(self.checkpoints, best)
 
     def save(self, step: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minima.data.store import TokenStore
-from minima.disk import access_refused_named, copy_content, inside, sync
+from minima.disk import access_refused_named, copy_content, inside, sync, write_json
 from minima.engine.checkpoint.store import verify_checkpoint
 from minima.errors import AccessRefused, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER
@@ -136,3 +136,16 @@ def test_the_home_of_somebody_who_is_not_here():
         Path("~nobody-of-this-name/x").expanduser()
     with pytest.raises(RuntimeError, match="another"), access_refused_named():
         raise RuntimeError("another")
+
+
+def test_what_cannot_be_written_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection
@@ -10,10 +11,11 @@ from typing import Any
 
 from minima.disk import access_refused_named, file_sha256, inside
 from minima.engine import distributed
-from minima.errors import CheckpointError, MinimaError, StoreCorrupted
+from minima.errors import CheckpointError, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
 
 FORMAT = "minima-checkpoint-1"
+logger = logging.getLogger("minima.checkpoint")
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
@@ -80,12 +82,24 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints after `step`; every rank calls it, and none returns before they are gone."""
-    if distributed.is_main():
-        for later in complete_steps(folder):
-            if later > step:
-                remove(step_folder(folder, later))
-    distributed.barrier()
+    """Remove the checkpoints after `step`; every rank calls it, and none returns before they are gone.
+
+    Raises:
+        CheckpointError: one cannot be removed; on every rank.
+    """
+    with distributed.refused_together(lambda error: _cannot_remove(folder, step, error)):
+        if distributed.is_main():
+            for later in complete_steps(folder):
+                if later > step:
+                    remove(step_folder(folder, later))
+
+
+def _cannot_remove(folder: Path, step: int, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoints after step {step} in {folder} cannot be removed: {error}",
+        f"step {step} has the best held-out loss, and who reads the stage takes its newest checkpoint",
+        "let this user write there, or remove them by hand, and run again: nothing is trained a second time",
+    )
 
 
 def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
@@ -103,7 +117,10 @@ def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[
     for path in folder.glob("step-*"):
         step = step_of(path.name)
         if step is not None and path.is_dir() and step not in kept and (keep or not (path / MARKER).is_file()):
-            remove(path)
+            try:
+                remove(path)
+            except OSError as error:  # no reason to end a training
+                logger.warning("%s stays, for it cannot be removed: %s", path, error)
 
 
 def remove(checkpoint: Path) -> None:
@@ -120,14 +137,9 @@ def verify_together(checkpoint: Path, prefix: str = "") -> None:
         AccessRefused: on every rank, when one of them may not read a file.
     """
     rank, ranks = distributed.share()
-    error: MinimaError | None = None
-    try:
-        with access_refused_named():
-            files = sorted(name for name in read_marker(checkpoint)["sha256"] if name.startswith(prefix))
-            verify_checkpoint(checkpoint, files[rank::ranks])
-    except MinimaError as found:
-        error = found
-    distributed.raise_together(error)
+    with distributed.refused_together(), access_refused_named():
+        files = sorted(name for name in read_marker(checkpoint)["sha256"] if name.startswith(prefix))
+        verify_checkpoint(checkpoint, files[rank::ranks])
 
 
 def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:

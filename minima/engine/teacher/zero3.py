@@ -136,21 +136,19 @@ def _check_folder(folder: Path) -> None:
     Raises:
         RecipeError: names the folder and the machine.
     """
-    error: RecipeError | None = None
-    try:
-        check_nvme()
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_probe(folder / "probe")
-    except RecipeError as found:
-        error = found
-    except OSError as found:
-        error = RecipeError(
-            f"a teacher with offload nvme, and its shards cannot be written to {folder} on {node_name()} ({found})",
+
+    def cannot(error: OSError) -> RecipeError:
+        return RecipeError(
+            f"a teacher with offload nvme, and its shards cannot be written to {folder} on {node_name()} ({error})",
             "DeepSpeed keeps them there as files, and reads each layer's before it runs",
             "set nvme_path to a folder on a local disk of every node in which you may write, or take offload: cpu",
         )
+
     try:
-        distributed.raise_together(error)
+        with distributed.refused_together(cannot):
+            check_nvme()
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_probe(folder / "probe")
     except RecipeError:
         _remove(folder)
         raise

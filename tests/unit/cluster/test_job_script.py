@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -269,3 +270,27 @@ def test_a_task_of_an_array_speaks_of_itself_alone(slurm, script, tmp_path):
 def test_a_launcher_that_the_job_was_submitted_from_is_forgotten(slurm, script):
     end(slurm, slurm.job(script(), RANK="3", WORLD_SIZE="8", LOCAL_RANK="3"))
     assert [entry["rank"] for entry in slurm.entries("srun")] == [None]
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["pruned/scores.safetensors", "aligned/reference-0a1b-train.safetensors", "bench/lm_eval/drop/results.json",
+     "bench/answers/mt_bench.answered", "base/manifest.json"],
+)  # fmt: skip
+def test_whatever_a_later_start_goes_on_from_is_progress(slurm, script, tmp_path, left):
+    slurm.answer(srun=f"wait 143 {tmp_path}/run/{left}", scontrol_show_job=RUNNING)
+    code, log = end(slurm, slurm.job(script()), signal.SIGUSR1)
+    assert code == 143 and "nothing new was saved" not in log
+    assert ["requeue", "7"] in slurm.calls("scontrol")
+
+
+def test_answers_that_are_added_to_a_file_are_progress(tmp_path):
+    """A benchmark's answers lie in one file, which grows."""
+    answered = tmp_path / "bench" / "answers" / "mt_bench.answered"
+    answered.parent.mkdir(parents=True)
+    code = f"source <(sed -n '/^progress_of/,/^}}/p' {RUN_STAGE}); progress_of {tmp_path}"
+    seen = []
+    for text in ("", "one\n", "one\n", "one\ntwo\n"):
+        answered.write_text(text)
+        seen.append(subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert seen[1] == seen[2] and len(set(seen)) == 3

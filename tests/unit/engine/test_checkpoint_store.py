@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from minima.engine.checkpoint.store import FORMAT, read_marker, verify_checkpoint
+from minima.engine import distributed
+from minima.engine.checkpoint.store import FORMAT, drop_after, read_marker, verify_checkpoint
 from minima.engine.checkpoint.writer import CheckpointWriter, write_checkpoint
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
@@ -170,3 +172,34 @@ def test_a_marker_that_is_json_and_no_marker_is_damaged(tmp_path, content):
     (tmp_path / "checkpoint.json").write_text(text)
     with pytest.raises(StoreCorrupted, match=r"checkpoint\.json is damaged"):
         read_marker(tmp_path)
+
+
+def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, caplog):
+    write_checkpoint(tmp_path, 3, files(b"3"), {"step": 3}, keep=1)
+
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if "step-00000003" in str(path) or (path.parent == step_folder(tmp_path, 6) and path.is_file()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    write_checkpoint(tmp_path, 6, files(b"6"), {"step": 6}, keep=1)
+    assert complete_steps(tmp_path) == [3, 6] and "step-00000003 stays, for it cannot be removed" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checkpoints after step 3 .* cannot be removed"):
+        drop_after(tmp_path, 3)
+
+
+def test_what_one_rank_refuses_all_refuse(monkeypatch):
+    met = []
+    monkeypatch.setattr(distributed, "raise_together", met.append)
+    with distributed.refused_together():
+        pass
+    with distributed.refused_together():
+        raise DiskFull("a", "b", "c")
+    with distributed.refused_together(lambda error: CheckpointError(str(error), "b", "c")):
+        raise OSError("torn")
+    with pytest.raises(OSError, match="torn"), distributed.refused_together():
+        raise OSError("torn")
+    assert [getattr(error, "what", None) for error in met] == [None, "a", "torn"]

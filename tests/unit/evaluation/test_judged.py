@@ -178,3 +178,12 @@ def test_questions_as_lines_or_as_a_list(tmp_path):
     (tmp_path / "a").write_text("\n".join(map(json.dumps, CONVERSATIONS)) + "\n\n")
     (tmp_path / "b").write_text(json.dumps(CONVERSATIONS))
     assert read_questions(tmp_path / "a", MT_BENCH) == read_questions(tmp_path / "b", MT_BENCH) == CONVERSATIONS
+
+
+def test_a_model_that_says_nothing_is_told(tmp_path, caplog):
+    class Mute(Parrot):
+        def reply(self, messages, **options):
+            return "" if messages[-1]["content"] == "And another." else super().reply(messages, **options)
+
+    assert write(tmp_path, Mute())["unanswered"] == 1
+    assert "1 turns have an empty answer (the model said nothing)" in caplog.text

@@ -159,3 +159,20 @@ def test_a_signal_that_comes_while_workers_are_started_is_not_lost(place, monkey
     monkeypatch.setattr(Pool, "_start", interrupted)
     tally = place.run()
     assert tally.stopped == signal.SIGTERM and not tally.done and not tally.failed
+
+
+def test_a_log_that_cannot_be_written_hangs_nothing(place, caplog):
+    (place.folder / "logs").mkdir()
+    (place.folder / "logs" / "teachers").write_text("a file where the logs' folder should be")
+    tally = place.run()
+    assert tally.done == {unit.name for unit in place.units} and not tally.failed
+    assert "teachers/small-seed1.log cannot be written" in caplog.text
+    assert (place.folder / "logs" / "data" / "corpus.log").read_text() == "making data/corpus\n"
+
+
+def test_a_line_that_looks_like_an_event_hangs_nothing(place):
+    worker = place.folder / "worker.py"
+    worker.write_text(
+        worker.read_text().replace('print("making", name', 'print("== run ", flush=True)\n    print("making", name')
+    )
+    assert place.run().done == {unit.name for unit in place.units}

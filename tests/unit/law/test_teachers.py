@@ -1,5 +1,7 @@
 """Teachers that are not ordered by their size are named."""
 
+from dataclasses import replace
+
 import pytest
 
 from minima.law.checks import check_rows
@@ -35,3 +37,12 @@ def test_with_one_seed_only_the_order_counts():
 
 def test_teachers_without_losses_are_left_out():
     assert order_notes(runs([(None,), (None,), (None,)])) == []
+
+
+def test_studies_may_call_teachers_of_other_sizes_the_same():
+    rows = [
+        replace(row(100e6, size, 1, 3.0, teacher_loss=loss), study=study, teacher=name)
+        for study, sizes in {"a": {"x": 200e6, "y": 400e6}, "b": {"x": 800e6, "y": 400e6}}.items()
+        for (name, size), loss in zip(sizes.items(), (3.0, 2.9) if study == "a" else (2.9, 3.0), strict=True)
+    ]
+    assert order_notes(check_rows(rows, "non_embedding")[0]) == []

@@ -150,3 +150,12 @@ def test_the_documentation_shows_what_the_command_prints(planned, root):
         text += render(list(plans.values()), cluster, assumptions(cluster))
     for block in shown:
         assert block.split("```")[0].strip() in text
+
+
+def test_a_stage_is_named_once(planned):
+    own = stages(teacher="t@7")
+    own.insert(1, {"name": "t", "kind": "adapt", "model": {"random": SMALL}, "data": "c", "steps": 20,
+                   "batch_sequences": 8, "micro_batch_sequences": 2, "learning_rate": 1e-4})  # fmt: skip
+    with pytest.raises(RecipeError) as error:
+        planned(own, gpus=2)
+    assert error.value.what.count("stages.") == 1 and error.value.what.startswith("stages.s.teacher: 't@7'")

@@ -23,6 +23,7 @@ def stage(**keys):
         ({"suite": "minima", "tasks": ["bbh_stand_in"]}, "give bbh_stand_in, a name"),
         ({"tasks": ["piqa", "arc_easy", "piqa"]}, "give piqa, a name"),
         ({"tasks": ["left_out", "answers"]}, "give left_out, answers, a name"),
+        ({"answers": [{"format": "mt_bench", "questions": q} for q in "ab"]}, "name mt_bench and mt_bench"),
     ],
 )
 def test_refused(keys, message):

@@ -30,7 +30,7 @@ def test_while_stages_are_left_there_is_no_summary():
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1234567, "1,234,567"), (0.5, "0.5000"), (0, "0"), (0.0, "0.0000"), (1e-5, "1e-05"), (1e9, "1,000,000,000"),
-     (True, "True"), ("a", "a"), (None, "None"), (-2.5, "-2.5000")],
+     (True, "True"), ("a", "a"), (None, "None"), (-2.5, "-2.5000"), (float("inf"), "inf"), (float("nan"), "nan")],
 )  # fmt: skip
 def test_numbers(value, text):
     assert number(value) == text

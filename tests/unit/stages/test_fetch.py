@@ -90,7 +90,9 @@ def test_models_tokenizers_and_data_sets_are_there_for_a_job_without_a_network(p
     files = {path.name for path in place.cache.glob(f"models--org--model/snapshots/{COMMIT}/*")}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}, "and no pickle"
 
-    again = place.fetch()
+    claimed = (tmp_path / "out" / "recipe.yaml").read_bytes()
+    again = place.fetch("stages.teacher.seed=7")
+    assert (tmp_path / "out" / "recipe.yaml").read_bytes() == claimed, "a run may be at work with its own"
     assert again.returncode == 0 and again.stdout.count(f": {THERE}") == 4 and FETCHED + " (" not in again.stdout
 
     asked = len(hub.requests)

@@ -1,5 +1,7 @@
 """One commit of a Hub model for a whole run."""
 
+import json
+
 import huggingface_hub
 import pytest
 
@@ -60,3 +62,15 @@ def test_a_mistyped_model_is_found_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.undo()
     with pytest.raises(StageError, match="three/part/name"):
         check_there("three/part/name", None, tmp_path, "stages.a.model")
+
+
+def test_what_another_part_has_kept_meanwhile_stays(hub, monkeypatch, tmp_path):
+    download = huggingface_hub.snapshot_download
+
+    def slow(name, **options):
+        (tmp_path / "hub.json").write_text('{"org/other@default": "ccc"}')
+        return download(name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", slow)
+    snapshot("org/model", None, tmp_path, keep=True)
+    assert json.loads((tmp_path / "hub.json").read_text()) == {"org/model@default": "aaa", "org/other@default": "ccc"}

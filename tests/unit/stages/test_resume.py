@@ -129,3 +129,15 @@ def test_a_marker_that_is_torn_or_changed(tmp_path, change):
     with pytest.raises(StoreCorrupted, match="is damaged"):
         read_marker(marker.parent)
     assert resume.load_newest(None, tmp_path)["step"] == 5
+
+
+def test_a_damaged_one_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
+    write(tmp_path, 5, 10)
+    damage(tmp_path, 10)
+
+    def refuse(checkpoint):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoint))
+
+    monkeypatch.setattr(resume, "set_aside", refuse)
+    with pytest.raises(CheckpointError, match=r"weights is damaged.* cannot be renamed"):
+        resume.load_newest(None, tmp_path)
