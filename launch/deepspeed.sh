@@ -60,6 +60,7 @@ over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
     --master_addr "$address")
 }
 
+[[ ${MINIMA_RANKS:-1} =~ ^[1-9][0-9]*$ ]] || fail "MINIMA_RANKS=$MINIMA_RANKS is not a number of ranks"
 port=$(python -c 'from minima.launcher import free_port; print(free_port())')
 if [ -n "${MINIMA_HOSTFILE:-}" ]; then
   over_hosts

@@ -8,6 +8,7 @@ set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the locale's encoding
 
+[[ ${MINIMA_RANKS:-1} =~ ^[1-9][0-9]*$ ]] || { echo "MINIMA_RANKS=$MINIMA_RANKS is not a number of ranks" >&2; exit 2; }
 options=(--bind-to none)  # bound to one core, a rank's threads would share it
 [ "$(id -u)" != 0 ] || options+=(--allow-run-as-root)
 if [ -n "${MINIMA_HOSTFILE:-}" ]; then

@@ -10,6 +10,7 @@ export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the lo
 
 fail() { printf '%s\n' "$*" >&2; exit 2; }
 
+[[ ${MINIMA_RANKS:-1} =~ ^[1-9][0-9]*$ ]] || fail "MINIMA_RANKS=$MINIMA_RANKS is not a number of ranks"
 nodes=1 node=0 address=127.0.0.1 port=
 if [ -n "${MINIMA_NODES:-}" ]; then
   [[ $MINIMA_NODES =~ ^[1-9][0-9]*$ ]] || fail "MINIMA_NODES=$MINIMA_NODES is not a number of machines"

@@ -73,19 +73,21 @@ def step_local_size(environment: Mapping[str, str], world_size: int) -> int:
         LauncherError: the step is on several nodes, and nothing says how many tasks this one has.
     """
     counts: list[int] = []  # "4(x2),3" is four tasks on each of the first two nodes and three on the third
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+    told = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    for part in told.split(","):
         if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
             counts += [int(match[1])] * int(match[2] or 1)
     node = number(environment, "SLURM_NODEID", 0)
     if 0 <= node < len(counts) and sum(counts) == world_size:
         return counts[node]
-    nodes = max(number(environment, "SLURM_STEP_NUM_NODES", 1), node + 1)
-    if nodes == 1:
+    nodes = number(environment, "SLURM_STEP_NUM_NODES", len(host_names(environment.get("SLURM_STEP_NODELIST", ""))))
+    alone = environment.get("SLURM_PROCID") == environment.get("SLURM_LOCALID")  # as on one node, or on the first
+    if max(nodes, node + 1) == 1 and alone:
         return world_size
-    names = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
-    told = ", ".join(f"{name}={environment.get(name, 'missing')}" for name in names)
+    names = ("PROCID", "LOCALID", "STEP_NUM_TASKS", "STEP_NUM_NODES", "NODEID", "STEP_TASKS_PER_NODE")
+    shown = ", ".join(f"SLURM_{name}={environment.get(f'SLURM_{name}', 'missing')}" for name in names)
     raise LauncherError(
-        f"impossible launcher variables: {told}",
+        f"impossible launcher variables: {shown}",
         "a rank on several nodes has to know how many ranks are on its own: they share its GPUs",
         "start the ranks with srun, and hand on all of its variables (--export=ALL)",
     )
@@ -206,12 +208,16 @@ def free_port() -> int:
 
 
 def openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
-    """Host and port of rank 0 among Open MPI's ranks; no host and 0 where nothing tells them."""
+    """Host and port of rank 0 among Open MPI's ranks.
+
+    Where nothing tells this job from others, its port is that of any such job of this machine.
+    """
     if not one_machine:
         world_size = number(environment, "OMPI_COMM_WORLD_SIZE", 1)
         return broadcast_master(socket.gethostname(), environment.get("MASTER_ADDR"), free_port(), world_size)
-    job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or ""
-    return ("127.0.0.1", derived_port(job)) if job else (None, 0)
+    names = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")
+    job = next((environment[name] for name in names if is_set(environment, name)), "mpirun")
+    return "127.0.0.1", derived_port(job)
 
 
 def slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:

@@ -42,8 +42,9 @@ def _bench(options: argparse.Namespace, scratch: Path) -> None:
     from transformers import AutoTokenizer
 
     from minima.data.builder import build
+    from minima.data.piece_training import train_sentencepiece
     from minima.data.store import TokenStore
-    from minima.data.tokenizer import train_sentencepiece, write_tokenizer
+    from minima.data.tokenizer import write_tokenizer
     from minima.recipe.data import Source
     from minima.recipe.schema import BuildData
 

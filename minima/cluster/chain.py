@@ -40,7 +40,7 @@ def submit_chain(
         before = [*earlier, *before]
         command = script.command(before, later)
         if dry_run:
-            write(f"==> {script.path}\n{script.text}\n==> {quoted(command)}\n")
+            write(f"# ==> {_one_line(str(script.path))}\n{script.text}\n# ==> {_one_line(quoted(command))}\n")
             before = [f"ID_OF_{script.name}"]
             continue
         job = _submit(script, command, before, place)
@@ -51,6 +51,11 @@ def submit_chain(
         waits = f", after {', '.join([*before, *later])}" if before or later else ""
         write(f"{script.stage}: job {job.id}{'' if script.role == 'stage' else f' ({script.role})'}, {shape}{waits}")
         before = [job.id]
+
+
+def _one_line(text: str) -> str:
+    """A text as a comment can hold it: what a dry run prints stays a script."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _submit(script: Script, command: Sequence[str], after: Sequence[str], place: Place) -> Job:

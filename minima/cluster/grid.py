@@ -54,8 +54,8 @@ def submit_grid(
     Raises:
         MinimaError: the grid's file or one of its cells is refused, or Slurm is.
     """
-    recipe = load_recipe(recipe_path, overrides)
     check_values("overrides", overrides)
+    recipe = load_recipe(recipe_path, overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     warn_unread(place.cluster, recipe, write)
     warn_no_venv(place, write)

@@ -133,7 +133,9 @@ def render(
     options += [f"--chdir={place.working_directory}", f"--output={str(place.logs).replace('%', '%%')}/{log}"]
     inside = [option for option in options if _DIRECTIVE.fullmatch(option)]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in inside)]
-    lines += [f"# {note} Written by `minima submit`.", "set -eo pipefail", "", *_setup(place, resources), "set -u", ""]
+    # what is quoted stays what it is, a `$` too
+    lines += [f"# {note} Written by `minima submit`.", "# shellcheck disable=SC2016", "set -eo pipefail", ""]
+    lines += [*_setup(place, resources), "set -u", ""]
     body = (shipped_folder("slurm") / "run_stage.sh").read_text(encoding="utf-8")
     lines += [*_settings(place), "", body.split("\n", 1)[1], *work]
     path = place.scripts / (f"{stage}.sbatch" if role in ("stage", "cells") else f"{stage}.{role}.sbatch")

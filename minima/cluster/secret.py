@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from minima.errors import ClusterError
+from minima.recipe.secret import passwords_in, token_in
 
 # A word that ends here: MAX_TOKENS and TOKENIZER are of text, PGPASSWORD and accessToken are not.
 _NAME = re.compile(
@@ -15,11 +16,6 @@ _OF_TEXT = re.compile(  # of a tokenizer, or a number of tokens: eos_token, pad_
 )
 _NO_SECRET = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS")  # a switch and a path
 _PLACES = ("_PATH", "_FILE", "_DIR", "_STDIN")  # HF_TOKEN_PATH says where a token lies, and --password-stdin
-_TOKEN = re.compile(  # the Hub's (hf_transfer and hf_xet are packages), GitHub's, GitLab's, OpenAI's, Amazon's
-    r"\b(hf_[A-Za-z0-9]{20,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
-    r"|AKIA[A-Z0-9]{16})|(?<![\w-])sk-((?:proj|svcacct|admin|ant)-[\w-]{20,}|[A-Za-z0-9]{32,})"  # sk- is Slovak, too
-)
-_OF_A_URL = re.compile(r"(?:https?|ftps?|socks5h?)://[^/@\s'\"]*:([^/@\s'\"]+)@")  # https://user:password@proxy
 _AFTER_OPTION = re.compile(r"(?<!\S)--([a-z-]+)\s+('[^']*'|\"[^\"]*\"|[^\s'\"<-][^\s'\"]*)")  # --token VALUE
 _ASSIGNED = re.compile(r"(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_-]*)=(?=('[^']*'|\"[^\"]*\"|[^\s,;'\"]*))")
 _SWITCHES = ("true", "false", "0", "1")
@@ -76,9 +72,9 @@ def check_values(key: str, texts: Sequence[str], shell: bool = False) -> None:
         ClusterError: names the key, and does not repeat the text.
     """
     for text in texts:
-        passwords = [word for word in _OF_A_URL.findall(text) if not (shell and _READ.search(word))]
-        if found := _TOKEN.search(text):
-            what = "HF_TOKEN" if found[0].startswith("hf_") else "it in a variable"
+        passwords = [word for word in passwords_in(text) if not (shell and _READ.search(word))]
+        if found := token_in(text):
+            what = "HF_TOKEN" if found.startswith("hf_") else "it in a variable"
             raise ClusterError(f"{key}: what looks like a token stands there", _WHY, f"export {what} {_INHERIT}")
         if passwords:
             raise ClusterError(

@@ -9,6 +9,7 @@ from minima.cluster.failure import cell_failure, failure
 from minima.cluster.progress import progress
 from minima.cluster.records import Job
 from minima.cluster.runs import look_up, newest_jobs, open_run
+from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage, Recipe
 from minima.report.run_table import number
 from minima.report.tables import text_table
@@ -16,6 +17,7 @@ from minima.stages.manifest import STARTED, is_finished
 
 _HEADERS = ("stage", "kind", "state", "job", "slurm", "step", "tokens", "loss", "tokens/s", "left", "checkpoint")
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
+_GONE = "gone"
 _FAILED = ("failed", "begun")  # a stage in such a state may have left a reason
 
 
@@ -30,19 +32,28 @@ def status(run: str, write: Callable[[str], None]) -> int:
         0, or 1 when a stage has failed.
 
     Raises:
-        MinimaError: there is no such run, or Slurm does not answer.
+        MinimaError: there is no such run.
     """
     recipe, folder = open_run(run)
     submitted = newest_jobs(folder)
-    known = look_up([job for jobs in submitted.values() for job in jobs])
+    silent = None
+    try:
+        known = look_up([job for jobs in submitted.values() for job in jobs])
+    except ClusterError as error:  # what the folders say is true all the same
+        known, silent = {}, error
+    asked = slurm.is_here() and silent is None
     rows, reasons = [], []
     for stage in recipe.stages:
         jobs = submitted.get(stage.name, [])
-        state, slurm_state = _state(folder / stage.name, jobs, known, bool(submitted))
+        state, slurm_state = _state(folder / stage.name, jobs, known, bool(submitted), asked)
         rows.append(_row(recipe, stage, folder, jobs, state, slurm_state))
-        if state in _FAILED and (lines := _reasons(folder, stage.name, jobs)):
+        lines = _reasons(folder, stage.name, jobs) if state in _FAILED else []
+        if not lines and slurm_state == _GONE:
+            ids = ", ".join(job.id for job in jobs)
+            lines = [f"Slurm knows nothing of job {ids} any more, and it left no log: submit again"]
+        if lines:
             reasons.append("\n".join([f"{stage.name} failed:", *_indented(lines)]))
-    cells = _cell_rows(recipe, folder, submitted.get("cells", []), known)
+    cells = _cell_rows(recipe, folder, submitted.get("cells", []), known, asked)
     if not cells or any(row[2] != "not submitted" for row in rows):
         write(text_table(rows, _HEADERS))
     if cells:
@@ -53,6 +64,8 @@ def status(run: str, write: Callable[[str], None]) -> int:
             reasons.append("\n".join([f"{name} failed:", *_indented(lines)]))
     for reason in reasons:
         write(f"\n{reason}")
+    if silent is not None:
+        write(f"\nwhat Slurm says of the jobs is missing: {silent.what}")
     write(f"\nlogs are in {folder / 'logs'}")
     return 1 if any(row[2] == "failed" for row in rows) or any(row[1] == "failed" for row in cells) else 0
 
@@ -63,7 +76,9 @@ def _reasons(folder: Path, stage: str, jobs: Sequence[Job]) -> list[str]:
     return next((lines for job in ids if (lines := failure(folder, stage, job))), [])
 
 
-def _state(folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]], submitted: bool) -> tuple[str, str]:
+def _state(
+    folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]], submitted: bool, asked: bool
+) -> tuple[str, str]:
     """A stage's state, and Slurm's words for it."""
     tasks = [task for job in jobs for task in known.get(job.id, [])]
     words = ", ".join(sorted({_words(task) for task in tasks}))
@@ -77,9 +92,9 @@ def _state(folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]]
     begun = (folder / STARTED).is_file()
     if not jobs:
         return ("begun" if begun else "not submitted" if submitted else "not begun"), words
-    if not slurm.is_here():
-        return "submitted", "no Slurm here"
-    return _ended(tasks), words or "gone"
+    if not asked:
+        return "submitted", "not known" if slurm.is_here() else "no Slurm here"
+    return _ended(tasks), words or _GONE
 
 
 def _ended(tasks: Sequence[slurm.Task]) -> str:
@@ -113,7 +128,7 @@ def _row(recipe: Recipe, stage: AnyStage, folder: Path, jobs: Sequence[Job], sta
 
 
 def _cell_rows(
-    recipe: Recipe, folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]]
+    recipe: Recipe, folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]], asked: bool
 ) -> list[list[Any]]:
     newest = {name: (job, int(index)) for job in jobs for index, name in job.cells.items()}
     tasks = {(task.job, task.index): task for job in jobs for task in known.get(job.id, [])}
@@ -127,11 +142,11 @@ def _cell_rows(
             state = "running" if task.state in _RUNNING else "pending"
         elif job.stages and set(job.stages) <= set(done):
             state = "begun"  # its job had no more to do
-        elif not slurm.is_here():
+        elif not asked:
             state = "submitted"
         else:
             state = _ended([task] if task else [])
-        words = _words(task) if task else "gone" if state == "failed" else ""
+        words = _words(task) if task else _GONE if state == "failed" else ""
         rows.append([name, state, f"{job.id}_{index}", words, f"{len(done)}/{len(recipe.stages)}"])
     return rows
 

@@ -58,9 +58,9 @@ def submit(
     """
     if grid is not None:
         return submit_grid(recipe_path, overrides, cluster_path, names, grid, dry_run, write, allow_code_execution)
+    check_values("overrides", overrides)
     recipe = load_recipe(recipe_path, overrides)
     stages = select(recipe, names)
-    check_values("overrides", overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])

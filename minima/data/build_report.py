@@ -97,7 +97,7 @@ def show_rejected(label: str, rejected: Rejected) -> None:
 
 
 def check_enough(stage: BuildData, written: dict[str, Any], set_aside: dict[str, Any], held_out_documents: int) -> None:
-    """Refuse stores without a block.
+    """Refuse stores without a block; where nobody has asked for held-out text, there may be none.
 
     Raises:
         DataError: says how much there was.
@@ -111,13 +111,16 @@ def check_enough(stage: BuildData, written: dict[str, Any], set_aside: dict[str,
     if stage.held_out_fraction and not set_aside["blocks"]:
         documents = written["documents"] + held_out_documents
         few = "; documents are set aside whole, and a file of plain text is one: write its parts as lines of jsonl"
-        raise DataError(
+        what = (
             f"held_out_fraction {stage.held_out_fraction} chose {held_out_documents} of {documents} documents, with "
-            f"{set_aside['dropped_tokens']} tokens, less than one block of {stage.sequence_length}",
-            "there would be nothing to evaluate on",
-            "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without"
-            + (few if documents * stage.held_out_fraction < 1 else ""),
+            f"{set_aside['dropped_tokens']} tokens, less than one block of {stage.sequence_length}"
         )
+        do = "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without"
+        do += few if documents * stage.held_out_fraction < 1 else ""
+        if not {"held_out_fraction", "held_out_tokens"} & stage.model_fields_set:
+            _LOG.warning("%s: %s, so no stage can evaluate on this data; to have some, %s", stage.name, what, do)
+            return
+        raise DataError(what, "there would be nothing to evaluate on", do)
 
 
 def unigram_entropy(store: TokenStore) -> float | None:

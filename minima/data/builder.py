@@ -21,6 +21,7 @@ from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
 from minima.data.part_files import folder_sha256
 from minima.data.parts import RecordedParts
+from minima.data.piece_training import train_sentencepiece
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.template_choice import set_template
@@ -29,7 +30,6 @@ from minima.data.tokenizer import (
     is_lone,
     load_tokenizer,
     save_tokenizer,
-    train_sentencepiece,
     write_tokenizer,
 )
 from minima.disk import disk_full_named, write_json

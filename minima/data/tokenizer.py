@@ -1,10 +1,8 @@
 """Tokenizers: train a SentencePiece BPE, write it for transformers, load any, check that it fits a model."""
 
-import io
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,73 +21,6 @@ _PROBE = (
 )
 # The Llama layout: unknown, begin, end, then the 256 bytes, then what was learnt.
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
-# SentencePiece skips lines longer than 4,192 bytes by default; an address of 30,000 words is one line.
-_LINE_CHARACTERS = 1000
-
-
-def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, *, space_before: bool = True) -> bytes:
-    """A SentencePiece BPE model in the layout of Llama's.
-
-    Byte fallback, identity normalisation, digits apart, a space put before the text. The same texts in the same
-    order give the same bytes. Unlike Llama's it has no pieces of several spaces: on those, the Rust twin that
-    transformers uses can merge in another order than SentencePiece does.
-
-    Args:
-        texts: documents; lines are learnt from one by one, so no piece holds a line break.
-        vocabulary_size: pieces, three control pieces and 256 bytes included.
-        space_before: whether a space is put before the text; in training, before each line.
-
-    Returns:
-        The content of a `tokenizer.model`.
-
-    Raises:
-        DataError: the texts do not give that many pieces, or have more characters than pieces.
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocabulary_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            add_dummy_prefix=space_before,
-            allow_whitespace_only_pieces=False,
-            character_coverage=0.99995,  # Llama's; what is rarer is spelt in bytes
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,  # the order of merges must not depend on the machine
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise DataError(
-            f"SentencePiece could not learn {vocabulary_size} pieces: {reason[-300:]}",
-            "too little text has too few different words, and a small vocabulary cannot hold many characters",
-            "give more text, or another `vocabulary_size`",
-        ) from error
-    return model.getvalue()
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """The texts' lines, cut at spaces where they are long."""
-    for text in texts:
-        for line in text.split("\n"):
-            begin = 0
-            while len(line) - begin > _LINE_CHARACTERS:
-                cut = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
-                cut = begin + _LINE_CHARACTERS if cut < 0 else cut
-                yield line[begin:cut]
-                begin = cut + (line[cut] == " ")
-            if begin < len(line):
-                yield line[begin:]
 
 
 def write_tokenizer(model: bytes, folder: Path) -> None:
@@ -109,7 +40,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     learnt = [piece for piece, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)]
-    assert not any(SPACE in piece[1:] for piece in learnt), "pieces of several spaces: see train_sentencepiece"
+    assert not any(SPACE in piece[1:] for piece in learnt), "pieces of several spaces: see piece_training"
     fast = Tokenizer(BPE(vocab=vocabulary, merges=_merges(pieces, learnt), unk_token=UNKNOWN, fuse_unk=True,
                          byte_fallback=True))  # fmt: skip
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])

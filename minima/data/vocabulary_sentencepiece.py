@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers.models import BPE
 
 from minima.data.documents import batched
-from minima.data.tokenizer import SPACE, load_tokenizer, save_tokenizer, train_sentencepiece
+from minima.data.piece_training import train_sentencepiece
+from minima.data.tokenizer import SPACE, load_tokenizer, save_tokenizer
 from minima.data.vocabulary_selection import has_script
 from minima.errors import DataError
 

@@ -25,9 +25,14 @@ def check_chunk(chunk_tokens: int) -> None:
         )
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def is_count(value: Any) -> bool:
     """Whether it is a whole number from 1 on."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+    return is_integer(value) and int(value) >= 1
 
 
 def check_ranges(what: str, /, **settings: tuple[Any, bool, str]) -> None:
@@ -70,11 +75,25 @@ def check_tokens(labels_N: Tensor, ignored: int = IGNORE_INDEX, /, **models: tup
     Raises:
         MinimaError: a shape or a kind of tensor is another.
     """
+    if not is_integer(ignored):
+        raise MinimaError(
+            f"ignore_index {ignored!r}", "labels are whole numbers, so none would be left out", "give a whole number"
+        )
+    if not isinstance(labels_N, Tensor):
+        raise MinimaError(
+            f"labels of {type(labels_N)}", "a label is the number of a token", "give a tensor of int64 token ids"
+        )
     if labels_N.dtype not in (torch.int64, torch.int32):
         raise MinimaError(
             f"labels of {labels_N.dtype}", "a label is the number of a token", "give int64 token ids: `labels.long()`"
         )
     for name, (hidden_ND, head_VD) in models.items():
+        if not (hidden_ND.is_floating_point() and head_VD.is_floating_point()):
+            raise MinimaError(
+                f"hidden states of {hidden_ND.dtype} and an output head of {head_VD.dtype} of the {name}",
+                "logits are products of the two, in floating point",
+                "give both in a float dtype; quantised weights have to be turned back first",
+            )
         if hasattr(hidden_ND, "full_tensor") or hasattr(head_VD, "full_tensor"):
             raise MinimaError(
                 f"hidden states or an output head of the {name} that are sharded (DTensor)",

@@ -73,8 +73,8 @@ class SoftTerm(NamedTuple):
             top_k=(top_k, top_k is None or is_count(top_k), "a whole number from 1 on, or None for all tokens"),
             top_p=(
                 top_p,
-                top_p is None or is_between(top_p, 0, 1),
-                "between 0 and 1, both excluded, or None for all",
+                top_p is None or is_between(top_p, 0, 1) or top_p == 1,
+                "above 0, and 1 or None for all tokens",
             ),
         )
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from minima.errors import MinimaError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Elements of one block of rows in the element-wise part of a loss: on a CPU a block and its temporaries stay in the
@@ -29,6 +31,26 @@ def without_autocast(step: F) -> F:
     def inner(ctx: Any, first: Tensor, *others: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
             return step(ctx, first, *others)
+
+    return inner  # type: ignore[return-value]
+
+
+def first_order(backward: F) -> F:
+    """A backward pass without a derivative of its own, which refuses to be asked for one.
+
+    torch's `once_differentiable` gives a gradient without a graph where the incoming gradient has none: a second
+    derivative of the loss would silently be zero.
+    """
+
+    @functools.wraps(backward)
+    def inner(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise MinimaError(
+                "a gradient of this loss with `create_graph=True`",
+                "its gradient is computed in chunks that no graph remembers, so every second derivative would be zero",
+                "leave create_graph away, or take second derivatives of a loss over dense logits",
+            )
+        return backward(ctx, *gradients)
 
     return inner  # type: ignore[return-value]
 
@@ -130,6 +152,7 @@ def row_blocks(logits_CV: Tensor, bytes_an_element: int = 16) -> list[slice]:
 def add_gradients(
     gradient_CV: Tensor,
     hidden_CD: Tensor,
+    keep_C: Tensor,
     head_VD: Tensor,
     grad_hidden_CD: Tensor | None,
     grad_head_VD: Tensor | None,
@@ -139,6 +162,8 @@ def add_gradients(
     Args:
         gradient_CV: in the hidden states' dtype.
         hidden_CD: of the chunk.
+        keep_C: bool; whether a token counts. The gradient of one that does not is zero, and its hidden state, which
+            may be anything, has no say in the head's.
         head_VD: the output head.
         grad_hidden_CD: is overwritten.
         grad_head_VD: float32; is added to.
@@ -146,4 +171,4 @@ def add_gradients(
     if grad_hidden_CD is not None:
         torch.mm(gradient_CV, head_VD.to(hidden_CD.dtype), out=grad_hidden_CD)
     if grad_head_VD is not None:
-        add_outer(grad_head_VD, gradient_CV, hidden_CD)
+        add_outer(grad_head_VD, gradient_CV, hidden_CD.masked_fill(~keep_C.unsqueeze(1), 0.0))

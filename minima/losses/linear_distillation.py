@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
 from minima.errors import VocabularyMismatch
@@ -18,6 +17,7 @@ from minima.losses.eager import Terms, losses_and_gradient
 from minima.losses.linear import (
     ChunkBuffers,
     add_gradients,
+    first_order,
     float_logits,
     graph_is_kept,
     logits_head,
@@ -86,7 +86,7 @@ def linear_distillation_loss(
         alpha: in the skew divergences only; likewise. 0.1 as in their publication.
         top_k: keeps the teacher's so many likeliest tokens; None keeps all.
         top_p: keeps the smallest set of the teacher's likeliest tokens whose probability at `temperature` is at least
-            this; between 0 and 1, both excluded. With `top_k`, the smaller set.
+            this; above 0, and 1 keeps all. With `top_k`, the smaller set.
         chunk_tokens: tokens whose logits exist at one time.
         ignore_index: label of tokens that are left out.
         zero_parts: compute a part whose weight is 0, too, for `parts`.
@@ -108,6 +108,8 @@ def linear_distillation_loss(
     term.check()
     if term.top_k is not None and term.top_k >= teacher_head_VE.shape[0]:
         term = term._replace(top_k=None)  # which cuts nothing, and a GPU has a kernel for
+    if term.top_p == 1:
+        term = term._replace(top_p=None)
     way.check(labels_N.device, term.truncated)
     weights = {"hard_weight": hard_weight, "soft_weight": soft_weight}
     check_ranges(
@@ -250,7 +252,8 @@ class _LinearDistillation(torch.autograd.Function):
             if need_gradient:
                 gradient_CV = student_PV if rounded_CV is None else rounded_CV
                 grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]
-                add_gradients(gradient_CV, student_hidden_ND[chunk], student_head_VD, grad_hidden_CD, grad_head_VD)
+                hidden_CD, keep_C = student_hidden_ND[chunk], keep_N[chunk]
+                add_gradients(gradient_CV, hidden_CD, keep_C, student_head_VD, grad_hidden_CD, grad_head_VD)
         ctx.head_dtype = student_head_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         total = terms.hard * sums[0] + terms.soft * sums[1]
@@ -259,7 +262,7 @@ class _LinearDistillation(torch.autograd.Function):
         return total.float(), parts
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
         # Scaled in place, which spares a copy of each, unless another pass will read them.

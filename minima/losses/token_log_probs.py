@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minima.batch import IGNORE_INDEX
 from minima.losses.checks import check_chunk, check_tokens
-from minima.losses.linear import add_gradients, float_logits, logits_head, row_blocks, without_autocast
+from minima.losses.linear import add_gradients, first_order, float_logits, logits_head, row_blocks, without_autocast
 
 
 def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
@@ -63,7 +62,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return log_probs_N
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, head_VD, labels_N, keep_N, log_total_N = ctx.saved_tensors
@@ -78,7 +77,7 @@ class _TokenLogProbs(torch.autograd.Function):
             _overwrite(logits_CV, labels_N[chunk], keep_N[chunk], log_total_N[chunk], grad_N[chunk])
             gradient_CV = logits_CV.to(hidden_CD.dtype)
             grad_hidden_CD = None if grad_hidden_ND is None else grad_hidden_ND[chunk]
-            add_gradients(gradient_CV, hidden_CD, head_VD, grad_hidden_CD, grad_head_VD)
+            add_gradients(gradient_CV, hidden_CD, keep_N[chunk], head_VD, grad_hidden_CD, grad_head_VD)
             del logits_CV, gradient_CV
         return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None, None
 

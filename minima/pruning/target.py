@@ -79,7 +79,8 @@ def plan_target(
     A sparsity's counts are rounded so: key-value groups to the nearest count that keeps at least one; neurons and
     width to the nearest multiple of 8 (of 1 in models that are no multiple of 8 themselves). A width also has to be
     what the stock configuration takes: a multiple of the heads that stay for Llama, exactly heads x head size for
-    GPT-NeoX and GPT-2. `TargetPlan.layer_sparsity_percent` is what that comes to.
+    GPT-NeoX and GPT-2; with `global` selection a multiple of all heads, which may stay in some layer.
+    `TargetPlan.layer_sparsity_percent` is what that comes to.
 
     Args:
         shape: of the model to cut.
@@ -100,7 +101,8 @@ def plan_target(
         group = shape.num_heads // shape.num_key_value_heads
         heads = group * _nearest(shape.num_key_value_heads, percent, 1)
         neurons = _nearest(shape.intermediate_size, percent, _multiple(shape.intermediate_size))
-        hidden = _hidden_for(shape, heads, percent)
+        varied = selection == "global" and not fills_width(shape)  # a layer may then keep any number of heads, or all
+        hidden = _hidden_for(shape, shape.num_heads if varied else heads, percent)
     for what, wanted, present in (
         ("num_layers", layers, shape.num_layers),
         ("hidden_size", hidden, shape.hidden_size),

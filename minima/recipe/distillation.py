@@ -122,7 +122,7 @@ class Distil(Training, Stage):
     beta: float | None = Field(default=None, gt=0, lt=1)
     alpha: float | None = Field(default=None, gt=0, lt=1)
     top_k: int | None = Field(default=None, gt=0)
-    top_p: float | None = Field(default=None, gt=0, lt=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     chunk_tokens: int = Field(default=1024, gt=0)
 
     _coerce_model = field_validator("model", "teacher", mode="before")(as_model)

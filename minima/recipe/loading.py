@@ -1,7 +1,8 @@
 """A recipe file and overrides in, a checked `Recipe` out; every mistake named with its place."""
 
+import itertools
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from minima.errors import MinimaError, RecipeError
 from minima.recipe.overrides import RecipeLoader, apply_override, nearest
 from minima.recipe.references import check_references
 from minima.recipe.schema import Recipe
+from minima.recipe.secret import secret_place
 
+_MOST_VALUES = 1_000_000  # the quickstart has some five hundred
 _WANTED = {  # by how pydantic's names of its errors begin
     "int_": "has to be a whole number",
     "float_": "has to be a number",
@@ -83,6 +86,12 @@ def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
             "a study is a grid of runs, each of which has a recipe of its own",
             f"minima law study {path}",
         )
+    if place := secret_place(raw):
+        raise RecipeError(
+            f"{path.name}: what looks like a token or a password stands in {place}",
+            "the recipe is copied into its run's folder, manifests and logs, where others may read it",
+            "take it out, and export it: HF_TOKEN for the Hub, HTTPS_PROXY for a proxy",
+        )
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -118,6 +127,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "the file is not valid YAML, so nothing in it can be trusted",
             "look at that line: indentation, a missing colon or bracket, a key given twice",
         ) from None
+    except RecursionError:
+        raise _too_much(path, "its brackets are nested too deeply") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: {error}", "the file is not valid YAML", "mend or replace the file") from None
     if not isinstance(raw, dict):
@@ -126,11 +137,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "a recipe says at least `name` and `stages`",
             "see the shipped recipes/quickstart.yaml",
         )
-    return _unshared(raw, path)
+    return _unshared(raw, path, itertools.count())
 
 
-def _unshared(value: Any, path: Path, around: tuple[int, ...] = ()) -> Any:
+def _too_much(path: Path, what: str) -> RecipeError:
+    return RecipeError(f"{path}: {what}", "no run is described by as much", "look at its brackets, anchors and aliases")
+
+
+def _unshared(value: Any, path: Path, seen: Iterator[int], around: tuple[int, ...] = ()) -> Any:
     """A copy in which YAML anchors share nothing, so that an override of one stage leaves the others as they are."""
+    if next(seen) > _MOST_VALUES:  # aliases of aliases stand for any number of values
+        raise _too_much(path, f"with its aliases written out it has more than {_MOST_VALUES:,} values")
     if not isinstance(value, dict | list):
         return value
     if id(value) in around:
@@ -139,8 +156,8 @@ def _unshared(value: Any, path: Path, around: tuple[int, ...] = ()) -> Any:
         )
     around = (*around, id(value))
     if isinstance(value, dict):
-        return {key: _unshared(inner, path, around) for key, inner in value.items()}
-    return [_unshared(inner, path, around) for inner in value]
+        return {key: _unshared(inner, path, seen, around) for key, inner in value.items()}
+    return [_unshared(inner, path, seen, around) for inner in value]
 
 
 def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaError:

@@ -40,7 +40,16 @@ def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
     """
     with access_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:  # whoever may write here could have put a link in its place, and the holder writes into it
+            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise StageError(
+                f"{folder / 'lock'} is a symbolic link",
+                "a run writes its name there, and would overwrite the file that the link points to",
+                "remove the link",
+            ) from None
     try:
         _take(descriptor, folder, wait_seconds)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}

@@ -29,8 +29,8 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
-from minima.stages.preview import Walk, frozen_model, stage_named
-from minima.stages.preview_inputs import with_shared_rows
+from minima.stages.preview import Walk, stage_named
+from minima.stages.preview_inputs import frozen_model, with_shared_rows
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 
 

@@ -33,7 +33,8 @@ from minima.recipe.schema import (
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished
-from minima.stages.preview_inputs import KnownInputs, with_shared_rows
+from minima.stages.preview_inputs import KnownInputs, frozen_model, with_shared_rows
+from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
 from minima.stages.running import output_folder
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
@@ -74,6 +75,7 @@ class Walk(KnownInputs):
                 check_deepspeed_json(stage, name, self.recipe_path)
             except MinimaError as error:
                 preview.notes.append(error.what)
+        check_known_tokens(self.recipe, stage)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)
@@ -262,13 +264,6 @@ def stage_named(name: str) -> Iterator[None]:
         if error.what.startswith((f"stages.{name}:", f"stages.{name}.")):
             raise
         raise type(error)(f"stages.{name}: {error.what}", error.why, error.do) from None
-
-
-def frozen_model(stage: AnyTraining) -> ModelInput | None:
-    """The model that runs beside the trained one."""
-    if isinstance(stage, Align):
-        return stage.reference or stage.model
-    return stage.teacher if isinstance(stage, Distil) and stage.soft_weight else None
 
 
 def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:

@@ -14,7 +14,7 @@ from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference, lineage
-from minima.recipe.schema import AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
+from minima.recipe.schema import Align, AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.running import output_folder
 
@@ -46,7 +46,7 @@ class KnownInputs:
         path = Path(reference.text).expanduser()
         if not path.exists():
             of_hub = reference.what in ("model", "tokenizer") or self.recipe.stage(preview.name).kind == "benchmark"
-            if of_hub and _cached_config(reference.text, reference.revision):
+            if of_hub and cached_config(reference.text, reference.revision):
                 return f"{reference.field}: {reference.text} from the Hub's cache"
             self._refuse_misspelt(reference, preview.name)
             preview.missing.append(f"{reference.text} ({reference.field}) is not on this machine")
@@ -121,7 +121,7 @@ class KnownInputs:
         path = Path(model.source).expanduser()
         if path.is_dir():
             return _shape_in(path)
-        config = _cached_config(model.source, model.revision)
+        config = cached_config(model.source, model.revision)
         return ModelShape.from_folder(config.parent) if config else None
 
     def made(self, name: str) -> ModelShape | None:
@@ -179,7 +179,7 @@ class KnownInputs:
         ids: int | None = most
         if root is not None and not any(isinstance(ancestor.stage, ExpandVocabulary) for ancestor in made):
             first = getattr(made[0].stage, "model", None) if made else model
-            config = _cached_config(root, first.revision if isinstance(first, ModelInput) else None)
+            config = cached_config(root, first.revision if isinstance(first, ModelInput) else None)
             ids = _ids_in(config.parent if config else Path(root).expanduser())
         if ids is not None and ids > fewest:
             raise VocabularyMismatch(
@@ -240,6 +240,13 @@ class KnownInputs:
         return self.folder / reference if own else Path(reference).expanduser()
 
 
+def frozen_model(stage: AnyTraining) -> ModelInput | None:
+    """The model that runs beside the trained one."""
+    if isinstance(stage, Align):
+        return stage.reference or stage.model
+    return stage.teacher if isinstance(stage, Distil) and stage.soft_weight else None
+
+
 def with_shared_rows(student: ModelShape, teacher: ModelShape) -> tuple[ModelShape, ModelShape]:
     """Both with as many rows of vocabulary as the shorter one has, as `distil` takes them."""
     same = {"vocabulary_size": min(student.vocabulary_size, teacher.vocabulary_size)}
@@ -275,7 +282,7 @@ def _shape_in(folder: Path) -> ModelShape | None:
     return ModelShape.from_folder(holder) if (holder / "config.json").is_file() else None
 
 
-def _cached_config(name: str, revision: str | None) -> Path | None:
+def cached_config(name: str, revision: str | None) -> Path | None:
     """The `config.json` of a Hub id where the Hub's cache on this machine has it; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

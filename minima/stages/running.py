@@ -11,9 +11,10 @@ from minima.disk import access_refused_named, disk_full_named
 from minima.errors import MinimaError, RecipeError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.models.checksums import write_checksums
+from minima.planning.arithmetic import check_batch
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.references import ALONE
-from minima.recipe.schema import AnyStage, Recipe
+from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_read, check_unchanged, describe
 from minima.stages.lock import run_lock
@@ -100,6 +101,9 @@ def run_stages(
         MinimaError: a stage cannot run; nothing that was finished is touched.
     """
     run_folder = output_folder(recipe)
+    for stage in stages:
+        if isinstance(stage, AnyTraining) and not is_finished(run_folder / stage.name):
+            check_batch(stage.name, stage, launch.world_size)  # started by hand, no driver has seen to it
     planned: dict[str, str] = {}
     for stage in stages:
         folder = run_folder / stage.name

@@ -28,6 +28,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or not isinstance(facts.get("format"), str):
+            raise ValueError("it says nothing of a checkpoint")
         own = facts.pop("marker_sha256", None)  # markers of earlier versions have none
         if own is not None and own != marker_sha256(facts):
             raise ValueError("its content does not have the checksum that it says")
@@ -41,6 +43,12 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
         ) from error
     except PermissionError:  # unreadable is not incomplete
         raise
+    except IsADirectoryError as error:
+        raise StoreCorrupted(
+            f"{checkpoint / MARKER} is a folder",
+            "it says which files belong to the checkpoint, and what they have to hold",
+            f"remove {checkpoint} to go on from the checkpoint before it",
+        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{checkpoint} is no complete checkpoint: {error}",
@@ -57,7 +65,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    if "sha256" not in facts:
+    if not facts.get("sha256"):
         raise ValueError("it has no checksums")
     for key, kind in {"step": int, "ranks": int, "config": dict, "shapes": dict, "sha256": dict}.items():
         if key in facts and (not isinstance(facts[key], kind) or facts[key] == 0):

@@ -175,6 +175,7 @@ def test_what_left_the_queue_is_asked_of_the_accounting(slurm, project):
     code, text = show()
     assert code == 1 and row(text, "corpus")[2:5] == ["failed", "101", "OUT_OF_MEMORY"]
     assert row(text, "base")[4] == "gone"
+    assert "base failed:\n  Slurm knows nothing of job 102 any more, and it left no log: submit again" in text
 
 
 def test_without_slurm(project, monkeypatch, tmp_path):
@@ -206,7 +207,8 @@ def test_a_log_cannot_command_the_terminal(slurm, project):
     send()
     slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")
     (RUN / "logs" / "corpus-101.log").write_text("\x1b]0;owned\x07 not found\n")
-    assert "\x1b" not in show()[1]
+    text = show()[1]
+    assert "\x1b" not in text and "not found" in text
 
 
 def test_no_run(slurm, project, tmp_path):
@@ -239,3 +241,25 @@ def test_nothing_to_cancel(slurm, project):
     said: list[str] = []
     cancel(str(RUN), said.append)
     assert said == [f"no job of {RUN} waits or runs"] and not slurm.calls("scancel")
+
+
+def test_a_slurm_that_does_not_answer_takes_nothing_from_what_the_folders_say(slurm, project):
+    send()
+    finish(RUN, "corpus")
+    train()
+    slurm.answer(squeue="error slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    code, text = show()
+    assert code == 0 and row(text, "corpus")[2] == "finished"
+    assert row(text, "base")[2:] == [
+        "submitted",
+        "102",
+        "not",
+        "known",
+        "40/100",
+        "10,240",
+        "2.5000",
+        "128",
+        "step",
+        "30",
+    ]
+    assert "what Slurm says of the jobs is missing: squeue refuses" in text and "Unable to contact" in text

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from minima.assets import read_text_asset
-from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
+from minima.data.piece_training import train_sentencepiece
+from minima.data.tokenizer import load_tokenizer, save_tokenizer, write_tokenizer
 from minima.recipe.schema import BuildData
 
 

@@ -18,6 +18,7 @@ from minima.data.store import TokenStore
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import DataError, DiskFull
 from minima.recipe.data import TokenizerTraining
+from minima.recipe.schema import BuildData
 from minima.stages import build_data
 
 
@@ -238,6 +239,26 @@ def test_too_little_text_is_said_and_nothing_is_left(tmp_path, stage, jsonl, add
     with pytest.raises(DataError, match=what):
         build(stage({"path": jsonl(addresses[:50])}, **settings), tmp_path, tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_few_documents_are_built_where_nobody_asked_for_held_out_text(tmp_path, jsonl, addresses, tokenizer, caplog):
+    few = BuildData(name="c", kind="build_data", sources=[{"path": str(jsonl(addresses[:10]))}], tokenizer="t",
+                    sequence_length=64)  # fmt: skip
+    metrics = build(few, tmp_path, tokenizer)
+    assert metrics["held_out_blocks"] == 0 and len(stores(tmp_path)[0])
+    assert "c: held_out_fraction 0.005 chose 0 of 10 documents" in caplog.text and "to have some, raise" in caplog.text
+
+
+@pytest.mark.parametrize("second", ["missing.jsonl", "empty.jsonl"])
+def test_what_is_wrong_with_a_later_source_is_said_while_a_tokenizer_is_trained(
+    tmp_path, stage, jsonl, addresses, second
+):
+    """SentencePiece would raise an error of its own in its place."""
+    (tmp_path / "empty.jsonl").touch()
+    sources = [{"path": jsonl(addresses[:50])}, {"path": str(tmp_path / second)}]
+    with pytest.raises(DataError, match=second) as error:
+        build(stage(*sources), tmp_path / "out", TokenizerTraining(vocabulary_size=300))
+    assert "SentencePiece" not in str(error.value)
 
 
 def test_without_held_out_documents_the_store_is_empty(tmp_path, stage, jsonl, addresses, tokenizer):

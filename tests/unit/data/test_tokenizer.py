@@ -14,13 +14,13 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
 from minima.data.encoding import Batch, Encoder
+from minima.data.piece_training import train_sentencepiece
 from minima.data.tokenizer import (
     check_same_tokens,
     check_vocabulary,
     load_tokenizer,
     misread_as,
     save_tokenizer,
-    train_sentencepiece,
 )
 from minima.errors import DataError, TokenizerMismatch
 

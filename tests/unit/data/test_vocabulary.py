@@ -6,7 +6,7 @@ import pytest
 
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
-from minima.data.tokenizer import train_sentencepiece
+from minima.data.piece_training import train_sentencepiece
 from minima.data.vocabulary import expand, open_base
 from minima.data.vocabulary_sentencepiece import SentencePieceDonor, read_model
 from minima.errors import DataError, ShapeError

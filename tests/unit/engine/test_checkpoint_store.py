@@ -165,10 +165,10 @@ def test_names_that_minima_does_not_give_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "content",
     ["[]", "3", '"x"', {"sha256": []}, {}, {"sha256": {}, "ranks": 0}, {"sha256": {}, "ranks": "2"},
-     {"sha256": {}, "shapes": 1}, {"sha256": {}, "config": None}],
+     {"sha256": {}, "shapes": 1}, {"sha256": {}, "config": None}, {"sha256": {}}, {"format": None}, {"format": 1}],
 )  # fmt: skip
 def test_a_marker_that_is_json_and_no_marker_is_damaged(tmp_path, content):
-    text = content if isinstance(content, str) else json.dumps(content | {"format": FORMAT})
+    text = content if isinstance(content, str) else json.dumps({"format": FORMAT} | content)
     (tmp_path / "checkpoint.json").write_text(text)
     with pytest.raises(StoreCorrupted, match=r"checkpoint\.json is damaged"):
         read_marker(tmp_path)

@@ -63,7 +63,13 @@ def test_a_rank_may_open_as_many_files_as_the_system_lets_it(monkeypatch, soft, 
 def test_a_lone_rank_waits_for_nobody(monkeypatch, ranks, waits):
     """NCCL would warn that it guesses its device, which DeepSpeed tells it only where there are more."""
     waited = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(distributed.dist, "barrier", lambda: waited.append(True))
+    with distributed.alone():  # the others are busy elsewhere
+        distributed.barrier()
+        assert distributed.gather_objects("mine") == ["mine"]
+    assert not waited
     distributed.barrier()
     assert len(waited) == waits

@@ -77,3 +77,11 @@ def test_weights_and_biases_without_a_key_or_a_network_is_refused_with_the_way_o
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
     with pytest.raises(RecipeError, match=r"(?s)cannot be started: No API key configured\.\n.*WANDB_MODE=offline"):
         MetricsLog(tmp_path, 0, wandb_project="minima", name="quickstart/student")
+
+
+def test_what_a_power_cut_left_is_no_reason_not_to_go_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n\xff\xfe\n5\nnull\n{"loss": 1}\n\0\0\n{"step": 2}\n')
+    assert read_records(path) == [{"step": 1, "loss": 3.0}, {"step": 2}]
+    MetricsLog(tmp_path, 1).close()
+    assert read_records(path) == [{"step": 1, "loss": 3.0}]

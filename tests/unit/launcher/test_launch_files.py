@@ -288,3 +288,10 @@ def test_shellcheck_finds_nothing():
     files = sorted((ROOT / "launch").glob("*.sh"))
     done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun", "mpirun", "srun", "local"])
+@pytest.mark.parametrize("ranks", ["0", "-1", "two", "1.5"])
+def test_what_is_no_number_of_ranks_is_refused(start, name, ranks):
+    """deepspeed and mpirun start nothing for 0, and say that all is well."""
+    assert "MINIMA_RANKS" in start(name, MINIMA_RANKS=ranks, SLURM_JOB_ID="7")

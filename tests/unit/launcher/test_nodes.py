@@ -139,3 +139,25 @@ def test_an_mpi4py_of_another_mpi_is_refused(mpi):
     mpi.size = 1
     with pytest.raises(LauncherError, match="started 2 ranks, and mpi4py sees 1"):
         read_launch(rank(1))
+
+
+def test_a_step_on_two_nodes_is_one_whatever_is_missing():
+    told = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]",
+    }  # fmt: skip
+    with pytest.raises(LauncherError, match="SLURM_STEP_TASKS_PER_NODE=missing"):
+        read_launch(told)
+    with pytest.raises(LauncherError, match="SLURM_PROCID=3, SLURM_LOCALID=1"):
+        read_launch({name: value for name, value in told.items() if name != "SLURM_STEP_NODELIST"})
+    launch = read_launch(told | {"SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"})
+    assert (launch.rank, launch.local_world_size, launch.master_address) == (3, 2, "n1")
+
+
+def test_open_mpi_on_one_machine_needs_no_more_than_its_own_variables():
+    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    ranks = [
+        read_launch(told | {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert ranks[0].master_address == "127.0.0.1" and ranks[0].master_port == ranks[1].master_port > 1024

@@ -27,7 +27,7 @@ def sent(here: Path, **changes) -> str:
 
 def test_one_array_for_each_level_after_the_one_before_it(here):
     text = sent(here)
-    commands = [line for line in text.splitlines() if line.startswith("==> sbatch")]
+    commands = [line for line in text.splitlines() if line.startswith("# ==> sbatch")]
     assert [line.split("/")[-1] for line in commands] == ["data.sbatch", "teachers.sbatch", "cells.sbatch"]
     assert "--dependency=afterok:ID_OF_tiny.data" in commands[1]
     assert "--dependency=afterok:ID_OF_tiny.teachers" in commands[2]

@@ -172,7 +172,8 @@ def test_recipe_and_losses_know_the_same_divergences():
         ({"beta": 1.0}, "beta 1.0"),
         ({"alpha": 0.0}, "alpha 0.0"),
         ({"top_k": 0}, "top_k 0"),
-        ({"top_p": 1.0}, "top_p 1.0"),
+        ({"top_p": 1.01}, "top_p 1.01"),
+        ({"top_p": 0.0}, "top_p 0.0"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("nan")}, "temperature nan"),
@@ -185,6 +186,11 @@ def test_recipe_and_losses_know_the_same_divergences():
 def test_what_is_out_of_range_is_named(wrong, said):
     with pytest.raises(MinimaError, match=said):
         linear_distillation_loss(*inputs(4, 9), **wrong)
+
+
+def test_a_top_p_of_one_keeps_all():
+    given = inputs(4, 9)
+    assert linear_distillation_loss(*given, top_p=1.0).total == linear_distillation_loss(*given).total
 
 
 def test_the_top_tokens_are_the_same_where_fractions_may_not_be_added_up(monkeypatch):

@@ -135,9 +135,13 @@ def test_another_ignore_index_may_be_a_token():
 def test_ignored_tokens_have_no_say_even_when_not_finite():
     student, head, teacher, teacher_head, labels = inputs(24, 31, 5, 5)
     wanted = linear_distillation_loss(student, head, teacher, teacher_head, labels)
-    teacher[labels == -100] = float("inf")
+    wanted_gradient = torch.autograd.grad(
+        linear_distillation_loss(student, head.requires_grad_(), teacher, teacher_head, labels).total, head
+    )
+    teacher[labels == -100] = student[labels == -100] = float("inf")
     found = linear_distillation_loss(student, head, teacher, teacher_head, labels)
     assert torch.isfinite(found.total) and found.total == wanted.total
+    assert torch.equal(*wanted_gradient, *torch.autograd.grad(found.total, head))
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 1024), (37, 16), (64, 7), (5, 3), (0, 16)])
@@ -357,3 +361,29 @@ def test_a_kept_graph_gives_the_same_gradients_again(kept, dtype):
         assert torch.equal(one, value), "the second pass changed what the first had returned"
         assert torch.equal(other, value)
         assert torch.count_nonzero(value) > 0
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, linear_token_log_probs])
+def test_a_second_derivative_is_refused_rather_than_zero(loss):
+    student, head, _, _, labels = inputs(9, 13, 8, 12)
+    found = loss(student.requires_grad_(), head, labels)
+    total = found.total if loss is linear_cross_entropy else found.sum()
+    with pytest.raises(MinimaError, match="create_graph=True"):
+        torch.autograd.grad(total, student, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda given: {"ignore_index": None}, "ignore_index None"),
+        (lambda given: {"ignore_index": 1.5}, "ignore_index 1.5"),
+        (lambda given: {"labels_N": given["labels_N"].tolist()}, "labels of <class 'list'>"),
+        (lambda given: {"teacher_hidden_NE": given["teacher_hidden_NE"].long()}, "hidden states of torch.int64"),
+        (lambda given: {"student_head_VD": given["student_head_VD"].to(torch.int8)}, "output head of torch.int8"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(change, said):
+    names = ("student_hidden_ND", "student_head_VD", "teacher_hidden_NE", "teacher_head_VE", "labels_N")
+    given = dict(zip(names, inputs(9, 13, 8, 12), strict=True))
+    with pytest.raises(MinimaError, match=said):
+        linear_distillation_loss(**(given | change(given)))

@@ -106,3 +106,13 @@ def test_symmetric_depth(layers, keep, expected):
 def test_planning_a_target_imports_no_torch():
     code = "import sys, minima.pruning.target, minima.models.families; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("shape", [LLAMA_7B, SMOLLM, LLAMA_7B.model_copy(update={"num_heads": 40, "hidden_size": 5120,
+                                   "num_key_value_heads": 40})])  # fmt: skip
+@pytest.mark.parametrize("sparsity", [10, 30, 40, 60, 85, 95])
+def test_a_global_sparsity_gives_a_checkpoint_that_loads_and_is_no_larger(shape, sparsity):
+    plan = plan_target(shape, PruneTarget(sparsity=sparsity), selection="global")
+    assert plan.student.num_heads == shape.num_heads and plan.student.hidden_size % plan.student.num_heads == 0
+    assert plan.student.layer_parameters <= shape.layer_parameters
+    assert abs(plan.student.hidden_size / shape.hidden_size - 1 + plan.width_percent / 100) < 0.06

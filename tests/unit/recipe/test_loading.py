@@ -409,3 +409,29 @@ def test_a_stage_may_not_take_the_name_of_a_file_of_the_run(name):
     stage = {"name": name, "kind": "export", "model": "m"}
     with pytest.raises(ValueError, match="keeps a file or folder of its own"):
         Recipe.model_validate({"name": "r", "stages": [stage]})
+
+
+@pytest.mark.parametrize("text", ["name: " + "[" * 5000, "name: " + "[" * 600 + "]" * 600])
+def test_brackets_in_brackets_are_refused(load, text):
+    with pytest.raises(RecipeError, match=r"nested too deeply|tiny\.yaml"):
+        load(text)
+
+
+def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(load):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    with pytest.raises(RecipeError, match="with its aliases written out it has more than 1,000,000 values"):
+        load("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("stages.corpus.sources.0.path=https://u:secret@host/x.txt", "stages.0.sources.0.path"),
+        ("output=runs/hf_verysecretverysecretverysecret", "output"),
+    ],
+)
+def test_a_token_is_refused_before_it_is_copied_into_the_run(load, recipe, override, place):
+    with pytest.raises(RecipeError, match=f"a token or a password stands in {place}") as refused:
+        load(recipe, override)
+    assert "secret@" not in str(refused.value) and "verysecret" not in str(refused.value)

@@ -90,7 +90,7 @@ def test_what_a_plain_stage_says_of_itself_is_as_it_was():
         ({"beta": 1.0, "divergence": "jensen_shannon"}, "less than 1"),
         ({"divergence": "kl"}, "divergence"),
         ({"top_k": 0}, "top_k"),
-        ({"top_p": 1}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"soft_weight": 0, "top_k": 4}, "soft_weight 0 and top_k"),
         ({"soft_weight": 0, "divergence": "reverse_kl"}, "soft_weight 0 and divergence"),
     ],

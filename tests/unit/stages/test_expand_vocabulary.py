@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minima.assets import read_text_asset
-from minima.data.tokenizer import train_sentencepiece, write_tokenizer
+from minima.data.piece_training import train_sentencepiece
+from minima.data.tokenizer import write_tokenizer
 from minima.errors import DataError, DiskFull, TokenizerMismatch
 from minima.launcher import Launch
 from minima.models.shape import ModelShape

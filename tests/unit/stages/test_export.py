@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from minima.data.tokenizer import load_tokenizer, save_tokenizer, train_sentencepiece, write_tokenizer
+from minima.data.piece_training import train_sentencepiece
+from minima.data.tokenizer import load_tokenizer, save_tokenizer, write_tokenizer
 from minima.disk import write_json
 from minima.engine import distributed
 from minima.errors import CheckpointError, DiskFull, NotFinite

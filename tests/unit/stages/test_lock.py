@@ -152,3 +152,14 @@ def test_a_folder_that_is_somebody_elses_and_one_on_a_full_disk(tmp_path, monkey
             patch.setattr(lock.os, "open", refuse)
             with pytest.raises(kind, match=os.strerror(number)):
                 run_lock(tmp_path).__enter__()
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("what somebody else has written")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "lock").symlink_to(theirs)
+    with pytest.raises(StageError, match="lock is a symbolic link"), run_lock(run):
+        pass
+    assert theirs.read_text() == "what somebody else has written"

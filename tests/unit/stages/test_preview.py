@@ -197,7 +197,7 @@ def test_a_deepspeed_json_that_a_run_would_refuse_is_told(show, tmp_path, zero):
 
 
 def test_a_hub_model_that_a_benchmark_measures_is_looked_for_in_the_cache(show, monkeypatch, tmp_path):
-    monkeypatch.setattr("minima.stages.preview_inputs._cached_config", lambda *_: tmp_path / "config.json")
+    monkeypatch.setattr("minima.stages.preview_inputs.cached_config", lambda *_: tmp_path / "config.json")
     answers = [{"format": "mt_bench", "questions": "q.jsonl"}]
     _, missing = show({"name": "b", "kind": "benchmark", "model": "org/model", "answers": answers})
     assert missing == ["q.jsonl is not on this machine"]
@@ -442,3 +442,53 @@ def test_a_manifest_that_cannot_be_read_stops_no_other_stage(show, built, tmp_pa
     (tmp_path / "out" / "later" / "metrics.jsonl").touch()
     later = {"name": "later", "kind": "evaluate", "models": [str(tmp_path)], "data": "c"}
     assert not any("refused" in note for note in show(data, later)[1])
+
+
+def tokenizer_folder(path, *pieces):
+    path.mkdir(parents=True)
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    added = [{"id": 0, "content": pieces[0]}]
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
+    shape = ModelShape.model_validate(SMALL | {"vocabulary_size": 300})
+    (path / "config.json").write_text(json.dumps(shape.to_config()))
+
+
+def test_a_tokenizer_that_is_trained_for_a_model_with_its_own_is_refused(show, tmp_path):
+    """Before anything is built: a corpus of a large run takes days."""
+    tokenizer_folder(tmp_path / "own", "</s>", "a", "b")
+    trained = data_stage(tokenizer={"vocabulary_size": 300})
+    with pytest.raises(TokenizerMismatch, match=r"stages.t: 'c' trains a tokenizer .* and own has one of its own"):
+        show(trained, training("adapt", steps=2, model="own"))
+    prune = {"name": "p", "kind": "prune", "model": "own", "data": "c", "target": {"hidden_size": 4}}
+    with pytest.raises(TokenizerMismatch, match=r"stages.p: 'c' trains a tokenizer"):
+        show(trained, prune)
+    (tmp_path / "own" / "tokenizer.json").unlink()
+    show(trained, training("adapt", steps=2, model="own"))  # weights alone have no tokens of their own
+
+
+@pytest.mark.parametrize("read", ["teacher", "model"])
+def test_an_id_that_stands_for_something_else_is_refused(show, tmp_path, read):
+    for name, last in {"one": "b", "same": "b", "other": "c"}.items():
+        tokenizer_folder(tmp_path / name, "</s>", "a", last)
+    models = {"model": "one", "teacher": "one"}
+    show(data_stage(tokenizer="same"), training("distil", steps=2, **models))
+    with pytest.raises(TokenizerMismatch, match="id 2 is 'b' in the data's tokenizer same and 'c' in that of other"):
+        show(data_stage(tokenizer="same"), training("distil", steps=2, **(models | {read: "other"})))
+
+
+def test_a_model_that_comes_from_its_data_goes_with_it(show, tmp_path):
+    tokenizer_folder(tmp_path / "own", "</s>", "a", "b")
+    trained = data_stage(tokenizer={"vocabulary_size": 300})
+    first = training("adapt", steps=2, name="base", model={"random": SMALL | {"vocabulary_size": 300}})
+    again = data_stage(name="d", tokenizer="base")
+    show(trained, first, again, training("adapt", steps=2, model="base", data="d"))
+    donor = {"vocabulary_size": 4000, "sources": [{"embedded": "poems"}]}
+    grown = {
+        "name": "g",
+        "kind": "expand_vocabulary",
+        "model": "own",
+        "donor": donor,
+        "size": 64,
+        "count_on": [{"embedded": "poems"}],
+    }
+    show(grown, data_stage(tokenizer="g"), training("adapt", steps=2, model="g"))

@@ -141,3 +141,12 @@ def test_a_damaged_one_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "set_aside", refuse)
     with pytest.raises(CheckpointError, match=r"weights is damaged.* cannot be renamed"):
         resume.load_newest(None, tmp_path)
+
+
+def test_a_folder_in_the_markers_place_is_damage(tmp_path):
+    write(tmp_path, 5, 10)
+    marker = step_folder(tmp_path, 10) / "checkpoint.json"
+    marker.unlink()
+    marker.mkdir()
+    with pytest.raises(StoreCorrupted, match="is a folder"):
+        read_marker(marker.parent)

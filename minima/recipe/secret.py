@@ -1,0 +1,38 @@
+"""What looks like a token, or an address with a password: others can read recipes and job scripts. No torch."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_TOKEN = re.compile(  # the Hub's (hf_transfer and hf_xet are packages), GitHub's, GitLab's, OpenAI's, Amazon's
+    r"\b(hf_[A-Za-z0-9]{20,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|AKIA[A-Z0-9]{16})|(?<![\w-])sk-((?:proj|svcacct|admin|ant)-[\w-]{20,}|[A-Za-z0-9]{32,})"  # sk- is Slovak, too
+)
+_OF_A_URL = re.compile(r"(?:https?|ftps?|socks5h?)://[^/@\s'\"]*:([^/@\s'\"]+)@")  # https://user:password@proxy
+
+
+def token_in(text: str) -> str | None:
+    """What looks like a token in a text; None where nothing does."""
+    found = _TOKEN.search(text)
+    return None if found is None else found[0]
+
+
+def passwords_in(text: str) -> list[str]:
+    """The passwords of the addresses in a text."""
+    return _OF_A_URL.findall(text)
+
+
+def secret_place(value: Any, place: str = "") -> str | None:
+    """Where a token or a password stands in keys and values, as `stages.1.sources`; None where none does."""
+    for where, text in _texts(value, place):
+        if token_in(text) or passwords_in(text):
+            return where
+    return None
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _texts(inner, f"{place}.{key}" if place else str(key))

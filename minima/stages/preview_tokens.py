@@ -1,0 +1,109 @@
+"""Whether data and a model have the same tokens, as far as it is known before either is made. No torch."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from minima.errors import TokenizerMismatch
+from minima.models.layout import VOCABULARY_FILES
+from minima.recipe.schema import AnyStage, AnyTraining, BuildData, ExpandVocabulary, ModelInput, Recipe
+from minima.stages.preview_inputs import cached_config, frozen_model
+
+
+class _Origin(NamedTuple):
+    """Where a tokenizer comes from: a stage that trains or grows one, or something outside of the recipe."""
+
+    stage: str | None
+    trained: bool
+    outside: str
+    revision: str | None = None
+
+
+def check_known_tokens(recipe: Recipe, stage: AnyStage) -> None:
+    """Refuse data whose tokenizer is known not to be that of a model that reads it: building it could take days.
+
+    What cannot be told here, since a tokenizer is not on this machine or is no tokenizer.json, is left to the stage.
+
+    Raises:
+        TokenizerMismatch: the recipe trains a tokenizer, and the model has one of its own; or an id stands for
+            something else in the two, which is named.
+    """
+    data = getattr(stage, "data", None)
+    if data is None:
+        return
+    models: list[ModelInput | str | None] = [*getattr(stage, "models", ()), getattr(stage, "model", None)]
+    if isinstance(stage, AnyTraining):
+        models.append(frozen_model(stage))
+    for model in models:
+        if model is not None:
+            _check(recipe, stage.name, data, model)
+
+
+def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str) -> None:
+    ours = _origin(recipe, data)
+    theirs = _origin(recipe, model if isinstance(model, str) else model.source or data, model)
+    if ours is None or theirs is None or theirs.stage is not None or ours.outside == theirs.outside:
+        return
+    own = _folder(theirs)
+    if own is None:
+        return
+    if ours.trained:
+        raise TokenizerMismatch(
+            f"stages.{stage}: {ours.stage!r} trains a tokenizer for its data, and {theirs.outside} has one of its own",
+            "the model would read other words than the text has",
+            f"give the build_data stage `tokenizer: {theirs.outside}`, and add what it lacks by an expand_vocabulary "
+            "stage",
+        )
+    folder = _folder(ours) if ours.stage is None else None
+    pieces = None if folder is None else _pieces(folder)
+    known = _pieces(own)
+    for number, piece in sorted((pieces or {}).items()):
+        if known.get(number, piece) != piece:
+            raise TokenizerMismatch(
+                f"stages.{stage}: id {number} is {piece!r} in the data's tokenizer {ours.outside} and "
+                f"{known[number]!r} in that of {theirs.outside}",
+                "the model would read other words than the text has",
+                f"give the build_data stage the model's own tokenizer (`tokenizer: {theirs.outside}`)",
+            )
+
+
+def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Origin | None:
+    """Follow models and data back to the tokenizer that they came with."""
+    stages = {stage.name: stage for stage in recipe.stages}
+    revision = model.revision if isinstance(model, ModelInput) else None
+    while True:
+        base, _, step = reference.rpartition("@")
+        stage = stages.get(reference) or (stages.get(base) if step.isdigit() else None)
+        if stage is None:
+            return _Origin(None, False, reference, revision)
+        if isinstance(stage, ExpandVocabulary):
+            return _Origin(stage.name, False, "")
+        source = stage.tokenizer if isinstance(stage, BuildData) else getattr(stage, "model", None)
+        if isinstance(source, ModelInput):
+            revision = source.revision
+            source = source.source or getattr(stage, "data", None)  # random weights go with their data
+        if not isinstance(source, str):
+            return _Origin(stage.name, isinstance(stage, BuildData), "")
+        reference = source
+
+
+def _folder(origin: _Origin) -> Path | None:
+    """Where a tokenizer from outside lies on this machine."""
+    path = Path(origin.outside).expanduser()
+    config = None if path.is_dir() else cached_config(origin.outside, origin.revision)
+    places = [config.parent] if config else [path, path / "tokenizer", path / "model"]
+    return next((place for place in places if any((place / name).is_file() for name in VOCABULARY_FILES)), None)
+
+
+def _pieces(folder: Path) -> dict[int, str]:
+    """What each id stands for by a tokenizer.json; nothing where there is none, or not of that form."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        pieces = tokenizer["model"]["vocab"]
+        if isinstance(pieces, dict):
+            found = {number: piece for piece, number in pieces.items()}
+        else:
+            found = dict(enumerate(piece for piece, _ in pieces))
+        return found | {added["id"]: added["content"] for added in tokenizer["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
