@@ -242,6 +242,8 @@ def _chat(options: argparse.Namespace) -> int:
         options.system, options.max_new_tokens, options.temperature, options.top_p, options.seed, options.plain
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have letters that the locale lacks
+        sys.stdout.reconfigure(encoding=None if terminal else "utf-8", errors="replace")
     try:
         generator = Generator.load(Path(options.folder).expanduser(), dtype=options.dtype)
         conversation = Conversation(generator, settings, sys.stdout, sys.stdout if terminal else sys.stderr)

@@ -7,6 +7,7 @@ on several GPUs through its own launcher, accelerate.
 import codecs
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from minima.launcher import cleaned_environment, free_port, num_accelerators
 
 RESULTS = "results.json"
 _TAIL_LINES = 12  # of the child's log in an error: a traceback's end, and what it says
+# Tokens of an answer that lm-eval leaves room for: its tasks' default, and HumanEval's.
+_ANSWER_TOKENS, _PROGRAM_TOKENS = 256, 1024
+_RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*")
 _CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the commonest; lm-eval itself knows all that execute code
 
 
@@ -51,6 +55,7 @@ class Settings:
         limit: items of each task at most.
         chat: ask through the tokenizer's chat template.
         seed: of the few-shot examples and of sampling.
+        window: tokens that the model can read; answers are kept shorter than that.
         task_folders: of task files; a later one comes before an earlier one, and all come before lm-eval's own.
         allow_code_execution: let tasks execute what the model wrote.
     """
@@ -61,6 +66,7 @@ class Settings:
     limit: int | None = None
     chat: bool = False
     seed: int = 1234
+    window: int | None = None
     task_folders: tuple[Path, ...] = ()
     allow_code_execution: bool = False
 
@@ -107,7 +113,7 @@ def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any
         settings: how.
         output: folder of its results and samples.
     """
-    return {
+    content: dict[str, Any] = {
         "model": "hf",
         "model_args": {"pretrained": str(settings.model.resolve()), "dtype": settings.dtype or "auto"},
         "tasks": list(call.tasks),
@@ -122,6 +128,10 @@ def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any
         "log_samples": True,  # without them lm-eval gives no hash of the prompts
         "confirm_run_unsafe_code": settings.allow_code_execution,
     }
+    longest = _PROGRAM_TOKENS if any(task.startswith(_CODE_TASKS) for task in call.tasks) else _ANSWER_TOKENS
+    if settings.window is not None and settings.window <= longest:  # lm-eval would refuse to ask at all
+        content["gen_kwargs"] = {"max_gen_toks": settings.window // 2}
+    return content
 
 
 def command(configuration_file: Path) -> list[str]:
@@ -206,9 +216,11 @@ def _failure(call: Call, code: int, log: Path) -> StageError:
         return _refusal(call.tasks)
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
     tail = "\n    ".join([line for line in lines if line.strip()][-_TAIL_LINES:])
+    raised = next((line for line in reversed(lines) if _RAISED.match(line)), None)
     how = f"ended with exit code {code}" if code else "ended without a result"
+    how += f" on {', '.join(call.tasks)}"
     return StageError(
-        f"lm-eval {how} on {', '.join(call.tasks)}; the end of its log:\n    {tail}",
+        f"lm-eval {how}: {raised}" if raised else f"lm-eval {how}; the end of its log:\n    {tail}",
         "there is no score, and the calls that were done before are kept",
         f"mend what it says and run the same command again; its whole log is {log}",
     )

@@ -186,7 +186,8 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
 
     Returns:
         `task`, `version`, `shots`, `items`, `items_in_all`, `metric`, `filter`, `score`, `stderr`, `metrics` (all of
-        them), `limited`, `stand_in`, `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
+        them), `limited`, `stand_in`, `answer_tokens` (where the model's window leaves less room for an answer than the
+        task does), `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
 
     Raises:
         StageError: lm-eval gave no such number.
@@ -222,6 +223,7 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
         "limit": limit,
         "stand_in": asked.stand_in,
         "metrics": metrics,
+        "answer_tokens": ((results.get("config") or {}).get("gen_kwargs") or {}).get("max_gen_toks"),
         "hashes": {leaf: results.get("task_hashes", {}).get(leaf) for leaf in leaves},
     }
     if asked.entry is not None:
@@ -244,6 +246,7 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     for name, found in scores.items():
         marks = ["hand-made items: no score of the benchmark"] if found["stand_in"] else []
         marks += [f"limited: {found['items']} of {found['items_in_all']} items"] if found["limited"] else []
+        marks += [f"answers of {found['answer_tokens']} tokens at most"] if found.get("answer_tokens") else []
         stderr = None if found["stderr"] is None else 100.0 * found["stderr"]
         own = (name, found["shots"], found["metric"], found["items"], 100.0 * found["score"], stderr)
         paper = found.get("paper") or {}

@@ -96,6 +96,12 @@ class Conversation:
             self.note(HELP if text == "/help" else f"{text.split()[0]} is no command; these are:\n{HELP}")
         return True
 
+    def skip(self, why: str) -> None:
+        """Leave a question without an answer: in a pipe, an empty line in its place."""
+        self.note(why)
+        self._out.write("\n")
+        self._out.flush()
+
     def ask(self, text: str, *, whole: bool) -> None:
         """Write the answer to one question.
 
@@ -181,27 +187,29 @@ def answer_lines(conversation: Conversation, lines: TextIO) -> None:
     """Answer each line of a file or a pipe, up to its end; a reader that goes away ends it, too.
 
     Raises:
-        DataError: a line is too long, or is refused; names it.
+        DataError: lines were too long, or were refused; they have no answer, and those after them have.
     """
-    number = 0
+    number, refused = 0, list[DataError]()
     while True:
         number += 1
         try:
             line = lines.readline()
-            if not line:
-                return
             text = line.strip()
+            if not line or (text in _COMMANDS and not conversation.command(text)):
+                break
             if text in _COMMANDS:
-                if not conversation.command(text):
-                    return
-            elif text:
+                continue
+            if text:
                 conversation.ask(text, whole=True)
         except BrokenPipeError:
             return
         except UnicodeDecodeError as error:
             raise DataError(f"the input is not UTF-8 ({error})", "it cannot be read as text", "convert it") from error
         except DataError as error:
-            raise DataError(f"line {number} of the input: {error.what}", error.why, error.do) from error
+            refused.append(DataError(f"line {number} of the input: {error.what}", error.why, error.do))
+            conversation.skip(str(refused[-1].what))
+    if refused:
+        raise refused[0]
 
 
 def _check(settings: ChatSettings, has_template: bool) -> None:

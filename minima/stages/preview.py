@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minima.errors import MinimaError, RecipeError, StageError
+from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
 from minima.planning.candidates import Stage as Planned
@@ -14,6 +15,7 @@ from minima.planning.placement import unchosen
 from minima.planning.sharding import read_sharding
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
+from minima.recipe.overrides import nearest
 from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, unread
 from minima.recipe.schema import (
     Align,
@@ -102,6 +104,9 @@ class Walk(KnownInputs):
                 preview.missing.append(f"{source.path} (source {source.label}) is not on this machine")
 
     def _build_data(self, stage: BuildData, preview: StagePreview) -> None:
+        template = stage.chat_template
+        if template not in (None, "minichat", "own") and not Path(template).expanduser().is_file():
+            preview.missing.append(f"the chat_template {template} is not on this machine")
         blocks = self.blocks(stage.name)
         if blocks is None:
             preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))
@@ -145,6 +150,9 @@ class Walk(KnownInputs):
         for folder in (stage.data_folder, stage.task_folder, *(answers.questions for answers in stage.answers)):
             if folder is not None and not Path(folder).expanduser().exists():
                 preview.missing.append(f"{folder} is not on this machine")
+        own = None if stage.task_folder is None else Path(stage.task_folder).expanduser()
+        for task, known in unknown_tasks(stage.tasks, own).items() if stage.tasks else ():
+            preview.missing.append(f"no task file here tells of {task!r}{nearest(task, known)}")
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
         shape = self.shape(stage.model)

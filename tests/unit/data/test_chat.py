@@ -1,8 +1,5 @@
 """Templates: text, ids and masks as written by hand, and as transformers itself gives them."""
 
-import json
-import shutil
-
 import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -116,6 +113,12 @@ def test_a_message_may_be_a_list_of_texts(minichat):
         minichat.apply_chat_template(picture, tokenize=False)
 
 
+def test_a_system_message_of_nothing_is_none(minichat):
+    turns = [("user", "Who?"), ("assistant", "I")]
+    empty = minichat.apply_chat_template(messages([("system", " "), *turns]), tokenize=False)
+    assert empty == minichat.apply_chat_template(messages(turns), tokenize=False)
+
+
 @pytest.mark.parametrize("name", CHATS)
 def test_a_prompt_is_how_the_answered_conversation_begins(minichat, chatml, name):
     for tokenizer in (minichat, chatml):
@@ -227,9 +230,8 @@ def test_the_template_ships_in_the_tokenizer_and_in_an_export(minichat, tmp_path
     for folder in ("saved", "export"):
         again = AutoTokenizer.from_pretrained(tmp_path / folder)
         assert again.chat_template == minichat.chat_template
-        assert template_of(again) == template_of(minichat)
+        assert template_of(again).text == template_of(minichat).text
         assert encode(again, CHATS["several turns"]) == encode(minichat, CHATS["several turns"])
-    # older versions read it from the configuration
-    settings = json.loads((tmp_path / "export" / "tokenizer_config.json").read_text())
-    shutil.rmtree(tmp_path / "saved")
-    assert "chat_template" not in settings or settings["chat_template"] == minichat.chat_template
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == minichat.chat_template
+    together = again(["a text", "a longer text"], padding=True)  # the export can be asked several at once
+    assert len({len(ids) for ids in together["input_ids"]}) == 1 and again.pad_token == minichat.eos_token

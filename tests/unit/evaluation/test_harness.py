@@ -141,3 +141,14 @@ def test_lm_eval_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StageError, match=r"pip install lm-eval accelerate"):
         ask(CALL, settings(tmp_path), tmp_path / "lm_eval")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "window", "tokens"),
+    [(("gsm8k_cot",), 128, 64), (("gsm8k_cot",), 256, 128), (("gsm8k_cot",), 257, None), (("humaneval",), 1024, 512),
+     (("local_humaneval",), 2048, None), (("mmlu",), None, None)],
+)  # fmt: skip
+def test_answers_leave_room_for_the_question(tmp_path, tasks, window, tokens):
+    """lm-eval would not ask a model whose whole window is as long as an answer may be."""
+    told = configuration(Call("a", tasks), settings(tmp_path, window=window), tmp_path / "out")
+    assert told.get("gen_kwargs") == (None if tokens is None else {"max_gen_toks": tokens})

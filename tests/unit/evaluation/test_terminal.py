@@ -142,8 +142,12 @@ def test_lines_end_with_the_input_or_by_command():
 
 
 def test_a_line_that_cannot_be_answered_is_named():
+    out, notes = io.StringIO(), io.StringIO()
+    conversation = Conversation(Echo(), ChatSettings(), out, notes)
     with pytest.raises(DataError, match="line 3 of the input: the question is too long"):
-        script(Echo(), "one\n\ntoo long\n")
+        answer_lines(conversation, io.StringIO("one\n\ntoo long\ntwo\n"))
+    assert out.getvalue() == "1 one\n\n\n3 two\n\n", "an empty line for what has no answer, and the lines after it"
+    assert "line 3 of the input" in notes.getvalue()
 
 
 def test_input_that_is_no_text():

@@ -492,3 +492,23 @@ def test_a_model_that_comes_from_its_data_goes_with_it(show, tmp_path):
         "count_on": [{"embedded": "poems"}],
     }
     show(grown, data_stage(tokenizer="g"), training("adapt", steps=2, model="g"))
+
+
+def test_a_task_that_no_file_tells_of_is_told_beforehand(show, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text("task: mine\n")
+    benchmark = {"name": "b", "kind": "benchmark", "model": "org/model", "task_folder": "own"}
+    right = ["mine", "piqa", "mmlu", "stand_in_bbh", "mmlu_*", "own/mine.yaml"]
+    assert not any("task file" in note for note in show(benchmark | {"tasks": right})[1])
+    notes = show(benchmark | {"tasks": [*right, "hellaswg"]})[1]
+    assert "no task file here tells of 'hellaswg'; did you mean 'hellaswag'?" in notes
+
+
+def test_a_chat_template_that_is_not_there_is_told_beforehand(show, tmp_path):
+    assert (
+        "the chat_template mine.jinja is not on this machine"
+        in show(data_stage("conversations", chat_template="mine.jinja"))[1]
+    )
+    (tmp_path / "mine.jinja").touch()
+    for there in ("mine.jinja", "own", "minichat"):
+        assert not any("chat_template" in note for note in show(data_stage("conversations", chat_template=there))[1])

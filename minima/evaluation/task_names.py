@@ -1,0 +1,41 @@
+"""The names that lm-eval knows, from its task files alone: importing it would take longer than a dry run. No torch."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+# `task: name`, and `tag:` or `group:` with a name or a list of them
+_NAMES = re.compile(r"(?m)^(?:task|group|tag|- task|- group)s?: *(\S*) *((?:\n *- +[\w.-]+ *$)*)")
+_PATTERN = re.compile(r"[*?\[/]|\.ya?ml$")  # of several tasks, or of a file
+
+
+def unknown_tasks(tasks: Sequence[str], folder: Path | None) -> dict[str, list[str]]:
+    """Tasks that no file tells of, each with the names that there are.
+
+    Args:
+        tasks: as the recipe names them; patterns and paths are left to lm-eval.
+        folder: of task files of the user's own.
+
+    Returns:
+        Empty where lm-eval is not installed.
+    """
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    folders = [Path(next(iter(spec.submodule_search_locations))) / "tasks", *([folder] if folder is not None else [])]
+    with resources.as_file(resources.files("minima.assets") / "tasks") as shipped:
+        known = frozenset().union(*(_names_in(place) for place in (*folders, shipped)))
+    return {task: sorted(known) for task in tasks if task not in known and not _PATTERN.search(task)}
+
+
+@cache
+def _names_in(folder: Path) -> frozenset[str]:
+    found: set[str] = set()
+    for path in folder.rglob("*"):
+        if path.suffix in (".yaml", ".yml") or (path.suffix == "" and path.is_file()):
+            for name, listed in _NAMES.findall(path.read_text(encoding="utf-8", errors="replace")):
+                found |= {name.strip("'\""), *re.findall(r"- +([\w.-]+)", listed)}
+    return frozenset(found - {""})
