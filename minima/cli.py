@@ -56,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run the stages of a recipe that are not finished")
-    run.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    run.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
-    run.add_argument("--stages", metavar="A,B", help="only these; all when not given")
+    _takes_recipe(run)
     run.add_argument("--launcher", metavar="X", help="start the ranks by launch/X.sh instead of the recipe's")
     run.add_argument("--ranks", type=int, metavar="N", help="processes on this machine instead of the recipe's")
     run.add_argument("--dry-run", action="store_true", help="show what would happen, and the arithmetic; run nothing")
@@ -74,16 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     stage.set_defaults(command=_stage)
 
     submit = commands.add_parser("submit", help="run the stages that are not finished as jobs on a Slurm cluster")
-    submit.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    submit.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    _takes_recipe(submit)
     submit.add_argument(
         "--cluster", required=True, metavar="FILE", help="YAML: partition, resources of each stage, set-up"
     )
-    submit.add_argument("--stages", metavar="A,B", help="only these; all when not given")
     submit.add_argument("--grid", metavar="FILE", help="YAML: run the recipe once for each cell, as one job array")
-    submit.add_argument(
-        "--dry-run", action="store_true", help="print the scripts and the sbatch commands; submit nothing"
-    )
+    submit.add_argument("--dry-run", action="store_true", help="print scripts and sbatch commands; submit nothing")
     submit.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
     submit.set_defaults(command=_submit)
 
@@ -102,9 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     fetch = commands.add_parser("fetch", help="download a recipe's models and data, for nodes without a network")
-    fetch.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    fetch.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
-    fetch.add_argument("--stages", metavar="A,B", help="only what these read; all when not given")
+    _takes_recipe(fetch, "only what these read; all when not given")
     fetch.set_defaults(command=_fetch)
 
     chat = commands.add_parser("chat", help="talk to an exported model in the terminal")
@@ -121,11 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     add_law(commands, write)
 
     plan = commands.add_parser("plan", help="parameters, memory, traffic, time and cost of a recipe on given GPUs")
-    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    _takes_recipe(plan)
     for name, (kind, metavar, text) in _PLANNED_FOR.items():
         plan.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
-    plan.add_argument("--stages", metavar="A,B", help="only these; all when not given")
     plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
     plan.set_defaults(command=_plan)
 
@@ -139,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _takes_recipe(command: argparse.ArgumentParser, stages: str = "only these; all when not given") -> None:
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    command.add_argument("--stages", metavar="A,B", help=stages)
+
+
 def _run(options: argparse.Namespace) -> int:
     from minima.stages import pipeline
     from minima.stages.shipped import find_launcher, find_recipe
@@ -148,10 +144,14 @@ def _run(options: argparse.Namespace) -> int:
     overrides += [f"launcher={options.launcher}"] if options.launcher is not None else []
     path = find_recipe(options.recipe)
     if options.dry_run:
-        from minima.recipe.loading import load_recipe
+        from minima.recipe.loading import is_study, load_recipe
         from minima.stages.preview import preview
         from minima.stages.running import select
 
+        if is_study(path):
+            from minima.law.study import study
+
+            return study(path, overrides, write, dry_run=True)
         recipe = load_recipe(path, overrides)
         find_launcher(recipe.launcher, path)
         write(preview(recipe, path, select(recipe, _names(options.stages))))

@@ -54,7 +54,7 @@ def outliving_readers(unread: Callable[[], object]) -> Iterator[None]:
 
 
 def stop_signals() -> tuple[int, ...]:
-    """What asks a run to end with everything saved: Ctrl-C, SIGTERM, and the end of the terminal but under nohup."""
+    """What asks a run to save and end: Ctrl-C, SIGTERM, and a terminal that closes, unless nohup ignores that."""
     hung_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
     return signal.SIGINT, signal.SIGTERM, *hung_up
 

@@ -75,7 +75,7 @@ def _told(batch_log: Path, ranks: Path) -> list[str]:
 
 
 def _first_failed(lines: list[str]) -> tuple[int, str] | None:
-    """Number of the rank that srun names first, and its line; one that left with its work saved only if all did."""
+    """Rank and line of the first failure that srun reports; one that ended with its work saved only if all did."""
     matches = [match for match in map(_FAILED_TASK.search, lines) if match]
     for match in [*(match for match in matches if _SAVED not in match[3]), *matches]:
         return int(match[2]), match[0]

@@ -169,7 +169,7 @@ def train_step(
             finite = torch.where(torch.isfinite(loss.total.detach()), 1.0, float("nan"))
             student.backward(loss.total / count * finite)
             meters.add(loss)
-            norm = student.step(learning_rate)
+            norm = student.step(learning_rate)  # DeepSpeed counts micro-batches; the last call clips and updates
         del batch  # which holds the window's states of the teacher, while the next one's are made
     return StepResult(norm, Votes(*agreed.tolist()))
 

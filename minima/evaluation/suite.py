@@ -223,13 +223,19 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
         "limit": limit,
         "stand_in": asked.stand_in,
         "metrics": metrics,
-        "answer_tokens": ((results.get("config") or {}).get("gen_kwargs") or {}).get("max_gen_toks"),
+        "answer_tokens": _answer_tokens(results, leaves),
         "hashes": {leaf: results.get("task_hashes", {}).get(leaf) for leaf in leaves},
     }
     if asked.entry is not None:
         paper = dict(zip(PAPER_MODELS, asked.entry.paper, strict=True)) | {"harness": asked.entry.paper_harness}
         found["paper"] = None if asked.stand_in else paper
     return found
+
+
+def _answer_tokens(results: Mapping[str, Any], leaves: Sequence[str]) -> int | None:
+    """The most tokens of an answer, where we have told lm-eval to take fewer than the task does."""
+    written = any(results.get("configs", {}).get(leaf, {}).get("output_type") == "generate_until" for leaf in leaves)
+    return ((results.get("config") or {}).get("gen_kwargs") or {}).get("max_gen_toks") if written else None
 
 
 def _leaves(task: str, members: Mapping[str, Sequence[str]]) -> list[str]:

@@ -20,8 +20,8 @@ DivergenceName = Literal[
 ]
 
 _ONE = 2.0**52  # a probability of 1 as a whole number: what is rounded off is less than what a double loses
-# exp(80) is a float32. Where p is so much larger than q, q's own terms are under 1e-34, whatever d is; and the other
-# way round.
+# exp(80) still fits a float32. Where p/q is larger than that, the terms in q are below 1e-34 whatever d is, so d is
+# clamped there; likewise for q/p.
 _LARGEST = 80.0
 
 

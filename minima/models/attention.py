@@ -51,10 +51,11 @@ def attention(
 
 
 def _holds_all_scores(query_BHTA: Tensor, key_BKTA: Tensor) -> bool:
-    """Whether the stock `sdpa` without a mask would make [B, H, T, T], and keep it, but for repeated keys and values.
+    """Whether stock `sdpa`, called without a mask, would materialise the [B, H, T, T] scores.
 
-    It hands grouped queries over as they are. In float32 a GPU has the memory-efficient kernel alone beside the one
-    that does that, which up to PyTorch 2.13 takes no grouped ones. Above a head size of 256 the stock `sdpa` repeats.
+    It passes grouped keys and values on unrepeated. For float32 on a GPU the only kernel that keeps no scores is the
+    memory-efficient one, which up to PyTorch 2.13 takes no grouped heads. Above a head size of 256 stock `sdpa` repeats
+    them itself.
     """
     return query_BHTA.device.type == "cuda" and query_BHTA.dtype == torch.float32 and key_BKTA.shape[-1] <= 256
 
@@ -68,10 +69,9 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
     return compiled_whole(flex_attention, options=options)
 
 
-# The stock `sdpa` looks, in every forward pass, whether position ids describe a packed batch, and reads the answer on
-# the host: on a GPU each micro-batch would wait for it twice, for teacher and student. Under a name of its own, for
-# which no mask is made, the same kernel runs with `is_causal`, to the same bits; a mask that is given is taken as it
-# is. New entries; no stock one is changed.
+# Stock `sdpa` inspects position_ids on the host in every forward pass to detect packed batches: on a GPU each
+# micro-batch would synchronise twice, for teacher and student. Under a name of our own no mask is built: the same
+# kernel runs with `is_causal`, to the same bits; an explicit mask is passed on. We add entries and change no stock one.
 CAUSAL = "minima_causal"
 AttentionInterface.register(CAUSAL, attention)
 # Where a sliding window needs a mask, the stock one is made if none is given.

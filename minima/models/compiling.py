@@ -47,8 +47,8 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 def recompute(model: PreTrainedModel, what: Recomputation) -> None:
     """Choose what the backward pass of `model` computes again, layer by layer.
 
-    The stock way is another one in each version: before transformers 5.23 it runs a layer's hooks again, too, and no
-    compiled layer holds it.
+    Not transformers' own gradient checkpointing: before 5.23 that runs a layer's hooks again during recomputation, and
+    it cannot hold a compiled layer.
 
     Args:
         model: a stock model; only this instance changes. In evaluation mode, or without gradients, nothing does.
@@ -101,16 +101,16 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     for layer in decoder_layers(model):
         forward = cast(types.MethodType, layer.forward).__func__
         if forward not in compiled:
-            options = {"guard_filter_fn": _whatever_the_weights_numbers}
+            options = {"guard_filter_fn": _without_parameter_ids}
             compiled[forward] = compiled_whole(forward, backend=backend, dynamic=False, options=options)
         # `forward`, not `__call__`: ZeRO-3's hooks gather the layer's weights before it and let go of them after it.
         layer.forward = types.MethodType(compiled[forward], layer)
 
 
-def _whatever_the_weights_numbers(guards: Sequence[Any]) -> list[bool]:
-    """Which guards of a graph hold: not those on ZeRO-3's number of a weight, which is another in each layer.
+def _without_parameter_ids(guards: Sequence[Any]) -> list[bool]:
+    """Keep every guard except those on a parameter's ZeRO-3 id (`ds_id`), which differs in each layer.
 
-    DeepSpeed's linear layer asks whether a weight has a number. PyTorch 2.11 takes note of the number itself, and would
-    compile each layer of a deep model anew.
+    DeepSpeed's linear layer asks whether there is an id. PyTorch 2.11 guards on its value, and would compile each layer
+    of a deep model anew.
     """
     return [not guard.name.endswith(".ds_id") for guard in guards]

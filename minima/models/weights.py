@@ -19,9 +19,9 @@ from minima.models.stock import architecture, parameter_shapes
 from minima.models.tensor_file import save_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
-# Of each tensor its first and last elements count, and samples of its inside. One optimiser step changes some of the
-# first 4096 elements of any matrix. The samples lie ever closer towards the end, where a grown vocabulary has its new
-# rows: a model that differs in these alone, be they few and followed by rows of no token, is another model.
+# A tensor's identity hashes its first and last elements and samples between them. One optimiser step changes some of
+# the first 4,096 elements of any matrix. The samples lie ever denser towards the end, where a grown vocabulary has its
+# new rows: a model that differs in those alone is seen as another one, even with padding rows after them.
 _IDENTITY_ELEMENTS, _SAMPLE_ELEMENTS = 4096, 1024
 _SAMPLES = (1 / 4, *(1 - 2.0**-power for power in range(1, 9)))
 

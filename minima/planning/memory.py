@@ -124,8 +124,9 @@ def trained_memory(
         # What is gathered ahead lies in one buffer until the last of it is used, and each weight in its own as well.
         ahead = min(sharding.prefetch_elements, shape.num_layers * shape.layer_parameters)
         passing["gathered"] = size * (trained_gathered(shape, sharding) + ahead)
-    # The whole head stays gathered from the loss to the end of the backward pass, and its gradient is float32. Where it
-    # is rounded to bfloat16, it is made float32 once more to be reduced, and the loss's own memory is held until then.
+    # The whole head stays gathered from the loss to the end of the backward pass, beside its float32 gradient. In
+    # bfloat16 that gradient is rounded, then converted to float32 again for its reduction, and the loss's own memory is
+    # still held at that time.
     passing["head"] = (size * table if ranks > 1 else 0) + 4 * table
     again = 0 if precision == "float32" else 4 * table
     # The final hidden states are kept twice: what the norm gave, and its gradient, which the loss makes at once.
@@ -242,9 +243,9 @@ def _persistent(shape: ModelShape, precision: str, group: int, sharding: Shardin
 def trained_gathered(shape: ModelShape, sharding: Sharding, *, layers: bool = True) -> int:
     """Elements that are whole at one time in a step of a trained model, the head not among them.
 
-    DeepSpeed's prefetcher marks what the backward pass will need again, and that is then kept, up to a limit on all
-    that is whole. What is needed again within a distance is kept as well. Where layers are gathered as a whole, the
-    distance is counted from the end of the forward pass, and between two uses of the embeddings it is none.
+    DeepSpeed's prefetcher keeps gathered what the backward pass will need again, up to `live_elements`, and whatever is
+    reused within `reuse_elements`. Where layers are gathered as a whole, that distance counts from the end of the
+    forward pass; the embeddings' is 0.
 
     Args:
         shape: of the model.

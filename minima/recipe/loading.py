@@ -15,6 +15,7 @@ from minima.recipe.references import check_references
 from minima.recipe.schema import Recipe
 from minima.recipe.secret import secret_place
 
+_OF_A_STUDY = {"teachers", "students"}
 _MOST_VALUES = 1_000_000  # the quickstart has some five hundred
 _WANTED = {  # by how pydantic's names of its errors begin
     "int_": "has to be a whole number",
@@ -69,6 +70,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return make_recipe(raw, path)
 
 
+def is_study(path: Path) -> bool:
+    """Whether a file is a study of the law, a grid of runs, and no recipe of one.
+
+    Raises:
+        RecipeError: the file is missing or broken.
+    """
+    return read_yaml(path).keys() >= _OF_A_STUDY
+
+
 def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     """A checked recipe from what its YAML says.
 
@@ -80,7 +90,7 @@ def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         RecipeError: it asks for something that does not exist or cannot be.
         MinimaError: another error that a field's own check raised.
     """
-    if {"teachers", "students"} <= raw.keys():
+    if raw.keys() >= _OF_A_STUDY:
         raise RecipeError(
             f"{path.name} is a study of teachers and students, not the recipe of one run",
             "a study is a grid of runs, each of which has a recipe of its own",
@@ -183,15 +193,20 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaE
 
 def _other_branch(detail: Any, details: list[Any]) -> bool:
     """Whether this is a union's complaint that a block is not a plain value, where another one says what is wrong."""
-    union = detail["loc"][:-1]
-    plain = detail["type"] in ("string_type", "model_type", "model_attributes_type")
-    return plain and any(
-        other is not detail and other["loc"][: len(union)] == union and other["type"] not in ("string_type",)
-        for other in details
-        if len(other["loc"]) > len(union)
-        and other["loc"][len(union)] != detail["loc"][-1]
-        and (str(other["loc"][len(union)])[:1].isupper() and isinstance(detail["input"], dict))
-    )
+    if detail["type"] not in ("string_type", "model_type", "model_attributes_type"):
+        return False
+    if not isinstance(detail["input"], dict):
+        return False
+    *union, branch = detail["loc"]
+
+    def of_another_block(other: Any) -> bool:
+        place = other["loc"]
+        if len(place) <= len(union) or list(place[: len(union)]) != union or other["type"] == "string_type":
+            return False
+        own = place[len(union)]
+        return own != branch and str(own)[:1].isupper()  # pydantic calls a block by its class
+
+    return any(map(of_another_block, details))
 
 
 def _problem(detail: Any) -> str:

@@ -140,7 +140,7 @@ def signal_ranks(session: int, number: int, driver: str | None = None) -> None:
     processes, job = processes_of(session, driver), slurm_job()
     ranks = [process.pid for process in processes if is_rank(process)]
     if not ranks and job is not None and any(process.info["name"] == "srun" for process in processes):
-        # It would kill its ranks at once.
+        # srun answers a signal by killing its tasks at once; scancel lets them save.
         subprocess.run(["scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", job.job_id])
     elif not ranks:  # a stage of one process, or a launcher that has not come so far
         signal_group(session, number)

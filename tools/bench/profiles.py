@@ -61,7 +61,6 @@ class Profile:
         ranks: processes of the group that trains.
         sequence_tokens: of each sequence.
         loss_tokens: of the loss alone.
-        loss_precision: of the loss alone.
         steps: timed optimiser steps of each turn.
         loss_repeats: timed passes of the loss alone in each turn.
         activation_checkpointing: of every row's student.
@@ -80,7 +79,6 @@ class Profile:
     student: ModelShape
     sequence_tokens: int
     loss_tokens: int
-    loss_precision: str
     rows: tuple[Row, ...] = field(repr=False)
     steps: int = 2
     loss_repeats: int = 3
@@ -149,7 +147,6 @@ _CPU = Profile(
     ),
     sequence_tokens=1024,
     loss_tokens=4096,
-    loss_precision="float32",
     loss_repeats=2,
     rows=(
         *_more_turns(3, _rows("float32", 4, 4), ("a:minima", "b:original")),
@@ -192,7 +189,6 @@ _GPU = Profile(
     student=MINIMA_3B,
     sequence_tokens=4096,
     loss_tokens=8192,
-    loss_precision="bfloat16",
     activation_checkpointing="full",
     kernels="liger",
     steps=4,

@@ -56,11 +56,6 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     @property
-    def in_flight(self) -> bool:
-        """Whether a checkpoint has begun and is not finished."""
-        return self._thread is not None
-
-    @property
     def writing(self) -> bool:
         """Whether this rank's files are not all on disk yet."""
         return self._thread is not None and self._thread.is_alive()

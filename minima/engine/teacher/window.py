@@ -52,8 +52,8 @@ class LayerWindow:
             given["position_ids"] = torch.cat([_positions(batch) for batch in batches])
             masks = [_mask(model, batch) for batch in batches]
             kinds = next((sorted(mask) for mask in masks if isinstance(mask, dict)), None)
-            # Layers get their micro-batch's own mask. The model only has to hand each the kind that it wants, and not
-            # to make any: it takes a four-dimensional one as it is.
+            # Each layer gets the mask of its micro-batch through our hook. The model itself only has to hand on a
+            # placeholder of each kind: given a four-dimensional mask it builds none.
             if kinds is not None:
                 self._kinds = {kind: _placeholder() for kind in kinds}
                 given["attention_mask"] = self._kinds

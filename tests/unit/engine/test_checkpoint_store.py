@@ -111,12 +111,12 @@ def test_it_counts_once_it_is_finished_and_says_what_it_cost(tmp_path):
         return files(b"slow")(folder)
 
     writer.begin(3, lambda: slow, {"step": 3})
-    assert writer.in_flight and writer.writing and complete_steps(tmp_path) == []
+    assert writer.writing and complete_steps(tmp_path) == []
     threading.Timer(0.3, let_go.set).start()
     writer.begin(6, lambda: files(b"fast"), {"step": 6})  # waits for the one before it
     assert complete_steps(tmp_path) == [3]
     writer.finish()
-    assert complete_steps(tmp_path) == [3, 6] and not writer.in_flight
+    assert complete_steps(tmp_path) == [3, 6] and not writer.writing
     marker = read_marker(step_folder(tmp_path, 3))
     assert marker["save_bytes"] == 4 and marker["save_seconds"] >= 0.2
     times = writer.take_times()

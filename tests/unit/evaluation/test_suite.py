@@ -229,3 +229,12 @@ def test_hashes_of_the_items(data):
     assert len(found) == 2 and set(found.values()) == {
         "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
     }
+
+
+def test_a_window_that_cut_answers_short_is_told_of_tasks_that_write_some():
+    configs = {"a": {"output_type": "generate_until"}, "b": {"output_type": "multiple_choice"}}
+    results = RESULTS | {"configs": configs, "config": {"gen_kwargs": {"max_gen_toks": 64}}}
+    found = {name: score(Asked(name, name, Call(name, (name,))), results, None) for name in "ab"}
+    assert (found["a"]["answer_tokens"], found["b"]["answer_tokens"]) == (64, None)
+    first, second = table(found).splitlines()[2:4]
+    assert "answers of 64 tokens at most" in first and "answers" not in second
