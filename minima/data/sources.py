@@ -24,6 +24,7 @@ _FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".parquet": "parquet",
 }  # fmt: skip
+_OF_RECORDS = ("jsonl", "json", "parquet")
 _PARQUET_ROWS = 1024
 _UNPACKED_BYTES = 1 << 20
 _SNIFF_BYTES = 1 << 12
@@ -163,12 +164,21 @@ def _read_files(source: Source, field: str | None, rejected: Rejected, share: Sh
 
 
 def find_files(source: Source) -> list[Path]:
-    """The files of a source's `path`, in the order in which they are read.
+    """The files of a source's `path`, in the order in which they are read; no dataset card of a folder of records.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is a folder that `datasets` has saved.
     """
     files = source.files()
+    folder = Path(source.path or "").expanduser()
+    if any((folder / name) in files for name in ("dataset_dict.json", "state.json")):
+        raise DataError(
+            f"{source.path!r} is a folder that `save_to_disk` of datasets wrote",
+            "its files are not texts or records by themselves",
+            f"read it as a data set: `hub: {source.path}` instead of `path:`",
+        )
+    if any(_format(path) in _OF_RECORDS for path in files):
+        files = [path for path in files if path != folder / "README.md"]
     if not files:
         raise DataError(
             f"no file at {source.path!r} (looked from {Path.cwd()})",

@@ -170,3 +170,22 @@ def test_missing_sources_are_refused(tmp_path):
     parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text'; it has body"):
         read(path=str(tmp_path / "a.parquet"))
+
+
+def test_a_folder_that_datasets_saved_is_named_with_the_way_to_read_it(tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    dataset.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "many"))
+    for name in ("one", "many"):
+        with pytest.raises(DataError, match="`save_to_disk` of datasets wrote") as refused:
+            read(path=str(tmp_path / name))
+        assert f"hub: {tmp_path / name}" in refused.value.do
+
+
+def test_a_dataset_card_is_no_document(tmp_path):
+    (tmp_path / "README.md").write_text("a card")
+    assert read(path=str(tmp_path))[0] == ["a card"], "of a folder of texts it is one of them"
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "README.md").write_text("a text")
+    (tmp_path / "train.jsonl").write_bytes(lines(TEXTS))
+    assert read(path=str(tmp_path))[0] == ["a text", *TEXTS]
