@@ -28,6 +28,7 @@ def test_compiled_layers_have_no_graph_break_and_one_graph_serves_them_all(two_r
     assert runs["graph_breaks"] == 0
     # The student's layers with gradients and without; in the first run those of the teacher, too. Before PyTorch 2.13
     # a later run may take what an earlier one has compiled.
+    assert runs["none"]["graphs"] >= 1
     assert all(runs[what]["graphs"] <= most for what, most in (("none", 3), ("selective", 2), ("full", 2)))
 
 
