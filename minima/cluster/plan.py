@@ -73,6 +73,9 @@ def warn_unmounted(place: Place, write: Callable[[str], None]) -> None:
         )
 
 
+_NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that compute on the host
+
+
 def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
     """Refuse, before anything waits in a queue, what is sure to fail later.
 
@@ -88,12 +91,21 @@ def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pla
     Raises:
         MinimaError: see `check_stages`; or a batch cannot be shared by the ranks of its stage.
     """
+    idle = []
     for stage in stages:
         resources = place.cluster.resources(stage)
-        if isinstance(stage, AnyTraining) and not is_finished(place.run_folder / stage.name):
+        if is_finished(place.run_folder / stage.name):
+            continue
+        if isinstance(stage, AnyTraining):
             check_batch(stage.name, stage, resources.ranks)
+        if stage.kind in _NO_GPU and resources.gpus_per_node:
+            each = f" in each of its {resources.array} jobs" if resources.array else ""
+            idle.append(
+                f"stage {stage.name!r} asks for {resources.gpus_per_node} GPUs{each} and uses none; where its "
+                f"partition allows it, give the cluster file `stages: {{{stage.kind}: {{gpus_per_node: 0}}}}`"
+            )
     alone = recipe.model_copy(update={"ranks": 1})  # the ranks of this machine do not matter
-    return check_stages(alone, recipe_path, stages, place.run_folder, 1, elsewhere=True)
+    return [*idle, *check_stages(alone, recipe_path, stages, place.run_folder, 1, elsewhere=True)]
 
 
 def stage_scripts(

@@ -459,3 +459,13 @@ def test_code_that_a_model_wrote_is_executed_only_where_the_person_allows_it(slu
     assert submit(Path("recipe.yaml"), [], Path("cluster.yaml"), None, None, True, said.append, allowed) == 0
     commands = [line for line in "\n".join(said).splitlines() if " -m minima stage " in line]
     assert len(commands) == 3 and all(("--allow-code-execution" in line) == allowed for line in commands)
+
+
+def test_gpus_that_a_stage_does_not_use_are_told(slurm, project):
+    cluster = {"time": "01:00:00", "defaults": {"gpus_per_node": 8}}
+    Path("cluster.yaml").write_text(yaml.safe_dump(cluster | {"stages": {"build_data": {"array": 4}}}))
+    said = send()
+    assert "stage 'corpus' asks for 8 GPUs in each of its 4 jobs and uses none" in said
+    assert "stage 'base' asks" not in said
+    Path("cluster.yaml").write_text(yaml.safe_dump(cluster | {"stages": {"build_data": {"gpus_per_node": 0}}}))
+    assert "uses none" not in send(dry_run=True)
