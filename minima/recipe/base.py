@@ -47,8 +47,8 @@ class ModelInput(Strict):
         revision: branch, tag or commit on the Hub; its default branch when not given.
         random: start from random weights of this shape instead. Every tensor's values follow from the run's seed
             and the tensor's name alone, so they are the same on any number of ranks.
-        shape: what the source's shape is expected to be. Lets `--dry-run` count a model that is not on this machine;
-            refused when the `config.json` is that of another model.
+        shape: the expected shape of the source. Lets `--dry-run` and `minima plan` count a model that is not on this
+            machine. Refused if the `config.json` is that of another model.
     """
 
     source: str | None = None

@@ -38,13 +38,13 @@ class Align(Training, Stage):
         model: the weights to start from.
         reference: the frozen reference; the starting weights when not given.
         data: a build_data stage with `format: preferences`, or the path of its folder.
-        loss: `sigmoid` is DPO's, `ipo` is that of Azar et al., 2023.
+        loss: `sigmoid` is DPO's, `ipo` that of Azar et al., 2023.
         beta: strength of the pull to the reference; for `ipo` its tau.
         label_smoothing: probability that a pair is labelled the wrong way round (conservative DPO); `sigmoid` only.
         length_normalised: use an answer's mean log-probability per token instead of its sum. True for `ipo` and
             False for `sigmoid` when not given.
-        precompute_reference: run the reference once over all pairs before training and keep its log-probabilities in
-            the run's `cache/` by content, so that its weights take no memory while the student trains.
+        precompute_reference: run the reference once over all pairs before training, and keep its log-probabilities in
+            the run's `cache/` by content. Its weights then take no memory while the student trains.
         chunk_tokens: tokens whose logits exist at one time.
         reference_precision: dtype of the reference's weights; the student's when not given.
         reference_deepspeed: DeepSpeed JSON for the frozen reference.

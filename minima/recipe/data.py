@@ -24,19 +24,19 @@ class Source(Strict):
         hub: a Hugging Face dataset: a Hub id, or a folder that `datasets` saved.
         embedded: what minima ships: the texts `sotu` (English) and `poems` (Chinese), the conversations `chat` and the
             preference pairs `preferences` (both in both languages).
-        config: configuration of the dataset; this, `split`, `revision` and `streaming` are of `hub` alone.
+        config: configuration of the dataset; `config`, `split`, `revision` and `streaming` are for `hub` only.
         split: split of the dataset.
         revision: revision of the dataset.
         streaming: read the dataset without downloading it first.
-        format: of the files of `path`; by their names when `auto`: a `.json` is one array of records, or JSON lines.
-            One plain text file is one document. All but parquet may be packed: `.gz`, `.xz`, `.bz2`, `.zst`
+        format: of the files of `path`; `auto` goes by their names: a `.json` is one array of records, or JSON lines.
+            One plain text file is one document. All but parquet may be compressed: `.gz`, `.xz`, `.bz2`, `.zst`
             (the last with windows of up to 128 MB, that is, by `zstd` without `--long` above 27).
-        field: of a record of `path` or `hub`, the one that holds the text; not read for conversations and preferences,
-            whose layout is told from the record.
-        weight: share of the training tokens, relative to the other sources' weights. All weights equal to their
-            default means every token once; a source that runs out before its share is read again from its start,
-            and the report counts the epochs.
-        max_documents: read at most so many.
+        field: the key of a record of `path` or `hub` that holds the text. Not read for conversations and preferences,
+            whose layout is recognised from the record.
+        weight: share of the training tokens, relative to the other sources' weights. If no source has a weight, every
+            token is read once. A source that runs out before its share is read again from its start, and the report
+            counts the epochs.
+        max_documents: read at most this many.
     """
 
     name: str | None = None
@@ -110,7 +110,7 @@ class TokenizerTraining(Strict):
     Attributes:
         vocabulary_size: pieces, byte fallback and control pieces included.
         sources: labels of the sources to train on; all when not given.
-        max_characters: text that training sees at most; documents are taken in a seeded random order.
+        max_characters: at most this much text is used for training; documents are taken in a seeded random order.
     """
 
     vocabulary_size: int = Field(gt=259, description="three control pieces and 256 bytes come first")

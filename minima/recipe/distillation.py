@@ -31,17 +31,17 @@ class Teacher(ModelInput):
         placement: `replica`, a whole copy on each rank; `zero3_node`, sharded over the ranks of each node, so that no
             weight travels between nodes; `zero3`, sharded over all ranks; `tensor_parallel`, each matrix split over
             the ranks of a node, which run their batches together; `auto`, the first of these that fits, then the
-            host's memory, then NVMe: the choice and its reason are printed.
+            host's memory, then NVMe. The choice and its reason are printed.
         offload: where the shards of `zero3_node` and `zero3` lie: `none` for the device, `cpu` for the host's memory,
             `nvme` for files under `nvme_path`.
-        nvme_path: a folder on a local disk, for `offload: nvme`; `auto` takes NVMe only where it is given.
-        tensor_parallel_ranks: ranks that one copy is split over; those of a node when not given.
-        window_micro_batches: micro-batches of one step that one traversal of the layers serves. A sharded or offloaded
-            teacher's traffic is divided by it, and so many micro-batches' hidden states are kept. When not given: 1
-            where no weight travels, else all of a step's up to 8.
+        nvme_path: a folder on a local disk, for `offload: nvme`; `auto` uses NVMe only if it is given.
+        tensor_parallel_ranks: number of ranks that one copy is split over; those of a node when not given.
+        window_micro_batches: how many micro-batches of a step run through a layer before the next one is gathered. A
+            sharded or offloaded teacher's traffic is divided by it; the hidden states of that many micro-batches are
+            kept. When not given: 1 if no weight travels, else all micro-batches of a step, up to 8.
         precision: dtype of the weights; the student's when not given.
-        deepspeed: DeepSpeed JSON of a placement that is named; the shipped one, `teacher_PLACEMENT.json`,
-            `teacher_cpu.json` or `teacher_nvme.json`, when not given.
+        deepspeed: DeepSpeed JSON for a placement that is given by name; when not given, the shipped one:
+            `teacher_PLACEMENT.json`, `teacher_cpu.json` or `teacher_nvme.json`.
     """
 
     placement: Literal["auto", "replica", "zero3_node", "zero3", "tensor_parallel"] = "auto"
@@ -100,15 +100,16 @@ class Distil(Training, Stage):
         teacher: the frozen model, and where it lives.
         data: a build_data stage, or the path of its folder.
         hard_weight: weight of the cross-entropy with the text. 0.5 as published. A number, or a `WeightSchedule`.
-        soft_weight: weight of the teacher's part, likewise.
+        soft_weight: weight of the teacher's part; 0.5 as published. A number, or a `WeightSchedule`.
         temperature: divides both models' logits in the soft part, which is scaled by its square.
         divergence: what the soft part is; `forward_kl`, the cross-entropy with the teacher, as published. All are
             written down at `losses.linear_distillation_loss`.
         beta: the teacher's weight in the mixture of `jensen_shannon`; 0.5 when not given.
         alpha: of `skew_forward_kl` and `skew_reverse_kl`; 0.1 when not given, as in their publication.
-        top_k: the teacher's likeliest tokens that are told apart, the rest counting as one; all when not given.
-        top_p: probability, at least, of the teacher's likeliest tokens that are told apart; with `top_k`, the fewer.
-        chunk_tokens: tokens whose logits exist at one time.
+        top_k: keep only this many of the teacher's most likely tokens and treat all others as one; all when not given.
+        top_p: keep only the teacher's most likely tokens that together have at least this probability, and treat all
+            others as one; with `top_k`, whichever keeps fewer.
+        chunk_tokens: number of tokens whose logits exist at one time.
     """
 
     kind: Literal["distil"]

@@ -15,18 +15,18 @@ _KEYS = {
 
 
 class WeightSchedule(Strict):
-    """A weight that follows from the number of the step alone, so that a resumed run has the same ones.
+    """A weight that depends on the number of the step alone, so that a resumed run has the same weights.
 
     Attributes:
         schedule: `constant`, `value` at every step; `linear`, from `start` at the first step to `end` at the last one
             (of a single step, `start`);
             `warmup_stable_decay`, from `start` to `peak`, which is held, and to `end`, reached at the last step.
-        value: of `constant`.
-        start: of the others.
-        peak: of `warmup_stable_decay`.
-        end: of the others.
-        warmup_fraction: share of all steps, before the peak.
-        decay_fraction: share of all steps, after it.
+        value: for `constant`.
+        start: for `linear` and `warmup_stable_decay`.
+        peak: for `warmup_stable_decay`.
+        end: for `linear` and `warmup_stable_decay`.
+        warmup_fraction: share of all steps before the peak.
+        decay_fraction: share of all steps after the peak.
     """
 
     schedule: Literal["constant", "linear", "warmup_stable_decay"]

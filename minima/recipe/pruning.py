@@ -14,8 +14,8 @@ class PruneTarget(Strict):
     Attributes:
         num_layers: decoder layers; all of them when not given.
         hidden_size: width of the residual stream.
-        num_heads: query heads a layer. Key-value heads are kept in proportion: heads are cut by key-value group.
-        intermediate_size: neurons a layer.
+        num_heads: query heads per layer. Key-value heads are kept in proportion: heads are cut by key-value group.
+        intermediate_size: neurons per layer.
         sparsity: percent of the layers' weights to remove. Heads, neurons and width each lose
             p' = 100 - round(100 sqrt(1 - p / 100)) percent, since each matrix is cut in both of its dimensions.
     """
@@ -46,21 +46,21 @@ class Prune(Stage):
         data: a build_data stage whose training blocks measure importance; not needed for other scores.
         target: what stays.
         score: `gradient` is the paper's importance, `magnitude` and `random` are baselines.
-        selection: `local` keeps the same counts in every layer, `global` ranks heads and neurons across layers and
-            pads each layer with zeros to the widest (for study: the checkpoint does not shrink). GPT-NeoX and GPT-2
-            refuse `global` with a `sparsity`: it cuts the width, and their heads, padded or not, have to fill the
-            width exactly. Give them explicit counts that leave `hidden_size` as it is.
+        selection: `local` keeps the same counts in every layer. `global` ranks heads and neurons across layers and
+            pads each layer with zeros to the widest, so the checkpoint does not shrink: for experiments only. GPT-NeoX
+            and GPT-2 refuse `global` with a `sparsity`: it cuts the width, and their heads, padded or not, have to
+            fill the width exactly. Give them explicit counts that leave `hidden_size` as it is.
         depth: which layers stay: `symmetric` drops as many at the bottom as at the top, `importance` drops those
             whose heads and neurons score least.
         norm_compensation: `rms` rescales each RMSNorm for the narrower width; `none` is the published behaviour.
         scores: an earlier prune stage whose saved scores are used instead of a new pass over data.
-        sequences: blocks that importance is averaged over.
-        micro_batch_sequences: blocks of one gradient. The absolute value is taken per micro-batch and rank, as
+        sequences: number of blocks that importance is averaged over.
+        micro_batch_sequences: blocks per gradient. The absolute value is taken per micro-batch and rank, as
             published, so the score depends on this number.
-        sequence_length: tokens of one block; the store's when not given. Shorter blocks take less memory.
+        sequence_length: tokens per block; that of the data when not given. Shorter blocks take less memory.
         precision: dtype of weights and activations.
         deepspeed: DeepSpeed JSON for the model that is measured; beside the recipe, or one that minima ships.
-        seed: of the blocks' order and of random scores.
+        seed: for the order of the blocks and for random scores.
     """
 
     kind: Literal["prune"]

@@ -42,10 +42,10 @@ class Export(Stage):
     Attributes:
         model: the trained stage (`student@12000` for one checkpoint).
         dtype: of the written weights; the dtype that the stage trained in when not given.
-        shard_bytes: a new file is begun when one would grow past this many bytes.
+        shard_bytes: start a new file when one would grow past this many bytes.
         licence: licence identifier for the model card.
         languages: ISO 639 codes for the model card.
-        datasets: Hub ids of datasets for the model card, beside those that the recipe names.
+        datasets: Hub ids of datasets for the model card, besides those that the recipe names.
         base_model: Hub id of the model it was made from, for the model card.
         deepspeed: DeepSpeed JSON for the hosts that compare logits.
     """
@@ -84,17 +84,17 @@ class Benchmark(Stage):
             3-shot and GSM8K 8-shot. HumanEval executes what the model wrote, so it is left out, with a warning, unless
             `minima run` is given `--allow-code-execution`.
         tasks: further tasks, each a name that lm-eval or `task_folder` knows, and none of the suite's own names.
-        task_folder: a folder of lm-eval task files for data on this machine, which come before lm-eval's own; those
-            that minima ships under `assets/tasks` are always known.
-        data_folder: where the suite's items lie on this machine (see `tools/fetch_benchmarks.py`); from the Hub when
-            not given.
+        task_folder: a folder of lm-eval task files for data on this machine, which take precedence over lm-eval's own;
+            those that minima ships under `assets/tasks` are always known.
+        data_folder: where the suite's items are on this machine (see `tools/fetch_benchmarks.py`); when not given, they
+            come from the Hub.
         num_fewshot: for `tasks`; each task's own when not given.
-        limit: items of each task at most; all when not given. A limited score is marked as such.
+        limit: at most this many items of each task; all when not given. A limited score is marked as such.
         batch_size: sequences of one forward pass.
         chat: ask through the tokenizer's chat template.
         dtype: of the weights; as stored when not given.
         answers: answer files to generate.
-        seed: of the few-shot examples and of sampling.
+        seed: for the few-shot examples and for sampling.
     """
 
     kind: Literal["benchmark"]
@@ -164,7 +164,7 @@ class Publish(Stage):
     Attributes:
         model: an export stage, or a folder that one wrote.
         repo: its name on the Hub: `organisation/name`.
-        private: whether a new repository is private; one that exists stays as it is.
+        private: whether a new repository is private; an existing one stays as it is.
         revision: branch to push to.
         message: of the commit.
     """

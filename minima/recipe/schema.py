@@ -25,24 +25,25 @@ class BuildData(Stage):
         sources: where documents come from, each with its weight in the mixture.
         format: `text`; `conversations`, each whole in one block, with the assistant's tokens marked; or `preferences`,
             pairs of answers to the same conversation, both in one block.
-        tokenizer: one to train on the sources, or the name of an earlier stage, a folder, or a Hub id.
-        chat_template: of conversations and preferences: `minichat`, `own` for the tokenizer's, or the path of a Jinja
-            file; the tokenizer's own where it has one, else `minichat`, when not given. It goes into the tokenizer.
-        sequence_length: tokens of one block. Blocks of text are cut from the stream of documents, each closed by the
-            end token; what is left at the end and is less than a block is counted and dropped. Conversations are not
-            cut: what is left of a block is filled up.
-        add_bos_token: begin each document of text with the tokenizer's begin token; as the tokenizer by itself begins a
-            text when not given (Llama's and Mistral's tokenizer.json do, Qwen2 and GPT-2 do not, and neither does one
-            that is trained here). Of a document that a block cuts, the rest goes on without it. In conversations and
-            preferences the chat template decides.
-        document_mask: whoever reads the blocks sees no token of another document, and positions begin anew with each.
-            False is the published behaviour. Conversations and preferences always have it.
-        tokens: how many training tokens to write, over all sources; every token once when not given.
-        held_out_fraction: share of documents that are set aside, chosen by a hash of their text.
+        tokenizer: the name of an earlier stage, a folder, a Hub id, or a block that says how to train one.
+        chat_template: for conversations and preferences: `minichat`, `own` for the tokenizer's, or the path of a Jinja
+            file. When not given, the tokenizer's own if it has one, else `minichat`. It is written into the tokenizer.
+        sequence_length: tokens per block. Blocks of text are cut from the stream of documents, each closed by the end
+            token; a rest that is less than a block is counted and dropped. Conversations are not cut: the rest of a
+            block is padded.
+        add_bos_token: begin each document of text with the tokenizer's begin token. When not given, a begin token is
+            added if the tokenizer adds one by default (Llama's and Mistral's tokenizer.json do; Qwen2 and GPT-2 do not,
+            and neither does one that is trained here). If a block cuts a document, its rest has none. In
+            conversations and preferences the chat template decides.
+        document_mask: tokens attend only within their own document, in every stage that reads the blocks, and positions
+            begin anew with each document. False is the published behaviour. Conversations and preferences always have
+            it.
+        tokens: how many training tokens to write, over all sources; when not given, every token once.
+        held_out_fraction: share of documents that are held out, chosen by a hash of their text.
         held_out_tokens: at most this many held-out tokens are kept, in whole blocks.
         processes: worker processes; the machine's cores when not given.
-        shard_tokens: tokens of one shard file, rounded down to whole blocks.
-        seed: orders documents and chooses held-out ones.
+        shard_tokens: tokens per shard file, rounded down to whole blocks.
+        seed: for the order of documents and the choice of held-out ones.
     """
 
     kind: Literal["build_data"]
@@ -159,12 +160,13 @@ class Recipe(Strict):
     Attributes:
         name: of the run; its folder is `runs/NAME` unless `output` says otherwise.
         output: the run's folder; relative to where the command runs.
-        launcher: which `launch/X.sh` starts the stages: one beside the recipe, or one that minima ships.
-        ranks: processes that `minima run` starts on this machine, or on each of MINIMA_HOSTFILE (a launcher by hand
-            takes MINIMA_RANKS); when not given what that file says, or one for each GPU, or 2 without a GPU.
-        max_ranks: no more than this many where `ranks` is not given; for runs too small to be shared by all GPUs.
+        launcher: which `launch/X.sh` starts the stages: from a `launch/` folder next to the recipe, or a shipped one.
+        ranks: processes that `minima run` starts on this machine, or on each machine of MINIMA_HOSTFILE (a launcher
+            started by hand reads MINIMA_RANKS instead). When not given: what that file says, or one for each GPU, or 2
+            without a GPU.
+        max_ranks: at most this many if `ranks` is not given; for runs too small to be shared by all GPUs.
         stages: in the order in which they run; each reads earlier ones by name.
-        summary: what `summary.json` holds beside its own `tokens`, `seconds` and `export`: nested names, each a
+        summary: what `summary.json` holds besides its own `tokens`, `seconds` and `export`: nested names, each a
             `STAGE.metric.path`, or a list of them to average.
     """
 

@@ -15,46 +15,45 @@ class Training(Strict):
 
     Attributes:
         batch_sequences: sequences of one optimiser step, over all ranks and micro-batches.
-        micro_batch_sequences: sequences that one rank runs at once, at most: where a rank's share of the batch is no
-            multiple of it, the largest number below it that is. Does not change the result, only memory and speed.
-        steps: optimiser steps; exactly one of `steps`, `tokens` and `epochs` is given.
+        micro_batch_sequences: sequences that one rank runs at once. If it does not divide a rank's share of the batch,
+            the largest smaller divisor is used. Changes only memory and speed, not the result.
+        steps: optimiser steps. Give exactly one of `steps`, `tokens` and `epochs`.
         tokens: training tokens, counted as whole blocks; the last step is filled with masked sequences.
         epochs: passes over the training blocks.
-        learning_rate: peak.
-        warmup_steps: steps of linear warm-up; instead of `warmup_fraction`.
-        warmup_fraction: share of all steps. 1 % as published.
-        schedule: from the peak to the end: `cosine`, `linear`, or `constant`.
-        final_learning_rate_fraction: share of the peak that `cosine` and `linear` end at.
-        weight_decay: AdamW's, on matrices only: norms and biases have none.
-        betas: AdamW's.
-        epsilon: AdamW's.
+        learning_rate: the peak learning rate.
+        warmup_steps: steps of linear warm-up, instead of `warmup_fraction`.
+        warmup_fraction: linear warm-up as a share of all steps; 1 % as published.
+        schedule: of the learning rate, from its peak to the end.
+        final_learning_rate_fraction: where `cosine` and `linear` end, as a share of the peak.
+        weight_decay: of AdamW, on matrices only: norms and biases have none.
+        betas: of AdamW.
+        epsilon: of AdamW.
         gradient_clip: largest global gradient norm; 0 clips nothing.
-        precision: of weights and activations. Master weights, optimiser and accumulated gradients are float32 always.
-        activation_checkpointing: what the backward pass recomputes instead of keeping it: `full`, all of each layer;
+        precision: of weights and activations. Master weights, optimiser and accumulated gradients are always float32.
+        activation_checkpointing: what the backward pass recomputes to save memory (gradient checkpointing). `none`;
             `selective`, what is cheap (norms, rotary embeddings, activation functions), while the outputs of matrix
-            products and of attention stay; `none`; `auto`, the least of it with which the memory plan says that the
-            stage fits.
+            products and of attention are kept; `full`, all of each layer; `auto`, as little as the memory plan allows.
         compile: compile each decoder layer, and the frozen teacher's, with `torch.compile`. The first step takes
             minutes longer.
         kernels: `liger` replaces norms, SwiGLUs and rotary embeddings of student and teacher by liger-kernel's fused
-            ones (a GPU, and the `liger` extra); `stock` leaves the models as they are.
-        deterministic: on a GPU, the same run gives the same bits, at some cost in speed. A CPU always does.
-        checkpoint_every_steps: steps between checkpoints; one is written at the end in any case.
-        keep_checkpoints: how many of the newest are kept, beside those that another stage of the recipe reads as
-            `NAME@STEP`; 0 keeps all.
-        keep_every_steps: those after a multiple of so many steps are kept, too; 0 for none.
-        watchdog_seconds: end the job, naming the rank that hangs, after so long without progress in training; 0 never
-            does. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
-        evaluate_every_steps: steps between held-out losses; 0 for none.
-        evaluate_sequences: held-out blocks of one such loss; all when not given.
-        patience: end early once so many held-out losses in a row were no better than the best one, and leave the best
-            one's checkpoint as the newest (later ones go, whatever is to be kept); never when not given. A checkpoint
-            is then written at each held-out loss.
-        log_every_steps: steps between log lines; one comes before each checkpoint and at the end, too.
+            ones (needs a GPU and the `liger` extra); `stock` leaves the models as they are.
+        deterministic: on a GPU, make runs bit-identical, at some cost in speed. On a CPU they always are.
+        checkpoint_every_steps: steps between checkpoints; one is always written at the end.
+        keep_checkpoints: how many of the newest checkpoints are kept, besides those that another stage of the recipe
+            reads as `NAME@STEP`; 0 keeps all.
+        keep_every_steps: also keep the checkpoints after every multiple of this number of steps; 0 for none.
+        watchdog_seconds: end the job, naming the rank that hangs, after this long without progress in training; 0 for
+            never. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
+        evaluate_every_steps: steps between measurements of the held-out loss; 0 for none.
+        evaluate_sequences: held-out blocks for each of them; all when not given.
+        patience: stop early after this many held-out losses in a row that are no better than the best one, and leave
+            the best one's checkpoint as the newest (later ones are removed, whatever else says to keep them). A
+            checkpoint is then written at each held-out loss. No early stopping when not given.
+        log_every_steps: steps between log lines; one is also written before each checkpoint and at the end.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project, if `wandb` is installed.
         deepspeed: DeepSpeed JSON for the trained model; beside the recipe, or one that minima ships.
-        seed: of the blocks' order and of any random weights.
+        seed: for the order of the blocks and for any random weights.
     """
 
     batch_sequences: int = Field(gt=0)

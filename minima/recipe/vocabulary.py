@@ -15,7 +15,7 @@ class DonorTraining(Strict):
     Attributes:
         vocabulary_size: pieces, byte fallback and control pieces included. Single characters are at most half of them.
         sources: the text it is trained on; its held-out documents are left out.
-        max_characters: text that training sees at most.
+        max_characters: at most this much text is used for training.
     """
 
     vocabulary_size: int = Field(gt=259)
@@ -29,23 +29,23 @@ class ExpandVocabulary(Stage):
     Attributes:
         model: the model to grow.
         tokenizer: the base tokenizer: an earlier stage, a folder or a Hub id; the model's own when not given.
-        donor: a `tokenizer.model` or `tokenizer.json` file, a folder that holds one, a Hub id, or how to train one. It
-            has to be of the base's kind: SentencePiece BPE, or byte-level BPE.
-        script: take only pieces with a character of this script (or, with Han and Kana, of the punctuation that only
-            East Asian text has): text without one keeps its tokens. All when not given; then neighbouring old tokens
-            of any text may become one new token.
-        count_on: text on which the donor's pieces are counted; the most frequent come first. In the donor's own order
-            when not given. Its held-out documents are left out.
-        minimum_count: pieces that `count_on` holds less often are left out, but for parts of others and what fills
-            the rows up to a multiple. When not given, 1, or none with a `size`: a row that is there anyway is of more
-            use to a rare piece than to none.
-        size: rows of the grown embedding, a multiple of `multiple`. Every piece that passes the filters, rounded up,
-            when not given. A cut is closed under merges: a piece is added with all that it is made of.
-        multiple: the embedding's rows are a multiple of it, filled with real pieces first and reserved rows last,
-            which belong to no token.
-        report_on: text whose held-out documents show tokens per character before and after, each source on its own.
+        donor: where the new pieces come from: a `tokenizer.model` or `tokenizer.json` file, a folder that holds one, a
+            Hub id, or how to train one. It has to be of the base's kind: SentencePiece BPE, or byte-level BPE.
+        script: take only pieces with a character of this script (for Han and Kana, also of punctuation that only East
+            Asian text has), so that text without such characters keeps its tokens. When not given, all pieces are
+            taken; then neighbouring old tokens of any text may become one new token.
+        count_on: text on which the donor's pieces are counted; the most frequent come first. Its held-out documents are
+            left out. When not given, pieces come in the donor's own order.
+        minimum_count: pieces rarer than this are left out, unless another piece needs them or rows have to be filled.
+            When not given, 1, or no minimum with a `size`: a row that exists anyway is better used by a rare piece
+            than by none.
+        size: rows of the grown embedding, a multiple of `multiple`. When not given, enough for every piece that passes
+            the filters, rounded up. A piece is only added together with the smaller pieces it is merged from.
+        multiple: the number of rows is a multiple of this. Rows are filled with real pieces first; the rest are
+            reserved rows, which belong to no token.
+        report_on: text on whose held-out documents tokens per character are reported, before and after, per source.
         held_out_fraction: share of documents set aside in `donor`, `count_on` and `report_on`, by a hash of their text.
-        seed: of the hash.
+        seed: for that hash.
     """
 
     kind: Literal["expand_vocabulary"]
