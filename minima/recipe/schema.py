@@ -39,7 +39,9 @@ class BuildData(Stage):
             begin anew with each document. False is the published behaviour. Conversations and preferences always have
             it.
         tokens: how many training tokens to write, over all sources; when not given, every token once.
-        held_out_fraction: share of documents that are held out, chosen by a hash of their text.
+        held_out_fraction: share of documents that are held out, chosen by a hash of their text. Where that comes to
+            less than a block, a share that the recipe gives is refused; of the default, nothing is held out, with a
+            warning.
         held_out_tokens: at most this many held-out tokens are kept, in whole blocks.
         processes: worker processes; the machine's cores when not given.
         shard_tokens: tokens per shard file, rounded down to whole blocks.
