@@ -1,5 +1,8 @@
 """Errors that are the user's to mend. Each says what is wrong, why it matters and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 ADVICE = "  what to do: "  # begins the last line that an error prints of itself
 
 
@@ -130,3 +133,14 @@ class ClusterError(MinimaError):
 
 class TableError(MinimaError):
     """A table of results, or a fit to one, that no law can be fitted to or read from."""
+
+
+@contextmanager
+def stage_named(name: str) -> Iterator[None]:
+    """Let what is refused inside begin with `stages.NAME`, where it does not say so itself."""
+    try:
+        yield
+    except MinimaError as error:
+        if error.what.startswith((f"stages.{name}:", f"stages.{name}.")):
+            raise
+        raise type(error)(f"stages.{name}: {error.what}", error.why, error.do) from None

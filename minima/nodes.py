@@ -1,5 +1,6 @@
 """What Slurm's and Open MPI's variables say of machines. The launcher alone reads the process's, and hands them on."""
 
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -210,13 +211,14 @@ def free_port() -> int:
 def openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
     """Host and port of rank 0 among Open MPI's ranks.
 
-    Where nothing tells this job from others, its port is that of any such job of this machine.
+    Where no variable tells this job from others, the process that started its ranks does.
     """
     if not one_machine:
         world_size = number(environment, "OMPI_COMM_WORLD_SIZE", 1)
         return broadcast_master(socket.gethostname(), environment.get("MASTER_ADDR"), free_port(), world_size)
     names = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")
-    job = next((environment[name] for name in names if is_set(environment, name)), "mpirun")
+    own = f"{os.getuid()}.{os.getppid()}"  # of the mpirun that started all ranks here
+    job = next((environment[name] for name in names if is_set(environment, name)), own)
     return "127.0.0.1", derived_port(job)
 
 

@@ -50,7 +50,7 @@ def status(run: str, write: Callable[[str], None]) -> int:
         lines = _reasons(folder, stage.name, jobs) if state in _FAILED else []
         if not lines and slurm_state == _GONE:
             ids = ", ".join(job.id for job in jobs)
-            lines = [f"Slurm knows nothing of job {ids} any more, and it left no log: submit again"]
+            lines = [f"Slurm knows nothing of job {ids} any more, and no log says why it ended: submit again"]
         if lines:
             reasons.append("\n".join([f"{stage.name} failed:", *_indented(lines)]))
     cells = _cell_rows(recipe, folder, submitted.get("cells", []), known, asked)

@@ -96,8 +96,17 @@ def show_rejected(label: str, rejected: Rejected) -> None:
         _LOG.warning("source %s: left out %s, %s\n  %s", label, records, reason, "\n  ".join(examples))
 
 
-def check_enough(stage: BuildData, written: dict[str, Any], set_aside: dict[str, Any], held_out_documents: int) -> None:
+def check_enough(
+    stage: BuildData, written: dict[str, Any], set_aside: dict[str, Any], held_out_documents: int, evaluated: bool
+) -> None:
     """Refuse stores without a block; where nobody has asked for held-out text, there may be none.
+
+    Args:
+        stage: what was built.
+        written: counts of the training store.
+        set_aside: counts of the held-out store.
+        held_out_documents: that were chosen.
+        evaluated: whether a stage of the run evaluates on it.
 
     Raises:
         DataError: says how much there was.
@@ -117,7 +126,7 @@ def check_enough(stage: BuildData, written: dict[str, Any], set_aside: dict[str,
         )
         do = "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without"
         do += few if documents * stage.held_out_fraction < 1 else ""
-        if not {"held_out_fraction", "held_out_tokens"} & stage.model_fields_set:
+        if not evaluated and not {"held_out_fraction", "held_out_tokens"} & stage.model_fields_set:
             _LOG.warning("%s: %s, so no stage can evaluate on this data; to have some, %s", stage.name, what, do)
             return
         raise DataError(what, "there would be nothing to evaluate on", do)

@@ -46,7 +46,12 @@ _ADD_TOKENS = 1 << 16
 
 
 def build(
-    stage: BuildData, folder: Path, tokenizer: str | Path | TokenizerTraining, parts: RecordedParts | None = None
+    stage: BuildData,
+    folder: Path,
+    tokenizer: str | Path | TokenizerTraining,
+    parts: RecordedParts | None = None,
+    *,
+    evaluated: bool = False,
 ) -> dict[str, Any]:
     """Write `tokenizer/`, `train/`, `held_out/` and `report.json` into a folder.
 
@@ -58,6 +63,7 @@ def build(
         folder: exists; an earlier result in it is replaced.
         tokenizer: the folder or Hub id of a tokenizer, or how to train one.
         parts: take from them what would be read and encoded; the result is the same to the byte.
+        evaluated: whether a stage is to evaluate on what is held out.
 
     Returns:
         The report's numbers, without the examples of rejected records.
@@ -76,7 +82,7 @@ def build(
         if parts is not None:
             rule = HeldOut(stage.held_out_fraction, stage.seed)
             parts.prepare(folder_sha256(unfinished), plan.read, plan.make, rule)
-        report = _encode(stage, folder, plan, parts)
+        report = _encode(stage, folder, plan, parts, evaluated)
         earlier_seconds = parts.seconds if parts is not None else 0.0
         report["seconds"] = round(earlier_seconds + time.monotonic() - started, 3)
         with disk_full_named(folder):
@@ -178,7 +184,7 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
     return training_texts(chosen, HeldOut(stage.held_out_fraction, stage.seed), training.max_characters)
 
 
-def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | None) -> dict[str, Any]:
+def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | None, evaluated: bool) -> dict[str, Any]:
     """Write and publish both stores; everything that the report says but the time."""
     length = stage.sequence_length
     shape: dict[str, Any] = {
@@ -206,7 +212,7 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
                 break
         gathered.flush()
         written, set_aside = train.finish(), held_out.finish()
-        check_enough(stage, written, set_aside, held_out_documents=sum(s.held_out_documents for s in streams))
+        check_enough(stage, written, set_aside, sum(s.held_out_documents for s in streams), evaluated)
         train.publish()
         held_out.publish()
     for label, stream in zip(labels, streams, strict=True):

@@ -171,7 +171,8 @@ def find_files(source: Source) -> list[Path]:
     """
     files = source.files()
     folder = Path(source.path or "").expanduser()
-    if any((folder / name) in files for name in ("dataset_dict.json", "state.json")):
+    saved = {folder / "dataset_dict.json"}, {folder / "dataset_info.json", folder / "state.json"}
+    if any(names <= set(files) for names in saved):
         raise DataError(
             f"{source.path!r} is a folder that `save_to_disk` of datasets wrote",
             "its files are not texts or records by themselves",

@@ -23,8 +23,8 @@ from minima.launcher import cleaned_environment, free_port, num_accelerators
 
 RESULTS = "results.json"
 _TAIL_LINES = 12  # of the child's log in an error: a traceback's end, and what it says
-# Tokens of an answer that lm-eval leaves room for: its tasks' default, and HumanEval's.
-_ANSWER_TOKENS, _PROGRAM_TOKENS = 256, 1024
+# How lm-eval refuses a model whose whole window is no longer than an answer of the task may be.
+_NO_ROOM = re.compile(r"requested max tokens to generate \(\d+\) must be less than .* \((\d+)\)")
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*")
 _CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the commonest; lm-eval itself knows all that execute code
 
@@ -55,7 +55,6 @@ class Settings:
         limit: items of each task at most.
         chat: ask through the tokenizer's chat template.
         seed: of the few-shot examples and of sampling.
-        window: tokens that the model can read; answers are kept shorter than that.
         task_folders: of task files; a later one comes before an earlier one, and all come before lm-eval's own.
         allow_code_execution: let tasks execute what the model wrote.
     """
@@ -66,7 +65,6 @@ class Settings:
     limit: int | None = None
     chat: bool = False
     seed: int = 1234
-    window: int | None = None
     task_folders: tuple[Path, ...] = ()
     allow_code_execution: bool = False
 
@@ -113,7 +111,7 @@ def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any
         settings: how.
         output: folder of its results and samples.
     """
-    content: dict[str, Any] = {
+    return {
         "model": "hf",
         "model_args": {"pretrained": str(settings.model.resolve()), "dtype": settings.dtype or "auto"},
         "tasks": list(call.tasks),
@@ -128,10 +126,6 @@ def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any
         "log_samples": True,  # without them lm-eval gives no hash of the prompts
         "confirm_run_unsafe_code": settings.allow_code_execution,
     }
-    longest = _PROGRAM_TOKENS if any(task.startswith(_CODE_TASKS) for task in call.tasks) else _ANSWER_TOKENS
-    if settings.window is not None and settings.window <= longest:  # lm-eval would refuse to ask at all
-        content["gen_kwargs"] = {"max_gen_toks": settings.window // 2}
-    return content
 
 
 def command(configuration_file: Path) -> list[str]:
@@ -171,18 +165,24 @@ def ask(call: Call, settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _run(call: Call, settings: Settings, folder: Path) -> None:
-    asked = folder / "configuration.yaml"
-    content = configuration(call, settings, folder / "output")
-    asked.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    allowed = {"HF_ALLOW_CODE_EVAL": "1" if settings.allow_code_execution else "0"}  # whatever the shell has
-    code = _tee(command(asked.resolve()), cleaned_environment() | allowed, folder / "lm_eval.log")
+    content, log = configuration(call, settings, folder / "output"), folder / "lm_eval.log"
+    code = _start(content, settings, folder / "configuration.yaml", log)
+    if code and (window := _NO_ROOM.search(log.read_text(encoding="utf-8", errors="replace"))):
+        content["gen_kwargs"] = {"max_gen_toks": int(window[1]) // 2}  # the other half is the question's
+        code = _start(content, settings, folder / "configuration.yaml", log)
     # lm-eval only warns when it cannot write what it found, so its exit code is not enough.
     written = sorted((folder / "output").rglob("results_*.json"))
     if code or len(written) != 1:
-        raise _failure(call, code, folder / "lm_eval.log")
+        raise _failure(call, code, log)
     for path in written[0].parent.iterdir():
         path.rename(folder / (RESULTS if path == written[0] else _plain_name(path)))
     shutil.rmtree(folder / "output")
+
+
+def _start(content: Mapping[str, Any], settings: Settings, asked: Path, log: Path) -> int:
+    asked.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    allowed = {"HF_ALLOW_CODE_EVAL": "1" if settings.allow_code_execution else "0"}  # whatever the shell has
+    return _tee(command(asked.resolve()), cleaned_environment() | allowed, log)
 
 
 def _plain_name(samples: Path) -> str:

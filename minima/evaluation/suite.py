@@ -186,8 +186,8 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
 
     Returns:
         `task`, `version`, `shots`, `items`, `items_in_all`, `metric`, `filter`, `score`, `stderr`, `metrics` (all of
-        them), `limited`, `stand_in`, `answer_tokens` (where the model's window leaves less room for an answer than the
-        task does), `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
+        them), `limited`, `stand_in`, `answer_tokens` (where the model's window is no longer than the task's answers
+        may be), `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
 
     Raises:
         StageError: lm-eval gave no such number.

@@ -3,12 +3,13 @@
 import importlib.util
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 # `task: name`, and `tag:` or `group:` with a name or a list of them
-_NAMES = re.compile(r"(?m)^(?:task|group|tag|- task|- group)s?: *(\S*) *((?:\n *- +[\w.-]+ *$)*)")
+_NAMES = re.compile(r"""(?m)^(?:- )?["']?(?:task|group|tag)s?["']?: *(\S*) *((?:\n *- +["']?[\w.-]+["']? *$)*)""")
 _PATTERN = re.compile(r"[*?\[/]|\.ya?ml$")  # of several tasks, or of a file
 
 
@@ -35,7 +36,8 @@ def unknown_tasks(tasks: Sequence[str], folder: Path | None) -> dict[str, list[s
 def _names_in(folder: Path) -> frozenset[str]:
     found: set[str] = set()
     for path in folder.rglob("*"):
-        if path.suffix in (".yaml", ".yml") or (path.suffix == "" and path.is_file()):
-            for name, listed in _NAMES.findall(path.read_text(encoding="utf-8", errors="replace")):
-                found |= {name.strip("'\""), *re.findall(r"- +([\w.-]+)", listed)}
+        if path.suffix in (".yaml", ".yml", "") and path.is_file():
+            with suppress(OSError):  # who may not read it has no task of it
+                for name, listed in _NAMES.findall(path.read_text(encoding="utf-8", errors="replace")):
+                    found |= {name.strip("'\""), *re.findall(r"- +[\"']?([\w.-]+)", listed)}
     return frozenset(found - {""})

@@ -207,7 +207,10 @@ def answer_lines(conversation: Conversation, lines: TextIO) -> None:
             raise DataError(f"the input is not UTF-8 ({error})", "it cannot be read as text", "convert it") from error
         except DataError as error:
             refused.append(DataError(f"line {number} of the input: {error.what}", error.why, error.do))
-            conversation.skip(str(refused[-1].what))
+            try:
+                conversation.skip(refused[-1].what)
+            except BrokenPipeError:
+                return
     if refused:
         raise refused[0]
 

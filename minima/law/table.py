@@ -5,14 +5,14 @@ what a cell is; whether rows belong together is looked at where they are fitted 
 """
 
 import csv
+import io
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, write_whole
 from minima.errors import TableError
 
 INITIALISATIONS = ("pruned_from_teacher", "pruned_from_fixed", "random", "direct")
@@ -93,16 +93,8 @@ def write_table(rows: Iterable[Row], *paths: Path) -> None:
     """
     rows = list(rows)
     for path in paths:
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         with disk_full_named(path.parent):
-            if _suffix(path) == ".csv":
-                with beside.open("w", encoding="utf-8", newline="") as file:
-                    writer = csv.writer(file, lineterminator="\n")
-                    writer.writerow(COLUMNS)
-                    writer.writerows([_text(name, getattr(row, name)) for name in COLUMNS] for row in rows)
-            else:
-                _write_parquet(rows, beside)
-            os.replace(beside, path)
+            write_whole(path, _csv(rows) if _suffix(path) == ".csv" else _parquet(rows))
 
 
 def read_table(path: Path) -> list[Row]:
@@ -204,10 +196,20 @@ def _read_parquet(path: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
     return table.column_names, table.to_pylist()
 
 
-def _write_parquet(rows: list[Row], path: Path) -> None:
+def _csv(rows: list[Row]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_text(name, getattr(row, name)) for name in COLUMNS] for row in rows)
+    return text.getvalue()
+
+
+def _parquet(rows: list[Row]) -> bytes:
     import pyarrow
     from pyarrow import parquet
 
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     columns = {name: pyarrow.array([getattr(row, name) for row in rows], types[_KINDS[name]]) for name in COLUMNS}
-    parquet.write_table(pyarrow.table(columns), path)
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()

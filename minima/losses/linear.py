@@ -61,7 +61,7 @@ def graph_is_kept() -> bool:
     What torch's own compiler asks before it reuses saved tensors. A torch that does not say counts as yes.
     """
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
+    return torch.compiler.is_compiling() or ask is None or ask()
 
 
 class ChunkBuffers:

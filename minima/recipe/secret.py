@@ -25,9 +25,14 @@ def passwords_in(text: str) -> list[str]:
 def secret_place(value: Any, place: str = "") -> str | None:
     """Where a token or a password stands in keys and values, as `stages.1.sources`; None where none does."""
     for where, text in _texts(value, place):
-        if token_in(text) or passwords_in(text):
+        if _is_sure(token_in(text) or "") or passwords_in(text):
             return where
     return None
+
+
+def _is_sure(token: str) -> bool:
+    """Whether it can hardly be a name: tokens are long, and mix capitals and digits."""
+    return len(token) >= 20 and any(map(str.isdigit, token)) and any(map(str.isupper, token))
 
 
 def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,6 @@ from minima.evaluation.judged import read_questions, write_answers
 from minima.evaluation.suite import SUITE, Asked, file_hashes, plan_suite, plan_tasks, score, table, write_tasks
 from minima.models.checksums import WEIGHTS, verify_files
 from minima.models.layout import VOCABULARY_FILES, has_chat_template, model_folder
-from minima.models.shape import ModelShape
 from minima.recipe.release import Benchmark
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
@@ -127,7 +126,6 @@ def _scores(
         limit=stage.limit,
         chat=stage.chat,
         seed=stage.seed,
-        window=ModelShape.from_folder(model).max_positions,
         task_folders=(write_tasks(context.folder / "task_files", data), *own),
         allow_code_execution=context.allow_code_execution,
     )

@@ -14,7 +14,7 @@ from minima.data.parts import RecordedParts, check_counts
 from minima.disk import write_json
 from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.data import TokenizerTraining
-from minima.recipe.schema import BuildData
+from minima.recipe.schema import BuildData, Evaluate, Recipe
 from minima.stages.context import StageContext
 from minima.stages.manifest import STARTED, read_manifest
 
@@ -36,14 +36,21 @@ def run(context: StageContext) -> dict[str, Any]:
     assert isinstance(stage, BuildData)
     folder = context.folder / PARTS
     if not folder.is_dir():
-        return build(stage, context.folder, _tokenizer(context, stage))
+        return build(stage, context.folder, _tokenizer(context, stage), evaluated=_is_evaluated(context.recipe, stage))
     command = f"minima stage {context.recipe_path} --stages {stage.name} --part"
     started = read_manifest(context.folder, STARTED)
     parts = RecordedParts(folder, started["identity"], command, processes_of(stage))
-    metrics = build(stage, context.folder, _tokenizer(context, stage), parts)
+    evaluated = _is_evaluated(context.recipe, stage)
+    metrics = build(stage, context.folder, _tokenizer(context, stage), parts, evaluated=evaluated)
     earlier_seconds = started.get("earlier_seconds", 0.0) + parts.seconds
     write_json(context.folder / STARTED, started | {"earlier_seconds": round(earlier_seconds, 3)})
     return metrics
+
+
+def _is_evaluated(recipe: Recipe, stage: BuildData) -> bool:
+    """Whether a stage of the recipe evaluates on the data's held-out part."""
+    reading = [each for each in recipe.stages if getattr(each, "data", None) == stage.name]
+    return any(isinstance(each, Evaluate) or getattr(each, "evaluate_every_steps", 0) for each in reading)
 
 
 def tidy(context: StageContext) -> None:

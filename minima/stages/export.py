@@ -185,7 +185,7 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     transformers 5 does not write whether a text gets a begin or an end token: it reads that from `tokenizer.json`.
     transformers 4 takes a Llama's tokenizer for one that adds the first, and so does llama.cpp each SentencePiece
     model; a model that never saw it there would. So it is said outright. Without a token for padding, several texts
-    could not be read at once.
+    could not be read at once: a Llama's tokenizer, which has none, gets its unknown one.
     """
     for pattern in TOKENIZER_FILES:
         for path in tokenizer.glob(pattern):
@@ -194,8 +194,9 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         config = tokenizer_with_4x_names(json.loads(settings.read_text(encoding="utf-8")))
-        if not config.get("pad_token") and config.get("eos_token"):  # the one that generation_config.json names
-            config["pad_token"] = config["eos_token"]
+        unknown = config.get("unk_token")
+        if not config.get("pad_token") and unknown and unknown != config.get("eos_token"):
+            config["pad_token"] = unknown  # not the end token: who fine-tunes would leave it out with the padding
         if (folder / "tokenizer.model").is_file() or str(config.get("tokenizer_class")).startswith("Llama"):
             with suppress(DataError):  # one that does not load is copied as it is; who needs it refuses it by name
                 begin, end = ends_added(load_tokenizer(folder))

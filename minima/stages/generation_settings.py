@@ -31,6 +31,8 @@ def generation_settings(config: dict[str, Any], tokenizer: Path | None, *, chat:
         begin = loaded.bos_token_id if begin is None else begin
         ends += [loaded.eos_token_id, *(stop_ids(loaded) if template else [])]
         padding = loaded.pad_token_id
+        if padding is None and loaded.unk_token_id != loaded.eos_token_id:  # as in the exported tokenizer
+            padding = loaded.unk_token_id
     ends = list(dict.fromkeys(ends))
     found: dict[str, Any] = {"bos_token_id": begin}
     if ends:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minima.errors import stage_named
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
 from minima.planning.candidates import Stage as Trained
@@ -29,7 +30,7 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
-from minima.stages.preview import Walk, stage_named
+from minima.stages.preview import Walk
 from minima.stages.preview_inputs import frozen_model, with_shared_rows
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 

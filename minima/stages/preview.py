@@ -1,10 +1,9 @@
 """The dry run: shapes, tokens and steps of every stage, from the recipe and what lies on this machine. No torch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from minima.errors import MinimaError, RecipeError, StageError
+from minima.errors import MinimaError, RecipeError, StageError, stage_named
 from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
@@ -34,7 +33,7 @@ from minima.recipe.schema import (
 )
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
-from minima.stages.manifest import FINISHED, STARTED, is_finished
+from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
 from minima.stages.preview_inputs import KnownInputs, frozen_model, with_shared_rows
 from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
@@ -77,7 +76,7 @@ class Walk(KnownInputs):
                 check_deepspeed_json(stage, name, self.recipe_path)
             except MinimaError as error:
                 preview.notes.append(error.what)
-        check_known_tokens(self.recipe, stage)
+        check_known_tokens(self.recipe, stage, self.folder)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)
@@ -242,9 +241,13 @@ class Walk(KnownInputs):
 
     def _check_held_out(self, stage: AnyTraining | Evaluate, how: str, do: str) -> None:
         data = self.data_stage(stage.data)
-        if data is not None and not data.held_out_fraction:
+        none = "held_out_fraction 0" if data is not None and not data.held_out_fraction else None
+        if is_finished(folder := self._data_folder(stage.data)) and not is_finished(self.folder / stage.name):
+            metrics = read_manifest(folder).get("metrics") or {}
+            none = none or ("no held-out block" if metrics.get("held_out_blocks", 1) == 0 else None)
+        if none is not None:
             raise RecipeError(
-                f"stages.{stage.name}: it {how}, but the data {stage.data!r} has held_out_fraction 0",
+                f"stages.{stage.name}: it {how}, but the data {stage.data!r} has {none}",
                 "there would be no text that the model was not trained on",
                 f"give the build_data stage a held_out_fraction above 0, {do}",
             )
@@ -261,17 +264,6 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
         with stage_named(stage.name):
             previews.append(state.stage(stage))
     return previews
-
-
-@contextmanager
-def stage_named(name: str) -> Iterator[None]:
-    """Let what is refused inside begin with `stages.NAME`, where it does not say so itself."""
-    try:
-        yield
-    except MinimaError as error:
-        if error.what.startswith((f"stages.{name}:", f"stages.{name}.")):
-            raise
-        raise type(error)(f"stages.{name}: {error.what}", error.why, error.do) from None
 
 
 def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:

@@ -7,39 +7,51 @@ from typing import NamedTuple
 from minima.errors import TokenizerMismatch
 from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.schema import AnyStage, AnyTraining, BuildData, ExpandVocabulary, ModelInput, Recipe
+from minima.stages.manifest import is_finished
 from minima.stages.preview_inputs import cached_config, frozen_model
 
 
 class _Origin(NamedTuple):
-    """Where a tokenizer comes from: a stage that trains or grows one, or something outside of the recipe."""
+    """Where a tokenizer comes from.
+
+    Attributes:
+        stage: that trains or grows it.
+        trained: how many ids the stage trains; 0 for a grown one.
+        outside: what is no stage of the recipe.
+        revision: of a Hub id.
+    """
 
     stage: str | None
-    trained: bool
-    outside: str
+    trained: int = 0
+    outside: str = ""
     revision: str | None = None
 
 
-def check_known_tokens(recipe: Recipe, stage: AnyStage) -> None:
+def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
     """Refuse data whose tokenizer is known not to be that of a model that reads it: building it could take days.
 
     What cannot be told here, since a tokenizer is not on this machine or is no tokenizer.json, is left to the stage.
 
+    Args:
+        recipe: the whole run.
+        stage: may read data and models.
+        folder: of the run.
+
     Raises:
-        TokenizerMismatch: the recipe trains a tokenizer, and the model has one of its own; or an id stands for
+        TokenizerMismatch: the recipe trains a tokenizer of another size than the model's own; or an id stands for
             something else in the two, which is named.
     """
     data = getattr(stage, "data", None)
-    if data is None:
+    if data is None or is_finished(folder / stage.name):
         return
     models: list[ModelInput | str | None] = [*getattr(stage, "models", ()), getattr(stage, "model", None)]
-    if isinstance(stage, AnyTraining):
-        models.append(frozen_model(stage))
+    models.append(frozen_model(stage) if isinstance(stage, AnyTraining) else getattr(stage, "teacher", None))
     for model in models:
         if model is not None:
-            _check(recipe, stage.name, data, model)
+            _check(recipe, stage.name, data, model, folder)
 
 
-def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str) -> None:
+def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_folder: Path) -> None:
     ours = _origin(recipe, data)
     theirs = _origin(recipe, model if isinstance(model, str) else model.source or data, model)
     if ours is None or theirs is None or theirs.stage is not None or ours.outside == theirs.outside:
@@ -47,20 +59,21 @@ def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str) -> No
     own = _folder(theirs)
     if own is None:
         return
-    if ours.trained:
+    known = _pieces(own)
+    folder = _folder(ours) if ours.stage is None else run_folder / ours.stage / "tokenizer"
+    pieces = {} if folder is None else _pieces(folder)
+    if ours.trained and not pieces and known and 1 + max(known) != ours.trained:
         raise TokenizerMismatch(
-            f"stages.{stage}: {ours.stage!r} trains a tokenizer for its data, and {theirs.outside} has one of its own",
+            f"stages.{stage}: {ours.stage!r} trains a tokenizer of {ours.trained:,} ids for its data, and "
+            f"{theirs.outside} has one of its own, of {1 + max(known):,}",
             "the model would read other words than the text has",
             f"give the build_data stage `tokenizer: {theirs.outside}`, and add what it lacks by an expand_vocabulary "
             "stage",
         )
-    folder = _folder(ours) if ours.stage is None else None
-    pieces = None if folder is None else _pieces(folder)
-    known = _pieces(own)
-    for number, piece in sorted((pieces or {}).items()):
+    for number, piece in sorted(pieces.items()):
         if known.get(number, piece) != piece:
             raise TokenizerMismatch(
-                f"stages.{stage}: id {number} is {piece!r} in the data's tokenizer {ours.outside} and "
+                f"stages.{stage}: id {number} is {piece!r} in the data's tokenizer {ours.outside or folder} and "
                 f"{known[number]!r} in that of {theirs.outside}",
                 "the model would read other words than the text has",
                 f"give the build_data stage the model's own tokenizer (`tokenizer: {theirs.outside}`)",
@@ -75,15 +88,15 @@ def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Or
         base, _, step = reference.rpartition("@")
         stage = stages.get(reference) or (stages.get(base) if step.isdigit() else None)
         if stage is None:
-            return _Origin(None, False, reference, revision)
+            return _Origin(None, outside=reference, revision=revision)
         if isinstance(stage, ExpandVocabulary):
-            return _Origin(stage.name, False, "")
+            return _Origin(stage.name)
         source = stage.tokenizer if isinstance(stage, BuildData) else getattr(stage, "model", None)
         if isinstance(source, ModelInput):
             revision = source.revision
             source = source.source or getattr(stage, "data", None)  # random weights go with their data
         if not isinstance(source, str):
-            return _Origin(stage.name, isinstance(stage, BuildData), "")
+            return _Origin(stage.name, getattr(source, "vocabulary_size", 0))
         reference = source
 
 

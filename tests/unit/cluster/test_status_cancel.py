@@ -175,7 +175,7 @@ def test_what_left_the_queue_is_asked_of_the_accounting(slurm, project):
     code, text = show()
     assert code == 1 and row(text, "corpus")[2:5] == ["failed", "101", "OUT_OF_MEMORY"]
     assert row(text, "base")[4] == "gone"
-    assert "base failed:\n  Slurm knows nothing of job 102 any more, and it left no log: submit again" in text
+    assert "base failed:\n  Slurm knows nothing of job 102 any more, and no log says why it ended: submit again" in text
 
 
 def test_without_slurm(project, monkeypatch, tmp_path):

@@ -247,6 +247,8 @@ def test_few_documents_are_built_where_nobody_asked_for_held_out_text(tmp_path, 
     metrics = build(few, tmp_path, tokenizer)
     assert metrics["held_out_blocks"] == 0 and len(stores(tmp_path)[0])
     assert "c: held_out_fraction 0.005 chose 0 of 10 documents" in caplog.text and "to have some, raise" in caplog.text
+    with pytest.raises(DataError, match="chose 0 of 10 documents"):  # before anything is trained
+        build(few, tmp_path, tokenizer, evaluated=True)
 
 
 @pytest.mark.parametrize("second", ["missing.jsonl", "empty.jsonl"])

@@ -143,12 +143,20 @@ def test_lm_eval_that_is_not_installed(monkeypatch, tmp_path):
         ask(CALL, settings(tmp_path), tmp_path / "lm_eval")
 
 
-@pytest.mark.parametrize(
-    ("tasks", "window", "tokens"),
-    [(("gsm8k_cot",), 128, 64), (("gsm8k_cot",), 256, 128), (("gsm8k_cot",), 257, None), (("humaneval",), 1024, 512),
-     (("local_humaneval",), 2048, None), (("mmlu",), None, None)],
-)  # fmt: skip
-def test_answers_leave_room_for_the_question(tmp_path, tasks, window, tokens):
-    """lm-eval would not ask a model whose whole window is as long as an answer may be."""
-    told = configuration(Call("a", tasks), settings(tmp_path, window=window), tmp_path / "out")
-    assert told.get("gen_kwargs") == (None if tokens is None else {"max_gen_toks": tokens})
+def test_answers_leave_room_for_the_question(tmp_path, monkeypatch):
+    """lm-eval does not ask a model whose whole window is no longer than an answer may be; then it is told of half."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(
+        "import json, pathlib, sys, yaml\n"
+        "asked = yaml.safe_load(open(sys.argv[1]))\n"
+        "if 'gen_kwargs' not in asked:\n"
+        '    sys.exit("AssertionError: Invalid configuration: requested max tokens to generate (256) must be less than '
+        "model's maximum sequence length (128).\")\n"
+        "out = pathlib.Path(asked['output_path']) / 'm'\n"
+        "out.mkdir(parents=True)\n"
+        "(out / 'results_1.json').write_text(json.dumps({'config': {'gen_kwargs': asked['gen_kwargs']}}))\n"
+    )
+    monkeypatch.setattr(harness, "command", lambda path: [sys.executable, str(script), str(path)])
+    found = ask(CALL, settings(tmp_path), tmp_path / "lm_eval")
+    assert found["config"]["gen_kwargs"] == {"max_gen_toks": 64}
+    assert "gen_kwargs" not in configuration(CALL, settings(tmp_path), tmp_path)

@@ -411,10 +411,10 @@ def test_a_stage_may_not_take_the_name_of_a_file_of_the_run(name):
         Recipe.model_validate({"name": "r", "stages": [stage]})
 
 
-@pytest.mark.parametrize("text", ["name: " + "[" * 5000, "name: " + "[" * 600 + "]" * 600])
-def test_brackets_in_brackets_are_refused(load, text):
-    with pytest.raises(RecipeError, match=r"nested too deeply|tiny\.yaml"):
-        load(text)
+@pytest.mark.parametrize("closed", [0, 5000])
+def test_brackets_in_brackets_are_refused(load, closed):
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        load("name: " + "[" * 5000 + "]" * closed)
 
 
 def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(load):
@@ -428,10 +428,15 @@ def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(load):
     ("override", "place"),
     [
         ("stages.corpus.sources.0.path=https://u:secret@host/x.txt", "stages.0.sources.0.path"),
-        ("output=runs/hf_verysecretverysecretverysecret", "output"),
+        ("output=runs/hf_VerySecret0VerySecret1VerySecret2VS", "output"),
     ],
 )
 def test_a_token_is_refused_before_it_is_copied_into_the_run(load, recipe, override, place):
     with pytest.raises(RecipeError, match=f"a token or a password stands in {place}") as refused:
         load(recipe, override)
-    assert "secret@" not in str(refused.value) and "verysecret" not in str(refused.value)
+    assert "secret@" not in str(refused.value) and "VerySecret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["hf_llama27bconvertedweights", "sk-proj-llama-distilled-chat-model-v2"])
+def test_a_name_like_a_token_is_none(load, recipe, name):
+    assert load(recipe, f"output=runs/{name}").output == f"runs/{name}"

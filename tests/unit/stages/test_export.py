@@ -280,7 +280,7 @@ def test_an_exported_chat_model_answers_through_transformers_own_pipeline(contex
     assert "pad_token" not in said
     assert "generation flags" not in said
     found = json.loads((folder / "generation_config.json").read_text())
-    assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} | CHAT_SAMPLING
+    assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | CHAT_SAMPLING
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == WINDOW
     assert "llama chat model" in (folder / "README.md").read_text()
 
@@ -290,7 +290,7 @@ def test_a_chat_template_that_was_taken_over_makes_no_chat_model(context, chat_f
     folder = context.folder / "model"
     assert (folder / "chat_template.jinja").is_file()
     found = json.loads((folder / "generation_config.json").read_text())
-    assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert found == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert "llama causal language model" in (folder / "README.md").read_text()
 
 

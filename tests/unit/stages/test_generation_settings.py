@@ -33,7 +33,7 @@ def test_every_token_that_may_end_a_text_is_named(tokenizer, tmp_path):
 def test_a_base_model_does_not_sample(tokenizer, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    expected = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    expected = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert generation_settings({"eos_token_id": 2}, tmp_path, chat=True) == expected
     assert generation_settings({"eos_token_id": [2, 7]}, tmp_path, chat=False) == expected | {"eos_token_id": [2, 7]}
 

@@ -457,13 +457,38 @@ def test_a_tokenizer_that_is_trained_for_a_model_with_its_own_is_refused(show, t
     """Before anything is built: a corpus of a large run takes days."""
     tokenizer_folder(tmp_path / "own", "</s>", "a", "b")
     trained = data_stage(tokenizer={"vocabulary_size": 300})
-    with pytest.raises(TokenizerMismatch, match=r"stages.t: 'c' trains a tokenizer .* and own has one of its own"):
+    size = r"'c' trains a tokenizer of 300 ids for its data, and own has one of its own, of 3"
+    with pytest.raises(TokenizerMismatch, match=f"stages.t: {size}"):
         show(trained, training("adapt", steps=2, model="own"))
     prune = {"name": "p", "kind": "prune", "model": "own", "data": "c", "target": {"hidden_size": 4}}
-    with pytest.raises(TokenizerMismatch, match=r"stages.p: 'c' trains a tokenizer"):
+    with pytest.raises(TokenizerMismatch, match=r"stages.p: 'c' trains a tokenizer of"):
         show(trained, prune)
     (tmp_path / "own" / "tokenizer.json").unlink()
     show(trained, training("adapt", steps=2, model="own"))  # weights alone have no tokens of their own
+
+
+def test_a_model_of_another_run_that_trained_the_same_tokenizer_may_be_read(show, tmp_path, built):
+    """The same texts give the same tokens: two runs may be compared."""
+    tokenizer_folder(tmp_path / "other" / "tokenizer", *(f"p{number}" for number in range(300)))
+    trained = data_stage(tokenizer={"vocabulary_size": 300}, held_out_fraction=0.5)
+    compare = {"name": "q", "kind": "evaluate", "models": ["other"], "data": "c"}
+    show(trained, compare)
+    tokenizer_folder(tmp_path / "out" / "c" / "tokenizer", *(f"p{number}" for number in range(300)))
+    show(trained, compare)
+    tokenizer_folder(tmp_path / "out" / "c" / "other", *(f"q{number}" for number in range(300)))
+    (tmp_path / "out/c/other/tokenizer.json").rename(tmp_path / "out/c/tokenizer/tokenizer.json")
+    with pytest.raises(TokenizerMismatch, match="id 0 is 'q0'"):
+        show(trained, compare)
+
+
+def test_data_that_was_built_without_held_out_text_is_told_before_anything_is_trained(show, built, tmp_path):
+    data = built("out/c", 7)
+    manifest = tmp_path / "out" / "c" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"metrics": (facts.get("metrics") or {}) | {"held_out_blocks": 0}}))
+    compare = {"name": "q", "kind": "evaluate", "models": [str(tmp_path)], "data": "c"}
+    with pytest.raises(RecipeError, match="the data 'c' has no held-out block"):
+        show(data, compare)
 
 
 @pytest.mark.parametrize("read", ["teacher", "model"])
@@ -497,8 +522,11 @@ def test_a_model_that_comes_from_its_data_goes_with_it(show, tmp_path):
 def test_a_task_that_no_file_tells_of_is_told_beforehand(show, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.yaml").write_text("task: mine\n")
+    pytest.importorskip("lm_eval")
+    (tmp_path / "own" / "folder.yaml").mkdir()
+    (tmp_path / "own" / ".#mine.yaml").symlink_to("nowhere")  # an editor's
     benchmark = {"name": "b", "kind": "benchmark", "model": "org/model", "task_folder": "own"}
-    right = ["mine", "piqa", "mmlu", "stand_in_bbh", "mmlu_*", "own/mine.yaml"]
+    right = ["mine", "mmlu_clinical_knowledge", "piqa", "mmlu", "stand_in_bbh", "mmlu_*", "own/mine.yaml"]
     assert not any("task file" in note for note in show(benchmark | {"tasks": right})[1])
     notes = show(benchmark | {"tasks": [*right, "hellaswg"]})[1]
     assert "no task file here tells of 'hellaswg'; did you mean 'hellaswag'?" in notes
