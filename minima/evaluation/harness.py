@@ -7,6 +7,7 @@ on several GPUs through its own launcher, accelerate.
 import codecs
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from minima.errors import StageError
 from minima.launcher import cleaned_environment, free_port, num_accelerators
 
 RESULTS = "results.json"
+logger = logging.getLogger("minima.benchmark")
 _TAIL_LINES = 12  # of the child's log in an error: a traceback's end, and what it says
 # How lm-eval refuses a model whose whole window is no longer than an answer of the task may be.
 _NO_ROOM = re.compile(r"requested max tokens to generate \(\d+\) must be less than .* \((\d+)\)")
@@ -168,7 +170,9 @@ def _run(call: Call, settings: Settings, folder: Path) -> None:
     content, log = configuration(call, settings, folder / "output"), folder / "lm_eval.log"
     code = _start(content, settings, folder / "configuration.yaml", log)
     if code and (window := _NO_ROOM.search(log.read_text(encoding="utf-8", errors="replace"))):
-        content["gen_kwargs"] = {"max_gen_toks": int(window[1]) // 2}  # the other half is the question's
+        half = int(window[1]) // 2  # the other half is the question's
+        logger.warning("%s: asked again with answers of %d tokens at most", call.name, half)
+        content["gen_kwargs"] = {"max_gen_toks": half}
         code = _start(content, settings, folder / "configuration.yaml", log)
     # lm-eval only warns when it cannot write what it found, so its exit code is not enough.
     written = sorted((folder / "output").rglob("results_*.json"))
