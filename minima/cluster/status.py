@@ -11,6 +11,7 @@ from minima.cluster.records import Job
 from minima.cluster.runs import look_up, newest_jobs, open_run
 from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage, Recipe
+from minima.report.progress import duration
 from minima.report.run_table import number
 from minima.report.tables import text_table
 from minima.stages.manifest import STARTED, is_finished
@@ -122,7 +123,7 @@ def _row(recipe: Recipe, stage: AnyStage, folder: Path, jobs: Sequence[Job], sta
         "" if found.tokens is None else f"{found.tokens:,}",
         "" if found.loss is None else number(found.loss),
         "" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f}",
-        "" if left is None else _duration(left),
+        "" if left is None else duration(left),
         "" if found.checkpoint_step is None else f"step {found.checkpoint_step:,}",
     ]
 
@@ -149,15 +150,6 @@ def _cell_rows(
         words = _words(task) if task else _GONE if state == "failed" else ""
         rows.append([name, state, f"{job.id}_{index}", words, f"{len(done)}/{len(recipe.stages)}"])
     return rows
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

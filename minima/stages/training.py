@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minima.data.store import TokenStore
 from minima.disk import copy_content
 from minima.engine import distributed
 from minima.engine.deepspeed_config import training_config
@@ -74,30 +75,11 @@ def run_training(
     check_format(store, stage.kind, formats)
     origin = origin or open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
-    check_fit(shape, store, origin.identity)
     check_tokens(data, origin.tokenizer, origin.identity)
-    if stage.evaluate_every_steps and len(held_out):
-        check_fit(shape, held_out, origin.identity)
-    elif stage.evaluate_every_steps:
-        raise DataError(
-            f"stage {stage.name!r} evaluates every {stage.evaluate_every_steps} steps, but {held_out.folder} is empty",
-            "there is no text that it was not trained on",
-            "raise held_out_fraction of the build_data stage, or set evaluate_every_steps: 0",
-        )
-    total_steps = stage.total_steps(store.sequence_length, len(store))
-    if total_steps == 0:
-        raise RecipeError(
-            f"stage {stage.name!r} has less than one sequence to train on",
-            "no step would be made",
-            f"give it at least {store.sequence_length} tokens",
-        )
+    total_steps = _checked_steps(stage, shape, store, held_out, origin)
     if distributed.is_main():
         warn_of_same_blocks(context, stage)
-    if stage.deterministic:
-        fix_bits()
-    random.seed(stage.seed)
-    np.random.seed(stage.seed % 2**32)
-    torch.manual_seed(stage.seed)
+    _seed(stage)
     choice = plan_memory(context, stage, shape, store.sequence_length, *(teacher or ()))
     stage = stage.model_copy(update={"activation_checkpointing": choice.activation_checkpointing})
     config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size(), shape)
@@ -140,3 +122,37 @@ def run_training(
     finally:
         run.close()
         student.close()
+
+
+def _checked_steps(
+    stage: AnyTraining, shape: ModelShape, store: TokenStore, held_out: TokenStore, origin: Origin
+) -> int:
+    """The optimiser steps of a stage, whose model can read its data.
+
+    Raises:
+        MinimaError: it cannot, there is nothing to evaluate on, or less than one sequence to train on.
+    """
+    check_fit(shape, store, origin.identity)
+    if stage.evaluate_every_steps and len(held_out):
+        check_fit(shape, held_out, origin.identity)
+    elif stage.evaluate_every_steps:
+        raise DataError(
+            f"stage {stage.name!r} evaluates every {stage.evaluate_every_steps} steps, but {held_out.folder} is empty",
+            "there is no text that it was not trained on",
+            "raise held_out_fraction of the build_data stage, or set evaluate_every_steps: 0",
+        )
+    if not (steps := stage.total_steps(store.sequence_length, len(store))):
+        raise RecipeError(
+            f"stage {stage.name!r} has less than one sequence to train on",
+            "no step would be made",
+            f"give it at least {store.sequence_length} tokens",
+        )
+    return steps
+
+
+def _seed(stage: AnyTraining) -> None:
+    if stage.deterministic:
+        fix_bits()
+    random.seed(stage.seed)
+    np.random.seed(stage.seed % 2**32)
+    torch.manual_seed(stage.seed)
