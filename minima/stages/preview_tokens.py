@@ -54,9 +54,7 @@ def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
 def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_folder: Path) -> None:
     ours = _origin(recipe, data)
     theirs = _origin(recipe, model if isinstance(model, str) else model.source or data, model)
-    if ours is None or theirs is None or theirs.stage is not None or ours.outside == theirs.outside:
-        return
-    own = _folder(theirs)
+    own = _folder(theirs) if theirs.stage is None and theirs.outside != ours.outside else None
     if own is None:
         return
     known = _pieces(own)
@@ -80,7 +78,7 @@ def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_f
             )
 
 
-def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Origin | None:
+def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Origin:
     """Follow models and data back to the tokenizer that they came with."""
     stages = {stage.name: stage for stage in recipe.stages}
     revision = model.revision if isinstance(model, ModelInput) else None

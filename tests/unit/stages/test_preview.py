@@ -506,7 +506,7 @@ def test_a_model_that_comes_from_its_data_goes_with_it(show, tmp_path):
     trained = data_stage(tokenizer={"vocabulary_size": 300})
     first = training("adapt", steps=2, name="base", model={"random": SMALL | {"vocabulary_size": 300}})
     again = data_stage(name="d", tokenizer="base")
-    show(trained, first, again, training("adapt", steps=2, model="base", data="d"))
+    assert "model" in show(trained, first, again, training("adapt", steps=2, model="base", data="d"))[0]
     donor = {"vocabulary_size": 4000, "sources": [{"embedded": "poems"}]}
     grown = {
         "name": "g",
@@ -516,7 +516,7 @@ def test_a_model_that_comes_from_its_data_goes_with_it(show, tmp_path):
         "size": 64,
         "count_on": [{"embedded": "poems"}],
     }
-    show(grown, data_stage(tokenizer="g"), training("adapt", steps=2, model="g"))
+    assert "model" in show(grown, data_stage(tokenizer="g"), training("adapt", steps=2, model="g"))[0]
 
 
 def test_a_task_that_no_file_tells_of_is_told_beforehand(show, tmp_path):
