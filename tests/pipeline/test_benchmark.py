@@ -216,9 +216,6 @@ def test_refusals_before_anything_starts(run, tmp_path):
         benchmark.run(context(folder, recipe(folder, tasks=["humaneval"]), allow=False))
     with pytest.raises(StageError, match="data_folder '/nowhere' is no folder"):
         benchmark.run(context(folder, recipe(folder, suite="minima", data_folder="/nowhere"), allow=False))
-    twice = [{"format": "mt_bench", "questions": "a"}] * 2
-    with pytest.raises(StageError, match="overwrite"):
-        benchmark.run(context(folder, recipe(folder, answers=twice), allow=False))
     plain = tmp_path / "plain" / "model"
     write_model(plain)
     for path in plain.glob("chat_template*"):
