@@ -9,7 +9,7 @@ from minima.data.template_choice import other_format
 from minima.data.tokenizer import check_same_tokens, check_vocabulary
 from minima.engine import distributed
 from minima.engine.weights import open_weights
-from minima.errors import DataError, MinimaError, ShapeError, TokenizerMismatch
+from minima.errors import DataError, ShapeError, TokenizerMismatch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.planning.dry_run import size_text
@@ -109,21 +109,21 @@ def check_template(context: StageContext, data: Path, model: ModelInput, *, refu
     Raises:
         TokenizerMismatch: they differ, and that is an error.
     """
-    error: MinimaError | None = None
     own = None if model.random is not None else context.model(model).tokenizer
     compared = own is not None and (data / "tokenizer").is_dir() and TokenStore.open(data / "train").format != "text"
-    if own is not None and compared and distributed.share()[0] == 0:
+    with distributed.refused_together():
+        if own is None or not compared or distributed.share()[0] != 0:
+            return
         found = other_format(data / "tokenizer", own)
-        if found is not None:
-            what = f"the conversations in {data} are not written as {model.source} writes them: {found}"
-            why = "the model would be trained, and answer afterwards, in another format than the one it knows"
-            if refuse:
-                error = TokenizerMismatch(
-                    what, why, "build the data with the tokenizer of that model and `chat_template: own`"
-                )
-            else:
-                logger.warning("%s; %s. Set `chat_template: own` if that is not what you want", what, why)
-    distributed.raise_together(error)
+        if found is None:
+            return
+        what = f"the conversations in {data} are not written as {model.source} writes them: {found}"
+        why = "the model would be trained, and answer afterwards, in another format than the one it knows"
+        if refuse:
+            raise TokenizerMismatch(
+                what, why, "build the data with the tokenizer of that model and `chat_template: own`"
+            )
+        logger.warning("%s; %s. Set `chat_template: own` if that is not what you want", what, why)
 
 
 def check_format(store: TokenStore, kind: str, accepted: tuple[str, ...]) -> None:
