@@ -27,7 +27,10 @@ logger = logging.getLogger("minima.benchmark")
 _TAIL_LINES = 12  # of the child's log in an error: a traceback's end, and what it says
 # How lm-eval refuses a model whose whole window is no longer than an answer of the task may be.
 _NO_ROOM = re.compile(r"requested max tokens to generate \(\d+\) must be less than .* \((\d+)\)")
-_RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*")
+_RAISED = re.compile(
+    r"(?!.*ChildFailedError)[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*"
+)  # a process's, not accelerate's
+_RANK = re.compile(r"\[rank\d+\]: ?")  # before each line of what one of several processes raised
 _CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the commonest; lm-eval itself knows all that execute code
 
 
@@ -218,7 +221,7 @@ def _failure(call: Call, code: int, log: Path) -> StageError:
     text = log.read_text(encoding="utf-8", errors="replace")
     if "is marked as unsafe" in text:  # lm-eval knows of more tasks than _CODE_TASKS names
         return _refusal(call.tasks)
-    lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+    lines = [_RANK.sub("", line.rpartition("\r")[2].rstrip()) for line in text.splitlines()]
     tail = "\n    ".join([line for line in lines if line.strip()][-_TAIL_LINES:])
     raised = next((line for line in reversed(lines) if _RAISED.match(line)), None)
     how = f"ended with exit code {code}" if code else "ended without a result"

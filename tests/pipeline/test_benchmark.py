@@ -5,6 +5,7 @@ Its call of the further tasks is a real start; those of the suite are forks of o
 
 import json
 import re
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,29 @@ def test_the_harness_gives_the_numbers_of_a_direct_computation(run):
     assert len(set(chosen)) > 1  # a model that always takes the same one would show little
     accuracy = sum(one == other for one, other in zip(chosen, right, strict=True)) / 20
     assert metrics["choice"]["score"] == pytest.approx(accuracy)
+
+
+def test_several_processes_share_the_items(run, tmp_path, monkeypatch):
+    """accelerate really starts two; only their devices are pretended, CPUs in place of GPUs."""
+    folder, _ = run
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, torch\n"
+        "torch.cuda.device_count = lambda: 2\n"
+        "if 'LOCAL_RANK' in os.environ:\n"
+        "    os.environ['ACCELERATE_USE_CPU'] = '1'\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(harness, "num_accelerators", lambda: 2)
+    settings = harness.Settings(folder / "model", limit=7, task_folders=(folder / "tasks",))  # 4 and 3 items
+    found = harness.ask(harness.Call("shared", ("choice",), SHOTS), settings, tmp_path)
+    assert "on rank 1..." in (tmp_path / "shared" / "lm_eval.log").read_text()
+    together = sorted(map(json.loads, (tmp_path / "shared" / "samples_choice.jsonl").open()), key=itemgetter("doc_id"))
+    alone = samples(folder, "tasks", "choice")[:7]
+    for one, other in zip(together, alone, strict=True):
+        assert one["doc_hash"] == other["doc_hash"] and one["acc"] == other["acc"]
+        scores = [torch.tensor([float(score) for score, _ in sample["filtered_resps"]]) for sample in (one, other)]
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-3)
+    assert found["results"]["choice"]["acc,none"] == pytest.approx(sum(sample["acc"] for sample in alone) / 7)
 
 
 def test_what_is_stored_with_a_number(run):

@@ -89,6 +89,14 @@ def test_a_failure_tells_the_end_of_the_log_and_leaves_nothing(tmp_path, stand_i
     assert [path.name for path in folder.iterdir()] == ["mmlu"]
 
 
+def test_what_one_of_several_processes_raised(tmp_path, stand_in):
+    """accelerate closes the log with an error of its own, which says only that there was one."""
+    said = "[rank1]: torch.OutOfMemoryError: CUDA out of memory\nTraceback (most recent call last):\n"
+    stand_in(said + "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n====\nlm_eval FAILED", "1")
+    with pytest.raises(StageError, match=r"exit code 1 on mmlu: torch\.OutOfMemoryError: CUDA out of memory"):
+        ask(CALL, settings(tmp_path), tmp_path / "lm_eval")
+
+
 def test_an_end_without_results_is_a_failure_too(tmp_path, stand_in):
     stand_in("Could not save results aggregated", "0")  # lm-eval says this, and exits with 0
     with pytest.raises(StageError, match="without a result"):
