@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minima.batch import IGNORE_INDEX
 from minima.data import block_packing
 from minima.data.batches import read_batch
 from minima.data.block_packing import PackedWriter, best_fit
@@ -144,3 +145,13 @@ def test_what_fills_a_block_is_no_document_and_no_position_is_beyond_the_longest
     batch = read_batch(store, np.array([0]))
     assert batch.documents_BT.max() == 2, "the rest of the block is one more document"
     assert batch.positions_BT.max() == 2 < LENGTH - 5
+
+
+def test_the_beginning_of_a_block_is_that_of_the_whole_block(tmp_path):
+    write(tmp_path / "train", [units_of([(3, 0), (7, 0), (2, 0), (9, 0)])])
+    store, blocks = TokenStore.open(tmp_path / "train"), np.arange(2)
+    whole, begun = read_batch(store, blocks), read_batch(store, blocks, sequence_length=8)
+    assert whole.documents_BT[:, 7].any() and not whole.documents_BT[:, :8].equal(whole.documents_BT[:, -8:])
+    for name in ("input_ids_BT", "documents_BT", "positions_BT"):
+        assert getattr(begun, name).equal(getattr(whole, name)[:, :8]), name
+    assert begun.labels_BT[:, :-1].equal(whole.labels_BT[:, :7]) and (begun.labels_BT[:, -1] == IGNORE_INDEX).all()

@@ -321,3 +321,26 @@ def test_the_embedded_examples(folder, chat_stage, byte_level, format, embedded)
     assert metrics["padding_share"] < 0.1
     assert metrics["cut_conversations"] == 0
     stores(folder)
+
+
+def test_a_conversation_with_a_system_message_is_cut_where_an_exchange_ends_too(folder, records, chat_stage, tokenizer):
+    turns = [{"role": "system", "content": "be brief"}]
+    for number in range(20):
+        turns += [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}]
+    path = records([{"messages": turns}, *(turns_of(n) for n in range(20))])
+    build(chat_stage({"path": path}, held_out_fraction=0.0), folder, tokenizer)
+    loaded = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    beginnings = [loaded.apply_chat_template(turns[: 2 * n + 1])["input_ids"] for n in range(1, 21)]
+    fitting = max((ids for ids in beginnings if len(ids) <= LENGTH), key=len)
+    documents = {tuple(ids): mask for ids, mask in documents_of(stores(folder)[0])}
+    assert len(beginnings[1]) < len(fitting) < len(beginnings[-1]) and tuple(fitting) in documents
+    assert documents[tuple(fitting)][-1] == 1, "the last exchange has its answer"
+
+
+@pytest.mark.parametrize("forged", ["prompt", "chosen", "rejected"])
+def test_a_pair_with_a_forged_marker_in_any_of_its_texts_is_left_out(folder, records, chat_stage, tokenizer, forged):
+    wrong = pair_of(50)
+    wrong[forged] += " [|User|] and"
+    path = records([*(pair_of(n) for n in range(20)), wrong])
+    metrics = build(chat_stage({"path": path}, format="preferences", held_out_fraction=0.0), folder, tokenizer)
+    assert metrics["rejected"] == {"forged_marker": 1} and metrics["pairs"] == 20

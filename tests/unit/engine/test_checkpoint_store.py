@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from minima.engine import distributed
+from minima.engine.checkpoint import writer as writing
 from minima.engine.checkpoint.store import FORMAT, drop_after, read_marker, verify_checkpoint
 from minima.engine.checkpoint.writer import CheckpointWriter, write_checkpoint
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
@@ -203,3 +204,23 @@ def test_what_one_rank_refuses_all_refuse(monkeypatch):
     with pytest.raises(OSError, match="torn"), distributed.refused_together():
         raise OSError("torn")
     assert [getattr(error, "what", None) for error in met] == [None, "a", "torn"]
+
+
+def test_those_after_the_best_one_go_and_it_stays(tmp_path):
+    for step in (2, 4, 6, 8):
+        write_checkpoint(tmp_path, step, files(b"x"), {"step": step}, keep=0)
+    drop_after(tmp_path, 4)
+    assert complete_steps(tmp_path) == [2, 4]
+
+
+def test_every_file_is_on_disk_before_its_checkpoint_counts(tmp_path, monkeypatch):
+    """After a power cut a marker must not stand beside files that the system had not written yet."""
+    order: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(writing, "sync", lambda path: order.append(f"sync {path.name}"))
+    monkeypatch.setattr(Path, "rename", lambda path, to: order.append(f"rename {path.name}") or rename(path, to))
+    path = write_checkpoint(tmp_path, 3, files(b"3"), {"step": 3}, keep=0)
+    assert order == [
+        "sync weights", "sync checkpoint.json", f"sync {path.name}.partial", f"rename {path.name}.partial",
+        f"sync {tmp_path.name}",
+    ]  # fmt: skip

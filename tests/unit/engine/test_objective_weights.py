@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minima.batch import make_batch
 from minima.engine.loop import Events, train
+from minima.engine.objectives import distillation
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.schedule import Schedule
-from minima.losses import LossSum
+from minima.losses import LossSum, linear_cross_entropy, linear_distillation_loss
 from minima.recipe.loss_weights import WeightSchedule
 
 SOFT = WeightSchedule(schedule="linear", start=0.0, end=1.0)
@@ -79,3 +81,34 @@ def test_weights_that_stay_are_not_in_the_log():
     assert "hard_weight" not in lines[1] and lines[1]["soft_weight"] == 0.0
     _, lines = run(Seen(hard_weight=0.3, soft_weight=0.7))
     assert "soft_weight" not in lines[1]
+
+
+OPTIONS = {"hard_weight": 0.3, "soft_weight": 0.7, "temperature": 2.0, "divergence": "skew_reverse_kl", "alpha": 0.3,
+           "top_k": 9, "top_p": 0.8}  # fmt: skip
+
+
+def test_the_loss_is_the_one_that_was_asked_for(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTD, head_VD, teacher_BTE, head_VE = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 6, 8), (31, 8), (2, 6, 12), (31, 12))
+    )
+    batch = make_batch(torch.randint(0, 31, (2, 6), generator=generator))
+    monkeypatch.setattr(distillation, "hidden_states", lambda model, batch: hidden_BTD)
+    monkeypatch.setattr(distillation, "head_weight", lambda model: head_VD)
+    teacher = SimpleNamespace(head_VE=head_VE, window=lambda batches: [teacher_BTE for _ in batches])
+    given = hidden_BTD.flatten(0, 1), head_VD, teacher_BTE.flatten(0, 1), head_VE, batch.labels_BT.flatten()
+
+    def loss(**options):
+        objective = Distillation(teacher, **options)
+        return objective(None, objective.prepare([batch])[0])
+
+    wanted = linear_distillation_loss(*given, **OPTIONS)
+    found = loss(**OPTIONS)
+    assert found.total == wanted.total and found.count == wanted.count and found.parts == wanted.parts
+    for name in OPTIONS:
+        without = {
+            key: value for key, value in OPTIONS.items() if key != name and (name, key) != ("divergence", "alpha")
+        }
+        assert loss(**without).total != wanted.total, name
+    alone = Distillation(None, hard_weight=0.25, soft_weight=0)(None, batch)
+    assert alone.total == 0.25 * alone.parts["hard"] == 0.25 * linear_cross_entropy(*given[:2], given[-1]).total

@@ -151,3 +151,18 @@ def test_a_loss_that_is_no_number_names_the_model():
     host.head_VE = host.head_VE * math.nan
     with pytest.raises(NotFinite, match="broken"):
         evaluate(host, Blocks(), name="broken")
+
+
+def test_rows_of_no_token_are_left_out_of_the_comparison():
+    """A teacher whose embedding is padded to 50 rows is compared over the 48 tokens that both models have."""
+    student, teacher, store = PlainHost(3), PlainHost(5, SHAPE.model_copy(update={"vocabulary_size": 50})), Blocks()
+    tokens_BT = torch.from_numpy(store.tokens_BT)
+    for one, other in ((student, teacher), (teacher, student)):
+        scores = evaluate(one, store, teacher=other, shared_rows=48)
+        with torch.no_grad():
+            loss = one.model(input_ids=tokens_BT, labels=tokens_BT).loss.item()
+            log_p, log_t = (host.model(tokens_BT).logits[:, :-1, :48].double().log_softmax(-1) for host in (one, other))
+        assert scores.kl == pytest.approx((log_t.exp() * (log_t - log_p)).sum(-1).mean().item(), rel=1e-5)
+        same = (log_p.argmax(-1) == log_t.argmax(-1)).double().mean().item()
+        assert scores.top1_agreement == pytest.approx(same)
+        assert scores.loss == pytest.approx(loss, rel=1e-6), "the loss is over all rows of its own model"

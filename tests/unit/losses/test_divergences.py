@@ -208,3 +208,18 @@ def test_the_top_tokens_are_the_same_where_fractions_may_not_be_added_up(monkeyp
 
     monkeypatch.setattr(torch.Tensor, "cumsum", refusing)
     assert _top(log_p, SoftTerm(top_p=0.8)).equal(wanted)
+
+
+def test_a_row_whose_nucleus_is_long_is_not_cut_short_by_others_whose_are_not():
+    peaked, flat = torch.zeros(5000), torch.zeros(5000)
+    peaked[7] = 30.0
+    log_p_RV = torch.stack([peaked, flat]).log_softmax(-1)
+    kept_RV = _top(log_p_RV, SoftTerm(top_p=0.9))
+    assert kept_RV.sum(-1).tolist() == [1, 4500]
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 1.0}, {"beta": 0.0}, {"alpha": float("nan")}])
+def test_the_ends_of_a_mixture_are_refused(wrong):
+    name = next(iter(wrong))
+    with pytest.raises(MinimaError, match=f"{name} {wrong[name]}"):
+        linear_distillation_loss(*inputs(4, 9), **wrong)

@@ -18,7 +18,8 @@ from minima.losses import (
     linear_distillation_loss,
     linear_token_log_probs,
 )
-from minima.losses.linear import float_logits
+from minima.losses.eager import losses_and_gradient as eager
+from minima.losses.linear import add_gradients, float_logits
 
 # Relative to the largest magnitude of the reference. bfloat16 inputs are exact in the reference; what is left is the
 # rounding of the gradient to bfloat16 (2^-8), twice: as it enters the matrix product and as it leaves.
@@ -164,10 +165,14 @@ def test_pieces_of_a_chunk_as_a_gpu_has_them_change_nothing(monkeypatch, tokens,
     assert sum(rows) == 2 * tokens and max(rows, default=0) <= -(-min(chunk, tokens) // 4), "of either model"
 
 
-def test_without_gradients_nothing_is_kept():
-    student, head, teacher, teacher_head, labels = inputs(20, 31, 5, 5)
-    loss = linear_distillation_loss(student, head, teacher, teacher_head, labels)
-    assert loss.total.grad_fn is None
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_gradient_is_made_only_where_one_is_asked_for(monkeypatch, needed):
+    asked, products = [], []
+    monkeypatch.setattr(module, "losses_and_gradient", lambda *given: asked.append(given[-1]) or eager(*given))
+    monkeypatch.setattr(module, "add_gradients", lambda *given: products.append(given) or add_gradients(*given))
+    student, *others = inputs(20, 31, 5, 5)
+    linear_distillation_loss(student.requires_grad_(needed), *others, chunk_tokens=8)
+    assert asked == [needed] * 3 and len(products) == 3 * needed
 
 
 def test_a_frozen_head_gets_no_gradient():

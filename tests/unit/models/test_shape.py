@@ -142,3 +142,21 @@ def test_an_unknown_family_is_refused_by_name():
 def test_a_padding_token_keeps_no_row_from_training():
     config = ModelShape(**SMALL).to_config() | {"pad_token_id": 2}
     assert build_empty(config).get_input_embeddings().padding_idx is None
+
+
+@pytest.mark.parametrize(
+    ("family", "biases"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("qwen3", {"attention_bias": True, "head_size": 24}),
+        ("gpt2", {}),
+    ],
+)
+def test_biases_and_an_untied_head_are_counted(family, biases):
+    groups = {} if family == "gpt2" else {"num_key_value_heads": 2}
+    shape = ModelShape(family=family, **SMALL, **groups, **biases)
+    with torch.device("meta"):
+        model = build_empty(shape.to_config())
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert ModelShape.from_config(stock_config(shape.to_config()).to_dict()) == shape

@@ -141,3 +141,22 @@ def test_a_written_random_model_keeps_its_identity(tmp_path):
     source = RandomSource(SHAPE.model_copy(update={"vocabulary_size": 2000}).to_config(), seed=3)
     write(tmp_path, source)
     assert model_identity(FolderSource(tmp_path)) == model_identity(source)
+
+
+def test_each_random_tensor_has_numbers_of_its_own_and_biases_are_zero():
+    shape = ModelShape(
+        family="gpt_neox", vocabulary_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4
+    )
+    for drawn in (RandomSource(SHAPE.to_config(), seed=1), RandomSource(shape.to_config(), seed=1)):
+        matrices = [drawn.read(name).flatten() for name in drawn.names() if len(drawn.shape(name)) == 2]
+        starts = torch.stack([matrix[:64] for matrix in matrices])
+        assert len(starts.unique(dim=0)) == len(matrices) >= 8, "two tensors of a size would be equal"
+        for name in drawn.names():
+            if name.endswith("bias"):
+                assert not drawn.read(name).any()
+    assert any(name.endswith("bias") for name in drawn.names())
+
+
+def test_random_weights_are_as_large_as_the_configuration_says():
+    wide = RandomSource(SHAPE.to_config() | {"initializer_range": 0.5}, seed=1)
+    assert wide.read(wide.names()[0]).std().item() == pytest.approx(0.5, rel=0.1)

@@ -201,3 +201,17 @@ def test_scores_of_another_model_or_kind_are_refused(small, tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(StageError, match="cannot be read"):
         Scores.load(path, kind="random", model=other)
+
+
+def test_magnitudes_of_bfloat16_weights_are_not_rounded(small):
+    one = small("llama")
+    half = {name: one.source.read(name).bfloat16() for name in one.source.names()}
+    whole = MemorySource(one.source.config, {name: tensor.float() for name, tensor in half.items()})
+    found = magnitude(MemorySource(one.source.config, half), one.shape, identity="x")
+    assert_same(found, magnitude(whole, one.shape, identity="x"), 0.0)
+
+
+def test_saved_scores_say_over_how_many_micro_batches_they_are_a_mean(small, tmp_path):
+    scores = measured(small("llama"), batches_of(small, 2))
+    scores.save(tmp_path / "scores.safetensors")
+    assert Scores.load(tmp_path / "scores.safetensors", kind="gradient", model="x").batches == 2

@@ -59,3 +59,26 @@ def test_depth_by_importance_keeps_the_layers_that_cost_most_in_order():
     whole = plan_target(SHAPE, PruneTarget())
     assert select(scores(), whole, depth="importance").layers.tolist() == [0, 1, 2]
     assert select(scores(), whole).layers.tolist() == [0, 1, 2]
+
+
+def test_global_ranks_each_score_by_its_own_layers_norm():
+    """Scores of a layer that are all larger by a factor buy it no more heads or neurons."""
+    plan = plan_target(SHAPE, PruneTarget(num_heads=2, intermediate_size=2, hidden_size=6), selection="global")
+    rows = {"head_LK": torch.tensor([[9.0, 8, 7], [9, 1, 8], [9, 1, 1]]),
+            "neuron_LI": torch.tensor([[9.0, 8, 7, 8], [1, 9, 1, 1], [9, 1, 8, 1]])}  # fmt: skip
+    wanted = select(scores(**rows), plan)
+    assert [len(groups) for groups in wanted.groups] == [3, 2, 1]
+    assert [len(neurons) for neurons in wanted.neurons] == [3, 1, 2]
+    factors_L1 = torch.tensor([[0.1], [1.0], [100.0]])
+    found = select(scores(**{name: rows_LU * factors_L1 for name, rows_LU in rows.items()}), plan)
+    for one, other in zip(wanted.groups + wanted.neurons, found.groups + found.neurons, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_depth_by_importance_sums_heads_and_neurons_as_they_are():
+    """Not their means: many small scores cost as much as a few large ones."""
+    plan = plan_target(SHAPE, PruneTarget(num_layers=1))
+    heads_LK = torch.tensor([[3.0, 3, 3], [0, 0, 0], [1, 1, 1]])
+    neurons_LI = torch.tensor([[0.0, 0, 0, 0], [2.5, 2.5, 2.5, 2.5], [1.7, 1.7, 1.7, 1.7]])
+    chosen = select(scores(head_LK=heads_LK, neuron_LI=neurons_LI), plan, depth="importance")
+    assert chosen.layers.tolist() == [1], "sums are 9, 10 and 9.8; sums of means 3, 2.5 and 2.7"

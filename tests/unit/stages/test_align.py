@@ -86,3 +86,19 @@ def test_smoothing_that_would_do_nothing_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing 0.1.*'ipo'"):
         Recipe.model_validate({"name": "pairs", "stages": [stage_of(loss="ipo", label_smoothing=0.1)]})
     Recipe.model_validate({"name": "pairs", "stages": [stage_of(label_smoothing=0.1)]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ("sigmoid", 0.1, 0.0, False)),
+        ({"beta": 0.3, "label_smoothing": 0.2, "length_normalised": True}, ("sigmoid", 0.3, 0.2, True)),
+        ({"loss": "ipo", "beta": 0.2}, ("ipo", 0.2, 0.0, True)),
+        ({"loss": "ipo", "length_normalised": False}, ("ipo", 0.1, 0.0, False)),
+    ],
+)
+def test_what_a_recipe_says_of_the_loss_is_what_is_trained_with(changes, wanted):
+    recipe = Recipe.model_validate({"name": "pairs", "stages": [stage_of(chunk_tokens=77, **changes)]})
+    made = align._objective(recipe.stages[0], None)
+    assert (made.loss, made.beta, made.label_smoothing, made.length_normalised) == wanted
+    assert made.chunk_tokens == 77

@@ -70,3 +70,23 @@ def test_the_commit_of_a_hub_model(tmp_path, said, monkeypatch):
 def test_of_random_weights_and_on_other_ranks_the_name_alone(tmp_path, said):
     assert list(said({"random": SHAPE})) == ["teacher"]
     assert list(said(write_teacher(tmp_path / "here"), rank=1, folder="again")) == ["teacher"]
+
+
+def test_what_a_recipe_says_of_the_loss_is_what_is_trained_with(tmp_path, monkeypatch):
+    loss = {"hard_weight": 0.2, "soft_weight": 0.6, "temperature": 3.0, "divergence": "skew_forward_kl", "alpha": 0.4,
+            "top_k": 7, "top_p": 0.5, "chunk_tokens": 99}  # fmt: skip
+    stage = {
+        "name": "student", "kind": "distil", "model": {"random": SHAPE}, "teacher": {"random": SHAPE}, "data": "d",
+        "batch_sequences": 8, "micro_batch_sequences": 1, "steps": 1, "learning_rate": 1e-4, **loss,
+    }  # fmt: skip
+    made = []
+    monkeypatch.setattr(distil, "Distillation", lambda host, **given: made.append(given))
+    monkeypatch.setattr(distil, "_host", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(distil, "TokenStore", SimpleNamespace(open=lambda _: SimpleNamespace(document_mask=False)))
+    for check in ("check_fit", "check_tokens", "check_template"):
+        monkeypatch.setattr(distil, check, lambda *_, **__: None)
+    choice = SimpleNamespace(window_micro_batches=4)
+    monkeypatch.setattr(distil, "run_training", lambda context, stage, make, *_, **__: make(tmp_path, None, choice))
+    recipe = Recipe.model_validate({"name": "x", "stages": [stage]})
+    distil.run(StageContext(recipe, tmp_path / "x.yaml", recipe.stages[0], tmp_path, tmp_path, Launch()))
+    assert made == [loss | {"window": 4}]

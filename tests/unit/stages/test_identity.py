@@ -6,9 +6,12 @@ import pytest
 
 from minima.disk import write_json
 from minima.errors import StageError
+from minima.recipe.chat import Align, Instruct
+from minima.recipe.distillation import Distil
 from minima.recipe.loading import load_recipe
+from minima.recipe.schema import Adapt
 from minima.stages.digests import former_source_digest, source_digest
-from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences
+from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences, free_keys
 from minima.stages.manifest import read_manifest, write_manifest, write_started
 
 RECIPE = """
@@ -279,3 +282,52 @@ def test_of_a_long_value_only_what_differs_is_told():
     assert differences(sources, other, "sources") == ["sources.1.weight is 3.0 and was 2.0"]
     assert differences(sources, sources[:1], "sources")[0].startswith("sources is [")
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": [2]}}) == ["a.c is [2] and was null"]
+
+
+FREE = {  # what may be changed between two starts; whoever adds a key to a recipe says here which it is
+    "micro_batch_sequences", "activation_checkpointing", "compile", "kernels", "deterministic", "chunk_tokens",
+    "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps", "watchdog_seconds", "log_every_steps",
+    "evaluate_every_steps", "evaluate_sequences", "tensorboard", "wandb_project", "deepspeed", "reference_deepspeed",
+    "precompute_reference",
+}  # fmt: skip
+DECIDING = {
+    "name", "kind", "model", "data", "batch_sequences", "steps", "tokens", "epochs", "learning_rate", "warmup_steps",
+    "warmup_fraction", "schedule", "final_learning_rate_fraction", "weight_decay", "betas", "epsilon", "gradient_clip",
+    "precision", "patience", "seed", "teacher", "hard_weight", "soft_weight", "temperature", "divergence", "beta",
+    "alpha", "top_k", "top_p", "neftune_alpha", "reference", "loss", "label_smoothing", "length_normalised",
+    "reference_precision",
+}  # fmt: skip
+
+
+def test_every_key_of_a_training_stage_is_known_to_decide_its_result_or_not():
+    keys = {}
+    for stage in (Adapt, Distil, Instruct, Align):
+        free = free_keys(stage.model_construct(kind=stage.__name__.lower(), patience=None))
+        keys |= {key: key in free for key in stage.model_fields}
+    assert {key for key, is_free in keys.items() if is_free} == FREE
+    assert {key for key, is_free in keys.items() if not is_free} == DECIDING
+
+
+FILES = """
+name: x
+stages:
+  - {name: corpus, kind: build_data, sources: [{path: text.jsonl}], tokenizer: tok, sequence_length: 64,
+     format: conversations, chat_template: own.jinja}
+  - {name: scores, kind: benchmark, model: base, suite: minima, task_folder: tasks, data_folder: items,
+     answers: [{format: mt_bench, questions: questions.jsonl}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("corpus", "own.jinja"), ("scores", "tasks/own.yaml"), ("scores", "items/a.jsonl"), ("scores", "questions.jsonl")],
+)
+def test_what_lies_in_the_files_that_a_stage_reads_beside_its_inputs_counts(run, name, file):
+    (run / "x.yaml").write_text(FILES)
+    for each in ("own.jinja", "tasks/own.yaml", "items/a.jsonl", "questions.jsonl"):
+        (run / each).parent.mkdir(exist_ok=True)
+        (run / each).write_text("one")
+    before = description(run, name)
+    assert description(run, name) == before
+    (run / file).write_text("two")
+    assert description(run, name)["identity"] != before["identity"]
