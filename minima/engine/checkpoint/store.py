@@ -110,7 +110,7 @@ def _cannot_remove(folder: Path, step: int, error: OSError) -> CheckpointError:
     )
 
 
-def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
+def remove_old(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
     """Remove all but the newest complete ones, and what a removal or a save that was cut short has left.
 
     Args:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from minima.disk import file_sha256, is_no_space, sync
 from minima.engine import distributed
-from minima.engine.checkpoint.store import FORMAT, marker_sha256, prune, remove
+from minima.engine.checkpoint.store import FORMAT, marker_sha256, remove, remove_old
 from minima.errors import CheckpointError, DiskFull, MinimaError
 from minima.models.layout import MARKER, step_folder
 
@@ -122,7 +122,7 @@ class CheckpointWriter:
             raise _cannot_write(self._partial, failures, full)
         if distributed.is_main():
             spare = [*self.named, *([] if self._spare is None else [self._spare])]
-            prune(self.folder, self.keep, self.keep_every_steps, spare)
+            remove_old(self.folder, self.keep, self.keep_every_steps, spare)
         self.waited_seconds += time.perf_counter() - began
 
     def take_times(self) -> dict[str, float]:
@@ -146,20 +146,6 @@ class CheckpointWriter:
         except Exception as error:  # whatever it is, all ranks have to hear of it: the thread's own end would be silent
             self._report.failure = f"{type(error).__name__}: {error}"
         self._report.seconds = time.perf_counter() - self._began
-
-
-def write_checkpoint(
-    folder: Path, step: int, write_files: WriteFiles, facts: dict[str, Any], keep: int, spare: int | None = None
-) -> Path:
-    """Write one checkpoint and wait for it; every rank calls it. Arguments and errors are those of `begin`.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    writer = CheckpointWriter(folder, keep)
-    writer.begin(step, lambda: write_files, facts, spare)
-    writer.finish()
-    return step_folder(folder, step)
 
 
 def _complete(partial: Path, final: Path, facts: dict[str, Any]) -> None:
