@@ -251,8 +251,3 @@ def _scaling_answer(
     cost = None if teacher is None else _cost(question, teacher)
     losses = tuple(float(loss_under(size)) for size in question.teachers)
     return Answer(law, teacher, None, ideal, loss, ends, law, flat, cost, losses, measured, tuple(notes), alone)
-
-
-def sorted_teachers(teachers: Sequence[float]) -> tuple[float, ...]:
-    """Teachers from the smallest to the largest, each once."""
-    return tuple(sorted(set(teachers)))
