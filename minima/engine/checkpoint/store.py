@@ -1,6 +1,5 @@
 """Checkpoints on disk: complete or not there, each file with its checksum."""
 
-import hashlib
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, file_sha256, inside
+from minima.disk import access_refused_named, file_sha256, inside, json_sha256
 from minima.engine import distributed
 from minima.errors import CheckpointError, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
@@ -31,7 +30,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
         if not isinstance(facts, dict) or not isinstance(facts.get("format"), str):
             raise ValueError("it says nothing of a checkpoint")
         own = facts.pop("marker_sha256", None)  # markers of earlier versions have none
-        if own is not None and own != marker_sha256(facts):
+        if own is not None and own != json_sha256(facts):
             raise ValueError("its content does not have the checksum that it says")
         if facts.get("format") == FORMAT:
             _check_facts(facts)
@@ -70,11 +69,6 @@ def _check_facts(facts: dict[str, Any]) -> None:
     for key, kind in {"step": int, "ranks": int, "config": dict, "shapes": dict, "sha256": dict}.items():
         if key in facts and (not isinstance(facts[key], kind) or facts[key] == 0):
             raise ValueError(f"its {key!r} is {facts[key]!r}")
-
-
-def marker_sha256(facts: dict[str, Any]) -> str:
-    """SHA-256 of what a marker says, whatever the order and the spaces."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minima.disk import file_sha256, is_no_space, sync
+from minima.disk import file_sha256, is_no_space, json_sha256, sync
 from minima.engine import distributed
-from minima.engine.checkpoint.store import FORMAT, marker_sha256, remove, remove_old
+from minima.engine.checkpoint.store import FORMAT, remove, remove_old
 from minima.errors import CheckpointError, DiskFull, MinimaError
 from minima.models.layout import MARKER, step_folder
 
@@ -151,7 +151,7 @@ class CheckpointWriter:
 def _complete(partial: Path, final: Path, facts: dict[str, Any]) -> None:
     marker = partial / MARKER
     content = {"format": FORMAT, **facts}
-    marker.write_text(json.dumps(content | {"marker_sha256": marker_sha256(content)}, indent=1), encoding="utf-8")
+    marker.write_text(json.dumps(content | {"marker_sha256": json_sha256(content)}, indent=1), encoding="utf-8")
     sync(marker)
     sync(partial)
     remove(final)  # the same step, saved before a run went back to an earlier one
