@@ -56,7 +56,7 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(content: Any) -> str:
-    """SHA-256 of what JSON says, whatever the order of its keys; what files carry of themselves, so it never changes."""
+    """SHA-256 of content as JSON, whatever the order of its keys. Files carry theirs, so it never changes."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
