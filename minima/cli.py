@@ -162,7 +162,7 @@ def _run(options: argparse.Namespace) -> int:
 def _stage(options: argparse.Namespace) -> int:
     from minima.launcher import read_launch
     from minima.recipe.loading import load_recipe
-    from minima.stages.running import run_alone
+    from minima.stages.running import run_stage_command
     from minima.stages.shipped import find_recipe
 
     names = _names(",".join(text for text in (options.stages, *options.overrides) if text and "=" not in text) or None)
@@ -178,7 +178,7 @@ def _stage(options: argparse.Namespace) -> int:
 
             run_part(recipe, path, names, options.part, launch, write)
         else:
-            run_alone(recipe, path, names, launch, write, options.allow_code_execution)
+            run_stage_command(recipe, path, names, launch, write, options.allow_code_execution)
     except Stopped as stopped:
         if launch.rank == 0:
             write(str(stopped))
