@@ -34,7 +34,7 @@ def _no_secrets(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-class Placement(Strict):
+class Scheduling(Strict):
     """Where a job goes; each is the option of sbatch that has its name.
 
     Attributes:
@@ -68,7 +68,7 @@ class Placement(Strict):
         return text
 
 
-class Resources(Placement):
+class Resources(Scheduling):
     """What one stage asks for.
 
     Attributes:
@@ -123,7 +123,7 @@ class Container(Strict):
     _without_secrets = field_validator("options", mode="before")(_no_secrets)
 
 
-class Cluster(Placement):
+class Cluster(Scheduling):
     """A cluster file. What a stage gets: its name's entry, then its kind's, then `defaults`, then this level.
 
     Attributes:
@@ -216,7 +216,7 @@ class Cluster(Placement):
 
     def merged(self, *keys: str) -> Resources:
         """The top level, `defaults` and the entries of some keys, each over the one before it."""
-        top = {name: value for name, value in _given(self).items() if name in Placement.model_fields}
+        top = {name: value for name, value in _given(self).items() if name in Scheduling.model_fields}
         merged = top | _given(self.defaults)
         for key in keys:
             merged |= _given(self.stages.get(key))

@@ -13,7 +13,7 @@ import yaml
 
 from minima.cluster.chain import submit_chain
 from minima.cluster.config import CELLS, Resources
-from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
+from minima.cluster.plan import check_jobs, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_asked, queued_tasks, warn_asked
 from minima.cluster.records import Job
 from minima.cluster.render import Place, Script, asked_of, python, render
@@ -187,7 +187,7 @@ def _check(
     cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
     own, stages = Place(cluster, place.working_directory, folder), select(cell, names)
     saves = save_warnings([stage for stage in stages if not is_finished(folder / stage.name)], own, dry_run)
-    return [*check_run(cell, recipe_path, stages, own), *(f"{folder.name}: {warning}" for warning in saves)]
+    return [*check_jobs(cell, recipe_path, stages, own), *(f"{folder.name}: {warning}" for warning in saves)]
 
 
 def _resources(place: Place, num_cells: int) -> Resources:

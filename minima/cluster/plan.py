@@ -76,7 +76,7 @@ def warn_unmounted(place: Place, write: Callable[[str], None]) -> None:
 _NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that compute on the host
 
 
-def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
+def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
     """Refuse, before anything waits in a queue, what is sure to fail later.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minima.cluster.config import Cluster, Resources
+from minima.cluster.config import Cluster, Resources, Scheduling
 from minima.errors import ClusterError
 from minima.stages.shipped import shipped_folder
 
@@ -174,7 +174,7 @@ def _asked(resources: Resources, array: bool) -> list[str]:
     options += [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
     options += [f"--mem={resources.memory}"] if resources.memory else []
     options += ["--exclusive"] if resources.exclusive else []
-    for key in ("partition", "account", "qos", "reservation", "constraint", "time"):
+    for key in Scheduling.model_fields:
         if value := getattr(resources, key):
             options.append(f"--{key}={value}")
     if array:

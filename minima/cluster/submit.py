@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minima.cluster.chain import submit_chain
 from minima.cluster.grid import submit_grid
-from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unmounted, warn_unread
+from minima.cluster.plan import check_jobs, make_place, stage_scripts, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_stage, queued_tasks, warn_asked
 from minima.cluster.records import Job
 from minima.cluster.render import Place, asked_of, quoted
@@ -82,7 +82,7 @@ def submit(
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
         _check_queued(tasks, recipe, recipe_path, place, write)
-        for line in check_run(
+        for line in check_jobs(
             recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
         ):
             write(f"warning: {line}")

@@ -16,7 +16,7 @@ from minima.data.chat import template_of
 from minima.data.chat_encoding import ChatEncoder
 from minima.data.conversations import read_conversations
 from minima.data.documents import HeldOut
-from minima.data.encoding import Batch, Encoded, Encoder, EncodingPool, Result
+from minima.data.encoding import Encoded, Encoder, EncodingPool, EncodingTask, Result
 from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
 from minima.data.part_files import folder_sha256
@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 
     end_token: int
     vocabulary_size: int
-    make: Callable[[], Callable[[Batch], Result]]  # an encoder
+    make: Callable[[], Callable[[EncodingTask], Result]]  # an encoder
     read: Callable[..., Iterator[str]] = read_source
     writer: type[StoreWriter] | type[PackedWriter] = StoreWriter
     begin_token: int | None = None  # of each document of text

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from minima.data.documents import HeldOut, Rejected
-from minima.data.encoding import Batch, Encoded, EncodingPool, Result
+from minima.data.encoding import Encoded, EncodingPool, EncodingTask, Result
 from minima.data.part_files import (
     BEGIN,
     CHARACTERS,
@@ -38,7 +38,7 @@ from minima.errors import DataError, StageError
 from minima.recipe.data import Source
 
 _LOG = logging.getLogger("minima.data")
-Encode = Callable[[Batch], Result]
+Encode = Callable[[EncodingTask], Result]
 
 
 class RecordedDocument:
@@ -228,11 +228,11 @@ class RecordedParts:
             waiting.add(run, result)
             yield from _runs_of(waiting.piece())
 
-    def submit(self, batch: Batch) -> Batch:
+    def submit(self, batch: EncodingTask) -> EncodingTask:
         """A batch of recorded documents, for `result`."""
         return batch
 
-    def result(self, task: Batch) -> Result:
+    def result(self, task: EncodingTask) -> Result:
         """What encoding the batch came to."""
         documents: list[Any] = task.texts
         table = np.stack([document.piece.table[document.row] for document in documents])

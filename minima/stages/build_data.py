@@ -1,6 +1,6 @@
 """Text, conversations or preferences in, token blocks out. One process without ranks; it starts its own workers.
 
-A large build can be divided into parts, each a process on a machine of its own: see `run_part`.
+A large build can be divided into parts, each a process on a machine of its own: see `encode_part`.
 """
 
 import shutil
@@ -58,7 +58,7 @@ def tidy(context: StageContext) -> None:
     shutil.rmtree(context.folder / PARTS, ignore_errors=True)
 
 
-def run_part(context: StageContext, part: tuple[int, int]) -> str:
+def encode_part(context: StageContext, part: tuple[int, int]) -> str:
     """Encode one part, unless it is finished and whole.
 
     Args:

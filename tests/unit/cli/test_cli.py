@@ -128,7 +128,10 @@ def test_a_rank_that_has_lost_another_says_no_more_than_that(monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("command", "work"),
-    [(["stage", "quickstart"], "minima.stages.running.run_stage_command"), (["doctor"], "minima.cluster.doctor.doctor")],
+    [
+        (["stage", "quickstart"], "minima.stages.running.run_stage_command"),
+        (["doctor"], "minima.cluster.doctor.doctor"),
+    ],
 )
 def test_a_rank_that_is_done_has_not_failed_whatever_crashes_at_its_end(command, work):
     module, name = work.rsplit(".", 1)
