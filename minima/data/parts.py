@@ -37,7 +37,7 @@ from minima.data.sources import read_source, some
 from minima.errors import DataError, StageError
 from minima.recipe.data import Source
 
-_LOG = logging.getLogger("minima.data")
+logger = logging.getLogger("minima.data")
 Encode = Callable[[EncodingTask], Result]
 
 
@@ -216,7 +216,7 @@ class RecordedParts:
     def _more(self, part: int, number: int, source: Source, after: tuple[int, ...]) -> Iterator[_Run]:
         """Encode what a part has left of a source."""
         assert self._make is not None
-        _LOG.warning(
+        logger.warning(
             "source %s: part %d has encoded less than the mixture takes, so the merge encodes more", source.label, part
         )
         if self._pool is None:

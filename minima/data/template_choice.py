@@ -13,7 +13,7 @@ from minima.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOG = logging.getLogger("minima.data")
+logger = logging.getLogger("minima.data")
 MINICHAT, OWN = "minichat", "own"
 _BEGIN = "{{- bos_token -}}\n"
 _MEND = "set `chat_template: minichat`, or mend the template"
@@ -64,7 +64,7 @@ def other_format(data: Path, own: Path) -> str | None:
             for tokenizer in map(load_tokenizer, (data, own))
         ]
     except DataError as error:  # a model may have a tokenizer of a kind of its own
-        _LOG.warning("cannot tell whether %s and %s write conversations in one way: %s", data, own, error.what)
+        logger.warning("cannot tell whether %s and %s write conversations in one way: %s", data, own, error.what)
         return None
     theirs, ours = templates
     if theirs is None or ours is None:
