@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minima
-from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_on
+from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_to_end
 from minima.disk import access_refused_named
 from minima.errors import MinimaError, Stopped
 from minima.law.command import add_law
@@ -204,7 +204,7 @@ def _submit(options: argparse.Namespace) -> int:
     grid = None if options.grid is None else Path(options.grid).expanduser()
     cluster, names = Path(options.cluster).expanduser(), _names(options.stages)
     path, allowed = find_recipe(options.recipe), options.allow_code_execution
-    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write_on, allowed)
+    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write_to_end, allowed)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -216,7 +216,7 @@ def _status(options: argparse.Namespace) -> int:
 def _cancel(options: argparse.Namespace) -> int:
     from minima.cluster.cancel import cancel
 
-    return cancel(options.run, write_on)
+    return cancel(options.run, write_to_end)
 
 
 def _doctor(options: argparse.Namespace) -> int:
