@@ -13,14 +13,14 @@ import yaml
 
 from minima.cluster.chain import submit_chain
 from minima.cluster.config import CELLS, Resources
+from minima.cluster.jobs import Job
 from minima.cluster.plan import check_jobs, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
 from minima.cluster.queued import check_asked, queued_tasks, warn_asked
-from minima.cluster.records import Job
+from minima.cluster.recipe_copy import copy_recipe
 from minima.cluster.render import Place, Script, asked_of, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
 from minima.cluster.secret import check_values
-from minima.cluster.snapshot import snapshot
 from minima.disk import write_whole
 from minima.errors import ClusterError
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -89,7 +89,7 @@ def submit_grid(
         if not missing:
             write("nothing to submit")
             return 0
-        copy = snapshot(recipe, recipe_path, place.run_folder / "cluster" / "recipes", write=not dry_run)
+        copy = copy_recipe(recipe, recipe_path, place.run_folder / "cluster" / "recipes", write=not dry_run)
         script = _script(recipe, recipe_path, copy, missing, names, place)
         if not dry_run:
             write_whole(place.scripts / RESOLVED, resolved_yaml(recipe))

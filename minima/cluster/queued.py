@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from minima.cluster import slurm
-from minima.cluster.records import Job, read_jobs
+from minima.cluster.jobs import Job, read_jobs
+from minima.cluster.recipe_copy import own_jsons
 from minima.cluster.render import quoted
-from minima.cluster.snapshot import own_jsons
 from minima.errors import ClusterError, MinimaError, StageError
 from minima.recipe.distillation import PLACING
 from minima.recipe.loading import load_recipe

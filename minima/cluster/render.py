@@ -55,7 +55,7 @@ class Script:
     Attributes:
         name: Slurm's name for it.
         stage: that it runs; `cells` for a grid.
-        role: see `records.Job`.
+        role: see `jobs.Job`.
         resources: what it asks for.
         text: of the script.
         options: of sbatch: all of them, since SBATCH_* variables of whoever submits would beat #SBATCH lines.
@@ -122,7 +122,7 @@ def render(
         place: where it works.
         name: of the job: letters, digits, `_`, `.` and `-`.
         stage: that it runs.
-        role: see `records.Job`.
+        role: see `jobs.Job`.
         resources: what it asks for.
         work: its last lines, quoted already.
         note: one line that says what it does: of names with letters, digits, `_`, `.` and `-` alone.

@@ -6,8 +6,8 @@ from typing import Any
 
 from minima.cluster import slurm
 from minima.cluster.failure import cell_failure, failure
+from minima.cluster.jobs import Job
 from minima.cluster.progress import progress
-from minima.cluster.records import Job
 from minima.cluster.runs import look_up, newest_jobs, open_run
 from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage, Recipe

@@ -20,7 +20,7 @@ from minima.data.encoding import Encoded, Encoder, EncodingPool, EncodingTask, R
 from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
 from minima.data.part_files import folder_sha256
-from minima.data.parts import RecordedParts
+from minima.data.part_merging import RecordedParts
 from minima.data.piece_training import train_sentencepiece
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
@@ -154,8 +154,12 @@ def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase", source:
     token, asked = tokenizer.bos_token, stage.add_bos_token
     if asked is not None and asked != adds:
         how, other = ("with", "without") if asked else ("without", "with")
-        logger.warning("documents begin %s %r; the tokenizer itself begins texts %s it, in the exported model, too", how,
-                     token, other)  # fmt: skip
+        logger.warning(
+            "documents begin %s %r; the tokenizer itself begins texts %s it, in the exported model, too",
+            how,
+            token,
+            other,
+        )
     elif adds:
         logger.info("documents begin with %r, as the tokenizer begins a text", token)
     elif asked is None and begin is not None and is_lone(source):

@@ -21,7 +21,7 @@ from minima.data.part_files import (
     write_index,
     write_piece,
 )
-from minima.data.recording import Run, Waiting, encoded, runs
+from minima.data.part_recording import Run, Waiting, encoded, runs
 from minima.data.share import Share
 from minima.disk import disk_full_named, sync
 from minima.errors import StoreCorrupted
@@ -59,7 +59,7 @@ def build_part(
     """Encode a part's share of every source.
 
     It is written under a temporary name, synced and renamed at the end; a part that was interrupted begins again.
-    Memory: some `recording.PIECE_TOKENS` and the batches under way.
+    Memory: some `part_recording.PIECE_TOKENS` and the batches under way.
 
     Args:
         stage: what is built.

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minima.law.grid import CELLS, CORPUS, DATA, QUALITY, STUDENT, TEACHER, Unit, sequence_length, teacher_name
-from minima.law.queue import Tally
 from minima.law.study_recipe import Study
 from minima.law.table import Row, write_table
+from minima.law.worker_pool import Tally
 from minima.report.tables import text_table
 from minima.stages.manifest import is_finished, read_manifest
 

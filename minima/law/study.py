@@ -8,8 +8,8 @@ from minima.disk import disk_full_named
 from minima.errors import RecipeError, StageError
 from minima.law.collect import CSV, OVERVIEW, PARQUET, collect, overview
 from minima.law.grid import Unit, expand
-from minima.law.queue import Pool, Tally, default_workers
 from minima.law.study_recipe import Study, load_study, resolved_yaml, warnings
+from minima.law.worker_pool import Pool, Tally, default_workers
 from minima.recipe.loading import read_yaml
 from minima.recipe.overrides import nearest
 from minima.report.tables import text_table

@@ -10,7 +10,7 @@ from typing import Any
 from minima.data.builder import build, processes_of
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import PARTS, Part
-from minima.data.parts import RecordedParts, check_counts
+from minima.data.part_merging import RecordedParts, check_counts
 from minima.disk import write_json
 from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.data import TokenizerTraining

@@ -10,7 +10,7 @@ import yaml
 
 from minima.cluster import queued
 from minima.cluster import submit as cluster_submit
-from minima.cluster.records import read_jobs
+from minima.cluster.jobs import read_jobs
 from minima.cluster.submit import submit
 from minima.errors import ClusterError, RecipeError, StageError
 from minima.recipe.loading import load_recipe, resolved_yaml

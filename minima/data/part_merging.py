@@ -31,7 +31,7 @@ from minima.data.part_files import (
     read_index,
     read_piece,
 )
-from minima.data.recording import Reader, Waiting, encoded, runs
+from minima.data.part_recording import Reader, Waiting, encoded, runs
 from minima.data.share import Share
 from minima.data.sources import read_source, some
 from minima.errors import DataError, StageError
