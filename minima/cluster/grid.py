@@ -14,7 +14,7 @@ import yaml
 from minima.cluster.chain import submit_chain
 from minima.cluster.config import CELLS, Resources
 from minima.cluster.jobs import Job
-from minima.cluster.plan import check_jobs, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
+from minima.cluster.plan import check_jobs, make_place, run_stage, summary, warn
 from minima.cluster.queued import check_asked, queued_tasks, warn_asked
 from minima.cluster.recipe_copy import copy_recipe
 from minima.cluster.render import Place, Script, asked_of, python, render
@@ -57,9 +57,7 @@ def submit_grid(
     check_values("overrides", overrides)
     recipe = load_recipe(recipe_path, overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
-    warn_unread(place.cluster, recipe, write)
-    warn_no_venv(place, write)
-    warn_unmounted(place, write)
+    warn(place, recipe, write)
     cells = read_grid(grid)
     with ExitStack() as stack:
         if not dry_run:

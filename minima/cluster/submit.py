@@ -7,7 +7,7 @@ from pathlib import Path
 from minima.cluster.chain import submit_chain
 from minima.cluster.grid import submit_grid
 from minima.cluster.jobs import Job
-from minima.cluster.plan import check_jobs, make_place, stage_scripts, warn_no_venv, warn_unmounted, warn_unread
+from minima.cluster.plan import check_jobs, make_place, stage_scripts, warn
 from minima.cluster.queued import check_stage, queued_tasks, warn_asked
 from minima.cluster.recipe_copy import copy_recipe
 from minima.cluster.render import Place, asked_of, quoted
@@ -64,9 +64,7 @@ def submit(
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
-    warn_unread(place.cluster, recipe, write)
-    warn_no_venv(place, write)
-    warn_unmounted(place, write)
+    warn(place, recipe, write)
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))  # two submissions at once would submit everything twice
