@@ -13,7 +13,7 @@ from minima.disk import file_sha256, inside, json_sha256
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
-FORMAT = "minima-part-3"  # 2 knew no begin tokens
+FORMAT = "minima-part-3"
 PARTS = "parts"  # the folder of all parts, inside a build_data stage's
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})(\.partial)?")
 
