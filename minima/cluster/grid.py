@@ -75,7 +75,7 @@ def submit_grid(
                 write(f"{name}: finished")
             elif name in waiting:
                 job, who = waiting[name]
-                write(f"{name}: {_queued(job, cell, names, folder)}")
+                write(f"{name}: {_queued_text(job, cell, names, folder)}")
                 check_asked(job, name, f"{name}: {who}", cell, recipe_path, place.run_folder, write)
             else:
                 warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder, dry_run))
@@ -97,7 +97,7 @@ def submit_grid(
     return 0
 
 
-def _queued(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
+def _queued_text(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
     """That a cell's job is in the queue, and where it will not run all that is asked for, what it will."""
     asked = [stage.name for stage in select(cell, names) if not is_finished(folder / stage.name)]
     left = [name for name in asked if job.stages and name not in job.stages]  # an early version noted none for all

@@ -129,7 +129,7 @@ def render(
     """
     array = role in ("parts", "cells")
     log = f"{stage}-%A_%a.log" if array else f"{stage}-%j.log"
-    options = [f"--job-name={name}", *_asked(resources, array), *_lasting(place.cluster)]
+    options = [f"--job-name={name}", *_resource_options(resources, array), *_constant_options(place.cluster)]
     options += [f"--chdir={place.working_directory}", f"--output={str(place.logs).replace('%', '%%')}/{log}"]
     inside = [option for option in options if _DIRECTIVE.fullmatch(option)]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in inside)]
@@ -167,7 +167,7 @@ def python(place: Place, resources: Resources) -> list[str]:
     return ["apptainer", "exec", *gpus, *mounts, where, *container.options, container.image, "python"]
 
 
-def _asked(resources: Resources, array: bool) -> list[str]:
+def _resource_options(resources: Resources, array: bool) -> list[str]:
     gpu_type = f"{resources.gpu_type}:" if resources.gpu_type else ""
     options = [f"--nodes={resources.nodes or 1}", f"--ntasks-per-node={resources.ranks_per_node or 1}"]
     options += [f"--gpus-per-node={gpu_type}{resources.gpus_per_node}"] if resources.gpus_per_node else []
@@ -183,7 +183,7 @@ def _asked(resources: Resources, array: bool) -> list[str]:
     return options + (resources.sbatch_options or [])
 
 
-def _lasting(cluster: Cluster) -> list[str]:
+def _constant_options(cluster: Cluster) -> list[str]:
     return [
         f"--signal=B:USR1@{cluster.signal_lead_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",

@@ -70,7 +70,7 @@ def other_format(data: Path, own: Path) -> str | None:
     if theirs is None or ours is None:
         return None
     for turns in (PROBE, [(SYSTEM, "quartz"), *PROBE], PROBE[:1], PROBE[:3]):
-        texts = [_written(template, turns) for template in (theirs, ours)]
+        texts = [_rendered_text(template, turns) for template in (theirs, ours)]
         if texts[0] != texts[1]:
             parted = (n for n, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1])
             begin = max(0, next(parted, min(map(len, texts))) - 20)
@@ -78,7 +78,7 @@ def other_format(data: Path, own: Path) -> str | None:
     return None
 
 
-def _written(template: ChatTemplate, turns: list[Turn]) -> str:
+def _rendered_text(template: ChatTemplate, turns: list[Turn]) -> str:
     from jinja2 import TemplateError
 
     try:

@@ -169,15 +169,15 @@ def write_tasks(folder: Path, data_folder: Path | None) -> Path:
         text = asset.read_text(encoding="utf-8")
         if asset.name == "_local_mmlu_subject":
             for subject in subjects:
-                filled = _filled(text, paths | {"SUBJECT": subject})
+                filled = _filled_text(text, paths | {"SUBJECT": subject})
                 (folder / f"local_mmlu_{subject}.yaml").write_text(filled, encoding="utf-8")
         else:
             template = asset.name.endswith(".yaml") or "." not in asset.name
-            (folder / asset.name).write_text(_filled(text, paths) if template else text, encoding="utf-8")
+            (folder / asset.name).write_text(_filled_text(text, paths) if template else text, encoding="utf-8")
     return folder
 
 
-def _filled(text: str, paths: Mapping[str, str]) -> str:
+def _filled_text(text: str, paths: Mapping[str, str]) -> str:
     return Template(text).safe_substitute(paths)
 
 
