@@ -1,7 +1,6 @@
 """The `minima` command. Every command imports what it needs when it runs, so help and dry runs know no torch."""
 
 import argparse
-import io
 import logging
 import os
 import sys
@@ -10,23 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minima
-from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_on
+from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_to_end
 from minima.disk import access_refused_named
 from minima.errors import MinimaError, Stopped
+from minima.evaluation.chat_command import add_chat
 from minima.law.command import add_law
 
-USER_ERROR, OWN_ERROR, INTERRUPTED = 2, 1, 130
+USER_ERROR, OWN_ERROR = 2, 1
 _PLANNED_FOR = {
     "gpus": (int, "N", "of the whole run; the recipe's ranks when not given"),
     "gpu": (str, "KIND", "such as h100, or a YAML file that describes one"),
     "gpus_per_node": (int, "N", "of one machine; 8 when nothing says otherwise"),
-    "gpu_memory": (float, "BYTES", "that one GPU reports, up to 7 %% more than is published; as published otherwise"),
+    "gpu_memory": (
+        float,
+        "BYTES",
+        "memory that the driver reports for one GPU (default: the published size, which may be up to 7 %% less)",
+    ),
     "gpu_flops": (float, "X", "dense bfloat16 FLOP/s, instead of what is published"),
-    "network_bandwidth": (float, "X", "bytes/s of one GPU to other machines"),
+    "network_bandwidth": (float, "X", "bytes/s between one GPU and other machines"),
     "host_memory": (float, "BYTES", "of one machine"),
-    "efficiency": (float, "X", "share of the peak that a step executes"),
+    "efficiency": (float, "X", "fraction of peak FLOP/s that a step reaches (default: measured or assumed)"),
     "price": (float, "X", "of one GPU-hour, in your currency"),
-    "benchmarks": (Path, "DIR", "JSONs of tools/bench_distil.py; the shipped ones otherwise"),
+    "benchmarks": (Path, "DIR", "folder of tools/bench_distil.py results (default: those shipped)"),
 }
 _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after the first one fails
 
@@ -60,14 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--launcher", metavar="X", help="start the ranks by launch/X.sh instead of the recipe's")
     run.add_argument("--ranks", type=int, metavar="N", help="processes on this machine instead of the recipe's")
     run.add_argument("--dry-run", action="store_true", help="show what would happen, and the arithmetic; run nothing")
-    run.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
+    _may_execute(run)
     run.set_defaults(command=_run)
 
     stage = commands.add_parser("stage", help="run stages in this process: what each rank does under any launcher")
     stage.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     stage.add_argument("overrides", nargs="*", metavar="NAME|key.path=value", help="stages (A,B) and overrides")
     stage.add_argument("--stages", metavar="A,B", help="only these; all that are not finished when not given")
-    stage.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
+    _may_execute(stage)
     stage.add_argument("--part", metavar="I/N", help="encode only the I-th of N parts (from 0) of a build_data stage")
     stage.set_defaults(command=_stage)
 
@@ -78,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--grid", metavar="FILE", help="YAML: run the recipe once for each cell, as one job array")
     submit.add_argument("--dry-run", action="store_true", help="print scripts and sbatch commands; submit nothing")
-    submit.add_argument("--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote")
+    _may_execute(submit)
     submit.set_defaults(command=_submit)
 
     status = commands.add_parser("status", help="stages, jobs, progress and failures of a run")
@@ -91,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="check this machine, or each rank of an allocation under a launcher")
     doctor.add_argument(
-        "--folder", metavar="DIR", default=".", help="where runs will lie; it has to be there, on every machine"
+        "--folder",
+        metavar="DIR",
+        default=".",
+        help="where runs will be written; must exist on every machine (default: here)",
     )
     doctor.set_defaults(command=_doctor)
 
@@ -99,17 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _takes_recipe(fetch, "only what these read; all when not given")
     fetch.set_defaults(command=_fetch)
 
-    chat = commands.add_parser("chat", help="talk to an exported model in the terminal")
-    chat.add_argument("folder", metavar="DIR", help="an export stage's folder, or any in Hugging Face's layout")
-    chat.add_argument("--system", metavar="TEXT", help="message that opens the conversation")
-    chat.add_argument("--plain", action="store_true", help="let a base model go on with what you type; no conversation")
-    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of one answer; 512 by default")
-    chat.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest token; as the model suggests")
-    chat.add_argument("--top-p", type=float, metavar="X", help="sample from so much probability; as the model suggests")
-    chat.add_argument("--seed", type=int, metavar="N", help="of the sampling; another one each time when not given")
-    chat.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; as stored")
-    chat.set_defaults(command=_chat)
-
+    add_chat(commands)
     add_law(commands, write)
 
     plan = commands.add_parser("plan", help="parameters, memory, traffic, time and cost of a recipe on given GPUs")
@@ -124,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--push", required=True, metavar="REPO", help="organisation/name on the Hub")
     publish.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
     publish.add_argument("--revision", metavar="B", help="branch to push to; made when it is not there")
-    publish.add_argument("--message", metavar="M", help="of the commit")
+    publish.add_argument("--message", metavar="M", help="commit message")
     publish.set_defaults(command=_publish)
     return parser
 
@@ -133,6 +130,12 @@ def _takes_recipe(command: argparse.ArgumentParser, stages: str = "only these; a
     command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
     command.add_argument("--stages", metavar="A,B", help=stages)
+
+
+def _may_execute(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-code-execution", action="store_true", help="let benchmarks execute what a model wrote"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -162,7 +165,7 @@ def _run(options: argparse.Namespace) -> int:
 def _stage(options: argparse.Namespace) -> int:
     from minima.launcher import read_launch
     from minima.recipe.loading import load_recipe
-    from minima.stages.running import run_alone
+    from minima.stages.running import run_stage_command
     from minima.stages.shipped import find_recipe
 
     names = _names(",".join(text for text in (options.stages, *options.overrides) if text and "=" not in text) or None)
@@ -178,7 +181,7 @@ def _stage(options: argparse.Namespace) -> int:
 
             run_part(recipe, path, names, options.part, launch, write)
         else:
-            run_alone(recipe, path, names, launch, write, options.allow_code_execution)
+            run_stage_command(recipe, path, names, launch, write, options.allow_code_execution)
     except Stopped as stopped:
         if launch.rank == 0:
             write(str(stopped))
@@ -204,7 +207,7 @@ def _submit(options: argparse.Namespace) -> int:
     grid = None if options.grid is None else Path(options.grid).expanduser()
     cluster, names = Path(options.cluster).expanduser(), _names(options.stages)
     path, allowed = find_recipe(options.recipe), options.allow_code_execution
-    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write_on, allowed)
+    return submit(path, options.overrides, cluster, names, grid, options.dry_run, write_to_end, allowed)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -216,7 +219,7 @@ def _status(options: argparse.Namespace) -> int:
 def _cancel(options: argparse.Namespace) -> int:
     from minima.cluster.cancel import cancel
 
-    return cancel(options.run, write_on)
+    return cancel(options.run, write_to_end)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -232,32 +235,6 @@ def _fetch(options: argparse.Namespace) -> int:
     from minima.stages.shipped import find_recipe
 
     return fetch(find_recipe(options.recipe), options.overrides, _names(options.stages), write)
-
-
-def _chat(options: argparse.Namespace) -> int:
-    from minima.evaluation.generation import Generator
-    from minima.evaluation.terminal import ChatSettings, Conversation, answer_lines, talk
-
-    settings = ChatSettings(
-        options.system, options.max_new_tokens, options.temperature, options.top_p, options.seed, options.plain
-    )
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have letters that the locale lacks
-        sys.stdout.reconfigure(encoding=None if terminal else "utf-8", errors="replace")
-    try:
-        generator = Generator.load(Path(options.folder).expanduser(), dtype=options.dtype)
-        conversation = Conversation(generator, settings, sys.stdout, sys.stdout if terminal else sys.stderr)
-        if terminal:
-            import readline  # noqa: F401  (gives `input` its editing and history)
-
-            talk(conversation, input)
-        else:
-            if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale; what is not UTF-8 is refused by its line
-                sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-            answer_lines(conversation, sys.stdin)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -29,8 +29,8 @@ def write(text: str) -> None:
             raise
 
 
-def write_on(text: str) -> None:
-    """The same, for what may not end half done: it goes on where nobody reads any more."""
+def write_to_end(text: str) -> None:
+    """Like `write`, for commands that must not stop half-way: they carry on when the reader of their output is gone."""
     with outliving_readers(lambda: None):
         write(text)
 

@@ -55,6 +55,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: Any) -> str:
+    """SHA-256 of content as JSON, whatever the order of its keys. Files carry theirs, so it never changes."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that it is there whole or not at all."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

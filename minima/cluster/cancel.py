@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from minima.cluster import slurm
-from minima.cluster.records import read_jobs
+from minima.cluster.jobs import read_jobs
 from minima.cluster.runs import open_run
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from minima.cluster import slurm
-from minima.cluster.records import Job, add_job
+from minima.cluster.jobs import Job, add_job
 from minima.cluster.render import Place, Script, quoted
 from minima.disk import write_whole
 from minima.errors import ClusterError

@@ -34,7 +34,7 @@ def _no_secrets(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-class Placement(Strict):
+class Scheduling(Strict):
     """Where a job goes; each is the option of sbatch that has its name.
 
     Attributes:
@@ -68,7 +68,7 @@ class Placement(Strict):
         return text
 
 
-class Resources(Placement):
+class Resources(Scheduling):
     """What one stage asks for.
 
     Attributes:
@@ -123,7 +123,7 @@ class Container(Strict):
     _without_secrets = field_validator("options", mode="before")(_no_secrets)
 
 
-class Cluster(Placement):
+class Cluster(Scheduling):
     """A cluster file. What a stage gets: its name's entry, then its kind's, then `defaults`, then this level.
 
     Attributes:
@@ -196,7 +196,7 @@ class Cluster(Placement):
                 process does.
         """
         found = self.merged(stage.kind, stage.name)
-        own = {**_given(self.stages.get(stage.kind)), **_given(self.stages.get(stage.name))}
+        own = {**_given_settings(self.stages.get(stage.kind)), **_given_settings(self.stages.get(stage.name))}
         if stage.kind != "build_data" and "array" in own:
             raise ClusterError(
                 f"stages: {stage.name} ({stage.kind}) asks for an array of jobs",
@@ -216,10 +216,10 @@ class Cluster(Placement):
 
     def merged(self, *keys: str) -> Resources:
         """The top level, `defaults` and the entries of some keys, each over the one before it."""
-        top = {name: value for name, value in _given(self).items() if name in Placement.model_fields}
-        merged = top | _given(self.defaults)
+        top = {name: value for name, value in _given_settings(self).items() if name in Scheduling.model_fields}
+        merged = top | _given_settings(self.defaults)
         for key in keys:
-            merged |= _given(self.stages.get(key))
+            merged |= _given_settings(self.stages.get(key))
         merged.setdefault("ranks_per_node", merged.get("gpus_per_node") or 1)
         if keys[0] == "publish" and "hub_offline" not in merged:
             merged["hub_offline"] = False
@@ -227,7 +227,7 @@ class Cluster(Placement):
         return Resources(**merged)
 
 
-def _given(block: Strict | None) -> dict[str, Any]:
+def _given_settings(block: Strict | None) -> dict[str, Any]:
     return {} if block is None else {name: getattr(block, name) for name in block.model_fields_set}
 
 

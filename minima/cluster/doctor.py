@@ -52,7 +52,7 @@ def doctor(folder: Path, write: Callable[[str], None]) -> int:
 
 def _report(launch: Launch, gathered: dict[int, list[Finding]], hosts: Sequence[str] = ()) -> str:
     """The table of all checks, and what to do about those that are not ok."""
-    merged = _merged(gathered, hosts) + _different(gathered)
+    merged = _merged_findings(gathered, hosts) + _different(gathered)
     rows = [[finding.state, finding.check, text] for finding, text in merged]
     job = slurm_job()
     where = f"rank {launch.rank} of {launch.world_size} on {node_name()}"
@@ -71,7 +71,7 @@ def _report(launch: Launch, gathered: dict[int, list[Finding]], hosts: Sequence[
     return "\n".join(lines)
 
 
-def _merged(gathered: dict[int, list[Finding]], hosts: Sequence[str]) -> list[tuple[Finding, str]]:
+def _merged_findings(gathered: dict[int, list[Finding]], hosts: Sequence[str]) -> list[tuple[Finding, str]]:
     """Each finding once, with the ranks or machines that made it where not all did."""
     checks = list(dict.fromkeys(finding.check for found in gathered.values() for finding in found))
     rows = []

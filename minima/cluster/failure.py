@@ -31,7 +31,7 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
         return _from_error(own, len(own)) if any(map(_ERROR.match, own)) else []
     parts = [path for path in logs.glob(f"{stage}-{job}_*[0-9].log") if "-rank" not in path.name[len(stage) :]]
     batch_logs = sorted([logs / f"{stage}-{job}.log", *parts], key=lambda path: path.name)
-    return next((lines for path in batch_logs if (lines := _told(path, path.with_suffix("")))), [])
+    return next((lines for path in batch_logs if (lines := _failure_lines(path, path.with_suffix("")))), [])
 
 
 def cell_failure(run_folder: Path, cell: str, task: str) -> list[str]:
@@ -44,10 +44,12 @@ def cell_failure(run_folder: Path, cell: str, task: str) -> list[str]:
     """
     ranks = (run_folder / "cells" / cell / "logs").glob(f"*-{task}-rank*.log")
     newest = max(ranks, key=lambda path: path.stat().st_mtime, default=Path(f"-{task}-rank"))  # of the stage that ended
-    return _told(run_folder / "logs" / f"cells-{task}.log", newest.with_name(newest.name.rpartition("-rank")[0]))
+    return _failure_lines(
+        run_folder / "logs" / f"cells-{task}.log", newest.with_name(newest.name.rpartition("-rank")[0])
+    )
 
 
-def _told(batch_log: Path, ranks: Path) -> list[str]:
+def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
     """What a job says of its failure.
 
     Args:

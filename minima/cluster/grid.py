@@ -13,14 +13,14 @@ import yaml
 
 from minima.cluster.chain import submit_chain
 from minima.cluster.config import CELLS, Resources
-from minima.cluster.plan import check_run, make_place, run_stage, summary, warn_no_venv, warn_unmounted, warn_unread
+from minima.cluster.jobs import Job
+from minima.cluster.plan import check_jobs, make_place, run_stage, summary, warn
 from minima.cluster.queued import check_asked, queued_tasks, warn_asked
-from minima.cluster.records import Job
+from minima.cluster.recipe_copy import copy_recipe
 from minima.cluster.render import Place, Script, asked_of, python, render
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
 from minima.cluster.secret import check_values
-from minima.cluster.snapshot import snapshot
 from minima.disk import write_whole
 from minima.errors import ClusterError
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -57,9 +57,7 @@ def submit_grid(
     check_values("overrides", overrides)
     recipe = load_recipe(recipe_path, overrides)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
-    warn_unread(place.cluster, recipe, write)
-    warn_no_venv(place, write)
-    warn_unmounted(place, write)
+    warn(place, recipe, write)
     cells = read_grid(grid)
     with ExitStack() as stack:
         if not dry_run:
@@ -77,7 +75,7 @@ def submit_grid(
                 write(f"{name}: finished")
             elif name in waiting:
                 job, who = waiting[name]
-                write(f"{name}: {_queued(job, cell, names, folder)}")
+                write(f"{name}: {_queued_text(job, cell, names, folder)}")
                 check_asked(job, name, f"{name}: {who}", cell, recipe_path, place.run_folder, write)
             else:
                 warnings |= dict.fromkeys(_check(cell, recipe_path, names, place, folder, dry_run))
@@ -89,7 +87,7 @@ def submit_grid(
         if not missing:
             write("nothing to submit")
             return 0
-        copy = snapshot(recipe, recipe_path, place.run_folder / "cluster" / "recipes", write=not dry_run)
+        copy = copy_recipe(recipe, recipe_path, place.run_folder / "cluster" / "recipes", write=not dry_run)
         script = _script(recipe, recipe_path, copy, missing, names, place)
         if not dry_run:
             write_whole(place.scripts / RESOLVED, resolved_yaml(recipe))
@@ -99,7 +97,7 @@ def submit_grid(
     return 0
 
 
-def _queued(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
+def _queued_text(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
     """That a cell's job is in the queue, and where it will not run all that is asked for, what it will."""
     asked = [stage.name for stage in select(cell, names) if not is_finished(folder / stage.name)]
     left = [name for name in asked if job.stages and name not in job.stages]  # an early version noted none for all
@@ -187,7 +185,7 @@ def _check(
     cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
     own, stages = Place(cluster, place.working_directory, folder), select(cell, names)
     saves = save_warnings([stage for stage in stages if not is_finished(folder / stage.name)], own, dry_run)
-    return [*check_run(cell, recipe_path, stages, own), *(f"{folder.name}: {warning}" for warning in saves)]
+    return [*check_jobs(cell, recipe_path, stages, own), *(f"{folder.name}: {warning}" for warning in saves)]
 
 
 def _resources(place: Place, num_cells: int) -> Resources:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minima.cluster.config import CELLS, Cluster
+from minima.cluster.config import CELLS
 from minima.cluster.loading import load_cluster
 from minima.cluster.render import Place, Script, check_place, python, quoted, render
 from minima.errors import ClusterError
@@ -42,31 +42,21 @@ def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) 
     return place
 
 
-def warn_unread(cluster: Cluster, recipe: Recipe, write: Callable[[str], None]) -> None:
-    """Say which entries of the cluster file's `stages` no stage of this recipe reads."""
+def warn(place: Place, recipe: Recipe, write: Callable[[str], None]) -> None:
+    """Say what of a cluster file does not fit: unknown stages, a missing venv, a run folder outside the container."""
+    cluster, folder = place.cluster, place.run_folder
     known = [*_KINDS, CELLS, *(stage.name for stage in recipe.stages)]
     for key in cluster.stages:
         if key not in known:
             write(f"warning: the cluster file's stages.{key} is neither a kind nor a stage here{nearest(key, known)}")
-
-
-def warn_no_venv(place: Place, write: Callable[[str], None]) -> None:
-    """Say that the cluster file's virtual environment is not here: on a shared file system no job would find it."""
-    venv = place.cluster.venv
-    if venv is not None and place.cluster.container is None:
-        activate = place.working_directory / venv / "bin" / "activate"
+    if cluster.container is None and cluster.venv is not None:
+        activate = place.working_directory / cluster.venv / "bin" / "activate"
         if not activate.is_file():
             write(f"warning: {activate} is not there; where the nodes see the same files, every job would end at once")
-
-
-def warn_unmounted(place: Place, write: Callable[[str], None]) -> None:
-    """Say that the run's folder is not in the container, where what it writes would be lost."""
-    container, folder = place.cluster.container, place.run_folder
-    if container is None or not folder.is_absolute():
-        return
-    seen = [str(place.working_directory)]
-    seen += [mount.split(":")[1] if ":" in mount else mount for mount in container.mounts]
-    if not any(folder.is_relative_to(path) for path in seen):
+    mounts = cluster.container.mounts if cluster.container is not None else []
+    seen = [str(place.working_directory), *(mount.split(":")[1] if ":" in mount else mount for mount in mounts)]
+    outside = folder.is_absolute() and not any(folder.is_relative_to(path) for path in seen)
+    if cluster.container is not None and outside:
         write(
             f"warning: the run's folder {folder} is neither below the working directory nor among the container's "
             "mounts: what the jobs write there is lost with the container"
@@ -76,7 +66,7 @@ def warn_unmounted(place: Place, write: Callable[[str], None]) -> None:
 _NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that compute on the host
 
 
-def check_run(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
+def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
     """Refuse, before anything waits in a queue, what is sure to fail later.
 
     Args:
@@ -126,7 +116,9 @@ def stage_scripts(
     return [_script(recipe, recipe_file, overrides, stage, place, role) for role in ("parts", "merge")]
 
 
-def _script(recipe, recipe_file, overrides, stage, place, role) -> Script:
+def _script(
+    recipe: Recipe, recipe_file: Path, overrides: Sequence[str], stage: AnyStage, place: Place, role: str
+) -> Script:
     resources = place.cluster.resources(stage)
     suffix = "" if role == "stage" else f".{role}"
     command = [*python(place, resources), "-m", "minima", "stage", str(recipe_file), "--stages", stage.name]

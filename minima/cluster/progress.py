@@ -1,12 +1,16 @@
 """How far a stage has come: step, loss, speed and what is left, from what its folder holds. No torch."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from minima.cluster.logged import last_record, newest_checkpoint
+from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.planning.arithmetic import plan_training
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.preview_inputs import KnownInputs
+
+_TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,42 @@ def progress(recipe: Recipe, stage: AnyStage, run_folder: Path) -> Progress:
     if steps and step and tokens and speed:
         left = max(0, steps - step) * (tokens / step) / speed
     return Progress(step, steps, tokens, record.get("loss"), speed, left, marker.get("step"))
+
+
+def newest_checkpoint(stage_folder: Path) -> dict[str, Any] | None:
+    """What the newest complete checkpoint of a stage says of itself; None when there is none."""
+    checkpoints = stage_folder / "checkpoints"
+    try:
+        steps = complete_steps(checkpoints)
+    except PermissionError:  # somebody else's run
+        return None
+    for step in reversed(steps):
+        try:
+            marker = json.loads((step_folder(checkpoints, step) / MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # removed or replaced while we look
+            continue
+        if isinstance(marker, dict):
+            return marker
+    return None
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """The last whole record of a training step."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # being written, or cut
+            continue
+        if isinstance(record, dict) and "loss" in record and "tokens_per_second" in record:
+            return record
+    return {}
 
 
 def _steps(recipe: Recipe, stage: AnyTraining, run_folder: Path) -> int | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from minima.cluster import slurm
-from minima.cluster.records import Job, read_jobs
+from minima.cluster.jobs import Job, read_jobs
+from minima.cluster.recipe_copy import own_jsons
 from minima.cluster.render import quoted
-from minima.cluster.snapshot import own_jsons
 from minima.errors import ClusterError, MinimaError, StageError
 from minima.recipe.distillation import PLACING
 from minima.recipe.loading import load_recipe
@@ -123,7 +123,7 @@ def check_asked(
     for stage in [stage for stage in recipe.stages if stage.name in kept]:
         where = () if key == job.stage else ("stages", stage.name)
         for keys, (old, new) in _changes(kept[stage.name], copy, stage, recipe_path).items():
-            text = f"{'.'.join([*where, *keys])} {_both(old, new)}"
+            text = f"{'.'.join([*where, *keys])} {_two_values(old, new)}"
             (free if _is_free(stage, keys) else deciding).append(text)
     for text in free if not deciding else ():
         write(f"warning: {who} keeps {text}: it reads the recipe as it was submitted")
@@ -147,7 +147,7 @@ def warn_asked(job: Job, who: str, asked: dict[str, Any], write: Callable[[str],
         write: takes the warnings.
     """
     for keys, (old, new) in _differences((), job.asked, asked) if job.asked else ():
-        write(f"warning: {who} keeps {'.'.join(keys)} {_both(old, new)}: it was submitted so")
+        write(f"warning: {who} keeps {'.'.join(keys)} {_two_values(old, new)}: it was submitted so")
 
 
 def _is_free(stage: AnyStage, keys: tuple[str, ...]) -> bool:
@@ -177,7 +177,7 @@ def _cancel(run_folder: Path) -> str:
     return f"`minima cancel {quoted([str(run_folder)])}`"
 
 
-def _both(old: Any, new: Any) -> str:
+def _two_values(old: Any, new: Any) -> str:
     """Two values, cut where they are long; not at all where they would then look the same."""
     whole = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
     short = [text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 3] + "..." for text in whole]

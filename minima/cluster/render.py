@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minima.cluster.config import Cluster, Resources
+from minima.cluster.config import Cluster, Resources, Scheduling
 from minima.errors import ClusterError
 from minima.stages.shipped import shipped_folder
 
@@ -55,7 +55,7 @@ class Script:
     Attributes:
         name: Slurm's name for it.
         stage: that it runs; `cells` for a grid.
-        role: see `records.Job`.
+        role: see `jobs.Job`.
         resources: what it asks for.
         text: of the script.
         options: of sbatch: all of them, since SBATCH_* variables of whoever submits would beat #SBATCH lines.
@@ -122,14 +122,14 @@ def render(
         place: where it works.
         name: of the job: letters, digits, `_`, `.` and `-`.
         stage: that it runs.
-        role: see `records.Job`.
+        role: see `jobs.Job`.
         resources: what it asks for.
         work: its last lines, quoted already.
         note: one line that says what it does: of names with letters, digits, `_`, `.` and `-` alone.
     """
     array = role in ("parts", "cells")
     log = f"{stage}-%A_%a.log" if array else f"{stage}-%j.log"
-    options = [f"--job-name={name}", *_asked(resources, array), *_lasting(place.cluster)]
+    options = [f"--job-name={name}", *_resource_options(resources, array), *_constant_options(place.cluster)]
     options += [f"--chdir={place.working_directory}", f"--output={str(place.logs).replace('%', '%%')}/{log}"]
     inside = [option for option in options if _DIRECTIVE.fullmatch(option)]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in inside)]
@@ -167,14 +167,14 @@ def python(place: Place, resources: Resources) -> list[str]:
     return ["apptainer", "exec", *gpus, *mounts, where, *container.options, container.image, "python"]
 
 
-def _asked(resources: Resources, array: bool) -> list[str]:
+def _resource_options(resources: Resources, array: bool) -> list[str]:
     gpu_type = f"{resources.gpu_type}:" if resources.gpu_type else ""
     options = [f"--nodes={resources.nodes or 1}", f"--ntasks-per-node={resources.ranks_per_node or 1}"]
     options += [f"--gpus-per-node={gpu_type}{resources.gpus_per_node}"] if resources.gpus_per_node else []
     options += [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
     options += [f"--mem={resources.memory}"] if resources.memory else []
     options += ["--exclusive"] if resources.exclusive else []
-    for key in ("partition", "account", "qos", "reservation", "constraint", "time"):
+    for key in Scheduling.model_fields:
         if value := getattr(resources, key):
             options.append(f"--{key}={value}")
     if array:
@@ -183,7 +183,7 @@ def _asked(resources: Resources, array: bool) -> list[str]:
     return options + (resources.sbatch_options or [])
 
 
-def _lasting(cluster: Cluster) -> list[str]:
+def _constant_options(cluster: Cluster) -> list[str]:
     return [
         f"--signal=B:USR1@{cluster.signal_lead_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",

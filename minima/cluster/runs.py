@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from minima.cluster import slurm
-from minima.cluster.records import FOLDER, Job, read_jobs
+from minima.cluster.jobs import FOLDER, Job, read_jobs
 from minima.errors import ClusterError, RecipeError
 from minima.recipe.loading import load_recipe
 from minima.recipe.overrides import nearest

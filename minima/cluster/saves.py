@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minima.cluster import slurm
-from minima.cluster.logged import last_record, newest_checkpoint
+from minima.cluster.progress import last_record, newest_checkpoint
 from minima.cluster.render import Place
 from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage

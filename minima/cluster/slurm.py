@@ -143,11 +143,11 @@ def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:
                 found.append(Task(job, int(index) if index.isdigit() else None, fields[1].split()[0], fields[2]))
     for job, name in jobs:
         if not any(task.job == job for task in found):
-            found += [Task(job, None, state, name, reason) for state, reason in _shown(job, name)]
+            found += [Task(job, None, state, name, reason) for state, reason in _states_and_reasons(job, name)]
     return found
 
 
-def _shown(job: str, name: str) -> list[tuple[str, str]]:
+def _states_and_reasons(job: str, name: str) -> list[tuple[str, str]]:
     try:
         lines = call(["scontrol", "show", "job", "--oneliner", job], "asked for a job that ended").splitlines()
     except ClusterError:

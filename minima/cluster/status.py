@@ -6,8 +6,8 @@ from typing import Any
 
 from minima.cluster import slurm
 from minima.cluster.failure import cell_failure, failure
+from minima.cluster.jobs import Job
 from minima.cluster.progress import progress
-from minima.cluster.records import Job
 from minima.cluster.runs import look_up, newest_jobs, open_run
 from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage, Recipe
@@ -95,10 +95,10 @@ def _state(
         return ("begun" if begun else "not submitted" if submitted else "not begun"), words
     if not asked:
         return "submitted", "not known" if slurm.is_here() else "no Slurm here"
-    return _ended(tasks), words or _GONE
+    return _end_state(tasks), words or _GONE
 
 
-def _ended(tasks: Sequence[slurm.Task]) -> str:
+def _end_state(tasks: Sequence[slurm.Task]) -> str:
     """How tasks without a finished stage ended: a failed one takes those with it that wait for it."""
     states = [task.state for task in tasks if task.state != "COMPLETED"]
     return "cancelled" if states and all(state.startswith("CANCELLED") for state in states) else "failed"
@@ -146,7 +146,7 @@ def _cell_rows(
         elif not asked:
             state = "submitted"
         else:
-            state = _ended([task] if task else [])
+            state = _end_state([task] if task else [])
         words = _words(task) if task else _GONE if state == "failed" else ""
         rows.append([name, state, f"{job.id}_{index}", words, f"{len(done)}/{len(recipe.stages)}"])
     return rows

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from minima.cluster.chain import submit_chain
 from minima.cluster.grid import submit_grid
-from minima.cluster.plan import check_run, make_place, stage_scripts, warn_no_venv, warn_unmounted, warn_unread
+from minima.cluster.jobs import Job
+from minima.cluster.plan import check_jobs, make_place, stage_scripts, warn
 from minima.cluster.queued import check_stage, queued_tasks, warn_asked
-from minima.cluster.records import Job
+from minima.cluster.recipe_copy import copy_recipe
 from minima.cluster.render import Place, asked_of, quoted
 from minima.cluster.runs import RESOLVED
 from minima.cluster.saves import save_warnings
 from minima.cluster.secret import check_values
 from minima.cluster.slurm import Task
-from minima.cluster.snapshot import snapshot
 from minima.disk import write_whole
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.schema import Recipe
@@ -64,9 +64,7 @@ def submit(
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
-    warn_unread(place.cluster, recipe, write)
-    warn_no_venv(place, write)
-    warn_unmounted(place, write)
+    warn(place, recipe, write)
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(run_lock(place.scripts))  # two submissions at once would submit everything twice
@@ -82,11 +80,11 @@ def submit(
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
         _check_queued(tasks, recipe, recipe_path, place, write)
-        for line in check_run(
+        for line in check_jobs(
             recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
         ):
             write(f"warning: {line}")
-        copy = snapshot(recipe, recipe_path, folder / "cluster" / "recipes", write=not dry_run)
+        copy = copy_recipe(recipe, recipe_path, folder / "cluster" / "recipes", write=not dry_run)
         scripts = [script for stage in missing for script in stage_scripts(recipe, copy, overrides, stage, place)]
         for warning in save_warnings(missing, place, dry_run):
             write(f"warning: {warning}")

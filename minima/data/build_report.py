@@ -11,7 +11,7 @@ from minima.data.store import TokenStore
 from minima.errors import DataError
 from minima.recipe.schema import BuildData
 
-_LOG = logging.getLogger("minima.data")
+logger = logging.getLogger("minima.data")
 _ENTROPY_BLOCKS = 4096  # read at once
 
 
@@ -93,7 +93,7 @@ def show_rejected(label: str, rejected: Rejected) -> None:
     for reason, count in sorted(rejected.counts.items()):
         examples = [f"{example['where']}: {example['excerpt']!r}" for example in rejected.examples[reason]]
         records = f"{count} {'record' if count == 1 else 'records'}"
-        _LOG.warning("source %s: left out %s, %s\n  %s", label, records, reason, "\n  ".join(examples))
+        logger.warning("source %s: left out %s, %s\n  %s", label, records, reason, "\n  ".join(examples))
 
 
 def check_enough(
@@ -127,7 +127,7 @@ def check_enough(
         do = "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without"
         do += few if documents * stage.held_out_fraction < 1 else ""
         if not evaluated and not {"held_out_fraction", "held_out_tokens"} & stage.model_fields_set:
-            _LOG.warning("%s: %s, so no stage can evaluate on this data; to have some, %s", stage.name, what, do)
+            logger.warning("%s: %s, so no stage can evaluate on this data; to have some, %s", stage.name, what, do)
             return
         raise DataError(what, "there would be nothing to evaluate on", do)
 

@@ -16,11 +16,11 @@ from minima.data.chat import template_of
 from minima.data.chat_encoding import ChatEncoder
 from minima.data.conversations import read_conversations
 from minima.data.documents import HeldOut
-from minima.data.encoding import Batch, Encoded, Encoder, EncodingPool, Result
+from minima.data.encoding import Encoded, Encoder, EncodingPool, EncodingTask, Result
 from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
 from minima.data.part_files import folder_sha256
-from minima.data.parts import RecordedParts
+from minima.data.part_merging import RecordedParts
 from minima.data.piece_training import train_sentencepiece
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
@@ -40,7 +40,7 @@ from minima.recipe.schema import BuildData
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOG = logging.getLogger("minima.data")
+logger = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
 _ADD_TOKENS = 1 << 16
 
@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 
     end_token: int
     vocabulary_size: int
-    make: Callable[[], Callable[[Batch], Result]]  # an encoder
+    make: Callable[[], Callable[[EncodingTask], Result]]  # an encoder
     read: Callable[..., Iterator[str]] = read_source
     writer: type[StoreWriter] | type[PackedWriter] = StoreWriter
     begin_token: int | None = None  # of each document of text
@@ -117,7 +117,7 @@ def processes_of(stage: BuildData) -> int:
 def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, folder: Path) -> Plan:
     """Write the tokenizer, and say how it encodes."""
     if isinstance(tokenizer, TokenizerTraining):
-        _LOG.info("training a tokenizer of %d pieces", tokenizer.vocabulary_size)
+        logger.info("training a tokenizer of %d pieces", tokenizer.vocabulary_size)
         model = train_sentencepiece(_tokenizer_texts(stage, tokenizer), tokenizer.vocabulary_size)
         write_tokenizer(model, folder)
         return Plan(2, tokenizer.vocabulary_size, partial(Encoder, folder, 2, tokenizer.vocabulary_size))
@@ -154,12 +154,16 @@ def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase", source:
     token, asked = tokenizer.bos_token, stage.add_bos_token
     if asked is not None and asked != adds:
         how, other = ("with", "without") if asked else ("without", "with")
-        _LOG.warning("documents begin %s %r; the tokenizer itself begins texts %s it, in the exported model, too", how,
-                     token, other)  # fmt: skip
+        logger.warning(
+            "documents begin %s %r; the tokenizer itself begins texts %s it, in the exported model, too",
+            how,
+            token,
+            other,
+        )
     elif adds:
-        _LOG.info("documents begin with %r, as the tokenizer begins a text", token)
+        logger.info("documents begin with %r, as the tokenizer begins a text", token)
     elif asked is None and begin is not None and is_lone(source):
-        _LOG.warning(
+        logger.warning(
             "documents begin without %r: a tokenizer.model alone does not say that a text begins with it; set "
             "add_bos_token: true where the model was trained so, as Llama and Mistral were",
             token,
@@ -218,8 +222,8 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
     for label, stream in zip(labels, streams, strict=True):
         show_rejected(label, stream.rejected)
         if (stream.epochs or 1.0) >= 1.05:
-            _LOG.info("source %s: its documents were read %.1f times to fill its share", label, stream.epochs)
-    _LOG.info("wrote %d training and %d held-out blocks", written["blocks"], set_aside["blocks"])
+            logger.info("source %s: its documents were read %.1f times to fill its share", label, stream.epochs)
+    logger.info("wrote %d training and %d held-out blocks", written["blocks"], set_aside["blocks"])
     unigram = unigram_entropy(TokenStore.open(folder / "held_out"))
     return build_report(stage.format, streams, labels, written, set_aside, train.beyond_tokens) | {
         "unigram_entropy": unigram, "sequence_length": length, "vocabulary_size": plan.vocabulary_size,
@@ -270,7 +274,7 @@ class _Progress:
         self._last = now
         rate = sum(stream.bytes for stream in streams) / (now - self._started) / 1e6
         documents = sum(stream.documents for stream in streams)
-        _LOG.info("%.1f M tokens, %d documents, %.1f MB of text a second", tokens / 1e6, documents, rate)
+        logger.info("%.1f M tokens, %d documents, %.1f MB of text a second", tokens / 1e6, documents, rate)
 
 
 def _replace(partial: Path, final: Path) -> None:

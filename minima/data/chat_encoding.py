@@ -7,7 +7,7 @@ import numpy as np
 
 from minima.data.chat import ChatTemplate, ChatTokenizer, TokenizedChat
 from minima.data.conversations import Conversation, unpack
-from minima.data.encoding import Batch, Encoded, Result
+from minima.data.encoding import Encoded, EncodingTask, Result
 from minima.data.preferences import Pair
 from minima.data.store import token_dtype
 from minima.data.turns import ASSISTANT, SYSTEM, Turn, Unfit
@@ -46,7 +46,7 @@ class ChatEncoder:
         self._chat = ChatTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), template)
         self._dtype, self._limit, self._pairs = np.dtype(token_dtype(vocabulary_size)), sequence_length, pairs
 
-    def __call__(self, batch: Batch) -> Result:
+    def __call__(self, batch: EncodingTask) -> Result:
         """Encode conversations or pairs."""
         records = [unpack(text, pairs=self._pairs) for text in batch.texts]
         held_out = batch.held_out.mask([record.content.encode("utf-8") for record, _ in records])

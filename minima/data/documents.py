@@ -41,7 +41,7 @@ class Rejected:
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append({"where": where, "excerpt": _shown(content)[:_EXCERPT_CHARACTERS]})
+            examples.append({"where": where, "excerpt": _content_text(content)[:_EXCERPT_CHARACTERS]})
 
     def describe(self) -> str:
         """All of it in one sentence."""
@@ -59,11 +59,11 @@ class Rejected:
 
 def shortened(content: object) -> str:
     """Rejected content of which `Rejected.add` keeps the same excerpt as of the whole."""
-    text = _shown(content)
+    text = _content_text(content)
     return text if len(text) <= _EXCERPT_CHARACTERS else f"{text[:_EXCERPT_CHARACTERS]}..."  # no space at its end
 
 
-def _shown(content: object) -> str:
+def _content_text(content: object) -> str:
     if isinstance(content, bytes):
         content = content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")
     return printable(content if isinstance(content, str) else repr(content)).strip()

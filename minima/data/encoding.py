@@ -72,7 +72,7 @@ class Encoded(NamedTuple):
         return Encoded(*columns)
 
 
-class Batch(NamedTuple):
+class EncodingTask(NamedTuple):
     """One task: documents, and what to do about held-out ones.
 
     Attributes:
@@ -132,7 +132,7 @@ class Encoder:
                 slow.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
             ]
 
-    def __call__(self, batch: Batch) -> Result:
+    def __call__(self, batch: EncodingTask) -> Result:
         """Encode texts."""
         texts, contents = batch.texts, [text.encode("utf-8") for text in batch.texts]
         held_out = batch.held_out.mask(contents)
@@ -157,16 +157,16 @@ def _lengths(items: list[Any]) -> np.ndarray:
     return np.fromiter(map(len, items), dtype=np.int64, count=len(items))
 
 
-_encode: Callable[[Batch], Result] | None = None  # one for each worker process
+_encode: Callable[[EncodingTask], Result] | None = None  # one for each worker process
 
 
-def _start_worker(make: Callable[[], Callable[[Batch], Result]]) -> None:
+def _start_worker(make: Callable[[], Callable[[EncodingTask], Result]]) -> None:
     global _encode
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # there is a process for each core; threads on top only contend
     _encode = make()
 
 
-def _encode_in_worker(batch: Batch) -> Result:
+def _encode_in_worker(batch: EncodingTask) -> Result:
     assert _encode is not None
     return _encode(batch)
 
@@ -180,7 +180,7 @@ class Pool(Protocol):
 
     processes: int
 
-    def submit(self, batch: Batch) -> Any:
+    def submit(self, batch: EncodingTask) -> Any:
         """Ask for a batch; give what comes back to `result`."""
 
     def result(self, task: Any) -> Result:
@@ -195,7 +195,7 @@ class EncodingPool:
         processes: workers. With one, this process encodes (and the tokenizer's own threads may help it).
     """
 
-    def __init__(self, make: Callable[[], Callable[[Batch], Result]], processes: int) -> None:
+    def __init__(self, make: Callable[[], Callable[[EncodingTask], Result]], processes: int) -> None:
         self.processes = processes
         self._encode = self._pool = None
         if processes == 1:
@@ -208,7 +208,7 @@ class EncodingPool:
                 initargs=(make,),
             )
             for _ in range(processes):  # they start while the first texts are being read
-                self._pool.submit(_encode_in_worker, Batch([], HeldOut(0.0, 0)))
+                self._pool.submit(_encode_in_worker, EncodingTask([], HeldOut(0.0, 0)))
 
     def __enter__(self) -> Self:
         return self
@@ -219,7 +219,7 @@ class EncodingPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, batch: Batch) -> "Future[Result] | Batch":
+    def submit(self, batch: EncodingTask) -> "Future[Result] | EncodingTask":
         """Ask for texts to be encoded; give what comes back to `result`."""
         if self._pool is None:
             return batch

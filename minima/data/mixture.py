@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minima.data.documents import HeldOut, Rejected, batched, shuffled
-from minima.data.encoding import Batch, Encoded, Pool
+from minima.data.encoding import Encoded, EncodingTask, Pool
 from minima.data.sources import no_document, read_source
 from minima.errors import DataError
 from minima.recipe.data import Source
@@ -101,7 +101,7 @@ class SourceStream:
             texts = next(self._batches, None)
             if texts is None:
                 return
-            self._pending.append(self._pool.submit(Batch(texts, self._held_out, skip_held_out=self.passes > 0)))
+            self._pending.append(self._pool.submit(EncodingTask(texts, self._held_out, skip_held_out=self.passes > 0)))
 
     def next_batch(self) -> tuple[Encoded, Encoded] | None:
         """Training and held-out documents of the next batch; none at the end of a pass."""

@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, index_sha256, token_dtype
-from minima.disk import disk_full_named
+from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, token_dtype
+from minima.disk import disk_full_named, json_sha256
 
 if TYPE_CHECKING:
     from minima.data.encoding import Encoded
@@ -239,7 +239,7 @@ class StoreWriter:
                 "shards": self._shards,
             }
             with (self._partial / INDEX).open("w", encoding="utf-8") as file:
-                json.dump(index | {"index_sha256": index_sha256(index)}, file, indent=1)
+                json.dump(index | {"index_sha256": json_sha256(index)}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
         blocks = self._flushed // self._sequence_length

@@ -21,14 +21,14 @@ from minima.data.part_files import (
     write_index,
     write_piece,
 )
-from minima.data.recording import Run, Waiting, encoded, runs
+from minima.data.part_recording import Run, Waiting, encoded, runs
 from minima.data.share import Share
 from minima.disk import disk_full_named, sync
 from minima.errors import StoreCorrupted
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData
 
-_LOG = logging.getLogger("minima.data")
+logger = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
 MARGIN = 1.05  # parts of some hundred batches each differ by less
 
@@ -47,7 +47,7 @@ def is_recorded(folder: Path, identity: str) -> bool:
         for file in files_of(index):
             check_file(folder, file, verify=True)
     except StoreCorrupted as error:
-        _LOG.warning("%s: it is made again", error.what)
+        logger.warning("%s: it is made again", error.what)
         return False
     same: bool = index["identity"] == identity
     return same
@@ -59,7 +59,7 @@ def build_part(
     """Encode a part's share of every source.
 
     It is written under a temporary name, synced and renamed at the end; a part that was interrupted begins again.
-    Memory: some `recording.PIECE_TOKENS` and the batches under way.
+    Memory: some `part_recording.PIECE_TOKENS` and the batches under way.
 
     Args:
         stage: what is built.
@@ -128,7 +128,7 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, part: Part) -> dict[str,
                     waiting = Waiting()
                 if time.monotonic() - last > _LOG_EVERY_SECONDS:
                     last = time.monotonic()
-                    _LOG.info("part %s: %.1f M tokens, source %s", part, tokens / 1e6, source.label)
+                    logger.info("part %s: %.1f M tokens, source %s", part, tokens / 1e6, source.label)
             if waiting.runs:
                 pieces.append(write_piece(folder, f"source-{number:02d}-{len(pieces):05d}", waiting.piece()))
             found["sources"].append(pieces)

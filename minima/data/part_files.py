@@ -1,6 +1,5 @@
 """The files of one part of a divided build: encoded documents in pieces, and an index with a checksum for each."""
 
-import hashlib
 import json
 import os
 import re
@@ -10,11 +9,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from minima.data.packing import HashedFile
-from minima.disk import file_sha256, inside
+from minima.disk import file_sha256, inside, json_sha256
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
-FORMAT = "minima-part-3"  # 2 knew no begin tokens
+FORMAT = "minima-part-3"
 PARTS = "parts"  # the folder of all parts, inside a build_data stage's
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})(\.partial)?")
 
@@ -137,7 +136,7 @@ def check_file(folder: Path, file: dict[str, Any], verify: bool) -> None:
 def write_index(folder: Path, content: dict[str, Any]) -> None:
     """Write a part's index: the last of its files, with a checksum of its own."""
     with (folder / INDEX).open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "sha256": _digest(content), "content": content}, file, indent=1)
+        json.dump({"format": FORMAT, "sha256": json_sha256(content), "content": content}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -151,7 +150,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        right = index["format"] == FORMAT and index["sha256"] == _digest(index["content"])
+        right = index["format"] == FORMAT and index["sha256"] == json_sha256(index["content"])
     except FileNotFoundError:
         raise _damaged(path, "is missing") from None
     except (ValueError, KeyError, TypeError):
@@ -170,11 +169,7 @@ def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
 def folder_sha256(folder: Path) -> str:
     """One checksum for the files of a tokenizer's folder and their names."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return _digest([(str(file.relative_to(folder)), file_sha256(file)) for file in files])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+    return json_sha256([(str(file.relative_to(folder)), file_sha256(file)) for file in files])
 
 
 def _damaged(path: Path, how: str) -> StoreCorrupted:

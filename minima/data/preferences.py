@@ -82,8 +82,8 @@ def pair_of(record: Any) -> Pair:
         if chosen[:-1] != rejected[:-1]:
             raise Unfit("prompts_differ")
         goes_on = chosen[0][0] == ASSISTANT  # for several turns
-        prompt = prompt + chosen[:-1] if goes_on else _agreed(prompt, chosen[:-1])
-    if not _apart(prompt)[1]:
+        prompt = prompt + chosen[:-1] if goes_on else _shared_turns(prompt, chosen[:-1])
+    if not _system_and_others(prompt)[1]:
         raise Unfit("empty_user_turn")
     for answer in (chosen, rejected):
         if in_order([*prompt, answer[-1]])[-1][0] != ASSISTANT:
@@ -101,7 +101,7 @@ def _pair_prompt(record: dict[str, Any]) -> list[Turn] | None:
     if record.get("instruction") is not None:
         return alpaca_prompt(record)
     listed = turns_in(record)
-    if listed and _apart(listed)[1]:  # a column of empty lists says nothing
+    if listed and _system_and_others(listed)[1]:  # a column of empty lists says nothing
         return listed
     found = [record[name] for name in _QUESTIONS if record.get(name) is not None]
     if len(found) > 1:
@@ -131,10 +131,10 @@ def _check_nothing_else(record: dict[str, Any]) -> None:
             raise Unfit("unknown_prompt")
 
 
-def _agreed(prompt: list[Turn], shared: list[Turn]) -> list[Turn]:
+def _shared_turns(prompt: list[Turn], shared: list[Turn]) -> list[Turn]:
     """The turns in front of both answers, once the record's own prompt is seen to be part of them."""
-    system, said = _apart(prompt)
-    own_system, own = _apart(shared)
+    system, said = _system_and_others(prompt)
+    own_system, own = _system_and_others(shared)
     if system and own_system and system != own_system:
         raise Unfit("prompts_differ")
     if said not in (own[: len(said)], own[-len(said) :]):
@@ -142,7 +142,7 @@ def _agreed(prompt: list[Turn], shared: list[Turn]) -> list[Turn]:
     return (own_system or system) + own  # a system message may stand in the prompt alone
 
 
-def _apart(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+def _system_and_others(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
     """The system message, if there is one, and the other turns."""
     begins = int(bool(turns) and turns[0][0] == SYSTEM)
     return turns[:begins], turns[begins:]

@@ -1,6 +1,5 @@
 """Token blocks on disk: memory-mapped shards, an index, and a checksum for every file."""
 
-import hashlib
 import json
 import resource
 from functools import lru_cache
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import file_sha256, inside
+from minima.disk import file_sha256, inside, json_sha256
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
@@ -19,11 +18,6 @@ STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
 # A mapped file keeps a descriptor, of which a process often has 1,024, and 126e9 tokens are 470 shards of two or three
 # files each: of each kind, this share of what the process may have stays mapped.
 _MAPPED_SHARE = 1 / 16
-
-
-def index_sha256(index: dict[str, Any]) -> str:
-    """Checksum of what an index says, which it carries itself: SHA-256 whatever the order and the spaces."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -98,7 +92,7 @@ class TokenStore:
             said = index.get("format") if isinstance(index, dict) else index
             raise _damaged(folder / INDEX, f"says format {said!r}, expected {FORMAT!r}")
         own = index.pop("index_sha256", None)  # those of earlier versions have none
-        if own is not None and own != index_sha256(index):
+        if own is not None and own != json_sha256(index):
             raise _damaged(folder / INDEX, "does not have the checksum that it says")
         try:
             store = cls(folder, index)

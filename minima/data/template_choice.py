@@ -13,7 +13,7 @@ from minima.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOG = logging.getLogger("minima.data")
+logger = logging.getLogger("minima.data")
 MINICHAT, OWN = "minichat", "own"
 _BEGIN = "{{- bos_token -}}\n"
 _MEND = "set `chat_template: minichat`, or mend the template"
@@ -64,13 +64,13 @@ def other_format(data: Path, own: Path) -> str | None:
             for tokenizer in map(load_tokenizer, (data, own))
         ]
     except DataError as error:  # a model may have a tokenizer of a kind of its own
-        _LOG.warning("cannot tell whether %s and %s write conversations in one way: %s", data, own, error.what)
+        logger.warning("cannot tell whether %s and %s write conversations in one way: %s", data, own, error.what)
         return None
     theirs, ours = templates
     if theirs is None or ours is None:
         return None
     for turns in (PROBE, [(SYSTEM, "quartz"), *PROBE], PROBE[:1], PROBE[:3]):
-        texts = [_written(template, turns) for template in (theirs, ours)]
+        texts = [_rendered_text(template, turns) for template in (theirs, ours)]
         if texts[0] != texts[1]:
             parted = (n for n, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1])
             begin = max(0, next(parted, min(map(len, texts))) - 20)
@@ -78,7 +78,7 @@ def other_format(data: Path, own: Path) -> str | None:
     return None
 
 
-def _written(template: ChatTemplate, turns: list[Turn]) -> str:
+def _rendered_text(template: ChatTemplate, turns: list[Turn]) -> str:
     from jinja2 import TemplateError
 
     try:

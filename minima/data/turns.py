@@ -29,7 +29,7 @@ def turns_in(record: Any) -> list[Turn] | None:
     listed = _list_in(record)
     if listed is None:
         return None
-    return under_system(record, _listed(listed)) if isinstance(record, dict) else _listed(listed)
+    return under_system(record, _turns_of_dicts(listed)) if isinstance(record, dict) else _turns_of_dicts(listed)
 
 
 def unlearnt_in(record: Any) -> list[int]:
@@ -51,7 +51,7 @@ def unlearnt_in(record: Any) -> list[int]:
 
 
 def _weights(turns: list[Any]) -> list[Any]:
-    """The weight of each reply, in the order of `_listed`."""
+    """The weight of each reply, in the order of `_turns_of_dicts`."""
     found = []
     for turn in turns:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
@@ -68,7 +68,7 @@ def _list_in(record: Any) -> list[Any] | None:
     return record if isinstance(record, list) else None
 
 
-def _listed(turns: list[Any]) -> list[Turn]:
+def _turns_of_dicts(turns: list[Any]) -> list[Turn]:
     found: list[Turn] = []
     for turn in turns:
         if not isinstance(turn, dict):
@@ -116,7 +116,7 @@ def under_system(record: dict[str, Any], turns: list[Turn]) -> list[Turn]:
 def prompt_turns(prompt: Any) -> list[Turn]:
     """The turns of a prompt, which is a list of them or what the user says."""
     if isinstance(prompt, list):
-        return _listed(prompt)
+        return _turns_of_dicts(prompt)
     text = text_of(prompt)
     return [(USER, text)] if text else []
 
@@ -126,7 +126,7 @@ def answer_turns(answer: Any) -> list[Turn]:
     if isinstance(answer, dict):
         answer = [answer]
     if isinstance(answer, list):
-        return without_empty_system(_listed(answer))
+        return without_empty_system(_turns_of_dicts(answer))
     return [(ASSISTANT, text_of(answer))]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minima.data.documents import HeldOut, Rejected, batched
-from minima.data.encoding import Batch, Encoder
+from minima.data.encoding import Encoder, EncodingTask
 from minima.data.mixture import read_shuffled, source_labels, training_texts
 from minima.data.vocabulary_byte_level import ByteLevelVocabulary
 from minima.data.vocabulary_selection import Mergeable, Selection, select
@@ -189,7 +189,7 @@ def _tokens_per_character(folder: Path, size: int, texts: Mapping[str, list[str]
     encoder = Encoder(folder, 0, size)
     lengths = {}
     for label, documents in texts.items():
-        encoded = encoder(Batch(documents, HeldOut(0.0, 0)))[0]
+        encoded = encoder(EncodingTask(documents, HeldOut(0.0, 0)))[0]
         lengths[label] = (len(encoded.ids) - len(documents)) / int(encoded.characters.sum())  # without end tokens
     return lengths
 

@@ -25,7 +25,7 @@ from minima.launcher import Launch, export_launch, num_accelerators
 TIMEOUT = datetime.timedelta(hours=2)
 OPEN_FILES = 1 << 16  # as many as a rank may want: connections to every other rank, for each of several groups
 R = TypeVar("R")
-_alone = False
+_without_others = False
 _joined: Launch | None = None
 _nodes: list[list[int]] | None = None
 _node_group: dist.ProcessGroup | None = None
@@ -136,18 +136,18 @@ def open_store(prefix: str, timeout_seconds: float) -> dist.Store:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def without_other_ranks() -> Iterator[None]:
     """While rank 0 does what needs no other rank, nothing waits for them, though they are in its process group."""
-    global _alone
-    _alone = True
+    global _without_others
+    _without_others = True
     try:
         yield
     finally:
-        _alone = False
+        _without_others = False
 
 
 def _together() -> bool:
-    return dist.is_initialized() and not _alone
+    return dist.is_initialized() and not _without_others
 
 
 def rank() -> int:

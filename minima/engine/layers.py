@@ -34,15 +34,10 @@ def prepare_layers(
         backend: of `torch.compile`.
 
     Raises:
-        RecipeError: the kernels cannot run here, or not together with compilation.
+        RecipeError: the kernels cannot run here.
         UnsupportedFamily: it has nothing that liger-kernel could replace.
     """
-    if kernels == "liger" and compiled:
-        raise RecipeError(
-            "kernels: liger together with compile: true",
-            "the compiler fuses norms and activations itself, and liger-kernel's launches would break its graph",
-            "keep one of them",
-        )
+    assert not (compiled and kernels == "liger"), "the recipe refuses the two together"
     if compiled and backend == "inductor" and _on_gpu(model) and (trouble := triton_trouble()) is not None:
         raise RecipeError(
             f"compile: true, and Triton cannot start a kernel here: {trouble}",

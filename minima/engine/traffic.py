@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 _WHOLE = {"allgather": 1.0, "reduce_scatter": 1.0, "allreduce": 2.0, "broadcast": 1.0, "alltoall": 1.0}
 
 
-class Traffic(TorchDispatchMode):
+class TrafficCounter(TorchDispatchMode):
     """Counts while it is entered, in the thread that entered it.
 
     DeepSpeed prefetches weights from the thread that runs the model, so nothing of a frozen model's traffic is missed.

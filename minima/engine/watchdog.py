@@ -190,22 +190,24 @@ class Watchdog:
 def _verdict(said: list[dict[str, Any]], silent: list[int], seconds: float) -> str:
     """Which rank hangs, from what all of them said last."""
     if silent:
-        named = ", ".join(f"rank {number}{_on(said[number])}" for number in silent)
-        return f"{named} gave no sign of life while the others waited for {seconds:g} s{_last(said[silent[0]])}"
+        named = ", ".join(f"rank {number}{_host_text(said[number])}" for number in silent)
+        return f"{named} gave no sign of life while the others waited for {seconds:g} s{_last_seen(said[silent[0]])}"
     least = min(facts["progress"] for facts in said)
     behind = [number for number, facts in enumerate(said) if facts["progress"] == least]
     if len(behind) == len(said):  # all at the same place: then the one that does something else than wait
         behind = [number for number in behind if not said[number]["waiting"]]
     if not behind or len(behind) == len(said):
-        return f"no rank has come further for {seconds:g} s, and none can be told from the others{_last(said[0])}"
-    named = ", ".join(f"rank {number}{_on(said[number])}" for number in behind)
+        return f"no rank has come further for {seconds:g} s, and none can be told from the others{_last_seen(said[0])}"
+    named = ", ".join(f"rank {number}{_host_text(said[number])}" for number in behind)
     stack = said[behind[0]]["stack"]
-    return f"{named} hangs: nothing has moved for {seconds:g} s{_last(said[behind[0]])}\nits stack:\n{stack}".rstrip()
+    return (
+        f"{named} hangs: nothing has moved for {seconds:g} s{_last_seen(said[behind[0]])}\nits stack:\n{stack}".rstrip()
+    )
 
 
-def _on(facts: dict[str, Any]) -> str:
+def _host_text(facts: dict[str, Any]) -> str:
     return f" on {facts['host']}" if facts else ""
 
 
-def _last(facts: dict[str, Any]) -> str:
+def _last_seen(facts: dict[str, Any]) -> str:
     return f"; it was last seen at {facts['place']}, in {facts['at']}" if facts else ""

@@ -7,13 +7,11 @@ be cut back, so that it would have to be checked turn by turn to be exact.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,13 +19,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging as transformers_logging
 
 from minima.data.chat import ChatTokenizer, chat_tokenizer
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import CheckpointError, DataError, MinimaError, first_line
 from minima.evaluation.streaming import stream
 from minima.launcher import without_gpus
+from minima.models.causal_lm import load_folder
 from minima.models.layout import model_folder
 from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource
@@ -89,13 +87,7 @@ class Generator:
         device = device or ("cuda" if torch.cuda.is_available() and not without_gpus() else "cpu")
         try:
             FolderSource(folder)  # transformers would put random numbers where a tensor is missing
-            with _no_progress_bar():
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=DTYPES[dtype] if dtype else "auto",
-                    local_files_only=True,
-                    trust_remote_code=False,
-                )
+            model: Any = load_folder(folder, DTYPES[dtype] if dtype else "auto")
         except MinimaError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -104,7 +96,7 @@ class Generator:
                 "there is nothing to talk to",
                 "export the model again, or fetch the folder again",
             ) from error
-        return cls(model.to(device).eval(), load_tokenizer(folder))
+        return cls(model.to(device), load_tokenizer(folder))
 
     def reply(
         self,
@@ -264,15 +256,3 @@ def _check_text(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"{what} is not UTF-8", "it cannot be read as text", "convert it to UTF-8") from error
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Loading a model draws a bar of its own, in the middle of what a person reads."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -102,7 +102,7 @@ def write_answers(
         DataError: not one question could be answered.
     """
     answered = path.with_name(path.name + ".answered")
-    kept = dict(_kept(answered, {_digest(question) for question in questions}))
+    kept = dict(_kept_rows(answered, {_digest(question) for question in questions}))
     resumed = len(kept)
     refusal: DataError | None = None
     generator = load() if resumed < len(questions) else None
@@ -231,7 +231,7 @@ def _lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
-def _kept(answered: Path, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _kept_rows(answered: Path, wanted: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if not answered.is_file():
         return
     for line in _lines(answered.read_text(encoding="utf-8", errors="replace")):

@@ -3,7 +3,6 @@
 Shapes: L blocks of a store, C of them that are summed over the ranks at once, S documents of a block (even).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minima.data.store import TokenStore
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, json_sha256
 from minima.engine import distributed
 from minima.engine.reference import HostReference, KeptReference
 from minima.engine.teacher.host import FrozenHost
@@ -104,8 +103,7 @@ def _facts(store: TokenStore, limit: int | None, model: str, precision: str) -> 
 def _stem(facts: dict[str, Any]) -> str:
     """What names begin with that differ in the number of blocks alone."""
     others = {key: value for key, value in facts.items() if key != "blocks"}
-    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
-    return f"reference-{digest[:32]}-"
+    return f"reference-{json_sha256(others)[:32]}-"
 
 
 def _measure(

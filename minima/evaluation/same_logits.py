@@ -12,6 +12,7 @@ from torch import Tensor
 from minima.batch import Batch, make_batch
 from minima.errors import CheckpointError
 from minima.evaluation.held_out import Host
+from minima.models.causal_lm import load_folder
 
 PROBE_SEQUENCES, PROBE_TOKENS = 2, 64  # long enough for a wrong rotary base to show, 25 MB of logits at 49,152 tokens
 # Largest difference as a share of the largest logit. Equal weights give equal bits where the same code runs them;
@@ -41,16 +42,7 @@ def host_logits(host: Host, batch: Batch) -> Tensor:
 
 def plain_logits(folder: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Logits [N, V] of a folder as plain transformers loads it, in one process; float32 on the CPU."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # its bar would stand in the middle of ours
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    model = load_folder(folder, dtype)
     with torch.no_grad():
         return model(input_ids=batch.input_ids_BT, use_cache=False).logits.flatten(0, 1).float()
 

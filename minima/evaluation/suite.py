@@ -5,7 +5,6 @@ three examples and no chain of thought, because the paper's harness does so (lm-
 with lm-eval's eight worked examples, for the same reason.
 """
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from minima.disk import file_sha256
 from minima.errors import StageError
 from minima.evaluation.harness import Call, check_code_execution, lm_eval_folder
 from minima.report.tables import text_table
@@ -169,15 +169,15 @@ def write_tasks(folder: Path, data_folder: Path | None) -> Path:
         text = asset.read_text(encoding="utf-8")
         if asset.name == "_local_mmlu_subject":
             for subject in subjects:
-                filled = _filled(text, paths | {"SUBJECT": subject})
+                filled = _filled_text(text, paths | {"SUBJECT": subject})
                 (folder / f"local_mmlu_{subject}.yaml").write_text(filled, encoding="utf-8")
         else:
             template = asset.name.endswith(".yaml") or "." not in asset.name
-            (folder / asset.name).write_text(_filled(text, paths) if template else text, encoding="utf-8")
+            (folder / asset.name).write_text(_filled_text(text, paths) if template else text, encoding="utf-8")
     return folder
 
 
-def _filled(text: str, paths: Mapping[str, str]) -> str:
+def _filled_text(text: str, paths: Mapping[str, str]) -> str:
     return Template(text).safe_substitute(paths)
 
 
@@ -269,6 +269,5 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     found = {}
     for path in paths:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            with file.open("rb") as opened:
-                found[str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[str(file)] = file_sha256(file)
     return found

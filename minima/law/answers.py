@@ -26,7 +26,7 @@ class Cost:
     flops: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """What one law says.
 
@@ -51,17 +51,17 @@ class Answer:
     """
 
     law: str
-    teacher: float | None
-    teacher_interval: Interval | None
-    ideal: float | None
-    loss: float | None
-    loss_interval: Interval | None
-    loss_law: str
-    flat: tuple[float, float] | None
-    cost: Cost | None
-    losses: tuple[float, ...]
+    teacher: float | None = None
+    teacher_interval: Interval | None = None
+    ideal: float | None = None
+    loss: float | None = None
+    loss_interval: Interval | None = None
+    loss_law: str = ""
+    flat: tuple[float, float] | None = None
+    cost: Cost | None = None
+    losses: tuple[float, ...] = ()
     measured: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     alone: float | None = None
 
 

@@ -18,7 +18,7 @@ _SAME_LOSS = 1e-3  # relative
 _COLUMN = {"non_embedding": "non_embedding_parameters", "all": "parameters"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A row that can be fitted, with the sizes that were asked for.
 
@@ -145,11 +145,20 @@ def _run(row: Row, number: int, sizes: Sizes) -> Run:
     assert row.tokens is not None and row.seed is not None and row.student_loss is not None and student is not None
     known = row.teacher_loss is not None and math.isfinite(row.teacher_loss) and row.teacher_loss > 0
     return Run(
-        number, row.study, row.family, row.initialisation, row.student, student, row.teacher,
-        _size(row, "teacher", sizes) or 0, row.tokens,
-        row.tokens / row.unique_tokens if row.unique_tokens else row.epochs,
-        row.seed, row.student_loss, row.teacher_loss if known else None,
-    )  # fmt: skip
+        number=number,
+        study=row.study,
+        family=row.family,
+        initialisation=row.initialisation,
+        student=row.student,
+        student_size=student,
+        teacher=row.teacher,
+        teacher_size=_size(row, "teacher", sizes) or 0,
+        tokens=row.tokens,
+        epochs=row.tokens / row.unique_tokens if row.unique_tokens else row.epochs,
+        seed=row.seed,
+        loss=row.student_loss,
+        teacher_loss=row.teacher_loss if known else None,
+    )
 
 
 def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:

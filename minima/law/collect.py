@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minima.law.grid import CELLS, CORPUS, DATA, QUALITY, STUDENT, TEACHER, Unit, sequence_length, teacher_name
-from minima.law.queue import Tally
 from minima.law.study_recipe import Study
 from minima.law.table import Row, write_table
+from minima.law.worker_pool import Tally
 from minima.report.tables import text_table
 from minima.stages.manifest import is_finished, read_manifest
 
@@ -81,7 +81,7 @@ def overview(study: Study, units: Sequence[Unit], tally: Tally) -> str:
     lines[0] += f", {failed} failed" if failed else ""
     headers = ["student", "start", "tokens", *study.teachers, "no teacher"]
     teachers = [
-        _shown([unit for unit in units if unit.teacher and unit.teacher[0] == t], tally) for t in study.teachers
+        _loss_text([unit for unit in units if unit.teacher and unit.teacher[0] == t], tally) for t in study.teachers
     ]
     rows: list[list[str]] = [["(teachers' own)", "", "", *teachers, ""]]
     for student in study.students:
@@ -95,7 +95,7 @@ def overview(study: Study, units: Sequence[Unit], tally: Tally) -> str:
                 ]
                 by_teacher = [[unit for unit in own if unit.cell and unit.cell.teacher == t] for t in study.teachers]
                 alone = [unit for unit in own if unit.cell and unit.cell.teacher is None]
-                shown = [_shown(cells, tally) for cells in (*by_teacher, alone)]
+                shown = [_loss_text(cells, tally) for cells in (*by_teacher, alone)]
                 if any(shown):
                     rows.append([student, start, f"{tokens:,}", *shown])
     lines += ["", text_table(rows, headers), "", tally.startup_line()]
@@ -103,7 +103,7 @@ def overview(study: Study, units: Sequence[Unit], tally: Tally) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(units: Sequence[Unit], tally: Tally) -> str:
+def _loss_text(units: Sequence[Unit], tally: Tally) -> str:
     if not units:
         return ""
     losses = [_loss(unit) for unit in units if unit.name in tally.done]

@@ -148,7 +148,7 @@ def _recommend(options: argparse.Namespace, write: Write) -> int:
     from pydantic import TypeAdapter
 
     from minima.law.fitting import read_fit
-    from minima.law.recommend import Question, Recommendation, recommend, sorted_teachers
+    from minima.law.recommend import Question, Recommendation, recommend
     from minima.law.recommend_text import render_recommendation
     from minima.law.sizes_text import parse_number
 
@@ -156,7 +156,7 @@ def _recommend(options: argparse.Namespace, write: Write) -> int:
     question = Question(
         parse_number(options.student, "--student"),
         None if options.tokens is None else parse_number(options.tokens, "--tokens"),
-        sorted_teachers([parse_number(text, "--teachers") for text in teachers]),
+        tuple(sorted({parse_number(text, "--teachers") for text in teachers})),
         parse_number(options.teacher_tokens_per_parameter, "--teacher-tokens-per-parameter"),
     )
     found = recommend(question, None if options.fit is None else read_fit(Path(options.fit)))

@@ -36,7 +36,7 @@ class Condition:
     epochs: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """One student under one condition.
 
@@ -174,10 +174,15 @@ def _curve(condition: Condition, runs: Sequence[Run], direct: Sequence[Run]) -> 
     losses = [{run.seed: run.loss for run in runs if run.teacher == teacher} for teacher in teachers]
     first = runs[0]
     return Curve(
-        condition, first.student, first.student_size, first.tokens, tuple(teachers),
-        tuple(sizes[teacher] for teacher in teachers), tuple(losses),
-        {run.seed: run.loss for run in direct if run.tokens == first.tokens},
-    )  # fmt: skip
+        condition=condition,
+        student=first.student,
+        size=first.student_size,
+        tokens=first.tokens,
+        teachers=tuple(teachers),
+        sizes=tuple(sizes[teacher] for teacher in teachers),
+        losses=tuple(losses),
+        direct={run.seed: run.loss for run in direct if run.tokens == first.tokens},
+    )
 
 
 def describe(condition: Condition, budget: Budget) -> str:

@@ -63,7 +63,7 @@ class ScalingFit:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """What was found in a table.
 
@@ -131,10 +131,20 @@ def fit_table(
         conditions.append(ConditionFit(condition, tuple(curves), tuple(minima), fit_line(minima, sizes_SB)))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Fit(
-        FORMAT, path.name, digest, len(rows), len(runs), sizes, budget, seed, num_draws, tuple(excluded),
-        tuple(notes + order_notes(runs) + _remarks(rows, runs, conditions, sizes, budget)), tuple(conditions),
-        tuple(_scaling(runs, descents)),
-    )  # fmt: skip
+        format=FORMAT,
+        table=path.name,
+        sha256=digest,
+        num_rows=len(rows),
+        num_runs=len(runs),
+        sizes=sizes,
+        budget=budget,
+        seed=seed,
+        num_draws=num_draws,
+        excluded=tuple(excluded),
+        notes=tuple(notes + order_notes(runs) + _remarks(rows, runs, conditions, sizes, budget)),
+        conditions=tuple(conditions),
+        scaling=tuple(_scaling(runs, descents)),
+    )
 
 
 def _remarks(

@@ -175,7 +175,7 @@ def _cell(study: Study, cell: Cell, path: Path) -> Unit:
         origin = cell.teacher if cell.initialisation == "pruned_from_teacher" else study.fixed_teacher
         unit = teacher_name(str(origin), cell.seed)
         needs.append(unit)
-        stages.append(_pruned(study, shape, study.folder / unit))
+        stages.append(_prune_stage(study, shape, study.folder / unit))
         start = PRUNED_STUDENT
     training: dict[str, Any] = {**study.student_training, **study.students[cell.student].get("training", {})}
     training |= {"name": STUDENT, "model": start, "data": data, "seed": cell.seed, "tokens": cell.tokens}
@@ -197,7 +197,7 @@ def _cell(study: Study, cell: Cell, path: Path) -> Unit:
     return Unit(name_of(cell), recipe, tuple(dict.fromkeys(needs)), flops, cell)
 
 
-def _pruned(study: Study, shape: ModelShape, folder: Path) -> dict[str, Any]:
+def _prune_stage(study: Study, shape: ModelShape, folder: Path) -> dict[str, Any]:
     measured = ("sequences", "micro_batch_sequences", "sequence_length")  # of the scores, which are there already
     settings = {key: value for key, value in study.pruning.items() if key not in measured}
     return {

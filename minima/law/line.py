@@ -123,7 +123,8 @@ def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -
         share = float(enough_B.mean())
         if share >= ENOUGH_DRAWS and enough_B.sum() >= 100:  # fewer draws have no 2.5 % quantiles
             lines_B2, ratios_B = _least_squares(student_S, best_BS[enough_B], there_BS[enough_B])
-    both, alone = _with(student_S, best_S, lines_B2), _without(student_S, best_S, ratios_B)
+    both = _line_with_intercept(student_S, best_S, lines_B2)
+    alone = _line_without_intercept(student_S, best_S, ratios_B)
     kept = () if lines_B2 is None else tuple((float(a), float(b)) for a, b in lines_B2[:_KEPT_DRAWS])
     ends = (float(student_S.min()) * MILLION, float(student_S.max()) * MILLION)
     agreement = _agreement(student_S, best_S, both, alone, lines_B2, ratios_B)
@@ -141,7 +142,7 @@ def _least_squares(student_S: np.ndarray, best_BS: np.ndarray, there_BS: np.ndar
     return np.stack([slope_B, mean_y_B - slope_B * mean_x_B], axis=1), (x_BS * best_BS).sum(axis=1) / (x_BS**2).sum(1)
 
 
-def _with(student_S: np.ndarray, best_S: np.ndarray, lines_B2: np.ndarray | None) -> LineFit:
+def _line_with_intercept(student_S: np.ndarray, best_S: np.ndarray, lines_B2: np.ndarray | None) -> LineFit:
     everywhere = np.ones((1, len(student_S)), dtype=bool)
     slope, intercept = _least_squares(student_S, best_S[None], everywhere)[0][0]
     spare = len(student_S) - 2
@@ -158,7 +159,7 @@ def _with(student_S: np.ndarray, best_S: np.ndarray, lines_B2: np.ndarray | None
     )  # fmt: skip
 
 
-def _without(student_S: np.ndarray, best_S: np.ndarray, ratios_B: np.ndarray | None) -> LineFit:
+def _line_without_intercept(student_S: np.ndarray, best_S: np.ndarray, ratios_B: np.ndarray | None) -> LineFit:
     slope = float((student_S * best_S).sum() / _squares(student_S))
     error = np.sqrt(_squares(best_S - slope * student_S) / (len(student_S) - 1) / _squares(student_S))
     reach = float(t_distribution.ppf((1 + LEVEL) / 2, len(student_S) - 1) * error)

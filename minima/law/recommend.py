@@ -111,7 +111,10 @@ def _gap_answer(
         per_parameter = question.teacher_tokens_per_parameter
         loss = float(scaling.loss_under(question.student, question.tokens, teacher, per_parameter))
         loss_ends = (loss * (1 - error), loss * (1 + error))
-    return Answer(law, teacher, kept, ideal, loss, loss_ends, said_by, None, cost, (), measured, tuple(notes))
+    return Answer(
+        law=law, teacher=teacher, teacher_interval=kept, ideal=ideal, loss=loss, loss_interval=loss_ends,
+        loss_law=said_by, cost=cost, measured=measured, notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _published_gap(question: Question) -> Answer:
@@ -203,7 +206,7 @@ def _fitted_scaling(question: Question, tokens: float, scaling: ScalingFit) -> A
     if known is None or part.student_range is None or part.token_range is None:
         missing = scaling.distilled if not scaling.distilled.fitted else scaling.supervised
         note = f"not fitted ({missing.reason})"
-        return Answer(law, None, None, None, None, None, "", None, None, (), "nothing", (note,))
+        return Answer(law=law, measured="nothing", notes=(note,))
     notes = [part.reason] if part.reason else []
     for what, value, ends in (
         ("a student of", question.student, part.student_range),
@@ -250,9 +253,7 @@ def _scaling_answer(
     ends = None if loss is None else (loss * (1 - error), loss * (1 + error))
     cost = None if teacher is None else _cost(question, teacher)
     losses = tuple(float(loss_under(size)) for size in question.teachers)
-    return Answer(law, teacher, None, ideal, loss, ends, law, flat, cost, losses, measured, tuple(notes), alone)
-
-
-def sorted_teachers(teachers: Sequence[float]) -> tuple[float, ...]:
-    """Teachers from the smallest to the largest, each once."""
-    return tuple(sorted(set(teachers)))
+    return Answer(
+        law=law, teacher=teacher, ideal=ideal, loss=loss, loss_interval=ends, loss_law=law, flat=flat, cost=cost,
+        losses=losses, measured=measured, notes=tuple(notes), alone=alone,
+    )  # fmt: skip

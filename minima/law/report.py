@@ -119,14 +119,16 @@ def _line(one: ConditionFit) -> list[str]:
 
 
 def _equation(form: str, fit: LineFit) -> str:
-    parts = [f"a = {fit.slope:.3f} {_both(fit.slope_interval, fit.slope_scatter_interval)}"]
+    parts = [f"a = {fit.slope:.3f} {_two_intervals(fit.slope_interval, fit.slope_scatter_interval)}"]
     if fit.intercept_scatter_interval is not None:
-        parts.append(f"b = {fit.intercept:.3f} {_both(fit.intercept_interval, fit.intercept_scatter_interval)}")
+        parts.append(
+            f"b = {fit.intercept:.3f} {_two_intervals(fit.intercept_interval, fit.intercept_scatter_interval)}"
+        )
     r2 = "-" if fit.r2 is None else f"{fit.r2:.4f}"
     return f"  {form}: {', '.join(parts)}, R2 = {r2}"
 
 
-def _both(seeds: Interval | None, scatter: Interval | None) -> str:
+def _two_intervals(seeds: Interval | None, scatter: Interval | None) -> str:
     return f"({_interval(seeds, 3)} over seeds, {_interval(scatter, 3)} from the scatter)"
 
 
@@ -134,7 +136,7 @@ def _scaling(scaling: ScalingFit) -> list[str]:
     where = " ".join(name for name in (scaling.study, scaling.family) if name)
     lines = [f"  {where + ': ' if where else ''}{scaling.initialisation}"]
     for name, part in (("supervised", scaling.supervised), ("distilled", scaling.distilled)):
-        lines.append(f"    {name}: {_fitted(part)}")
+        lines.append(f"    {name}: {_fitted_text(part)}")
     if scaling.published_error is not None:
         lines.append(
             f"    published coefficients: half of the runs within {scaling.published_error:.1%} of the measured loss"
@@ -142,7 +144,7 @@ def _scaling(scaling: ScalingFit) -> list[str]:
     return lines
 
 
-def _fitted(part: Fitted) -> str:
+def _fitted_text(part: Fitted) -> str:
     if not part.fitted or part.coefficients is None:
         return f"not fitted: {part.reason}"
     values = ", ".join(f"{name} {value:.4g}" for name, value in vars(part.coefficients).items())

@@ -93,7 +93,7 @@ def fit_supervised(runs: Sequence[Run], descents: int = DESCENTS) -> Fitted:
 
     score_G = np.array([_score(model(start_P)[0], log_loss_M) for start_P in starts_GP])
     best_P = descend(model, log_loss_M, _best(starts_GP, score_G, descents), SUPERVISED_NAMES)
-    return _fitted(alone, len(cells), supervised_of(best_P), model(best_P)[0], "", None)
+    return _fitted_law(alone, len(cells), supervised_of(best_P), model(best_P)[0], "", None)
 
 
 def fit_distilled(runs: Sequence[Run], supervised: Supervised | None, descents: int = DESCENTS) -> Fitted:
@@ -129,7 +129,7 @@ def fit_distilled(runs: Sequence[Run], supervised: Supervised | None, descents: 
     remarks += [f"{above}, which it cannot say"] if better else []
     teacher_losses = [run.teacher_loss for run in taken if run.teacher_loss is not None]
     ends = (min(teacher_losses), max(teacher_losses))
-    return _fitted(taken, len(cells), distilled_of(best_P), model(best_P)[0], "; ".join(remarks), ends)
+    return _fitted_law(taken, len(cells), distilled_of(best_P), model(best_P)[0], "; ".join(remarks), ends)
 
 
 def published_error(runs: Sequence[Run]) -> float | None:
@@ -227,7 +227,7 @@ def _score_grid(
     return np.concatenate([own_starts[own_index], teacher_starts[teacher_index]], axis=1)
 
 
-def _fitted(
+def _fitted_law(
     runs: Sequence[Run], num_cells: int, coefficients: Supervised | Distilled, loss_M: np.ndarray, reason: str,
     teacher_losses: tuple[float, float] | None,
 ) -> Fitted:  # fmt: skip

@@ -8,8 +8,8 @@ from minima.disk import disk_full_named
 from minima.errors import RecipeError, StageError
 from minima.law.collect import CSV, OVERVIEW, PARQUET, collect, overview
 from minima.law.grid import Unit, expand
-from minima.law.queue import Pool, Tally, default_workers
 from minima.law.study_recipe import Study, load_study, resolved_yaml, warnings
+from minima.law.worker_pool import Pool, Tally, default_workers
 from minima.recipe.loading import read_yaml
 from minima.recipe.overrides import nearest
 from minima.report.tables import text_table
@@ -59,7 +59,7 @@ def study(
         write(f"warning: {warning}")
     _check_folder(own)
     if collect_only:
-        write(_collected(own, units))
+        write(_collected_text(own, units))
         return 0
     folders = [unit.folder for unit in units]
     for unit in units:
@@ -115,7 +115,7 @@ def _run(own: Study, units: Sequence[Unit], arguments: Sequence[str], workers: i
         pool = Pool(units, command, workers, own.folder / "logs", lock, _Live(own, units, write).show)
         tally = pool.run()
         write(overview(own, units, tally))
-        write(_collected(own, units))
+        write(_collected_text(own, units))
     left = [unit.name for unit in units if unit.name not in tally.done and unit.name not in tally.failed]
     if tally.stopped:
         write("ended by a signal; the same command goes on from what is saved")
@@ -163,7 +163,7 @@ def _check_folder(own: Study) -> None:
         )
 
 
-def _collected(own: Study, units: Sequence[Unit]) -> str:
+def _collected_text(own: Study, units: Sequence[Unit]) -> str:
     rows, grid = collect(own, units), [unit for unit in units if unit.cell is not None]
     if not rows:
         return f"no cell of {len(grid)} is finished yet, so there is no table"

@@ -64,9 +64,9 @@ def losses_and_gradient(
         if teacher_CV is None:
             _labels_alone(logits_RV, label_R1, keep_R, terms, sums, need_gradient)
         elif published and tau == 1.0:
-            _published(logits_RV, teacher_CV[block], label_R1, keep_R, terms, sums, need_gradient)
+            _published_loss(logits_RV, teacher_CV[block], label_R1, keep_R, terms, sums, need_gradient)
         else:
-            _general(logits_RV, teacher_CV[block], label_R1, keep_R, terms, sums, need_gradient)
+            _general_loss(logits_RV, teacher_CV[block], label_R1, keep_R, terms, sums, need_gradient)
         if need_gradient:
             if terms.hard:
                 logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - terms.hard)
@@ -85,7 +85,7 @@ def _labels_alone(
         torch.mul(p_RV, terms.hard, out=logits_RV)
 
 
-def _published(
+def _published_loss(
     logits_RV: Tensor,
     teacher_RV: Tensor,
     label_R1: Tensor,
@@ -112,7 +112,7 @@ def _published(
         torch.sub(p_s_RV.mul_(terms.hard + terms.soft), p_t_RV, alpha=terms.soft, out=logits_RV)
 
 
-def _general(
+def _general_loss(
     logits_RV: Tensor,
     teacher_RV: Tensor,
     label_R1: Tensor,

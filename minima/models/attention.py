@@ -129,15 +129,15 @@ def document_blocks(documents_BT: Tensor, window: int | None = None) -> BlockMas
         return visible if window is None else visible & (place - other < window)
 
     return BlockMask.from_kv_blocks(
-        *_listed(some_BNN & ~full_BNN),
-        *_listed(some_BNN & full_BNN),
+        *_block_lists(some_BNN & ~full_BNN),
+        *_block_lists(some_BNN & full_BNN),
         BLOCK_SIZE=_BLOCK,
         mask_mod=seen,
         seq_lengths=(num_tokens, num_tokens),
     )
 
 
-def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+def _block_lists(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of each row are True, [B, 1, N], and their columns first, [B, 1, N, N]."""
     counts_BN = blocks_BNN.sum(dim=-1, dtype=torch.int32)
     columns_BNN = blocks_BNN.int().argsort(dim=-1, descending=True, stable=True).int()

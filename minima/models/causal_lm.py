@@ -1,10 +1,12 @@
 """Stock causal language models: load whole, and reach backbone and head."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from minima.batch import Batch
 from minima.models.attention import attention_mask
@@ -19,6 +21,25 @@ def load_plain(source: WeightSource, dtype: torch.dtype = torch.float32) -> PreT
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name))
+    return model.eval()
+
+
+def load_folder(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> PreTrainedModel:
+    """A folder's model as transformers itself loads it, on the CPU; no code of the folder runs.
+
+    Args:
+        folder: in Hugging Face's layout.
+        dtype: of the weights; `auto` for as stored.
+    """
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # its bar would stand in the middle of what a person reads
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     return model.eval()
 
 

@@ -199,15 +199,15 @@ _GPT2 = Family(
 )
 
 
-def _named(name: str, **changes: Any) -> Family:
+def _llama_like(name: str, **changes: Any) -> Family:
     return Family(**(_LLAMA_LIKE.__dict__ | {"name": name} | changes))
 
 
 _FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_LIKE,
-    "mistral": _named("mistral"),
-    "qwen2": _named("qwen2"),
-    "qwen3": _named("qwen3", query_key_norms=True),
+    "mistral": _llama_like("mistral"),
+    "qwen2": _llama_like("qwen2"),
+    "qwen3": _llama_like("qwen3", query_key_norms=True),
     "gpt_neox": _GPT_NEOX,
     "gpt2": _GPT2,
 }

@@ -54,7 +54,7 @@ def use_liger(model: PreTrainedModel, products_kept: bool = False) -> list[str]:
         elif _is_swiglu(module, model.config):
             module.forward = functools.partial(_swiglu, module, functions.LigerSiLUMulFunction)
         elif (stock := inspect.unwrap(type(module).forward)) and _ROTATION in stock.__code__.co_names:
-            module.forward = functools.partial(_calling(stock, rotation), module)
+            module.forward = functools.partial(_forward_calling(stock, rotation), module)
         else:
             continue
         replaced.append(path)
@@ -95,7 +95,7 @@ def _is_swiglu(module: nn.Module, config: Any) -> bool:
     return parts and config.hidden_act in ("silu", "swish")
 
 
-def _calling(stock: Callable[..., Any], rotation: Callable[..., Any]) -> Callable[..., Any]:
+def _forward_calling(stock: Callable[..., Any], rotation: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a stock attention's forward pass that calls `rotation`; all else of its module is as it was."""
     names = stock.__globals__ | {_ROTATION: rotation}
     copied = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from minima.models.families import Family, family_of
+from minima.models.families import family_of
 from minima.models.shape import ModelShape
 
 
@@ -67,7 +66,7 @@ class Masks:
 
             for path in family.embeddings:
                 after(model.get_submodule(path))
-            for number, layer in enumerate(_layers(model, family)):
+            for number, layer in enumerate(model.get_submodule(family.layers).children()):
                 attention = layer.get_submodule(family.attention_output)
                 mlp = layer.get_submodule(family.mlp_output)
                 before(attention, self.head_LK, number, group_width)
@@ -75,40 +74,3 @@ class Masks:
                 after(attention)
                 after(mlp)
             yield
-
-
-@contextmanager
-def norms_over(model: nn.Module, shape: ModelShape, kept_dims: Tensor) -> Iterator[None]:
-    """Let the norms of `model` take their statistics over the kept dimensions only, and give zeros elsewhere.
-
-    With hidden masks that are zero outside `kept_dims`, the model then computes what the sliced model computes.
-
-    Args:
-        model: a stock causal language model, whole (its norms' weights are read).
-        shape: of the model.
-        kept_dims: int64 indices of the dimensions that stay.
-    """
-    family = family_of(shape.family)
-
-    def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        kept = inputs[0].index_select(-1, kept_dims)
-        parameters = dict(norm.named_parameters())
-        weight = parameters["weight"].index_select(0, kept_dims)
-        if family.rms:
-            kept = functional.rms_norm(kept, kept.shape[-1:], weight, shape.norm_epsilon)
-        else:
-            bias = parameters["bias"].index_select(0, kept_dims)
-            kept = functional.layer_norm(kept, kept.shape[-1:], weight, bias, shape.norm_epsilon)
-        return torch.zeros_like(output).index_copy(-1, kept_dims, kept)
-
-    norms = [model.get_submodule(family.final_norm)]
-    for layer in _layers(model, family):
-        norms += [layer.get_submodule(path) for path in family.norms]
-    with ExitStack() as stack:
-        for norm in norms:
-            stack.callback(norm.register_forward_hook(hook).remove)
-        yield
-
-
-def _layers(model: nn.Module, family: Family) -> Iterator[nn.Module]:
-    return model.get_submodule(family.layers).children()

@@ -35,11 +35,6 @@ class TargetPlan:
     selection: Literal["local", "global"]
     width_percent: int | None
 
-    @property
-    def layer_sparsity_percent(self) -> float:
-        """Percent of the kept layers' weights that is removed; whole layers that are dropped do not count."""
-        return 100.0 * (1.0 - self.student.layer_parameters / self.source.layer_parameters)
-
 
 def width_percent(sparsity: float) -> int:
     """p' = 100 - round(100 sqrt(1 - p / 100)): cutting p' percent of both dimensions removes p percent of a matrix.
@@ -80,7 +75,6 @@ def plan_target(
     width to the nearest multiple of 8 (of 1 in models that are no multiple of 8 themselves). A width also has to be
     what the stock configuration takes: a multiple of the heads that stay for Llama, exactly heads x head size for
     GPT-NeoX and GPT-2; with `global` selection a multiple of all heads, which may stay in some layer.
-    `TargetPlan.layer_sparsity_percent` is what that comes to.
 
     Args:
         shape: of the model to cut.

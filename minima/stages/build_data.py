@@ -1,6 +1,6 @@
 """Text, conversations or preferences in, token blocks out. One process without ranks; it starts its own workers.
 
-A large build can be divided into parts, each a process on a machine of its own: see `run_part`.
+A large build can be divided into parts, each a process on a machine of its own: see `encode_part`.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 from minima.data.builder import build, processes_of
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import PARTS, Part
-from minima.data.parts import RecordedParts, check_counts
+from minima.data.part_merging import RecordedParts, check_counts
 from minima.disk import write_json
 from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.data import TokenizerTraining
@@ -58,7 +58,7 @@ def tidy(context: StageContext) -> None:
     shutil.rmtree(context.folder / PARTS, ignore_errors=True)
 
 
-def run_part(context: StageContext, part: tuple[int, int]) -> str:
+def encode_part(context: StageContext, part: tuple[int, int]) -> str:
     """Encode one part, unless it is finished and whole.
 
     Args:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from minima.data.tokenizer import ends_added, load_tokenizer, misread_as
-from minima.disk import disk_full_named
+from minima.disk import disk_full_named, write_json
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost
@@ -132,7 +131,7 @@ def _write(
         with disk_full_named(partial):
             written = write_folder(partial, config, stream(), dtype=dtype, shard_bytes=shard_bytes)
             check_hashes(trained, written, partial)
-            _write_json(partial / "generation_config.json", generation)
+            write_json(partial / "generation_config.json", generation)
             if model.tokenizer is not None:
                 copy_tokenizer(model.tokenizer, partial)
     except (DiskFull, NotFinite):  # half a model is worth nothing, and a full disk is wanted for something else
@@ -201,7 +200,7 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
             with suppress(DataError):  # one that does not load is copied as it is; who needs it refuses it by name
                 begin, end = ends_added(load_tokenizer(folder))
                 config |= {"add_bos_token": begin, "add_eos_token": end}
-        _write_json(settings, config)
+        write_json(settings, config)
 
 
 def _compare_logits(
@@ -256,7 +255,3 @@ def _metrics(partial: Path, source: WeightSource, dtype: torch.dtype, difference
         "max_logit_difference": max(differences.values()),
         "checked_by": sorted(differences),
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + os.linesep, encoding="utf-8")

@@ -79,62 +79,16 @@ def publish(
         StageError: the folder is not a finished export, or the Hub does not take it. No file is pushed then; a
             repository that was made for it stays, and the message says so.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
     model, stage = locate(folder)
     if stage is not None:
         verify_files(stage, WEIGHTS)
     files, left_out = check_files(model)
-    card = current_card(model / "README.md", stage)
-    content: dict[str, Path | bytes] = {name: model / name for name in files} | {"README.md": card.encode("utf-8")}
-    name = stage.name if stage is not None else model.name
-    return push(
-        content,
-        left_out,
-        repo,
-        private=private,
-        revision=revision,
-        message=message or f"{name}, exported by minima {minima.__version__}",
-        endpoint=endpoint,
-    )
-
-
-def push(
-    content: dict[str, Path | bytes],
-    left_out: list[str],
-    repo: str,
-    *,
-    private: bool,
-    revision: str | None,
-    message: str,
-    endpoint: str | None = None,
-) -> Pushed:
-    """Make the repository hold these files, in one commit.
-
-    Args:
-        content: path of each file, or its bytes, by its name.
-        left_out: for the report.
-        repo: `organisation/name`.
-        private: whether a new repository is.
-        revision: branch; the default branch when not given.
-        message: of the commit.
-        endpoint: of the Hub.
-
-    Raises:
-        StageError: there is no token, no way to the Hub, or no permission.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-
-    if not _REPO.fullmatch(repo):
-        raise StageError(
-            f"{repo!r} is no name of a repository", "the Hub needs to know whose it is", "write organisation/name"
-        )
-    with _refusals(repo, revision, None):
-        token = get_token()
-    if token is None:
-        raise StageError(
-            "there is no token for the Hub",
-            "it takes files from known users only",
-            "log in with `hf auth login`, or set HF_TOKEN",
-        )
+    content: dict[str, Path | bytes] = {name: model / name for name in files}
+    content["README.md"] = current_card(model / "README.md", stage).encode("utf-8")
+    message = message or f"{(stage or model).name}, exported by minima {minima.__version__}"
+    token = _token_for(repo, revision)
     api = HfApi(endpoint=endpoint, token=token, library_name="minima", library_version=minima.__version__)
     with _refusals(repo, revision, token):
         url, created = _repository(api, repo, private)
@@ -151,6 +105,25 @@ def push(
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     changed = commit.oid != before.sha
     return Pushed(url, commit.oid, changed, bool(before.private), sorted(content), removed, left_out)
+
+
+def _token_for(repo: str, revision: str | None) -> str:
+    """The user's token, once the repository's name can be one."""
+    from huggingface_hub import get_token
+
+    if not _REPO.fullmatch(repo):
+        raise StageError(
+            f"{repo!r} is no name of a repository", "the Hub needs to know whose it is", "write organisation/name"
+        )
+    with _refusals(repo, revision, None):
+        token = get_token()
+    if token is None:
+        raise StageError(
+            "there is no token for the Hub",
+            "it takes files from known users only",
+            "log in with `hf auth login`, or set HF_TOKEN",
+        )
+    return token
 
 
 def _repository(api: "HfApi", repo: str, private: bool) -> tuple[str, bool]:

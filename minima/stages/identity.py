@@ -41,8 +41,7 @@ FREE_KEYS = frozenset(
 _DECIDING = frozenset({"evaluate_every_steps", "evaluate_sequences"})  # with patience, when a run ends
 
 # Identities leave out what has its default value, so that a key that a later version adds does not make finished
-# stages look changed. Whoever changes the value or the meaning of a default raises this number. It was not raised for
-# `add_bos_token`: stores built before it are told apart by their report, which has no `begin_token`.
+# stages look changed. Whoever changes the value or the meaning of a default raises this number.
 _DEFAULTS = 1
 
 

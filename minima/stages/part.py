@@ -96,7 +96,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
         with run_lock(build_data.lock_folder(folder, (number, total))):
             write(f"{HEADER}{stage.name} ({stage.kind}), part {number}/{total}")
             context = StageContext(recipe, recipe_path, stage, folder, run_folder, launch)
-            write(build_data.run_part(context, (number, total)))
+            write(build_data.encode_part(context, (number, total)))
 
 
 def _begin(folder: Path, description: dict[str, Any], total: int) -> None:

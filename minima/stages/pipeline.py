@@ -11,7 +11,7 @@ from minima.errors import LauncherError, StoreCorrupted
 from minima.launcher import child_environment, default_ranks, read_launch
 from minima.models.checksums import missing_files
 from minima.recipe.loading import load_recipe, resolved_yaml
-from minima.recipe.schema import AnyStage
+from minima.recipe.schema import AnyStage, Recipe
 from minima.report.run_table import run_table
 from minima.stages.checks import check_stages
 from minima.stages.child import Log, run_child
@@ -135,7 +135,15 @@ def group_stages(stages: Sequence[AnyStage]) -> list[list[AnyStage]]:
     return groups
 
 
-def _run_group(recipe, recipe_path, overrides, group, ranks, lock, write) -> int:
+def _run_group(
+    recipe: Recipe,
+    recipe_path: Path,
+    overrides: Sequence[str],
+    group: Sequence[AnyStage],
+    ranks: int,
+    lock: int,
+    write: Callable[[str], None],
+) -> int:
     folder = output_folder(recipe)
     names = ",".join(stage.name for stage in group)
     arguments = [str(recipe_path), "--stages", names, *overrides]

@@ -62,7 +62,7 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 @access_refused_named()
-def run_alone(
+def run_stage_command(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:
     """What `minima stage` does on each rank: `run_stages` under the run folder's lock, unless the driver holds it."""
@@ -191,7 +191,7 @@ def _alone(module) -> Iterator[None]:
         return
     from minima.engine import distributed
 
-    with distributed.alone():
+    with distributed.without_other_ranks():
         yield
 
 

@@ -7,11 +7,11 @@ import deepspeed
 
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import CheckpointSource, load_shards, shapes, snapshot_shards
-from minima.engine.checkpoint.writer import write_checkpoint
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.models.layout import step_folder
 from minima.models.weights import tensor_sha256
+from tests.checkpoints import write_checkpoint
 from tests.distributed.scenarios import new_student, run_training, teacher_host, weight_hashes
 from tests.distributed.tiny import training
 

@@ -25,7 +25,7 @@ from minima.engine.meters import Meters
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
-from minima.engine.traffic import Traffic
+from minima.engine.traffic import TrafficCounter
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
 from minima.pruning.importance import importance
@@ -100,7 +100,7 @@ def _watched(run: Callable[[], Any]) -> dict[str, int]:
     return found
 
 
-class NodeTraffic(Traffic):
+class NodeTraffic(TrafficCounter):
     """Also tells apart groups of ranks: bytes that this rank receives, by the group's ranks."""
 
     def __init__(self) -> None:

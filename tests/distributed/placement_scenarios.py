@@ -9,7 +9,7 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.teacher.host import FrozenHost
-from minima.engine.traffic import Traffic
+from minima.engine.traffic import TrafficCounter
 from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
@@ -61,7 +61,7 @@ def in_place(folder: Path, place: str, windows: tuple[int, ...]) -> dict[str, An
         found[f"records-{window}"] = run_training(settings, objective, student, feed=new_feed(settings, packed=True))
         student.close()
         batches = new_feed(settings, packed=True).step(0)
-        with Traffic() as traffic:
+        with TrafficCounter() as traffic:
             for start in range(0, len(batches), window):
                 objective.prepare(batches[start : start + window])
         found[f"moved-{window}"] = dict(traffic.collectives)

@@ -14,7 +14,6 @@ from minima.batch import Batch
 from minima.engine import distributed
 from minima.engine import student as student_module
 from minima.engine.checkpoint.shards import load_shards, shapes, snapshot_shards
-from minima.engine.checkpoint.writer import write_checkpoint
 from minima.engine.deepspeed_config import frozen_config, training_config
 from minima.engine.layers import prepare_layers
 from minima.engine.objectives.distillation import Distillation
@@ -22,6 +21,7 @@ from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
 from minima.models.compiling import decoder_layers
 from minima.models.layout import step_folder
+from tests.checkpoints import write_checkpoint
 from tests.distributed.scenarios import CONFIGS, new_feed, run_training, teacher_host, weight_hashes
 from tests.distributed.tiny import student_source, teacher_source, training
 

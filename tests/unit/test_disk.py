@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minima.data.store import TokenStore
-from minima.disk import access_refused_named, copy_content, inside, sync, write_json
+from minima.disk import access_refused_named, copy_content, inside, json_sha256, sync, write_json
 from minima.engine.checkpoint.store import verify_checkpoint
 from minima.errors import AccessRefused, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER
@@ -149,3 +149,9 @@ def test_what_cannot_be_written_leaves_what_was_there_and_nothing_else(tmp_path,
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_checksum_that_files_carry_of_their_json_stays_what_it_is():
+    content = {"b": [1, 2.5, None, True], "a": {"é": "\n", "c": "x"}}
+    assert json_sha256(content) == "660e7ae3e244d38d290b0d258057ab066685e50afcd15df591f9df8dbb89ded8"
+    assert json_sha256({"a": {"c": "x", "é": "\n"}, "b": [1, 2.5, None, True]}) == json_sha256(content)

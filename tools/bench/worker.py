@@ -124,7 +124,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = "") -> dict[str, Any]:
     from minima.engine import distributed
-    from minima.engine.traffic import Traffic
+    from minima.engine.traffic import TrafficCounter
 
     from .losses import LOSS_MAKERS
     from .models import make_batches
@@ -157,7 +157,7 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
         batches = make_batches(profile, row, device, profile.steps + 1, short=True)
         moved: dict[str, Any] = {"collective_bytes": None, "host_to_device_bytes": None}
         if row.what != "minima_compiled":  # whose code runs under no dispatch mode; it moves what `a:minima` does
-            with (traffic := Traffic()):
+            with (traffic := TrafficCounter()):
                 built.step(batches)
             moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
         if num_kernels and device.type == "cuda" and "minima" in row.what:

@@ -1,6 +1,5 @@
 """Checkpoints on disk: complete or not there, each file with its checksum."""
 
-import hashlib
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, file_sha256, inside
+from minima.disk import access_refused_named, file_sha256, inside, json_sha256
 from minima.engine import distributed
 from minima.errors import CheckpointError, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
@@ -31,7 +30,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
         if not isinstance(facts, dict) or not isinstance(facts.get("format"), str):
             raise ValueError("it says nothing of a checkpoint")
         own = facts.pop("marker_sha256", None)  # markers of earlier versions have none
-        if own is not None and own != marker_sha256(facts):
+        if own is not None and own != json_sha256(facts):
             raise ValueError("its content does not have the checksum that it says")
         if facts.get("format") == FORMAT:
             _check_facts(facts)
@@ -72,11 +71,6 @@ def _check_facts(facts: dict[str, Any]) -> None:
             raise ValueError(f"its {key!r} is {facts[key]!r}")
 
 
-def marker_sha256(facts: dict[str, Any]) -> str:
-    """SHA-256 of what a marker says, whatever the order and the spaces."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that it no longer counts, in place of an earlier such copy. One rank calls it.
 
@@ -110,7 +104,7 @@ def _cannot_remove(folder: Path, step: int, error: OSError) -> CheckpointError:
     )
 
 
-def prune(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
+def remove_old(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
     """Remove all but the newest complete ones, and what a removal or a save that was cut short has left.
 
     Args:

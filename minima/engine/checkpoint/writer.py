@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minima.disk import file_sha256, is_no_space, sync
+from minima.disk import file_sha256, is_no_space, json_sha256, sync
 from minima.engine import distributed
-from minima.engine.checkpoint.store import FORMAT, marker_sha256, prune, remove
+from minima.engine.checkpoint.store import FORMAT, remove, remove_old
 from minima.errors import CheckpointError, DiskFull, MinimaError
 from minima.models.layout import MARKER, step_folder
 
@@ -122,7 +122,7 @@ class CheckpointWriter:
             raise _cannot_write(self._partial, failures, full)
         if distributed.is_main():
             spare = [*self.named, *([] if self._spare is None else [self._spare])]
-            prune(self.folder, self.keep, self.keep_every_steps, spare)
+            remove_old(self.folder, self.keep, self.keep_every_steps, spare)
         self.waited_seconds += time.perf_counter() - began
 
     def take_times(self) -> dict[str, float]:
@@ -148,24 +148,10 @@ class CheckpointWriter:
         self._report.seconds = time.perf_counter() - self._began
 
 
-def write_checkpoint(
-    folder: Path, step: int, write_files: WriteFiles, facts: dict[str, Any], keep: int, spare: int | None = None
-) -> Path:
-    """Write one checkpoint and wait for it; every rank calls it. Arguments and errors are those of `begin`.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    writer = CheckpointWriter(folder, keep)
-    writer.begin(step, lambda: write_files, facts, spare)
-    writer.finish()
-    return step_folder(folder, step)
-
-
 def _complete(partial: Path, final: Path, facts: dict[str, Any]) -> None:
     marker = partial / MARKER
     content = {"format": FORMAT, **facts}
-    marker.write_text(json.dumps(content | {"marker_sha256": marker_sha256(content)}, indent=1), encoding="utf-8")
+    marker.write_text(json.dumps(content | {"marker_sha256": json_sha256(content)}, indent=1), encoding="utf-8")
     sync(marker)
     sync(partial)
     remove(final)  # the same step, saved before a run went back to an earlier one

@@ -45,7 +45,7 @@ def test_stage_takes_names_and_overrides(monkeypatch, arguments):
     seen = []
     monkeypatch.setattr("minima.stages.shipped.find_recipe", Path)
     monkeypatch.setattr("minima.recipe.loading.load_recipe", lambda path, overrides: overrides)
-    monkeypatch.setattr("minima.stages.running.run_alone", lambda *given: seen.append(given))
+    monkeypatch.setattr("minima.stages.running.run_stage_command", lambda *given: seen.append(given))
     assert cli.main(["stage", *arguments]) == 0
     assert seen[0][0] == ["x=1"]
     assert seen[0][2] == ["a", "b"]
@@ -81,7 +81,7 @@ def test_our_own_mistake_keeps_its_traceback_and_code_1(monkeypatch, capsys):
     def broken(*given):
         raise KeyError("ours")
 
-    monkeypatch.setattr("minima.stages.running.run_alone", broken)
+    monkeypatch.setattr("minima.stages.running.run_stage_command", broken)
     assert cli.main(["stage", "quickstart"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -92,7 +92,7 @@ def test_another_rank_leaves_the_word_to_rank_0_first(monkeypatch, capsys):
     def refused(*given):
         raise StageError("what", "why", "do")
 
-    monkeypatch.setattr("minima.stages.running.run_alone", refused)
+    monkeypatch.setattr("minima.stages.running.run_stage_command", refused)
     monkeypatch.setattr(cli.time, "sleep", left.append)
     monkeypatch.setattr(cli.os, "_exit", left.append)
     for key, value in {
@@ -118,17 +118,20 @@ def test_another_rank_leaves_the_word_to_rank_0_first(monkeypatch, capsys):
 def test_a_rank_that_has_lost_another_says_no_more_than_that(monkeypatch, capsys, error, told):
     """Its own trace would hide what the other one said; a job script reads code 1 as a failure that may be a node's."""
 
-    def run_alone(*given):
+    def run_stage_command(*given):
         raise error
 
-    monkeypatch.setattr("minima.stages.running.run_alone", run_alone)
+    monkeypatch.setattr("minima.stages.running.run_stage_command", run_stage_command)
     assert cli.main(["stage", "quickstart"]) == cli.OWN_ERROR
     assert re.search(told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("command", "work"),
-    [(["stage", "quickstart"], "minima.stages.running.run_alone"), (["doctor"], "minima.cluster.doctor.doctor")],
+    [
+        (["stage", "quickstart"], "minima.stages.running.run_stage_command"),
+        (["doctor"], "minima.cluster.doctor.doctor"),
+    ],
 )
 def test_a_rank_that_is_done_has_not_failed_whatever_crashes_at_its_end(command, work):
     module, name = work.rsplit(".", 1)

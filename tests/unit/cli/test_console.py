@@ -55,7 +55,7 @@ def test_a_rank_without_a_reader_says_nothing_and_another_pipe_has_its_traceback
     def broken(*given):
         raise BrokenPipeError("no reader")
 
-    monkeypatch.setattr("minima.stages.running.run_alone", broken)
+    monkeypatch.setattr("minima.stages.running.run_stage_command", broken)
     monkeypatch.setattr(cli, "silenced", lambda: gone)
     assert cli.main(["stage", "quickstart"]) == code
     assert ("Traceback" in capsys.readouterr().err) != gone

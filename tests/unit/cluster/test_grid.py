@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from minima.cluster.grid import read_grid
-from minima.cluster.records import read_jobs
+from minima.cluster.jobs import read_jobs
 from minima.cluster.submit import submit
 from minima.errors import ClusterError, RecipeError
 from tests.unit.cluster.conftest import finish

@@ -10,7 +10,7 @@ import yaml
 
 from minima.cluster import queued
 from minima.cluster import submit as cluster_submit
-from minima.cluster.records import read_jobs
+from minima.cluster.jobs import read_jobs
 from minima.cluster.submit import submit
 from minima.errors import ClusterError, RecipeError, StageError
 from minima.recipe.loading import load_recipe, resolved_yaml
@@ -251,7 +251,7 @@ def test_what_a_queued_job_has_not_begun_is_not_hashed(slurm, project, monkeypat
 
     monkeypatch.setattr(queued, "describe", count)
     monkeypatch.setattr(identity, "describe", count)
-    monkeypatch.setattr(cluster_submit, "check_run", lambda *given: [])  # which hashes for itself
+    monkeypatch.setattr(cluster_submit, "check_jobs", lambda *given: [])  # which hashes for itself
     send()
     assert hashed == []
     loaded = load_recipe(Path("recipe.yaml"))

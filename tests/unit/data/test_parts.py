@@ -7,12 +7,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minima.data import part_building, parts, recording, share
+from minima.data import part_building, part_merging, part_recording, share
 from minima.data.builder import build
 from minima.data.documents import Rejected, shortened, shuffled
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import Part, read_index
-from minima.data.parts import RecordedParts
+from minima.data.part_merging import RecordedParts
 from minima.data.share import Share
 from minima.data.sources import read_source
 from minima.errors import DataError, StageError, StoreCorrupted
@@ -26,7 +26,7 @@ def small(monkeypatch):
     """Blocks, batches and pieces so small that a few documents fill several of each."""
     monkeypatch.setattr(share, "BLOCK_RECORDS", 8)
     monkeypatch.setattr("minima.data.documents.BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(recording, "PIECE_TOKENS", 3000)
+    monkeypatch.setattr(part_recording, "PIECE_TOKENS", 3000)
     monkeypatch.setattr("minima.data.documents.SHUFFLE_CHARACTERS", 20_000)
     monkeypatch.setattr(shuffled, "__defaults__", (20_000,))  # the window: sources are larger than it
 
@@ -190,7 +190,7 @@ def test_parts_of_another_stage_or_division_are_refused(tmp_path, stage, jsonl, 
     with pytest.raises(StageError, match=r"several divisions: .*of-00002, .*of-00003"):
         opened(tmp_path / "parts", chosen)
     with pytest.raises(StageError, match="the one asked for, of 5"):
-        parts.check_counts(tmp_path / "parts", 5)
+        part_merging.check_counts(tmp_path / "parts", 5)
 
 
 def test_damage_is_found_and_named_and_mended_by_the_part(tmp_path, stage, jsonl, addresses, tokenizer):

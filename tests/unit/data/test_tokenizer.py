@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
-from minima.data.encoding import Batch, Encoder
+from minima.data.encoding import Encoder, EncodingTask
 from minima.data.piece_training import train_sentencepiece
 from minima.data.tokenizer import (
     check_same_tokens,
@@ -75,13 +75,13 @@ def test_a_lone_sentencepiece_model_gives_its_own_ids(tokenizer, pieces, tmp_pat
     lone = load_tokenizer(tmp_path)
     assert lone(addresses[:50], add_special_tokens=False)["input_ids"] == pieces.encode(addresses[:50])
     save_tokenizer(lone, tmp_path, tmp_path / "saved")
-    encoded, *_ = Encoder(tmp_path / "saved", 2, 512)(Batch(addresses[:50], HeldOut(0.0, 0)))
+    encoded, *_ = Encoder(tmp_path / "saved", 2, 512)(EncodingTask(addresses[:50], HeldOut(0.0, 0)))
     assert encoded.ids.tolist() == [token for ids in pieces.encode(addresses[:50]) for token in [*ids, 2]]
 
 
 def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
     encoder = Encoder(tokenizer, 2, 512)
-    encoded, held_out, _ = encoder(Batch(ODD, HeldOut(0.0, 0)))
+    encoded, held_out, _ = encoder(EncodingTask(ODD, HeldOut(0.0, 0)))
     assert not held_out.any()
     expected = [[*pieces.encode(text), 2] for text in ODD]
     assert encoded.ids.tolist() == [token for document in expected for token in document]
@@ -91,8 +91,8 @@ def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
 
 
 def test_each_document_begins_with_the_begin_token(tokenizer):
-    plain, *_ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
-    begun, *_ = Encoder(tokenizer, 2, 512, begin_token=1)(Batch(ODD, HeldOut(0.0, 0)))
+    plain, *_ = Encoder(tokenizer, 2, 512)(EncodingTask(ODD, HeldOut(0.0, 0)))
+    begun, *_ = Encoder(tokenizer, 2, 512, begin_token=1)(EncodingTask(ODD, HeldOut(0.0, 0)))
     ends = plain.lengths.cumsum()
     documents = [plain.ids[end - length : end].tolist() for end, length in zip(ends, plain.lengths, strict=True)]
     assert begun.ids.tolist() == [token for document in documents for token in [1, *document]]
@@ -101,9 +101,9 @@ def test_each_document_begins_with_the_begin_token(tokenizer):
 
 
 def test_a_folder_without_fast_tokenizer_encodes_the_same(tokenizer, tmp_path, monkeypatch, loaded):
-    fast, *_ = Encoder(tokenizer, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    fast, *_ = Encoder(tokenizer, 2, 512)(EncodingTask(ODD, HeldOut(0.0, 0)))
     monkeypatch.setattr("minima.data.tokenizer.load_tokenizer", lambda folder: loaded)
-    slow, *_ = Encoder(tmp_path, 2, 512)(Batch(ODD, HeldOut(0.0, 0)))
+    slow, *_ = Encoder(tmp_path, 2, 512)(EncodingTask(ODD, HeldOut(0.0, 0)))
     assert slow.ids.tolist() == fast.ids.tolist()
 
 

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from minima.engine import distributed
 from minima.engine.checkpoint import writer as writing
 from minima.engine.checkpoint.store import FORMAT, drop_after, read_marker, verify_checkpoint
-from minima.engine.checkpoint.writer import CheckpointWriter, write_checkpoint
+from minima.engine.checkpoint.writer import CheckpointWriter
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
+from tests.checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)

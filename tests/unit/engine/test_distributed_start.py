@@ -67,7 +67,7 @@ def test_a_lone_rank_waits_for_nobody(monkeypatch, ranks, waits):
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(distributed.dist, "barrier", lambda: waited.append(True))
-    with distributed.alone():  # the others are busy elsewhere
+    with distributed.without_other_ranks():  # the others are busy elsewhere
         distributed.barrier()
         assert distributed.gather_objects("mine") == ["mine"]
     assert not waited

@@ -1,4 +1,4 @@
-"""What is chosen for a model's layers, and which choices do not go together."""
+"""What is chosen for a model's layers, and where it is refused."""
 
 import pytest
 from deepspeed.utils import get_z3_leaf_modules
@@ -25,11 +25,6 @@ def test_layers_are_leaves_of_this_model_alone(compiled):
     assert get_z3_leaf_modules(other) == []
     assert any("forward" in vars(module) for module in prepared.modules()) == compiled
     assert not any("forward" in vars(module) for module in other.modules())
-
-
-def test_liger_and_the_compiler_are_refused_together():
-    with pytest.raises(RecipeError, match=r"kernels: liger together with compile: true"):
-        prepare_layers(model(), compiled=True, kernels="liger")
 
 
 def test_the_compiler_is_refused_on_a_gpu_where_triton_starts_no_kernel(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from minima import cli
 from minima.law import study as driver
-from minima.law.queue import Tally
+from minima.law.worker_pool import Tally
 from tests.unit.law.study_grid import finish, study_file
 
 

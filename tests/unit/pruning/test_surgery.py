@@ -1,10 +1,12 @@
 """The sliced model computes what the masked one does, in every family, and loads with plain transformers."""
 
 import math
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from minima.errors import ShapeError
@@ -14,7 +16,7 @@ from minima.models.shape import ModelShape
 from minima.models.stock import parameter_shapes
 from minima.models.weights import MemorySource, write_folder
 from minima.pruning.importance import Scores, random
-from minima.pruning.masks import Masks, norms_over
+from minima.pruning.masks import Masks
 from minima.pruning.selection import Selection, select
 from minima.pruning.surgery import PrunedSource
 from minima.pruning.target import plan_target
@@ -47,6 +49,34 @@ def set_masks(masks: Masks, chosen: Selection) -> None:
         for layer, groups, neurons in zip(chosen.layers.tolist(), chosen.groups, chosen.neurons, strict=True):
             masks.head_LK[layer, groups] = 1
             masks.neuron_LI[layer, neurons] = 1
+
+
+@contextmanager
+def norms_over(model, shape, kept_dims):
+    """Let the norms take their statistics over the kept dimensions only, and give zeros elsewhere.
+
+    With hidden masks that are zero outside `kept_dims`, the model then computes what the sliced model computes.
+    """
+    family = family_of(shape.family)
+
+    def hook(norm, inputs, output):
+        kept = inputs[0].index_select(-1, kept_dims)
+        parameters = dict(norm.named_parameters())
+        weight = parameters["weight"].index_select(0, kept_dims)
+        if family.rms:
+            kept = functional.rms_norm(kept, kept.shape[-1:], weight, shape.norm_epsilon)
+        else:
+            bias = parameters["bias"].index_select(0, kept_dims)
+            kept = functional.layer_norm(kept, kept.shape[-1:], weight, bias, shape.norm_epsilon)
+        return torch.zeros_like(output).index_copy(-1, kept_dims, kept)
+
+    norms = [model.get_submodule(family.final_norm)]
+    for layer in model.get_submodule(family.layers).children():
+        norms += [layer.get_submodule(path) for path in family.norms]
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(hook).remove)
+        yield
 
 
 def test_nothing_removed_changes_nothing(any_small):

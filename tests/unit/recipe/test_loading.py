@@ -136,6 +136,11 @@ def test_two_lengths_are_refused(load, recipe):
     assert load(recipe, "stages.student.tokens=1000", "stages.student.steps=null").stage("student").tokens == 1000
 
 
+def test_liger_and_the_compiler_are_refused_together(load, recipe):
+    with pytest.raises(RecipeError, match="compile: true with kernels: liger"):
+        load(recipe, "stages.student.compile=on", "stages.student.kernels=liger")
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [("name: x\nstages: [", 2), ("name: x\n  stages: y", 2), ("name: x\nname: y\n", 2), ("a: {b: 1, b: 2}", 1)],

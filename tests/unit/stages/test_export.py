@@ -119,7 +119,7 @@ def test_a_full_disk_is_left_as_full_as_it_was(context, monkeypatch):
     def full(*given, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_stage, "_write_json", full)
+    monkeypatch.setattr(export_stage, "write_json", full)
     with pytest.raises(DiskFull):
         export_stage.run(context)
     assert not list(context.folder.glob("model*"))

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from minima.engine.checkpoint import store
 from minima.engine.checkpoint.store import read_marker, verify_together
-from minima.engine.checkpoint.writer import write_checkpoint
 from minima.errors import AccessRefused, CheckpointError, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
 from minima.stages import resume
+from tests.checkpoints import write_checkpoint
 
 
 @pytest.fixture(autouse=True)

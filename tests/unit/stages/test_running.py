@@ -53,7 +53,7 @@ def kind(monkeypatch):
 
 def go(recipe, tmp_path, names=None, launch=Launch()):
     said: list[str] = []
-    running.run_alone(recipe, tmp_path / "x.yaml", names, launch, said.append, False)
+    running.run_stage_command(recipe, tmp_path / "x.yaml", names, launch, said.append, False)
     return said
 
 

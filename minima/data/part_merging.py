@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from minima.data.documents import HeldOut, Rejected
-from minima.data.encoding import Batch, Encoded, EncodingPool, Result
+from minima.data.encoding import Encoded, EncodingPool, EncodingTask, Result
 from minima.data.part_files import (
     BEGIN,
     CHARACTERS,
@@ -31,14 +31,14 @@ from minima.data.part_files import (
     read_index,
     read_piece,
 )
-from minima.data.recording import Reader, Waiting, encoded, runs
+from minima.data.part_recording import Reader, Waiting, encoded, runs
 from minima.data.share import Share
 from minima.data.sources import read_source, some
 from minima.errors import DataError, StageError
 from minima.recipe.data import Source
 
-_LOG = logging.getLogger("minima.data")
-Encode = Callable[[Batch], Result]
+logger = logging.getLogger("minima.data")
+Encode = Callable[[EncodingTask], Result]
 
 
 class RecordedDocument:
@@ -216,7 +216,7 @@ class RecordedParts:
     def _more(self, part: int, number: int, source: Source, after: tuple[int, ...]) -> Iterator[_Run]:
         """Encode what a part has left of a source."""
         assert self._make is not None
-        _LOG.warning(
+        logger.warning(
             "source %s: part %d has encoded less than the mixture takes, so the merge encodes more", source.label, part
         )
         if self._pool is None:
@@ -228,11 +228,11 @@ class RecordedParts:
             waiting.add(run, result)
             yield from _runs_of(waiting.piece())
 
-    def submit(self, batch: Batch) -> Batch:
+    def submit(self, batch: EncodingTask) -> EncodingTask:
         """A batch of recorded documents, for `result`."""
         return batch
 
-    def result(self, task: Batch) -> Result:
+    def result(self, task: EncodingTask) -> Result:
         """What encoding the batch came to."""
         documents: list[Any] = task.texts
         table = np.stack([document.piece.table[document.row] for document in documents])

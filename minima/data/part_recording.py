@@ -8,7 +8,7 @@ import numpy as np
 
 from minima.data import documents
 from minima.data.documents import HeldOut, Rejected, shortened
-from minima.data.encoding import Batch, Encoded, EncodingPool, Result
+from minima.data.encoding import Encoded, EncodingPool, EncodingTask, Result
 from minima.data.part_files import COLUMNS, ORDER, TAKEN, Piece
 from minima.data.share import Share
 from minima.recipe.data import Source
@@ -77,7 +77,7 @@ def encoded(runs: Iterator[Run], pool: EncodingPool, rule: HeldOut) -> Iterator[
     """Each run with what it became, encoded ahead by the pool."""
     pending: deque[tuple[Run, Any]] = deque()
     for run in runs:
-        pending.append((run, pool.submit(Batch(run.texts, rule))))
+        pending.append((run, pool.submit(EncodingTask(run.texts, rule))))
         if len(pending) > 2 * pool.processes + 1:
             first, task = pending.popleft()
             yield first, pool.result(task)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minima.law.queue import Pool, Tally, ready_units
+from minima.law.worker_pool import Pool, Tally, ready_units
 from tests.unit.law.study_grid import study_of
 
 # Makes a run by writing its manifests: at once, after a while, or not at all, as a file of its folder says.

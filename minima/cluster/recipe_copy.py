@@ -9,7 +9,7 @@ from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.shipped import find_deepspeed_json, shipped_folder
 
 
-def snapshot(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Path:
+def copy_recipe(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Path:
     """A copy of the recipe's file, with the DeepSpeed JSONs that lie beside it.
 
     Each content has a folder of its own, so submitting an edited recipe leaves what waiting jobs read as it is.
