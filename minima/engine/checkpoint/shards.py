@@ -68,7 +68,9 @@ class CheckpointSource:
             with safe_open(self.folder / file_name(self.kind, rank, self._ranks), framework="pt") as file:
                 shard = file.get_slice(name)
                 pieces.append(shard[max(0, start - rank * size) : min(size, stop - rank * size)])
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        if not pieces:
+            return torch.empty(0)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def file_name(kind: str, rank: int, ranks: int) -> str:
