@@ -86,16 +86,21 @@ class PackedWriter:
         """Whether `max_blocks` are written, or hold no further unit."""
         return self._left == 0
 
-    def add(self, units: Encoded) -> None:
-        """Add conversations or pairs, none longer than a block."""
+    def add(self, units: Encoded) -> int:
+        """Add conversations or pairs, none longer than a block.
+
+        Returns:
+            How many were taken; the last ones may still be left out if the store gets full.
+        """
         if self.full:
             self.beyond_tokens += len(units.ids)
-            return
+            return 0
         self._window.append(units)
         self._waiting += len(units.ids)
         blocks = WINDOW_BLOCKS if self._left is None else min(WINDOW_BLOCKS, self._left)
         if self._waiting >= blocks * self._length:
             self._flush()
+        return len(units.lengths)
 
     def _flush(self) -> None:
         """Write what waits."""

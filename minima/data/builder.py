@@ -208,8 +208,8 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
         streams = [SourceStream(source, n, pool, aside_rule, readers[n]) for n, source in enumerate(stage.sources)]
         progress = _Progress()
         gathered = _Gathered(train, stage)
-        for documents, aside in mix(streams, endless=budget is not None):
-            held_out.add(aside)
+        for stream, documents, aside in mix(streams, endless=budget is not None):
+            stream.held_out_documents += held_out.add(aside)
             gathered.add(documents)
             progress.show(train.tokens, streams)
             if train.full:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,29 @@ def source_labels(sources: list[Source]) -> list[str]:
     ]
 
 
+class _Batch(NamedTuple):
+    """Documents of one source in its order, those for training apart from the held-out ones between them.
+
+    Attributes:
+        training: documents to train on.
+        held_out: the others.
+        before: int array; for each held-out document, how many training documents of the batch come before it.
+    """
+
+    training: Encoded
+    held_out: Encoded
+    before: np.ndarray
+
+    def split(self, count: int) -> tuple["_Batch", "_Batch | None"]:
+        """The first `count` training documents with the held-out ones before the last of them, and what is left."""
+        if count == len(self.training.lengths):
+            return self, None
+        aside = int(np.searchsorted(self.before, count))
+        first = _Batch(self.training.part(0, count), self.held_out.part(0, aside), self.before[:aside])
+        left = self.training.part(count, len(self.training.lengths))
+        return first, _Batch(left, self.held_out.part(aside, len(self.before)), self.before[aside:] - count)
+
+
 class SourceStream:
     """One source, encoded ahead by the pool, pass after pass; `number` is its place among the stage's sources.
 
@@ -69,7 +92,7 @@ class SourceStream:
         rejected: of the first pass.
         passes: whole passes that are over.
         tokens, learnt_tokens, documents, bytes, characters: handed out for training so far, over all passes.
-        held_out_documents: handed to `held_out` so far.
+        held_out_documents: of those handed out as held-out, the ones that were kept; whoever writes them counts them.
         cut: conversations that were too long and lost turns at their end, in the first pass.
         unanswered: turns at the end of conversations that nobody answers and that were left out, in the first pass.
     """
@@ -78,10 +101,10 @@ class SourceStream:
         self.source, self.weight, self._read = source, source.weight or 1.0, read
         self.rejected = Rejected()
         self.passes = self.tokens = self.learnt_tokens = self.documents = self.bytes = self.characters = 0
-        self.held_out_documents = self.cut = self.unanswered = 0
+        self.held_out_documents = self.cut = self.unanswered = self._set_aside = 0
         self._number, self._pool, self._held_out = number, pool, held_out
         self._pending: deque[Any] = deque()
-        self._ready: Encoded | None = None
+        self._ready: _Batch | None = None
         self._first_pass_tokens = 0
         self._begin_pass()
 
@@ -103,8 +126,8 @@ class SourceStream:
                 return
             self._pending.append(self._pool.submit(EncodingTask(texts, self._held_out, skip_held_out=self.passes > 0)))
 
-    def next_batch(self) -> tuple[Encoded, Encoded] | None:
-        """Training and held-out documents of the next batch; none at the end of a pass."""
+    def _next_batch(self) -> _Batch | None:
+        """The next documents that were encoded; None at the end of a pass."""
         self._fill()
         if not self._pending:
             return None
@@ -114,38 +137,36 @@ class SourceStream:
                 self.rejected.add(*record)
             self.cut += 0 if everything.cut is None else int((everything.cut > 0).sum())
             self.unanswered += 0 if everything.unanswered is None else int(everything.unanswered.sum())
-        self.held_out_documents += int(held_out.sum())
         if not held_out.any():
-            return everything, everything.part(0, 0)
-        return everything.select(~held_out), everything.select(held_out)
+            return _Batch(everything, everything.part(0, 0), np.empty(0, dtype=np.int64))
+        before = np.cumsum(~held_out)[held_out]
+        return _Batch(everything.select(~held_out), everything.select(held_out), before)
 
     def take(self, limit_tokens: int | None) -> Iterator[tuple[Encoded, Encoded]]:
-        """Training documents of about `limit_tokens` (all of a batch when none), each with the held-out ones found.
+        """Training documents of about `limit_tokens` (all of a batch when None), and the held-out ones between them.
 
-        Ends early, and counts a pass, when the pass is over.
+        Held-out documents come in the source's own order: so they are mixed with other sources' as the training
+        documents are, and a source from which little is read gives few of them. Ends early, and counts a pass, when
+        the pass is over.
         """
         taken = 0
         while limit_tokens is None or taken < limit_tokens:
-            if self._ready is None:
-                batch = self.next_batch()
-                if batch is None:
-                    self._end_pass()
-                    return
-                self._ready, held_out = batch
-            else:
-                held_out = self._ready.part(0, 0)
-            ready = self._ready
-            count = len(ready.lengths)
+            ready = self._ready or self._next_batch()
+            if ready is None:
+                self._end_pass()
+                return
+            count = len(ready.training.lengths)
             if limit_tokens is not None:
-                count = min(count, int(np.searchsorted(np.cumsum(ready.lengths), limit_tokens - taken)) + 1)
-            given = ready.part(0, count)
-            self._ready = ready.part(count, len(ready.lengths)) if count < len(ready.lengths) else None
+                ends = np.cumsum(ready.training.lengths)
+                count = min(count, int(np.searchsorted(ends, limit_tokens - taken)) + 1)
+            (given, held_out, _), self._ready = ready.split(count)
             taken += len(given.ids)
             self.tokens += len(given.ids)
             self.learnt_tokens += len(given.ids) if given.learnt is None else int(given.learnt.sum())
             self.documents += len(given.lengths)
             self.bytes += int(given.sizes.sum())
             self.characters += int(given.characters.sum())
+            self._set_aside += len(held_out.lengths)
             yield given, held_out
             if limit_tokens is None:
                 return
@@ -154,19 +175,19 @@ class SourceStream:
         self.passes += 1
         if self.passes == 1:
             self._first_pass_tokens = self.tokens
-        if not self.tokens and not self.held_out_documents:
+        if not self.tokens and not self._set_aside:
             raise no_document(self.source, self.rejected, "that its documents fit into a block")
         if not self.tokens:
             raise DataError(
-                f"all {self.held_out_documents} documents of source {self.source.label!r} are held out",
+                f"all {self._set_aside} documents of source {self.source.label!r} are held out",
                 "nothing of it is left to train on",
                 "lower `held_out_fraction`, or give the source more documents (a file of plain text is one)",
             )
         self._begin_pass()
 
 
-def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[Encoded, Encoded]]:
-    """Documents of all sources: always the source that is furthest behind its weight comes next.
+def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[SourceStream, Encoded, Encoded]]:
+    """A source, training documents of it, and the held-out ones between them; over and over. Always the source that is furthest behind its weight comes next.
 
     Without any weight, no source begins another pass before every source has ended its own. With weights, a source
     that runs out begins again at once, so that the proportions hold.
@@ -181,7 +202,8 @@ def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[Encoded
     while active:
         stream = min(active, key=lambda stream: stream.tokens / stream.weight)
         passes = stream.passes
-        yield from stream.take(None if len(active) == 1 else TURN_TOKENS)
+        for documents, held_out in stream.take(None if len(active) == 1 else TURN_TOKENS):
+            yield stream, documents, held_out
         if stream.passes == passes:
             continue
         if not weighted:

@@ -119,9 +119,11 @@ class StoreWriter:
         """Whether `max_blocks` are written."""
         return self._max_tokens is not None and self._flushed >= self._max_tokens
 
-    def add(self, documents: "Encoded") -> None:
-        """Add encoded text."""
+    def add(self, documents: "Encoded") -> int:
+        """Add encoded text; returns how many of the documents start in what was taken."""
+        before = self.documents
         self.append(documents.ids, documents.lengths, documents.sizes)
+        return self.documents - before
 
     def append(
         self,

@@ -172,6 +172,23 @@ def test_held_out_tokens_are_a_limit_in_whole_blocks(tmp_path, stage, jsonl, add
     assert capped["tokens"] == free["tokens"]  # what is beyond the limit is not trained on
 
 
+@pytest.mark.parametrize("limits", [{"held_out_tokens": 4096}, {"tokens": 12_000}])
+def test_held_out_text_is_mixed_as_the_training_text_is(tmp_path, stage, jsonl, addresses, tokenizer, limits):
+    """Whatever part of it is kept, or evaluated on: a source's first batch may hold all of its documents."""
+    texts = {"one": addresses[:200], "other": addresses[200:]}
+    sources = [{"name": name, "path": jsonl(texts[name]), "weight": 1.0} for name in texts]
+    metrics = build(stage(*sources, held_out_fraction=0.3, **limits), tmp_path, tokenizer)
+    counts = {name: metrics["sources"][name]["held_out_documents"] for name in texts}
+    assert sum(counts.values()) == metrics["held_out_documents"] > 20
+    assert min(counts.values()) > 0.35 * sum(counts.values())
+    whole = documents_of(stores(tmp_path)[1], load_tokenizer(tokenizer))
+    first_half = [text in texts["one"] for text in whole[: len(whole) // 2]]
+    assert 0.25 < np.mean(first_half) < 0.75
+    share = metrics["held_out_tokens"] / (metrics["held_out_tokens"] + metrics["tokens"])
+    if "tokens" in limits:
+        assert share == pytest.approx(0.3, abs=0.06)
+
+
 def test_another_seed_orders_and_holds_out_others(tmp_path, stage, jsonl, addresses, tokenizer):
     path, sums = jsonl(addresses), set()
     for seed in (1, 1, 2):
