@@ -187,7 +187,7 @@ class SourceStream:
 
 
 def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[SourceStream, Encoded, Encoded]]:
-    """A source, training documents of it, and the held-out ones between them; over and over. Always the source that is furthest behind its weight comes next.
+    """Documents of all sources: always the source that is furthest behind its weight comes next.
 
     Without any weight, no source begins another pass before every source has ended its own. With weights, a source
     that runs out begins again at once, so that the proportions hold.
@@ -196,6 +196,9 @@ def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[SourceS
         streams: the sources.
         endless: go on until the caller stops; else until each source has been read once (with weights, until the
             one that takes longest has been).
+
+    Yields:
+        A source, some of its training documents, and the held-out ones between them.
     """
     weighted = any(stream.source.weight is not None for stream in streams)
     active = list(streams)

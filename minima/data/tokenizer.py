@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minima.errors import DataError, TokenizerMismatch, first_line
 from minima.models.layout import VOCABULARY_FILES
+from minima.models.legacy_config import LOADING_KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,8 +145,16 @@ def _overruled(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> bool
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, folder: Path) -> None:
-    """Write a loaded tokenizer into a folder, with its SentencePiece model where its source folder has one."""
+    """Write a loaded tokenizer into a folder, with its SentencePiece model where its source folder has one.
+
+    What transformers notes of how it was loaded (from where, offline or not) is left out: the folder's content follows
+    from the tokenizer alone, on a login node and in a job.
+    """
     tokenizer.save_pretrained(str(folder))
+    settings = folder / "tokenizer_config.json"
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in LOADING_KEYS}
+    settings.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     model = Path(source) / "tokenizer.model"
     if model.is_file():
         shutil.copyfile(model, folder / "tokenizer.model")

@@ -7,6 +7,8 @@ DEFAULT_ROTARY_SHARE = 0.25  # GPTNeoXConfig: the share of a head that is rotate
 _ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 # transformers 5 renamed GPT-NeoX's head; its own `save_pretrained` still writes the name that every checkpoint has.
 _STORED_NAMES = {("gpt_neox", "lm_head.weight"): "embed_out.weight"}
+# What transformers 5 writes into a tokenizer_config.json about how the tokenizer was loaded, not about the tokenizer.
+LOADING_KEYS = ("backend", "is_local", "local_files_only")
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")  # 4.x keeps these two outside its `rope_scaling`
 
 
@@ -78,7 +80,7 @@ def tokenizer_with_4x_names(config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         A new dict; both generations load the same tokenizer from it.
     """
-    both = {name: value for name, value in config.items() if name not in ("backend", "is_local", "local_files_only")}
+    both = {name: value for name, value in config.items() if name not in LOADING_KEYS}
     if both.get("tokenizer_class") == "TokenizersBackend":
         both["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(both.get("extra_special_tokens"), list):

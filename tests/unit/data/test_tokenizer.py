@@ -70,6 +70,16 @@ def test_the_folder_survives_transformers(loaded, tokenizer, tmp_path, addresses
     assert (tmp_path / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
 
 
+def test_a_saved_tokenizer_does_not_say_how_it_was_loaded(tokenizer, tmp_path):
+    """Jobs run offline and a login node does not; parts of one build would not fit together."""
+    contents = []
+    for offline in (True, False):
+        loaded = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=offline)
+        save_tokenizer(loaded, tokenizer, tmp_path / str(offline))
+        contents.append((tmp_path / str(offline) / "tokenizer_config.json").read_text())
+    assert contents[0] == contents[1]
+
+
 def test_a_lone_sentencepiece_model_gives_its_own_ids(tokenizer, pieces, tmp_path, addresses):
     (tmp_path / "tokenizer.model").write_bytes((tokenizer / "tokenizer.model").read_bytes())
     lone = load_tokenizer(tmp_path)
