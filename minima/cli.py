@@ -149,7 +149,6 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from minima.recipe.loading import is_study, load_recipe
         from minima.stages.preview import preview
-        from minima.stages.running import select
 
         if is_study(path):
             from minima.law.study import study
@@ -157,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
             return study(path, overrides, write, dry_run=True)
         recipe = load_recipe(path, overrides)
         find_launcher(recipe.launcher, path)
-        write(preview(recipe, path, select(recipe, _names(options.stages))))
+        write(preview(recipe, path, recipe.select(_names(options.stages))))
         return 0
     return pipeline.run(path, overrides, _names(options.stages), write, options.allow_code_execution)
 

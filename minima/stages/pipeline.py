@@ -19,7 +19,7 @@ from minima.stages.identity import check_run
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.run_folder import check_run_folder, claim_run_folder
-from minima.stages.running import output_folder, select, uses_ranks
+from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_launcher
 from minima.stages.summary import stage_rows, write_summary
 
@@ -63,8 +63,8 @@ def run(
     """
     _refuse_inside_ranks()
     recipe = load_recipe(recipe_path, overrides)
-    stages = select(recipe, names)
-    folder = output_folder(recipe)
+    stages = recipe.select(names)
+    folder = recipe.folder
     ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     for line in check_stages(recipe, recipe_path, stages, folder, ranks):
@@ -144,7 +144,7 @@ def _run_group(
     lock: int,
     write: Callable[[str], None],
 ) -> int:
-    folder = output_folder(recipe)
+    folder = recipe.folder
     names = ",".join(stage.name for stage in group)
     arguments = [str(recipe_path), "--stages", names, *overrides]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0

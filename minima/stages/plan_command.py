@@ -15,7 +15,6 @@ from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Recipe
 from minima.stages.plan_walk import plan_run
 from minima.stages.preview_inputs import KnownInputs
-from minima.stages.running import select
 from minima.stages.shipped import find_recipe, shipped_folder
 
 
@@ -101,7 +100,7 @@ def plan_command(
     """
     path = find_recipe(name)
     recipe = load_recipe(path, overrides)
-    shown = {stage.name for stage in select(recipe, stages)}
+    shown = {stage.name for stage in recipe.select(stages)}
     cluster = cluster_for(recipe, path, **asked)
     plans = [plan for plan in plan_run(recipe, path, cluster) if plan.name in shown]
     notes = assumptions(cluster)

@@ -37,7 +37,6 @@ from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
 from minima.stages.preview_inputs import KnownInputs, frozen_model, with_shared_rows
 from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
-from minima.stages.running import output_folder
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 
 _LEAVES = {
@@ -278,9 +277,9 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
         StageError: the run's folder belongs to another recipe, or cannot be one.
         MinimaError: as `walk` does.
     """
-    check_run_folder(output_folder(recipe), recipe.name, [stage.name for stage in recipe.stages])
+    check_run_folder(recipe.folder, recipe.name, [stage.name for stage in recipe.stages])
     shown, previews = {stage.name for stage in stages}, walk(recipe, recipe_path)
-    refused = read_and_changed(recipe, stages, output_folder(recipe))
+    refused = read_and_changed(recipe, stages, recipe.folder)
     return render(resolved_yaml(recipe), [found for found in previews if found.name in shown | refused.keys()])
 
 

@@ -16,7 +16,6 @@ from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference, lineage
 from minima.recipe.schema import Align, AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
-from minima.stages.running import output_folder
 
 _MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
 
@@ -25,7 +24,7 @@ class KnownInputs:
     """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes and steps."""
 
     def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
-        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
+        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, recipe.folder
         self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
         self.shapes: dict[str, ModelShape] = {}
         inputs = [value for stage in self.recipe.stages for _, value in stage if isinstance(value, ModelInput)]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minima.disk import access_refused_named, disk_full_named
-from minima.errors import MinimaError, RecipeError, StageError
+from minima.errors import MinimaError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.models.checksums import write_checksums
 from minima.planning.arithmetic import check_batch
@@ -37,28 +37,9 @@ _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
 
 
-def select(recipe: Recipe, names: Sequence[str] | None) -> list[AnyStage]:
-    """The stages of those names in the recipe's order; all of them for None.
-
-    Raises:
-        RecipeError: a name is no stage of the recipe.
-    """
-    if names is None:
-        return list(recipe.stages)
-    wanted = {recipe.stage(name).name for name in names}
-    if not wanted:
-        raise RecipeError("no stages are chosen", "nothing would run", "name stages, or leave --stages out for all")
-    return [stage for stage in recipe.stages if stage.name in wanted]
-
-
 def uses_ranks(stage: AnyStage) -> bool:
     """Whether a stage of this kind runs on every rank (the driver asks without importing the stage's file)."""
     return stage.kind not in ALONE
-
-
-def output_folder(recipe: Recipe) -> Path:
-    """Where the run's stages lie; relative to where the command runs."""
-    return Path(recipe.output or f"runs/{recipe.name}").expanduser()
 
 
 @access_refused_named()
@@ -66,8 +47,8 @@ def run_stage_command(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:
     """What `minima stage` does on each rank: `run_stages` under the run folder's lock, unless the driver holds it."""
-    stages = select(recipe, names)
-    folder = output_folder(recipe)
+    stages = recipe.select(names)
+    folder = recipe.folder
     with disk_full_named(folder), ExitStack() as stack:
         if launch.rank == 0:
             check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
@@ -100,7 +81,7 @@ def run_stages(
     Raises:
         MinimaError: a stage cannot run; nothing that was finished is touched.
     """
-    run_folder = output_folder(recipe)
+    run_folder = recipe.folder
     for stage in stages:
         if isinstance(stage, AnyTraining) and not is_finished(run_folder / stage.name):
             check_batch(stage.name, stage, launch.world_size)  # started by hand, no driver has seen to it
