@@ -13,8 +13,13 @@ from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
 WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
 ALWAYS_SUMMED = ("tokens", "seconds", "export")  # what summary.json holds unasked; the last where a stage exports
-ALONE = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that one process does
+SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that need no ranks
 EXPORTED = ("benchmark", "publish")  # kinds that read a model in Hugging Face's layout and nothing else
+
+
+def uses_ranks(stage: AnyStage) -> bool:
+    """Whether a stage of this kind runs on every rank; one process does the others."""
+    return stage.kind not in SINGLE_PROCESS
 
 
 @dataclass(frozen=True)

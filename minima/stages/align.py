@@ -23,7 +23,6 @@ from minima.stages.context import StageContext
 from minima.stages.origin import Origin, check_fit, check_format, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
-RANKS = True
 FORMATS = ("preferences",)
 
 

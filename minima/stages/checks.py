@@ -7,14 +7,13 @@ from pathlib import Path
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.models.layout import complete_steps
-from minima.recipe.references import Reference, deepspeed_jsons, references
+from minima.recipe.references import Reference, deepspeed_jsons, references, uses_ranks
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.named_checkpoints import way_out
 from minima.stages.preview import frozen_model, walk
-from minima.stages.running import uses_ranks
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine

@@ -22,8 +22,6 @@ from minima.stages.origin import check_fit, check_template, check_tokens, open_o
 from minima.stages.training import run_training
 from minima.stages.vocabularies import cut, shared_rows
 
-RANKS = True
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's student; returns the stage's metrics."""

@@ -19,7 +19,6 @@ from minima.stages.export import copy_tokenizer
 from minima.stages.hub import snapshot
 from minima.stages.origin import Origin, open_origin
 
-RANKS = False
 logger = logging.getLogger(__name__)
 
 

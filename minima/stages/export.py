@@ -32,7 +32,6 @@ from minima.stages.evaluate import count_parameters
 from minima.stages.generation_settings import generation_settings
 from minima.stages.host_memory import host_memory_bytes
 
-RANKS = True
 _HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
 logger = logging.getLogger(__name__)
 

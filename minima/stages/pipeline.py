@@ -11,6 +11,7 @@ from minima.errors import LauncherError, StoreCorrupted
 from minima.launcher import child_environment, default_ranks, read_launch
 from minima.models.checksums import missing_files
 from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, Recipe
 from minima.report.run_table import run_table
 from minima.stages.checks import check_stages
@@ -19,7 +20,6 @@ from minima.stages.identity import check_run
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.run_folder import check_run_folder, claim_run_folder
-from minima.stages.running import uses_ranks
 from minima.stages.shipped import find_launcher
 from minima.stages.summary import stage_rows, write_summary
 
