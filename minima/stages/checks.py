@@ -9,10 +9,10 @@ from minima.launcher import num_accelerators
 from minima.models.layout import complete_steps
 from minima.recipe.references import Reference, deepspeed_jsons, references, uses_ranks
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
+from minima.stages.context import missing_checkpoint_advice
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
-from minima.stages.named_checkpoints import way_out
 from minima.stages.preview import frozen_model, walk
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
@@ -141,7 +141,9 @@ def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder:
     raise StageError(
         f"stage {reader!r} reads {reference.text!r}, but {folder} has no checkpoint after step {reference.step:,}",
         "the run would end there, after everything before it",
-        way_out(read, folder, there) if there or finished else f"add it: --stages {read.name},{reader}",
+        missing_checkpoint_advice(read, folder, there)
+        if there or finished
+        else f"add it: --stages {read.name},{reader}",
     )
 
 

@@ -15,7 +15,7 @@ from minima.planning.sharding import Sharding, read_sharding
 from minima.planning.stage_plan import frozen, place
 from minima.recipe.base import ModelInput
 from minima.recipe.distillation import Teacher
-from minima.recipe.references import deepspeed_jsons, named_steps
+from minima.recipe.references import deepspeed_jsons, named_steps, stage_and_step
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -88,8 +88,8 @@ class _Planner(Walk):
         if shape is not None:
             return shape
         source = model.source or ""
-        base = source.rpartition("@")[0] or source
-        root = self.unknown.get(source, self.unknown.get(base, source))
+        made_by, _ = stage_and_step(self.recipe, source)
+        root = source if made_by is None else self.unknown.get(made_by.name, source)
         self.unknown[name] = root
         note = f"the model {root} is not known here, so this stage is not counted whole"
         if root not in self.told and root == source:

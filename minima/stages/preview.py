@@ -15,7 +15,7 @@ from minima.planning.sharding import read_sharding
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.overrides import nearest
-from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, unread
+from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, trained_precision, unread
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -123,9 +123,7 @@ class Walk(KnownInputs):
             return
         self.shapes[stage.name] = found
         preview.facts.append(("model", describe_shape(found)))
-        name = stage.model.rpartition("@")[0] or stage.model
-        trained = next((other for other in self.recipe.stages if other.name in (stage.model, name)), None)
-        dtype = stage.dtype or (trained.precision if isinstance(trained, AnyTraining) else None)
+        dtype = stage.dtype or trained_precision(self.recipe, stage.model)
         preview.facts.append(("disk", _model_size(found, dtype)))
 
     def _expand(self, stage: ExpandVocabulary, preview: StagePreview) -> None:

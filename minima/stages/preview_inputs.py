@@ -13,7 +13,7 @@ from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
 from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
-from minima.recipe.references import Reference, lineage
+from minima.recipe.references import Reference, lineage, stage_and_step
 from minima.recipe.schema import Align, AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
 
@@ -112,11 +112,9 @@ class KnownInputs:
 
     def _shape_here(self, model: ModelInput) -> ModelShape | None:
         assert model.source is not None
-        base = model.source.rpartition("@")[0] or model.source
-        names = {stage.name for stage in self.recipe.stages}
-        name = model.source if model.source in names else base
-        if name in names:
-            return self.shapes.get(name) or self.made(name)
+        stage, _ = stage_and_step(self.recipe, model.source)
+        if stage is not None:
+            return self.shapes.get(stage.name) or self.made(stage.name)
         path = Path(model.source).expanduser()
         if path.is_dir():
             return _shape_in(path)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from minima.errors import TokenizerMismatch
 from minima.models.layout import VOCABULARY_FILES
+from minima.recipe.references import stage_and_step
 from minima.recipe.schema import AnyStage, AnyTraining, BuildData, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished
 from minima.stages.preview_inputs import cached_config, frozen_model
@@ -80,11 +81,9 @@ def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_f
 
 def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Origin:
     """Follow models and data back to the tokenizer that they came with."""
-    stages = {stage.name: stage for stage in recipe.stages}
     revision = model.revision if isinstance(model, ModelInput) else None
     while True:
-        base, _, step = reference.rpartition("@")
-        stage = stages.get(reference) or (stages.get(base) if step.isdigit() else None)
+        stage, _ = stage_and_step(recipe, reference)
         if stage is None:
             return _Origin(None, outside=reference, revision=revision)
         if isinstance(stage, ExpandVocabulary):

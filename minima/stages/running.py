@@ -162,9 +162,7 @@ def _begin(context: StageContext, write) -> None:
 @contextmanager
 def _alone(stage: AnyStage) -> Iterator[None]:
     """Around a stage that one process does: the other ranks of a group, if there is one, wait for its folder."""
-    if (
-        uses_ranks(stage) or "torch.distributed" not in sys.modules
-    ):  # no group is there, and build_data needs no torch
+    if uses_ranks(stage) or "torch.distributed" not in sys.modules:  # no group is there, and build_data needs no torch
         yield
         return
     from minima.engine import distributed
