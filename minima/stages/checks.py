@@ -13,7 +13,7 @@ from minima.stages.context import missing_checkpoint_advice
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
-from minima.stages.preview import frozen_model, walk
+from minima.stages.preview import walk
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
@@ -151,7 +151,7 @@ def _check_models(recipe: Recipe, left: Sequence[AnyStage], folder: Path, to_com
     """Refuse models that are no folder and that the Hub does not have, each asked for once."""
     asked = set()
     for stage in left:
-        unread = "teacher" if isinstance(stage, Distil) and frozen_model(stage) is None else None
+        unread = "teacher" if isinstance(stage, Distil) and stage.frozen_model is None else None
         for reference in references(recipe, stage):
             key = (reference.text, reference.revision)
             of_models = reference.what in ("model", "exported") and reference.field != unread

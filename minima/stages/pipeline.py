@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minima.disk import disk_full_named
 from minima.errors import LauncherError, StoreCorrupted
-from minima.launcher import child_environment, default_ranks, read_launch
+from minima.launcher import child_environment, read_launch
 from minima.models.checksums import missing_files
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.references import uses_ranks
@@ -19,6 +19,7 @@ from minima.stages.child import Log, run_child
 from minima.stages.identity import check_run
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished, read_manifest
+from minima.stages.preview_inputs import planned_ranks
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 from minima.stages.shipped import find_launcher
 from minima.stages.summary import stage_rows, write_summary
@@ -65,7 +66,7 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     stages = recipe.select(names)
     folder = recipe.folder
-    ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
+    ranks = planned_ranks(recipe)
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     for line in check_stages(recipe, recipe_path, stages, folder, ranks):
         write(f"warning: {line}")

@@ -31,7 +31,7 @@ from minima.recipe.schema import (
     Recipe,
 )
 from minima.stages.preview import Walk
-from minima.stages.preview_inputs import frozen_model, with_shared_rows
+from minima.stages.preview_inputs import with_shared_rows
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 
 
@@ -113,7 +113,7 @@ class _Planner(Walk):
 
     def _trained(self, stage: AnyTraining, plan: StagePlan) -> None:
         shape = self._known(stage.name, stage.model, plan, "model")
-        model = frozen_model(stage)
+        model = stage.frozen_model
         key = "teacher" if isinstance(stage, Distil) else "reference"
         other = self._known(stage.name, model, plan, key) if model is not None else None
         if shape is not None and other is not None and isinstance(stage, Distil):

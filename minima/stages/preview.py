@@ -34,7 +34,7 @@ from minima.recipe.schema import (
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
-from minima.stages.preview_inputs import KnownInputs, frozen_model, with_shared_rows
+from minima.stages.preview_inputs import KnownInputs, with_shared_rows
 from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
 from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
@@ -173,7 +173,7 @@ class Walk(KnownInputs):
 
     def _training(self, stage: AnyTraining, preview: StagePreview) -> None:
         check_batch(stage.name, stage, self.ranks)
-        shape, frozen = self.shape(stage.model) or self.made(stage.name), frozen_model(stage)
+        shape, frozen = self.shape(stage.model) or self.made(stage.name), stage.frozen_model
         teacher = self.shape(frozen) if frozen is not None else None
         if shape is not None and teacher is not None and isinstance(stage, Distil):
             note = self.check_rows(stage, shape, teacher)

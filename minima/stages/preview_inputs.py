@@ -14,10 +14,15 @@ from minima.planning.dry_run import StagePreview
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference, lineage, stage_and_step
-from minima.recipe.schema import Align, AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
+from minima.recipe.schema import AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
 
 _MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
+
+
+def planned_ranks(recipe: Recipe) -> int:
+    """Ranks that `minima run` gives a stage on this machine."""
+    return recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
 
 
 class KnownInputs:
@@ -25,7 +30,7 @@ class KnownInputs:
 
     def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
         self.recipe, self.recipe_path, self.folder = recipe, recipe_path, recipe.folder
-        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
+        self.ranks = planned_ranks(recipe)
         self.shapes: dict[str, ModelShape] = {}
         inputs = [value for stage in self.recipe.stages for _, value in stage if isinstance(value, ModelInput)]
         self._given = {model.source: model.shape for model in inputs if model.source and model.shape}
@@ -235,13 +240,6 @@ class KnownInputs:
     def _data_folder(self, reference: str) -> Path:
         own = reference in {stage.name for stage in self.recipe.stages}
         return self.folder / reference if own else Path(reference).expanduser()
-
-
-def frozen_model(stage: AnyTraining) -> ModelInput | None:
-    """The model that runs beside the trained one."""
-    if isinstance(stage, Align):
-        return stage.reference or stage.model
-    return stage.teacher if isinstance(stage, Distil) and stage.soft_weight else None
 
 
 def with_shared_rows(student: ModelShape, teacher: ModelShape) -> tuple[ModelShape, ModelShape]:

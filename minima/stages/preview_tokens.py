@@ -9,7 +9,7 @@ from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.references import stage_and_step
 from minima.recipe.schema import AnyStage, AnyTraining, BuildData, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished
-from minima.stages.preview_inputs import cached_config, frozen_model
+from minima.stages.preview_inputs import cached_config
 
 
 class _Origin(NamedTuple):
@@ -46,7 +46,7 @@ def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
     if data is None or is_finished(folder / stage.name):
         return
     models: list[ModelInput | str | None] = [*getattr(stage, "models", ()), getattr(stage, "model", None)]
-    models.append(frozen_model(stage) if isinstance(stage, AnyTraining) else getattr(stage, "teacher", None))
+    models.append(stage.frozen_model if isinstance(stage, AnyTraining) else getattr(stage, "teacher", None))
     for model in models:
         if model is not None:
             _check(recipe, stage.name, data, model, folder)
