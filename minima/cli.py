@@ -237,10 +237,10 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from minima.stages.plan_command import plan_command
+    from minima.stages.plan_command import PlanOptions, plan_command
 
-    asked = {name: getattr(options, name) for name in _PLANNED_FOR}
-    write(plan_command(options.recipe, options.overrides, _names(options.stages), options.json, **asked))
+    asked = PlanOptions(**{name: getattr(options, name) for name in _PLANNED_FOR})
+    write(plan_command(options.recipe, options.overrides, asked, _names(options.stages), options.json))
     return 0
 
 

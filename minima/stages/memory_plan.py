@@ -8,7 +8,7 @@ import torch
 from minima.engine import distributed
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.models.shape import ModelShape
-from minima.planning.candidates import Machine, shipped
+from minima.planning.candidates import Devices, shipped
 from minima.planning.dry_run import size_text
 from minima.planning.memory import Work, scored_memory
 from minima.planning.placement import Choice, choose, render
@@ -22,15 +22,15 @@ from minima.stages.machine_errors import IMPORTANCE_IN_LESS
 logger = logging.getLogger(__name__)
 
 
-def this_machine() -> Machine:
-    """The machine that this process group runs on, by its smallest node; every rank calls it, and all get the same."""
+def these_devices() -> Devices:
+    """What this process group runs on, by its smallest node; every rank calls it, and all get the same."""
     nodes = distributed.node_ranks()
     mine = next(len(ranks) for ranks in nodes if distributed.rank() in ranks)
     device, host = distributed.device(), host_memory_bytes()
     on_cpu = device.type == "cpu"
     memory = host // mine if on_cpu else torch.cuda.get_device_properties(device).total_memory
     facts = distributed.gather_objects((memory, host))
-    return Machine(
+    return Devices(
         ranks=distributed.world_size(),
         ranks_per_node=min(map(len, nodes)),
         device_bytes=min(memory for memory, _ in facts),
@@ -70,7 +70,7 @@ def plan_memory(
         stage.name,
         stage,
         student,
-        this_machine(),
+        these_devices(),
         sequence_length,
         teacher=teacher,
         teacher_shape=teacher_shape,
@@ -96,14 +96,14 @@ def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence
         shape: of the model that is measured.
         sequence_length: tokens of one block.
     """
-    machine = this_machine()
+    devices = these_devices()
     if not distributed.is_main():
         return
     sharding = Sharding.from_json(read_deepspeed_json(context.deepspeed_json(stage.deepspeed)))
     work = Work(stage.micro_batch_sequences, sequence_length)
-    memory = scored_memory(shape, stage.precision, work, machine.ranks, sharding)
-    weights = memory.resident_bytes + (memory.host_bytes if machine.host_is_device else 0)
-    needed, usable = weights + memory.passing_bytes, machine.usable_bytes
+    memory = scored_memory(shape, stage.precision, work, devices.ranks, sharding)
+    weights = memory.resident_bytes + (memory.host_bytes if devices.host_is_device else 0)
+    needed, usable = weights + memory.passing_bytes, devices.usable_bytes
     assert usable is not None
     parts = [
         f"{name} {size_text(size)}" for name, size in ({"weights": weights} | dict(memory.passing)).items() if size

@@ -5,12 +5,11 @@ from pathlib import Path
 from minima.errors import stage_named
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
-from minima.planning.candidates import Stage as Trained
-from minima.planning.candidates import shipped
+from minima.planning.candidates import TrainedStage, shipped
 from minima.planning.dry_run import training_facts
 from minima.planning.floor import model_flops_per_token
 from minima.planning.memory import Memory, Work, frozen_memory, scored_memory
-from minima.planning.run_plan import Cluster, StagePlan
+from minima.planning.run_plan import PlannedGpus, StagePlan
 from minima.planning.sharding import Sharding, read_sharding
 from minima.planning.stage_plan import frozen, place
 from minima.recipe.base import ModelInput
@@ -38,9 +37,9 @@ from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
 class _Planner(Walk):
     """The dry run's walk over the stages, with the GPUs that the run is planned for."""
 
-    def __init__(self, recipe: Recipe, recipe_path: Path, cluster: Cluster) -> None:
+    def __init__(self, recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> None:
         super().__init__(recipe, recipe_path)
-        self.ranks, self.cluster = cluster.gpus, cluster
+        self.ranks, self.gpus = gpus.count, gpus
         self.unknown: dict[str, str] = {}  # what a stage's model goes back to where its shape is not known
         self.told: set[str] = set()  # what has been said how to make known
 
@@ -145,9 +144,9 @@ class _Planner(Walk):
         if once:
             plan.notes.append("its reference's one pass over the data is in the FLOPs, not in the time")
             plan.flops_per_token, other = model_flops_per_token(shape, None, length), None
-        place(plan, self._of(stage, shape, other, length), self.cluster)
+        place(plan, self._of(stage, shape, other, length), self.gpus)
 
-    def _of(self, stage: AnyTraining, shape: ModelShape, other: ModelShape | None, length: int) -> Trained:
+    def _of(self, stage: AnyTraining, shape: ModelShape, other: ModelShape | None, length: int) -> TrainedStage:
         teacher = None
         if other is not None:
             teacher = stage.teacher if isinstance(stage, Distil) else None
@@ -161,7 +160,7 @@ class _Planner(Walk):
         own = self._sharding(stage.deepspeed)
         named = self._sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
         place = shipped if named is None else lambda placement, offload: named
-        return Trained(stage.name, stage, shape, length, own, teacher, other, place)
+        return TrainedStage(stage.name, stage, shape, length, own, teacher, other, place)
 
     def _pruned(self, stage: Prune, plan: StagePlan) -> None:
         shape, pruned = self._known(stage.name, stage.model, plan, "model"), self.shapes.get(stage.name)
@@ -180,7 +179,7 @@ class _Planner(Walk):
         memory = scored_memory(shape, stage.precision, work, self.ranks, self._sharding(stage.deepspeed))
         turns = -(-stage.sequences // (stage.micro_batch_sequences * self.ranks))  # micro-batches of one rank
         rank_flops = 3 * forward * turns * work.tokens
-        frozen(plan, [memory], stage.precision, self.cluster, rank_flops)
+        frozen(plan, [memory], stage.precision, self.gpus, rank_flops)
 
     def _evaluated(self, stage: Evaluate, plan: StagePlan) -> None:
         names = [*stage.models, *([stage.teacher] if stage.teacher else [])]
@@ -206,7 +205,7 @@ class _Planner(Walk):
         models = [largest, *([teacher] if teacher is not None else [])]
         memories = [self._sharded(shape, stage.precision, work, stage.deepspeed) for shape in models]
         rank_flops = plan.flops_per_token * -(-min(sequences) // self.ranks) * length
-        frozen(plan, memories, stage.precision, self.cluster, rank_flops)
+        frozen(plan, memories, stage.precision, self.gpus, rank_flops)
 
     def _sharded(self, shape: ModelShape, precision: str, work: Work, json_name: str) -> Memory:
         return frozen_memory(shape, precision, "zero3", "none", work, self.ranks, self._sharding(json_name))
@@ -215,13 +214,13 @@ class _Planner(Walk):
         return read_sharding(find_deepspeed_json(name, self.recipe_path))
 
 
-def plan_run(recipe: Recipe, recipe_path: Path, cluster: Cluster) -> list[StagePlan]:
+def plan_run(recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> list[StagePlan]:
     """The plan of every stage.
 
     Raises:
         MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
     """
-    planner, plans = _Planner(recipe, recipe_path, cluster), []
+    planner, plans = _Planner(recipe, recipe_path, gpus), []
     for stage in recipe.stages:
         with stage_named(stage.name):
             plans.append(planner.plan(stage))

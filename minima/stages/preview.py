@@ -7,8 +7,7 @@ from minima.errors import MinimaError, RecipeError, StageError, stage_named
 from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
-from minima.planning.candidates import Stage as Planned
-from minima.planning.candidates import shipped
+from minima.planning.candidates import TrainedStage, shipped
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
 from minima.planning.placement import unchosen
 from minima.planning.sharding import read_sharding
@@ -230,7 +229,7 @@ class Walk(KnownInputs):
         except RecipeError as error:
             preview.notes += [error.what] if error.what not in preview.notes else []
             return
-        planned = Planned(
+        planned = TrainedStage(
             stage.name, stage, student, length, own, stage.teacher if teacher is not None else None, teacher,
             shipped if others is None else lambda placement, offload: others,
         )  # fmt: skip

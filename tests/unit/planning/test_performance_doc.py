@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from minima.planning.candidates import Machine, Stage, candidates
+from minima.planning.candidates import Devices, TrainedStage, candidates
 from minima.planning.dry_run import size_text
 from minima.planning.floor import executed_flops_per_token, model_flops_per_token
 from minima.planning.hardware import GPUS
@@ -87,10 +87,10 @@ def seconds_rows() -> Iterator[str]:
 
 
 def placement_rows() -> Iterator[str]:
-    machine = Machine(32, 8)
+    devices = Devices(32, 8)
     stage = stage_of(batch_sequences=2048)
-    planned = Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B)
-    for row in candidates(planned, machine, "full")[0]:
+    planned = TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B)
+    for row in candidates(planned, devices, "full")[0]:
         teacher = row.teacher
         cells = [
             teacher.device.get("weights", 0), teacher.passing.get("gathered", 0),

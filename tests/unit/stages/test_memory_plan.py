@@ -4,7 +4,7 @@ import logging
 
 from minima.launcher import Launch
 from minima.models.shape import ModelShape
-from minima.planning.candidates import Machine
+from minima.planning.candidates import Devices
 from minima.recipe.schema import Recipe
 from minima.stages import memory_plan
 from minima.stages.context import StageContext
@@ -19,8 +19,8 @@ def said(tmp_path, monkeypatch, caplog, gigabytes: int, on_cpu: bool = True, **s
     recipe = Recipe.model_validate({"name": "run", "stages": [own | {"micro_batch_sequences": 1} | settings]})
     stage = recipe.stages[0]
     memory = int(gigabytes * 1e9)
-    machine = Machine(2, 2, device_bytes=memory, host_bytes=2 * memory, host_is_device=on_cpu)
-    monkeypatch.setattr(memory_plan, "this_machine", lambda: machine)
+    devices = Devices(2, 2, device_bytes=memory, host_bytes=2 * memory, host_is_device=on_cpu)
+    monkeypatch.setattr(memory_plan, "these_devices", lambda: devices)
     monkeypatch.setattr(memory_plan.distributed, "is_main", lambda: True)
     context = StageContext(recipe, tmp_path / "r.yaml", stage, tmp_path / "cut", tmp_path, Launch())
     caplog.clear()
