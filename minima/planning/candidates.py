@@ -8,11 +8,14 @@ from minima.models.shape import ModelShape
 from minima.planning.dry_run import size_text
 from minima.planning.memory import Memory, Work, frozen_memory, trained_memory
 from minima.planning.sharding import TEACHER, Sharding, gathered_ahead
-from minima.recipe.distillation import Offload, Placement, Teacher
+from minima.recipe.chat import Align
+from minima.recipe.distillation import Distil, Offload, Placement, Teacher
+from minima.recipe.schema import AnyTraining
 from minima.recipe.training import Training
 
 Checkpointing = Literal["none", "selective", "full"]
 TeacherSharding = Callable[[Placement, Offload], Sharding]
+LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 # Of a device's memory, what the plan leaves free: the driver's context and the collectives' buffers, and what the
 # allocator loses by rounding and fragmentation. A choice, not a measurement: 76e9 bytes, the most that a step of the
@@ -111,6 +114,12 @@ class TrainedStage:
     teacher_shape: ModelShape | None = None
     teacher_sharding: TeacherSharding = shipped
 
+    @property
+    def levels(self) -> tuple[Checkpointing, ...]:
+        """Activation checkpointing to try, the least first."""
+        asked = self.training.activation_checkpointing
+        return LEVELS if asked == "auto" else (asked,)
+
     def work(self, ranks: int) -> Work:
         """What each of so many ranks runs at once."""
         micro_batch = self.training.micro_batch_on(ranks)
@@ -120,6 +129,45 @@ class TrainedStage:
             chunk_tokens=getattr(self.training, "chunk_tokens", 1024),
             accumulation=self.training.batch_sequences // (ranks * micro_batch),
         )
+
+
+def trained_stage(
+    stage: AnyTraining,
+    student: ModelShape,
+    teacher_shape: ModelShape | None,
+    sequence_length: int,
+    sharding: Callable[[str], Sharding],
+) -> TrainedStage:
+    """What a stage of a recipe trains, for a run and for a plan of it alike.
+
+    Args:
+        stage: its settings.
+        student: shape of the trained model.
+        teacher_shape: of the teacher or the reference; None where none runs beside the trained model.
+        sequence_length: tokens of one block.
+        sharding: gives the sizes of the DeepSpeed JSON of that name.
+    """
+    teacher = None
+    if isinstance(stage, Distil) and teacher_shape is not None:
+        teacher = stage.teacher
+    if isinstance(stage, Align) and teacher_shape is not None:
+        teacher = _reference(stage, sharding(stage.reference_deepspeed))
+    named = sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
+    teacher_sharding = shipped if named is None else lambda placement, offload: named
+    own = sharding(stage.deepspeed)
+    return TrainedStage(stage.name, stage, student, sequence_length, own, teacher, teacher_shape, teacher_sharding)
+
+
+def _reference(stage: Align, sharding: Sharding) -> Teacher:
+    """The frozen reference as a teacher: over all ranks, where its JSON says, and one micro-batch at a time."""
+    return Teacher(
+        source="reference",
+        placement="zero3",
+        offload="none" if sharding.offload_weights == "none" else "cpu",  # a JSON with NVMe is refused for it
+        window_micro_batches=1,
+        precision=stage.reference_precision,
+        deepspeed=stage.reference_deepspeed,
+    )
 
 
 def candidates(stage: TrainedStage, devices: Devices, checkpointing: Checkpointing) -> tuple[list[Row], list[str]]:

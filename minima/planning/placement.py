@@ -3,23 +3,10 @@
 from dataclasses import dataclass
 
 from minima.errors import RecipeError
-from minima.models.shape import ModelShape
-from minima.planning.candidates import (
-    MARGIN,
-    Checkpointing,
-    Devices,
-    Row,
-    TeacherSharding,
-    TrainedStage,
-    candidates,
-    shipped,
-)
+from minima.planning.candidates import LEVELS, MARGIN, Checkpointing, Devices, Row, TrainedStage, candidates
 from minima.planning.dry_run import size_text
-from minima.planning.sharding import STUDENT, Sharding
 from minima.recipe.distillation import Offload, Placement, Teacher
-from minima.recipe.training import Training
 
-LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _COLUMNS = ("weights", "gathered", "activations", "head", "hidden", "student", "peak", "host")
 _UNITS = (
     "weights to hidden: the teacher's, on a rank's device. student: all of the student's. peak: less than",
@@ -57,18 +44,7 @@ class Choice:
     devices: Devices
 
 
-def choose(
-    name: str,
-    training: Training,
-    student: ModelShape,
-    devices: Devices,
-    sequence_length: int,
-    *,
-    teacher: Teacher | None = None,
-    teacher_shape: ModelShape | None = None,
-    sharding: Sharding = STUDENT,
-    teacher_sharding: TeacherSharding = shipped,
-) -> Choice:
+def choose(stage: TrainedStage, devices: Devices) -> Choice:
     """What `auto` stands for in a stage, from total memory alone, so the same on every rank and at every start.
 
     A placement, a checkpointing or a window that the recipe names is taken as it is, with a warning where it does not
@@ -76,23 +52,14 @@ def choose(
     fits on the devices comes first, and only then the host's memory.
 
     Args:
-        name: of the stage.
-        training: its settings.
-        student: shape of the trained model.
+        stage: what is trained, and the model that is frozen beside it.
         devices: what it runs on; `device_bytes` has to be known.
-        sequence_length: tokens of one block.
-        teacher: the recipe's; None where no model is frozen beside the trained one.
-        teacher_shape: its shape.
-        sharding: sizes of the student's DeepSpeed JSON.
-        teacher_sharding: sizes of the teacher's, by placement and offload.
 
     Raises:
         RecipeError: `auto` finds nothing that fits; carries the table.
     """
     assert devices.device_bytes is not None, "what fits is not known"
-    stage = TrainedStage(name, training, student, sequence_length, sharding, teacher, teacher_shape, teacher_sharding)
-    asked = training.activation_checkpointing
-    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
+    teacher, levels = stage.teacher, stage.levels
     tables = {level: candidates(stage, devices, level) for level in levels}
     for offload in ("none", "cpu", "nvme"):
         for level in levels:
@@ -106,7 +73,7 @@ def choose(
         return _choice(rows[0], tables, devices, "; ".join(filter(None, warnings)))
     least = min(rows, key=lambda row: row.peak_bytes)
     raise RecipeError(
-        f"stages.{name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
+        f"stages.{stage.name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
         f"the smallest, {least.name}, {least.refused}, and the run would end in the middle of a step:\n"
         + "\n".join(table(rows, devices)),
         "lower micro_batch_sequences, keep the optimiser in the hosts' memory with deepspeed: "
@@ -197,14 +164,13 @@ def unchosen(stage: TrainedStage, ranks: int) -> list[str]:
         stage: what is trained, and its teacher.
         ranks: on one machine.
     """
-    devices, asked = Devices(ranks, ranks), stage.training.activation_checkpointing
-    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
-    tables = {level: candidates(stage, devices, level)[0] for level in levels}
+    devices = Devices(ranks, ranks)
+    tables = {level: candidates(stage, devices, level)[0] for level in stage.levels}
     students = [f"{size_text(rows[0].student.device_bytes)} with {level}" for level, rows in tables.items()]
     lines = [f"of one of {ranks} ranks on one machine; the student, by activation_checkpointing: {', '.join(students)}"]
     if stage.teacher is None:
         return lines
-    rows = tables[levels[-1]]
+    rows = tables[stage.levels[-1]]
     lines += table(rows, devices) + list(_UNITS)
     lines += [f"{row.name} {row.refused}" for row in rows if row.refused]
     return [*lines, f"what fits is decided where it runs: peak may be up to {1 - MARGIN:.0%} of a device"]

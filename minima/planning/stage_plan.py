@@ -7,7 +7,7 @@ from minima.errors import RecipeError
 from minima.planning.candidates import Checkpointing, Devices, Row, TrainedStage, candidates
 from minima.planning.floor import executed_flops_per_token
 from minima.planning.memory import Memory
-from minima.planning.placement import LEVELS, choose
+from minima.planning.placement import choose
 from minima.planning.run_plan import Placed, PlannedGpus, StagePlan, cost_of
 from minima.planning.throughput import StepTime, step_time, unknown_rates
 from minima.planning.traffic import Traffic, frozen_traffic, trained_traffic
@@ -25,15 +25,11 @@ def place(plan: StagePlan, stage: TrainedStage, gpus: PlannedGpus) -> None:
         stage: what is trained, and its teacher as the recipe asks for it.
         gpus: what it is planned for.
     """
-    devices, asked = gpus.devices, stage.training.activation_checkpointing
-    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
+    devices, levels = gpus.devices, stage.levels
     level, chosen = levels[-1], None
     if devices.device_bytes is not None:
         try:
-            choice = choose(
-                stage.name, stage.training, stage.student, devices, stage.sequence_length, teacher=stage.teacher,
-                teacher_shape=stage.teacher_shape, sharding=stage.sharding, teacher_sharding=stage.teacher_sharding,
-            )  # fmt: skip
+            choice = choose(stage, devices)
             level, chosen, warning = choice.activation_checkpointing, choice.chosen, choice.warning
             plan.notes += [f"warning: {warning}"] if warning else []
             plan.too_large = bool(chosen.refused)

@@ -61,9 +61,8 @@ def run(context: StageContext) -> dict[str, Any]:
             context,
             stage,
             objective,
-            shape.forward_flops_per_token,
             _teacher_facts(context, stage.teacher, teacher.identity),
-            teacher=(stage.teacher, shape),
+            teacher_shape=shape,
             origin=student,
         )
     finally:

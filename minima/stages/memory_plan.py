@@ -8,12 +8,11 @@ import torch
 from minima.engine import distributed
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.models.shape import ModelShape
-from minima.planning.candidates import Devices, shipped
+from minima.planning.candidates import Devices, trained_stage
 from minima.planning.dry_run import size_text
 from minima.planning.memory import Work, scored_memory
 from minima.planning.placement import Choice, choose, render
-from minima.planning.sharding import Sharding
-from minima.recipe.distillation import Offload, Placement, Teacher
+from minima.planning.sharding import Sharding, read_sharding
 from minima.recipe.schema import AnyTraining, Prune
 from minima.stages.context import StageContext
 from minima.stages.host_memory import host_memory_bytes
@@ -44,8 +43,7 @@ def plan_memory(
     stage: AnyTraining,
     student: ModelShape,
     sequence_length: int,
-    teacher: Teacher | None = None,
-    teacher_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None,
 ) -> Choice:
     """Where the frozen model lives and what the student recomputes; rank 0 logs it where there was something to choose.
 
@@ -54,33 +52,20 @@ def plan_memory(
         stage: its settings.
         student: shape of the trained model.
         sequence_length: tokens of one block.
-        teacher: the frozen model's block of the recipe, where one runs beside the student.
-        teacher_shape: its shape.
+        teacher_shape: of the frozen model, where one runs beside the student.
 
     Raises:
         RecipeError: `auto` finds nothing that fits.
     """
 
-    def sharding(placement: Placement, offload: Offload) -> Sharding:
-        if teacher is None or teacher.deepspeed is None:
-            return shipped(placement, offload)
-        return Sharding.from_json(read_deepspeed_json(context.deepspeed_json(teacher.deepspeed), placement, offload))
+    def sharding(name: str) -> Sharding:
+        return read_sharding(context.deepspeed_json(name))
 
-    choice = choose(
-        stage.name,
-        stage,
-        student,
-        these_devices(),
-        sequence_length,
-        teacher=teacher,
-        teacher_shape=teacher_shape,
-        sharding=Sharding.from_json(read_deepspeed_json(context.deepspeed_json(stage.deepspeed))),
-        teacher_sharding=sharding,
-    )
+    choice = choose(trained_stage(stage, student, teacher_shape, sequence_length, sharding), these_devices())
     if distributed.is_main():
         if choice.warning:
             logger.warning("%s: %s", stage.name, choice.warning)
-        if teacher is not None or stage.activation_checkpointing == "auto":
+        if choice.placement is not None or stage.activation_checkpointing == "auto":
             logger.info("%s: %s", stage.name, render(choice))
     return choice
 

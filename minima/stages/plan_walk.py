@@ -5,15 +5,13 @@ from pathlib import Path
 from minima.errors import stage_named
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
-from minima.planning.candidates import TrainedStage, shipped
+from minima.planning.candidates import trained_stage
 from minima.planning.dry_run import training_facts
 from minima.planning.floor import model_flops_per_token
 from minima.planning.memory import Memory, Work, frozen_memory, scored_memory
 from minima.planning.run_plan import PlannedGpus, StagePlan
-from minima.planning.sharding import Sharding, read_sharding
 from minima.planning.stage_plan import frozen, place
 from minima.recipe.base import ModelInput
-from minima.recipe.distillation import Teacher
 from minima.recipe.references import deepspeed_jsons, named_steps, stage_and_step
 from minima.recipe.schema import (
     Align,
@@ -31,7 +29,7 @@ from minima.recipe.schema import (
 )
 from minima.stages.preview import Walk
 from minima.stages.preview_inputs import with_shared_rows
-from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
+from minima.stages.shipped import check_deepspeed_json
 
 
 class _Planner(Walk):
@@ -144,23 +142,7 @@ class _Planner(Walk):
         if once:
             plan.notes.append("its reference's one pass over the data is in the FLOPs, not in the time")
             plan.flops_per_token, other = model_flops_per_token(shape, None, length), None
-        place(plan, self._of(stage, shape, other, length), self.gpus)
-
-    def _of(self, stage: AnyTraining, shape: ModelShape, other: ModelShape | None, length: int) -> TrainedStage:
-        teacher = None
-        if other is not None:
-            teacher = stage.teacher if isinstance(stage, Distil) else None
-        if other is not None and isinstance(stage, Align):
-            teacher = Teacher(
-                source="reference",
-                placement="zero3",
-                precision=stage.reference_precision,
-                deepspeed=stage.reference_deepspeed,
-            )
-        own = self._sharding(stage.deepspeed)
-        named = self._sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
-        place = shipped if named is None else lambda placement, offload: named
-        return TrainedStage(stage.name, stage, shape, length, own, teacher, other, place)
+        place(plan, trained_stage(stage, shape, other, length, self.sharding), self.gpus)
 
     def _pruned(self, stage: Prune, plan: StagePlan) -> None:
         shape, pruned = self._known(stage.name, stage.model, plan, "model"), self.shapes.get(stage.name)
@@ -176,7 +158,7 @@ class _Planner(Walk):
         plan.flops_per_token, plan.executed_flops_per_token = 2 * forward, 3 * forward
         plan.flops = 2 * forward * plan.tokens
         work = Work(stage.micro_batch_sequences, length)
-        memory = scored_memory(shape, stage.precision, work, self.ranks, self._sharding(stage.deepspeed))
+        memory = scored_memory(shape, stage.precision, work, self.ranks, self.sharding(stage.deepspeed))
         turns = -(-stage.sequences // (stage.micro_batch_sequences * self.ranks))  # micro-batches of one rank
         rank_flops = 3 * forward * turns * work.tokens
         frozen(plan, [memory], stage.precision, self.gpus, rank_flops)
@@ -208,10 +190,7 @@ class _Planner(Walk):
         frozen(plan, memories, stage.precision, self.gpus, rank_flops)
 
     def _sharded(self, shape: ModelShape, precision: str, work: Work, json_name: str) -> Memory:
-        return frozen_memory(shape, precision, "zero3", "none", work, self.ranks, self._sharding(json_name))
-
-    def _sharding(self, name: str) -> Sharding:
-        return read_sharding(find_deepspeed_json(name, self.recipe_path))
+        return frozen_memory(shape, precision, "zero3", "none", work, self.ranks, self.sharding(json_name))
 
 
 def plan_run(recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> list[StagePlan]:

@@ -7,10 +7,9 @@ from minima.errors import MinimaError, RecipeError, StageError, stage_named
 from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
-from minima.planning.candidates import TrainedStage, shipped
+from minima.planning.candidates import trained_stage
 from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
 from minima.planning.placement import unchosen
-from minima.planning.sharding import read_sharding
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.overrides import nearest
@@ -36,7 +35,7 @@ from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
 from minima.stages.preview_inputs import KnownInputs, with_shared_rows
 from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
-from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
+from minima.stages.shipped import check_deepspeed_json
 
 _LEAVES = {
     "build_data": "tokenizer, train and held-out blocks",
@@ -223,17 +222,9 @@ class Walk(KnownInputs):
         self, stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape | None, length: int
     ) -> None:
         try:
-            own = read_sharding(find_deepspeed_json(stage.deepspeed, self.recipe_path))
-            named = stage.teacher.deepspeed
-            others = read_sharding(find_deepspeed_json(named, self.recipe_path)) if named is not None else None
+            preview.memory = unchosen(trained_stage(stage, student, teacher, length, self.sharding), self.ranks)
         except RecipeError as error:
             preview.notes += [error.what] if error.what not in preview.notes else []
-            return
-        planned = TrainedStage(
-            stage.name, stage, student, length, own, stage.teacher if teacher is not None else None, teacher,
-            shipped if others is None else lambda placement, offload: others,
-        )  # fmt: skip
-        preview.memory = unchosen(planned, self.ranks)
 
     def _check_held_out(self, stage: AnyTraining | Evaluate, how: str, do: str) -> None:
         data = self.data_stage(stage.data)

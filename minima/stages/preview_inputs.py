@@ -11,11 +11,13 @@ from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
 from minima.planning.dry_run import StagePreview
+from minima.planning.sharding import Sharding, read_sharding
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
 from minima.recipe.references import Reference, lineage, stage_and_step
 from minima.recipe.schema import AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
+from minima.stages.shipped import find_deepspeed_json
 
 _MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
 
@@ -192,6 +194,14 @@ class KnownInputs:
             )
         note = f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
         return note + (", and so many hardly are" if most - fewest > _MOST_PADDING else "")
+
+    def sharding(self, name: str) -> Sharding:
+        """The sizes in the DeepSpeed JSON of that name.
+
+        Raises:
+            RecipeError: there is none, or it cannot be read.
+        """
+        return read_sharding(find_deepspeed_json(name, self.recipe_path))
 
     def length(self, reference: str | None) -> int | None:
         """Tokens of a block of that data."""

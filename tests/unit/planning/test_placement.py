@@ -35,7 +35,9 @@ def stage_of(teacher=None, **changes) -> Distil:
 
 def chosen(stage: Distil, devices: Devices, **changes):
     shapes = {"teacher_shape": TEACHER_7B, "student": STUDENT_3B} | changes
-    return choose("student", stage, devices=devices, sequence_length=4096, teacher=stage.teacher, **shapes)
+    return choose(
+        TrainedStage("student", stage, sequence_length=4096, sharding=STUDENT, teacher=stage.teacher, **shapes), devices
+    )
 
 
 def smallest_device(name: str, devices: Devices, stage: Distil) -> int:
@@ -177,7 +179,7 @@ def test_nothing_fits():
 def test_without_a_teacher_only_recomputation_is_chosen():
     stage = stage_of(activation_checkpointing="auto")
     for device, level in ((85, "none"), (16, "full"), (5, "full")):
-        choice = choose("s", stage, STUDENT_3B, replace(NODE, device_bytes=device * GB), 4096)
+        choice = choose(TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT), replace(NODE, device_bytes=device * GB))
         assert (choice.placement, choice.activation_checkpointing) == (None, level)
         assert bool(choice.warning) == (device == 5)
 
