@@ -16,6 +16,7 @@ from minima.stages.manifest import is_finished
 from minima.stages.preview import walk
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
+_TOO_LATE = "the run would end there, after everything before it"
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 
 
@@ -59,7 +60,7 @@ def check_stages(
     if missing and not elsewhere:
         raise StageError(
             missing[0],
-            "the run would end there, after everything before it",
+            _TOO_LATE,
             "correct it, or bring the folder to this machine",
         )
     check_run(recipe, stages, folder)
@@ -68,27 +69,32 @@ def check_stages(
     for stage in left:
         for name in deepspeed_jsons(stage):
             check_deepspeed_json(stage, name, recipe_path)
-        if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
-            raise RecipeError(
-                f"stages.{stage.name}: lm-eval is not installed",
-                "the run would end there, after everything before it",
-                "pip install lm-eval accelerate, or run the other stages with --stages",
-            )
-        if isinstance(stage, Publish) and _has_no_token():
-            raise RecipeError(
-                f"stages.{stage.name}: there is no token for the Hub",
-                "the run would end there, after everything before it",
-                "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
-            )
-        project = getattr(stage, "wandb_project", None)
-        if project is not None and find_spec("wandb") is None:
-            raise RecipeError(
-                f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
-                "the run would not be logged where you look for it",
-                "pip install wandb, or remove the key",
-            )
+        _check_installed(stage)
     names = {stage.name for stage in left}
     return [f"stages.{found.name}: {text}" for found in previews if found.name in names for text in found.missing]
+
+
+def _check_installed(stage: AnyStage) -> None:
+    """Refuse a stage that needs a program or a token which is not here."""
+    if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
+        raise RecipeError(
+            f"stages.{stage.name}: lm-eval is not installed",
+            _TOO_LATE,
+            "pip install lm-eval accelerate, or run the other stages with --stages",
+        )
+    if isinstance(stage, Publish) and _has_no_token():
+        raise RecipeError(
+            f"stages.{stage.name}: there is no token for the Hub",
+            _TOO_LATE,
+            "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
+        )
+    project = getattr(stage, "wandb_project", None)
+    if project is not None and find_spec("wandb") is None:
+        raise RecipeError(
+            f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
+            "the run would not be logged where you look for it",
+            "pip install wandb, or remove the key",
+        )
 
 
 def _has_no_token() -> bool:
@@ -140,7 +146,7 @@ def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder:
         return
     raise StageError(
         f"stage {reader!r} reads {reference.text!r}, but {folder} has no checkpoint after step {reference.step:,}",
-        "the run would end there, after everything before it",
+        _TOO_LATE,
         missing_checkpoint_advice(read, folder, there)
         if there or finished
         else f"add it: --stages {read.name},{reader}",
