@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from minima.models.shape import ModelShape
-from minima.planning.dry_run import size_text
 from minima.planning.memory import Memory, Work, frozen_memory, trained_memory
 from minima.planning.sharding import TEACHER, Sharding, gathered_ahead
+from minima.planning.units import size_text
 from minima.recipe.chat import Align
 from minima.recipe.distillation import Distil, Offload, Placement, Teacher
 from minima.recipe.schema import AnyTraining

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from minima.errors import RecipeError
 from minima.planning.candidates import LEVELS, MARGIN, Checkpointing, Devices, Row, TrainedStage, candidates
-from minima.planning.dry_run import size_text
+from minima.planning.units import size_text
 from minima.recipe.distillation import Offload, Placement, Teacher
 
 _COLUMNS = ("weights", "gathered", "activations", "head", "hidden", "student", "peak", "host")

@@ -4,10 +4,10 @@ import textwrap
 from collections.abc import Callable
 
 from minima.planning.candidates import MARGIN
-from minima.planning.dry_run import size_text
 from minima.planning.hardware import GPUS, Gpu
 from minima.planning.run_plan import PARTS, Placed, PlannedGpus, StagePlan, known_cost, total_cost, untimed
 from minima.planning.throughput import ASSUMED_FRACTION, LINK_FRACTION
+from minima.planning.units import size_text
 
 WIDTH, _LABEL, _COLUMN = 100, 20, 10
 _HEADS = {

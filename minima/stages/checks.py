@@ -10,10 +10,10 @@ from minima.models.layout import complete_steps
 from minima.recipe.references import Reference, deepspeed_jsons, references, uses_ranks
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
 from minima.stages.context import missing_checkpoint_advice
+from minima.stages.dry_run import walk
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
-from minima.stages.preview import walk
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
 _TOO_LATE = "the run would end there, after everything before it"

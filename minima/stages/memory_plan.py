@@ -9,10 +9,10 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.models.shape import ModelShape
 from minima.planning.candidates import Devices, trained_stage
-from minima.planning.dry_run import size_text
 from minima.planning.memory import Work, scored_memory
 from minima.planning.placement import Choice, choose, render
 from minima.planning.sharding import Sharding, read_sharding
+from minima.planning.units import size_text
 from minima.recipe.schema import AnyTraining, Prune
 from minima.stages.context import StageContext
 from minima.stages.host_memory import host_memory_bytes

@@ -12,7 +12,7 @@ from minima.engine.weights import open_weights
 from minima.errors import DataError, ShapeError, TokenizerMismatch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
-from minima.planning.dry_run import size_text
+from minima.planning.units import size_text
 from minima.recipe.base import ModelInput
 from minima.recipe.references import references
 from minima.recipe.schema import AnyTraining

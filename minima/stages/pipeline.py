@@ -17,9 +17,9 @@ from minima.report.run_table import run_table
 from minima.stages.checks import check_stages
 from minima.stages.child import Log, run_child
 from minima.stages.identity import check_run
+from minima.stages.known_inputs import planned_ranks
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished, read_manifest
-from minima.stages.preview_inputs import planned_ranks
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 from minima.stages.shipped import find_launcher
 from minima.stages.summary import stage_rows, write_summary

@@ -13,8 +13,8 @@ from minima.planning.run_plan import PlannedGpus, as_dict
 from minima.planning.throughput import Efficiency, measured_efficiency
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Recipe
+from minima.stages.known_inputs import KnownInputs
 from minima.stages.plan_walk import plan_run
-from minima.stages.preview_inputs import KnownInputs
 from minima.stages.shipped import find_recipe, shipped_folder
 
 

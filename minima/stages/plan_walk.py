@@ -27,8 +27,8 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
-from minima.stages.preview import Walk
-from minima.stages.preview_inputs import with_shared_rows
+from minima.stages.dry_run import Walk
+from minima.stages.known_tokens import check_rows, with_shared_rows
 from minima.stages.shipped import check_deepspeed_json
 
 
@@ -114,7 +114,7 @@ class _Planner(Walk):
         key = "teacher" if isinstance(stage, Distil) else "reference"
         other = self._known(stage.name, model, plan, key) if model is not None else None
         if shape is not None and other is not None and isinstance(stage, Distil):
-            note = self.check_rows(stage, shape, other)
+            note = check_rows(self.recipe, stage, shape, other)
             plan.notes += [note] if note is not None else []
             shape, other = with_shared_rows(shape, other)
         length, blocks = self.length(stage.data), self.blocks(stage.data)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from minima.planning.candidates import Devices, TrainedStage, candidates
-from minima.planning.dry_run import size_text
 from minima.planning.floor import executed_flops_per_token, model_flops_per_token
 from minima.planning.hardware import GPUS
 from minima.planning.memory import Work, frozen_memory, trained_memory
 from minima.planning.sharding import STUDENT, TEACHER
 from minima.planning.throughput import Efficiency, step_time
 from minima.planning.traffic import frozen_traffic, trained_traffic
+from minima.planning.units import size_text
 from tests.unit.planning.test_placement import STUDENT_3B, TEACHER_7B, stage_of
 
 MATMUL = 790e12  # FLOP/s: what the page assumes of large bfloat16 matrix products on an H100

@@ -8,8 +8,9 @@ from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
 from minima.planning.candidates import trained_stage
-from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
+from minima.planning.dry_run import StagePreview, render, training_facts
 from minima.planning.placement import unchosen
+from minima.planning.units import flops_text, size_text
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.overrides import nearest
@@ -31,9 +32,9 @@ from minima.recipe.schema import (
 )
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
+from minima.stages.known_inputs import KnownInputs
+from minima.stages.known_tokens import check_known_tokens, check_rows, check_trained_tokenizer, with_shared_rows
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
-from minima.stages.preview_inputs import KnownInputs, with_shared_rows
-from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
 from minima.stages.shipped import check_deepspeed_json
 
@@ -174,7 +175,7 @@ class Walk(KnownInputs):
         shape, frozen = self.shape(stage.model) or self.made(stage.name), stage.frozen_model
         teacher = self.shape(frozen) if frozen is not None else None
         if shape is not None and teacher is not None and isinstance(stage, Distil):
-            note = self.check_rows(stage, shape, teacher)
+            note = check_rows(self.recipe, stage, shape, teacher)
             preview.notes += [note] if note is not None else []
             shape, teacher = with_shared_rows(shape, teacher)
         if shape is None:
@@ -185,11 +186,11 @@ class Walk(KnownInputs):
         if teacher is not None:
             who = "teacher" if isinstance(stage, Distil) else "reference"
             preview.facts.append((who, describe_shape(teacher)))
-            self.check_trained_tokenizer(stage.name, stage.data, teacher, who)
+            check_trained_tokenizer(self.recipe, stage.name, stage.data, teacher, who)
         length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
         plan = self.training_plan(stage)
         if shape is not None:
-            self.check_trained_tokenizer(stage.name, stage.data, shape)
+            check_trained_tokenizer(self.recipe, stage.name, stage.data, shape)
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
         if longest and shape and longest > shape.max_positions:
@@ -253,7 +254,7 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
     return previews
 
 
-def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
+def dry_run_text(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
     """The text of `minima run --dry-run`.
 
     Args:
