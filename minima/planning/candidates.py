@@ -75,8 +75,8 @@ class Row:
     checkpointing: Checkpointing
     student: Memory
     teacher: Memory
-    peak_bytes: int
-    host_bytes: int
+    peak_bytes: int = 0
+    host_bytes: int = 0
     refused: str = ""
 
     @property
@@ -154,8 +154,16 @@ def trained_stage(
         teacher = _reference(stage, sharding(stage.reference_deepspeed))
     named = sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
     teacher_sharding = shipped if named is None else lambda placement, offload: named
-    own = sharding(stage.deepspeed)
-    return TrainedStage(stage.name, stage, student, sequence_length, own, teacher, teacher_shape, teacher_sharding)
+    return TrainedStage(
+        name=stage.name,
+        training=stage,
+        student=student,
+        sequence_length=sequence_length,
+        sharding=sharding(stage.deepspeed),
+        teacher=teacher,
+        teacher_shape=teacher_shape,
+        teacher_sharding=teacher_sharding,
+    )
 
 
 def _reference(stage: Align, sharding: Sharding) -> Teacher:
@@ -185,7 +193,7 @@ def candidates(stage: TrainedStage, devices: Devices, checkpointing: Checkpointi
         taught=stage.teacher is not None,
     )
     if stage.teacher is None or stage.teacher_shape is None:
-        return [_judged(Row(None, "none", 1, 1, checkpointing, trained, Memory(), 0, 0), devices)], []
+        return [_judged(Row(None, "none", 1, 1, checkpointing, trained, Memory()), devices)], []
     rows, excluded = [], []
     for placement, offload, group, problem in _places(stage.teacher, stage.teacher_shape, devices):
         if problem and stage.teacher.placement == "auto":
@@ -253,7 +261,7 @@ def _widest(
     sharding = stage.teacher_sharding(placement, offload)
     for window in windows:
         frozen = frozen_memory(stage.teacher_shape, precision, placement, offload, work, group, sharding, window=window)
-        row = _judged(Row(placement, offload, group, window, checkpointing, trained, frozen, 0, 0), devices)
+        row = _judged(Row(placement, offload, group, window, checkpointing, trained, frozen), devices)
         if not row.refused:
             break
     return row
