@@ -148,8 +148,7 @@ def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     if options.dry_run:
         from minima.recipe.loading import is_study, load_recipe
-        from minima.stages.preview import preview
-        from minima.stages.running import select
+        from minima.stages.dry_run import dry_run_text
 
         if is_study(path):
             from minima.law.study import study
@@ -157,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
             return study(path, overrides, write, dry_run=True)
         recipe = load_recipe(path, overrides)
         find_launcher(recipe.launcher, path)
-        write(preview(recipe, path, select(recipe, _names(options.stages))))
+        write(dry_run_text(recipe, path, recipe.select(_names(options.stages))))
         return 0
     return pipeline.run(path, overrides, _names(options.stages), write, options.allow_code_execution)
 
@@ -238,10 +237,10 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from minima.stages.plan_command import plan_command
+    from minima.stages.plan_command import PlanOptions, plan_command
 
-    asked = {name: getattr(options, name) for name in _PLANNED_FOR}
-    write(plan_command(options.recipe, options.overrides, _names(options.stages), options.json, **asked))
+    asked = PlanOptions(**{name: getattr(options, name) for name in _PLANNED_FOR})
+    write(plan_command(options.recipe, options.overrides, asked, _names(options.stages), options.json))
     return 0
 
 

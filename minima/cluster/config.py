@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from minima.cluster.secret import check_lines, names_secret, refuse_secret
 from minima.errors import ClusterError
 from minima.recipe.base import Strict
+from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage
-from minima.stages.running import uses_ranks
 
 CELLS = "cells"  # the key of a grid's jobs under `stages`; no stage can have this name
 # What a #SBATCH line can hold: Slurm reads quotes, backslashes and # in it by rules of its own.

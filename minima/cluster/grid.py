@@ -30,7 +30,6 @@ from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
 from minima.stages.pipeline import ALLOW_CODE_EXECUTION, group_stages
 from minima.stages.run_folder import check_run_folder
-from minima.stages.running import select
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,-]*")
 _DO = "write `cells: [{name: a, overrides: [key.path=value]}]`, or `axes: {key.path: [values]}`, or both"
@@ -71,7 +70,7 @@ def submit_grid(
             changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]
             cell = load_recipe(recipe_path, changes)
             folder = place.run_folder / "cells" / name
-            if all(is_finished(folder / stage.name) for stage in select(cell, names)):
+            if all(is_finished(folder / stage.name) for stage in cell.select(names)):
                 write(f"{name}: finished")
             elif name in waiting:
                 job, who = waiting[name]
@@ -99,7 +98,7 @@ def submit_grid(
 
 def _queued_text(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
     """That a cell's job is in the queue, and where it will not run all that is asked for, what it will."""
-    asked = [stage.name for stage in select(cell, names) if not is_finished(folder / stage.name)]
+    asked = [stage.name for stage in cell.select(names) if not is_finished(folder / stage.name)]
     left = [name for name in asked if job.stages and name not in job.stages]  # an early version noted none for all
     if not left:
         return "in the queue"
@@ -183,7 +182,7 @@ def _check(
 ) -> list[str]:
     check_run_folder(folder, cell.name, [stage.name for stage in cell.stages])
     cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
-    own, stages = Place(cluster, place.working_directory, folder), select(cell, names)
+    own, stages = Place(cluster, place.working_directory, folder), cell.select(names)
     saves = save_warnings([stage for stage in stages if not is_finished(folder / stage.name)], own, dry_run)
     return [*check_jobs(cell, recipe_path, stages, own), *(f"{folder.name}: {warning}" for warning in saves)]
 
@@ -205,7 +204,7 @@ def _script(
     for index, (name, changes) in enumerate(cells.items()):
         folder = place.run_folder / "cells" / name
         lines.append(f"{index}) # {name}")
-        for group in group_stages(select(load_recipe(recipe_path, changes), names)):
+        for group in group_stages(load_recipe(recipe_path, changes).select(names)):
             stages = ",".join(stage.name for stage in group)
             command = [*python(place, resources), "-m", "minima", "stage", str(copy), "--stages", stages]
             command += [*changes, *place.flags]
@@ -223,5 +222,5 @@ def _script(
         work=lines,
         note=f"{len(cells)} cells of a grid, each with {resources.ranks} ranks on {resources.nodes or 1} nodes.",
     )
-    chosen = tuple(stage.name for stage in select(recipe, names))
+    chosen = tuple(stage.name for stage in recipe.select(names))
     return replace(made, cells=tuple(cells), stages=chosen, recipe=copy, overrides=cells)

@@ -11,10 +11,10 @@ from minima.cluster.render import Place, Script, check_place, python, quoted, re
 from minima.errors import ClusterError
 from minima.planning.arithmetic import check_batch
 from minima.recipe.overrides import nearest
+from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.checks import check_stages
 from minima.stages.manifest import is_finished
-from minima.stages.running import output_folder, uses_ranks
 
 _KINDS = [
     typing.get_args(kind.model_fields["kind"].annotation)[0] for kind in typing.get_args(typing.get_args(AnyStage)[0])
@@ -37,7 +37,7 @@ def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) 
                 f"submit from there: cd {meant}",
             )
         here = meant.absolute()
-    place = Place(cluster, here, output_folder(recipe), flags)
+    place = Place(cluster, here, recipe.folder, flags)
     check_place(place)
     return place
 

@@ -8,7 +8,7 @@ from typing import Any
 from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.planning.arithmetic import plan_training
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
-from minima.stages.preview_inputs import KnownInputs
+from minima.stages.known_inputs import KnownInputs
 
 _TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 

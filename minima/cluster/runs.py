@@ -9,7 +9,6 @@ from minima.errors import ClusterError, RecipeError
 from minima.recipe.loading import load_recipe
 from minima.recipe.overrides import nearest
 from minima.recipe.schema import Recipe
-from minima.stages.running import output_folder
 from minima.stages.shipped import find_recipe
 
 RESOLVED = "recipe.yaml"  # in the run's folder once a stage began, and in its `cluster/` once it was submitted
@@ -37,7 +36,7 @@ def open_run(run: str) -> tuple[Recipe, Path]:
                 "give the folder of a run, such as runs/NAME, or its recipe",
             ) from None
         recipe = load_recipe(path)
-        return recipe, output_folder(recipe)
+        return recipe, recipe.folder
     resolved = [path for path in (folder / RESOLVED, folder / FOLDER / RESOLVED) if path.is_file()]
     if not resolved:
         raise ClusterError(

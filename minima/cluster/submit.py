@@ -22,7 +22,6 @@ from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
 from minima.stages.pipeline import ALLOW_CODE_EXECUTION
 from minima.stages.run_folder import check_run_folder
-from minima.stages.running import select
 
 
 def submit(
@@ -60,7 +59,7 @@ def submit(
         return submit_grid(recipe_path, overrides, cluster_path, names, grid, dry_run, write, allow_code_execution)
     check_values("overrides", overrides)
     recipe = load_recipe(recipe_path, overrides)
-    stages = select(recipe, names)
+    stages = recipe.select(names)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])

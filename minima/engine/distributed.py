@@ -161,8 +161,8 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the one rank that writes shared files."""
-    return dist.get_rank() == 0
+    """Whether this process writes shared files: rank 0, or the only process."""
+    return share()[0] == 0
 
 
 def device() -> torch.device:

@@ -27,7 +27,7 @@ class Batches(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Events:
     """What happens between steps; each is called on every rank with the number of finished steps.
 

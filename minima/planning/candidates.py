@@ -1,18 +1,21 @@
-"""Every place where a frozen teacher's weights could live on a machine, with what each rank would need."""
+"""Every place where a frozen teacher's weights could live, with what each rank would need."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from minima.models.shape import ModelShape
-from minima.planning.dry_run import size_text
 from minima.planning.memory import Memory, Work, frozen_memory, trained_memory
 from minima.planning.sharding import TEACHER, Sharding, gathered_ahead
-from minima.recipe.distillation import Offload, Placement, Teacher
+from minima.planning.units import size_text
+from minima.recipe.chat import Align
+from minima.recipe.distillation import Distil, Offload, Placement, Teacher
+from minima.recipe.schema import AnyTraining
 from minima.recipe.training import Training
 
 Checkpointing = Literal["none", "selective", "full"]
 TeacherSharding = Callable[[Placement, Offload], Sharding]
+LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 # Of a device's memory, what the plan leaves free: the driver's context and the collectives' buffers, and what the
 # allocator loses by rounding and fragmentation. A choice, not a measurement: 76e9 bytes, the most that a step of the
@@ -24,7 +27,7 @@ LARGEST_WINDOW = 8  # micro-batches: traffic is then an eighth, and a wider wind
 
 
 @dataclass(frozen=True)
-class Machine:
+class Devices:
     """What a stage runs on. Totals, never what is free at the moment: every rank and every start has to choose alike.
 
     Attributes:
@@ -62,7 +65,7 @@ class Row:
         peak_bytes: on the device. What passes within the teacher's forward is gone when the student's comes, so of
             both the larger counts.
         host_bytes: of one machine's memory, for all of its ranks.
-        refused: why it does not fit; empty where it does, or where the machine is not known.
+        refused: why it does not fit; empty where it does, or where the devices are not known.
     """
 
     placement: Placement | None
@@ -72,8 +75,8 @@ class Row:
     checkpointing: Checkpointing
     student: Memory
     teacher: Memory
-    peak_bytes: int
-    host_bytes: int
+    peak_bytes: int = 0
+    host_bytes: int = 0
     refused: str = ""
 
     @property
@@ -88,7 +91,7 @@ def shipped(placement: Placement, offload: Offload) -> Sharding:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainedStage:
     """What a stage trains, and on what.
 
     Attributes:
@@ -111,6 +114,12 @@ class Stage:
     teacher_shape: ModelShape | None = None
     teacher_sharding: TeacherSharding = shipped
 
+    @property
+    def levels(self) -> tuple[Checkpointing, ...]:
+        """Activation checkpointing to try, the least first."""
+        asked = self.training.activation_checkpointing
+        return LEVELS if asked == "auto" else (asked,)
+
     def work(self, ranks: int) -> Work:
         """What each of so many ranks runs at once."""
         micro_batch = self.training.micro_batch_on(ranks)
@@ -122,7 +131,54 @@ class Stage:
         )
 
 
-def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> tuple[list[Row], list[str]]:
+def trained_stage(
+    stage: AnyTraining,
+    student: ModelShape,
+    teacher_shape: ModelShape | None,
+    sequence_length: int,
+    sharding: Callable[[str], Sharding],
+) -> TrainedStage:
+    """What a stage of a recipe trains, for a run and for a plan of it alike.
+
+    Args:
+        stage: its settings.
+        student: shape of the trained model.
+        teacher_shape: of the teacher or the reference; None where none runs beside the trained model.
+        sequence_length: tokens of one block.
+        sharding: gives the sizes of the DeepSpeed JSON of that name.
+    """
+    teacher = None
+    if isinstance(stage, Distil) and teacher_shape is not None:
+        teacher = stage.teacher
+    if isinstance(stage, Align) and teacher_shape is not None:
+        teacher = _reference(stage, sharding(stage.reference_deepspeed))
+    named = sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
+    teacher_sharding = shipped if named is None else lambda placement, offload: named
+    return TrainedStage(
+        name=stage.name,
+        training=stage,
+        student=student,
+        sequence_length=sequence_length,
+        sharding=sharding(stage.deepspeed),
+        teacher=teacher,
+        teacher_shape=teacher_shape,
+        teacher_sharding=teacher_sharding,
+    )
+
+
+def _reference(stage: Align, sharding: Sharding) -> Teacher:
+    """The frozen reference as a teacher: over all ranks, where its JSON says, and one micro-batch at a time."""
+    return Teacher(
+        source="reference",
+        placement="zero3",
+        offload="none" if sharding.offload_weights == "none" else "cpu",  # a JSON with NVMe is refused for it
+        window_micro_batches=1,
+        precision=stage.reference_precision,
+        deepspeed=stage.reference_deepspeed,
+    )
+
+
+def candidates(stage: TrainedStage, devices: Devices, checkpointing: Checkpointing) -> tuple[list[Row], list[str]]:
     """All places that could be, in the order in which they are tried, and a sentence for each that could not.
 
     A place that the recipe names is the only one, refused where it could not be.
@@ -131,47 +187,47 @@ def candidates(stage: Stage, machine: Machine, checkpointing: Checkpointing) -> 
         stage.student,
         stage.training.precision,
         checkpointing,
-        stage.work(machine.ranks),
-        machine.ranks,
+        stage.work(devices.ranks),
+        devices.ranks,
         gathered_ahead(stage.sharding, stage.student),
         taught=stage.teacher is not None,
     )
     if stage.teacher is None or stage.teacher_shape is None:
-        return [_judged(Row(None, "none", 1, 1, checkpointing, trained, Memory(), 0, 0), machine)], []
+        return [_judged(Row(None, "none", 1, 1, checkpointing, trained, Memory()), devices)], []
     rows, excluded = [], []
-    for placement, offload, group, problem in _places(stage.teacher, stage.teacher_shape, machine):
+    for placement, offload, group, problem in _places(stage.teacher, stage.teacher_shape, devices):
         if problem and stage.teacher.placement == "auto":
             excluded.append(f"{placement}{'' if offload == 'none' else '+' + offload} cannot be: {problem}")
             continue
-        row = _widest(stage, machine, checkpointing, trained, placement, offload, group)
+        row = _widest(stage, devices, checkpointing, trained, placement, offload, group)
         rows.append(replace(row, refused=f"cannot be: {problem}") if problem else row)
     return rows, excluded
 
 
-def _places(teacher: Teacher, shape: ModelShape, machine: Machine) -> Iterator[tuple[Placement, Offload, int, str]]:
+def _places(teacher: Teacher, shape: ModelShape, devices: Devices) -> Iterator[tuple[Placement, Offload, int, str]]:
     """Placement, offload, ranks that share a copy, and what stands against it, in the order of `auto`."""
-    node = min(machine.ranks, machine.ranks_per_node)
-    nodes = -(-machine.ranks // node)
+    node = min(devices.ranks, devices.ranks_per_node)
+    nodes = -(-devices.ranks // node)
     split = teacher.tensor_parallel_ranks or node
-    groups: dict[Placement, int] = {"replica": 1, "zero3_node": node, "zero3": machine.ranks, "tensor_parallel": split}
+    groups: dict[Placement, int] = {"replica": 1, "zero3_node": node, "zero3": devices.ranks, "tensor_parallel": split}
     alone = "one rank has nobody to share it with"
     unsplittable = alone if split == 1 else _unsplittable(shape, split, node)
     if teacher.placement != "auto":
         problem = unsplittable if teacher.placement == "tensor_parallel" and split > 1 else ""
         yield teacher.placement, teacher.offload, groups[teacher.placement], problem
         return
-    uneven = "the machines have different numbers of ranks" if machine.ranks % node else ""
+    uneven = "the machines have different numbers of ranks" if devices.ranks % node else ""
     same = "on one machine it is what zero3_node is" if nodes == 1 else ""
     yield "replica", "none", 1, ""
     yield "zero3_node", "none", node, uneven or (alone if node == 1 else "")
-    yield "zero3", "none", machine.ranks, same if node > 1 else (alone if nodes == 1 else "")
+    yield "zero3", "none", devices.ranks, same if node > 1 else (alone if nodes == 1 else "")
     yield "tensor_parallel", "none", split, unsplittable
-    both = "the host's memory is the devices'" if machine.host_is_device else ""
+    both = "the host's memory is the devices'" if devices.host_is_device else ""
     missing = "" if teacher.nvme_path is not None else "no nvme_path is given"
     for offload, problem in (("cpu", both), ("nvme", missing)):
         yield "zero3_node", offload, node, problem or uneven  # type: ignore[misc]
         if nodes > 1:
-            yield "zero3", offload, machine.ranks, problem  # type: ignore[misc]
+            yield "zero3", offload, devices.ranks, problem  # type: ignore[misc]
 
 
 def _unsplittable(shape: ModelShape, split: int, node: int) -> str:
@@ -186,8 +242,8 @@ def _unsplittable(shape: ModelShape, split: int, node: int) -> str:
 
 
 def _widest(
-    stage: Stage,
-    machine: Machine,
+    stage: TrainedStage,
+    devices: Devices,
     checkpointing: Checkpointing,
     trained: Memory,
     placement: Placement,
@@ -196,7 +252,7 @@ def _widest(
 ) -> Row:
     """The candidate with the widest window that fits; with the narrowest one where none does."""
     assert stage.teacher is not None and stage.teacher_shape is not None
-    work = stage.work(machine.ranks)
+    work = stage.work(devices.ranks)
     travels = placement in ("zero3_node", "zero3") and (group > 1 or offload != "none")
     widest = min(work.accumulation, LARGEST_WINDOW) if travels else 1
     named = stage.teacher.window_micro_batches
@@ -205,26 +261,26 @@ def _widest(
     sharding = stage.teacher_sharding(placement, offload)
     for window in windows:
         frozen = frozen_memory(stage.teacher_shape, precision, placement, offload, work, group, sharding, window=window)
-        row = _judged(Row(placement, offload, group, window, checkpointing, trained, frozen, 0, 0), machine)
+        row = _judged(Row(placement, offload, group, window, checkpointing, trained, frozen), devices)
         if not row.refused:
             break
     return row
 
 
-def _judged(row: Row, machine: Machine) -> Row:
+def _judged(row: Row, devices: Devices) -> Row:
     """The candidate with its sums, and with what does not fit."""
     student, teacher = row.student, row.teacher
     hidden = teacher.passing.get("hidden", 0)
     passing = max(student.passing_bytes, teacher.passing_bytes - hidden)
     peak = student.resident_bytes + teacher.resident_bytes + hidden + passing
     host = student.host_bytes + teacher.host_bytes
-    if machine.host_is_device:
+    if devices.host_is_device:
         peak, host = peak + host, 0
-    host *= min(machine.ranks, machine.ranks_per_node)
+    host *= min(devices.ranks, devices.ranks_per_node)
     refused = []
-    if machine.usable_bytes is not None and peak > machine.usable_bytes:
-        refused.append(f"needs {size_text(peak)} of {size_text(machine.usable_bytes)} on a device")
-    usable = None if machine.host_bytes is None else int((1 - HOST_MARGIN) * machine.host_bytes)
+    if devices.usable_bytes is not None and peak > devices.usable_bytes:
+        refused.append(f"needs {size_text(peak)} of {size_text(devices.usable_bytes)} on a device")
+    usable = None if devices.host_bytes is None else int((1 - HOST_MARGIN) * devices.host_bytes)
     if usable is not None and host > usable:
         refused.append(f"needs {size_text(host)} of {size_text(usable)} in a machine's memory")
     return replace(row, peak_bytes=peak, host_bytes=host, refused=" and ".join(refused))

@@ -3,23 +3,10 @@
 from dataclasses import dataclass
 
 from minima.errors import RecipeError
-from minima.models.shape import ModelShape
-from minima.planning.candidates import (
-    MARGIN,
-    Checkpointing,
-    Machine,
-    Row,
-    Stage,
-    TeacherSharding,
-    candidates,
-    shipped,
-)
-from minima.planning.dry_run import size_text
-from minima.planning.sharding import STUDENT, Sharding
+from minima.planning.candidates import LEVELS, MARGIN, Checkpointing, Devices, Row, TrainedStage, candidates
+from minima.planning.units import size_text
 from minima.recipe.distillation import Offload, Placement, Teacher
-from minima.recipe.training import Training
 
-LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _COLUMNS = ("weights", "gathered", "activations", "head", "hidden", "student", "peak", "host")
 _UNITS = (
     "weights to hidden: the teacher's, on a rank's device. student: all of the student's. peak: less than",
@@ -42,7 +29,7 @@ class Choice:
         warning: what does not seem to fit, or cannot be, though it was asked for; empty otherwise.
         rows: all candidates at the chosen checkpointing.
         chosen: the one that was taken.
-        machine: that it was chosen for.
+        devices: that it was chosen for.
     """
 
     placement: Placement | None
@@ -54,21 +41,10 @@ class Choice:
     warning: str
     rows: tuple[Row, ...]
     chosen: Row
-    machine: Machine
+    devices: Devices
 
 
-def choose(
-    name: str,
-    training: Training,
-    student: ModelShape,
-    machine: Machine,
-    sequence_length: int,
-    *,
-    teacher: Teacher | None = None,
-    teacher_shape: ModelShape | None = None,
-    sharding: Sharding = STUDENT,
-    teacher_sharding: TeacherSharding = shipped,
-) -> Choice:
+def choose(stage: TrainedStage, devices: Devices) -> Choice:
     """What `auto` stands for in a stage, from total memory alone, so the same on every rank and at every start.
 
     A placement, a checkpointing or a window that the recipe names is taken as it is, with a warning where it does not
@@ -76,39 +52,30 @@ def choose(
     fits on the devices comes first, and only then the host's memory.
 
     Args:
-        name: of the stage.
-        training: its settings.
-        student: shape of the trained model.
-        machine: what it runs on; `device_bytes` has to be known.
-        sequence_length: tokens of one block.
-        teacher: the recipe's; None where no model is frozen beside the trained one.
-        teacher_shape: its shape.
-        sharding: sizes of the student's DeepSpeed JSON.
-        teacher_sharding: sizes of the teacher's, by placement and offload.
+        stage: what is trained, and the model that is frozen beside it.
+        devices: what it runs on; `device_bytes` has to be known.
 
     Raises:
         RecipeError: `auto` finds nothing that fits; carries the table.
     """
-    assert machine.device_bytes is not None, "what fits is not known"
-    stage = Stage(name, training, student, sequence_length, sharding, teacher, teacher_shape, teacher_sharding)
-    asked = training.activation_checkpointing
-    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
-    tables = {level: candidates(stage, machine, level) for level in levels}
+    assert devices.device_bytes is not None, "what fits is not known"
+    teacher, levels = stage.teacher, stage.levels
+    tables = {level: candidates(stage, devices, level) for level in levels}
     for offload in ("none", "cpu", "nvme"):
         for level in levels:
             for row in tables[level][0]:
                 if row.offload == offload and not row.refused:
-                    return _choice(row, tables, machine, _too_wide(teacher, row))
+                    return _choice(row, tables, devices, _too_wide(teacher, row))
     rows = tables[levels[-1]][0]
     if teacher is None or teacher.placement != "auto":
         who = rows[0].name if teacher is not None else "the trained model"
         warnings = [f"{who} {rows[0].refused}", _too_wide(teacher, rows[0])]
-        return _choice(rows[0], tables, machine, "; ".join(filter(None, warnings)))
+        return _choice(rows[0], tables, devices, "; ".join(filter(None, warnings)))
     least = min(rows, key=lambda row: row.peak_bytes)
     raise RecipeError(
-        f"stages.{name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
+        f"stages.{stage.name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
         f"the smallest, {least.name}, {least.refused}, and the run would end in the middle of a step:\n"
-        + "\n".join(table(rows, machine)),
+        + "\n".join(table(rows, devices)),
         "lower micro_batch_sequences, keep the optimiser in the hosts' memory with deepspeed: "
         "student_zero3_offload.json, take more ranks, or name a placement to try it all the same",
     )
@@ -123,7 +90,7 @@ def _too_wide(teacher: Teacher | None, row: Row) -> str:
 
 
 def _choice(
-    row: Row, tables: dict[Checkpointing, tuple[list[Row], list[str]]], machine: Machine, warning: str = ""
+    row: Row, tables: dict[Checkpointing, tuple[list[Row], list[str]]], devices: Devices, warning: str = ""
 ) -> Choice:
     rows, excluded = tables[row.checkpointing]
     passed = []
@@ -145,17 +112,17 @@ def _choice(
         warning=warning,
         rows=tuple(rows),
         chosen=row,
-        machine=machine,
+        devices=devices,
     )
 
 
-def table(rows: list[Row] | tuple[Row, ...], machine: Machine) -> list[str]:
+def table(rows: list[Row] | tuple[Row, ...], devices: Devices) -> list[str]:
     """Lines of a memory table, one for each candidate, at most 100 columns wide."""
     widths = [max(8, len(name) + 1) for name in _COLUMNS]
     lines = [f"{'placement':<16}" + "".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, widths, strict=True))]
     lines[0] += "  fits"
     for row in rows:
-        teacher, fits = row.teacher, "-" if machine.usable_bytes is None else "no" if row.refused else "yes"
+        teacher, fits = row.teacher, "-" if devices.usable_bytes is None else "no" if row.refused else "yes"
         sizes = [
             teacher.device.get("weights", 0) + teacher.device.get("persistent", 0),
             teacher.passing.get("gathered", 0),
@@ -173,15 +140,15 @@ def table(rows: list[Row] | tuple[Row, ...], machine: Machine) -> list[str]:
 
 def render(choice: Choice) -> str:
     """The memory table of a choice, with what was taken and why."""
-    machine, row = choice.machine, choice.chosen
-    assert machine.device_bytes is not None and machine.usable_bytes is not None, "what fits is not known"
+    devices, row = choice.devices, choice.chosen
+    assert devices.device_bytes is not None and devices.usable_bytes is not None, "what fits is not known"
     taken = f"activation_checkpointing {choice.activation_checkpointing}"
     if choice.placement is not None:
         taken = f"teacher {row.name}, window_micro_batches {row.window}, " + taken
     lines = [
-        f"memory of one rank ({machine.ranks} ranks, {machine.ranks_per_node} on a machine); usable are "
-        f"{size_text(machine.usable_bytes)}, {1 - MARGIN:.0%} of a device",
-        *table(choice.rows, machine),
+        f"memory of one rank ({devices.ranks} ranks, {devices.ranks_per_node} on a machine); usable are "
+        f"{size_text(devices.usable_bytes)}, {1 - MARGIN:.0%} of a device",
+        *table(choice.rows, devices),
         *_UNITS,
         f"taken: {taken}",
     ]
@@ -190,21 +157,20 @@ def render(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def unchosen(stage: Stage, ranks: int) -> list[str]:
+def unchosen(stage: TrainedStage, ranks: int) -> list[str]:
     """The memory table of a stage where the devices that it will run on are not known: everything that could be.
 
     Args:
         stage: what is trained, and its teacher.
         ranks: on one machine.
     """
-    machine, asked = Machine(ranks, ranks), stage.training.activation_checkpointing
-    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
-    tables = {level: candidates(stage, machine, level)[0] for level in levels}
+    devices = Devices(ranks, ranks)
+    tables = {level: candidates(stage, devices, level)[0] for level in stage.levels}
     students = [f"{size_text(rows[0].student.device_bytes)} with {level}" for level, rows in tables.items()]
     lines = [f"of one of {ranks} ranks on one machine; the student, by activation_checkpointing: {', '.join(students)}"]
     if stage.teacher is None:
         return lines
-    rows = tables[levels[-1]]
-    lines += table(rows, machine) + list(_UNITS)
+    rows = tables[stage.levels[-1]]
+    lines += table(rows, devices) + list(_UNITS)
     lines += [f"{row.name} {row.refused}" for row in rows if row.refused]
     return [*lines, f"what fits is decided where it runs: peak may be up to {1 - MARGIN:.0%} of a device"]

@@ -4,10 +4,10 @@ import textwrap
 from collections.abc import Callable
 
 from minima.planning.candidates import MARGIN
-from minima.planning.dry_run import size_text
 from minima.planning.hardware import GPUS, Gpu
-from minima.planning.run_plan import PARTS, Cluster, Placed, StagePlan, known_cost, total_cost, untimed
+from minima.planning.run_plan import PARTS, Placed, PlannedGpus, StagePlan, known_cost, total_cost, untimed
 from minima.planning.throughput import ASSUMED_FRACTION, LINK_FRACTION
+from minima.planning.units import size_text
 
 WIDTH, _LABEL, _COLUMN = 100, 20, 10
 _HEADS = {
@@ -49,7 +49,7 @@ def _size(value: float) -> str:
     return size_text(round(value)) if value else "-"
 
 
-def stage_lines(plan: StagePlan, cluster: Cluster) -> list[str]:
+def stage_lines(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
     """One stage: what it is, its table, and what is not known of it."""
     lines = [f"{plan.name} ({plan.kind})"]
     if plan.parameters is not None:
@@ -71,7 +71,7 @@ def stage_lines(plan: StagePlan, cluster: Cluster) -> list[str]:
     if plan.disk:
         lines += _wrapped("disk", ", ".join(f"{name} {size_text(size)}" for name, size in plan.disk.items()))
     if plan.placed:
-        lines += _table(plan, cluster)
+        lines += _table(plan, gpus)
         taken = plan.chosen
         if taken is not None:
             window = f"{taken.window} micro-batch{'es' if taken.window > 1 else ''}"
@@ -84,7 +84,7 @@ def stage_lines(plan: StagePlan, cluster: Cluster) -> list[str]:
     return lines
 
 
-def _table(plan: StagePlan, cluster: Cluster) -> list[str]:
+def _table(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
     """One column for each place of the teacher."""
     columns = plan.placed
     heads = [_HEADS.get(one.name, ("", one.name)) for one in columns]
@@ -100,7 +100,7 @@ def _table(plan: StagePlan, cluster: Cluster) -> list[str]:
         row(part, lambda one, part=part: _size(one.parts[part]))  # type: ignore[misc]
     row("= peak", lambda one: _size(one.peak_bytes))
     row("machine's memory", lambda one: _size(one.host_bytes))
-    if cluster.gpu is not None:
+    if gpus.kind is not None:
         row("fits", lambda one: "no" if one.refused else "yes")
         levels = [level for level in ("none", "selective", "full") if level in columns[0].largest_micro_batch]
         lines.append(_line("  largest micro-batch, recomputing", []))
@@ -114,7 +114,7 @@ def _table(plan: StagePlan, cluster: Cluster) -> list[str]:
     row("from NVMe", lambda one: _size(one.traffic.from_disk))
     if not lines[-1].startswith("    "):
         lines[-1] += ": none"
-    if cluster.gpu is not None and any(one.time is not None for one in columns):
+    if gpus.kind is not None and any(one.time is not None for one in columns):
         lines.append(_line("  time of all GPUs", []))
         row("seconds a step", lambda one: _timed(one, lambda: number(one.time.seconds)))  # type: ignore[union-attr]
         row("tokens/s", lambda one: _timed(one, lambda: number(one.tokens_per_second)))
@@ -122,9 +122,9 @@ def _table(plan: StagePlan, cluster: Cluster) -> list[str]:
         if plan.steps is not None:
             steps = plan.steps
             row("hours", lambda one: _timed(one, lambda: hours(_hours(one, steps))))
-            row("GPU-hours", lambda one: _timed(one, lambda: hours(_hours(one, steps) * cluster.gpus)))
-            if cluster.price is not None:
-                price = cluster.price * cluster.gpus
+            row("GPU-hours", lambda one: _timed(one, lambda: hours(_hours(one, steps) * gpus.count)))
+            if gpus.price is not None:
+                price = gpus.price * gpus.count
                 row("cost", lambda one: _timed(one, lambda: number(_hours(one, steps) * price)))
     return lines
 
@@ -157,7 +157,7 @@ def _wrapped(label: str, text: str) -> list[str]:
                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
-def summary_lines(plans: list[StagePlan], cluster: Cluster) -> list[str]:
+def summary_lines(plans: list[StagePlan], gpus: PlannedGpus) -> list[str]:
     """All stages, one line each, and their sum."""
     heads = ("parameters", "tokens", "FLOP", "tokens/s", "hours", "GPU-hours", "cost", "disk")
     widths = (11, 10, 10, 10, 8, 10, 11, 9)
@@ -177,22 +177,22 @@ def summary_lines(plans: list[StagePlan], cluster: Cluster) -> list[str]:
             _size(disk),
         )
         lines.append(_row(plan.name, cells, widths))
-    whole = total_cost(plans, cluster)
+    whole = total_cost(plans, gpus)
     disk = sum(max(plan.disk.values(), default=0) for plan in plans)
     work = sum(plan.flops or 0 for plan in plans)
     costs = ("-", "-", "-")
     if whole is not None:
         costs = (hours(whole.hours), hours(whole.gpu_hours), number(whole.price))
     lines.append(_row("total", ("", "", f"{work:.2e}" if work else "-", "", *costs, _size(disk)), widths))
-    if cluster.gpu is not None:
-        for note in _untimed_notes(plans, cluster):
+    if gpus.kind is not None:
+        for note in _untimed_notes(plans, gpus):
             lines += _wrapped("note", note)
     return lines
 
 
-def _untimed_notes(plans: list[StagePlan], cluster: Cluster) -> list[str]:
+def _untimed_notes(plans: list[StagePlan], gpus: PlannedGpus) -> list[str]:
     """Which stages have no time, why, and whether a total lacks them."""
-    found, left = untimed(plans), known_cost(plans, cluster)
+    found, left = untimed(plans), known_cost(plans, gpus)
     notes = [f"no GPU time is spent by {', '.join(found.idle)}"] if found.idle else []
     if found.too_large:
         notes.append(f"no total: {', '.join(found.too_large)} would not fit on these GPUs")
@@ -209,7 +209,7 @@ def _row(name: str, cells: tuple[str, ...], widths: tuple[int, ...]) -> str:
     return (f"  {name:<18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))).rstrip()
 
 
-def assumptions(cluster: Cluster) -> list[str]:
+def assumptions(gpus: PlannedGpus) -> list[str]:
     """What the numbers rest on, each in a sentence."""
     found = [
         f"{1 - MARGIN:.0%} of a device may be used; the memory plan was checked against the tensors of two and of four "
@@ -219,7 +219,7 @@ def assumptions(cluster: Cluster) -> list[str]:
         "latency of collectives, held-out losses while training, checkpoints, starts, failures and benchmarks come on "
         "top",
     ]
-    gpu, efficiency = cluster.gpu, cluster.efficiency
+    gpu, efficiency = gpus.kind, gpus.efficiency
     if gpu is None:
         return [*found, "no GPU is named, so what fits and how long it takes is not known: give --gpu"]
     fraction = f"{efficiency.fraction:.3g} of the published peak of {gpu.peak_flops / 1e12:,.0f} TFLOP/s"
@@ -254,14 +254,14 @@ def _memory(gpu: Gpu) -> str:
     )
 
 
-def render(plans: list[StagePlan], cluster: Cluster, notes: list[str]) -> str:
+def render(plans: list[StagePlan], gpus: PlannedGpus, notes: list[str]) -> str:
     """The whole text of `minima plan`."""
-    kind = cluster.gpu.name if cluster.gpu is not None else "GPUs of no named kind"
-    machines = f"{cluster.nodes} machine{'s' if cluster.nodes > 1 else ''} of {cluster.gpus // cluster.nodes}"
-    lines = [f"plan for {cluster.gpus:,} x {kind} on {machines}"]
+    kind = gpus.kind.name if gpus.kind is not None else "GPUs of no named kind"
+    machines = f"{gpus.nodes} machine{'s' if gpus.nodes > 1 else ''} of {gpus.count // gpus.nodes}"
+    lines = [f"plan for {gpus.count:,} x {kind} on {machines}"]
     for plan in plans:
-        lines += ["", *stage_lines(plan, cluster)]
-    lines += ["", *summary_lines(plans, cluster), "", "assumed"]
+        lines += ["", *stage_lines(plan, gpus)]
+    lines += ["", *summary_lines(plans, gpus), "", "assumed"]
     for note in notes:
         lines += textwrap.wrap(note, WIDTH, initial_indent="  - ", subsequent_indent="    ",
                                break_long_words=False, break_on_hyphens=False)  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minima.errors import RecipeError
-from minima.planning.candidates import Machine
+from minima.planning.candidates import Devices
 from minima.planning.hardware import Gpu
 from minima.planning.throughput import Efficiency, StepTime
 from minima.planning.traffic import Traffic
@@ -15,32 +15,32 @@ PARTS = ("weights", "gradients", "optimiser", "activations", "teacher", "heads",
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What a run is planned for.
+class PlannedGpus:
+    """The GPUs that a run is planned for.
 
     Attributes:
-        gpus: ranks of a stage's process group.
-        gpus_per_node: of one machine.
-        gpu: their kind; None where no time is asked for.
+        count: ranks of a stage's process group.
+        per_node: of one machine.
+        kind: None where no time is asked for.
         efficiency: the share of their peak that a step executes.
         price: of one GPU-hour, in whatever currency; None where no cost is asked for.
         host_bytes: memory of one machine; None when not known.
     """
 
-    gpus: int
-    gpus_per_node: int
-    gpu: Gpu | None = None
+    count: int
+    per_node: int
+    kind: Gpu | None = None
     efficiency: Efficiency = field(default_factory=Efficiency)
     price: float | None = None
     host_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, count in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
-            if count < 1:
-                raise RecipeError(f"--{name} {count}", "nothing can run on it", "give a number from 1 on")
-        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+        for flag, given in (("gpus", self.count), ("gpus-per-node", self.per_node)):
+            if given < 1:
+                raise RecipeError(f"--{flag} {given}", "nothing can run on it", "give a number from 1 on")
+        if self.count > self.per_node and self.count % self.per_node:
             raise RecipeError(
-                f"{self.gpus} GPUs do not fill machines of {self.gpus_per_node}",
+                f"{self.count} GPUs do not fill machines of {self.per_node}",
                 "what travels between machines is planned for machines of one size",
                 "give another number of --gpus, or say with --gpus-per-node how many one machine has",
             )
@@ -50,13 +50,13 @@ class Cluster:
     @property
     def nodes(self) -> int:
         """Machines."""
-        return -(-self.gpus // self.gpus_per_node)
+        return -(-self.count // self.per_node)
 
     @property
-    def machine(self) -> Machine:
+    def devices(self) -> Devices:
         """The GPUs as the memory plan takes them."""
-        memory = None if self.gpu is None else self.gpu.memory_bytes
-        return Machine(self.gpus, min(self.gpus, self.gpus_per_node), memory, self.host_bytes)
+        memory = None if self.kind is None else self.kind.memory_bytes
+        return Devices(self.count, min(self.count, self.per_node), memory, self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ class StagePlan:
         return next((one for one in self.placed if one.name == self.taken), None)
 
 
-def cost_of(seconds: float, cluster: Cluster) -> Cost:
+def cost_of(seconds: float, gpus: PlannedGpus) -> Cost:
     """Hours, GPU-hours and price of so many seconds."""
-    gpu_hours = seconds / 3600 * cluster.gpus
-    return Cost(seconds / 3600, gpu_hours, None if cluster.price is None else gpu_hours * cluster.price)
+    gpu_hours = seconds / 3600 * gpus.count
+    return Cost(seconds / 3600, gpu_hours, None if gpus.price is None else gpu_hours * gpus.price)
 
 
 @dataclass(frozen=True)
@@ -189,23 +189,23 @@ def untimed(plans: list[StagePlan]) -> Untimed:
     )
 
 
-def known_cost(plans: list[StagePlan], cluster: Cluster) -> Cost:
+def known_cost(plans: list[StagePlan], gpus: PlannedGpus) -> Cost:
     """Cost of the stages whose cost is known, which may be some of them only."""
     known = [plan.cost for plan in plans if plan.cost is not None]
     hours = sum(cost.hours for cost in known)
     gpu_hours = sum(cost.gpu_hours for cost in known)
-    return Cost(hours, gpu_hours, None if cluster.price is None else gpu_hours * cluster.price)
+    return Cost(hours, gpu_hours, None if gpus.price is None else gpu_hours * gpus.price)
 
 
-def total_cost(plans: list[StagePlan], cluster: Cluster) -> Cost | None:
+def total_cost(plans: list[StagePlan], gpus: PlannedGpus) -> Cost | None:
     """Cost of the whole run; None where a stage that uses GPUs does not fit or has no known time."""
     lacking = untimed(plans)
-    return None if lacking.unknown or lacking.too_large or cluster.gpu is None else known_cost(plans, cluster)
+    return None if lacking.unknown or lacking.too_large or gpus.kind is None else known_cost(plans, gpus)
 
 
-def as_dict(plans: list[StagePlan], cluster: Cluster, assumptions: list[str]) -> dict[str, Any]:
+def as_dict(plans: list[StagePlan], gpus: PlannedGpus, assumptions: list[str]) -> dict[str, Any]:
     """All numbers, for `--json`: bytes, seconds, FLOPs and hours without prefixes."""
-    stages, total = [], total_cost(plans, cluster)
+    stages, total = [], total_cost(plans, gpus)
     for plan in plans:
         found = asdict(plan)
         for own, one in zip(found["placed"], plan.placed, strict=True):
@@ -214,14 +214,14 @@ def as_dict(plans: list[StagePlan], cluster: Cluster, assumptions: list[str]) ->
                 own["time"] |= {"seconds": one.time.seconds, "overlapped": one.time.overlapped}
         stages.append(found)
     return {
-        "gpus": cluster.gpus,
-        "gpus_per_node": cluster.gpus_per_node,
-        "nodes": cluster.nodes,
-        "gpu": None if cluster.gpu is None else cluster.gpu.model_dump(),
-        "efficiency": None if cluster.gpu is None else asdict(cluster.efficiency),
-        "price_per_gpu_hour": cluster.price,
+        "gpus": gpus.count,
+        "gpus_per_node": gpus.per_node,
+        "nodes": gpus.nodes,
+        "gpu": None if gpus.kind is None else gpus.kind.model_dump(),
+        "efficiency": None if gpus.kind is None else asdict(gpus.efficiency),
+        "price_per_gpu_hour": gpus.price,
         "stages": stages,
         "total": None if total is None else asdict(total),
-        "without_time": None if cluster.gpu is None else asdict(untimed(plans)),
+        "without_time": None if gpus.kind is None else asdict(untimed(plans)),
         "assumptions": assumptions,
     }

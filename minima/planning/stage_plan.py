@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from minima.errors import RecipeError
-from minima.planning.candidates import Checkpointing, Machine, Row, Stage, candidates
+from minima.planning.candidates import Checkpointing, Devices, Row, TrainedStage, candidates
 from minima.planning.floor import executed_flops_per_token
 from minima.planning.memory import Memory
-from minima.planning.placement import LEVELS, choose
-from minima.planning.run_plan import Cluster, Placed, StagePlan, cost_of
+from minima.planning.placement import choose
+from minima.planning.run_plan import Placed, PlannedGpus, StagePlan, cost_of
 from minima.planning.throughput import StepTime, step_time, unknown_rates
 from minima.planning.traffic import Traffic, frozen_traffic, trained_traffic
 from minima.recipe.chat import Align
@@ -17,23 +17,19 @@ from minima.recipe.chat import Align
 SMALL_LAYER_SECONDS = 1e-3
 
 
-def place(plan: StagePlan, stage: Stage, cluster: Cluster) -> None:
+def place(plan: StagePlan, stage: TrainedStage, gpus: PlannedGpus) -> None:
     """Fill in memory, traffic and time of a training stage, for each place of its teacher, and what it would take.
 
     Args:
         plan: of the stage; `steps` gives its hours.
         stage: what is trained, and its teacher as the recipe asks for it.
-        cluster: what it is planned for.
+        gpus: what it is planned for.
     """
-    machine, asked = cluster.machine, stage.training.activation_checkpointing
-    levels: tuple[Checkpointing, ...] = LEVELS if asked == "auto" else (asked,)
+    devices, levels = gpus.devices, stage.levels
     level, chosen = levels[-1], None
-    if machine.device_bytes is not None:
+    if devices.device_bytes is not None:
         try:
-            choice = choose(
-                stage.name, stage.training, stage.student, machine, stage.sequence_length, teacher=stage.teacher,
-                teacher_shape=stage.teacher_shape, sharding=stage.sharding, teacher_sharding=stage.teacher_sharding,
-            )  # fmt: skip
+            choice = choose(stage, devices)
             level, chosen, warning = choice.activation_checkpointing, choice.chosen, choice.warning
             plan.notes += [f"warning: {warning}"] if warning else []
             plan.too_large = bool(chosen.refused)
@@ -45,27 +41,27 @@ def place(plan: StagePlan, stage: Stage, cluster: Cluster) -> None:
         stage.student, stage.teacher_shape, stage.sequence_length, level
     )
     everywhere = _anywhere(stage)
-    rows = {row.name: row for row in candidates(everywhere, machine, level)[0]}
+    rows = {row.name: row for row in candidates(everywhere, devices, level)[0]}
     if chosen is not None:  # a teacher's place, window or JSON that the recipe names
         rows[chosen.name] = chosen
-    largest = {one: _largest(everywhere, machine, one) for one in levels} if machine.device_bytes is not None else {}
+    largest = {one: _largest(everywhere, devices, one) for one in levels} if devices.device_bytes is not None else {}
     for row in rows.values():
         sizes: dict[str, int] = {one: found[row.name] for one, found in largest.items() if row.name in found}
-        plan.placed.append(_placed(row, stage, cluster, plan.executed_flops_per_token, sizes))
+        plan.placed.append(_placed(row, stage, gpus, plan.executed_flops_per_token, sizes))
     plan.taken = chosen.name if chosen is not None else ""
     taken = plan.chosen
     if taken is not None and taken.time is not None:
-        plan.notes += _small(taken.time, stage, cluster)
+        plan.notes += _small(taken.time, stage, gpus)
     if taken is not None and taken.time is not None and plan.steps is not None and not taken.refused:
-        plan.cost = cost_of(taken.time.seconds * plan.steps, cluster)
+        plan.cost = cost_of(taken.time.seconds * plan.steps, gpus)
     elif taken is not None and taken.unknown:
-        plan.notes.append(_unknown(taken.unknown, cluster))
+        plan.notes.append(_unknown(taken.unknown, gpus))
 
 
-def _small(time: StepTime, stage: Stage, cluster: Cluster) -> list[str]:
+def _small(time: StepTime, stage: TrainedStage, gpus: PlannedGpus) -> list[str]:
     """A note where starting kernels would take longer than what is counted."""
     layers = stage.student.num_layers + (stage.teacher_shape.num_layers if stage.teacher_shape is not None else 0)
-    if time.compute / stage.work(cluster.gpus).accumulation / max(1, layers) >= SMALL_LAYER_SECONDS:
+    if time.compute / stage.work(gpus.count).accumulation / max(1, layers) >= SMALL_LAYER_SECONDS:
         return []
     return [
         f"a layer computes less than {SMALL_LAYER_SECONDS * 1e3:g} ms for a micro-batch, so starting its kernels, "
@@ -73,14 +69,14 @@ def _small(time: StepTime, stage: Stage, cluster: Cluster) -> list[str]:
     ]
 
 
-def frozen(plan: StagePlan, models: list[Memory], precision: str, cluster: Cluster, rank_flops: float) -> None:
+def frozen(plan: StagePlan, models: list[Memory], precision: str, gpus: PlannedGpus, rank_flops: float) -> None:
     """Fill in memory and time of a stage that runs frozen models and trains nothing.
 
     Args:
         plan: of the stage.
         models: what those that are there at one time need, one after another in their forward passes.
         precision: of the matrix products.
-        cluster: what it is planned for.
+        gpus: what it is planned for.
         rank_flops: that the busiest rank executes in the whole stage.
     """
     busiest = max(models, key=lambda memory: memory.passing_bytes)
@@ -90,26 +86,26 @@ def frozen(plan: StagePlan, models: list[Memory], precision: str, cluster: Clust
         "heads": sum(one.device.get("head", 0) for one in models),
         "buffers": busiest.passing.get("gathered", 0),
     }
-    usable = cluster.machine.usable_bytes
+    usable = gpus.devices.usable_bytes
     if usable is not None and sum(plan.memory.values()) > usable:
         plan.notes.append("warning: it does not seem to fit on a device")
         plan.too_large = True
-    if cluster.gpu is None or plan.too_large:
+    if gpus.kind is None or plan.too_large:
         return
-    rate = cluster.efficiency.rate(cluster.gpu, precision)
+    rate = gpus.efficiency.rate(gpus.kind, precision)
     if rate is None:
-        plan.notes.append(_unknown(("float32_flops",), cluster))
+        plan.notes.append(_unknown(("float32_flops",), gpus))
     else:
-        plan.cost = cost_of(rank_flops / rate, cluster)
+        plan.cost = cost_of(rank_flops / rate, gpus)
 
 
-def _unknown(names: tuple[str, ...], cluster: Cluster) -> str:
-    assert cluster.gpu is not None
+def _unknown(names: tuple[str, ...], gpus: PlannedGpus) -> str:
+    assert gpus.kind is not None
     flags = ", ".join("--" + name.replace("_", "-") for name in names)
-    return f"its time is not known: nothing is published of {cluster.gpu.name} for {flags}; give it"
+    return f"its time is not known: nothing is published of {gpus.kind.name} for {flags}; give it"
 
 
-def _anywhere(stage: Stage) -> Stage:
+def _anywhere(stage: TrainedStage) -> TrainedStage:
     """The stage with a teacher that may live anywhere; a reference, whose place is fixed, stays where it is."""
     teacher = stage.teacher
     if teacher is None or isinstance(stage.training, Align):
@@ -118,13 +114,13 @@ def _anywhere(stage: Stage) -> Stage:
     return replace(stage, teacher=free)
 
 
-def _largest(stage: Stage, machine: Machine, level: Checkpointing) -> dict[str, int]:
+def _largest(stage: TrainedStage, devices: Devices, level: Checkpointing) -> dict[str, int]:
     """The largest micro-batch that fits, by the teacher's place."""
-    share = stage.training.batch_sequences // machine.ranks
+    share = stage.training.batch_sequences // devices.ranks
     found: dict[str, int] = {}
     for size in (size for size in range(1, share + 1) if share % size == 0):
         training = stage.training.model_copy(update={"micro_batch_sequences": size})
-        rows = candidates(replace(stage, training=training), machine, level)[0]
+        rows = candidates(replace(stage, training=training), devices, level)[0]
         found |= {row.name: size for row in rows if not row.refused}
         found |= {row.name: 0 for row in rows if row.name not in found}
         if all(row.refused for row in rows):
@@ -132,18 +128,18 @@ def _largest(stage: Stage, machine: Machine, level: Checkpointing) -> dict[str, 
     return found
 
 
-def _placed(row: Row, stage: Stage, cluster: Cluster, flops: float, largest: Mapping[str, int]) -> Placed:
-    machine, precision = cluster.machine, stage.training.precision
-    kinds = _traffic(row, stage, machine)
+def _placed(row: Row, stage: TrainedStage, gpus: PlannedGpus, flops: float, largest: Mapping[str, int]) -> Placed:
+    devices, precision = gpus.devices, stage.training.precision
+    kinds = _traffic(row, stage, devices)
     traffic = sum(kinds, Traffic())
     tokens = stage.training.batch_sequences * stage.sequence_length
-    updated = 0 if stage.sharding.offload_optimizer else stage.student.parameters / cluster.gpus
+    updated = 0 if stage.sharding.offload_optimizer else stage.student.parameters / gpus.count
     time = None
     unknown: tuple[str, ...] = ()
-    if cluster.gpu is not None:
-        executed = flops * tokens / cluster.gpus
-        time = step_time(executed, precision, kinds, updated, cluster.gpu, cluster.efficiency)
-        unknown = tuple(unknown_rates(cluster.gpu, precision, traffic))
+    if gpus.kind is not None:
+        executed = flops * tokens / gpus.count
+        time = step_time(executed, precision, kinds, updated, gpus.kind, gpus.efficiency)
+        unknown = tuple(unknown_rates(gpus.kind, precision, traffic))
     return Placed(
         name=row.name,
         parts=parts(row),
@@ -181,14 +177,14 @@ def parts(row: Row) -> dict[str, int]:
     return found
 
 
-def _traffic(row: Row, stage: Stage, machine: Machine) -> list[Traffic]:
+def _traffic(row: Row, stage: TrainedStage, devices: Devices) -> list[Traffic]:
     """Traffic of the student, and of the teacher where there is one."""
-    work, precision = stage.work(machine.ranks), stage.training.precision
-    one = trained_traffic(stage.student, precision, work, machine.ranks, machine.ranks_per_node, stage.sharding)
+    work, precision = stage.work(devices.ranks), stage.training.precision
+    one = trained_traffic(stage.student, precision, work, devices.ranks, devices.ranks_per_node, stage.sharding)
     if row.placement is None or stage.teacher is None or stage.teacher_shape is None:
         return [one]
     other = frozen_traffic(
         stage.teacher_shape, stage.teacher.precision or precision, row.placement, row.offload, work, row.group,
-        machine.ranks_per_node, stage.teacher_sharding(row.placement, row.offload), window=row.window,
+        devices.ranks_per_node, stage.teacher_sharding(row.placement, row.offload), window=row.window,
     )  # fmt: skip
     return [one, other]

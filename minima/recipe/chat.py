@@ -74,3 +74,7 @@ class Align(Training, Stage):
                 "leave label_smoothing out, or set loss: sigmoid",
             )
         return self
+
+    @property
+    def frozen_model(self) -> ModelInput | None:
+        return self.reference or self.model

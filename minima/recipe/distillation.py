@@ -162,6 +162,10 @@ class Distil(Training, Stage):
             )
         return self
 
+    @property
+    def frozen_model(self) -> ModelInput | None:
+        return self.teacher if self.soft_weight else None
+
     def soft_options(self) -> dict[str, Any]:
         """What of the teacher's part is not left to the loss's own defaults, as its keywords."""
         options = {name: getattr(self, name) for name in ("divergence", "beta", "alpha", "top_k", "top_p")}

@@ -7,14 +7,19 @@ from minima.errors import RecipeError
 from minima.recipe.data import Source
 from minima.recipe.distillation import PLACING
 from minima.recipe.overrides import nearest
-from minima.recipe.schema import AnyStage, BuildData, Distil, Evaluate, ModelInput, Recipe
+from minima.recipe.schema import AnyStage, AnyTraining, BuildData, Distil, Evaluate, ModelInput, Recipe
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
 WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
 ALWAYS_SUMMED = ("tokens", "seconds", "export")  # what summary.json holds unasked; the last where a stage exports
-ALONE = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that one process does
+SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that need no ranks
 EXPORTED = ("benchmark", "publish")  # kinds that read a model in Hugging Face's layout and nothing else
+
+
+def uses_ranks(stage: AnyStage) -> bool:
+    """Whether a stage of this kind runs on every rank; one process does the others."""
+    return stage.kind not in SINGLE_PROCESS
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,28 @@ class Reference:
     revision: str | None = None
 
 
+def stage_and_step(recipe: Recipe, text: str) -> tuple[AnyStage | None, int | None]:
+    """The stage that `NAME` or `NAME@STEP` names, and the step; (None, None) for a path or a Hub id."""
+    by_name = {stage.name: stage for stage in recipe.stages}
+    if text in by_name:
+        return by_name[text], None
+    name, _, step = text.rpartition("@")
+    return (by_name[name], int(step)) if name in by_name and step.isdigit() else (None, None)
+
+
+def trained_precision(recipe: Recipe, text: str) -> str | None:
+    """The precision that a model was trained in, where `text` names a training stage of the recipe."""
+    stage, _ = stage_and_step(recipe, text)
+    return stage.precision if isinstance(stage, AnyTraining) else None
+
+
 def references(recipe: Recipe, stage: AnyStage) -> list[Reference]:
     """The inputs that `stage` takes from other stages, folders or the Hub, in the order of its fields."""
-    names = {other.name for other in recipe.stages}
     found = []
     for field, value, what, revision in _fields(stage):
-        base, at, step = value.rpartition("@")
-        if value in names:
-            found.append(Reference(field, value, value, None, what))
-        elif at and base in names and step.isdigit():
-            found.append(Reference(field, value, base, int(step), what))
+        read, step = stage_and_step(recipe, value)
+        if read is not None:
+            found.append(Reference(field, value, read.name, step, what))
         else:
             found.append(Reference(field, value, None, None, what, revision))
     return found
@@ -71,15 +88,13 @@ def lineage(recipe: Recipe, name: str) -> tuple[list[Ancestor], str | None]:
     Returns:
         The second is the folder or Hub id that is no stage of the recipe; none where it began with random weights.
     """
-    by_name = {stage.name: stage for stage in recipe.stages}
     found: list[Ancestor] = []
     reference: str | None = name
     while reference is not None:
-        base, _, step = reference.rpartition("@")
-        stage = by_name.get(reference) or (by_name.get(base) if step.isdigit() else None)
+        stage, step = stage_and_step(recipe, reference)
         if stage is None:
             break
-        found.append(Ancestor(stage, None if reference in by_name else int(step)))
+        found.append(Ancestor(stage, step))
         source = getattr(stage, "model", None)
         reference = source.source if isinstance(source, ModelInput) else source
     return found[::-1], reference
@@ -196,12 +211,10 @@ def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
         placed = sorted(key for key in stage.teacher.model_fields_set if key in (*PLACING, "precision"))
         idle = [key for key in placed if getattr(stage.teacher, key) not in (None, "auto", "none")]
         found += [f"teacher.{key} with soft_weight 0, for which no teacher is loaded" for key in idle]
-    names = {other.name for other in recipe.stages}
     for field, value in stage:
         if not isinstance(value, ModelInput):
             continue
-        source = value.source or ""
-        if value.revision is not None and names & {source, source.rpartition("@")[0]}:
+        if value.revision is not None and stage_and_step(recipe, value.source or "")[0] is not None:
             found.append(f"{field}.revision {value.revision!r} of a stage of the recipe")
         if value.random is not None:
             idle = [key for key in ("revision", "shape") if getattr(value, key) is not None]

@@ -1,5 +1,7 @@
 """The typed recipe: one file holds a whole run as a list of stages. No torch: it parses on a login node."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -198,6 +200,24 @@ class Recipe(Strict):
                 "rename the stage",
             )
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's stages lie; relative to where the command runs."""
+        return Path(self.output or f"runs/{self.name}").expanduser()
+
+    def select(self, names: Sequence[str] | None) -> list[AnyStage]:
+        """The stages of those names in the recipe's order; all of them for None.
+
+        Raises:
+            RecipeError: a name is no stage of the recipe, or there are no names.
+        """
+        if names is None:
+            return list(self.stages)
+        wanted = {self.stage(name).name for name in names}
+        if not wanted:
+            raise RecipeError("no stages are chosen", "nothing would run", "name stages, or leave --stages out for all")
+        return [stage for stage in self.stages if stage.name in wanted]
 
     def stage(self, name: str) -> AnyStage:
         """The stage of that name.

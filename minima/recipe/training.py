@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from minima.errors import RecipeError
-from minima.recipe.base import Strict
+from minima.recipe.base import ModelInput, Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moving average would never move
 
@@ -144,6 +144,11 @@ class Training(Strict):
                 "`evaluate_sequences=null`)",
             )
         return self
+
+    @property
+    def frozen_model(self) -> ModelInput | None:
+        """The model that runs beside the trained one; None where there is none."""
+        return None
 
     def total_steps(self, sequence_length: int, blocks: int) -> int:
         """Optimiser steps of the whole stage.

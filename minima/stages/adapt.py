@@ -7,8 +7,6 @@ from minima.recipe.schema import Adapt
 from minima.stages.context import StageContext
 from minima.stages.training import run_training
 
-RANKS = True
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's model on next tokens; returns the stage's metrics."""

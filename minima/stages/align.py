@@ -18,12 +18,10 @@ from minima.models.shape import ModelShape
 from minima.models.weights import model_identity
 from minima.planning.placement import Choice
 from minima.recipe.chat import Align
-from minima.recipe.distillation import Teacher
 from minima.stages.context import StageContext
 from minima.stages.origin import Origin, check_fit, check_format, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
-RANKS = True
 FORMATS = ("preferences",)
 
 
@@ -65,18 +63,16 @@ def run(context: StageContext) -> dict[str, Any]:
         )
         return {f"held_out_{name}": value for name, value in scores.as_dict().items()}
 
-    frozen_flops = (lambda _: 0.0) if stage.precompute_reference else shape.forward_flops_per_token
     try:
         return run_training(
             context,
             stage,
             objective,
-            frozen_flops,
             {"reference": origin.identity},
             formats=FORMATS,
             measure=measure,
             counted="pairs",
-            teacher=None if stage.precompute_reference else (Teacher(source="reference", placement="zero3"), shape),
+            teacher_shape=None if stage.precompute_reference else shape,
         )
     finally:
         references.close()

@@ -18,7 +18,6 @@ from minima.recipe.release import Benchmark
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
 
-RANKS = False
 ANSWER_FILES = {"mt_bench": "mt_bench.jsonl", "mt_bench_zh": "mt_bench_zh.jsonl", "alpaca_eval": "alpaca_eval.json"}
 _FLAT = ("score", "metric", "filter", "shots", "items", "stderr", "version", "limited", "stand_in")
 logger = logging.getLogger(__name__)

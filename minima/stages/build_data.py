@@ -18,8 +18,6 @@ from minima.recipe.schema import BuildData, Evaluate, Recipe
 from minima.stages.context import StageContext
 from minima.stages.manifest import STARTED, read_manifest
 
-RANKS = False
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `tokenizer/`, `train/`, `held_out/` and `report.json`; where parts are there, by merging them.

@@ -7,7 +7,7 @@ from typing import Any
 
 from minima.engine.metrics import read_records
 from minima.models.shape import ModelShape
-from minima.recipe.references import STEPPED, Ancestor, lineage
+from minima.recipe.references import STEPPED, Ancestor, lineage, stage_and_step
 from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export
 from minima.report.cards import TRAINING, Card
 from minima.stages.context import StageContext
@@ -178,13 +178,10 @@ def _scores(context: StageContext, name: str) -> dict[str, dict[str, Any]]:
 
 def _same_weights(context: StageContext, name: str) -> set[str]:
     """The ways in which a recipe can name these weights: a stage alone is its last step."""
-    base, at, step = name.rpartition("@")
-    stages = {stage.name for stage in context.recipe.stages}
-    stage = name if name in stages else base if at and base in stages and step.isdigit() else None
-    folder = context.run_folder / stage if stage is not None else None
-    if folder is None or not is_finished(folder):
+    stage, step = stage_and_step(context.recipe, name)
+    if stage is None or not is_finished(context.run_folder / stage.name):
         return {name}
-    last = (read_manifest(folder).get("metrics") or {}).get("step")
-    if last is None or (stage != name and int(step) != last):
+    last = (read_manifest(context.run_folder / stage.name).get("metrics") or {}).get("step")
+    if last is None or step not in (None, last):
         return {name}
-    return {name, str(stage), f"{stage}@{last}"}
+    return {name, stage.name, f"{stage.name}@{last}"}

@@ -7,16 +7,16 @@ from pathlib import Path
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators
 from minima.models.layout import complete_steps
-from minima.recipe.references import Reference, deepspeed_jsons, references
+from minima.recipe.references import Reference, deepspeed_jsons, references, uses_ranks
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
+from minima.stages.context import missing_checkpoint_advice
+from minima.stages.dry_run import walk
 from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
-from minima.stages.named_checkpoints import way_out
-from minima.stages.preview import frozen_model, walk
-from minima.stages.running import uses_ranks
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
+_TOO_LATE = "the run would end there, after everything before it"
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 
 
@@ -60,7 +60,7 @@ def check_stages(
     if missing and not elsewhere:
         raise StageError(
             missing[0],
-            "the run would end there, after everything before it",
+            _TOO_LATE,
             "correct it, or bring the folder to this machine",
         )
     check_run(recipe, stages, folder)
@@ -69,27 +69,32 @@ def check_stages(
     for stage in left:
         for name in deepspeed_jsons(stage):
             check_deepspeed_json(stage, name, recipe_path)
-        if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
-            raise RecipeError(
-                f"stages.{stage.name}: lm-eval is not installed",
-                "the run would end there, after everything before it",
-                "pip install lm-eval accelerate, or run the other stages with --stages",
-            )
-        if isinstance(stage, Publish) and _has_no_token():
-            raise RecipeError(
-                f"stages.{stage.name}: there is no token for the Hub",
-                "the run would end there, after everything before it",
-                "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
-            )
-        project = getattr(stage, "wandb_project", None)
-        if project is not None and find_spec("wandb") is None:
-            raise RecipeError(
-                f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
-                "the run would not be logged where you look for it",
-                "pip install wandb, or remove the key",
-            )
+        _check_installed(stage)
     names = {stage.name for stage in left}
     return [f"stages.{found.name}: {text}" for found in previews if found.name in names for text in found.missing]
+
+
+def _check_installed(stage: AnyStage) -> None:
+    """Refuse a stage that needs a program or a token which is not here."""
+    if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
+        raise RecipeError(
+            f"stages.{stage.name}: lm-eval is not installed",
+            _TOO_LATE,
+            "pip install lm-eval accelerate, or run the other stages with --stages",
+        )
+    if isinstance(stage, Publish) and _has_no_token():
+        raise RecipeError(
+            f"stages.{stage.name}: there is no token for the Hub",
+            _TOO_LATE,
+            "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
+        )
+    project = getattr(stage, "wandb_project", None)
+    if project is not None and find_spec("wandb") is None:
+        raise RecipeError(
+            f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
+            "the run would not be logged where you look for it",
+            "pip install wandb, or remove the key",
+        )
 
 
 def _has_no_token() -> bool:
@@ -141,8 +146,10 @@ def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder:
         return
     raise StageError(
         f"stage {reader!r} reads {reference.text!r}, but {folder} has no checkpoint after step {reference.step:,}",
-        "the run would end there, after everything before it",
-        way_out(read, folder, there) if there or finished else f"add it: --stages {read.name},{reader}",
+        _TOO_LATE,
+        missing_checkpoint_advice(read, folder, there)
+        if there or finished
+        else f"add it: --stages {read.name},{reader}",
     )
 
 
@@ -150,7 +157,7 @@ def _check_models(recipe: Recipe, left: Sequence[AnyStage], folder: Path, to_com
     """Refuse models that are no folder and that the Hub does not have, each asked for once."""
     asked = set()
     for stage in left:
-        unread = "teacher" if isinstance(stage, Distil) and frozen_model(stage) is None else None
+        unread = "teacher" if isinstance(stage, Distil) and stage.frozen_model is None else None
         for reference in references(recipe, stage):
             key = (reference.text, reference.revision)
             of_models = reference.what in ("model", "exported") and reference.field != unread

@@ -1,16 +1,16 @@
 """What a stage is handed: its recipe and folder, and where its inputs lie."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minima.errors import StageError
 from minima.launcher import Launch
 from minima.models.layout import VOCABULARY_FILES, complete_steps
-from minima.recipe.references import STEPPED, Reference, references
+from minima.recipe.references import STEPPED, stage_and_step
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
 from minima.stages.hub import snapshot
 from minima.stages.manifest import NFS_SECONDS, wait_finished
-from minima.stages.named_checkpoints import way_out
 from minima.stages.shipped import find_deepspeed_json
 
 _TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
@@ -61,9 +61,9 @@ class StageContext:
         Raises:
             StageError: the stage has not finished, or there is no such folder.
         """
-        found = self._reference(reference, "data")
-        if found.stage is not None:
-            return self._finished(found.stage)
+        stage, _ = stage_and_step(self.recipe, reference)
+        if stage is not None:
+            return self._finished(stage)
         path = Path(reference).expanduser()
         if not (path / "train").is_dir():
             raise StageError(
@@ -83,12 +83,11 @@ class StageContext:
         """
         text = model if isinstance(model, str) else model.source
         assert text is not None, "random weights have no folder"
-        found = self._reference(text, "model")
-        if found.stage is not None:
-            folder = self._checkpoint(found) if found.step is not None else self._finished(found.stage)
-            stepped = self.recipe.stage(found.stage).kind in STEPPED
-            tokenizer = folder / ("tokenizer" if stepped else "model")
-            return ResolvedModel(text, folder, found.step, tokenizer if tokenizer.is_dir() else None)
+        stage, step = stage_and_step(self.recipe, text)
+        if stage is not None:
+            folder = self._checkpoint(stage, step) if step is not None else self._finished(stage)
+            tokenizer = folder / ("tokenizer" if stage.kind in STEPPED else "model")
+            return ResolvedModel(text, folder, step, tokenizer if tokenizer.is_dir() else None)
         path = Path(text).expanduser()
         if not path.is_dir():
             revision = None if isinstance(model, str) else model.revision
@@ -103,8 +102,8 @@ class StageContext:
         Raises:
             StageError: the stage has not finished, or there are no scores.
         """
-        found = self._reference(reference, "scores")
-        folder = self._finished(found.stage) if found.stage is not None else Path(reference).expanduser()
+        stage, _ = stage_and_step(self.recipe, reference)
+        folder = self._finished(stage) if stage is not None else Path(reference).expanduser()
         if not (folder / "scores.safetensors").is_file():
             raise StageError(
                 f"scores {reference!r} name no folder with a scores.safetensors",
@@ -117,37 +116,38 @@ class StageContext:
         """A DeepSpeed JSON beside the recipe, else the shipped one of that name."""
         return find_deepspeed_json(name, self.recipe_path)
 
-    def _reference(self, text: str, what: str) -> Reference:
-        for reference in references(self.recipe, self.stage):
-            if reference.text == text:
-                return reference
-        names = {stage.name for stage in self.recipe.stages}
-        base, _, step = text.rpartition("@")
-        if text in names:
-            return Reference(what, text, text, None, what)
-        if base in names and step.isdigit():
-            return Reference(what, text, base, int(step), what)
-        return Reference(what, text, None, None, what)
-
-    def _finished(self, name: str) -> Path:
-        folder = self.run_folder / name
+    def _finished(self, stage: AnyStage) -> Path:
+        folder = self.run_folder / stage.name
         several = self.launch.world_size > 1  # perhaps on several machines, of which one just finished it
         if not wait_finished(folder, NFS_SECONDS if several else 0):
             raise StageError(
-                f"stage {name!r} has not finished in {folder}",
+                f"stage {stage.name!r} has not finished in {folder}",
                 f"stage {self.stage.name!r} reads what it leaves",
-                f"run it first: minima run {self.recipe_path} --stages {name}",
+                f"run it first: minima run {self.recipe_path} --stages {stage.name}",
             )
         return folder
 
-    def _checkpoint(self, reference: Reference) -> Path:
-        assert reference.stage is not None
-        folder = self.run_folder / reference.stage
+    def _checkpoint(self, stage: AnyStage, step: int) -> Path:
+        folder = self.run_folder / stage.name
         there = complete_steps(folder / "checkpoints")
-        if reference.step not in there:
+        if step not in there:
             raise StageError(
-                f"stage {reference.stage!r} has no checkpoint after step {reference.step}",
+                f"stage {stage.name!r} has no checkpoint after step {step}",
                 f"stage {self.stage.name!r} reads it",
-                way_out(self.recipe.stage(reference.stage), folder, there),
+                missing_checkpoint_advice(stage, folder, there),
             )
         return folder
+
+
+def missing_checkpoint_advice(stage: AnyStage, folder: Path, there: Sequence[int]) -> str:
+    """What to do about a checkpoint that a training stage has not left.
+
+    Args:
+        stage: the one that was trained.
+        folder: its own.
+        there: steps of the checkpoints in it.
+    """
+    steps = f"choose among {', '.join(map(str, there))}, or " if there else ""
+    if getattr(stage, "patience", None) is not None:
+        return f"{steps}take `patience` away and remove {folder} to train again: with it the best one ends as the last"
+    return f"{steps}remove {folder} to train it again: the checkpoints that a recipe names are kept"

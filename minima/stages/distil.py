@@ -22,8 +22,6 @@ from minima.stages.origin import check_fit, check_template, check_tokens, open_o
 from minima.stages.training import run_training
 from minima.stages.vocabularies import cut, shared_rows
 
-RANKS = True
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's student; returns the stage's metrics."""
@@ -63,9 +61,8 @@ def run(context: StageContext) -> dict[str, Any]:
             context,
             stage,
             objective,
-            shape.forward_flops_per_token,
             _teacher_facts(context, stage.teacher, teacher.identity),
-            teacher=(stage.teacher, shape),
+            teacher_shape=shape,
             origin=student,
         )
     finally:

@@ -21,7 +21,6 @@ from minima.stages.context import StageContext
 from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 from minima.stages.vocabularies import shared_rows
 
-RANKS = True
 _WITHOUT = "leave `teacher` out (loss and bits per byte need none), or compare models with one tokenizer"
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
 

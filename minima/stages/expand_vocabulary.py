@@ -13,13 +13,14 @@ from minima.models.embeddings import GrownSource
 from minima.models.families import shape_of
 from minima.models.shape import ModelShape
 from minima.models.weights import write_folder
+from minima.recipe.references import stage_and_step
+from minima.recipe.schema import BuildData
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
 from minima.stages.hub import snapshot
 from minima.stages.origin import Origin, open_origin
 
-RANKS = False
 logger = logging.getLogger(__name__)
 
 
@@ -80,11 +81,11 @@ def _base(context: StageContext, stage: ExpandVocabulary, origin: Origin) -> Pat
 
 def _tokenizer(context: StageContext, text: str) -> Path:
     """Where a tokenizer lies: an earlier stage's, a file, a folder, or the Hub's without weights."""
-    kinds = {other.name: other.kind for other in context.recipe.stages}
+    stage, _ = stage_and_step(context.recipe, text)
     path = Path(text).expanduser()
-    if kinds.get(text) == "build_data":
+    if isinstance(stage, BuildData):
         return context.data(text) / "tokenizer"
-    if text in kinds or text.rpartition("@")[0] in kinds or path.is_dir():
+    if stage is not None or path.is_dir():
         resolved = context.model(text)
         return resolved.tokenizer or resolved.folder
     if path.suffix in (".model", ".json") and not path.is_file():  # no Hub id is meant

@@ -24,7 +24,8 @@ from minima.models.layout import TOKENIZER_FILES, has_chat_template
 from minima.models.legacy_config import tokenizer_with_4x_names
 from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource, WeightSource, tensor_sha256, write_folder
-from minima.recipe.schema import AnyTraining, Export
+from minima.recipe.references import trained_precision
+from minima.recipe.schema import Export
 from minima.report.cards import model_card
 from minima.stages.card_facts import gather_card, taught_to_chat
 from minima.stages.context import ResolvedModel, StageContext
@@ -32,7 +33,6 @@ from minima.stages.evaluate import count_parameters
 from minima.stages.generation_settings import generation_settings
 from minima.stages.host_memory import host_memory_bytes
 
-RANKS = True
 _HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,8 @@ def run(context: StageContext) -> dict[str, Any]:
 def trained_dtype(context: StageContext, source: WeightSource) -> str:
     """The precision that the stage trained in, or the stored dtype of a model that was not trained here."""
     assert isinstance(context.stage, Export)
-    name = context.stage.model.rpartition("@")[0] or context.stage.model
-    stage = next((stage for stage in context.recipe.stages if stage.name in (name, context.stage.model)), None)
-    if isinstance(stage, AnyTraining):
-        return stage.precision
-    return str(source.read(source.names()[-1]).dtype).removeprefix("torch.")
+    precision = trained_precision(context.recipe, context.stage.model)
+    return precision or str(source.read(source.names()[-1]).dtype).removeprefix("torch.")
 
 
 class Cast:

@@ -16,7 +16,6 @@ from minima.recipe.references import Reference, references, sources
 from minima.recipe.schema import AnyStage, Benchmark, BuildData, ModelInput, Publish, Recipe
 from minima.stages.hub import snapshot
 from minima.stages.run_folder import check_run_folder, claim_run_folder, has_recipe
-from minima.stages.running import output_folder, select
 
 FETCHED, THERE, LOCAL, MISSING, LEFT = "fetched", "was there", "on this machine", "MISSING", "NOT FETCHED"
 NOTE = "left out"  # no job misses it
@@ -73,7 +72,7 @@ def fetch(
         )
     recipe = load_recipe(recipe_path, overrides)
     cache, left, counts = Path(constants.HF_HUB_CACHE), 0, dict.fromkeys((FETCHED, THERE, LOCAL), 0)
-    for stage in select(recipe, names):
+    for stage in recipe.select(names):
         with disk_full_named(cache):
             for got in _inputs(recipe, stage, cache):
                 left += got.state in (MISSING, LEFT)
@@ -109,7 +108,7 @@ def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Pat
         return Got(what, LOCAL)
     if reference.what in ("data", "scores") or isinstance(stage, Publish):
         return Got(what, MISSING, "it is not on the Hub but a folder: mend its path, or make it")
-    folder = output_folder(recipe)
+    folder = recipe.folder
     names = [each.name for each in recipe.stages]
     if has_recipe(folder):  # a run may be at work in it, whose recipe is not ours to write
         check_run_folder(folder, recipe.name, names)

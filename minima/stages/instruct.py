@@ -12,8 +12,6 @@ from minima.stages.context import StageContext
 from minima.stages.origin import check_template
 from minima.stages.training import run_training
 
-RANKS = True
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's model on the assistant's text; returns the stage's metrics."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minima.errors import LostRank, OutOfMemory
-from minima.recipe.references import ALONE
+from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
 
 # What PyTorch's allocators, CUDA, NCCL and cuBLAS say of memory, in errors of several types.
@@ -86,7 +86,7 @@ def _ways_out(stage: AnyStage) -> str:
         return IMPORTANCE_IN_LESS
     if not isinstance(stage, AnyTraining):
         fewer = next((key for key in ("micro_batch_sequences", "batch_size", "processes") if hasattr(stage, key)), "")
-        more = "take a machine with more memory" if stage.kind in ALONE else "take more ranks"
+        more = "take more ranks" if uses_ranks(stage) else "take a machine with more memory"
         return f"lower {fewer}, or {more}" if fewer else more
     ways = []
     if stage.micro_batch_sequences > 1:

@@ -8,12 +8,11 @@ import torch
 from minima.engine import distributed
 from minima.engine.deepspeed_config import read_deepspeed_json
 from minima.models.shape import ModelShape
-from minima.planning.candidates import Machine, shipped
-from minima.planning.dry_run import size_text
+from minima.planning.candidates import Devices, trained_stage
 from minima.planning.memory import Work, scored_memory
 from minima.planning.placement import Choice, choose, render
-from minima.planning.sharding import Sharding
-from minima.recipe.distillation import Offload, Placement, Teacher
+from minima.planning.sharding import Sharding, read_sharding
+from minima.planning.units import size_text
 from minima.recipe.schema import AnyTraining, Prune
 from minima.stages.context import StageContext
 from minima.stages.host_memory import host_memory_bytes
@@ -22,15 +21,15 @@ from minima.stages.machine_errors import IMPORTANCE_IN_LESS
 logger = logging.getLogger(__name__)
 
 
-def this_machine() -> Machine:
-    """The machine that this process group runs on, by its smallest node; every rank calls it, and all get the same."""
+def these_devices() -> Devices:
+    """What this process group runs on, by its smallest node; every rank calls it, and all get the same."""
     nodes = distributed.node_ranks()
     mine = next(len(ranks) for ranks in nodes if distributed.rank() in ranks)
     device, host = distributed.device(), host_memory_bytes()
     on_cpu = device.type == "cpu"
     memory = host // mine if on_cpu else torch.cuda.get_device_properties(device).total_memory
     facts = distributed.gather_objects((memory, host))
-    return Machine(
+    return Devices(
         ranks=distributed.world_size(),
         ranks_per_node=min(map(len, nodes)),
         device_bytes=min(memory for memory, _ in facts),
@@ -44,8 +43,7 @@ def plan_memory(
     stage: AnyTraining,
     student: ModelShape,
     sequence_length: int,
-    teacher: Teacher | None = None,
-    teacher_shape: ModelShape | None = None,
+    teacher_shape: ModelShape | None,
 ) -> Choice:
     """Where the frozen model lives and what the student recomputes; rank 0 logs it where there was something to choose.
 
@@ -54,33 +52,20 @@ def plan_memory(
         stage: its settings.
         student: shape of the trained model.
         sequence_length: tokens of one block.
-        teacher: the frozen model's block of the recipe, where one runs beside the student.
-        teacher_shape: its shape.
+        teacher_shape: of the frozen model, where one runs beside the student.
 
     Raises:
         RecipeError: `auto` finds nothing that fits.
     """
 
-    def sharding(placement: Placement, offload: Offload) -> Sharding:
-        if teacher is None or teacher.deepspeed is None:
-            return shipped(placement, offload)
-        return Sharding.from_json(read_deepspeed_json(context.deepspeed_json(teacher.deepspeed), placement, offload))
+    def sharding(name: str) -> Sharding:
+        return read_sharding(context.deepspeed_json(name))
 
-    choice = choose(
-        stage.name,
-        stage,
-        student,
-        this_machine(),
-        sequence_length,
-        teacher=teacher,
-        teacher_shape=teacher_shape,
-        sharding=Sharding.from_json(read_deepspeed_json(context.deepspeed_json(stage.deepspeed))),
-        teacher_sharding=sharding,
-    )
+    choice = choose(trained_stage(stage, student, teacher_shape, sequence_length, sharding), these_devices())
     if distributed.is_main():
         if choice.warning:
             logger.warning("%s: %s", stage.name, choice.warning)
-        if teacher is not None or stage.activation_checkpointing == "auto":
+        if choice.placement is not None or stage.activation_checkpointing == "auto":
             logger.info("%s: %s", stage.name, render(choice))
     return choice
 
@@ -96,14 +81,14 @@ def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence
         shape: of the model that is measured.
         sequence_length: tokens of one block.
     """
-    machine = this_machine()
+    devices = these_devices()
     if not distributed.is_main():
         return
     sharding = Sharding.from_json(read_deepspeed_json(context.deepspeed_json(stage.deepspeed)))
     work = Work(stage.micro_batch_sequences, sequence_length)
-    memory = scored_memory(shape, stage.precision, work, machine.ranks, sharding)
-    weights = memory.resident_bytes + (memory.host_bytes if machine.host_is_device else 0)
-    needed, usable = weights + memory.passing_bytes, machine.usable_bytes
+    memory = scored_memory(shape, stage.precision, work, devices.ranks, sharding)
+    weights = memory.resident_bytes + (memory.host_bytes if devices.host_is_device else 0)
+    needed, usable = weights + memory.passing_bytes, devices.usable_bytes
     assert usable is not None
     parts = [
         f"{name} {size_text(size)}" for name, size in ({"weights": weights} | dict(memory.passing)).items() if size

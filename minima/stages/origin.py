@@ -12,7 +12,7 @@ from minima.engine.weights import open_weights
 from minima.errors import DataError, ShapeError, TokenizerMismatch
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
-from minima.planning.dry_run import size_text
+from minima.planning.units import size_text
 from minima.recipe.base import ModelInput
 from minima.recipe.references import references
 from minima.recipe.schema import AnyTraining
@@ -92,7 +92,7 @@ def check_tokens(data: Path, own: Path | None, model: str) -> None:
         TokenizerMismatch: names the first id that differs.
     """
     with distributed.refused_together():
-        if own is not None and (data / "tokenizer").is_dir() and distributed.share()[0] == 0:
+        if own is not None and (data / "tokenizer").is_dir() and distributed.is_main():
             check_same_tokens(data / "tokenizer", own, model)
 
 
@@ -112,7 +112,7 @@ def check_template(context: StageContext, data: Path, model: ModelInput, *, refu
     own = None if model.random is not None else context.model(model).tokenizer
     compared = own is not None and (data / "tokenizer").is_dir() and TokenStore.open(data / "train").format != "text"
     with distributed.refused_together():
-        if own is None or not compared or distributed.share()[0] != 0:
+        if own is None or not compared or not distributed.is_main():
             return
         found = other_format(data / "tokenizer", own)
         if found is None:

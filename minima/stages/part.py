@@ -14,7 +14,7 @@ from minima.stages.identity import check_unchanged, describe
 from minima.stages.lock import run_lock
 from minima.stages.manifest import STARTED, is_begun, is_finished, read_manifest, write_started
 from minima.stages.run_folder import check_run_folder, claim_run_folder
-from minima.stages.running import HEADER, output_folder, select
+from minima.stages.running import HEADER
 
 # Parts that start together take the run folder's lock one after the other, each for as long as it takes to look
 # whether the folder is theirs.
@@ -62,7 +62,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
         MinimaError: the part cannot be encoded; nothing of other parts is touched.
     """
     number, total = parse_part(part)
-    stages = select(recipe, names)
+    stages = recipe.select(names)
     if names is None:
         stages = [stage for stage in stages if isinstance(stage, BuildData)]
     if len(stages) != 1 or not isinstance(stages[0], BuildData):
@@ -78,7 +78,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
             "a part is the work of one process, which starts its own workers",
             "start it once for each part, as the tasks of a job array",
         )
-    stage, run_folder = stages[0], output_folder(recipe)
+    stage, run_folder = stages[0], recipe.folder
     folder = run_folder / stage.name
     with disk_full_named(folder):
         description = describe(recipe, stage, run_folder)

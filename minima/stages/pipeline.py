@@ -8,18 +8,19 @@ from pathlib import Path
 
 from minima.disk import disk_full_named
 from minima.errors import LauncherError, StoreCorrupted
-from minima.launcher import child_environment, default_ranks, read_launch
+from minima.launcher import child_environment, read_launch
 from minima.models.checksums import missing_files
 from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, Recipe
 from minima.report.run_table import run_table
 from minima.stages.checks import check_stages
 from minima.stages.child import Log, run_child
 from minima.stages.identity import check_run
+from minima.stages.known_inputs import planned_ranks
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished, read_manifest
 from minima.stages.run_folder import check_run_folder, claim_run_folder
-from minima.stages.running import output_folder, select, uses_ranks
 from minima.stages.shipped import find_launcher
 from minima.stages.summary import stage_rows, write_summary
 
@@ -63,9 +64,9 @@ def run(
     """
     _refuse_inside_ranks()
     recipe = load_recipe(recipe_path, overrides)
-    stages = select(recipe, names)
-    folder = output_folder(recipe)
-    ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
+    stages = recipe.select(names)
+    folder = recipe.folder
+    ranks = planned_ranks(recipe)
     check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
     for line in check_stages(recipe, recipe_path, stages, folder, ranks):
         write(f"warning: {line}")
@@ -144,7 +145,7 @@ def _run_group(
     lock: int,
     write: Callable[[str], None],
 ) -> int:
-    folder = output_folder(recipe)
+    folder = recipe.folder
     names = ",".join(stage.name for stage in group)
     arguments = [str(recipe_path), "--stages", names, *overrides]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0

@@ -5,17 +5,14 @@ from pathlib import Path
 from minima.errors import stage_named
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
-from minima.planning.candidates import Stage as Trained
-from minima.planning.candidates import shipped
+from minima.planning.candidates import trained_stage
 from minima.planning.dry_run import training_facts
 from minima.planning.floor import model_flops_per_token
 from minima.planning.memory import Memory, Work, frozen_memory, scored_memory
-from minima.planning.run_plan import Cluster, StagePlan
-from minima.planning.sharding import Sharding, read_sharding
+from minima.planning.run_plan import PlannedGpus, StagePlan
 from minima.planning.stage_plan import frozen, place
 from minima.recipe.base import ModelInput
-from minima.recipe.distillation import Teacher
-from minima.recipe.references import deepspeed_jsons, named_steps
+from minima.recipe.references import deepspeed_jsons, named_steps, stage_and_step
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -30,17 +27,17 @@ from minima.recipe.schema import (
     Publish,
     Recipe,
 )
-from minima.stages.preview import Walk
-from minima.stages.preview_inputs import frozen_model, with_shared_rows
-from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
+from minima.stages.dry_run import Walk
+from minima.stages.known_tokens import check_rows, with_shared_rows
+from minima.stages.shipped import check_deepspeed_json
 
 
 class _Planner(Walk):
     """The dry run's walk over the stages, with the GPUs that the run is planned for."""
 
-    def __init__(self, recipe: Recipe, recipe_path: Path, cluster: Cluster) -> None:
+    def __init__(self, recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> None:
         super().__init__(recipe, recipe_path)
-        self.ranks, self.cluster = cluster.gpus, cluster
+        self.ranks, self.gpus = gpus.count, gpus
         self.unknown: dict[str, str] = {}  # what a stage's model goes back to where its shape is not known
         self.told: set[str] = set()  # what has been said how to make known
 
@@ -88,8 +85,8 @@ class _Planner(Walk):
         if shape is not None:
             return shape
         source = model.source or ""
-        base = source.rpartition("@")[0] or source
-        root = self.unknown.get(source, self.unknown.get(base, source))
+        made_by, _ = stage_and_step(self.recipe, source)
+        root = source if made_by is None else self.unknown.get(made_by.name, source)
         self.unknown[name] = root
         note = f"the model {root} is not known here, so this stage is not counted whole"
         if root not in self.told and root == source:
@@ -113,11 +110,11 @@ class _Planner(Walk):
 
     def _trained(self, stage: AnyTraining, plan: StagePlan) -> None:
         shape = self._known(stage.name, stage.model, plan, "model")
-        model = frozen_model(stage)
+        model = stage.frozen_model
         key = "teacher" if isinstance(stage, Distil) else "reference"
         other = self._known(stage.name, model, plan, key) if model is not None else None
         if shape is not None and other is not None and isinstance(stage, Distil):
-            note = self.check_rows(stage, shape, other)
+            note = check_rows(self.recipe, stage, shape, other)
             plan.notes += [note] if note is not None else []
             shape, other = with_shared_rows(shape, other)
         length, blocks = self.length(stage.data), self.blocks(stage.data)
@@ -145,23 +142,7 @@ class _Planner(Walk):
         if once:
             plan.notes.append("its reference's one pass over the data is in the FLOPs, not in the time")
             plan.flops_per_token, other = model_flops_per_token(shape, None, length), None
-        place(plan, self._of(stage, shape, other, length), self.cluster)
-
-    def _of(self, stage: AnyTraining, shape: ModelShape, other: ModelShape | None, length: int) -> Trained:
-        teacher = None
-        if other is not None:
-            teacher = stage.teacher if isinstance(stage, Distil) else None
-        if other is not None and isinstance(stage, Align):
-            teacher = Teacher(
-                source="reference",
-                placement="zero3",
-                precision=stage.reference_precision,
-                deepspeed=stage.reference_deepspeed,
-            )
-        own = self._sharding(stage.deepspeed)
-        named = self._sharding(teacher.deepspeed) if teacher is not None and teacher.deepspeed is not None else None
-        place = shipped if named is None else lambda placement, offload: named
-        return Trained(stage.name, stage, shape, length, own, teacher, other, place)
+        place(plan, trained_stage(stage, shape, other, length, self.sharding), self.gpus)
 
     def _pruned(self, stage: Prune, plan: StagePlan) -> None:
         shape, pruned = self._known(stage.name, stage.model, plan, "model"), self.shapes.get(stage.name)
@@ -177,10 +158,10 @@ class _Planner(Walk):
         plan.flops_per_token, plan.executed_flops_per_token = 2 * forward, 3 * forward
         plan.flops = 2 * forward * plan.tokens
         work = Work(stage.micro_batch_sequences, length)
-        memory = scored_memory(shape, stage.precision, work, self.ranks, self._sharding(stage.deepspeed))
+        memory = scored_memory(shape, stage.precision, work, self.ranks, self.sharding(stage.deepspeed))
         turns = -(-stage.sequences // (stage.micro_batch_sequences * self.ranks))  # micro-batches of one rank
         rank_flops = 3 * forward * turns * work.tokens
-        frozen(plan, [memory], stage.precision, self.cluster, rank_flops)
+        frozen(plan, [memory], stage.precision, self.gpus, rank_flops)
 
     def _evaluated(self, stage: Evaluate, plan: StagePlan) -> None:
         names = [*stage.models, *([stage.teacher] if stage.teacher else [])]
@@ -206,22 +187,19 @@ class _Planner(Walk):
         models = [largest, *([teacher] if teacher is not None else [])]
         memories = [self._sharded(shape, stage.precision, work, stage.deepspeed) for shape in models]
         rank_flops = plan.flops_per_token * -(-min(sequences) // self.ranks) * length
-        frozen(plan, memories, stage.precision, self.cluster, rank_flops)
+        frozen(plan, memories, stage.precision, self.gpus, rank_flops)
 
     def _sharded(self, shape: ModelShape, precision: str, work: Work, json_name: str) -> Memory:
-        return frozen_memory(shape, precision, "zero3", "none", work, self.ranks, self._sharding(json_name))
-
-    def _sharding(self, name: str) -> Sharding:
-        return read_sharding(find_deepspeed_json(name, self.recipe_path))
+        return frozen_memory(shape, precision, "zero3", "none", work, self.ranks, self.sharding(json_name))
 
 
-def plan_run(recipe: Recipe, recipe_path: Path, cluster: Cluster) -> list[StagePlan]:
+def plan_run(recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> list[StagePlan]:
     """The plan of every stage.
 
     Raises:
         MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
     """
-    planner, plans = _Planner(recipe, recipe_path, cluster), []
+    planner, plans = _Planner(recipe, recipe_path, gpus), []
     for stage in recipe.stages:
         with stage_named(stage.name):
             plans.append(planner.plan(stage))

@@ -33,7 +33,6 @@ from minima.stages.export import copy_tokenizer
 from minima.stages.memory_plan import log_scoring
 from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 
-RANKS = True
 logger = logging.getLogger(__name__)
 
 

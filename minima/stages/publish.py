@@ -9,7 +9,6 @@ from minima.recipe.schema import Publish
 from minima.stages.context import StageContext
 from minima.stages.hub_push import publish
 
-RANKS = False
 logger = logging.getLogger(__name__)
 
 

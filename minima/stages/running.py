@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minima.disk import access_refused_named, disk_full_named
-from minima.errors import MinimaError, RecipeError, StageError
+from minima.errors import MinimaError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.models.checksums import write_checksums
 from minima.planning.arithmetic import check_batch
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.references import ALONE
+from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_read, check_unchanged, describe
@@ -37,37 +37,13 @@ _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
 
 
-def select(recipe: Recipe, names: Sequence[str] | None) -> list[AnyStage]:
-    """The stages of those names in the recipe's order; all of them for None.
-
-    Raises:
-        RecipeError: a name is no stage of the recipe.
-    """
-    if names is None:
-        return list(recipe.stages)
-    wanted = {recipe.stage(name).name for name in names}
-    if not wanted:
-        raise RecipeError("no stages are chosen", "nothing would run", "name stages, or leave --stages out for all")
-    return [stage for stage in recipe.stages if stage.name in wanted]
-
-
-def uses_ranks(stage: AnyStage) -> bool:
-    """Whether a stage of this kind runs on every rank (the driver asks without importing the stage's file)."""
-    return stage.kind not in ALONE
-
-
-def output_folder(recipe: Recipe) -> Path:
-    """Where the run's stages lie; relative to where the command runs."""
-    return Path(recipe.output or f"runs/{recipe.name}").expanduser()
-
-
 @access_refused_named()
 def run_stage_command(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:
     """What `minima stage` does on each rank: `run_stages` under the run folder's lock, unless the driver holds it."""
-    stages = select(recipe, names)
-    folder = output_folder(recipe)
+    stages = recipe.select(names)
+    folder = recipe.folder
     with disk_full_named(folder), ExitStack() as stack:
         if launch.rank == 0:
             check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
@@ -100,7 +76,7 @@ def run_stages(
     Raises:
         MinimaError: a stage cannot run; nothing that was finished is touched.
     """
-    run_folder = output_folder(recipe)
+    run_folder = recipe.folder
     for stage in stages:
         if isinstance(stage, AnyTraining) and not is_finished(run_folder / stage.name):
             check_batch(stage.name, stage, launch.world_size)  # started by hand, no driver has seen to it
@@ -118,15 +94,15 @@ def run_stages(
     for stage in [stage for stage in stages if not is_finished(run_folder / stage.name)]:
         folder = run_folder / stage.name
         module = importlib.import_module(f"minima.stages.{stage.kind}")
-        if module.RANKS and not group_started:
+        if uses_ranks(stage) and not group_started:
             from minima.engine import distributed
 
             distributed.start(launch)
             group_started = True
-        if module.RANKS or launch.rank == 0:
+        if uses_ranks(stage) or launch.rank == 0:
             with disk_full_named(folder):
                 context = StageContext(recipe, recipe_path, stage, folder, run_folder, launch, allow_code_execution)
-                with machine_errors_named(stage, launch.world_size if module.RANKS else 1):
+                with machine_errors_named(stage, launch.world_size if uses_ranks(stage) else 1):
                     _run(module, context, write)
         else:
             _wait(folder)
@@ -136,11 +112,11 @@ def run_stages(
 
 def _run(module, context: StageContext, write) -> None:
     main, folder = context.launch.rank == 0, context.folder
-    _begin(module, context, write)
+    _begin(context, write)
     began = time.monotonic()
-    with _alone(module):
+    with _alone(context.stage):
         metrics = module.run(context)
-    if module.RANKS:
+    if uses_ranks(context.stage):
         from minima.engine import distributed
 
         distributed.barrier()
@@ -151,7 +127,7 @@ def _run(module, context: StageContext, write) -> None:
         if hasattr(module, "tidy"):
             module.tidy(context)
         write(f"stage {context.stage.name} finished in {seconds:.1f} s")
-    if module.RANKS:
+    if uses_ranks(context.stage):
         distributed.barrier()
         if not wait_finished(folder, NFS_SECONDS):  # the next stage reads this manifest on every rank
             raise StageError(
@@ -161,7 +137,7 @@ def _run(module, context: StageContext, write) -> None:
             )
 
 
-def _begin(module, context: StageContext, write) -> None:
+def _begin(context: StageContext, write) -> None:
     """Check the folder and begin it, on rank 0 alone; what that refuses, every rank raises."""
     refusal: MinimaError | None = None
     if context.launch.rank == 0:
@@ -175,7 +151,7 @@ def _begin(module, context: StageContext, write) -> None:
                     write_started(context.folder, description)
         except MinimaError as error:
             refusal = error
-    if module.RANKS:
+    if uses_ranks(context.stage):
         from minima.engine import distributed
 
         distributed.raise_together(refusal)
@@ -184,9 +160,9 @@ def _begin(module, context: StageContext, write) -> None:
 
 
 @contextmanager
-def _alone(module) -> Iterator[None]:
+def _alone(stage: AnyStage) -> Iterator[None]:
     """Around a stage that one process does: the other ranks of a group, if there is one, wait for its folder."""
-    if module.RANKS or "torch.distributed" not in sys.modules:  # no group can be there, and build_data needs no torch
+    if uses_ranks(stage) or "torch.distributed" not in sys.modules:  # no group is there, and build_data needs no torch
         yield
         return
     from minima.engine import distributed

@@ -21,7 +21,6 @@ from minima.engine.student import Student
 from minima.errors import DataError, RecipeError
 from minima.models.shape import ModelShape
 from minima.planning.placement import Choice
-from minima.recipe.distillation import Teacher
 from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 from minima.stages.feed import Feed
@@ -43,13 +42,12 @@ def run_training(
     context: StageContext,
     stage: AnyTraining,
     make_objective: Callable[[Path, ModelShape, Choice], Objective],
-    frozen_flops_per_token: Callable[[int], float] = lambda sequence_length: 0.0,
     identities: dict[str, Any] | None = None,
     *,
     formats: tuple[str, ...] = LEARNABLE,
     measure: Measure = held_out_loss,
     counted: str = "valid_tokens",
-    teacher: tuple[Teacher, ModelShape] | None = None,
+    teacher_shape: ModelShape | None = None,
     origin: Origin | None = None,
 ) -> dict[str, Any]:
     """Train a stage's model, or go on from its newest checkpoint.
@@ -59,12 +57,11 @@ def run_training(
         stage: a training stage.
         make_objective: gives the objective, from the data stage's folder, the student's shape and the memory plan; a
             teacher's engine is built in it, before the student's.
-        frozen_flops_per_token: forward FLOPs of frozen models, from the sequence length.
         identities: what checkpoints say of frozen models.
         formats: of data that the objective can learn from.
         measure: gives at least `held_out_loss`; every rank calls it.
         counted: what the objective's `count` counts, as the metrics call it.
-        teacher: the frozen model that runs beside the student, and its shape; for the memory plan.
+        teacher_shape: of the frozen model that runs beside the student.
         origin: the weights to start from; those that the stage names when not given.
 
     Returns:
@@ -80,14 +77,24 @@ def run_training(
     if distributed.is_main():
         warn_of_same_blocks(context, stage)
     _seed(stage)
-    choice = plan_memory(context, stage, shape, store.sequence_length, *(teacher or ()))
+    choice = plan_memory(context, stage, shape, store.sequence_length, teacher_shape)
     stage = stage.model_copy(update={"activation_checkpointing": choice.activation_checkpointing})
     config = training_config(context.deepspeed_json(stage.deepspeed), stage, distributed.world_size(), shape)
     objective = make_objective(data, shape, choice)
     student = Student(origin.source, config, stage)
-    facts = identities or {}
+    length = store.sequence_length
+    frozen_flops = 0.0 if teacher_shape is None else teacher_shape.forward_flops_per_token(length)
     run = TrainingRun(
-        context, stage, student, store, held_out, shape, frozen_flops_per_token, origin, facts, measure, counted
+        context=context,
+        stage=stage,
+        student=student,
+        store=store,
+        held_out=held_out,
+        shape=shape,
+        flops_per_token=shape.training_flops_per_token(length) + frozen_flops,
+        facts={"model": origin.identity, "data": store.sha256(), **(identities or {})},
+        measure=measure,
+        counted=counted,
     )
     first_step = run.resume()
     batches = Feed(

@@ -27,7 +27,6 @@ from minima.recipe.references import named_steps
 from minima.recipe.schema import AnyTraining
 from minima.report.progress import Progress
 from minima.stages.context import StageContext
-from minima.stages.origin import Origin
 from minima.stages.resume import load_newest
 
 ENDED = "ended.json"  # where a run with patience has ended
@@ -55,23 +54,21 @@ class TrainingRun:
 
     def __init__(
         self,
+        *,
         context: StageContext,
         stage: AnyTraining,
         student: Student,
         store: TokenStore,
         held_out: TokenStore,
         shape: ModelShape,
-        frozen_flops_per_token: Callable[[int], float],
-        origin: Origin,
-        identities: dict[str, Any],
-        measure: Measure = held_out_loss,
-        counted: str = "valid_tokens",
+        flops_per_token: float,
+        facts: dict[str, Any],
+        measure: Measure,
+        counted: str,
     ) -> None:
         self.context, self.stage, self.student = context, stage, student
         self.store, self.held_out, self.shape = store, held_out, shape
-        length = store.sequence_length
-        self.flops_per_token = shape.training_flops_per_token(length) + frozen_flops_per_token(length)
-        self.facts = {"model": origin.identity, "data": store.sha256(), **identities}
+        self.flops_per_token, self.facts = flops_per_token, facts
         self.log: MetricsLog | None = None
         self.progress: Progress | None = None
         self.measure, self.counted = measure, counted
@@ -150,14 +147,14 @@ class TrainingRun:
         """What the loop calls."""
         stage = self.stage
         return Events(
-            self.write,
-            self.evaluate,
-            self.save,
-            lambda: self.writer.writing,
-            self.writer.finish,
-            stage.log_every_steps,
-            stage.evaluate_every_steps,
-            stage.checkpoint_every_steps,
+            log=self.write,
+            evaluate=self.evaluate,
+            save=self.save,
+            writing=lambda: self.writer.writing,
+            settle=self.writer.finish,
+            log_every=stage.log_every_steps,
+            evaluate_every=stage.evaluate_every_steps,
+            save_every=stage.checkpoint_every_steps,
             save_evaluated=stage.patience is not None,
         )
 

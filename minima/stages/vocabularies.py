@@ -32,8 +32,7 @@ def shared_rows(model: Origin, teacher: Origin, do: str = VocabularyMismatch.DO)
     fewest, most = _rows(shorter), _rows(longer)
     if fewest == most:
         return most
-    main = distributed.share()[0] == 0
-    ids, trouble = distributed.broadcast_object(_tokens(longer) if main else None)
+    ids, trouble = distributed.broadcast_object(_tokens(longer) if distributed.is_main() else None)
     if trouble or ids > fewest:
         raise VocabularyMismatch(
             f"{longer.identity} has {f'{ids:,} tokens in ' if not trouble else ''}{most:,} rows of vocabulary, "
@@ -41,7 +40,7 @@ def shared_rows(model: Origin, teacher: Origin, do: str = VocabularyMismatch.DO)
             "their predictions are compared token by token, so both must be over the same tokens",
             do,
         )
-    if main:
+    if distributed.is_main():
         logger.info(
             "%s: the last %d of its %d rows of vocabulary are left out; they belong to no token",
             longer.identity, most - fewest, most,

@@ -26,7 +26,7 @@ BESIDE = {
 NO_TORCH = [
     "minima.cli", "minima.errors", "minima.launcher", "minima.models.shape", "minima.recipe.loading",
     "minima.planning.arithmetic", "minima.planning.dry_run", "minima.report.run_table", "minima.stages.lock",
-    "minima.stages.manifest", "minima.stages.pipeline", "minima.stages.context", "minima.stages.preview",
+    "minima.stages.manifest", "minima.stages.pipeline", "minima.stages.context", "minima.stages.dry_run",
     "minima.stages.running", "minima.stages.plan_command", "minima.pruning.target",
 ]  # fmt: skip
 

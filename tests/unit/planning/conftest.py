@@ -4,14 +4,14 @@ import pytest
 import yaml
 
 from minima.recipe.loading import load_recipe
-from minima.stages.plan_command import cluster_for
+from minima.stages.plan_command import PlanOptions, gpus_for
 from minima.stages.plan_walk import plan_run
 from tests.unit.planning.runs import RUNS
 
 
 @pytest.fixture
 def planned(root, tmp_path):
-    """Gives the plans and the cluster of a shipped run, or of stages."""
+    """Gives the plans and the GPUs of a shipped run, or of stages."""
 
     def planned(run, gpus=None, overrides=(), **asked):
         if isinstance(run, str):
@@ -22,7 +22,7 @@ def planned(root, tmp_path):
             path.write_text(yaml.safe_dump({"name": "x", "output": str(tmp_path / "out"), "stages": run}))
         recipe = load_recipe(path, list(overrides))
         asked = {"benchmarks": tmp_path} | asked
-        cluster = cluster_for(recipe, path, gpus=gpus, **asked)
-        return {plan.name: plan for plan in plan_run(recipe, path, cluster)}, cluster
+        found = gpus_for(recipe, path, PlanOptions(gpus=gpus, **asked))
+        return {plan.name: plan for plan in plan_run(recipe, path, found)}, found
 
     return planned

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from minima.planning.candidates import Machine, Stage, candidates
-from minima.planning.dry_run import size_text
+from minima.planning.candidates import Devices, TrainedStage, candidates
 from minima.planning.floor import executed_flops_per_token, model_flops_per_token
 from minima.planning.hardware import GPUS
 from minima.planning.memory import Work, frozen_memory, trained_memory
 from minima.planning.sharding import STUDENT, TEACHER
 from minima.planning.throughput import Efficiency, step_time
 from minima.planning.traffic import frozen_traffic, trained_traffic
+from minima.planning.units import size_text
 from tests.unit.planning.test_placement import STUDENT_3B, TEACHER_7B, stage_of
 
 MATMUL = 790e12  # FLOP/s: what the page assumes of large bfloat16 matrix products on an H100
@@ -87,10 +87,10 @@ def seconds_rows() -> Iterator[str]:
 
 
 def placement_rows() -> Iterator[str]:
-    machine = Machine(32, 8)
+    devices = Devices(32, 8)
     stage = stage_of(batch_sequences=2048)
-    planned = Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B)
-    for row in candidates(planned, machine, "full")[0]:
+    planned = TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B)
+    for row in candidates(planned, devices, "full")[0]:
         teacher = row.teacher
         cells = [
             teacher.device.get("weights", 0), teacher.passing.get("gathered", 0),

@@ -8,7 +8,7 @@ import pytest
 
 from minima.errors import RecipeError
 from minima.models.shape import ModelShape
-from minima.planning.candidates import HOST_MARGIN, MARGIN, Machine, Stage, candidates
+from minima.planning.candidates import HOST_MARGIN, MARGIN, Devices, TrainedStage, candidates
 from minima.planning.memory import Work, frozen_memory, split_elements, trained_memory
 from minima.planning.placement import choose, render, unchosen
 from minima.planning.sharding import STUDENT, TEACHER, Sharding
@@ -21,7 +21,7 @@ TEACHER_7B = ModelShape(
 STUDENT_3B = ModelShape(
     vocabulary_size=49216, hidden_size=3072, intermediate_size=8192, num_layers=24, num_heads=24, head_size=128
 )  # fmt: skip
-NODE = Machine(ranks=8, ranks_per_node=8, device_bytes=85 * GB, host_bytes=1000 * GB)
+NODE = Devices(ranks=8, ranks_per_node=8, device_bytes=85 * GB, host_bytes=1000 * GB)
 
 
 def stage_of(teacher=None, **changes) -> Distil:
@@ -33,16 +33,18 @@ def stage_of(teacher=None, **changes) -> Distil:
     return Distil.model_validate(given | changes)
 
 
-def chosen(stage: Distil, machine: Machine, **changes):
+def chosen(stage: Distil, devices: Devices, **changes):
     shapes = {"teacher_shape": TEACHER_7B, "student": STUDENT_3B} | changes
-    return choose("student", stage, machine=machine, sequence_length=4096, teacher=stage.teacher, **shapes)
+    return choose(
+        TrainedStage("student", stage, sequence_length=4096, sharding=STUDENT, teacher=stage.teacher, **shapes), devices
+    )
 
 
-def smallest_device(name: str, machine: Machine, stage: Distil) -> int:
+def smallest_device(name: str, devices: Devices, stage: Distil) -> int:
     """Bytes of the smallest device on which that candidate fits."""
     rows, _ = candidates(
-        Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B),
-        replace(machine, device_bytes=GB),
+        TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B),
+        replace(devices, device_bytes=GB),
         "full",
     )
     return int(next(row.peak_bytes for row in rows if row.name == name) / (1 - MARGIN)) + 2
@@ -70,9 +72,9 @@ def test_the_published_run_fits_one_80_gb_device_as_a_replica():
 )
 def test_auto_takes_the_first_that_fits(name, ranks, placement, offload):
     stage = stage_of(batch_sequences=2048)
-    machine = replace(NODE, ranks=ranks, device_bytes=GB)
-    machine = replace(machine, device_bytes=smallest_device(name, machine, stage) + GB // 5)
-    choice = chosen(stage, machine)
+    devices = replace(NODE, ranks=ranks, device_bytes=GB)
+    devices = replace(devices, device_bytes=smallest_device(name, devices, stage) + GB // 5)
+    choice = chosen(stage, devices)
     assert (choice.placement, choice.offload) == (placement, offload)
     assert (choice.window_micro_batches == 1) == (placement == "replica"), "shared traffic only where weights travel"
     for row in choice.rows[: choice.rows.index(choice.chosen)]:
@@ -81,10 +83,10 @@ def test_auto_takes_the_first_that_fits(name, ranks, placement, offload):
 
 def test_host_memory_comes_after_recomputation_and_nvme_needs_a_path():
     stage = stage_of(activation_checkpointing="auto", teacher={"nvme_path": "/local"})
-    machine = replace(NODE, device_bytes=smallest_device("zero3_node", NODE, stage))
-    choice = chosen(stage, machine)
+    devices = replace(NODE, device_bytes=smallest_device("zero3_node", NODE, stage))
+    choice = chosen(stage, devices)
     assert (choice.placement, choice.offload, choice.activation_checkpointing) == ("zero3_node", "none", "full")
-    small = replace(machine, device_bytes=smallest_device("zero3_node+cpu", NODE, stage))
+    small = replace(devices, device_bytes=smallest_device("zero3_node+cpu", NODE, stage))
     assert chosen(stage, small).offload == "cpu"
     for level in ("none", "selective"):
         assert f"with activation_checkpointing {level}, " in chosen(stage, small).reason
@@ -99,7 +101,9 @@ def test_host_memory_comes_after_recomputation_and_nvme_needs_a_path():
 
 def test_what_passes_counts_once_and_one_machine_shards_one_way():
     stage = stage_of()
-    rows, excluded = candidates(Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), NODE, "full")
+    rows, excluded = candidates(
+        TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), NODE, "full"
+    )
     assert [row.name for row in rows] == ["replica", "zero3_node", "tensor_parallel", "zero3_node+cpu"]
     assert "zero3 cannot be: on one machine it is what zero3_node is" in excluded
     for row in rows:
@@ -112,7 +116,9 @@ def test_a_split_needs_heads_that_divide():
     grouped = TEACHER_7B.model_copy(update={"num_key_value_heads": 4})
     stage = stage_of()
     for shape, possible in ((TEACHER_7B, True), (grouped, False)):
-        rows, excluded = candidates(Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, shape), NODE, "full")
+        rows, excluded = candidates(
+            TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, shape), NODE, "full"
+        )
         assert ("tensor_parallel" in {row.name for row in rows}) == possible
         assert ("4 key-value heads do not divide by 8 ranks" in "; ".join(excluded)) == (not possible)
 
@@ -123,7 +129,7 @@ def test_a_named_split_of_heads_that_do_not_divide_is_told_before_it_is_tried():
     choice = chosen(stage, NODE, teacher_shape=grouped)
     assert choice.chosen.refused == "cannot be: 4 key-value heads do not divide by 8 ranks"
     assert choice.warning == f"tensor_parallel {choice.chosen.refused}"
-    planned = Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, grouped)
+    planned = TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, grouped)
     assert choice.warning in unchosen(planned, 8)
     assert not chosen(stage_of(teacher={"placement": "tensor_parallel", "tensor_parallel_ranks": 4}), NODE,
                       teacher_shape=grouped).warning  # fmt: skip
@@ -133,14 +139,14 @@ def test_a_named_split_of_heads_that_do_not_divide_is_told_before_it_is_tried():
 
 def test_the_window_shrinks_where_hidden_states_do_not_fit():
     stage = stage_of(batch_sequences=2048, teacher={"placement": "zero3_node"})
-    machine = replace(NODE, ranks=32)
-    wide = chosen(stage, machine)
+    devices = replace(NODE, ranks=32)
+    wide = chosen(stage, devices)
     assert wide.window_micro_batches == 8
-    tight = chosen(stage, replace(machine, device_bytes=int(wide.chosen.peak_bytes / (1 - MARGIN)) - GB // 100))
+    tight = chosen(stage, replace(devices, device_bytes=int(wide.chosen.peak_bytes / (1 - MARGIN)) - GB // 100))
     assert 1 <= tight.window_micro_batches < 8
     assert not tight.warning
     named = stage_of(batch_sequences=2048, teacher={"placement": "zero3_node", "window_micro_batches": 8})
-    assert chosen(named, tight.machine).window_micro_batches == 8, "what is named stays"
+    assert chosen(named, tight.devices).window_micro_batches == 8, "what is named stays"
 
 
 def test_what_is_named_is_taken_with_a_warning():
@@ -173,16 +179,16 @@ def test_nothing_fits():
 def test_without_a_teacher_only_recomputation_is_chosen():
     stage = stage_of(activation_checkpointing="auto")
     for device, level in ((85, "none"), (16, "full"), (5, "full")):
-        choice = choose("s", stage, STUDENT_3B, replace(NODE, device_bytes=device * GB), 4096)
+        choice = choose(TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT), replace(NODE, device_bytes=device * GB))
         assert (choice.placement, choice.activation_checkpointing) == (None, level)
         assert bool(choice.warning) == (device == 5)
 
 
 def test_on_a_cpu_the_hosts_memory_is_the_device():
-    machine = Machine(2, 2, device_bytes=20 * GB, host_bytes=40 * GB, host_is_device=True)
+    devices = Devices(2, 2, device_bytes=20 * GB, host_bytes=40 * GB, host_is_device=True)
     stage = stage_of()
     rows, excluded = candidates(
-        Stage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), machine, "full"
+        TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), devices, "full"
     )
     assert not [row for row in rows if row.offload == "cpu"]
     assert "zero3_node+cpu cannot be: the host's memory is the devices'" in excluded

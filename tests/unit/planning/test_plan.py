@@ -38,9 +38,9 @@ def test_parts_add_up_where_the_teachers_forward_is_the_peak_too(planned, batch,
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(planned, root, run):
-    plans, cluster = planned(run, gpu="h100")
+    plans, gpus = planned(run, gpu="h100")
     recipe = load_recipe(root / RUNS[run][0])
-    share = recipe.stage("student").batch_sequences // cluster.gpus
+    share = recipe.stage("student").batch_sequences // gpus.count
     checked = 0
     for one in plans["student"].placed:
         for level, size in one.largest_micro_batch.items():
@@ -106,9 +106,9 @@ def test_a_run_of_7b_to_3b_on_16_gpus(planned):
 
 
 def test_a_run_of_70b_to_27b_on_1024_gpus(planned):
-    plans, cluster = planned("70B to 27B", gpu="h100")
+    plans, gpus = planned("70B to 27B", gpu="h100")
     student = plans["student"]
-    assert cluster.nodes == 128
+    assert gpus.nodes == 128
     assert student.frozen_parameters == pytest.approx(69e9, rel=0.01)
     assert student.parameters == pytest.approx(27e9, rel=0.02)
     places = {one.name: one for one in student.placed}
@@ -139,10 +139,10 @@ def test_a_measured_gpu_gives_its_own_speed_back(planned, tmp_path):
         model={"random": shapes["student"]}, teacher={"random": shapes["teacher"]}, batch_sequences=4096,
         micro_batch_sequences=16, activation_checkpointing="full",
     )  # fmt: skip
-    plans, cluster = planned(own, gpus=1, gpu="h100")
-    assert cluster.efficiency.measured
+    plans, gpus = planned(own, gpus=1, gpu="h100")
+    assert gpus.efficiency.measured
     assert plans["s"].chosen.tokens_per_second == pytest.approx(9e6, rel=0.01)
-    text = render(list(plans.values()), cluster, assumptions(cluster))
+    text = render(list(plans.values()), gpus, assumptions(gpus))
     assert "computed from a measured speed" in text and "bench.json" in text and "not measured:" not in text
     assert planned(own, gpus=1, gpu="h200")[1].efficiency.measured is False, "another GPU"
 
@@ -154,14 +154,14 @@ def test_a_time_that_can_only_be_a_lower_bound_is_called_one(planned):
 
 def test_where_nothing_fits_the_plan_says_so_and_names_no_cost(planned):
     overrides = ["stages.student.micro_batch_sequences=1024"]
-    plans, cluster = planned("7B to 3B", gpus=1, gpu="4090", overrides=overrides)
+    plans, gpus = planned("7B to 3B", gpus=1, gpu="4090", overrides=overrides)
     student = plans["student"]
     assert student.taken == "" and student.cost is None
     assert any("fits nowhere" in note for note in student.notes)
     assert all(one.refused for one in student.placed)
-    text = render(list(plans.values()), cluster, assumptions(cluster))
+    text = render(list(plans.values()), gpus, assumptions(gpus))
     assert "fits                    no" in text and max(map(len, text.splitlines())) <= 100
-    assert total_cost(list(plans.values()), cluster) is None, "a sum of what is left is no cost of the run"
+    assert total_cost(list(plans.values()), gpus) is None, "a sum of what is left is no cost of the run"
     assert "no total: teacher, student, quality would not fit on these GPUs" in text
     total, own = (
         next(line for line in text.splitlines() if line.startswith(f"  {name} ")) for name in ("total", "teacher")
@@ -183,11 +183,11 @@ def test_stages_without_a_time_are_told_apart(planned):
     own = stages(batch_sequences=64)
     own += [{"name": "e", "kind": "export", "model": "s"}]
     own += [{"name": "b", "kind": "benchmark", "model": "e", "tasks": ["gsm8k"]}]
-    plans, cluster = planned(own, gpus=1, gpu="h100", price=2.0)
+    plans, gpus = planned(own, gpus=1, gpu="h100", price=2.0)
     found = untimed(list(plans.values()))
     assert (found.idle, found.unknown, found.too_large) == (("c", "e"), ("b",), ())
-    assert total_cost(list(plans.values()), cluster) is None
-    text = " ".join(render(list(plans.values()), cluster, assumptions(cluster)).split())
+    assert total_cost(list(plans.values()), gpus) is None
+    text = " ".join(render(list(plans.values()), gpus, assumptions(gpus)).split())
     assert "no GPU time is spent by c, e" in text
     assert "no total: no time is known of b; the others take" in text
 

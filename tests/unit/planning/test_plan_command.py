@@ -15,8 +15,8 @@ from tests.unit.planning.runs import RUNS, SMALL, stages
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_text_is_100_columns_wide_and_says_what_it_assumes(planned, run):
-    plans, cluster = planned(run, gpu="h100", price=2.5)
-    text = render(list(plans.values()), cluster, assumptions(cluster))
+    plans, gpus = planned(run, gpu="h100", price=2.5)
+    text = render(list(plans.values()), gpus, assumptions(gpus))
     assert max(map(len, text.splitlines())) <= 100
     flat = " ".join(text.split())
     for wanted in ("computed, not measured", "0.4 of the published peak", "arXiv 2407.21783", "NVIDIA H100", "a choice",
@@ -28,22 +28,22 @@ def test_the_text_is_100_columns_wide_and_says_what_it_assumes(planned, run):
 
 def test_eight_places_still_fit_into_100_columns(planned):
     teacher = {"random": SMALL | {"num_heads": 2}, "nvme_path": "/x"}
-    plans, cluster = planned(stages(teacher=teacher), gpus=16, gpu="h100", gpus_per_node=2)
-    text = render(list(plans.values()), cluster, assumptions(cluster))
+    plans, gpus = planned(stages(teacher=teacher), gpus=16, gpu="h100", gpus_per_node=2)
+    text = render(list(plans.values()), gpus, assumptions(gpus))
     assert len(plans["s"].placed) == 8 and max(map(len, text.splitlines())) <= 100
     assert "from NVMe" in text
 
 
 def test_without_a_gpu_no_time_is_made_up(planned):
-    plans, cluster = planned("7B to 3B")
+    plans, gpus = planned("7B to 3B")
     assert all(plan.cost is None and not plan.taken for plan in plans.values())
-    text = render(list(plans.values()), cluster, assumptions(cluster))
+    text = render(list(plans.values()), gpus, assumptions(gpus))
     assert "give --gpu" in text and "    hours" not in text.split("all stages")[0] and "= peak" in text
 
 
 def test_json_holds_the_same_numbers(planned):
-    plans, cluster = planned("7B to 3B", gpu="h100", price=2.0)
-    found = json.loads(json.dumps(as_dict(list(plans.values()), cluster, assumptions(cluster))))
+    plans, gpus = planned("7B to 3B", gpu="h100", price=2.0)
+    found = json.loads(json.dumps(as_dict(list(plans.values()), gpus, assumptions(gpus))))
     student = next(stage for stage in found["stages"] if stage["name"] == "student")
     taken = next(one for one in student["placed"] if one["name"] == student["taken"])
     assert taken["tokens_per_second"] == plans["student"].chosen.tokens_per_second
@@ -55,8 +55,8 @@ def test_json_holds_the_same_numbers(planned):
     assert found["total"]["gpu_hours"] == pytest.approx(hours)
     assert found["total"]["price"] == pytest.approx(2 * hours)
     assert found["without_time"] == {"idle": ["expanded", "corpus", "minima"], "unknown": [], "too_large": []}
-    plans, cluster = planned("7B to 3B", gpus=8, gpu="4090", price=1.0)
-    found = as_dict(list(plans.values()), cluster, assumptions(cluster))
+    plans, gpus = planned("7B to 3B", gpus=8, gpu="4090", price=1.0)
+    found = as_dict(list(plans.values()), gpus, assumptions(gpus))
     assert found["total"] is None and found["without_time"]["too_large"] == ("teacher", "student")
 
 
@@ -146,8 +146,8 @@ def test_the_documentation_shows_what_the_command_prints(planned, root):
     assert len(shown) == 3
     text = ""
     for run in RUNS:
-        plans, cluster = planned(run, gpu="h100", price=2.0)
-        text += render(list(plans.values()), cluster, assumptions(cluster))
+        plans, gpus = planned(run, gpu="h100", price=2.0)
+        text += render(list(plans.values()), gpus, assumptions(gpus))
     for block in shown:
         assert block.split("```")[0].strip() in text
 

@@ -10,10 +10,10 @@ import pytest
 from minima.errors import CheckpointError, RecipeError, ShapeError, VocabularyMismatch
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, plan_training, training_flops
-from minima.planning.dry_run import flops_text, size_text
+from minima.planning.units import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.training import Training
-from minima.stages.preview import preview
+from minima.stages.dry_run import dry_run_text
 
 
 def training(**changes) -> Training:
@@ -107,7 +107,7 @@ def test_the_papers_run(root: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = root / "recipes" / "minima-3b.yaml"
     recipe = load_recipe(path)
-    text = preview(recipe, path, recipe.stages)
+    text = dry_run_text(recipe, path, recipe.stages)
     student = text[text.index("student (distil)") :]
     assert "student    3,020,442,624 parameters" in student
     assert "steps      30,041 of 1,024 sequences" in student
@@ -175,7 +175,7 @@ def show(tmp_path, monkeypatch):
         path = tmp_path / "x.yaml"
         path.write_text(text.replace("tokenizer: t,", "tokenizer: tok,"), encoding="utf-8")
         recipe = load_recipe(path, overrides)
-        return preview(recipe, path, recipe.stages)
+        return dry_run_text(recipe, path, recipe.stages)
 
     return show
 
@@ -278,7 +278,7 @@ def test_a_dry_run_says_which_deepspeed_json_it_cannot_read(tmp_path, root: Path
     path = tmp_path / "recipe.yaml"
     path.write_text(text.replace("kind: distil\n", "kind: distil\n    deepspeed: own.json\n", 1))
     recipe = load_recipe(path)
-    shown = preview(recipe, path, recipe.stages)
+    shown = dry_run_text(recipe, path, recipe.stages)
     count = sum(stage.kind == "distil" for stage in recipe.stages)  # the others take over what the first one says
     assert shown.count("own.json cannot be read as a DeepSpeed JSON") == count
     assert "memory     of one of" not in shown

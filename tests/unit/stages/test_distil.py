@@ -28,7 +28,7 @@ def write_teacher(folder, seed=0):
 def said(tmp_path, monkeypatch):
     """What the checkpoints of a stage with some teacher would say of it, once the stage was begun."""
     given = []
-    monkeypatch.setattr(distil, "run_training", lambda context, stage, make, flops, facts, **_: given.append(facts))
+    monkeypatch.setattr(distil, "run_training", lambda context, stage, make, facts, **_: given.append(facts))
 
     def run(teacher, rank=0, folder="student"):
         stage = {

@@ -36,7 +36,7 @@ def recipe(tmp_path, monkeypatch):
 def kind(monkeypatch):
     """A stand-in for the stage's own file; its `ran` lists the stages that it ran, by rank."""
     module = types.ModuleType("minima.stages.build_data")
-    module.RANKS, module.ran, module.error = False, [], None
+    module.ran, module.error = [], None
 
     def run(context):
         module.ran.append((context.launch.rank, context.stage.name))
@@ -146,7 +146,7 @@ def test_rank_0_alone_judges_the_folder_that_it_then_writes_into(recipe, kind, t
     group, judged, ended = Group(2), [], {}
     monkeypatch.setattr(distributed, "raise_together", group.raise_together)
     monkeypatch.setattr(distributed, "barrier", group.barrier)
-    monkeypatch.setattr(kind, "RANKS", True)
+    monkeypatch.setattr(running, "uses_ranks", lambda stage: True)
     check = running.check_unchanged
     monkeypatch.setattr(running, "check_unchanged", lambda *given: judged.append(given) or check(*given))
     folder = tmp_path / "out" / "a"

@@ -21,6 +21,9 @@ SHAPE = ModelShape(vocabulary_size=64, hidden_size=8, intermediate_size=8, num_l
 class Store(list):
     sequence_length, format = 16, "text"
 
+    def sha256(self):
+        return ""
+
 
 @pytest.fixture(autouse=True)
 def alone():
@@ -59,7 +62,7 @@ def test_schedule_and_feed_are_the_recipes(tmp_path, monkeypatch, settings, step
         "warn_of_same_blocks": lambda *_: None, "plan_memory": lambda *_: choice, "choice_metrics": lambda _: {},
         "training_config": lambda *_: {}, "copy_content": lambda *_: None,
         "Student": lambda source, config, stage: seen.students.append(stage) or device,
-        "TrainingRun": lambda *given: seen.trained.append(given[7].identity) or run,
+        "TrainingRun": lambda **given: seen.trained.append(given["facts"]["model"]) or run,
         "Feed": lambda store, **given: seen.feed.update(given),
         "train": lambda *given, **_: seen.trained.extend(given[3:6:2]),
     }.items():  # fmt: skip

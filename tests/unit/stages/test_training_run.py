@@ -9,7 +9,7 @@ import torch.distributed as dist
 from minima.engine.patience import Patience
 from minima.models.layout import MARKER, step_folder
 from minima.recipe.schema import Recipe
-from minima.stages.training_run import ENDED, TrainingRun
+from minima.stages.training_run import ENDED, TrainingRun, held_out_loss
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +62,11 @@ def test_checkpoints_that_the_recipe_names_are_spared(tmp_path):
         {"name": "c", "kind": "evaluate", "models": ["b", "a@5", "b@3"], "data": "data"},
     ]
     recipe = Recipe(name="x", stages=stages)
-    flops = SimpleNamespace(training_flops_per_token=lambda length: 1.0)
-    store = SimpleNamespace(sequence_length=8, sha256=lambda: "")
     for name, steps in (("a", {2, 4, 5}), ("b", {3})):
         context = SimpleNamespace(folder=tmp_path, recipe=recipe)
         run = TrainingRun(
-            context, recipe.stage(name), None, store, None, flops, lambda length: 0.0,
-            SimpleNamespace(identity=""), {},
+            context=context, stage=recipe.stage(name), student=None, store=None, held_out=None, shape=None,
+            flops_per_token=1.0, facts={}, measure=held_out_loss, counted="valid_tokens",
         )  # fmt: skip
         assert run.writer.named == steps
 

@@ -5,28 +5,32 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from minima.errors import MinimaError, RecipeError, TokenizerMismatch, VocabularyMismatch
+from minima.errors import MinimaError, RecipeError
 from minima.launcher import default_ranks
 from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import TrainingPlan, check_length, plan_training
 from minima.planning.dry_run import StagePreview
+from minima.planning.sharding import Sharding, read_sharding
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.overrides import nearest
-from minima.recipe.references import Reference, lineage
-from minima.recipe.schema import Align, AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
+from minima.recipe.references import Reference, stage_and_step
+from minima.recipe.schema import AnyTraining, BuildData, ModelInput, Recipe
 from minima.stages.manifest import is_finished, read_manifest
-from minima.stages.running import output_folder
+from minima.stages.shipped import find_deepspeed_json
 
-_MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
+
+def planned_ranks(recipe: Recipe) -> int:
+    """Ranks that `minima run` gives a stage on this machine."""
+    return recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
 
 
 class KnownInputs:
     """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes and steps."""
 
     def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
-        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, output_folder(recipe)
-        self.ranks = recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
+        self.recipe, self.recipe_path, self.folder = recipe, recipe_path, recipe.folder
+        self.ranks = planned_ranks(recipe)
         self.shapes: dict[str, ModelShape] = {}
         inputs = [value for stage in self.recipe.stages for _, value in stage if isinstance(value, ModelInput)]
         self._given = {model.source: model.shape for model in inputs if model.source and model.shape}
@@ -113,11 +117,9 @@ class KnownInputs:
 
     def _shape_here(self, model: ModelInput) -> ModelShape | None:
         assert model.source is not None
-        base = model.source.rpartition("@")[0] or model.source
-        names = {stage.name for stage in self.recipe.stages}
-        name = model.source if model.source in names else base
-        if name in names:
-            return self.shapes.get(name) or self.made(name)
+        stage, _ = stage_and_step(self.recipe, model.source)
+        if stage is not None:
+            return self.shapes.get(stage.name) or self.made(stage.name)
         path = Path(model.source).expanduser()
         if path.is_dir():
             return _shape_in(path)
@@ -142,54 +144,13 @@ class KnownInputs:
         except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
             return None
 
-    def check_trained_tokenizer(self, stage: str, reference: str, shape: ModelShape, who: str = "model") -> None:
-        """Refuse data of a tokenizer that the recipe trains with more ids than a model of the stage has rows.
+    def sharding(self, name: str) -> Sharding:
+        """The sizes in the DeepSpeed JSON of that name.
 
         Raises:
-            TokenizerMismatch: with both sizes.
+            RecipeError: there is none, or it cannot be read.
         """
-        own = {each.name: each for each in self.recipe.stages if isinstance(each, BuildData)}
-        data = own.get(reference)  # data of another run names stages of that run's recipe
-        while data is not None and isinstance(data.tokenizer, str):
-            data = own.get(data.tokenizer)
-        size = data.tokenizer.vocabulary_size if data is not None and not isinstance(data.tokenizer, str) else 0
-        if size <= shape.vocabulary_size:
-            return
-        raise TokenizerMismatch(
-            f"stages.{stage}: the data {reference!r} has a tokenizer of {size:,} ids, its {who} "
-            f"{shape.vocabulary_size:,} embedding rows",
-            f"an id of {shape.vocabulary_size:,} or more would be looked up outside the embedding",
-            f"give the tokenizer of the build_data stage and the {who} the same vocabulary_size",
-        )
-
-    def check_rows(self, stage: Distil, student: ModelShape, teacher: ModelShape) -> str | None:
-        """What the stage does about a vocabulary with more rows than the other; None where there is nothing to do.
-
-        Raises:
-            VocabularyMismatch: those rows are of tokens, as far as that is known here: random weights and grown
-                vocabularies have no others.
-        """
-        sizes = {"student": student.vocabulary_size, "teacher": teacher.vocabulary_size}
-        longer = max(sizes, key=lambda who: sizes[who])
-        fewest, most = min(sizes.values()), sizes[longer]
-        if fewest == most:
-            return None
-        model = stage.model if longer == "student" else stage.teacher
-        made, root = ([], None) if model.source is None else lineage(self.recipe, model.source)
-        ids: int | None = most
-        if root is not None and not any(isinstance(ancestor.stage, ExpandVocabulary) for ancestor in made):
-            first = getattr(made[0].stage, "model", None) if made else model
-            config = cached_config(root, first.revision if isinstance(first, ModelInput) else None)
-            ids = _ids_in(config.parent if config else Path(root).expanduser())
-        if ids is not None and ids > fewest:
-            raise VocabularyMismatch(
-                f"stages.{stage.name}: a student with vocabulary {sizes['student']:,} and a teacher with "
-                f"{sizes['teacher']:,}, and {ids:,} tokens in the {longer}'s",
-                "the loss compares the two models' probabilities of the same tokens",
-                VocabularyMismatch.DO,
-            )
-        note = f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
-        return note + (", and so many hardly are" if most - fewest > _MOST_PADDING else "")
+        return read_sharding(find_deepspeed_json(name, self.recipe_path))
 
     def length(self, reference: str | None) -> int | None:
         """Tokens of a block of that data."""
@@ -238,30 +199,6 @@ class KnownInputs:
     def _data_folder(self, reference: str) -> Path:
         own = reference in {stage.name for stage in self.recipe.stages}
         return self.folder / reference if own else Path(reference).expanduser()
-
-
-def frozen_model(stage: AnyTraining) -> ModelInput | None:
-    """The model that runs beside the trained one."""
-    if isinstance(stage, Align):
-        return stage.reference or stage.model
-    return stage.teacher if isinstance(stage, Distil) and stage.soft_weight else None
-
-
-def with_shared_rows(student: ModelShape, teacher: ModelShape) -> tuple[ModelShape, ModelShape]:
-    """Both with as many rows of vocabulary as the shorter one has, as `distil` takes them."""
-    same = {"vocabulary_size": min(student.vocabulary_size, teacher.vocabulary_size)}
-    return student.model_copy(update=same), teacher.model_copy(update=same)
-
-
-def _ids_in(folder: Path) -> int | None:
-    """One more than the highest id of a tokenizer.json; None where there is none, or not of that form."""
-    try:
-        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        pieces = tokenizer["model"]["vocab"]
-        ids = pieces.values() if isinstance(pieces, dict) else range(len(pieces))
-        return 1 + max([*ids, *(added["id"] for added in tokenizer["added_tokens"])])
-    except (OSError, ValueError, KeyError, TypeError):  # the stage itself asks the tokenizer
-        return None
 
 
 def _bytes_of_a_token(vocabulary_size: int) -> int:

@@ -7,15 +7,14 @@ from minima.errors import MinimaError, RecipeError, StageError, stage_named
 from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
-from minima.planning.candidates import Stage as Planned
-from minima.planning.candidates import shipped
-from minima.planning.dry_run import StagePreview, flops_text, render, size_text, training_facts
+from minima.planning.candidates import trained_stage
+from minima.planning.dry_run import StagePreview, render, training_facts
 from minima.planning.placement import unchosen
-from minima.planning.sharding import read_sharding
+from minima.planning.units import flops_text, size_text
 from minima.pruning.target import plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.overrides import nearest
-from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, unread
+from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, trained_precision, unread
 from minima.recipe.schema import (
     Align,
     AnyStage,
@@ -33,12 +32,11 @@ from minima.recipe.schema import (
 )
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
+from minima.stages.known_inputs import KnownInputs
+from minima.stages.known_tokens import check_known_tokens, check_rows, check_trained_tokenizer, with_shared_rows
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
-from minima.stages.preview_inputs import KnownInputs, frozen_model, with_shared_rows
-from minima.stages.preview_tokens import check_known_tokens
 from minima.stages.run_folder import check_run_folder
-from minima.stages.running import output_folder
-from minima.stages.shipped import check_deepspeed_json, find_deepspeed_json
+from minima.stages.shipped import check_deepspeed_json
 
 _LEAVES = {
     "build_data": "tokenizer, train and held-out blocks",
@@ -124,9 +122,7 @@ class Walk(KnownInputs):
             return
         self.shapes[stage.name] = found
         preview.facts.append(("model", describe_shape(found)))
-        name = stage.model.rpartition("@")[0] or stage.model
-        trained = next((other for other in self.recipe.stages if other.name in (stage.model, name)), None)
-        dtype = stage.dtype or (trained.precision if isinstance(trained, AnyTraining) else None)
+        dtype = stage.dtype or trained_precision(self.recipe, stage.model)
         preview.facts.append(("disk", _model_size(found, dtype)))
 
     def _expand(self, stage: ExpandVocabulary, preview: StagePreview) -> None:
@@ -176,10 +172,10 @@ class Walk(KnownInputs):
 
     def _training(self, stage: AnyTraining, preview: StagePreview) -> None:
         check_batch(stage.name, stage, self.ranks)
-        shape, frozen = self.shape(stage.model) or self.made(stage.name), frozen_model(stage)
+        shape, frozen = self.shape(stage.model) or self.made(stage.name), stage.frozen_model
         teacher = self.shape(frozen) if frozen is not None else None
         if shape is not None and teacher is not None and isinstance(stage, Distil):
-            note = self.check_rows(stage, shape, teacher)
+            note = check_rows(self.recipe, stage, shape, teacher)
             preview.notes += [note] if note is not None else []
             shape, teacher = with_shared_rows(shape, teacher)
         if shape is None:
@@ -190,11 +186,11 @@ class Walk(KnownInputs):
         if teacher is not None:
             who = "teacher" if isinstance(stage, Distil) else "reference"
             preview.facts.append((who, describe_shape(teacher)))
-            self.check_trained_tokenizer(stage.name, stage.data, teacher, who)
+            check_trained_tokenizer(self.recipe, stage.name, stage.data, teacher, who)
         length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
         plan = self.training_plan(stage)
         if shape is not None:
-            self.check_trained_tokenizer(stage.name, stage.data, shape)
+            check_trained_tokenizer(self.recipe, stage.name, stage.data, shape)
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
         if longest and shape and longest > shape.max_positions:
@@ -227,17 +223,9 @@ class Walk(KnownInputs):
         self, stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape | None, length: int
     ) -> None:
         try:
-            own = read_sharding(find_deepspeed_json(stage.deepspeed, self.recipe_path))
-            named = stage.teacher.deepspeed
-            others = read_sharding(find_deepspeed_json(named, self.recipe_path)) if named is not None else None
+            preview.memory = unchosen(trained_stage(stage, student, teacher, length, self.sharding), self.ranks)
         except RecipeError as error:
             preview.notes += [error.what] if error.what not in preview.notes else []
-            return
-        planned = Planned(
-            stage.name, stage, student, length, own, stage.teacher if teacher is not None else None, teacher,
-            shipped if others is None else lambda placement, offload: others,
-        )  # fmt: skip
-        preview.memory = unchosen(planned, self.ranks)
 
     def _check_held_out(self, stage: AnyTraining | Evaluate, how: str, do: str) -> None:
         data = self.data_stage(stage.data)
@@ -266,7 +254,7 @@ def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
     return previews
 
 
-def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
+def dry_run_text(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
     """The text of `minima run --dry-run`.
 
     Args:
@@ -278,9 +266,9 @@ def preview(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> str:
         StageError: the run's folder belongs to another recipe, or cannot be one.
         MinimaError: as `walk` does.
     """
-    check_run_folder(output_folder(recipe), recipe.name, [stage.name for stage in recipe.stages])
+    check_run_folder(recipe.folder, recipe.name, [stage.name for stage in recipe.stages])
     shown, previews = {stage.name for stage in stages}, walk(recipe, recipe_path)
-    refused = read_and_changed(recipe, stages, output_folder(recipe))
+    refused = read_and_changed(recipe, stages, recipe.folder)
     return render(resolved_yaml(recipe), [found for found in previews if found.name in shown | refused.keys()])
 
 

@@ -1,14 +1,18 @@
-"""Whether data and a model have the same tokens, as far as it is known before either is made. No torch."""
+"""Whether data and models have the same tokens, as far as it is known before any of them is made. No torch."""
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-from minima.errors import TokenizerMismatch
+from minima.errors import TokenizerMismatch, VocabularyMismatch
 from minima.models.layout import VOCABULARY_FILES
-from minima.recipe.schema import AnyStage, AnyTraining, BuildData, ExpandVocabulary, ModelInput, Recipe
+from minima.models.shape import ModelShape
+from minima.recipe.references import lineage, stage_and_step
+from minima.recipe.schema import AnyStage, AnyTraining, BuildData, Distil, ExpandVocabulary, ModelInput, Recipe
+from minima.stages.known_inputs import cached_config
 from minima.stages.manifest import is_finished
-from minima.stages.preview_inputs import cached_config, frozen_model
+
+_MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
 
 
 class _Origin(NamedTuple):
@@ -45,10 +49,68 @@ def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
     if data is None or is_finished(folder / stage.name):
         return
     models: list[ModelInput | str | None] = [*getattr(stage, "models", ()), getattr(stage, "model", None)]
-    models.append(frozen_model(stage) if isinstance(stage, AnyTraining) else getattr(stage, "teacher", None))
+    models.append(stage.frozen_model if isinstance(stage, AnyTraining) else getattr(stage, "teacher", None))
     for model in models:
         if model is not None:
             _check(recipe, stage.name, data, model, folder)
+
+
+def check_trained_tokenizer(recipe: Recipe, stage: str, reference: str, shape: ModelShape, who: str = "model") -> None:
+    """Refuse data of a tokenizer that the recipe trains with more ids than a model of the stage has rows.
+
+    Raises:
+        TokenizerMismatch: with both sizes.
+    """
+    own = {each.name: each for each in recipe.stages if isinstance(each, BuildData)}
+    data = own.get(reference)  # data of another run names stages of that run's recipe
+    while data is not None and isinstance(data.tokenizer, str):
+        data = own.get(data.tokenizer)
+    size = data.tokenizer.vocabulary_size if data is not None and not isinstance(data.tokenizer, str) else 0
+    if size <= shape.vocabulary_size:
+        return
+    raise TokenizerMismatch(
+        f"stages.{stage}: the data {reference!r} has a tokenizer of {size:,} ids, its {who} "
+        f"{shape.vocabulary_size:,} embedding rows",
+        f"an id of {shape.vocabulary_size:,} or more would be looked up outside the embedding",
+        f"give the tokenizer of the build_data stage and the {who} the same vocabulary_size",
+    )
+
+
+def check_rows(recipe: Recipe, stage: Distil, student: ModelShape, teacher: ModelShape) -> str | None:
+    """What the stage does about a vocabulary with more rows than the other; None where there is nothing to do.
+
+    Raises:
+        VocabularyMismatch: those rows are of tokens, as far as that is known here: random weights and grown
+            vocabularies have no others.
+    """
+    sizes = {"student": student.vocabulary_size, "teacher": teacher.vocabulary_size}
+    longer = max(sizes, key=lambda who: sizes[who])
+    fewest, most = min(sizes.values()), sizes[longer]
+    if fewest == most:
+        return None
+    model = stage.model if longer == "student" else stage.teacher
+    made, root = ([], None) if model.source is None else lineage(recipe, model.source)
+    ids: int | None = most
+    if root is not None and not any(isinstance(ancestor.stage, ExpandVocabulary) for ancestor in made):
+        first = getattr(made[0].stage, "model", None) if made else model
+        config = cached_config(root, first.revision if isinstance(first, ModelInput) else None)
+        pieces = _pieces(config.parent if config else Path(root).expanduser())
+        ids = 1 + max(pieces) if pieces else None  # the stage itself asks the tokenizer
+    if ids is not None and ids > fewest:
+        raise VocabularyMismatch(
+            f"stages.{stage.name}: a student with vocabulary {sizes['student']:,} and a teacher with "
+            f"{sizes['teacher']:,}, and {ids:,} tokens in the {longer}'s",
+            "the loss compares the two models' probabilities of the same tokens",
+            VocabularyMismatch.DO,
+        )
+    note = f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
+    return note + (", and so many hardly are" if most - fewest > _MOST_PADDING else "")
+
+
+def with_shared_rows(student: ModelShape, teacher: ModelShape) -> tuple[ModelShape, ModelShape]:
+    """Both with as many rows of vocabulary as the shorter one has, as `distil` takes them."""
+    same = {"vocabulary_size": min(student.vocabulary_size, teacher.vocabulary_size)}
+    return student.model_copy(update=same), teacher.model_copy(update=same)
 
 
 def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_folder: Path) -> None:
@@ -80,11 +142,9 @@ def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_f
 
 def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Origin:
     """Follow models and data back to the tokenizer that they came with."""
-    stages = {stage.name: stage for stage in recipe.stages}
     revision = model.revision if isinstance(model, ModelInput) else None
     while True:
-        base, _, step = reference.rpartition("@")
-        stage = stages.get(reference) or (stages.get(base) if step.isdigit() else None)
+        stage, _ = stage_and_step(recipe, reference)
         if stage is None:
             return _Origin(None, outside=reference, revision=revision)
         if isinstance(stage, ExpandVocabulary):

@@ -10,11 +10,11 @@ from minima.errors import MinimaError, RecipeError, ShapeError, StageError, Toke
 from minima.models.layout import MARKER, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
-from minima.planning.dry_run import flops_text, size_text
+from minima.planning.units import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Align, BuildData, Recipe
+from minima.stages.dry_run import dry_run_text, walk
 from minima.stages.origin import check_fit
-from minima.stages.preview import preview, walk
 
 SMALL = {"vocabulary_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
 LENGTH = 256
@@ -197,7 +197,7 @@ def test_a_deepspeed_json_that_a_run_would_refuse_is_told(show, tmp_path, zero):
 
 
 def test_a_hub_model_that_a_benchmark_measures_is_looked_for_in_the_cache(show, monkeypatch, tmp_path):
-    monkeypatch.setattr("minima.stages.preview_inputs.cached_config", lambda *_: tmp_path / "config.json")
+    monkeypatch.setattr("minima.stages.known_inputs.cached_config", lambda *_: tmp_path / "config.json")
     answers = [{"format": "mt_bench", "questions": "q.jsonl"}]
     _, missing = show({"name": "b", "kind": "benchmark", "model": "org/model", "answers": answers})
     assert missing == ["q.jsonl is not on this machine"]
@@ -411,14 +411,14 @@ def test_data_of_no_block(show, name):
 
 def test_an_output_that_a_run_would_refuse(tmp_path):
     recipe = Recipe(name="x", output=str(tmp_path / "x.yaml" / "deep" / "y"), ranks=1, stages=[data_stage()])
-    preview(recipe, tmp_path / "x.yaml", recipe.stages)
+    dry_run_text(recipe, tmp_path / "x.yaml", recipe.stages)
     (tmp_path / "x.yaml").touch()
     with pytest.raises(StageError, match=r"deep/y cannot be used \(.*Not a directory: '.*/x\.yaml'\)"):
-        preview(recipe, tmp_path / "x.yaml", recipe.stages)
+        dry_run_text(recipe, tmp_path / "x.yaml", recipe.stages)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.yaml").write_text("{name: other, stages: [{name: c}]}")
     with pytest.raises(StageError, match="output folder of another recipe"):
-        preview(recipe.model_copy(update={"output": str(tmp_path / "out")}), tmp_path / "x.yaml", recipe.stages)
+        dry_run_text(recipe.model_copy(update={"output": str(tmp_path / "out")}), tmp_path / "x.yaml", recipe.stages)
 
 
 def test_a_trained_tokenizer_larger_than_the_model(show):
