@@ -127,20 +127,33 @@ def _check_inputs(recipe: Recipe, stages: Sequence[AnyStage], folder: Path) -> N
                 continue
             if reference.step is not None and not is_finished(folder / stage.name):
                 read = recipe.stage(reference.stage)
-                _check_checkpoint(stage.name, reference, read, folder / read.name, read.name in chosen)
+                _check_checkpoint(recipe, stage.name, reference, read, folder, read.name in chosen)
             if reference.stage in chosen or reference.step is not None:
                 continue
             if not is_finished(folder / reference.stage):
                 raise StageError(
                     f"stage {stage.name!r} reads {reference.stage!r}, which is not finished in {folder}",
                     "it would start without its input",
-                    f"add it: --stages {reference.stage},{stage.name}",
+                    f"add it: --stages {','.join(_unfinished(recipe, stage, folder))}",
                 )
 
 
-def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder: Path, chosen: bool) -> None:
+def _unfinished(recipe: Recipe, stage: AnyStage, folder: Path) -> list[str]:
+    """A stage and the unfinished ones that it reads, directly or through others, in the recipe's order."""
+    needed = {stage.name}
+    for other in reversed(recipe.stages):  # a stage reads earlier ones
+        if other.name in needed:
+            read = {reference.stage for reference in references(recipe, other) if reference.stage is not None}
+            needed |= {name for name in read if not is_finished(folder / name)}
+    return [other.name for other in recipe.stages if other.name in needed]
+
+
+def _check_checkpoint(
+    recipe: Recipe, reader: str, reference: Reference, read: AnyStage, run_folder: Path, chosen: bool
+) -> None:
     """Refuse a checkpoint that is not there, where no training that is about to run will leave it."""
     assert reference.step is not None
+    folder = run_folder / read.name
     there, finished = complete_steps(folder / "checkpoints"), is_finished(folder)
     if reference.step in there or (chosen and not finished and reference.step > max(there, default=0)):
         return
@@ -149,7 +162,7 @@ def _check_checkpoint(reader: str, reference: Reference, read: AnyStage, folder:
         _TOO_LATE,
         missing_checkpoint_advice(read, folder, there)
         if there or finished
-        else f"add it: --stages {read.name},{reader}",
+        else f"add it: --stages {','.join([*_unfinished(recipe, read, folder), reader])}",
     )
 
 

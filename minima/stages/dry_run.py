@@ -11,7 +11,7 @@ from minima.planning.candidates import trained_stage
 from minima.planning.dry_run import StagePreview, render, training_facts
 from minima.planning.placement import unchosen
 from minima.planning.units import flops_text, size_text
-from minima.pruning.target import plan_target
+from minima.pruning.target import check_norm_compensation, plan_target
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.overrides import nearest
 from minima.recipe.references import deepspeed_jsons, named_steps, references, sources, trained_precision, unread
@@ -153,6 +153,7 @@ class Walk(KnownInputs):
         shape = self.shape(stage.model)
         if shape is not None:
             pruned: ModelShape | None = plan_target(shape, stage.target, selection=stage.selection).student
+            check_norm_compensation(shape, stage.norm_compensation)
             preview.facts.append(("from", describe_shape(shape)))
         else:
             pruned = self.made(stage.name)
@@ -162,7 +163,8 @@ class Walk(KnownInputs):
         self.shapes[stage.name] = pruned
         preview.facts.append(("to", describe_shape(pruned)))
         if shape is not None:
-            share = f"{pruned.parameters / shape.parameters:.4f} of the parameters stay"
+            widest = "at most " if stage.selection == "global" else ""  # padded to the widest layer, which is not known
+            share = f"{widest}{pruned.parameters / shape.parameters:.4f} of the parameters stay"
             preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
         preview.facts.append(("disk", _model_size(pruned, None)))
         if stage.score == "gradient" and stage.scores is None:

@@ -207,6 +207,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
         parts = ((part, before.get(part), now.get(part)) for part in dict.fromkeys([*before, *now]))
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         parts = zip(range(len(now)), before, now, strict=True)
+    elif isinstance(before, list) and isinstance(now, list):
+        changes = [("new", [entry for entry in now if entry not in before])]
+        changes.append(("gone", [entry for entry in before if entry not in now]))
+        told = "".join(f"; {what}: {', '.join(map(_short, entries))}" for what, entries in changes if entries)
+        return [f"{key} has {len(now)} entries and had {len(before)}{told}"]
     elif before != now:
         return [f"{key} is {_short(now)} and was {_short(before)}"]
     return [text for part, old, new in parts for text in differences(old, new, f"{key}.{part}" if key else str(part))]
@@ -281,5 +286,7 @@ def free_keys(stage: AnyStage) -> frozenset[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {key: inner for key, inner in value.items() if inner is not None}
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -100,6 +100,16 @@ def test_a_folder_of_an_earlier_stage_of_the_same_run(tmp_path):
     check(DISTIL | {"data": str(tmp_path / "corpus"), "model": str(tmp_path / "pruned")}, tmp_path)
 
 
+def test_all_that_an_unfinished_input_reads_is_named(tmp_path):
+    """Not only the input: who adds it would meet the next refusal."""
+    corpus = {"name": "corpus", "kind": "build_data", "sources": [{"embedded": "sotu"}], "sequence_length": 64,
+              "tokenizer": "some/model"}  # fmt: skip
+    first = DISTIL | {"name": "first", "data": "corpus"}
+    recipe = Recipe(name="test", stages=[corpus, first, DISTIL | {"model": "first", "data": "corpus"}])
+    with pytest.raises(StageError, match="add it: --stages corpus,first,student"):
+        checks.check_stages(recipe, Path("x.yaml"), recipe.stages[2:], tmp_path, 1)
+
+
 READER = {"name": "quality", "kind": "evaluate", "models": ["student@4"], "data": "data"}
 STUDENT = DISTIL | {"steps": 10, "checkpoint_every_steps": 2}
 
@@ -146,7 +156,7 @@ def test_a_step_after_the_best_one_is_not_had_by_training_again(tmp_path):
     recipe = Recipe(name="test", stages=[student, READER | {"data": str(tmp_path)}], output=str(tmp_path))
     reference = next(found for found in references(recipe, recipe.stage("quality")) if found.step == 4)
     with pytest.raises(StageError) as error:
-        checks._check_checkpoint("quality", reference, recipe.stage("student"), tmp_path / "student", True)
+        checks._check_checkpoint(recipe, "quality", reference, recipe.stage("student"), tmp_path, True)
     assert "take `patience` away" in error.value.do and "are kept" not in error.value.do
 
 

@@ -285,6 +285,24 @@ def test_a_finished_prune_stage_tells_what_stayed(show, left):
     assert "vocabulary 128" in show(prune)[0]["to"]
 
 
+GPT2 = SMALL | {"family": "gpt2", "vocabulary_size": 64, "hidden_size": 16, "num_heads": 4, "num_layers": 4}
+PRUNE = {"name": "small", "kind": "prune", "model": "base", "data": "c", "target": {"num_layers": 2}}
+
+
+def test_what_surgery_would_refuse_is_refused_before_the_model_is_trained(show):
+    base = training("adapt", name="base", model={"random": GPT2})
+    show(data_stage(), base, PRUNE)
+    with pytest.raises(ShapeError, match="norm_compensation 'rms' for a gpt2 model"):
+        show(data_stage(), base, PRUNE | {"norm_compensation": "rms"})
+
+
+def test_padding_to_the_widest_layer_is_a_bound(show):
+    base = training("adapt", name="base", model={"random": GPT2 | {"family": "llama", "num_heads": 4}})
+    prune = PRUNE | {"target": {"intermediate_size": 4}}
+    assert "at most" not in show(data_stage(), base, prune)[0]["share"]
+    assert show(data_stage(), base, prune | {"selection": "global"})[0]["share"].startswith("at most ")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"config": 3}'])
 def test_a_broken_marker_is_left_to_its_reader(show, left, tmp_path, content):
     left("runs/other/g", GROWN, 3)
