@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: a JSON for sharding and communication, and what the recipe owns added to it."""
+"""DeepSpeed's configuration: a JSON for sharding and communication, plus what the recipe owns."""
 
 import json
 import logging
@@ -27,39 +27,39 @@ from minima.recipe.training import Training
 
 logger = logging.getLogger(__name__)
 
-# Ours, whatever the JSON says; DeepSpeed's own lines are silent unless it asks for them, since the loop logs.
+# Our defaults. DeepSpeed's own log lines are off unless the JSON asks for them, since the loop logs.
 _DEFAULTS = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "steps_per_print": 2**31,
     "communication_data_type": "fp32",
-    # It waits for the device at every micro-step; the loop has its own count of tokens a second.
+    # It synchronises with the device at every micro-step; the loop measures tokens per second itself.
     "timers": {"throughput": {"enabled": False}},
 }
 
 
 def read_deepspeed_json(path: Path, placement: Placement = "zero3", offload: Offload | None = None) -> dict[str, Any]:
-    """A DeepSpeed JSON that keeps to sharding, offload, communication and profiling.
+    """Read a DeepSpeed JSON; it may only set sharding, offload, communication, profiling and logging.
 
     Args:
-        path: of the file.
-        placement: that it has to be for: stage 3 where weights are sharded, stage 0 where they are whole or split.
-        offload: where shards have to lie; where the JSON says, but not on NVMe, when not given.
+        path: the file.
+        placement: the placement it must fit: stage 3 where weights are sharded, stage 0 where they are whole or split.
+        offload: where shards must lie; if not given, the JSON decides, but NVMe is refused.
 
     Raises:
-        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or is for
-            another placement.
+        DeepSpeedConfigError: it cannot be read, sets what the recipe owns or what may change a result, or does not fit
+            the placement.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise DeepSpeedConfigError(
-            f"{path} cannot be read as JSON: {error}", "DeepSpeed is configured by it", "mend or replace the file"
+            f"{path} cannot be read as JSON: {error}", "it configures DeepSpeed", "fix or replace the file"
         ) from error
     if not isinstance(config, dict):
         raise DeepSpeedConfigError(
-            f"{path} holds no keys but {type(config).__name__}",
-            "DeepSpeed is configured by it",
+            f"{path} holds a {type(config).__name__}, not an object with keys",
+            "it configures DeepSpeed",
             'write {"zero_optimization": {"stage": 3, ...}}',
         )
     _check_blocks(path, config)
@@ -78,8 +78,8 @@ def _check_placement(path: Path, config: dict[str, Any], placement: Placement, o
     if unsupported:
         raise DeepSpeedConfigError(
             f"{path} asks for {', '.join(unsupported)}",
-            "each rank reads its own part of a tensor, and there it holds another part, or none in memory",
-            "remove it. Sharding over all ranks and offload to the CPU are supported, and for a teacher placement "
+            "each rank reads its own part of a tensor, and would then hold another part, or none in memory",
+            "remove it. Sharding over all ranks and offload to the CPU are supported; for a teacher, also placement "
             "zero3_node and offload nvme",
         )
     stage = 3 if placement in ("zero3", "zero3_node") else 0
@@ -89,17 +89,17 @@ def _check_placement(path: Path, config: dict[str, Any], placement: Placement, o
             "models are loaded straight into ZeRO-3's shards, so that no rank ever holds a whole one"
             if stage
             else f"with placement {placement} weights are not sharded by ZeRO",
-            f'set "zero_optimization": {{"stage": {stage}, ...}}, or name another placement',
+            f'set "zero_optimization": {{"stage": {stage}, ...}}, or choose another placement',
         )
     if ("tensor_parallel" in config) != (placement == "tensor_parallel"):
         raise DeepSpeedConfigError(
             f"{path} {'sets' if 'tensor_parallel' in config else 'lacks'} tensor_parallel",
-            f"it is for placement tensor_parallel alone, and here the placement is {placement}",
-            'name the placement, or write "tensor_parallel": {} where it is meant and nowhere else',
+            f"the block is for placement tensor_parallel only, and the placement here is {placement}",
+            'set that placement and write "tensor_parallel": {}, or do neither',
         )
     if offload is not None and _device(zero, "offload_param") != offload:
         raise DeepSpeedConfigError(
-            f"{path} offloads parameters to {_device(zero, 'offload_param')}, and the recipe's teacher to {offload}",
+            f"{path} offloads parameters to {_device(zero, 'offload_param')}, but the recipe's teacher to {offload}",
             "with two owners one silently loses",
             "make both the same, or leave `deepspeed` out of the recipe's teacher",
         )
@@ -108,7 +108,7 @@ def _check_placement(path: Path, config: dict[str, Any], placement: Placement, o
 def _check_values(path: Path, config: dict[str, Any]) -> None:
     zero = _block(config, "zero_optimization")
     found = [
-        (f"zero_optimization.{key}", zero[key], "a number from 0 on")
+        (f"zero_optimization.{key}", zero[key], "a number of at least 0")
         for key in NUMBERS
         if key in zero and not _is_size(zero[key])
     ]
@@ -118,11 +118,11 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             found.append((f"zero_optimization.{block}.device", device, f"one of {', '.join(DEVICES)}"))
         for key in ("buffer_count", "buffer_size", "max_in_cpu"):
             if key in given and not _is_size(given[key]):
-                found.append((f"zero_optimization.{block}.{key}", given[key], "a number from 0 on"))
+                found.append((f"zero_optimization.{block}.{key}", given[key], "a number of at least 0"))
     if found:
         raise DeepSpeedConfigError(
             f"{path} sets " + "; ".join(f"{key} to {value!r}" for key, value, _ in found),
-            "DeepSpeed would refuse it once the ranks have started, or plan with it",
+            "DeepSpeed would refuse it only after the ranks have started, or accept it and misbehave",
             "; ".join(f"give {key} {wanted}" for key, _, wanted in found),
         )
 
@@ -132,19 +132,19 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_monitors(path: Path, config: dict[str, Any]) -> None:
-    """Refuse monitors that this Python cannot write with. Asked as the engine is made: a plan is of other machines."""
+    """Refuse monitors whose package is missing. Checked when the engine is made: a plan may be for other machines."""
     for key, package in MONITORS.items():
         monitor = config.get(key)
         if isinstance(monitor, dict) and monitor.get("enabled") and find_spec(package) is None:
             raise DeepSpeedConfigError(
-                f"{path} enables {key}, and {package} is not installed",
-                "DeepSpeed would end the run as it starts",
+                f"{path} enables {key}, but {package} is not installed",
+                "DeepSpeed would abort the run at its start",
                 f"pip install {package} on every machine, or remove {key}: minima writes metrics of its own",
             )
 
 
 def _idle(config: dict[str, Any]) -> list[str]:
-    """Keys that DeepSpeed looks at in a training step only."""
+    """Keys that DeepSpeed uses only in a training step."""
     found = ["offload_optimizer"] if _device(_block(config, "zero_optimization"), "offload_optimizer") != "none" else []
     profiler = config.get("flops_profiler")
     return found + (["flops_profiler"] if isinstance(profiler, dict) and profiler.get("enabled") else [])
@@ -163,7 +163,7 @@ def _check_blocks(path: Path, config: dict[str, Any]) -> None:
         if block is not None and not isinstance(block, dict):
             raise DeepSpeedConfigError(
                 f"{path} sets {name} to {block!r}",
-                "DeepSpeed reads a block of keys there",
+                "DeepSpeed expects a block of keys there",
                 f'write "{name}": {{...}}',
             )
 
@@ -191,50 +191,50 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     ]
     if unknown:
         raise DeepSpeedConfigError(
-            f"{path} sets {', '.join(unknown)}, which is not among the keys of sharding, offload, communication, "
-            "profiling and logging that minima knows to leave results as they are",
-            "the JSON may be changed in the middle of a run, so nothing in it may change a number",
-            f"remove {'it' if len(unknown) == 1 else 'them'}, or mend the spelling",
+            f"{path} sets {', '.join(unknown)}, which is not among the sharding, offload, communication, profiling and "
+            "logging keys that are known not to change results",
+            "the JSON may be edited in the middle of a run, so nothing in it may change a number",
+            f"remove {'it' if len(unknown) == 1 else 'them'}, or correct the spelling",
         )
 
 
 def _block(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """A block of keys; none where it is not there."""
+    """The block of keys under `key`; empty if there is none."""
     return config.get(key) or {}
 
 
 def accumulation_steps(training: Training, world_size: int) -> int:
-    """Micro-batches that each rank runs for one optimiser step.
+    """The number of micro-batches that each rank runs for one optimiser step.
 
     Raises:
-        DeepSpeedConfigError: the batch does not divide by the ranks.
+        DeepSpeedConfigError: the batch is not divisible by the number of ranks.
     """
     batch = training.batch_sequences
     if batch % world_size:
         counts = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
         raise DeepSpeedConfigError(
-            f"a batch of {batch} sequences does not divide by {world_size} ranks",
-            "every rank has to do the same work, or the others wait and collectives no longer match",
+            f"a batch of {batch} sequences is not divisible by {world_size} ranks",
+            "every rank must do the same work, or the others wait and collectives no longer match",
             f"use one of {counts} ranks, or change batch_sequences",
         )
     return batch // (world_size * training.micro_batch_on(world_size))
 
 
 def training_config(path: Path, training: Training, world_size: int, shape: ModelShape | None = None) -> dict[str, Any]:
-    """The whole configuration of a trainable engine.
+    """The complete configuration of a trainable engine.
 
     Args:
         path: a DeepSpeed JSON.
         training: the stage's settings.
-        world_size: ranks.
-        shape: of the model, of which at least a layer is gathered ahead; as the JSON says when not given.
+        world_size: number of ranks.
+        shape: the model's, so that at least one layer is prefetched; if not given, the JSON decides.
 
     Raises:
-        DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch does not divide by the ranks.
+        DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch is not divisible by the number of ranks.
     """
     config = read_deepspeed_json(path)
     _check_monitors(path, config)
-    # DeepSpeed's own distance of 1e9 counts wrongly where layers are leaves: the embeddings would stay whole, too.
+    # DeepSpeed's default of 1e9 miscounts where layers are leaves: the embeddings would stay gathered, too.
     config["zero_optimization"].setdefault("stage3_max_reuse_distance", 0)
     if shape is not None:
         ahead = gathered_ahead(Sharding.from_json(config), shape).prefetch_elements
@@ -248,7 +248,7 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
             "train_micro_batch_size_per_gpu": training.micro_batch_on(world_size),
             "gradient_clipping": training.gradient_clip,
             "bf16": {"enabled": training.precision == "bfloat16"},
-            "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3 takes bf16 when it is not said
+            "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3's default is bf16
         }
     )
 
@@ -263,24 +263,24 @@ def frozen_config(
     nvme_path: Path | None = None,
     tensor_parallel_ranks: int = 1,
 ) -> dict[str, Any]:
-    """The whole configuration of a frozen engine: no optimiser, no accumulation.
+    """The complete configuration of a frozen engine: no optimiser, no accumulation.
 
     Args:
         path: a DeepSpeed JSON.
         precision: `float32` or `bfloat16`.
-        micro_batch_sequences: sequences of one forward pass on one rank; DeepSpeed wants to be told.
+        micro_batch_sequences: sequences of one forward pass on one rank; DeepSpeed requires a value.
         placement: where the weights live.
-        offload: where shards lie; where the JSON says when not given.
-        nvme_path: folder for shards on NVMe, of this run alone.
+        offload: where shards lie; if not given, the JSON decides.
+        nvme_path: folder for shards on NVMe, used by this run alone.
         tensor_parallel_ranks: ranks that one copy is split over.
 
     Raises:
-        DeepSpeedConfigError: the JSON sets what the recipe owns, or is for another placement.
+        DeepSpeedConfigError: the JSON sets what the recipe owns, or does not fit the placement.
     """
     config = read_deepspeed_json(path, placement, offload)
     _check_monitors(path, config)
     if idle := _idle(config):
-        logger.info("%s: %s not used: the model is frozen, and takes no step", path.name, " and ".join(idle))
+        logger.info("%s: %s not used: the model is frozen and takes no optimiser step", path.name, " and ".join(idle))
     if offload == "nvme":
         zero = config["zero_optimization"]
         config["zero_optimization"] = zero | {"offload_param": zero["offload_param"] | {"nvme_path": str(nvme_path)}}

@@ -1,11 +1,11 @@
-"""Which keys of DeepSpeed a JSON may set, and who owns the others.
+"""Which of DeepSpeed's keys a JSON may set, and who owns the others.
 
-A JSON may change between two starts of one stage, so nothing that changes a number may be among its keys. The names
-are those of https://www.deepspeed.ai/docs/config-json/ and of `deepspeed.runtime.zero.config`.
+A JSON may change between two starts of one stage, so it may set nothing that changes a number. The names are those
+ of https://www.deepspeed.ai/docs/config-json/ and `deepspeed.runtime.zero.config`.
 """
 
-# Everything that decides what is computed, and where it is set instead. One owner each: a factor with two owners was
-# the original's first bug.
+# Everything that determines what is computed, and where it is set instead. One owner each: a factor with two owners
+# was the first bug of the original code.
 RECIPE_OWNS = {
     "train_batch_size": "`batch_sequences`",
     "train_micro_batch_size_per_gpu": "`micro_batch_sequences`",
@@ -32,7 +32,7 @@ RECIPE_OWNS = {
     "progressive_layer_drop": "never used",
 }
 
-# Profiling and logging, beside the sharding.
+# Top-level keys: sharding, profiling and logging.
 TOP = (
     "zero_optimization",
     "steps_per_print",
@@ -47,15 +47,15 @@ TOP = (
     "wandb",
     "csv_monitor",
     "comet",
-    "tensor_parallel",  # of a split teacher
+    "tensor_parallel",  # for a split teacher
     "aio",  # how files on NVMe are read
 )
 
-# Packages that some of these write with.
+# The Python package that each of these monitors needs.
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 DEVICES = ("none", "cpu", "nvme")
 
-# Its size is the recipe's `tensor_parallel_ranks`.
+# Without `autotp_size`, which is the recipe's `tensor_parallel_ranks`.
 TENSOR_PARALLEL = ("preset_model", "tp_grain_size")
 
 AIO = (
@@ -67,7 +67,7 @@ AIO = (
     "use_gds",
 )
 
-# Sharding, offload and communication. Not: quantised weights and gradients, and updates that come late (ZenFlow).
+# Sharding, offload and communication. Left out: quantised weights and gradients, and delayed updates (ZenFlow).
 ZERO = (
     "stage",
     "contiguous_gradients",
@@ -94,11 +94,11 @@ ZERO = (
     "ignore_unused_parameters",
     "log_trace_cache_warnings",
     "enable_sanity_checks",
-    "zero_hpz_partition_size",  # of it only the value that turns it off
-    "mics_shard_size",  # refused by its own name
+    "zero_hpz_partition_size",  # accepted only with the value that turns it off
+    "mics_shard_size",  # listed here because it is refused with a message of its own
 )
 
-# Of these, numbers from 0 on.
+# Those of ZERO that must be numbers of at least 0.
 NUMBERS = (
     "reduce_bucket_size",
     "allgather_bucket_size",
@@ -111,10 +111,10 @@ NUMBERS = (
     "stage3_module_granularity_threshold",
 )
 
-# Not: `ratio` and `super_offload`, which step a part of the weights with another optimiser.
+# Left out: `ratio` and `super_offload`, which update part of the weights with another optimiser.
 OFFLOAD = (
     "device",
-    "nvme_path",  # of a teacher; overwritten by a folder of the run's own under the recipe's `nvme_path`
+    "nvme_path",  # for a teacher; replaced by the run's own folder under the recipe's `nvme_path`
     "pin_memory",
     "buffer_count",
     "buffer_size",

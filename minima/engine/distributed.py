@@ -23,7 +23,7 @@ from minima.launcher import Launch, export_launch, num_accelerators
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
-OPEN_FILES = 1 << 16  # as many as a rank may want: connections to every other rank, for each of several groups
+OPEN_FILES = 1 << 16  # the most that a rank may need: a connection to every other rank, for each of several groups
 R = TypeVar("R")
 _without_others = False
 _joined: Launch | None = None
@@ -35,27 +35,27 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     """Join the process group that the launcher described; a second call does nothing.
 
     Args:
-        launch: this rank's place.
-        timeout: of joining, and of each collective.
+        launch: this rank's place among the ranks.
+        timeout: limit for joining, and for each collective.
 
     Raises:
-        LauncherError: GPUs are here, or are asked for, and PyTorch can use none.
+        LauncherError: there are GPUs, or a GPU accelerator is requested, but PyTorch can use none.
     """
     global _joined
     if dist.is_initialized():
         return
-    # Two thousand lines a run about names that DeepSpeed, not we, will have to change.
+    # Otherwise two thousand lines a run about deprecated names, which only DeepSpeed can change.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    # On GPUs a barrier says that it takes the current device. It shall: that was set for this rank below.
+    # On GPUs a barrier warns that it uses the current device. That is intended: it is set for this rank below.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     _joined = launch
     _raise_file_limit()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     _check_usable(0 if on_cpu else accelerator.device_count(), num_accelerators() or int(not on_cpu))
-    # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its number on the machine.
+    # Under `srun --gpus-per-task=1` each rank sees one GPU, whatever its local rank.
     index = launch.local_rank if on_cpu else launch.local_rank % accelerator.device_count()
-    export_launch(dataclasses.replace(launch, local_rank=index))  # DeepSpeed reads rank and address from there only
+    export_launch(dataclasses.replace(launch, local_rank=index))  # DeepSpeed reads them only there
     if on_cpu:
         _without_shared_memory()
     else:
@@ -68,36 +68,36 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
     )
-    # DeepSpeed would make this group of all ranks itself, with the backend's own limit (NCCL: 10 minutes), and wait in
-    # it for the last rank that still reads its whole copy of a teacher.
+    # DeepSpeed would create this group of all ranks itself, with the backend's own timeout (NCCL: 10 minutes), in which
+    # it waits for the last rank that still reads its whole copy of a teacher.
     deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=timeout)
 
 
 def _raise_file_limit() -> None:
-    """Ask for as many open files as the system lets this process have: mostly 1,024, and many more on asking."""
+    """Raise the limit on open files, usually 1,024 by default, as far as the system allows (at most OPEN_FILES)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # some systems have a limit beyond the one that they tell
+        with suppress(OSError, ValueError):  # some systems enforce a lower limit than they report
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_usable(usable: int, here: int) -> None:
-    """Refuse GPUs that PyTorch cannot use: DeepSpeed would take the processor with a line of its log."""
+    """Refuse GPUs that PyTorch cannot use: DeepSpeed would fall back to the CPU with only a log line."""
     if here and not usable:
         raise LauncherError(
-            f"{here} GPU{'s' if here > 1 else ''} on this machine, and PyTorch {torch.__version__} can use none",
-            "the run would go on on the processor, many times slower, or not at all",
-            "see what `minima doctor` says: mostly the driver is older than PyTorch's CUDA, or PyTorch is built for "
-            "the processor alone. To run on the processor, set DS_ACCELERATOR=cpu",
+            f"{here} GPU{'s' if here > 1 else ''} on this machine, but PyTorch {torch.__version__} can use none",
+            "the run would fall back to the CPU, many times slower, or not start at all",
+            "run `minima doctor`: usually the driver is too old for PyTorch's CUDA version, or PyTorch is a CPU-only "
+            "build. To run on the CPU, set DS_ACCELERATOR=cpu",
         )
 
 
 def _without_shared_memory() -> None:
-    """Keep DeepSpeed from starting its op for sums through shared memory; gloo carries everything.
+    """Keep DeepSpeed from loading its op for all-reduces through shared memory; gloo carries everything.
 
-    It serves `inference_all_reduce` alone, which nothing here calls, and it would cost each rank 66 MiB in /dev/shm,
-    which DeepSpeed never removes, and the first start the time to compile it.
+    Only `inference_all_reduce` uses the op, and nothing here calls that. It would cost each rank 66 MiB in /dev/shm,
+    which DeepSpeed never removes, and the first start would have to compile it.
     """
     deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
 
@@ -113,7 +113,7 @@ def stop() -> None:
 def leave() -> NoReturn:
     """Leave the process group and end this process, whose work is done.
 
-    It ends at once: what libraries tear down at a process's end has been seen to crash a rank after its work.
+    It exits without Python's shutdown: what libraries tear down there has been seen to crash ranks that had finished.
     """
     stop()
     sys.stdout.flush()
@@ -122,11 +122,11 @@ def leave() -> NoReturn:
 
 
 def open_store(prefix: str, timeout_seconds: float) -> dist.Store:
-    """A connection of its own to the process group's key-value store, for a thread beside the collectives.
+    """Open a separate connection to the process group's key-value store, for use by a thread while collectives run.
 
     Args:
-        prefix: of its keys.
-        timeout_seconds: that one call may take.
+        prefix: put before each of its keys.
+        timeout_seconds: limit for one call.
     """
     if _joined is None or _joined.world_size == 1:
         return dist.PrefixStore(prefix, dist.HashStore())
@@ -137,7 +137,7 @@ def open_store(prefix: str, timeout_seconds: float) -> dist.Store:
 
 @contextmanager
 def without_other_ranks() -> Iterator[None]:
-    """While rank 0 does what needs no other rank, nothing waits for them, though they are in its process group."""
+    """Make this module's functions act as if this process were the only one, for work that only rank 0 does."""
     global _without_others
     _without_others = True
     try:
@@ -151,12 +151,12 @@ def _together() -> bool:
 
 
 def rank() -> int:
-    """This process's number in the world."""
+    """This process's rank."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """Processes in the world."""
+    """The number of ranks."""
     return dist.get_world_size()
 
 
@@ -166,7 +166,7 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device on which this rank computes."""
     return torch.device(get_accelerator().current_device_name())
 
 
@@ -179,7 +179,7 @@ def node_ranks() -> list[list[int]]:
         for number, (host, size) in enumerate(gather_objects(mine)):
             by_host.setdefault(host, []).append((number, size))
         _nodes = []
-        for members in by_host.values():  # a host may stand for several nodes, as in tests; each has `size` ranks
+        for members in by_host.values():  # in tests one host plays several nodes, of `size` ranks each
             ranks, size = [number for number, _ in members], members[0][1]
             _nodes += [ranks[start : start + size] for start in range(0, len(ranks), size)]
     return _nodes
@@ -196,18 +196,18 @@ def node_group() -> dist.ProcessGroup:
 
 def barrier() -> None:
     """Wait for every rank."""
-    if share()[1] > 1:  # DeepSpeed tells NCCL no device of a lone one, and NCCL warns that it guesses
+    if share()[1] > 1:  # for a single rank DeepSpeed gives NCCL no device, and NCCL warns that it guesses
         dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum of `tensor` over all ranks, in place and returned."""
+    """Sum `tensor` over all ranks in place, and return it."""
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each rank gave, on every rank. For small facts of our own, never for data."""
+    """The `value` of every rank, in order, on every rank. For small facts of our own, never for data."""
     if not _together():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -216,10 +216,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def raise_together(error: MinimaError | None) -> None:
-    """End every rank with the error that one of them met: a rank that raised alone would leave the others waiting.
+    """Raise one rank's error on every rank: a rank that raised alone would leave the others waiting.
 
     Args:
-        error: this rank's, or None.
+        error: this rank's error, or None.
     """
     if not _together():
         if error is not None:
@@ -232,10 +232,12 @@ def raise_together(error: MinimaError | None) -> None:
 
 @contextmanager
 def refused_together(cannot: Callable[[OSError], MinimaError] | None = None) -> Iterator[None]:
-    """Raise at its end, on every rank, what a rank refused inside. Every rank enters it; no collective runs in it.
+    """At the end of the block, raise on every rank the MinimaError that any rank raised inside it.
+
+    Every rank enters the block, and no collective runs inside it.
 
     Args:
-        cannot: what an OSError is to its user; without it, one ends its rank alone.
+        cannot: turns an OSError into an error for the user; without it, an OSError ends its own rank alone.
     """
     error: MinimaError | None = None
     try:
@@ -250,19 +252,19 @@ def refused_together(cannot: Callable[[OSError], MinimaError] | None = None) -> 
 
 
 def all_reduce_max(value: float) -> float:
-    """The largest of the ranks' values."""
+    """The maximum of the ranks' values."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
 
 
 def share() -> tuple[int, int]:
-    """This rank and the number of ranks, for work that is divided; (0, 1) outside of a process group."""
+    """This rank and the number of ranks, for dividing work; (0, 1) outside a process group."""
     return (dist.get_rank(), dist.get_world_size()) if _together() else (0, 1)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank; without a process group this process's own."""
+    """Rank 0's value, on every rank; outside a process group, `value` itself."""
     if not _together():
         return value
     holder = [value]
@@ -271,7 +273,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_main(work: Callable[[], R]) -> R:
-    """What rank 0 makes, on every rank; what it refuses, all refuse."""
+    """Run `work` on rank 0 and return its result on every rank; a MinimaError from it is raised on every rank."""
     result: tuple[R | None, MinimaError | None] = (None, None)
     if is_main():
         try:

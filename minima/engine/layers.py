@@ -1,8 +1,8 @@
 """How the decoder layers of a built sharded model run: fused kernels, recomputation, compilation.
 
-`prepare_layers(model, activation_checkpointing=..., compiled=..., kernels=...)` is called on what `build_sharded` gave,
-student or frozen model alike, after the weights are in and before `deepspeed.initialize`: DeepSpeed reads there which
-modules it gathers as one.
+`prepare_layers(model, activation_checkpointing=..., compiled=..., kernels=...)` is called on what `build_sharded`
+returns, for students and frozen models alike, after the weights are loaded and before `deepspeed.initialize`, which
+reads there which modules to gather as one.
 """
 
 from deepspeed.utils import set_z3_leaf_modules
@@ -22,26 +22,26 @@ def prepare_layers(
     kernels: str = "stock",
     backend: str = "inductor",
 ) -> None:
-    """Choose how one model's layers run. Names and parameters stay what they are.
+    """Set how one model's layers run. Names and parameters do not change.
 
     Each decoder layer is gathered as a whole (`gather_whole_layers`).
 
     Args:
-        model: from `build_sharded`, whole or sharded, its engine still to be made.
-        activation_checkpointing: what the backward pass computes again; `none` for a frozen model that only predicts.
+        model: a built model, whole or sharded, that has no engine yet.
+        activation_checkpointing: what the backward pass recomputes; `none` for a frozen model that only predicts.
         compiled: compile each decoder layer.
         kernels: `stock`, or `liger` for liger-kernel's norms, SwiGLUs and rotary embedding.
-        backend: of `torch.compile`.
+        backend: backend of `torch.compile`.
 
     Raises:
         RecipeError: the kernels cannot run here.
-        UnsupportedFamily: it has nothing that liger-kernel could replace.
+        UnsupportedFamily: the model has nothing that liger-kernel could replace.
     """
     assert not (compiled and kernels == "liger"), "the recipe refuses the two together"
     if compiled and backend == "inductor" and _on_gpu(model) and (trouble := triton_trouble()) is not None:
         raise RecipeError(
-            f"compile: true, and Triton cannot start a kernel here: {trouble}",
-            "the compiler writes its kernels for a GPU in Triton, which builds a small module in C to start them",
+            f"compile: true, but Triton cannot start a kernel here: {trouble}",
+            "the compiler writes its GPU kernels in Triton, which builds a small C module to launch them",
             f"{CURE}, or set compile: false",
         )
     if kernels == "liger":
@@ -53,13 +53,13 @@ def prepare_layers(
 
 
 def gather_whole_layers(model: PreTrainedModel) -> None:
-    """Make each decoder layer one leaf for ZeRO-3: its weights are gathered and let go of together, around the layer.
+    """Make each decoder layer one leaf for ZeRO-3: its weights are gathered before the layer and released after it.
 
-    Hooks on every module within it, DeepSpeed's default, take more than a third of the host's time of a step
+    DeepSpeed's default, hooks on every module inside the layer, takes more than a third of a step's host time
     (`tools/bench_distil.py --profile host`), and would break a compiled layer's graph.
 
     Args:
-        model: from `build_sharded`, its engine still to be made. One without such layers stays as it is.
+        model: from `build_sharded`, without an engine yet. One without decoder layers stays as it is.
     """
     if kinds := {type(layer) for layer in decoder_layers(model)}:
         set_z3_leaf_modules(model, sorted(kinds, key=lambda kind: kind.__name__))

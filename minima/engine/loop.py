@@ -29,16 +29,17 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """What happens between steps; each is called on every rank with the number of finished steps.
+    """Callbacks between steps; each is called on every rank with the number of finished steps.
 
     Attributes:
-        log: at every `log_every` steps, before each checkpoint and at the end, with the steps' record.
-        save: begins a checkpoint, at every `save_every` steps, at the end, and when the run is asked to end.
-        writing: whether this rank is still writing the last one's files.
-        settle: completes the last one, waiting for its files; called on every rank, also where there is none.
-        evaluate: held-out loss, at every `evaluate_every` steps and at the end; 0 for never. After the checkpoint, so
-            that no step is lost by it. True ends the run.
-        save_evaluated: a checkpoint before each evaluation, too.
+        log: receives the record of the steps since the last call, every `log_every` steps, before each checkpoint and
+            at the end.
+        save: begins a checkpoint, every `save_every` steps, at the end, and when the run is asked to end.
+        writing: whether this rank is still writing the files of the last checkpoint.
+        settle: waits for the files of the last checkpoint and completes it; does nothing if none is open.
+        evaluate: measures the held-out loss, every `evaluate_every` steps (0: never) and at the end, after the
+            checkpoint, so that a failure costs no step. Returns True to end the run.
+        save_evaluated: also write a checkpoint before each evaluation.
     """
 
     log: Callable[[int, dict[str, float]], None]
@@ -53,11 +54,11 @@ class Events:
 
 
 class Votes(NamedTuple):
-    """What a rank says before a step; of all ranks, how many say so.
+    """One rank's votes before a step; summed over the ranks, how many voted so.
 
     Attributes:
-        stop: 1 where this rank has been asked to end.
-        writing: 1 where this rank's last checkpoint is not on disk yet.
+        stop: 1 if this rank has been asked to end.
+        writing: 1 if this rank's last checkpoint is not on disk yet.
     """
 
     stop: int = 0
@@ -68,11 +69,11 @@ _NO_VOTES = Votes()
 
 
 class StepResult(NamedTuple):
-    """What an optimiser step gives on the host.
+    """The result of an optimiser step, on the host.
 
     Attributes:
         norm: global gradient norm before clipping.
-        votes: of all ranks.
+        votes: summed over all ranks.
     """
 
     norm: float
@@ -90,14 +91,14 @@ def train(
     stop: StopRequest | None = None,
     watchdog: Watchdog | None = None,
 ) -> None:
-    """Train from `first_step` finished steps to the schedule's end, or to where an evaluation ends the run.
+    """Train from `first_step` finished steps to the schedule's end, or until an evaluation ends the run.
 
     Args:
-        stop: asks the run to end. One rank's wish is enough: all of them end after the same step.
-        watchdog: is told how far the loop has come.
+        stop: asks the run to end. One rank's request is enough: all ranks end after the same step.
+        watchdog: is told of the loop's progress.
 
     Raises:
-        NotFinite: a loss or a gradient is not finite. Its step has changed no weight and the last checkpoint stands.
+        NotFinite: a loss or a gradient is not finite. The step changed no weight; the last checkpoint is intact.
         Stopped: the run was asked to end, and a checkpoint of its last step is complete.
     """
     meters, stop, watchdog = Meters(student.device), stop or StopRequest(), watchdog or Watchdog(0)
@@ -115,22 +116,22 @@ def train(
             losses = ", ".join(f"{name} {value:.4g}" for name, value in meters.losses().items())
             raise NotFinite(
                 f"step {done}: the gradient norm is {norm}; since the last log line: {losses}",
-                "an update with it would destroy the weights; it has not been applied, and the last checkpoint stands",
-                "look at the step's data. For a lower learning rate or a longer warm-up remove this stage's folder, or "
-                "write a stage of another name with `model: STAGE@STEP`, which starts from that checkpoint. Run again "
-                "as it is, this one resumes from it and comes to the same step",
+                "such an update would destroy the weights; it was not applied, and the last checkpoint is intact",
+                "check the step's data. To lower the learning rate or lengthen the warm-up, remove this stage's folder "
+                "or add a stage of another name with `model: STAGE@STEP`, which starts from that checkpoint. Without a "
+                "change, this stage resumes from it and reaches the same step again",
             )
         meters.step(norm, learning_rate, time.perf_counter() - started)
-        if not agreed.writing:  # all ranks' files were on disk as the step began
+        if not agreed.writing:  # all ranks' files were on disk when the step began
             events.settle()
         last = done == schedule.total_steps
         evaluating = events.evaluate_every > 0 and (last or done % events.evaluate_every == 0)
         saving = last or done % events.save_every == 0 or (evaluating and events.save_evaluated) or agreed.stop
-        if saving or done % events.log_every == 0:  # sums never cross a checkpoint: a resumed run's lines are the same
+        if saving or done % events.log_every == 0:  # sums never span a checkpoint: a resumed run logs the same
             events.log(done, meters.reduce() | facts)
         if saving:
             events.save(done)
-        if last or agreed.stop or evaluating:  # an evaluation may be long: no step is lost by what ends it
+        if last or agreed.stop or evaluating:  # a long evaluation may be interrupted: no step is lost
             events.settle()
         if agreed.stop:
             raise Stopped(stop.signal or signal.SIGTERM, f"step {done} of {schedule.total_steps}")
@@ -150,7 +151,7 @@ def train_step(
     """One optimiser step over this rank's micro-batches.
 
     The ranks' votes travel with the count of valid tokens, in the one small collective that a step needs anyway, and
-    are read once the update is made: they cost no collective and no wait of their own.
+    are read after the update: they cost no collective and no wait of their own.
     """
     mark("counting the step's valid tokens")
     counts = torch.stack([objective.count(batch) for batch in micro_batches])
@@ -164,13 +165,13 @@ def train_step(
             number += 1
             mark(f"micro-batch {number} of {len(micro_batches)}")
             loss = student(objective, batch)
-            # A loss that is not finite on one rank must stop all of them before the update. Without asking the host, it
-            # makes the gradients NaN, which the global norm shows everywhere; a finite one is multiplied by 1.
+            # A non-finite loss on one rank must stop all ranks before the update. Without a host synchronisation, it
+            # turns the gradients into NaN, which the global norm shows on every rank; a finite loss is multiplied by 1.
             finite = torch.where(torch.isfinite(loss.total.detach()), 1.0, float("nan"))
             student.backward(loss.total / count * finite)
             meters.add(loss)
-            norm = student.step(learning_rate)  # DeepSpeed counts micro-batches; the last call clips and updates
-        del batch  # which holds the window's states of the teacher, while the next one's are made
+            norm = student.step(learning_rate)  # DeepSpeed counts micro-batches; only the last call clips and updates
+        del batch  # it would keep this window's teacher states while the next window's are computed
     return StepResult(norm, Votes(*agreed.tolist()))
 
 

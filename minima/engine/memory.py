@@ -1,4 +1,4 @@
-"""Memory of models that are gone, back to whoever wants it next."""
+"""Hand back the memory of closed models."""
 
 import ctypes
 import gc
@@ -7,10 +7,10 @@ from deepspeed.accelerator import get_accelerator
 
 
 def return_unused() -> None:
-    """Give what the allocators keep of freed tensors back: to the device, and to the machine.
+    """Return the memory that allocators keep of freed tensors to the device and to the operating system.
 
-    The C library keeps blocks below 32 MB, so a process that has closed a model holds most of its memory on: other
-    ranks, and files that are read again, would go without.
+    The C library keeps freed blocks below 32 MB, so a process that has closed a model would hold on to most of its
+    memory, which other ranks and the page cache could use.
     """
     gc.collect()
     get_accelerator().empty_cache()

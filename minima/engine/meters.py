@@ -8,7 +8,7 @@ from minima.losses import LossSum
 
 
 class Meters:
-    """What has been seen since the last log line."""
+    """Running sums since the last log line."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -35,14 +35,14 @@ class Meters:
         self._steps += 1
 
     def losses(self) -> dict[str, float]:
-        """The means alone of what `reduce` gives; every rank has to call it, and nothing is left to reduce."""
+        """Only the means of `reduce`; like it, must be called on every rank, and clears the sums."""
         names = list(self._sums)
         return {name: value for name, value in self.reduce().items() if name in names}
 
     def reduce(self) -> dict[str, float]:
-        """Means over the valid tokens of all ranks since the last call (nats), and the last step's facts.
+        """Means over the valid tokens of all ranks since the last call (nats), and figures of the last step.
 
-        Every rank has to call it. `tokens` counts valid tokens, `seconds` is this rank's time in steps.
+        Every rank must call it; it clears the sums. `tokens` counts valid tokens, `seconds` this rank's time in steps.
         """
         names = list(self._sums)
         packed = torch.stack([*(self._sums[name] for name in names), self._count.double()])

@@ -1,4 +1,4 @@
-"""A run's numbers for later: JSON lines always, TensorBoard and Weights & Biases where asked for."""
+"""A run's metrics log: always JSON lines, and TensorBoard and Weights & Biases on request."""
 
 import json
 import logging
@@ -13,18 +13,18 @@ logger = logging.getLogger("minima.metrics")
 
 
 class MetricsLog:
-    """Writes each record to every place; made on rank 0 only.
+    """Writes each record to every destination; exists on rank 0 only.
 
     Args:
-        folder: of the stage; gets `metrics.jsonl`, `run_id` and `tensorboard/`.
-        first_step: finished steps at the (re)start. Records after it are of updates that were lost, and go.
+        folder: the stage's; receives `metrics.jsonl`, `run_id` and `tensorboard/`.
+        first_step: finished steps at the (re)start. Later records, of updates that were lost, are removed.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project.
-        name: what the run is called there; one of several of a group, as `GROUP/NAME`.
+        name: the run's name there; `GROUP/NAME` for a run of a group.
         config: what Weights & Biases shows as the run's configuration.
 
     Raises:
-        RecipeError: Weights & Biases is asked for, and not installed, or without a key or a network.
+        RecipeError: Weights & Biases is requested, but is not installed or has no key or network.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MetricsLog:
             except ImportError as error:
                 raise RecipeError(
                     f"wandb_project is {wandb_project!r}, but wandb is not installed",
-                    "the run would not be logged where you look for it",
+                    "the run would not be logged where you expect it",
                     "pip install wandb, or remove the key",
                 ) from error
             group = name.rpartition("/")[0] if name else None
@@ -65,17 +65,17 @@ class MetricsLog:
                 )
             except wandb.Error as error:
                 raise RecipeError(
-                    f"wandb_project is {wandb_project!r}, and Weights & Biases cannot be started: {first_line(error)}",
-                    "the run would not be logged where you look for it",
-                    "`wandb login`; without a network export WANDB_MODE=offline, and `wandb sync` its folder later; or "
-                    "remove the key",
+                    f"wandb_project is {wandb_project!r}, but Weights & Biases cannot be started: {first_line(error)}",
+                    "the run would not be logged where you expect it",
+                    "run `wandb login`; without a network, export WANDB_MODE=offline and `wandb sync` its folder later;"
+                    " or remove the key",
                 ) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record; it has a `step` and numbers."""
+        """Write one record: a `step` and numbers."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint that follows is synced, too
+        os.fsync(self._file.fileno())  # the checkpoint that follows is synced, too, and must not outlive its records
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -93,14 +93,14 @@ class MetricsLog:
 
 
 def _run_id(path: Path) -> str:
-    """One id for all restarts of a stage."""
+    """The stage's run id, the same for all its restarts."""
     if not path.is_file():
         path.write_text(uuid.uuid4().hex, encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; what a killed run or a power cut left in place of one is left out."""
+    """Read the records of a `metrics.jsonl`; lines that a killed run or a power cut has damaged are skipped."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -110,5 +110,5 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
         else:
-            logger.warning("%s: left out a line that is cut off", path)
+            logger.warning("%s: skipped a truncated line", path)
     return records

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled ops, loaded so that no build that was killed holds up a later process."""
+"""Load DeepSpeed's compiled ops so that a killed build cannot block later processes."""
 
 import fcntl
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger("minima.ops")
 
 
 def load_op(builder: Any) -> Any:
-    """Load an op, and build it first where it is not there yet.
+    """Load an op, and build it first if necessary.
 
-    PyTorch's own lock is a file that lies in the op's folder while it is built or loaded. A process that is killed
-    leaves it, and whoever comes later waits for it without end. So one process after another loads an op under a lock
-    of the kernel, which is gone with its holder: PyTorch's lock, found under ours, is then a dead process's.
+    PyTorch's own lock is a file that exists in the op's folder while the op is built or loaded. A killed process leaves
+    it behind, and later ones wait for it forever. So processes take turns under a lock of the kernel, which goes with
+    its holder: a lock of PyTorch's that is found while holding ours is a dead process's.
 
     Args:
         builder: one of DeepSpeed's op builders.
@@ -31,21 +31,21 @@ def load_op(builder: Any) -> Any:
         the op's module.
 
     Raises:
-        RuntimeError, OSError, ImportError, subprocess.CalledProcessError: it cannot be built or loaded here.
+        RuntimeError, OSError, ImportError, subprocess.CalledProcessError: the op cannot be built or loaded here.
     """
     folder = Path(_get_build_directory(builder.name, verbose=False))
     with _one_at_a_time(folder) as ours:
-        for needed in (folder, folder.with_name("pin_memory")):  # the second is loaded with that for asynchronous I/O
+        for needed in (folder, folder.with_name("pin_memory")):  # the op for asynchronous I/O loads the second
             _clear_dead_lock(needed / "lock", wait=not ours)
         return builder.load(verbose=False)
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[bool]:
-    """Hold minima's own build lock; yields whether any lock of PyTorch's that is found here must be a dead build's."""
+    """Hold minima's own build lock; yields whether a lock of PyTorch's that is found here must be a dead build's."""
     try:
         lock = os.open(folder.with_name("minima-lock"), os.O_WRONLY | os.O_CREAT)
-    except OSError:  # a read-only folder, in which nobody builds
+    except OSError:  # a read-only folder, where nobody builds
         yield False
         return
     try:
@@ -63,7 +63,7 @@ def _locked(lock: int, folder: Path) -> bool:
         except BlockingIOError:
             if not said and time.monotonic() - began > _SAY_AFTER_SECONDS:
                 said = True
-                logger.warning("an op of DeepSpeed is being built by another process, which is waited for (%s)", folder)
+                logger.warning("waiting for another process that builds or loads an op of DeepSpeed (%s)", folder)
             time.sleep(0.05)
         except OSError:
             return False
@@ -72,23 +72,23 @@ def _locked(lock: int, folder: Path) -> bool:
 
 
 def _clear_dead_lock(lock: Path, *, wait: bool) -> None:
-    """Remove PyTorch's lock of a process that is gone.
+    """Remove a lock of PyTorch's whose process is gone.
 
     Args:
-        wait: it may be that of a program which is not minima: wait until it goes, or is too old to be a living one's.
+        wait: it may be another program's: wait until it goes, or is too old to belong to a live process.
     """
     said = False
     while True:
         try:
             age_seconds = time.time() - lock.stat().st_mtime
-        except OSError:  # there is none
+        except OSError:  # there is no lock
             return
         if not wait or age_seconds > _LONGEST_BUILD_SECONDS:
-            logger.warning("%s was left by a build that was killed: removed", lock)
+            logger.warning("removed %s, left behind by a killed build", lock)
             lock.unlink(missing_ok=True)
             return
         if not said:
             said = True
-            logger.warning("DeepSpeed's op %s is being built by another program, which is waited for (%s)",
+            logger.warning("waiting for another program that builds DeepSpeed's op %s (%s)",
                            lock.parent.name, lock)  # fmt: skip
         time.sleep(0.2)

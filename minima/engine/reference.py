@@ -1,6 +1,6 @@
-"""The frozen reference of preference optimisation: log-probabilities of whole answers, made now or kept from before.
+"""The frozen reference of preference optimisation: log-probabilities of whole answers, computed now or beforehand.
 
-Shapes: B sequences, T tokens, D width, V vocabulary, S documents of a sequence (even), L blocks of a store.
+Shapes: B sequences, T tokens, D width, V vocabulary, S documents per sequence (even), L blocks of a store.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from minima.losses import document_sums, linear_token_log_probs
 
 
 class Reference(Protocol):
-    """Gives what a frozen model thinks of a batch's answers."""
+    """Gives a frozen model's log-probabilities of a batch's answers."""
 
     def __call__(self, batch: Batch) -> Tensor:
         """Float32 sum of log p(label) over each document, [B, S] on the batch's device, without gradients."""
@@ -22,7 +22,7 @@ class Reference(Protocol):
 
 
 def num_answers(batch: Batch) -> int:
-    """S of the batch: documents of the sequence that has most of them, and one more where the last has no partner."""
+    """S of the batch: the most documents in any of its sequences, rounded up to an even number."""
     return batch.num_documents + batch.num_documents % 2
 
 
@@ -32,29 +32,29 @@ def answer_log_probs(hidden_BTD: Tensor, head_VD: Tensor, batch: Batch, chunk_to
     Args:
         hidden_BTD: final hidden states of the batch.
         head_VD: the output head.
-        batch: its labels are valid on answers only.
-        chunk_tokens: tokens whose logits exist at one time.
+        batch: has labels on answers only.
+        chunk_tokens: tokens whose logits are in memory at a time.
     """
     labels_BT = batch.labels_BT
     log_probs_N = linear_token_log_probs(
         hidden_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), chunk_tokens=chunk_tokens
     )
-    assert batch.documents_BT is not None, "preferences lie in blocks whose documents are kept apart"
+    assert batch.documents_BT is not None, "blocks of preferences keep documents apart"
     return document_sums(log_probs_N.view_as(labels_BT), batch.documents_BT, num_answers(batch))
 
 
 def answer_lengths(batch: Batch) -> Tensor:
-    """Labels of each document, int64 [B, S]."""
-    assert batch.documents_BT is not None, "preferences lie in blocks whose documents are kept apart"
+    """Number of labels in each document, int64 [B, S]."""
+    assert batch.documents_BT is not None, "blocks of preferences keep documents apart"
     return document_sums((batch.labels_BT != IGNORE_INDEX).long(), batch.documents_BT, num_answers(batch))
 
 
 class HostReference:
-    """A frozen model that runs for every batch. Every rank has to call it alike.
+    """A frozen model that runs for every batch; all ranks must make the same calls.
 
     Args:
         host: the model.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits are in memory at a time.
     """
 
     def __init__(self, host: FrozenHost, chunk_tokens: int = 1024) -> None:
@@ -67,7 +67,7 @@ class HostReference:
 
 
 class KeptReference:
-    """Values of one store's blocks that a frozen model gave before. Every batch has to be of that store.
+    """Values that a frozen model gave beforehand for the blocks of one store, from which every batch must come.
 
     Args:
         log_probs_LS: float32 on the CPU; sums of log p(label) over each document of each block.
@@ -77,7 +77,7 @@ class KeptReference:
         self.log_probs_LS = log_probs_LS
 
     def __call__(self, batch: Batch) -> Tensor:
-        assert len(batch.blocks) == len(batch.input_ids_BT), "a batch read from a store says which blocks it holds"
+        assert len(batch.blocks) == len(batch.input_ids_BT), "a batch from a store names its blocks"
         rows_BS = self.log_probs_LS[:, : num_answers(batch)].index_select(0, torch.tensor(batch.blocks))
         device = batch.input_ids_BT.device
         return (rows_BS.pin_memory() if device.type == "cuda" else rows_BS).to(device, non_blocking=True)

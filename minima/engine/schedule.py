@@ -7,14 +7,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to the peak, then a decay to a share of it.
+    """Linear warm-up to the peak, then a decay to a fraction of it.
 
     Attributes:
         total_steps: optimiser steps of the run.
         peak: learning rate at the end of the warm-up.
         warmup_steps: steps of the warm-up; the first step already has a rate above zero.
         kind: form of the decay.
-        final_fraction: share of the peak that the decay ends at, reached after the last step.
+        final_fraction: fraction of the peak at which the decay ends, after the last step.
     """
 
     total_steps: int
@@ -24,7 +24,7 @@ class Schedule:
     final_fraction: float
 
     def learning_rate(self, step: int) -> float:
-        """The rate of the update number `step`, the first being 0."""
+        """The learning rate of update `step`; the first is 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.kind == "constant":

@@ -19,20 +19,20 @@ from minima.models.weights import WeightSource
 def build_sharded(
     source: WeightSource, config: dict[str, Any], precision: str, group: dist.ProcessGroup | None = None
 ) -> PreTrainedModel:
-    """A partitioned model that holds the source's weights.
+    """Build a partitioned model and fill it with the source's weights.
 
     Args:
-        source: where weights and shape come from.
+        source: weights and shape.
         config: DeepSpeed's configuration of the engine that will own the model.
         precision: `float32` or `bfloat16`; the dtype of the shards.
         group: ranks that one copy is divided among; all when not given.
     """
     dtype = DTYPES[precision]
-    # The configuration tells zero.Init the dtype. DeepSpeed 0.19 forgets a `dtype=` argument on processors without
-    # float16 arithmetic, and takes bfloat16 for whatever was asked.
+    # The configuration tells zero.Init the dtype: on CPUs without float16 arithmetic, DeepSpeed 0.19 ignores a
+    # `dtype=` argument and uses bfloat16.
     with deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config):
         model = build_empty(source.config, dtype)
-    assert all(parameter.dtype == dtype for _, parameter in sharded_parameters(model)), "another precision"
+    assert all(parameter.dtype == dtype for _, parameter in sharded_parameters(model)), "zero.Init used another dtype"
     for name, parameter in sharded_parameters(model):
         _fill(parameter, read_shard(parameter, source, name))
     restore_rotary(model, distributed.device())
@@ -51,10 +51,10 @@ def _fill(parameter: Any, shard: Tensor) -> None:
 
 
 def restore_rotary(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the rotary frequencies again, in float32 and on the CPU: a GPU's powers differ in the last bit.
+    """Recompute the rotary frequencies in float32 and on the CPU: a GPU's powers differ in the last bit.
 
-    zero.Init makes every new floating tensor the weights' dtype, so bfloat16 weights would bring frequencies with
-    three digits: at position 4,096 the angles of the slow dimensions are then off by whole turns.
+    zero.Init casts every new floating-point tensor to the weights' dtype, so with bfloat16 weights the frequencies
+    would keep three digits: at position 4,096 the angles of the fastest dimensions could be off by a whole turn.
     """
     for module in model.modules():
         if hasattr(module, "inv_freq"):
@@ -64,7 +64,7 @@ def restore_rotary(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def release(root: nn.Module, optimizer: Any = None) -> None:
-    """Give back the memory of a partitioned model whose engine is destroyed, and of DeepSpeed's optimiser.
+    """Free the memory of a partitioned model whose engine is destroyed, and of DeepSpeed's optimiser.
 
     DeepSpeed keeps every root that it ever wrapped in a global list, and its caches keep the modules of a model that
     has run; so the shards, and through each parameter the optimiser with its states, would stay until the process ends.
@@ -87,21 +87,21 @@ def release(root: nn.Module, optimizer: Any = None) -> None:
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and parameters of a partitioned model, with the `ds_` attributes that DeepSpeed gives them.
 
-    `ds_tensor` is this rank's shard (its own `ds_numel` elements, padding included), `ds_shape` and `ds_numel` are of
+    `ds_tensor` is this rank's shard (its own `ds_numel` elements, padding included); `ds_shape` and `ds_numel` describe
     the whole parameter.
     """
     yield from model.named_parameters()
 
 
 def shard_range(parameter: Any) -> tuple[int, int]:
-    """Which elements [start, stop) of the flattened parameter this rank holds, the padding left out."""
+    """The elements [start, stop) of the flattened parameter that this rank holds, without padding."""
     size = parameter.ds_tensor.ds_numel
     start = min(parameter.ds_zero_partition_rank * size, parameter.ds_numel)
     return start, min(start + size, parameter.ds_numel)
 
 
 def read_shard(parameter: Any, source: WeightSource, name: str) -> Tensor:
-    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, zero-padded, read only."""
+    """This rank's part of the tensor `name`, as long as its shard of `parameter`: float32, zero-padded, read-only."""
     start, stop = shard_range(parameter)
     if stop - start == parameter.ds_tensor.ds_numel:
         return source.read_flat(name, start, stop).float()

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a wish to end at the next step's edge, with everything saved."""
+"""SIGTERM, SIGINT and SIGHUP as requests to end after the current step, with everything saved."""
 
 import os
 import signal
@@ -8,19 +8,20 @@ from types import FrameType
 
 from minima.console import stop_signals
 
-# Launchers hand a signal on to ranks that had it already (a cancelled Slurm step, or Ctrl-C in a terminal, reaches the
-# launcher and its ranks at once), so a second one this soon is still the first.
+# Launchers forward a signal to ranks that already have it (a cancelled Slurm step, or Ctrl-C in a terminal, reaches the
+# launcher and its ranks at once), so a second signal this soon is still the first.
 _SAME_SECONDS = 2.0
 
 
 class StopRequest:
     """Whether this rank has been asked to end. Made once, before training; the ranks agree in the loop.
 
-    From `listen` on, the first signal is only noted. A second one, not just the first one's echo, ends the process at
-    once with 128 plus its number: what was complete on disk stays as it is. Only a terminal that goes is no second one.
+    From `listen` on, the first signal is only noted. A second one that is not the first one's echo ends the process at
+    once with exit code 128 plus its number; what was complete on disk stays complete. A SIGHUP, sent when the terminal
+    closes, never counts as the second.
 
     Attributes:
-        signal: number of the signal that came; 0 for none.
+        signal: number of the first signal received; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -29,13 +30,13 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has been received."""
         return self.signal != 0
 
     def listen(self) -> "StopRequest":
-        """Take the signals from now on, to the end of the process: one that comes late must not cut off a last save.
+        """Handle the signals from now until the process ends: a late one must not cut off the last save.
 
-        Outside of the main thread, where Python takes no signals, this does nothing.
+        Outside the main thread, where Python cannot handle signals, this does nothing.
         """
         if threading.current_thread() is threading.main_thread():
             for number in stop_signals():
@@ -43,7 +44,7 @@ class StopRequest:
         return self
 
     def leave(self) -> None:
-        """Give the signals back their usual meaning."""
+        """Restore the signals' default handling."""
         if threading.current_thread() is threading.main_thread():
             for number in stop_signals():
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -26,13 +26,13 @@ from minima.recipe.training import Training
 
 @dataclass
 class StudentView:
-    """What `Student.measured` gives.
+    """The student as `Student.measured` yields it: a model that only predicts.
 
     Attributes:
         config: content of the model's `config.json`.
         device: where it computes.
         head_VE: the output head [V, E], whole on every rank.
-        mark: is called at each forward pass.
+        mark: called at each forward pass.
     """
 
     config: dict[str, Any]
@@ -72,7 +72,7 @@ class Student:
         self.config = source.config
         self.device = distributed.device()
         self.model = build_sharded(source, deepspeed_config, training.precision)
-        assert training.activation_checkpointing != "auto", "the stage has chosen one by its memory plan"
+        assert training.activation_checkpointing != "auto", "the stage replaces `auto` by its memory plan's choice"
         prepare_layers(
             self.model,
             activation_checkpointing=training.activation_checkpointing,
@@ -80,8 +80,8 @@ class Student:
             kernels=training.kernels,
         )
         root = _StudentRoot(self.model).train()
-        # A layer's gradients are taken once all of them are there, which DeepSpeed learns from its inputs' gradient.
-        assert all(parameter.requires_grad for parameter in self.model.parameters()), "a frozen part of a trained model"
+        # DeepSpeed reduces a layer's gradients once all of them are there, which it infers from its inputs' gradients.
+        assert all(parameter.requires_grad for parameter in self.model.parameters()), "a trained model has frozen parts"
         # Matrices decay, norms and biases do not; a shard is flat, so the whole parameter's shape decides.
         matrices = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) >= 2]
         others = [parameter for _, parameter in sharded_parameters(self.model) if len(parameter.ds_shape) < 2]
@@ -91,22 +91,22 @@ class Student:
             lr=training.learning_rate,
             betas=training.betas,
             eps=training.epsilon,
-            fused=get_accelerator().device_name() in ("cpu", "cuda"),  # also where the host holds a GPU's optimiser
+            fused=get_accelerator().device_name() in ("cpu", "cuda"),  # also if a GPU's optimiser is on the host
         )
         self.engine = deepspeed.initialize(model=root, optimizer=optimizer, config=deepspeed_config)[0]
         self._root = self.engine.module
         if training.precision != "float32":
-            # DeepSpeed made the float32 master weights from rounded ones. A stage that goes on from another's float32
-            # weights starts from all of their digits.
+            # DeepSpeed made the float32 master weights from rounded ones. A stage that continues from another's float32
+            # weights must start from their full precision.
             for name, parameter in sharded_parameters(self.model):
                 safe_set_local_fp32_param(parameter, read_shard(parameter, source, name))
 
     def __call__(self, objective: Objective, batch: Batch) -> LossSum:
-        """The objective's loss of one micro-batch on this rank."""
+        """The objective's loss on one micro-batch of this rank."""
         return self.engine(objective, batch)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to the step's, summed over ranks and micro-batches.
+        """Add the gradient of `loss` to the step's gradient, a sum over ranks and micro-batches.
 
         DeepSpeed divides by the accumulation steps and averages over ranks. The loss is already divided by the global
         count, so both are undone here, and nowhere else.
@@ -114,11 +114,11 @@ class Student:
         self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """End one micro-batch's backward pass; at the step's last one, clip and update.
+        """Finish one micro-batch's backward pass; after the step's last one, clip and update.
 
         Returns:
-            The global gradient norm before clipping; `inf` or `nan` when it is not finite, and then no weight has
-            changed. Only the last micro-batch's value means anything.
+            The global gradient norm before clipping; if it is `inf` or `nan`, no weight has changed. Only the value for
+            the step's last micro-batch is meaningful.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -132,10 +132,10 @@ class Student:
 
     @contextmanager
     def measured(self, mark: Callable[[], None] = lambda: None) -> Iterator["StudentView"]:
-        """The student as a host that only predicts, for held-out losses between two steps.
+        """The student as a model that only predicts, for held-out losses between two steps.
 
         Args:
-            mark: is called at each of its forward passes.
+            mark: called at each of its forward passes.
         """
         self._root.eval()
         weight = head_weight(self.model)
@@ -147,7 +147,7 @@ class Student:
             self._root.train()
 
     def close(self) -> None:
-        """Give the engine's memory back."""
+        """Free the engine's memory."""
         self.engine.destroy()
         root, optimizer = self._root, self.engine.optimizer
         del self.engine, self._root, self.model

@@ -1,4 +1,4 @@
-"""Bytes that collectives move and that cross between host and device, counted where PyTorch dispatches them."""
+"""Count the bytes that collectives move and that are copied from host to device, where PyTorch dispatches them."""
 
 from collections import Counter
 from typing import Any
@@ -9,20 +9,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What one rank receives of an operation, as a share of its largest list of tensors. All-gather and reduce-scatter move
+# What one rank receives in an operation, relative to its largest list of tensors. All-gather and reduce-scatter move
 # (n - 1) / n of the whole to each of n ranks, an all-reduce twice that (Thakur et al., 2005, sec. 4).
 _WHOLE = {"allgather": 1.0, "reduce_scatter": 1.0, "allreduce": 2.0, "broadcast": 1.0, "alltoall": 1.0}
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts while it is entered, in the thread that entered it.
+    """Counts while the context is active, in the thread that entered it.
 
     DeepSpeed prefetches weights from the thread that runs the model, so nothing of a frozen model's traffic is missed.
     On a GPU the backward pass runs in threads of its own, and what it moves is not counted.
 
     Attributes:
         collectives: bytes that this rank receives, by kind of operation: `allgather`, `reduce_scatter`, ...
-        calls: how often each was called.
+        calls: number of calls, by kind of operation.
         host_to_device: bytes copied from the host's memory to the device.
     """
 
@@ -34,7 +34,7 @@ class TrafficCounter(TorchDispatchMode):
 
     @property
     def collective_bytes(self) -> int:
-        """Bytes of all kinds of operation together."""
+        """Bytes of all kinds of operation."""
         return sum(self.collectives.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,4 +71,4 @@ def _size(group: Any) -> int | None:
     try:
         return dist.ProcessGroup.unbox(group).size()
     except (RuntimeError, TypeError):
-        return None  # another kind of object
+        return None  # not a process group

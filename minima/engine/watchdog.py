@@ -1,4 +1,4 @@
-"""A rank that hangs leaves the others waiting for ever in a collective: the watchdog names it and ends the job."""
+"""A rank that hangs leaves the others waiting forever in a collective: the watchdog names it and ends the job."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ from minima.errors import RankHung
 EXIT_CODE = 4  # of `minima stage`
 _LONGEST_BEAT_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
-_STOOD_STILL_SECONDS = 5.0  # longer than a beat: the machine was asleep, or this process was stopped and goes on
-_GRACE_SECONDS = 2.0  # launchers end the other ranks about a second after the first one: the message comes before that
-# Files of a rank that only waits: for other ranks, or for a device that does.
+_STOOD_STILL_SECONDS = 5.0  # a delay this long: the machine was suspended, or this process was stopped and resumed
+_GRACE_SECONDS = 2.0  # a launcher kills the rest a second after the first exit: the rank with the message exits first
+# Source files on the stack of a rank that only waits: for other ranks, or for its device, which does.
 _WAITING = (
     *("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/zero/"),
     *("torch/cuda/", "deepspeed/accelerator/", "deepspeed/utils/timer.py"),
@@ -30,16 +30,16 @@ logger = logging.getLogger("minima.watchdog")
 
 
 class Watchdog:
-    """Watches one rank's training loop from a thread, and compares it with the others' when it stands still.
+    """Watches one rank's training loop from a thread, and compares it with the others' when it makes no progress.
 
-    Every rank tells the others, through the process group's key-value store, how far it has come. A rank that has not
-    come further for `seconds` asks what the others say: the one that says nothing any more, or that is furthest
-    behind, or that is not waiting in a collective while the others are, is the one that hangs. Then every rank that
-    still can ends with exit code 4, so that the launcher ends the rest. Time in which this rank was itself stopped
-    (Ctrl-Z, a suspended job) does not count: the others may be woken after it.
+    Every rank reports its progress to the others through the process group's key-value store. A rank without progress
+    for `seconds` reads the others' reports: the rank that has stopped reporting, or is furthest behind, or is not
+    waiting in a collective while the others are, is the one that hangs. Every rank that still can then ends with exit
+    code 4, so that the launcher ends the rest. Time in which this rank itself was stopped (Ctrl-Z, a suspended job)
+    does not count, since the others may be resumed later.
 
     Args:
-        seconds: without progress that end the job; 0 watches nothing.
+        seconds: without progress, after which the job is ended; 0 turns the watchdog off.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -70,7 +70,7 @@ class Watchdog:
             self._thread.join()
 
     def mark(self, place: str) -> None:
-        """The loop has come to `place`. Costs nothing; the same sequence of marks is made on every rank."""
+        """Record that the loop has reached `place`. Costs nothing; every rank makes the same sequence of marks."""
         self._place, self._since = place, time.monotonic()
         self._progress += 1
 
@@ -88,14 +88,14 @@ class Watchdog:
                     self._leave(verdict, 0.0 if rank == 1 else _GRACE_SECONDS)
 
     def _wait(self) -> bool:
-        """Wait for a beat; whether the watching is over."""
+        """Wait for one beat, and return whether the watching is over."""
         began = time.monotonic()
         stopped = self._stopped.wait(self._beat_seconds)
         self._excuse(began, self._beat_seconds)
         return stopped
 
     def _excuse(self, began: float, seconds: float) -> None:
-        """Begin to count anew where what takes so long at most took much longer: this process was stopped itself."""
+        """Restart the clock if what takes at most `seconds` took much longer: this process itself was stopped."""
         if time.monotonic() - began > seconds + _STOOD_STILL_SECONDS:
             self._since = time.monotonic()
 
@@ -115,7 +115,7 @@ class Watchdog:
         self._store.set(str(rank), json.dumps(said))
 
     def _waits(self) -> bool:
-        """Whether a thread of the training waits: on a GPU the hooks of a backward pass run in threads of autograd."""
+        """Whether a training thread waits: on a GPU, hooks of the backward pass run in autograd's threads."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         return any(
             part in frame.filename
@@ -127,7 +127,7 @@ class Watchdog:
 
     def _end(self, rank: int, world_size: int) -> None:
         before = self._answered(lambda: self._ask(world_size))
-        for _ in range(3):  # whoever lives says so in this time
+        for _ in range(3):  # a live rank reports in this time
             if self._wait():
                 return
             self._answered(lambda: self._tell(rank))
@@ -139,10 +139,10 @@ class Watchdog:
         self._leave(_verdict(after, silent, self.seconds), 0.0 if rank == speaker else _GRACE_SECONDS)
 
     def _answered(self, ask: Callable[[], _T]) -> _T:
-        """What the store answers, asked from a thread: a stopped process that holds it would never answer at all.
+        """The store's answer, requested from a thread: a stopped process that hosts the store would never answer.
 
         Raises:
-            TimeoutError: nothing in time, to this or to an earlier question.
+            TimeoutError: no answer in time, to this request or an earlier one.
             RuntimeError: the connection is lost.
         """
         answers: list[_T] = []
@@ -164,7 +164,7 @@ class Watchdog:
         return answers[0]
 
     def _ask(self, world_size: int) -> list[dict[str, Any]]:
-        """What every rank said last; nothing of one that has never spoken."""
+        """Every rank's last report; empty for a rank that has never reported."""
         found = []
         for number in range(world_size):
             said = json.loads(self._store.get(str(number))) if self._store.check([str(number)]) else {}
@@ -177,8 +177,8 @@ class Watchdog:
         else:
             error = RankHung(
                 verdict,
-                "the other ranks wait for it, on idle machines that cost; the last complete checkpoint stands",
-                "run the same command again: it resumes from there. If it hangs at the same place, look at what is "
+                "the other ranks wait for it while their machines idle; the last complete checkpoint is intact",
+                "run the same command again: it resumes from there. If it hangs at the same place, investigate what is "
                 "named here; if the rank is only slow, raise watchdog_seconds",
             )
             sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")
@@ -188,21 +188,19 @@ class Watchdog:
 
 
 def _verdict(said: list[dict[str, Any]], silent: list[int], seconds: float) -> str:
-    """Which rank hangs, from what all of them said last."""
+    """Which rank hangs, judged by every rank's last report."""
     if silent:
         named = ", ".join(f"rank {number}{_host_text(said[number])}" for number in silent)
         return f"{named} gave no sign of life while the others waited for {seconds:g} s{_last_seen(said[silent[0]])}"
     least = min(facts["progress"] for facts in said)
     behind = [number for number, facts in enumerate(said) if facts["progress"] == least]
-    if len(behind) == len(said):  # all at the same place: then the one that does something else than wait
+    if len(behind) == len(said):  # all at the same place: then those that are not waiting
         behind = [number for number in behind if not said[number]["waiting"]]
     if not behind or len(behind) == len(said):
-        return f"no rank has come further for {seconds:g} s, and none can be told from the others{_last_seen(said[0])}"
+        return f"no rank has made progress for {seconds:g} s, and none stands out from the others{_last_seen(said[0])}"
     named = ", ".join(f"rank {number}{_host_text(said[number])}" for number in behind)
     stack = said[behind[0]]["stack"]
-    return (
-        f"{named} hangs: nothing has moved for {seconds:g} s{_last_seen(said[behind[0]])}\nits stack:\n{stack}".rstrip()
-    )
+    return f"{named} hangs: no progress for {seconds:g} s{_last_seen(said[behind[0]])}\nits stack:\n{stack}".rstrip()
 
 
 def _host_text(facts: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Whatever holds a model, opened by its folder: a stage, one of its checkpoints, or a Hugging Face folder."""
+"""Open a model's weights by folder: a stage, one of its checkpoints, or a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from minima.models.weights import FolderSource, WeightSource
 
 
 def open_weights(folder: Path, step: int | None = None) -> WeightSource:
-    """The weights in `folder`; those that minima wrote are compared with their checksums first.
+    """Open the weights in `folder`; those that minima wrote are first checked against their checksums.
 
-    Where there is a process group, every rank has to call it.
+    In a process group, every rank must call it.
 
     Args:
-        folder: of a training stage (`checkpoints/`), of a stage that leaves a `model/`, or in Hugging Face's layout.
-        step: the checkpoint after so many updates; the newest complete one when not given.
+        folder: of a training stage (with `checkpoints/`) or a stage that leaves a `model/`, or a Hugging Face folder.
+        step: the checkpoint after this many updates; by default the newest complete one.
 
     Raises:
         CheckpointError: there is no such checkpoint, or no weights at all.
@@ -27,20 +27,20 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
     """
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir():
-        # One view for all ranks: what another node sees may be older.
+        # Rank 0's view for all ranks: another node may see an older state of the folder.
         steps = distributed.broadcast_object(complete_steps(checkpoints))
         if not steps or (step is not None and step not in steps):
             raise CheckpointError(
                 f"no complete checkpoint {'' if step is None else f'after step {step} '}in {checkpoints}",
                 "weights are read from complete checkpoints only",
-                f"take one of {', '.join(map(str, steps))}" if steps else "train on until the first one is written",
+                f"use one of {', '.join(map(str, steps))}" if steps else "train until the first one is written",
             )
         checkpoint = step_folder(checkpoints, step if step is not None else steps[-1])
         verify_together(checkpoint, prefix=WEIGHTS)
         return CheckpointSource(checkpoint)
     if (folder / "metrics.jsonl").is_file() and not (folder / "config.json").is_file():  # a training stage's
         raise CheckpointError(
-            f"{checkpoints} is not there any more",
+            f"{checkpoints} no longer exists",
             "the weights of a training stage are in its checkpoints",
             f"put them back, or remove {folder} to train it again",
         )
@@ -48,13 +48,13 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
         raise CheckpointError(
             f"{folder} has no checkpoints, so none after step {step}",
             "only a training stage keeps checkpoints by step",
-            "leave `@STEP` away",
+            "remove `@STEP`",
         )
     _verify_together(folder)
     return FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
 
 
 def _verify_together(folder: Path) -> None:
-    """Every rank reads its share of what a stage has left; what one finds, all raise."""
+    """Check a stage's model files, each rank its share; an error that one rank finds is raised on all."""
     with distributed.refused_together(), access_refused_named():
         checksums.verify_files(folder, checksums.WEIGHTS, *distributed.share())

@@ -1,1 +1,1 @@
-"""The law of capacity gap: a table of distilled students, fits to it, and the teacher that they advise. No torch."""
+"""The law of capacity gap: a table of distilled students, fits to it, and the teacher that they recommend. No torch."""

@@ -1,4 +1,4 @@
-"""What a recommendation is made of: the question, each law's answer, and the price of a teacher."""
+"""The parts of a recommendation: the question, each law's answer, and the cost of a teacher."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,16 @@ from minima.law.interpolate import Interval
 
 @dataclass(frozen=True)
 class Cost:
-    """What a teacher means for a student.
+    """What a teacher costs for a student.
 
     Attributes:
-        teacher: parameters.
-        ratio: of teacher to student.
-        sparsity_percent: of the teacher's parameters that pruning it to the student removes.
-        width_percent: of heads, neurons and width that it removes each, when both dimensions of a matrix are cut.
-        flops_per_token: of the distillation.
-        flops: of the whole distillation; None without a token budget.
+        teacher: its parameters.
+        ratio: teacher size over student size.
+        sparsity_percent: percent of the teacher's parameters that pruning it to the student removes.
+        width_percent: percent of heads, neurons and width that this removes of each, since it cuts both dimensions of
+            a matrix.
+        flops_per_token: FLOPs per token of the distillation.
+        flops: FLOPs of the whole distillation; None without a token budget.
     """
 
     teacher: float
@@ -28,26 +29,27 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one law says.
+    """The answer of one law.
 
     Attributes:
         law: its name.
-        teacher: the best one in parameters, of those asked for where some were; None where it has no answer.
-        teacher_interval: of the law's own best teacher, the wider ends of those over seeds and of those from the
-            scatter of the students around their line; None where it is not known.
-        ideal: the law's own best teacher, whatever was asked for; None where it has none.
-        loss: expected of the student under `teacher`, nats per token; None without a token budget, a teacher, or a
-            law that says it.
-        loss_interval: of it, from the relative error of the law that says it.
-        loss_law: the law that says it. A line says nothing about losses: the published scaling law does for the
-            published line, and for a fitted line the scaling law that was fitted to the same runs, where there is one.
+        teacher: size of the best teacher, in parameters, among those asked for if there are any; None if the law has no
+            answer.
+        teacher_interval: interval of the law's own best teacher: the hull of the one over seeds and the one from the
+            scatter of the students around their line; None if not known.
+        ideal: the law's own best teacher, whatever was asked for; None if it has none.
+        loss: expected loss of the student under `teacher`, nats per token; None without a token budget, a teacher, or a
+            law that predicts it.
+        loss_interval: its interval, from the relative error of the law that predicts it.
+        loss_law: the law that predicts it. A line says nothing about losses: for the published line, the published
+            scaling law does; for a fitted line, the scaling law that was fitted to the same runs, if there is one.
         flat: teachers between which the loss is within 0.01 nats of the lowest; None without losses.
-        cost: of taking `teacher`.
-        losses: under each teacher asked for, in their order.
+        cost: cost of using `teacher`.
+        losses: losses under each teacher asked for, in their order.
         measured: the range in which the law was measured.
-        notes: what to know about this answer; all of them are warnings.
-        alone: expected loss of the same student on the same tokens without a teacher, from random weights; None where
-            the law does not say it.
+        notes: warnings about this answer.
+        alone: expected loss of the same student on the same tokens without a teacher, from random weights; None if the
+            law does not predict it.
     """
 
     law: str
@@ -67,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: sizes in parameters, tokens of the distillation (None: not known), the teachers at hand (empty:
+    """The question: sizes in parameters, tokens of the distillation (None: not known), the available teachers (empty:
     any), and how many tokens per parameter a teacher is trained on (for the scaling law)."""
 
     student: float

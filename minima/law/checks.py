@@ -1,7 +1,7 @@
-"""Which rows of a table can be fitted together: what is refused, and which rows are left out, each with its reason.
+"""Check which rows of a table can be fitted together.
 
-Refused is what makes every fit wrong (sizes of two kinds, one name for two shapes, two vocabularies, a single teacher).
-A row that alone is at fault is left out and reported. Nothing is filled in.
+A table is refused if every fit to it would be wrong (sizes of two kinds, one name for two shapes, two vocabularies, a
+single teacher). A row that is faulty by itself is left out and reported with its reason. Nothing is filled in.
 """
 
 import math
@@ -20,22 +20,22 @@ _COLUMN = {"non_embedding": "non_embedding_parameters", "all": "parameters"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row that can be fitted, with the sizes that were asked for.
+    """A row that can be fitted, with sizes of the requested kind.
 
     Attributes:
-        number: of the row in its table, from 1.
+        number: number of the row in its table, from 1.
         study: as in the table.
         family: as in the table.
         initialisation: as in the table.
         student: name of the student.
-        student_size: parameters.
+        student_size: its parameters.
         teacher: name of the teacher; empty for `direct`.
-        teacher_size: parameters; 0 for `direct`.
-        tokens: that the student was trained on.
-        epochs: tokens / unique tokens; None where the table does not say.
-        seed: of the run.
-        loss: held-out, nats per token.
-        teacher_loss: held-out, nats per token; None where the table does not say.
+        teacher_size: its parameters; 0 for `direct`.
+        tokens: tokens that the student was trained on.
+        epochs: tokens / unique tokens; None if the table does not say.
+        seed: seed of the run.
+        loss: held-out loss, nats per token.
+        teacher_loss: the teacher's held-out loss, nats per token; None if the table does not say.
     """
 
     number: int
@@ -55,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A row that takes no part: its number from 1, which run it is, and why."""
+    """A row that is left out of the fit: its number from 1, which run it is, and why."""
 
     row: int
     run: str
@@ -63,16 +63,16 @@ class Excluded:
 
 
 def check_rows(rows: Sequence[Row], sizes: Sizes) -> tuple[list[Run], list[Excluded]]:
-    """What of a table can be fitted.
+    """Split a table into the runs that can be fitted and the rows that are left out.
 
     Args:
-        rows: of one table, in its order.
-        sizes: which parameters a size is: those without embeddings, or all.
+        rows: the rows of one table, in its order.
+        sizes: which parameters count as size: those without embeddings, or all.
 
     Raises:
-        TableError: sizes with and without embeddings are mixed, or the wanted ones missing; a name has two sizes; a
-            family has two vocabularies; a run is there twice with different losses; nothing is left; or what is left
-            has a single teacher.
+        TableError: sizes with and without embeddings are mixed, or those asked for are missing; a name has two sizes; a
+            family has two vocabularies; a run occurs twice with different losses; nothing is left; or what is left has
+            a single teacher.
     """
     _check_sizes(rows, sizes)
     _check_names(rows)
@@ -93,8 +93,8 @@ def check_rows(rows: Sequence[Row], sizes: Sizes) -> tuple[list[Run], list[Exclu
                 raise TableError(
                     f"rows {other.number} and {number} are the same run ({row.describe()}) with losses {other.loss} "
                     f"and {run.loss}",
-                    "which of the two happened is not known, and their mean is no run",
-                    "remove one of them, or name its study differently",
+                    "it is not known which of the two is right, and their mean is not a run",
+                    "remove one of them, or give it another study name",
                 )
         if reason is not None:
             excluded.append(Excluded(number, row.describe(), reason))
@@ -108,7 +108,7 @@ def _size(row: Row, model: str, sizes: Sizes) -> int | None:
 
 
 def _fault(row: Row, sizes: Sizes) -> str | None:
-    """Why a row cannot be fitted, or None."""
+    """Why a row cannot be fitted; None if it can."""
     for name in ("student", "initialisation", "tokens", "seed", "student_loss"):
         if getattr(row, name) in ("", None):
             return f"{name} is missing"
@@ -120,17 +120,17 @@ def _fault(row: Row, sizes: Sizes) -> str | None:
         return f"student_loss is {loss}; a cross-entropy of text is positive"
     if row.vocabulary_size and loss > math.log(row.vocabulary_size):
         chance = math.log(row.vocabulary_size)
-        return f"student_loss is {loss:.4g}, more than the {chance:.4g} nats of a guess: diverged, or not in nats"
+        return f"student_loss is {loss:.4g}, more than the {chance:.4g} nats of guessing: diverged, or not in nats"
     if row.tokens is not None and row.tokens <= 0:
         return f"tokens is {row.tokens}"
     if row.tokens is not None and row.unique_tokens is not None and row.unique_tokens > row.tokens:
-        return f"unique_tokens is {row.unique_tokens:,}, more than the {row.tokens:,} tokens among which they are"
+        return f"unique_tokens is {row.unique_tokens:,}, more than all {row.tokens:,} tokens"
     if row.epochs and row.tokens and row.unique_tokens and abs(row.epochs * row.unique_tokens / row.tokens - 1) > 0.02:
-        return f"epochs is {row.epochs:g}, and tokens / unique_tokens {row.tokens / row.unique_tokens:.3g}"
+        return f"epochs is {row.epochs:g}, but tokens / unique_tokens is {row.tokens / row.unique_tokens:.3g}"
     if student is None:
         return f"student_{_COLUMN[sizes]} is missing"
     if row.initialisation == DIRECT:
-        return f"direct is without a teacher, and {row.teacher} is named" if row.teacher else None
+        return f"direct means no teacher, but {row.teacher} is named" if row.teacher else None
     if not row.teacher:
         return "teacher is missing"
     if teacher is None:
@@ -169,7 +169,7 @@ def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:
         for column in _COLUMN.values():
             without = [number for number, row in own if getattr(row, f"{model}_{column}") is None]
             if without and len(without) < len(own):
-                _refuse_mixed(f"{model}_{column} is missing in {_numbers(without)} and given in others")
+                _refuse_mixed(f"{model}_{column} is missing in {_numbers(without)} but given in others")
             if without and column == _COLUMN[sizes]:
                 other = "all" if sizes == "non_embedding" else "non_embedding"
                 raise TableError(
@@ -184,7 +184,7 @@ def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:
             _refuse_mixed(f"{model}_parameters is less than {model}_non_embedding_parameters in {_numbers(smaller)}")
         same = [number for number, everything, inner in both if everything == inner]
         if same and len(same) < len(both):
-            _refuse_mixed(f"{model}_parameters counts no embeddings in {_numbers(same)}, and counts them in others")
+            _refuse_mixed(f"{model}_parameters excludes embeddings in {_numbers(same)} and not in others")
         alike[model] = bool(same) if both else None
         few = [
             number
@@ -192,20 +192,18 @@ def _check_sizes(rows: Sequence[Row], sizes: Sizes) -> None:
             if 0 < everything - inner < (rows[number - 1].vocabulary_size or 0)
         ]
         if few:
-            _refuse_mixed(
-                f"the two sizes of the {model} differ by less than one number for each token in {_numbers(few)}"
-            )
+            _refuse_mixed(f"the two sizes of the {model} differ by less than one number per token in {_numbers(few)}")
         for number, everything, inner in pairs:
             if (everything is not None and everything <= 0) or (inner is not None and inner <= 0):
                 raise TableError(
                     f"row {number}: a {model} of {min(everything or 0, inner or 0):,} parameters",
-                    "sizes are fitted on a logarithmic scale",
-                    "write the number of parameters, not of millions or thousands",
+                    "sizes are fitted on a logarithmic scale, so they must be above 0",
+                    "write the full number of parameters, not millions or thousands",
                 )
 
     if None not in alike.values() and alike["student"] != alike["teacher"]:
         plain, other = ("student", "teacher") if alike["student"] else ("teacher", "student")
-        _refuse_mixed(f"{plain}_parameters counts no embeddings, and {other}_parameters does")
+        _refuse_mixed(f"{plain}_parameters excludes embeddings, but {other}_parameters includes them")
 
 
 def _refuse_mixed(what: str) -> None:
@@ -226,8 +224,8 @@ def _check_names(rows: Sequence[Row]) -> None:
                 shown = "; ".join(f"{_plain(seen)} in row {number}" for seen, number in values.items())
                 raise TableError(f"{what} {name[-1] or 'without a name'}: {shown}", why, do)
 
-    why = "runs are put together by the names of their models"
-    do = "give each shape a name of its own, or name its study or family differently"
+    why = "runs are grouped by the names of their models"
+    do = "give each shape a name of its own, or give its study or family another name"
     one_value(
         "two sizes of the student", why, do, lambda row: (row.study, row.family, "student", row.student),
         lambda row: (row.student_parameters, row.student_non_embedding_parameters),
@@ -238,8 +236,8 @@ def _check_names(rows: Sequence[Row]) -> None:
     )  # fmt: skip
     one_value(
         "two vocabularies in the family",
-        "nats per token of different tokenizers cannot be compared",
-        "give each tokenizer's models a family of their own",
+        "losses in nats per token of different tokenizers cannot be compared",
+        "give the models of each tokenizer a family of their own",
         lambda row: (row.study, row.family),
         lambda row: (row.vocabulary_size,),
     )
@@ -249,17 +247,17 @@ def _check_teachers(runs: Sequence[Run], excluded: Sequence[Excluded]) -> None:
     reasons = "; ".join(f"row {one.row}: {one.reason}" for one in excluded[:5]) or "no row has a teacher"
     teachers = {run.teacher for run in runs if run.teacher}
     if not teachers:
-        raise TableError(f"no distilled run can be fitted ({reasons})", "there is nothing to fit", "mend the table")
+        raise TableError(f"no distilled run can be fitted ({reasons})", "there is nothing to fit", "correct the table")
     if len(teachers) == 1:
         raise TableError(
             f"a single teacher, {teachers.pop()}",
-            "which teacher is best is a comparison of several; a minimum takes at least three",
+            "to find the best teacher, several must be compared; a minimum takes at least three",
             "distil the same students from at least three teachers, better five",
         )
 
 
 def _check_teacher_losses(runs: Sequence[Run]) -> None:
-    """One teacher of one seed has one loss, up to how batches round it."""
+    """Refuse two losses for one teacher and seed, unless they differ only by rounding in different batches."""
     seen: dict[tuple, Run] = {}
     for run in (one for one in runs if one.teacher and one.teacher_loss is not None):
         first = seen.setdefault((run.study, run.family, run.teacher, run.seed), run)
@@ -269,7 +267,7 @@ def _check_teacher_losses(runs: Sequence[Run]) -> None:
                 f"rows {first.number} and {run.number}: teacher {run.teacher} of seed {run.seed} has losses "
                 f"{first.teacher_loss:.6g} and {run.teacher_loss:.6g}",
                 "students of two teachers would be compared as if they had one",
-                "mend the loss, or give the teachers names of their own",
+                "correct the loss, or give the teachers different names",
             )
 
 

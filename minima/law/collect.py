@@ -1,4 +1,4 @@
-"""What a study has come to: its table of finished cells, and the overview of what is done, running and left."""
+"""The results of a study: its table of finished cells, and an overview of what is done, running and left."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ CSV, PARQUET, OVERVIEW = "results.csv", "results.parquet", "overview.txt"
 
 
 def collect(study: Study, units: Sequence[Unit]) -> list[Row]:
-    """Write the table of the finished cells, as CSV and as Parquet, and give its rows.
+    """Write the table of the finished cells, as CSV and as Parquet, and return its rows.
 
     Args:
         study: the grid.
@@ -72,9 +72,9 @@ def _row(study: Study, units: Sequence[Unit], unit: Unit) -> Row:
 
 
 def overview(study: Study, units: Sequence[Unit], tally: Tally) -> str:
-    """The grid as a table: for each student, start and budget the mean held-out loss under each teacher.
+    """The grid as a table: for each student, start and budget, the mean held-out loss under each teacher.
 
-    A cell with several seeds says how many of them are in its mean; one that is being trained has a `*`.
+    A cell whose seeds are not all finished shows how many are in its mean. `*`: being trained; `!`: failed.
     """
     done, running, failed = len(tally.done), len(tally.running), len(tally.failed)
     lines = [f"{study.name}: {done} runs done, {running} running, {len(units) - done - running - failed} left"]

@@ -26,7 +26,7 @@ class Condition:
         family: as in the table.
         initialisation: how the students start.
         budget: training tokens, or tokens per parameter of the student to two digits (`ratio`).
-        epochs: how often a token was seen, to two digits; None where the table does not say.
+        epochs: how often a token was seen, to two digits; None if the table does not say.
     """
 
     study: str
@@ -44,11 +44,11 @@ class Curve:
         condition: what it shares with other students.
         student: its name.
         size: its parameters.
-        tokens: that it was trained on.
+        tokens: tokens that it was trained on.
         teachers: names, from the smallest to the largest.
         sizes: parameters of the teachers.
-        losses: for each teacher the held-out loss by seed, nats per token.
-        direct: the loss by seed of the same student on the same tokens without a teacher; empty where there is none.
+        losses: for each teacher, the held-out loss by seed, nats per token.
+        direct: the loss by seed of the same student on the same tokens without a teacher; empty if there is none.
     """
 
     condition: Condition
@@ -62,7 +62,7 @@ class Curve:
 
     @property
     def means_T(self) -> np.ndarray:
-        """Loss of each teacher over the seeds of the curve (see `effects`)."""
+        """Loss under each teacher, averaged over the seeds of the curve (see `effects`)."""
         return self.effects.means_T
 
     @property
@@ -72,23 +72,23 @@ class Curve:
 
     @cached_property
     def effects(self) -> "Effects":
-        """What of the losses is the teachers', what the seeds' common part, and what is left."""
+        """The losses split into the teachers' part, the seeds' common part, and residuals."""
         return _effects(self.losses, self.seeds)
 
 
 @dataclass(frozen=True)
 class Effects:
-    """The losses of one curve as teacher + seed + rest, by least squares.
+    """The losses of one curve as teacher + seed + residual, by least squares.
 
-    Where some teacher lacks some seed, plain means would mix what a seed does to all teachers into the difference of
-    two of them; the additive model does not.
+    If a teacher lacks a seed, plain means would mix that seed's common effect into the difference between two teachers;
+    the additive model does not.
 
     Attributes:
-        means_T: loss of each teacher in the mean over the seeds of the curve, nats per token.
-        rests: what is left of each run, by place of its teacher and seed.
-        freedom: degrees of freedom of the rests; 0 where nothing is left over.
-        explained: how much less the squares of the rests add up to than without the teachers' part.
-        paired: whether the seeds' common part was taken out: the runs have to connect all teachers and seeds.
+        means_T: mean loss under each teacher over the seeds of the curve, nats per token.
+        rests: residual of each run, by index of its teacher and by seed.
+        freedom: degrees of freedom of the residuals; 0 if there are none.
+        explained: by how much the teachers' part reduces the sum of squared residuals.
+        paired: whether the seeds' common part was taken out, which needs runs that connect all teachers and seeds.
     """
 
     means_T: np.ndarray
@@ -107,7 +107,7 @@ def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effect
     freedom, paired = len(runs) - num_teachers, False
     if num_seeds > 1 and num_teachers > 1:
         teacher_RT = np.array([[place == other for other in range(num_teachers)] for place, _, _ in runs], dtype=float)
-        # The last seed's effect is less the sum of the others', so that they add up to nothing.
+        # The last seed's effect is minus the sum of the others', so that all add up to zero.
         seed_RS = np.array(
             [[float(seed == one) - float(seed == seeds[-1]) for one in seeds[:-1]] for _, seed, _ in runs]
         )
@@ -125,7 +125,7 @@ def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effect
 
 
 def two_digits(value: float) -> float:
-    """A number to two significant digits."""
+    """Round a number to two significant digits."""
     return 0.0 if value == 0 else round(value, 1 - math.floor(math.log10(abs(value))))
 
 
@@ -140,8 +140,8 @@ def curves_of(runs: Sequence[Run], budget: Budget) -> dict[Condition, list[Curve
     """The curves of a table by condition, students from the smallest to the largest.
 
     Args:
-        runs: that passed the checks.
-        budget: what makes the token budget of two students the same: equal tokens, or equal tokens per parameter.
+        runs: runs that passed the checks.
+        budget: when two students have the same token budget: with equal tokens, or equal tokens per parameter.
     """
     cells: dict[Condition, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -168,7 +168,7 @@ def _curve(condition: Condition, runs: Sequence[Run], direct: Sequence[Run]) -> 
         raise TableError(
             f"student {runs[0].student} has two runs with the same teacher and seed under one condition "
             f"(rows {', '.join(str(run.number) for run in runs[:6])}{', ...' if len(runs) > 6 else ''})",
-            "budgets count as the same to two digits, and one of the runs would be lost",
+            "budgets that agree to two digits count as the same, so one of the runs would be lost",
             "fit with `--budget tokens`, or give nearly equal budgets a study of their own",
         )
     losses = [{run.seed: run.loss for run in runs if run.teacher == teacher} for teacher in teachers]
@@ -195,12 +195,12 @@ def describe(condition: Condition, budget: Budget) -> str:
 
 
 def gaps(conditions: dict[Condition, list[Curve]], budget: Budget) -> list[str]:
-    """What a grid lacks, a line each: seeds, teachers and students that others of the same budget have, single seeds,
-    direct runs, and runs that stand apart by a budget that is nearly the same.
+    """What a grid lacks, one line each: seeds, teachers and students that others of the same budget have, single seeds,
+    direct runs, and runs that are separated by a budget that is nearly the same.
 
     Args:
         conditions: the curves of a table.
-        budget: as they were made with.
+        budget: the one that they were made with.
     """
     notes: list[str] = []
     for condition, curves in conditions.items():
@@ -212,7 +212,7 @@ def gaps(conditions: dict[Condition, list[Curve]], budget: Budget) -> list[str]:
             if replace(one, budget=0.0, epochs=None) == replace(other, budget=0.0, epochs=None) and _nearly(one, other):
                 notes.append(
                     f"{describe(one, budget)} ({_epochs(one)}) and {describe(other, budget)} ({_epochs(other)}) are "
-                    "fitted apart, though their budgets are nearly the same: if they should not be, write the same "
+                    "fitted separately, though their budgets are nearly the same: to fit them together, write the same "
                     "tokens and unique_tokens"
                 )
     return notes
@@ -250,13 +250,13 @@ def _gaps(condition: Condition, curves: Sequence[Curve], alike: Sequence[Curve],
                 if without:
                     notes.append(f"{where}: no run with teacher {teacher} for seed {', '.join(map(str, without))}")
         if not curve.effects.paired and len(curve.seeds) > 1 and len(curve.teachers) > 1:
-            notes.append(f"{where}: too few runs share seeds, so what a seed does to all teachers is not taken out")
+            notes.append(f"{where}: too few runs share seeds, so a seed's effect common to all teachers is not removed")
         absent = [name for name, size in sizes.items() if size > curve.size and name not in curve.teachers]
         if absent:
             notes.append(f"{where}: no run with teacher {', '.join(absent)}, which other students or starts have")
         if known_alone and sorted(curve.direct) != curve.seeds:
-            have = ", ".join(map(str, sorted(curve.direct))) or "no seed"
-            notes.append(f"{where}: direct runs for {have}, distilled ones for {', '.join(map(str, curve.seeds))}")
+            have = ", ".join(map(str, sorted(curve.direct))) or "none"
+            notes.append(f"{where}: direct runs with seeds: {have}, distilled: {', '.join(map(str, curve.seeds))}")
         elif curve.effects.paired and any(sorted(by_seed) != curve.seeds for by_seed in curve.losses):
             notes.append(f"{where}: not every teacher has every seed, so intervals over seeds are somewhat too narrow")
         same = [
@@ -267,5 +267,5 @@ def _gaps(condition: Condition, curves: Sequence[Curve], alike: Sequence[Curve],
         if same:
             notes.append(f"{where}: seeds with the same loss to the last digit (teacher {', '.join(same)}): one run?")
     if len(seeds) == 1:
-        notes.append(f"{here}: a single seed ({seeds.pop()}); nothing has an interval")
+        notes.append(f"{here}: a single seed ({seeds.pop()}), so there are no intervals")
     return notes

@@ -1,4 +1,4 @@
-"""Everything that `minima law fit` finds in a table, and the JSON that keeps it."""
+"""Everything that `minima law fit` finds in a table, and the JSON that stores it."""
 
 import hashlib
 from collections import defaultdict
@@ -41,9 +41,9 @@ class ScalingFit:
     Attributes:
         study: as in the table.
         family: as in the table.
-        initialisation: of the students.
-        supervised: from the direct runs of the study and family.
-        distilled: from the runs of this initialisation.
+        initialisation: the students' initialisation.
+        supervised: fit to the direct runs of the study and family.
+        distilled: fit to the runs of this initialisation.
         published_error: median relative error of the published coefficients on the same runs.
     """
 
@@ -68,16 +68,16 @@ class Fit:
     """What was found in a table.
 
     Attributes:
-        format: of this JSON.
+        format: format of this JSON.
         table: the file's name.
-        sha256: of its bytes.
-        num_rows: in it.
-        num_runs: of them that were fitted.
-        sizes: which parameters a size is.
-        budget: what made two token budgets the same.
-        seed: of the draws.
-        num_draws: over seeds.
-        excluded: rows that took no part, with reasons.
+        sha256: SHA-256 of its bytes.
+        num_rows: rows in it.
+        num_runs: rows that were fitted.
+        sizes: which parameters count as size.
+        budget: when two token budgets count as the same.
+        seed: seed of the draws.
+        num_draws: draws over seeds.
+        excluded: rows that were left out, with reasons.
         notes: what the table lacks.
         conditions: the law of capacity gap.
         scaling: the distillation scaling law.
@@ -109,14 +109,14 @@ def fit_table(
 
     Args:
         path: CSV or Parquet.
-        sizes: which parameters a size is.
-        budget: what makes the token budget of two students the same.
-        seed: of the draws; the same seed and table give the same fit.
-        num_draws: over seeds.
-        descents: starts that the scaling law descends from.
+        sizes: which parameters count as size.
+        budget: when two students have the same token budget.
+        seed: seed of the draws; the same seed and table give the same fit.
+        num_draws: draws over seeds.
+        descents: starts from which the scaling law is optimised.
 
     Raises:
-        TableError: the table cannot be read, or not fitted as it is.
+        TableError: the table cannot be read, or cannot be fitted as it is.
     """
     path = path.expanduser()
     rows = read_table(path)
@@ -163,13 +163,12 @@ def _remarks(
     if unknown:
         shown = ", ".join(map(str, unknown[:8])) + (" and more" if len(unknown) > 8 else "")
         notes.append(
-            f"{len(unknown)} runs have no teacher_loss that is a number above 0 and take no part in the scaling law "
-            f"(rows {shown})"
+            f"{len(unknown)} runs have no teacher_loss above 0, so they are left out of the scaling law (rows {shown})"
         )
     if all(row.student_parameters == row.student_non_embedding_parameters for row in rows):
         notes.append("sizes with and without embeddings are the same in every row")
     if sizes == "all":
-        notes.append("the scaling law is about sizes without embeddings; these count them")
+        notes.append("the scaling law is about sizes without embeddings, but these include them")
     return notes
 
 
@@ -191,21 +190,21 @@ def _scaling(runs: Sequence[Run], descents: int) -> list[ScalingFit]:
 
 
 def to_json(fit: Fit) -> str:
-    """The fit as JSON, with every point that its curves go through."""
+    """The fit as JSON, with every point of its curves."""
     return _ADAPTER.dump_json(fit, indent=1).decode() + "\n"
 
 
 def write_fit(fit: Fit, path: Path) -> None:
-    """Write the JSON; a reader sees the old file or the new one."""
+    """Write the JSON atomically: a reader sees the old file or the new one."""
     with disk_full_named(path.parent):
         write_whole(path, to_json(fit))
 
 
 def read_fit(path: Path) -> Fit:
-    """A fit from its JSON.
+    """Read a fit from its JSON.
 
     Raises:
-        TableError: the file cannot be read, or is none that `minima law fit` wrote.
+        TableError: the file cannot be read, or was not written by `minima law fit`.
     """
     path = path.expanduser()
     try:
@@ -215,8 +214,8 @@ def read_fit(path: Path) -> Fit:
         problem = first_line(error)
     if problem is not None:
         raise TableError(
-            f"{path} is no fit that can be read: {problem}",
-            "nothing can be said or drawn of your own models without it",
+            f"{path} cannot be read as a fit: {problem}",
+            "without it, nothing about your own models can be shown or drawn",
             "write it with `minima law fit TABLE --output FILE`",
         )
     return fit

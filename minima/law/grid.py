@@ -1,7 +1,7 @@
-"""A study as ordinary runs: one for the data, one for each teacher and seed, one for each cell. No torch.
+"""Expand a study into ordinary runs: one for the data, one per teacher and seed, one per cell. No torch.
 
-Each run is a recipe of its own in a folder of its own, and reads the others by their paths, so teachers, data and
-scores are made once, `minima run FOLDER/recipe.yaml` repeats any of them, and the state of each is the ordinary one.
+Each run has its own recipe and folder, and reads the others by their paths. So teachers, data and scores are made once,
+`minima run FOLDER/recipe.yaml` repeats any of them, and their state is that of ordinary runs.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ CORPUS, TEACHER, SCORES, PRUNED_STUDENT, STUDENT, QUALITY = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What one student run of the grid is.
+    """One student run of the grid.
 
     Attributes:
         student: name of its shape.
-        teacher: name of its teacher's shape; none for `direct`.
+        teacher: name of its teacher's shape; None for `direct`.
         initialisation: what it starts from.
-        tokens: that it is trained on.
-        seed: of its run and of its teacher's training.
+        tokens: tokens that it is trained on.
+        seed: seed of its run and of its teacher's training.
     """
 
     student: str
@@ -51,9 +51,9 @@ class Unit:
         name: `data/corpus`, `teachers/NAME-seedN` or `cells/...`: its folder inside the study's.
         recipe: its stages.
         needs: names of the units that it reads.
-        flops: of its training; 0 for the data. Cheap ones come first.
-        cell: what it is, where it is a cell.
-        teacher: name and seed, where it is a teacher.
+        flops: FLOPs of its training; 0 for the data. Cheap runs come first.
+        cell: the cell, if it is one.
+        teacher: name and seed, if it is a teacher.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Unit:
         return Path(self.recipe.output)
 
     def is_done(self) -> bool:
-        """Whether every stage of it is finished."""
+        """Whether all its stages are finished."""
         return all(is_finished(self.folder / stage.name) for stage in self.recipe.stages)
 
 
 def cells(study: Study) -> list[Cell]:
-    """The cells of the grid: no student that is not smaller than its teacher."""
+    """The cells of the grid: only those whose student is smaller than its teacher."""
     found = []
     for seed in study.seeds:
         for tokens in study.tokens:
@@ -100,7 +100,7 @@ def cells(study: Study) -> list[Cell]:
 
 
 def expand(study: Study, path: Path) -> list[Unit]:
-    """Every run of a study, in the order in which one process would make them.
+    """All runs of a study, in the order in which a single process would make them.
 
     Args:
         study: the grid.
@@ -119,7 +119,7 @@ def expand(study: Study, path: Path) -> list[Unit]:
 
 
 def sequence_length(units: Sequence[Unit]) -> int:
-    """Tokens of one block of the study's data."""
+    """Tokens per block of the study's data."""
     stage = units[0].recipe.stages[0]
     assert isinstance(stage, BuildData)
     return stage.sequence_length
@@ -151,7 +151,7 @@ def _teacher(study: Study, name: str, seed: int, path: Path) -> Unit:
         {**training, "name": TEACHER, "kind": "adapt", "model": start, "data": data, "seed": seed}
     ]
     cut = [student for student in study.students if _cuts(study, student, name)]
-    if cut:  # every student cut from it reads these scores
+    if cut:  # every student that is cut from this teacher reads these scores
         target = prune_target(study.shape_of(cut[0])).model_dump(exclude_none=True)
         scoring = {"name": SCORES, "kind": "prune", "model": TEACHER, "data": data, "seed": seed, "target": target}
         stages.append({**study.pruning, **scoring})
@@ -187,7 +187,7 @@ def _cell(study: Study, cell: Cell, path: Path) -> Unit:
         unit = teacher_name(cell.teacher, cell.seed)
         needs.append(unit)
         source = str(study.folder / unit / TEACHER)
-        teacher = {"source": source, "placement": "replica"}  # one rank: its copy is the only one
+        teacher = {"source": source, "placement": "replica"}  # with one rank, its copy is the only one
         stages.append({**training, **study.distillation, "kind": "distil", "teacher": teacher})
         quality["teacher"] = source
     stages.append(quality)
@@ -198,7 +198,7 @@ def _cell(study: Study, cell: Cell, path: Path) -> Unit:
 
 
 def _prune_stage(study: Study, shape: ModelShape, folder: Path) -> dict[str, Any]:
-    measured = ("sequences", "micro_batch_sequences", "sequence_length")  # of the scores, which are there already
+    measured = ("sequences", "micro_batch_sequences", "sequence_length")  # settings of the scores, which exist already
     settings = {key: value for key, value in study.pruning.items() if key not in measured}
     return {
         **settings,
@@ -216,7 +216,7 @@ def _recipe(study: Study, unit: str, stages: list[dict[str, Any]], path: Path) -
 
 
 def _flops(study: Study, stage: Any, shape: ModelShape, teacher: ModelShape | None) -> float:
-    """FLOPs of a unit's training; where its length is counted in epochs, of one step."""
+    """FLOPs of a unit's training; of one step, if its length is given in epochs."""
     assert isinstance(stage, Adapt | Distil)
     length = int(study.corpus.get("sequence_length", 1))
     plan = plan_training(stage, length, None)

@@ -1,7 +1,7 @@
 """The best teacher of one student: the lowest point of a parabola in log teacher size.
 
-The points that take part are the teacher with the lowest mean loss and up to two neighbours on each side, each mean
-with the same weight: farther ones say little about where the minimum is, and the curve is no parabola over decades.
+It is fitted to the teacher with the lowest mean loss and up to two neighbours on each side, each mean with the same
+weight: points farther away say little about where the minimum is, and over decades the curve is not a parabola.
 
 Shapes: B draws, T teachers of the curve.
 """
@@ -16,11 +16,11 @@ from scipy.stats import f as f_distribution
 from minima.law.curves import Curve
 from minima.law.noise import Noise, noise_of
 
-NEIGHBOURS = 2  # on each side: with three on a side the parabola would span a factor of 16 on a grid of doublings
+NEIGHBOURS = 2  # on each side: with three, the parabola would span a factor of 16 and more on a grid of doublings
 LEVEL = 0.95
 MINIMUM, NOT_BRACKETED, TOO_FEW, NOISE = "minimum", "not bracketed", "too few teachers", "within the noise"
-FLAT_P = 0.05  # above it, all teachers may be equally good
-Interval = tuple[float | None, float | None]  # an end that is None lies beyond the grid
+FLAT_P = 0.05  # above this, all teachers may be equally good
+Interval = tuple[float | None, float | None]  # None for an end that lies beyond the grid
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,24 @@ class Minimum:
     """The best teacher of one student under one condition.
 
     Attributes:
-        student: name.
-        student_size: parameters.
-        tokens: of its training.
+        student: its name.
+        student_size: its parameters.
+        tokens: tokens of its training.
         status: `minimum`, `not bracketed`, `too few teachers`, or `within the noise`: the teachers differ no more than
-            seeds do, so that the lowest of them is an accident.
-        reason: why there is no minimum; empty where there is.
-        teacher_size: parameters of the best teacher, interpolated; None where there is none.
+            seeds do, so that the lowest of them is a matter of chance.
+        reason: why there is no minimum; empty if there is one.
+        teacher_size: parameters of the best teacher, interpolated; None without a minimum.
         teacher_interval: its interval over seeds; None with one seed or without a minimum.
-        loss: at the minimum, nats per token.
-        loss_interval: of it over seeds, among the draws that have a minimum.
-        bracketed_share: of the draws, those that have a minimum; None with one seed.
+        loss: loss at the minimum, nats per token.
+        loss_interval: its interval over seeds, among the draws that have a minimum.
+        bracketed_share: share of the draws that have a minimum; None with one seed.
         grid_best: name of the teacher with the lowest mean loss.
-        used: names of the teachers that the parabola goes through.
+        used: names of the teachers that the parabola is fitted to.
         rises: how much higher than the minimum the smallest and the largest teacher of the grid are, nats per token.
-        misfit_p: probability of missing the means by so much if the parabola were right (F test against the seed
+        misfit_p: probability of missing the means by this much if the parabola were right (F test against the seed
             noise); None with three points or one seed.
-        noise: of the seeds.
-        flat_p: probability of such different means if all teachers were equally good (F test against the seed noise);
+        noise: the seed noise.
+        flat_p: probability of means this different if all teachers were equally good (F test against the seed noise);
             None with one seed.
     """
 
@@ -72,9 +72,9 @@ class Lowest:
     """Lowest points of several curves over the same teachers.
 
     Attributes:
-        log_size_B: natural logarithm of the best teacher's parameters; -inf and inf where it lies beyond the smallest
-            and the largest teacher.
-        loss_B: there; nan where it lies beyond.
+        log_size_B: natural logarithm of the best teacher's parameters; -inf or inf if it lies beyond the smallest or
+            the largest teacher.
+        loss_B: loss there; nan if it lies beyond.
     """
 
     log_size_B: np.ndarray
@@ -82,12 +82,12 @@ class Lowest:
 
 
 def window(best: int, num_teachers: int) -> slice:
-    """The points that take part around the best one."""
+    """The points around the best one that the parabola is fitted to."""
     return slice(max(0, best - NEIGHBOURS), min(num_teachers, best + NEIGHBOURS + 1))
 
 
 def lowest_points(sizes: Sequence[float], means_BT: np.ndarray) -> Lowest:
-    """The interpolated minimum of each row of means, or on which side of the grid it lies."""
+    """The interpolated minimum of each row of means, or the side of the grid beyond which it lies."""
     log_sizes_T = np.log(np.asarray(sizes, dtype=float))
     num_draws, num_teachers = means_BT.shape
     log_size_B, loss_B = np.empty(num_draws), np.full(num_draws, np.nan)
@@ -125,7 +125,7 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
         means_BT: draws of its means over seeds; None with one seed.
 
     Returns:
-        The minimum, and sizes_B (parameters; 0 and inf beyond the grid); None without draws.
+        The minimum, and sizes_B (parameters; 0 and inf beyond the grid), which is None without draws.
     """
     means_T, num_teachers = curve.means_T, len(curve.teachers)
     best = int(means_T.argmin())
@@ -139,7 +139,7 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
         flat_p=(flat_p := _flat(curve)),
     )
     if len(set(curve.sizes)) < 3:
-        reason = f"{num_teachers} teacher{'s' if num_teachers > 1 else ''}; a parabola takes three sizes"
+        reason = f"{num_teachers} teacher{'s' if num_teachers > 1 else ''}; a parabola needs three sizes"
         return base(status=TOO_FEW, reason=reason, used=()), None
     lowest = lowest_points(curve.sizes, means_T[None])
     drawn = None if means_BT is None else lowest_points(curve.sizes, means_BT)
@@ -152,7 +152,7 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
     if not np.isfinite(lowest.log_size_B[0]):
         reason = f"the {'smallest' if best == 0 else 'largest'} teacher has the lowest loss"
         if best not in (0, num_teachers - 1):
-            reason = "the parabola opens downwards, or its lowest point lies outside of its points"
+            reason = "the parabola opens downwards, or its lowest point lies outside its points"
         return base(status=NOT_BRACKETED, reason=reason, used=used, bracketed_share=share), sizes_B
     loss = float(lowest.loss_B[0])
     losses_B = None if drawn is None else drawn.loss_B[np.isfinite(drawn.loss_B)]

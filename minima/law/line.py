@@ -18,16 +18,16 @@ from minima.law.interpolate import LEVEL, MINIMUM, Interval, Minimum, interval
 MILLION = 1e6
 PAPER_SLOPE, PAPER_INTERCEPT = 2.498, -11.498  # with R^2 = 0.9957
 PAPER_TEACHERS = (70e6, 7e9)  # GPT-2 and Pythia teachers of 70M to 2.8B, and LLaMA2-7B
-SMALLEST_PAPER_STUDENT = -PAPER_INTERCEPT / (PAPER_SLOPE - 1) * MILLION  # below it, its teacher is no larger: 7.7M
+SMALLEST_PAPER_STUDENT = -PAPER_INTERCEPT / (PAPER_SLOPE - 1) * MILLION  # below, its teacher is no larger: 7.7M
 FEWEST_STUDENTS = 3
-ENOUGH_DRAWS = 0.95  # share with a line; of fewer, those that have one are chosen by what they show
-_KEPT_DRAWS = 400  # of (a, b), for the interval of a teacher that is asked for later
-REJECTED = 0.025  # of each of two tests, so at most 5 % for both together
+ENOUGH_DRAWS = 0.95  # share of draws that have a line; if fewer do, these are a biased selection
+_KEPT_DRAWS = 400  # of (a, b), for the intervals of teachers that are asked for later
+REJECTED = 0.025  # for each of two tests, so at most 5 % for both together
 
 
 @dataclass(frozen=True)
 class LineFit:
-    """One least-squares line; each student with the same weight.
+    """One least-squares line, with the same weight for each student.
 
     Attributes:
         slope: a.
@@ -35,7 +35,7 @@ class LineFit:
         slope_interval: over seeds; None with one seed.
         intercept_interval: over seeds; None with one seed or without an intercept.
         slope_scatter_interval: from the scatter of the students around the line (Student's t).
-        intercept_scatter_interval: the same of b; None without an intercept.
+        intercept_scatter_interval: the same for b; None without an intercept.
         r2: 1 - residual / total sum of squares around the mean, with and without an intercept; it can be negative.
     """
 
@@ -50,14 +50,14 @@ class LineFit:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The paper's line against the fitted one.
+    """How the paper's line agrees with the fitted one.
 
     Attributes:
         test: what was tested, in words.
-        seeds_p: share of the draws that are as far from the fit as the paper's line is (distance in the draws' own
-            covariance); None without draws or noise.
-        scatter_p: of the F test that the paper's line fits the minima as well as the best line does.
-        rejected: whether one of the two is below 0.025; None where neither could be computed.
+        seeds_p: share of the draws that are at least as far from the fit as the paper's line is (distance in the draws'
+            own covariance); None without draws or noise.
+        scatter_p: p of the F test that the paper's line fits the minima as well as the best line does.
+        rejected: whether one of the two is below 0.025; None if neither could be computed.
     """
 
     test: str
@@ -71,15 +71,15 @@ class Line:
     """The law under one condition.
 
     Attributes:
-        students: names of those that take part.
+        students: names of the students that the line is fitted to.
         left_out: names of the others, with the reason.
-        fitted: False where fewer than three students are bracketed; the fields below are None then.
-        student_range: smallest and largest student that takes part, parameters.
+        fitted: False if fewer than three students are bracketed; then the fields below are None.
+        student_range: smallest and largest of the fitted students, parameters.
         with_intercept: T* = a S + b.
         without_intercept: T* = a S.
-        used_share: of the draws, those in which at least three students have a minimum. Below 0.95 nothing is said over
-            seeds: the draws that are left were chosen by what they show.
-        agreement: with the paper's line.
+        used_share: share of the draws in which at least three students have a minimum. Below 0.95 there are no
+            intervals over seeds: the remaining draws would be a biased selection.
+        agreement: agreement with the paper's line.
         draws: pairs (a, b) over seeds, at most 400 of them.
     """
 
@@ -95,15 +95,15 @@ class Line:
 
 
 def paper_teacher(student_size: float) -> float:
-    """The paper's best teacher of a student; both in parameters."""
+    """The paper's best teacher for a student; both in parameters."""
     return (PAPER_SLOPE * student_size / MILLION + PAPER_INTERCEPT) * MILLION
 
 
 def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -> Line:
-    """The line through the bracketed minima of one condition.
+    """Fit the line through the bracketed minima of one condition.
 
     Args:
-        minima: of all students of the condition.
+        minima: those of all students of the condition.
         sizes_SB: draws of each best teacher's size in parameters, from `minimum_of`.
     """
     taken = [index for index, minimum in enumerate(minima) if minimum.status == MINIMUM]
@@ -121,7 +121,7 @@ def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -
         there_BS = np.isfinite(best_BS) & (best_BS > 0)
         enough_B = np.array([len(np.unique(student_S[there_S])) for there_S in there_BS]) >= FEWEST_STUDENTS
         share = float(enough_B.mean())
-        if share >= ENOUGH_DRAWS and enough_B.sum() >= 100:  # fewer draws have no 2.5 % quantiles
+        if share >= ENOUGH_DRAWS and enough_B.sum() >= 100:  # fewer draws give no 2.5 % quantiles
             lines_B2, ratios_B = _least_squares(student_S, best_BS[enough_B], there_BS[enough_B])
     both = _line_with_intercept(student_S, best_S, lines_B2)
     alone = _line_without_intercept(student_S, best_S, ratios_B)
@@ -132,7 +132,7 @@ def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -
 
 
 def _least_squares(student_S: np.ndarray, best_BS: np.ndarray, there_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and intercept, and slope alone, of each draw over the students that have a minimum in it."""
+    """Slope and intercept, and slope without intercept, of each draw over the students that have a minimum in it."""
     best_BS = np.where(there_BS, best_BS, 0.0)
     x_BS = np.where(there_BS, student_S, 0.0)
     count_B = there_BS.sum(axis=1)
@@ -170,15 +170,15 @@ def _line_without_intercept(student_S: np.ndarray, best_S: np.ndarray, ratios_B:
 
 
 def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], size: float) -> Interval:
-    """Interval of the best teacher of one more student, from how far the measured ones lie from the line; parameters.
+    """Prediction interval of another student's best teacher, from the scatter around the line, in parameters.
 
     Args:
-        line: with an intercept.
-        students: size and best teacher of each that the line goes through, parameters; at least three.
-        size: of the student that is asked about, parameters.
+        line: a line with an intercept.
+        students: size and best teacher of each student that the line is fitted to, parameters; at least three.
+        size: size of the student that is asked about, parameters.
 
     Returns:
-        Its ends; None for one that is not above 0.
+        Its ends; None for a lower end that is not above 0.
     """
     student_S, best_S = (np.array(values) / MILLION for values in zip(*students, strict=True))
     spare, at = len(student_S) - 2, size / MILLION
@@ -202,7 +202,7 @@ def _agreement(
         own_S = both.slope * student_S + both.intercept
     else:
         test = (
-            f"the slope without intercept alone, against {PAPER_SLOPE}: the paper's line gives students of less "
+            f"only the slope without intercept, against {PAPER_SLOPE}: the paper's line gives students of less "
             f"than {SMALLEST_PAPER_STUDENT / MILLION:.1f}M a teacher no larger than they are, so it says nothing here"
         )
         paper, fit, spare = np.array([PAPER_SLOPE]), np.array([alone.slope]), len(student_S) - 1

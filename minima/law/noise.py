@@ -1,12 +1,12 @@
 """Seed noise: other mean losses that the same grid could have given, drawn by a multiplier bootstrap over seeds.
 
-Resampling two or three whole seeds has three or ten different outcomes, and intervals from it are far too narrow. So
-the residuals over seeds are drawn instead, each with a random Gaussian weight (Wu, 1986; Mammen, 1993): what a seed
-does to all teachers of a student is taken out first where the seeds are shared (pairing); the rest is what can move the
-best teacher. Its variance is pooled over the teachers of a student. A (teacher, seed) gets the same weight for all
-students, because they share that teacher, so the noise of different students is drawn with its correlation. Each draw
-is widened by sqrt(f / chi2_f), f the residuals' degrees of freedom, as Student's t is: the variance itself is known
-from few residuals only.
+Resampling two or three whole seeds has only three or ten different outcomes, and intervals from it are far too narrow.
+So the residuals over seeds are drawn instead, each with a random Gaussian weight (Wu, 1986; Mammen, 1993). A seed's
+effect common to all teachers of a student is removed first if the seeds are shared (pairing); the rest is what can move
+the best teacher. Its variance is pooled over the teachers of a student. A (teacher, seed) pair gets the same weight for
+all students, because they share that teacher, so the noise of different students is drawn with its correlation. Each
+draw is widened by sqrt(f / chi2_f), f being the residuals' degrees of freedom, as in Student's t: the variance itself
+is known only from few residuals.
 
 Shapes: B draws, T teachers of a curve, U teachers of a condition, Q (teacher, seed) pairs of a condition.
 """
@@ -27,7 +27,7 @@ class Noise:
 
     Attributes:
         paired: whether the seeds' common effect was taken out.
-        freedom: degrees of freedom of the residuals; 0 where every teacher has one run.
+        freedom: degrees of freedom of the residuals; 0 if every teacher has one run.
         deviation: standard deviation of one run around its teacher's mean, nats per token; None without freedom.
     """
 
@@ -50,15 +50,15 @@ def noise_of(curve: Curve) -> Noise:
 
 
 def draw_means(curves: Sequence[Curve], num_draws: int, seed: int) -> list[np.ndarray | None]:
-    """Mean losses of every curve of one condition, as other seeds might have given them.
+    """Draw mean losses of every curve of one condition, as other seeds might have given them.
 
     Args:
-        curves: of one condition.
+        curves: those of one condition.
         num_draws: B.
-        seed: of the draws; the same seed and curves give the same draws, whatever else is in the table.
+        seed: seed of the draws; the same seed and curves give the same draws, whatever else is in the table.
 
     Returns:
-        For each curve means_BT, nats per token; None where no teacher has two runs.
+        For each curve means_BT, nats per token; None if no teacher has two runs.
     """
     teachers = sorted({teacher for curve in curves for teacher in curve.teachers})
     pairs = sorted({(name, key) for curve in curves for name in curve.teachers for key in curve.seeds})

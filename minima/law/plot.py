@@ -1,8 +1,8 @@
-"""The figure of a fit: student loss over teacher size, its minima, and the line, controls side by side.
+"""The figure of a fit: student loss over teacher size, its minima, and the line, with the controls side by side.
 
-For each token budget there are two rows. Above: the losses; below: how far each lies over its student's lowest mean, so
-that shallow valleys are seen. One column for each initialisation, and one for the best teacher over the student.
-Colours are those of Okabe and Ito (2008), which the colour-blind tell apart; markers and dashes do it without colour.
+There are two rows per token budget: the losses, and below them how far each lies above its student's lowest mean, so
+that shallow valleys are visible. There is a column per initialisation, and one for the best teacher over the student.
+The colours are those of Okabe and Ito (2008), which colour-blind people can distinguish; markers and dashes do without.
 """
 
 import math
@@ -30,7 +30,7 @@ DASHES: tuple[Any, ...] = (
     (0, (8, 3)),
     ":",
 )
-_STARTS = 4  # where the styles of initialisations begin, so that they are not those of the first four students
+_STARTS = 4  # index of the first initialisation's style, so that the first four students' styles are not reused
 _PAPER_STYLE: Any = {"color": "#555555", "linewidth": 1.2, "linestyle": (0, (1, 2)), "zorder": 6}
 TITLES = {
     "pruned_from_teacher": "pruned from its teacher",
@@ -45,7 +45,7 @@ _STYLE: Any = {
 
 
 def figure_paths(output: Path) -> list[Path]:
-    """The PNG and the SVG of a path without a suffix."""
+    """The paths of the PNG and the SVG, for a path without a suffix."""
     return [output.with_name(f"{output.name}.{kind}") for kind in ("png", "svg")]
 
 
@@ -57,7 +57,7 @@ def plot_fit(fit: Fit, output: Path) -> list[Path]:
         output: path without a suffix.
 
     Returns:
-        The PNG and the SVG.
+        The paths of the PNG and the SVG.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -82,7 +82,7 @@ def plot_fit(fit: Fit, output: Path) -> list[Path]:
 
 
 def _group(axes: np.ndarray, group: Sequence[ConditionFit], fit: Fit) -> None:
-    """Two rows of panels: one token budget."""
+    """Draw the two rows of panels of one token budget."""
     students = sorted({(curve.size, curve.student) for one in group for curve in one.curves})
     styles = {name: _style(index) for index, (_, name) in enumerate(students)}
     loss_axes, above_axes = axes[0, : len(group)], axes[1, : len(group)]
@@ -113,7 +113,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _curve(axis: Any, curve: Curve, minimum: Minimum, style: dict[str, Any], base: float) -> None:
-    """Means and seeds of one student, the parabola that was fitted, its minimum and the loss without a teacher."""
+    """Draw means and seeds of one student, the fitted parabola, its minimum and the loss without a teacher."""
     means_T = curve.means_T - base
     axis.plot(curve.sizes, means_T, markerfacecolor="white", **style)
     if not base:
@@ -145,7 +145,7 @@ def _curve(axis: Any, curve: Curve, minimum: Minimum, style: dict[str, Any], bas
 
 
 def _ends(ends: Interval, sizes: Sequence[int]) -> tuple[float, float]:
-    """An interval, cut at the grid where it is open."""
+    """An interval whose open ends are replaced by the grid's."""
     return ends[0] or float(sizes[0]), ends[1] or float(sizes[-1])
 
 
@@ -154,7 +154,7 @@ def _teacher_axis(axis: Any, curves: Sequence[Curve]) -> None:
     axis.set_xscale("log")
     axis.set_xlim(sizes[0] * (sizes[0] / sizes[-1]) ** 0.06, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.14)
     kept = sizes
-    while len(kept) > 6:  # more labels run into each other
+    while len(kept) > 6:  # more labels would overlap
         kept = kept[::2]
     axis.set_xticks(kept, [short(size) for size in kept], rotation=30, ha="right", rotation_mode="anchor")
     axis.minorticks_off()
@@ -167,7 +167,7 @@ def _share_y(axes: np.ndarray, from_zero: bool = False) -> None:
 
 
 def _law(axis: Any, group: Sequence[ConditionFit], fit: Fit) -> None:
-    """The best teacher over the student, on logarithmic axes: each initialisation, its line and the paper's."""
+    """Draw the best teacher over the student, on logarithmic axes: each initialisation, its line and the paper's."""
     sizes = [curve.size for one in group for curve in one.curves]
     span = np.geomspace(min(sizes) / 1.15, max(sizes) * 1.15, 100)
     axis.fill_between(span, span, span * 1e-9, color="#eeeeee", linewidth=0)

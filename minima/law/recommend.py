@@ -1,7 +1,7 @@
-"""Which teacher to take for a student: what each law answers, and where the answers are worth little.
+"""Which teacher to choose for a student: what each law answers, with warnings where an answer is unreliable.
 
-FLOPs are 6 N_S D of the student's training and 2 N_T D of the teacher's forward passes; training the teacher is not
-among them. The original counts its runs in the same way, with all parameters.
+FLOPs are 6 N_S D for the student's training and 2 N_T D for the teacher's forward passes; training the teacher is not
+included. The original code counts its runs in the same way, with all parameters.
 """
 
 import math
@@ -34,13 +34,13 @@ from minima.law.sizes_text import short
 from minima.pruning.target import width_percent
 
 PUBLISHED_GAP, PUBLISHED_SCALING = "capacity gap, published", "distillation scaling, published"
-DISAGREEMENT = 1.5  # factor between two teachers; the intervals of measured minima are seldom narrower
-FLAT_NATS = 0.01  # a teacher this near the minimum is as good: about the seed noise of a small study
+DISAGREEMENT = 1.5  # factor between two teachers; intervals of measured minima are seldom narrower
+FLAT_NATS = 0.01  # a teacher this close to the minimum is as good: about the seed noise of a small study
 _NEAR = 1.1  # factor within which a token budget counts as the measured one
 
 
 def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
-    """The teacher to take under each law.
+    """The teacher to choose under each law.
 
     Raises:
         TableError: a teacher that is asked for is not larger than the student.
@@ -49,14 +49,14 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
         if teacher <= question.student:
             raise TableError(
                 f"a teacher of {short(teacher)} for a student of {short(question.student)}",
-                "the laws are about a teacher that is larger than its student",
+                "the laws are about teachers that are larger than their students",
                 "leave it out of --teachers",
             )
     answers, warnings = [_published_gap(question)], []
     if question.tokens is None:
         warnings.append(
-            "without --tokens only the paper's law answers: the other laws depend on the training tokens, and so does "
-            "the best teacher"
+            "without --tokens, only the paper's law answers: the other laws, like the best teacher itself, depend on "
+            "the training tokens"
         )
     else:
         answers.append(_published_scaling(question, question.tokens))
@@ -64,7 +64,7 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
             answers.append(_fitted_gap(question, question.tokens, one, fit))
         if fit is not None:
             kind = "without embeddings" if fit.sizes == "non_embedding" else "with embeddings"
-            warnings.append(f"the fit counts sizes {kind}, and so must --student and --teachers")
+            warnings.append(f"the fit counts sizes {kind}, so --student and --teachers must, too")
         for scaling in fit.scaling if fit else ():
             answers.append(_fitted_scaling(question, question.tokens, scaling))
     warnings += [f"{answer.law}: {note}" for answer in answers for note in answer.notes]
@@ -73,13 +73,13 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
     apart = max(chosen, default=1.0) / min(chosen, default=1.0)
     if apart > DISAGREEMENT or (apart > 1.0 and question.teachers and _matters(question, found)):
         said = "; ".join(f"{answer.law}: {short(answer.teacher or 0)}" for answer in found)
-        warnings.append(f"the laws disagree ({said}): measure it on your own data, with `minima law study`")
+        warnings.append(f"the laws disagree ({said}): measure it on your own data with `minima law study`")
     costs = tuple(_cost(question, teacher) for teacher in question.teachers)
     return Recommendation(question, tuple(answers), costs, tuple(warnings))
 
 
 def _matters(question: Question, found: Sequence[Answer]) -> bool:
-    """Whether the teachers that were chosen among those at hand differ by more than a law's flat bottom."""
+    """Whether the teachers chosen among the available ones differ by more than the flat bottom of a law."""
     places = [question.teachers.index(answer.teacher) for answer in found if answer.teacher in question.teachers]
     losses = [[answer.losses[place] for place in places] for answer in found if answer.losses]
     return not losses or any(max(each) - min(each) > FLAT_NATS for each in losses)
@@ -96,7 +96,7 @@ def _gap_answer(
     question: Question, law: str, ideal: float | None, ends: Interval | None, measured: str, notes: list[str],
     by: tuple[str, ScalingLaw, float] | None,
 ) -> Answer:  # fmt: skip
-    """`by` says the losses: its name, the law, and its relative error."""
+    """`by` is the law that predicts losses: its name, the law, and its relative error."""
     if ideal is not None and ideal <= question.student:
         notes.append("its teacher is not larger than the student, so it has no answer")
         ideal = None
@@ -125,7 +125,7 @@ def _published_gap(question: Question) -> Answer:
         notes.append(f"it has a teacher only for students of more than {short(SMALLEST_PAPER_STUDENT)}")
         ideal = None
     elif not low <= (ideal or 0) <= high:
-        notes.append(f"T* = {short(ideal or 0)} extrapolates; its teachers were {short(low)} to {short(high)}")
+        notes.append(f"T* = {short(ideal or 0)} extrapolates: its teachers were {short(low)} to {short(high)}")
     measured = f"teachers of {short(low)} to {short(high)}"
     by = (PUBLISHED_SCALING, PUBLISHED, PUBLISHED_ERROR)
     return _gap_answer(question, PUBLISHED_GAP, ideal, None, measured, notes, by)
@@ -144,16 +144,16 @@ def _fitted_gap(question: Question, tokens: float, one: ConditionFit, fit: Fit |
     if line.used_share is not None and line.used_share < ENOUGH_DRAWS:
         notes.append(
             f"in only {line.used_share:.0%} of the draws over seeds do three students have a minimum, so the line may "
-            "be one of accidents"
+            "be due to chance"
         )
     low, high = line.student_range
     if not low <= question.student <= high:
         notes.append(
-            f"a student of {short(question.student)} extrapolates; measured were {short(low)} to {short(high)}"
+            f"a student of {short(question.student)} extrapolates: the measured range is {short(low)} to {short(high)}"
         )
     own = one.condition.budget if fit is None or fit.budget == "tokens" else one.condition.budget * question.student
     if not own / _NEAR <= tokens <= own * _NEAR:
-        notes.append(f"{short(tokens)} tokens extrapolate; it was measured with {short(own)}")
+        notes.append(f"{short(tokens)} tokens extrapolate: it was measured with {short(own)}")
     measured = f"students of {short(low)} to {short(high)}"
     through = [
         (float(minimum.student_size), minimum.teacher_size)
@@ -192,10 +192,10 @@ def _published_scaling(question: Question, tokens: float) -> Answer:
     notes = []
     if not low <= question.student <= high:
         notes.append(
-            f"a student of {short(question.student)} extrapolates; measured were {short(low)} to {short(high)}"
+            f"a student of {short(question.student)} extrapolates: the measured range is {short(low)} to {short(high)}"
         )
     if tokens > PUBLISHED_TOKENS:
-        notes.append(f"{short(tokens)} tokens extrapolate; measured were at most {short(PUBLISHED_TOKENS)}")
+        notes.append(f"{short(tokens)} tokens extrapolate: at most {short(PUBLISHED_TOKENS)} were measured")
     measured = f"sizes of {short(low)} to {short(high)}, up to {short(PUBLISHED_TOKENS)} tokens"
     return _scaling_answer(question, tokens, PUBLISHED_SCALING, PUBLISHED, PUBLISHED_ERROR, measured, high, notes)
 
@@ -213,7 +213,9 @@ def _fitted_scaling(question: Question, tokens: float, scaling: ScalingFit) -> A
         ("training tokens of", tokens, part.token_range),
     ):
         if not ends[0] <= value <= ends[1]:
-            notes.append(f"{what} {short(value)} extrapolates; measured were {short(ends[0])} to {short(ends[1])}")
+            notes.append(
+                f"{what} {short(value)} extrapolates: the measured range is {short(ends[0])} to {short(ends[1])}"
+            )
     sizes, budgets = (" to ".join(short(end) for end in ends) for ends in (part.student_range, part.token_range))
     measured = f"students of {sizes}, {budgets} tokens"
     return _scaling_answer(question, tokens, law, known, part.largest_error or 0.0, measured, None, notes, part)
@@ -230,7 +232,7 @@ def _scaling_answer(
 
     ideal = scaling.best_teacher(student, tokens, per_parameter)
     if ideal is None:
-        notes.append(f"the loss still falls at a teacher {LARGEST_RATIO:,.0f} times as large, so none is the best")
+        notes.append(f"the loss still falls at a teacher {LARGEST_RATIO:,.0f} times as large, so there is no best one")
     teacher = min(question.teachers, key=loss_under) if question.teachers else ideal
     flat = None
     if ideal is not None:
@@ -245,11 +247,11 @@ def _scaling_answer(
             "teacher has nothing left to teach a student that starts from random weights"
         )
     if teacher is not None and largest is not None and teacher > largest:
-        notes.append(f"a teacher of {short(teacher)} extrapolates; measured were up to {short(largest)}")
+        notes.append(f"a teacher of {short(teacher)} extrapolates: the largest measured is {short(largest)}")
     if teacher is not None and part is not None and part.teacher_loss_range is not None:
         own, (low, high) = float(scaling.teacher_loss(teacher, per_parameter)), part.teacher_loss_range
         if not low <= own <= high:
-            notes.append(f"a teacher loss of {own:.3f} extrapolates; measured were {low:.3f} to {high:.3f}")
+            notes.append(f"a teacher loss of {own:.3f} extrapolates: the measured range is {low:.3f} to {high:.3f}")
     ends = None if loss is None else (loss * (1 - error), loss * (1 + error))
     cost = None if teacher is None else _cost(question, teacher)
     losses = tuple(float(loss_under(size)) for size in question.teachers)

@@ -9,12 +9,12 @@ from minima.report.tables import text_table
 
 
 def render_recommendation(found: Recommendation) -> str:
-    """The answers as a table, the teachers that were asked for as another, then the warnings."""
+    """The text: a table of answers, one of the teachers that were asked for, and the warnings."""
     question = found.question
     tokens = "an unknown number of" if question.tokens is None else short(question.tokens)
     lines = [f"student of {short(question.student)}, {tokens} tokens"]
     per_token = question.tokens is None
-    flops = "FLOPs a token" if per_token else "FLOPs"
+    flops = "FLOPs per token" if per_token else "FLOPs"
     headers = ["law", "teacher", "interval", "T/S", "expected loss", "interval", flops, "pruning"]
     rows = [_answer(answer, per_token) for answer in found.answers]
     lines += text_table(rows, headers).splitlines()
@@ -54,7 +54,7 @@ def _costs(found: Recommendation, priced: list[Answer]) -> list[str]:
     headers = [
         "teacher",
         "T/S",
-        "FLOPs a token" if per_token else "FLOPs",
+        "FLOPs per token" if per_token else "FLOPs",
         "pruning",
         *(f"loss: {one.law}" for one in priced),
     ]

@@ -19,7 +19,7 @@ from minima.report.tables import text_table
 
 
 def render_fit(fit: Fit) -> str:
-    """The whole report: what was left out, the minima and the line of each condition, the scaling law."""
+    """The whole report: rows left out, minima and line of each condition, and the scaling law."""
     kind = "without embeddings" if fit.sizes == "non_embedding" else "with embeddings"
     lines = [
         f"{fit.table}: {fit.num_runs} of {fit.num_rows} rows fitted; sizes {kind}; "
@@ -97,13 +97,13 @@ def _line(one: ConditionFit) -> list[str]:
     if not line.fitted or line.with_intercept is None or line.without_intercept is None:
         number = len(line.students)
         number_text = f"{number} bracketed student{'' if number == 1 else 's'}"
-        return [f"no line: {number_text}, and a line takes three of different sizes", *left_out]
+        return [f"no line: {number_text}, but a line needs three of different sizes", *left_out]
     lines = [f"line through {', '.join(line.students)}; millions of parameters", *left_out]
     lines += [_equation("T* = a S + b", line.with_intercept), _equation("T* = a S", line.without_intercept)]
     if line.used_share is not None and line.used_share < ENOUGH_DRAWS:
         lines.append(
-            f"  only {line.used_share:.0%} of the draws have three bracketed students: nothing is said over seeds, for "
-            "the draws that are left were chosen by what they show"
+            f"  only {line.used_share:.0%} of the draws have three bracketed students: no intervals over seeds, since "
+            "the remaining draws would be a biased selection"
         )
     agreement = line.agreement
     if agreement is not None:
@@ -114,7 +114,7 @@ def _line(one: ConditionFit) -> list[str]:
             f"seeds {seeds}, p from the scatter around the line {scatter}; rejected below 0.025 in one of them)"
         )
         if agreement.rejected is False:
-            lines.append(f"  with {len(line.students)} students that rules out large differences only")
+            lines.append(f"  with {len(line.students)} students that only rules out large differences")
     return lines
 
 
@@ -156,7 +156,7 @@ def _fitted_text(part: Fitted) -> str:
 
 
 def sizes_interval(ends: Interval | None) -> str:
-    """An interval of teacher sizes; an open end is the end of the grid."""
+    """An interval of teacher sizes as text; an open end lies beyond the grid."""
     if ends is None:
         return "-"
     low, high = (None if end is None else short(end) for end in ends)

@@ -3,8 +3,8 @@
 Supervised:  L(N, D) = E + (A / N^a + B / D^b)^g
 Distilled:   L_S = L_T + L_T^(-c0) (1 + (L_T / (L(N_S, D_S) d1))^(1 / f1))^(-c1 f1) (A' / N_S^a' + B' / D_S^b')^g'
 
-N are parameters without embeddings, D tokens, losses nats per token. The published coefficients (their Table 6,
-rounded) are of English web text with a vocabulary of 32,168.
+N is parameters without embeddings, D is tokens, losses are in nats per token. The published coefficients (their Table
+6, rounded) are for English web text with a vocabulary of 32,168.
 
 Shapes: M rows (cells), P coefficients.
 """
@@ -16,10 +16,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 TEACHER_TOKENS_PER_PARAMETER = 20.0  # their M_T: a teacher trained compute-optimally (Hoffmann et al., 2022)
-PUBLISHED_ERROR = 0.01  # relative error of a predicted loss that they state, about
+PUBLISHED_ERROR = 0.01  # approximate relative error of a predicted loss, as they state it
 PUBLISHED_SIZES, PUBLISHED_TOKENS = (143e6, 12.6e9), 512e9
-LARGEST_RATIO = 1000.0  # of teacher to student, when the best one is sought
-SMALLEST_F1 = 1e-3  # it divides
+LARGEST_RATIO = 1000.0  # of teacher to student, in the search for the best teacher
+SMALLEST_F1 = 1e-3  # f1 is a divisor
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Supervised:
         """Loss of a model trained alone, nats per token; floats or arrays.
 
         Args:
-            parameters: without embeddings.
-            tokens: of its training.
+            parameters: number of parameters without embeddings.
+            tokens: tokens of its training.
         """
         return self.e + (self.a / parameters**self.alpha + self.b / tokens**self.beta) ** self.gamma
 
@@ -61,9 +61,9 @@ class Distilled:
         """Loss of a distilled student, nats per token (their equation 8); floats or arrays.
 
         Args:
-            parameters: of the student, without embeddings.
-            tokens: of the distillation.
-            teacher_loss: of the teacher, nats per token.
+            parameters: the student's parameters without embeddings.
+            tokens: tokens of the distillation.
+            teacher_loss: the teacher's loss, nats per token.
             alone: loss of the same student on the same tokens without a teacher, nats per token.
         """
         ratio = (np.log(teacher_loss) - np.log(alone * self.d1)) / self.f1
@@ -74,28 +74,28 @@ class Distilled:
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """Both laws together, which is what predicts a loss from sizes."""
+    """Both laws together, which predict a loss from sizes."""
 
     supervised: Supervised
     distilled: Distilled
 
     def student_loss(self, student: float, tokens: float, teacher_loss):
-        """Loss of a student of that size from a teacher of that loss, nats per token."""
+        """Loss of a student of this size under a teacher of this loss, nats per token."""
         return self.distilled.loss(student, tokens, teacher_loss, self.supervised.loss(student, tokens))
 
     def teacher_loss(self, teacher, tokens_per_parameter: float = TEACHER_TOKENS_PER_PARAMETER):
-        """Loss of a teacher of that size, trained alone on so many tokens per parameter."""
+        """Loss of a teacher of this size, trained alone on `tokens_per_parameter` tokens per parameter."""
         return self.supervised.loss(teacher, tokens_per_parameter * teacher)
 
     def loss_under(self, student: float, tokens: float, teacher, tokens_per_parameter: float):
-        """Loss of a student under a teacher of that size."""
+        """Loss of a student under a teacher of this size."""
         return self.student_loss(student, tokens, self.teacher_loss(teacher, tokens_per_parameter))
 
     def best_teacher(
         self, student: float, tokens: float, tokens_per_parameter: float = TEACHER_TOKENS_PER_PARAMETER
     ) -> float | None:
-        """Size of the teacher with the lowest student loss; None where it lies at an end of 1 to 1,000 times the
-        student."""
+        """Size of the teacher with the lowest student loss; None if it lies at an end of the range of 1 to 1,000 times
+        the student's size."""
 
         def loss(log_ratio: float) -> float:
             return float(self.loss_under(student, tokens, student * np.exp(log_ratio), tokens_per_parameter))
@@ -113,26 +113,26 @@ PUBLISHED = ScalingLaw(
     Distilled(a=2243.0, b=24181.0, alpha=0.321, beta=0.637, gamma=0.764, c0=2.549, c1=522.6, f1=0.090, d1=1.315),
 )
 
-# What is fitted, in order; sizes of the coefficients differ by decades, so those that scale are fitted as logarithms.
+# The fitted vectors, in order. Coefficients differ by decades, so those that are scales are fitted as logarithms.
 SUPERVISED_NAMES = ("log_e", "log_a", "log_b", "alpha", "beta", "gamma")
 DISTILLED_NAMES = ("log_a", "log_b", "alpha", "beta", "gamma", "c0", "c1", "f1", "log_d1")
 
 
 def supervised_of(vector_P: np.ndarray) -> Supervised:
-    """Coefficients from what was fitted."""
+    """The coefficients of a fitted vector."""
     e, a, b = (float(value) for value in np.exp(vector_P[:3]))
     return Supervised(e, a, b, *(float(value) for value in vector_P[3:]))
 
 
 def distilled_of(vector_P: np.ndarray) -> Distilled:
-    """Coefficients from what was fitted."""
+    """The coefficients of a fitted vector."""
     a, b = (float(value) for value in np.exp(vector_P[:2]))
     alpha, beta, gamma, c0, c1, f1 = (float(value) for value in vector_P[2:8])
     return Distilled(a, b, alpha, beta, gamma, c0, c1, max(f1, SMALLEST_F1), float(np.exp(vector_P[8])))
 
 
 def supervised_gradient(vector_P: np.ndarray, log_n_M: np.ndarray, log_d_M: np.ndarray) -> tuple:
-    """Supervised losses loss_M and their derivatives jacobian_PM by what is fitted."""
+    """Supervised losses loss_M and their derivatives jacobian_PM with respect to the fitted vector."""
     floor = np.exp(vector_P[0])
     own_M, parts_5M = _power(vector_P[1:], log_n_M, log_d_M)
     return floor + own_M, np.concatenate([np.full((1, len(own_M)), floor), own_M * parts_5M])
@@ -141,7 +141,7 @@ def supervised_gradient(vector_P: np.ndarray, log_n_M: np.ndarray, log_d_M: np.n
 def distilled_gradient(
     vector_P: np.ndarray, log_n_M: np.ndarray, log_d_M: np.ndarray, log_teacher_M: np.ndarray, log_alone_M: np.ndarray
 ) -> tuple:
-    """Distilled losses loss_M and their derivatives jacobian_PM by what is fitted."""
+    """Distilled losses loss_M and their derivatives jacobian_PM with respect to the fitted vector."""
     c0, c1, f1, log_d1 = vector_P[5:]
     f1 = max(f1, SMALLEST_F1)
     own_M, parts_5M = _power(vector_P[:5], log_n_M, log_d_M)
@@ -153,7 +153,7 @@ def distilled_gradient(
 
 
 def _power(vector_5: np.ndarray, log_n_M: np.ndarray, log_d_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(A / N^a + B / D^b)^g, and its logarithm's derivatives by log A, log B, a, b and g."""
+    """(A / N^a + B / D^b)^g, and the derivatives of its logarithm with respect to log A, log B, a, b and g."""
     log_a, log_b, alpha, beta, gamma = vector_5
     size_M, token_M = log_a - alpha * log_n_M, log_b - beta * log_d_M
     log_sum_M = np.logaddexp(size_M, token_M)

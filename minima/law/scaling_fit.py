@@ -1,5 +1,5 @@
-"""Fitting the two scaling laws by the procedure of arXiv 2502.08606: Huber loss on the logarithm of the loss, minimised
-by L-BFGS-B from a grid of starts. All starts of the grid are scored; the best of them are descended from.
+"""Fit the two scaling laws by the procedure of arXiv 2502.08606: Huber loss on the logarithm of the loss, minimised by
+L-BFGS-B from a grid of starts. All starts of the grid are scored, and the minimiser runs from the best of them.
 
 Shapes: M rows, P coefficients, G starts.
 """
@@ -31,11 +31,11 @@ DESCENTS = 24  # from the best-scored starts; 64 moved no prediction on a noisy 
 _LOGS = (0.0, 5.0, 10.0, 15.0, 20.0)  # of A, B, A', B': their grid
 _EXPONENTS = (0.0, 0.5, 1.0)
 _TEACHER = (0.0, 0.5, 1.0, 1.5)  # c0, c1, f1
-_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # log d1; log E has the same here, since theirs is not known to us
+_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # log d1; also used for log E, whose grid in the paper is not known to us
 _FLOORS = {"log_e": (-10.0, 5.0), "log_a": (-30.0, 80.0), "log_b": (-30.0, 80.0), "f1": (SMALLEST_F1, 50.0),
            "log_d1": (-5.0, 5.0), "c0": (-50.0, 50.0), "c1": (0.0, 1e5)}  # fmt: skip
-MOST_BETTER = 0.1  # share of students that may be no worse than their teacher, which the law's form excludes
-MOST_MISSED = 0.03  # median relative error; the published fits are within about 0.01
+MOST_BETTER = 0.1  # largest share of students that are no worse than their teacher, which the law's form excludes
+MOST_MISSED = 0.03  # largest median relative error; that of the published fits is about 0.01
 FEWEST_SUPERVISED, FEWEST_DISTILLED = len(SUPERVISED_NAMES) + 1, len(DISTILLED_NAMES) + 1
 
 
@@ -44,12 +44,12 @@ class Fitted:
     """How one of the laws fits a table.
 
     Attributes:
-        fitted: False where the table has too little for it.
-        reason: why it was not fitted, or what its coefficients do not tell apart; empty where nothing is to be said.
-        coefficients: of `Supervised` or `Distilled`; None where it was not fitted.
-        num_runs: that took part.
-        num_cells: different sizes, tokens and teachers among them.
-        median_error: of |predicted / measured - 1| over the runs.
+        fitted: False if the table has too little data, or the law does not fit it.
+        reason: why it was not fitted, or what its coefficients cannot distinguish; empty otherwise.
+        coefficients: `Supervised` or `Distilled`; None if it was not fitted.
+        num_runs: number of runs that were used.
+        num_cells: number of different combinations of size, tokens and teacher among them.
+        median_error: median of |predicted / measured - 1| over the runs.
         largest_error: the 95 % quantile of the same, or the largest with fewer than 20 runs.
         student_range: smallest and largest student, parameters.
         token_range: smallest and largest training, tokens.
@@ -69,11 +69,11 @@ class Fitted:
 
 
 def fit_supervised(runs: Sequence[Run], descents: int = DESCENTS) -> Fitted:
-    """The supervised law from the runs without a teacher.
+    """Fit the supervised law to the runs without a teacher.
 
     Args:
-        runs: of one study and family; those that are not `direct` are left out.
-        descents: starts to descend from.
+        runs: runs of one study and family; those that are not `direct` are left out.
+        descents: number of starts to minimise from.
     """
     alone = [run for run in runs if run.initialisation == DIRECT]
     cells = {(run.student_size, run.tokens) for run in alone}
@@ -97,12 +97,12 @@ def fit_supervised(runs: Sequence[Run], descents: int = DESCENTS) -> Fitted:
 
 
 def fit_distilled(runs: Sequence[Run], supervised: Supervised | None, descents: int = DESCENTS) -> Fitted:
-    """The distilled law from the runs of one initialisation.
+    """Fit the distilled law to the runs of one initialisation.
 
     Args:
-        runs: of one study and family, with one initialisation and the `direct` ones.
-        supervised: says what each student reaches alone; None: the mean of its own direct runs on the same tokens.
-        descents: starts to descend from.
+        runs: runs of one study and family, with one initialisation and the `direct` ones.
+        supervised: predicts what each student reaches alone; None: the mean of its own direct runs on the same tokens.
+        descents: number of starts to minimise from.
     """
     taken, alone = with_alone(runs, supervised)
     cells = {(run.student_size, run.tokens, run.teacher) for run in taken}
@@ -133,7 +133,7 @@ def fit_distilled(runs: Sequence[Run], supervised: Supervised | None, descents: 
 
 
 def published_error(runs: Sequence[Run]) -> float | None:
-    """Median of |predicted / measured - 1| of the published law on the distilled runs; None without teacher losses."""
+    """Median |predicted / measured - 1| of the published law on the distilled runs; None without teacher losses."""
     taken, alone = with_alone(runs, PUBLISHED.supervised)
     if not taken:
         return None
@@ -165,10 +165,10 @@ def descend(model: Callable, log_loss_M: np.ndarray, starts_GP: np.ndarray, name
     """The lowest point that L-BFGS-B finds from the starts.
 
     Args:
-        model: gives loss_M and jacobian_PM at a vector of coefficients.
+        model: returns loss_M and jacobian_PM at a vector of coefficients.
         log_loss_M: logarithm of the measured losses.
-        starts_GP: where to begin.
-        names: of the coefficients, for their bounds.
+        starts_GP: starting points.
+        names: names of the coefficients, for their bounds.
     """
     bounds = [_FLOORS.get(name, (0.0, 20.0)) for name in names]
 
@@ -189,15 +189,15 @@ def descend(model: Callable, log_loss_M: np.ndarray, starts_GP: np.ndarray, name
 
 
 def huber(loss_M: np.ndarray, log_loss_M: np.ndarray) -> tuple[float, np.ndarray]:
-    """Huber's loss of the residuals of the logarithm, over delta (so that L-BFGS sees no tiny numbers), and its
-    derivative by each predicted loss."""
+    """Huber loss of the residuals of the logarithm, divided by delta (so that L-BFGS sees no tiny numbers), and its
+    derivative with respect to each predicted loss."""
     missed_M = np.log(loss_M) - log_loss_M
     bent_M = np.clip(missed_M, -HUBER_DELTA, HUBER_DELTA)
     return float((bent_M * (missed_M - bent_M / 2)).sum()) / HUBER_DELTA, bent_M / loss_M / HUBER_DELTA
 
 
 def _score(loss_M: np.ndarray, log_loss_M: np.ndarray) -> np.ndarray:
-    """The objective, up to a factor and for residuals beyond delta, which at a start all are."""
+    """The objective up to a factor, for residuals beyond delta, which all residuals are at a start."""
     return np.abs(np.log(loss_M) - log_loss_M).sum(axis=-1)
 
 
@@ -209,7 +209,7 @@ def _score_grid(
     log_n_M: np.ndarray, log_d_M: np.ndarray, log_teacher_M: np.ndarray, log_alone_M: np.ndarray,
     log_loss_M: np.ndarray, number: int,
 ) -> np.ndarray:  # fmt: skip
-    """The best of the paper's 216,000 starts. The law is a product of a part of 675 and a part of 320 of them."""
+    """The best of the paper's 216,000 starts. The law is a product of two parts, with 675 and 320 of them."""
     own_starts = np.array(list(itertools.product(_LOGS, _LOGS, _EXPONENTS, _EXPONENTS, _EXPONENTS)))
     teacher_starts = np.array(list(itertools.product(_TEACHER, _TEACHER, _TEACHER, _SHIFTS)))
     neutral, no_size = np.array([0.0] * 4), np.array([0.0, 0.0, 0.0, 0.0, 0.0])
@@ -235,7 +235,7 @@ def _fitted_law(
     largest = float(np.quantile(error_M, 0.95) if len(error_M) >= 20 else error_M.max())
     middle = float(np.median(error_M))
     if middle > MOST_MISSED:
-        missed = f"the best that was found misses half of the runs by more than {middle:.1%}: it is not of their form"
+        missed = f"the best fit misses half of the runs by more than {middle:.1%}, so the law does not describe them"
         return Fitted(False, "; ".join(filter(None, (missed, reason))), num_runs=len(runs), num_cells=num_cells)
     sizes, tokens = [run.student_size for run in runs], [run.tokens for run in runs]
     return Fitted(

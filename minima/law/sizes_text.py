@@ -1,4 +1,4 @@
-"""Numbers of parameters, tokens and FLOPs as people write them, and read from what they type."""
+"""Format and parse numbers of parameters, tokens and FLOPs as people write them."""
 
 import math
 
@@ -17,10 +17,10 @@ def short(value: float) -> str:
 
 
 def parse_number(text: str, option: str) -> float:
-    """A positive number as typed: `2.7e9`, `2700000000` or `2.7B`.
+    """Parse a positive number as typed: `2.7e9`, `2700000000` or `2.7B`.
 
     Raises:
-        TableError: it is none.
+        TableError: it is not one.
     """
     text = text.strip()
     factor = _UNITS.get(text[-1:], 1.0)
@@ -31,7 +31,7 @@ def parse_number(text: str, option: str) -> float:
     except ValueError:
         pass
     raise TableError(
-        f"{option} {text!r} is no positive number",
+        f"{option} {text!r} is not a positive number",
         "the laws are about numbers of parameters and tokens",
         "write it like 2.7e9 or 2.7B",
     )

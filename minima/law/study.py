@@ -1,4 +1,4 @@
-"""`minima law study`: what is left of a grid, on this machine or as Slurm arrays, and its table. No torch."""
+"""`minima law study`: run what is left of a grid, on this machine or as Slurm arrays, and write its table. No torch."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,15 +37,15 @@ def study(
     Args:
         path: the study's YAML.
         overrides: `key.path=value`.
-        write: takes text for the person who waits.
-        workers: processes that train at the same time; the study's, or one for each GPU or core, when not given.
+        write: shows text to the user.
+        workers: number of parallel processes; the study's own, or one per GPU or core, when not given.
         collect_only: run nothing, and write the table of what is finished.
-        dry_run: show the grid and what it costs; run and write nothing. With `cluster`, the scripts, too.
+        dry_run: show the grid and its cost, and with `cluster` the scripts; run and write nothing.
         cluster: a cluster file: submit the runs as Slurm arrays instead.
-        runs: make only these, in this process: what a task of such an array does.
+        runs: make only these, in this process, as a task of such an array does.
 
     Returns:
-        0; 1 where a run failed, or was left undone; 128 and a signal's number where one ended it.
+        0; 1 if a run failed or was left undone; 128 plus the signal's number if a signal ended it.
 
     Raises:
         MinimaError: the study is refused, and nothing was changed.
@@ -77,12 +77,12 @@ def study(
 
 
 def _check_asked(workers: int | None, asked: Mapping[str, object]) -> None:
-    """Refuse a number of workers that cannot be, and options one of which would be ignored."""
+    """Refuse an impossible number of workers, and options of which one would be ignored."""
     if workers is not None and workers < 1:
         raise RecipeError(
             f"--workers {workers}",
             "nothing would train",
-            "give a number from 1 on, or leave it out: one for each GPU, or for each core without a GPU",
+            "give a number of at least 1, or leave it out for one per GPU, or per core without GPUs",
         )
     given = [name for name, value in asked.items() if value not in (None, False)]
     if workers is not None:
@@ -90,8 +90,8 @@ def _check_asked(workers: int | None, asked: Mapping[str, object]) -> None:
     if len(given) > 1 and set(given) != {"--dry-run", "--cluster"}:
         raise RecipeError(
             f"{' and '.join(given)} together",
-            "each asks for something else to be done, so one of them would be ignored",
-            "give one of them; only --cluster takes --dry-run, and shows the scripts",
+            "each asks for something different, so one of them would be ignored",
+            "give only one; --dry-run can be combined with --cluster only, and then shows the scripts",
         )
 
 
@@ -103,7 +103,7 @@ def _make(units: Sequence[Unit], path: Path, runs: Sequence[str]) -> int:
         raise RecipeError(
             f"no run of the study is called {unknown[0]!r}{nearest(unknown[0], list(named))}",
             "only runs of its grid can be made",
-            "name them as the folders inside the study's are called, such as data/corpus",
+            "use the names of the folders inside the study's folder, such as data/corpus",
         )
     return make(named, path, runs)
 
@@ -118,16 +118,16 @@ def _run(own: Study, units: Sequence[Unit], arguments: Sequence[str], workers: i
         write(_collected_text(own, units))
     left = [unit.name for unit in units if unit.name not in tally.done and unit.name not in tally.failed]
     if tally.stopped:
-        write("ended by a signal; the same command goes on from what is saved")
+        write("ended by a signal; the same command continues from what is saved")
         return 128 + tally.stopped
-    if left and not tally.failed:  # those that read what has failed are in the overview
+    if left and not tally.failed:  # after a failure, the overview shows which runs are left
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        write(f"left undone: {', '.join(left[:3])}{more}; the same command goes on with what is left")
+        write(f"left undone: {', '.join(left[:3])}{more}; the same command continues with them")
     return FAILED if tally.failed or left else 0
 
 
 class _Live:
-    """The overview while the study runs: redrawn on a terminal, a line for each finished run in a log."""
+    """The overview while the study runs: redrawn on a terminal, one line per change in a log."""
 
     def __init__(self, own: Study, units: Sequence[Unit], write: Callable[[str], None]) -> None:
         self.own, self.units, self.write = own, units, write
@@ -135,7 +135,7 @@ class _Live:
         self.before: tuple = ()
 
     def show(self, tally: Tally) -> None:
-        """Show what has changed; the overview's file always has the latest."""
+        """Show the overview if it has changed; its file always holds the latest."""
         now = (len(tally.done), sorted(tally.running), sorted(tally.failed))
         if now == self.before:
             return
@@ -143,7 +143,7 @@ class _Live:
         text = overview(self.own, self.units, tally)
         (self.own.folder / OVERVIEW).write_text(text, encoding="utf-8")
         if sys.stdout.isatty():
-            self.write(f"\x1b[{self.lines}F\x1b[J{text}" if self.lines else text)  # up to its first line, and clear
+            self.write(f"\x1b[{self.lines}F\x1b[J{text}" if self.lines else text)  # go up to its first line, and clear
             self.lines = text.count("\n") + 1
         else:
             left = len(self.units) - now[0] - len(now[1]) - len(now[2])
@@ -158,15 +158,15 @@ def _check_folder(own: Study) -> None:
     if name != own.name:
         raise StageError(
             f"{own.folder} is the folder of another study ({name!r}; this one is {own.name!r})",
-            "runs of two studies would be taken for one grid",
-            "take another folder with output=PATH",
+            "runs of two studies would be mixed in one grid",
+            "choose another folder with output=PATH",
         )
 
 
 def _collected_text(own: Study, units: Sequence[Unit]) -> str:
     rows, grid = collect(own, units), [unit for unit in units if unit.cell is not None]
     if not rows:
-        return f"no cell of {len(grid)} is finished yet, so there is no table"
+        return f"none of {len(grid)} cells is finished yet, so there is no table"
     return f"{len(rows)} of {len(grid)} cells: {own.folder / CSV} and {own.folder / PARQUET}"
 
 
@@ -185,5 +185,5 @@ def _plan(own: Study, units: Sequence[Unit]) -> str:
         of_level = [unit for unit in units if unit.level == level]
         done = sum(unit.is_done() for unit in of_level)
         rows.append((level, len(of_level), done, sum(unit.flops for unit in of_level) / 1e12))
-    table = text_table(members, ("", "shape", "parameters", "without embeddings", "tokens a parameter"))
+    table = text_table(members, ("", "shape", "parameters", "without embeddings", "tokens per parameter"))
     return f"{table}\n\n{text_table(rows, ('runs', 'number', 'finished', 'TFLOPs'))}"

@@ -1,4 +1,4 @@
-"""A study as Slurm arrays: the data, then the teachers, then the cells; each task makes some runs. No torch."""
+"""Submit a study as Slurm arrays: the data, then the teachers, then the cells; each task makes a few runs. No torch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,20 +24,20 @@ def submit(
     dry_run: bool,
     write: Callable[[str], None],
 ) -> int:
-    """Submit the runs that are not finished: one array for each level, each after the one before it.
+    """Submit the runs that are not finished: one array per level, each after the previous one.
 
     A task has one rank and what the cluster file's `stages.cells` asks for; it makes `units_per_job` runs in one
-    process. Submitting again, once nothing of the study is queued, goes on with what is left.
+    process. Submitting again, once nothing of the study is queued, continues with what is left.
 
     Args:
         study: the grid.
         units: its runs.
         cluster: the cluster file.
         dry_run: print the scripts and the sbatch commands.
-        write: takes text for the person who waits.
+        write: shows text to the user.
 
     Raises:
-        ClusterError: jobs of the study are queued, they would get several ranks, or Slurm refuses.
+        ClusterError: jobs of the study are queued, a job would get several ranks, or Slurm refuses.
     """
     place = make_place(units[0].recipe.model_copy(update={"output": str(study.folder)}), cluster)
     resources = place.cluster.merged(CELLS)
@@ -67,13 +67,13 @@ def submit(
             recipe.parent.mkdir(parents=True, exist_ok=True)
             recipe.write_text(resolved_yaml(study), encoding="utf-8")
         submit_chain(scripts, [], place, dry_run, write)
-    write(f"once they have ended: minima law study {recipe} --collect")
+    write(f"when they have ended: minima law study {recipe} --collect")
     return 0
 
 
 def _script(study: Study, place: Place, recipe: Path, level: str, units: Sequence[Unit]) -> Script:
     size = study.units_per_job if level != "data" else 1
-    ordered = sorted(units, key=lambda unit: unit.flops)  # those of one task take about as long
+    ordered = sorted(units, key=lambda unit: unit.flops)  # so that the runs of one task take about equally long
     tasks = [ordered[first : first + size] for first in range(0, len(ordered), size)]
     resources = place.cluster.merged(CELLS).model_copy(update={"array": len(tasks)})
     lines = ['case "$SLURM_ARRAY_TASK_ID" in']
@@ -89,6 +89,6 @@ def _script(study: Study, place: Place, recipe: Path, level: str, units: Sequenc
         role="cells",
         resources=resources,
         work=lines,
-        note=f"{len(units)} runs of a study ({level}), {size} in one process at most.",
+        note=f"{len(units)} runs of a study ({level}), at most {size} per process.",
     )
     return made

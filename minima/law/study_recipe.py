@@ -1,4 +1,4 @@
-"""A study's YAML: which teachers, students, budgets, seeds and starts are compared. No torch."""
+"""The settings of a study: which teachers, students, budgets, seeds and starts are compared. No torch."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +16,7 @@ from minima.recipe.pruning import PruneTarget
 
 Initialisation = Literal["pruned_from_teacher", "pruned_from_fixed", "random", "direct"]
 PRUNED = ("pruned_from_teacher", "pruned_from_fixed")
-ENOUGH_TOKENS = 10  # for each parameter of a student without embeddings: what a study asks of its smallest budget
+ENOUGH_TOKENS = 10  # per parameter of a student without embeddings: a smaller budget is warned about
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]  # `-` joins the names of a cell
 _DO = "change the study's file; recipes/law-small.yaml is a small one that runs"
 
@@ -25,24 +25,25 @@ class Study(Strict):
     """A grid of teachers x students x token budgets x seeds x starts of the student.
 
     Attributes:
-        name: of the study; its folder is `runs/NAME` unless `output` says otherwise.
-        output: the study's folder; relative to where the command runs.
-        workers: processes that train at the same time on this machine, each one rank; one for each GPU, or one for
-            each core without a GPU, when not given.
-        units_per_job: runs that one task of a Slurm array makes in one process.
+        name: the study's name; its folder is `runs/NAME` unless `output` says otherwise.
+        output: the study's folder, relative to where the command runs.
+        workers: number of processes that train in parallel on this machine, each of one rank; one per GPU, or one per
+            core without a GPU, when not given.
+        units_per_job: number of runs that one task of a Slurm array makes in one process.
         corpus: a build_data stage without its name and kind.
         shape: fields of `ModelShape` that all teachers and students share.
-        teachers: by name, the fields in which their shapes differ; and `training`, keys in which one's training does.
+        teachers: by name, the fields in which their shapes differ; and `training`, keys in which a teacher's training
+            differs.
         students: likewise.
-        fixed_teacher: which of the teachers `pruned_from_fixed` cuts all students from.
+        fixed_teacher: the teacher from which `pruned_from_fixed` cuts all students.
         tokens: training budgets of the students.
-        seeds: each trains its own teachers and students: order of the text and random weights.
+        seeds: each trains its own teachers and students; a seed sets the order of the text and random weights.
         initialisations: what a student starts from. `pruned_from_teacher`: cut from its own teacher, as in the paper.
-            `pruned_from_fixed`: cut from `fixed_teacher`, whoever teaches. `random`: random weights. `direct`: random
-            weights and the text alone, without a teacher: the line to beat.
-        teacher_training: keys of an adapt stage, its length among them.
-        student_training: keys of every student's training; the grid says its length and seed.
-        distillation: keys of a distil stage beside the training's: the loss's weights, temperature, divergence.
+            `pruned_from_fixed`: cut from `fixed_teacher`, whichever teacher teaches. `random`: random weights.
+            `direct`: random weights and the text alone, without a teacher: the baseline to beat.
+        teacher_training: keys of an adapt stage, including its length.
+        student_training: keys of every student's training; the grid sets its length and seed.
+        distillation: keys of a distil stage other than the training's: the loss's weights, temperature, divergence.
         pruning: keys of a prune stage: how importance is measured.
         evaluation: keys of an evaluate stage: how many held-out sequences.
     """
@@ -68,7 +69,7 @@ class Study(Strict):
 
     @property
     def folder(self) -> Path:
-        """Where everything of the study lies."""
+        """The study's folder."""
         return Path(self.output or f"runs/{self.name}").expanduser()
 
     def shape_of(self, name: str) -> ModelShape:
@@ -76,7 +77,7 @@ class Study(Strict):
         return self._shapes[name]
 
     def teacher_tokens(self) -> list[int]:
-        """Tokens that a teacher is trained on; nothing where only the data tells, since epochs are given."""
+        """Tokens that a teacher is trained on; empty if they depend on the data, because epochs are given."""
         training, length = self.teacher_training, int(self.corpus.get("sequence_length", 1))
         if "tokens" in training:
             return [int(training["tokens"])]
@@ -85,7 +86,7 @@ class Study(Strict):
         return []
 
     def smaller(self, student: str, teacher: str) -> bool:
-        """Whether a student is smaller than a teacher, without embeddings: other pairs are not part of the grid."""
+        """Whether a student is smaller than a teacher, without embeddings; other pairs are not in the grid."""
         return self.shape_of(student).non_embedding_parameters < self.shape_of(teacher).non_embedding_parameters
 
     @model_validator(mode="after")
@@ -93,9 +94,9 @@ class Study(Strict):
         for key in ("tokens", "seeds", "initialisations"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
-                raise RecipeError(f"{key} {values} names one twice", "a cell of the grid would be run twice", _DO)
+                raise RecipeError(f"{key} {values} has a duplicate", "a cell of the grid would be run twice", _DO)
         if both := sorted(set(self.teachers) & set(self.students)):
-            raise RecipeError(f"{both[0]!r} is a teacher and a student", "a cell is named by both of them", _DO)
+            raise RecipeError(f"{both[0]!r} is a teacher and a student", "cells are named after both of them", _DO)
         for kind, members in (("teachers", self.teachers), ("students", self.students)):
             for name, own in members.items():
                 self._shapes[name] = self._shape(f"{kind}.{name}", own)
@@ -118,9 +119,9 @@ class Study(Strict):
             size = size or shape.vocabulary_size
             if shape.vocabulary_size != size:
                 raise RecipeError(
-                    f"{name} has a vocabulary of {shape.vocabulary_size}, and the study's is {size}",
-                    "losses and divergences are compared token by token, so all have to be over the same tokens",
-                    "give one vocabulary_size under `shape`, the one of the corpus's tokenizer",
+                    f"{name} has a vocabulary of {shape.vocabulary_size}, but the study's is {size}",
+                    "losses and divergences are compared token by token, so all must be over the same tokens",
+                    "give one vocabulary_size under `shape`, that of the corpus's tokenizer",
                 )
 
     def _check_settings(self) -> None:
@@ -145,11 +146,11 @@ class Study(Strict):
             for key in settings:
                 if key in owned[kind]:
                     raise RecipeError(
-                        f"{place}.{key} is given", "the study's grid says it for each of its runs", f"remove {key}"
+                        f"{place}.{key} is given", "the study's grid sets it for each of its runs", f"remove {key}"
                     )
 
     def _check_budgets(self) -> None:
-        """A budget is trained in whole blocks: refuse one without any, and two that come to the same number."""
+        """Refuse budgets of less than one block, and two of the same number of blocks: only whole blocks count."""
         length = self.corpus.get("sequence_length")
         if not isinstance(length, int) or length < 1:
             return  # refused with the corpus
@@ -160,7 +161,7 @@ class Study(Strict):
                 raise RecipeError(
                     f"tokens {tokens:,} are less than one block of {length:,}",
                     "a student is trained on whole blocks, so this one would not be trained at all",
-                    f"give at least {length:,} tokens, and enough of them for a student",
+                    f"give at least {length:,} tokens, and enough for a student to learn from",
                 )
             if blocks in same:
                 raise RecipeError(
@@ -175,8 +176,8 @@ class Study(Strict):
             if not any(self.smaller(student, teacher) for teacher in self.teachers):
                 size = self.shape_of(student).non_embedding_parameters
                 raise RecipeError(
-                    f"the student {student} ({size:,} parameters without embeddings) is smaller than no teacher",
-                    "a student that is not smaller than its teacher is no part of the grid, so it would have no cell",
+                    f"the student {student} ({size:,} parameters without embeddings) is not smaller than any teacher",
+                    "a student must be smaller than its teacher to be in the grid, so it would have no cell",
                     "make it smaller, add a larger teacher, or leave it out",
                 )
         fixed = "pruned_from_fixed" in self.initialisations
@@ -207,15 +208,15 @@ class Study(Strict):
             raise RecipeError(
                 f"the student {student} cannot be cut from the teacher {teacher}: it would have {shown}",
                 "pruning keeps these, so the cell's student would be another model",
-                "give teacher and student the same, or leave the pruned initialisations out",
+                "give teacher and student the same values, or leave the pruned initialisations out",
             )
 
 
 def load_study(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study:
-    """The study in a YAML file, changed by `key.path=value`.
+    """Load the study in a YAML file, changed by `key.path=value`.
 
     Raises:
-        RecipeError: it cannot be read, or asks for something that does not exist or cannot be.
+        RecipeError: it cannot be read, or asks for something that does not exist or is impossible.
     """
     raw = read_yaml(path)
     for override in overrides:
@@ -223,7 +224,7 @@ def load_study(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study
     if "stages" in raw and not raw.keys() & {"teachers", "students"}:
         raise RecipeError(
             f"{path.name} is the recipe of a run, not a study of teachers and students",
-            "a study is a grid of runs, and says which models they compare",
+            "a study is a grid of runs, and names the models that they compare",
             f"minima run {path}",
         )
     try:
@@ -233,11 +234,11 @@ def load_study(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study
         for cause in causes:
             if isinstance(cause, MinimaError):
                 raise type(cause)(f"{path.name}: {cause.what}", cause.why, cause.do) from None
-        raise RecipeError(f"{path.name}: {_problems(error)}", "the study could not be what was meant", _DO) from None
+        raise RecipeError(f"{path.name}: {_problems(error)}", "the study would not be what was meant", _DO) from None
 
 
 def warnings(study: Study) -> list[str]:
-    """What makes a study weaker than it looks, one line each."""
+    """Warnings about what makes a study weaker than it looks, one line each."""
     found = []
     for student in study.students:
         size = study.shape_of(student).non_embedding_parameters
@@ -245,17 +246,17 @@ def warnings(study: Study) -> list[str]:
         if few:
             found.append(
                 f"{student} is trained on {few[0]:,} tokens, {few[0] / size:.1f} for each of its {size:,} parameters "
-                f"without embeddings; below {ENOUGH_TOKENS} its loss says more of the budget than of the teacher"
+                f"without embeddings; below {ENOUGH_TOKENS} its loss says more about the budget than about the teacher"
             )
     if len(study.seeds) == 1:
-        found.append("one seed: no difference between two cells can be told from chance")
+        found.append("one seed: no difference between two cells can be distinguished from chance")
     if len(study.teachers) < 3:
-        found.append(f"{len(study.teachers)} teachers: a minimum between two others takes at least 3")
+        found.append(f"{len(study.teachers)} teachers: a minimum between two others needs at least 3")
     return found
 
 
 def prune_target(shape: ModelShape) -> PruneTarget:
-    """What a prune stage is told to leave."""
+    """The target of a prune stage that cuts a model to this shape."""
     return PruneTarget(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

@@ -1,7 +1,7 @@
-"""The table of a study: one row for each finished student run, as CSV and as Parquet.
+"""The table of a study: one row per finished student run, as CSV and as Parquet.
 
 Both files hold the same columns in the same order. A cell without a value is empty (null in Parquet). Reading checks
-what a cell is; whether rows belong together is looked at where they are fitted (`minima/law/checks.py`).
+single cells; whether rows belong together is checked when they are fitted (`minima/law/checks.py`).
 """
 
 import csv
@@ -26,26 +26,26 @@ class Row:
     Attributes:
         study: name of the study; rows of different studies are never fitted together.
         family: what its models have in common: architecture, tokenizer, held-out text.
-        vocabulary_size: entries of the tokenizer; losses per token are comparable within one vocabulary only.
-        student: name of the student's shape, the same in all of its runs.
+        vocabulary_size: entries of the tokenizer; losses per token are only comparable within one vocabulary.
+        student: name of the student's shape, the same in all its runs.
         student_parameters: all parameters, embeddings included; a tied head counts once.
         student_non_embedding_parameters: those of the layers and the final norm.
         teacher: name of the teacher's shape; empty for `direct`.
-        teacher_parameters: of the teacher, like the student's; none for `direct`.
-        teacher_non_embedding_parameters: of the teacher, like the student's; none for `direct`.
+        teacher_parameters: the teacher's, counted like the student's; None for `direct`.
+        teacher_non_embedding_parameters: the teacher's, counted like the student's; None for `direct`.
         initialisation: `pruned_from_teacher`, `pruned_from_fixed`, `random`, or `direct`: the hard loss alone.
-        tokens: that the student was trained on, repetitions included.
-        unique_tokens: different ones among them.
+        tokens: tokens that the student was trained on, repetitions included.
+        unique_tokens: number of different ones among them.
         epochs: tokens / unique_tokens.
-        seed: of the student's run and of its teacher's training.
+        seed: seed of the student's run and of its teacher's training.
         student_loss: held-out cross-entropy of the student, nats per token.
         student_bits_per_byte: the same loss, bits per byte of the text.
         teacher_loss: held-out cross-entropy of the teacher, nats per token.
         teacher_bits_per_byte: the same loss, bits per byte of the text.
         kl: KL(teacher || student) on the held-out text, nats per token.
-        flops: of the student's run, the teacher's forward passes included.
-        teacher_flops: of training the teacher.
-        seconds: of the student's run.
+        flops: FLOPs of the student's run, including the teacher's forward passes.
+        teacher_flops: FLOPs of training the teacher.
+        seconds: duration of the student's run.
     """
 
     study: str
@@ -85,7 +85,7 @@ _KINDS = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(
 
 
 def write_table(rows: Iterable[Row], *paths: Path) -> None:
-    """Write the same rows to each path, as CSV or Parquet by its suffix. A reader sees the old file or the new one.
+    """Write the same rows to each path, as CSV or Parquet by its suffix, atomically.
 
     Raises:
         TableError: the suffix is neither `.csv` nor `.parquet`.
@@ -98,10 +98,10 @@ def write_table(rows: Iterable[Row], *paths: Path) -> None:
 
 
 def read_table(path: Path) -> list[Row]:
-    """The rows of a CSV or Parquet table, in the file's order. Columns that are not known are left out.
+    """Read the rows of a CSV or Parquet table, in the file's order. Unknown columns are ignored.
 
     Raises:
-        TableError: the file cannot be read, lacks a column or has no rows, a cell is not of its column's kind, or an
+        TableError: the file cannot be read, lacks a column or has no rows, a cell has the wrong type, or an
             initialisation is not one of the four.
     """
     path = path.expanduser()
@@ -117,7 +117,7 @@ def read_table(path: Path) -> list[Row]:
     if missing:
         raise TableError(
             f"{path} has no column {', '.join(missing)}",
-            "what is not known of a run cannot be checked, and runs that do not belong together would be mixed",
+            "what is not known about a run cannot be checked, and runs that do not belong together would be mixed",
             "add the column, with empty cells where a value is not known; docs/law.md lists all of them",
         )
     if not records:
@@ -128,8 +128,8 @@ def read_table(path: Path) -> list[Row]:
 def _suffix(path: Path) -> str:
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise TableError(
-            f"the table {path} ends neither in .csv nor in .parquet",
-            "its format is told by its name",
+            f"the table {path} ends in neither .csv nor .parquet",
+            "its format is recognised by its name",
             "rename it, or write it as one of the two",
         )
     return path.suffix.lower()
@@ -140,7 +140,7 @@ def _row(record: dict[str, Any], number: int, path: Path) -> Row:
     if values["initialisation"] not in (*INITIALISATIONS, ""):
         raise TableError(
             f"{path}, row {number}: initialisation {values['initialisation']!r}",
-            "students that start differently are fitted apart, so each row has to say how its student started",
+            "students that start differently are fitted separately, so each row must say how its student started",
             f"write one of {', '.join(INITIALISATIONS)}",
         )
     return Row(**values)
@@ -162,8 +162,8 @@ def _value(name: str, cell: Any, number: int, path: Path) -> Any:
     except (TypeError, ValueError, OverflowError):
         raise TableError(
             f"{path}, row {number}: {name} is {cell!r}",
-            f"it has to be a {'whole ' if kind is int else ''}number, and a guess would be fitted",
-            "mend the cell, or leave it empty if the value is not known",
+            f"it must be a {'whole ' if kind is int else ''}number, or a guess would be fitted",
+            "correct the cell, or leave it empty if the value is not known",
         ) from None
 
 
@@ -172,7 +172,7 @@ def _is_digits(cell: str) -> bool:
 
 
 def _text(name: str, value: Any) -> str:
-    return "" if value is None else str(_KINDS[name](value))  # numpy's floats show as np.float64(...) otherwise
+    return "" if value is None else str(_KINDS[name](value))  # numpy's floats would show as np.float64(...)
 
 
 def _read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
@@ -181,7 +181,7 @@ def _read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
         records = list(reader)
         ragged = [number for number, record in enumerate(records, 1) if None in record or None in record.values()]
         if ragged:
-            raise csv.Error(f"row {ragged[0]} has not as many cells as the header")
+            raise csv.Error(f"row {ragged[0]} does not have as many cells as the header")
         return reader.fieldnames or [], records
 
 

@@ -1,4 +1,4 @@
-"""Whether a table's teachers get better with size: without that, "a larger teacher" is not "a better teacher"."""
+"""Check that a table's teachers get better with size: otherwise "larger" would not mean "better"."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ import numpy as np
 
 from minima.law.checks import Run
 
-DEVIATIONS = 2.0  # between neighbours; what is nearer can change places with another seed
+DEVIATIONS = 2.0  # between neighbours; closer ones could swap places with another seed
 
 
 def order_notes(runs: Sequence[Run]) -> list[str]:
-    """Neighbouring teachers whose mean losses do not fall by more than two seed deviations, each in a line.
+    """Notes on neighbouring teachers whose mean losses do not fall by more than two seed deviations, one line each.
 
     The deviation is pooled over the teachers of a study and family; with one seed there is none, and only teachers
-    that get worse with size are named.
+    that do not get better with size are named.
     """
     families: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     sizes: dict[tuple[str, str, str], int] = {}
@@ -35,7 +35,7 @@ def order_notes(runs: Sequence[Run]) -> list[str]:
             if means[smaller] - means[larger] <= DEVIATIONS * deviation:
                 losses = f"{means[smaller]:.4f} and {means[larger]:.4f}"
                 notes.append(
-                    f"{where}: the losses of teachers {smaller} and {larger}, {losses}, are not ordered by two seed "
-                    f"deviations ({deviation:.4f})"
+                    f"{where}: the losses of teachers {smaller} and {larger}, {losses}, do not fall by more than two "
+                    f"seed deviations ({deviation:.4f})"
                 )
     return notes

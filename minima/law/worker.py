@@ -1,8 +1,8 @@
-"""One worker of a study: it makes ordinary runs one after another in one process, so that torch starts once.
+"""A worker of a study: it makes ordinary runs one after another in one process, so that torch starts only once.
 
-    python -m minima.law.worker STUDY.yaml [key.path=value ...]     names of runs come line by line on standard input
+    python -m minima.law.worker STUDY.yaml [key.path=value ...]     reads names of runs, one per line, from stdin
 
-What it tells the driver are lines that begin with `EVENT`; all else is the run's own log.
+Its messages to the driver are lines that begin with `EVENT`; everything else is the run's own log.
 """
 
 import importlib
@@ -29,7 +29,7 @@ USER_ERROR, OWN_ERROR = 2, 1
 
 
 def main(arguments: list[str]) -> int:
-    """Make the runs whose names come on standard input; the exit code is that of `minima stage`."""
+    """Make the runs whose names come on standard input; exit codes are those of `minima stage`."""
     path = Path(arguments[0])
     study = load_study(path, arguments[1:])
     units = {unit.name: unit for unit in expand(study, path)}
@@ -37,15 +37,15 @@ def main(arguments: list[str]) -> int:
 
 
 def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
-    """Make some runs in this process, one rank, until one fails or a signal ends it.
+    """Make runs in this process, on one rank, until one fails or a signal ends it.
 
     Args:
-        units: by name.
-        path: of the study's file.
-        names: of those to make, in order.
+        units: the study's runs, by name.
+        path: the study's file.
+        names: names of the runs to make, in order.
 
     Returns:
-        0; 2 after a user's mistake, 1 after one of our own, 128 and the signal's number after a signal.
+        0; 2 after a user's mistake, 1 after one of our own, 128 plus the signal's number after a signal.
     """
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("minima").setLevel(logging.INFO)
@@ -65,13 +65,13 @@ def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
         _write(f"minima: {type(error).__name__}: {error}")
         return USER_ERROR
     except Exception:
-        _write(f"an error of minima's own, not of the study:\n{traceback.format_exc()}")
+        _write(f"an error in minima itself, not in the study:\n{traceback.format_exc()}")
         return OWN_ERROR
     return 0
 
 
 def _start(launch: Launch) -> None:
-    """What every run would otherwise wait for: torch, DeepSpeed and the process group of one rank."""
+    """Load what every run would otherwise wait for: torch, DeepSpeed and the process group of one rank."""
     from minima.engine import distributed
 
     for kind in ("adapt", "prune", "distil", "evaluate"):
@@ -80,7 +80,7 @@ def _start(launch: Launch) -> None:
 
 
 def make_one(unit: Unit, path: Path, launch: Launch) -> None:
-    """One ordinary run under its folder's lock: what is finished is skipped, what is half-finished goes on."""
+    """Make one ordinary run under its folder's lock: finished stages are skipped, half-finished ones resume."""
     _forget_the_last_run()
     with disk_full_named(unit.folder), run_lock(unit.folder):
         run_stages(unit.recipe, path, unit.recipe.stages, launch, _write, keep_group=True)
@@ -88,10 +88,10 @@ def make_one(unit: Unit, path: Path, launch: Launch) -> None:
 
 
 def _forget_the_last_run() -> None:
-    """Training takes signals to the end of its process; the next run must be ended by them until it trains itself.
+    """Restore default signal handling, which training replaces until the process ends, for the next run's start.
 
     Raises:
-        Stopped: one came after the last run had trained.
+        Stopped: a signal came after the last run had trained.
     """
     from minima.engine.signals import StopRequest
 

@@ -1,4 +1,4 @@
-"""A study's runs over this machine's GPUs or cores: some worker processes, each fed with one run after another."""
+"""Run a study on this machine's GPUs or cores: worker processes, each given one run after another."""
 
 import logging
 import os
@@ -17,22 +17,23 @@ from minima.launcher import child_environment, num_accelerators, num_cores
 from minima.law.grid import Unit
 from minima.law.worker import BEGUN, DONE, EVENT, READY
 
-POLL_SECONDS = 1.0  # between two looks at whether a signal has come
+POLL_SECONDS = 1.0  # between two checks for a signal
 _ERROR = "minima: "
 logger = logging.getLogger("minima.study")
 
 
 @dataclass
 class Tally:
-    """How far a study is.
+    """The progress of a study.
 
     Attributes:
         done: names of finished runs.
         running: names of runs that a worker is making.
         failed: why a run failed, by its name.
-        made: runs that were finished since the driver began.
-        startup_seconds: of all workers, from their start until their first run could begin: Python, torch, DeepSpeed.
-        worker_seconds: of all workers, from their start to their end, or until now.
+        made: number of runs finished since the driver started.
+        startup_seconds: time of all workers from their start until their first run could begin (Python, torch,
+            DeepSpeed).
+        worker_seconds: time of all workers from their start to their end, or until now.
         stopped: number of the signal that asked for the end; 0 for none.
     """
 
@@ -45,7 +46,7 @@ class Tally:
     stopped: int = 0
 
     def startup_line(self) -> str:
-        """The share of the workers' time that went into starting them."""
+        """A line about the share of the workers' time that went into starting them."""
         share = self.startup_seconds / max(self.worker_seconds, 1e-9)
         return (
             f"starting workers took {self.startup_seconds:.1f} s of their {self.worker_seconds:.1f} s: "
@@ -54,19 +55,19 @@ class Tally:
 
 
 def default_workers() -> int:
-    """One for each GPU, or one for each core where there is none."""
+    """One worker per GPU, or one per core without GPUs."""
     return num_accelerators() or num_cores()
 
 
 def ready_units(units: Sequence[Unit], tally: Tally) -> list[Unit]:
-    """The runs that can begin, for all that they read is finished; the cheapest first."""
+    """The runs that can begin because everything they read is finished, cheapest first."""
     taken = tally.done | tally.running | set(tally.failed)
     ready = [unit for unit in units if unit.name not in taken and tally.done.issuperset(unit.needs)]
     return sorted(ready, key=lambda unit: unit.flops)
 
 
 class _Worker:
-    """One process, and the thread that reads what it says."""
+    """A worker process, and the thread that reads its output."""
 
     def __init__(
         self,
@@ -116,17 +117,17 @@ class _Worker:
         said.put((self, "ended"))
 
     def give(self, unit: Unit) -> None:
-        """Have the worker make a run."""
+        """Give the worker a run to make."""
         assert self.process.stdin is not None
         self.unit = unit
         self._say(unit.name + "\n")
 
     def close(self) -> None:
-        """Nothing more is to come."""
+        """Tell the worker that no more runs will come."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.close()
-        except (BrokenPipeError, RuntimeError):  # it has ended; or a signal came while it was being given a run
+        except (BrokenPipeError, RuntimeError):  # it has ended, or a signal came while it was given a run
             return
 
     def _say(self, text: str) -> None:
@@ -134,7 +135,7 @@ class _Worker:
         try:
             self.process.stdin.write(text)
             self.process.stdin.flush()
-        except (BrokenPipeError, ValueError):  # it has ended, and its reader says so; or a signal has closed it
+        except (BrokenPipeError, ValueError):  # it has ended, which its reader reports; or a signal has closed it
             return
 
 
@@ -143,11 +144,11 @@ class Pool:
 
     Args:
         units: all runs of the study.
-        command: that starts a worker.
-        workers: how many at one time.
+        command: command that starts a worker.
+        workers: number of parallel workers.
         logs: folder of the runs' logs.
         lock: descriptor of the study's lock, which the workers inherit.
-        show: is called with the tally after each event.
+        show: called with the tally after each event.
     """
 
     def __init__(
@@ -166,12 +167,12 @@ class Pool:
         self._ended_seconds, self._asked = 0.0, 0
 
     def run(self) -> Tally:
-        """Make what is left; ends early once a signal asks for it, with everything saved."""
+        """Make the remaining runs; ends early on a signal, with everything saved."""
         with self._signals():
             self._start()
             while self._workers:
                 if self.tally.stopped:
-                    self._stop()  # also a worker that was being started as the signal came
+                    self._stop()  # also a worker that was being started when the signal came
                 try:
                     worker, event = self._said.get(timeout=POLL_SECONDS)
                 except queue.Empty:
@@ -182,7 +183,7 @@ class Pool:
         return self.tally
 
     def _start(self) -> None:
-        """New workers, where more runs can begin than workers wait for one."""
+        """Start workers if more runs can begin than there are idle workers."""
         waiting = len(ready_units(self.units, self.tally))
         waiting -= len([worker for worker in self._workers.values() if worker.unit is None])
         for number in [number for number in range(self._wanted) if number not in self._workers][: max(0, waiting)]:
@@ -216,7 +217,7 @@ class Pool:
         if worker.unit is not None:
             reason = worker.error or (f"ended by signal {-code}" if code < 0 else f"exit code {code}")
             self.tally.failed[worker.unit.name] = reason
-        elif not worker.ready:  # another one would not come further
+        elif not worker.ready:  # another one would get no further
             reason = worker.error or f"a worker could not start: exit code {code}, see {worker.log}"
             for unit in self.units:
                 if unit.name not in self.tally.done | self.tally.running:
@@ -242,7 +243,7 @@ class Pool:
         self.show(self.tally)
 
     def _stop(self) -> None:
-        """Ask every worker to end, once for each time that it was asked of the driver."""
+        """Ask every worker to end, as often as the driver itself has been asked."""
         for worker in list(self._workers.values()):
             if worker.told < self._asked:
                 worker.told = self._asked
@@ -261,12 +262,12 @@ class Pool:
             with taking_signals(stop):
                 yield
         finally:
-            for worker in self._workers.values():  # an error of our own: leave nothing behind
+            for worker in self._workers.values():  # after an error of our own: leave no process behind
                 worker.process.terminate()
 
 
 class _Log:
-    """A file that lines are added to. Once it cannot be written it takes no more: the worker's output is read on."""
+    """A log file. Once writing fails it takes no more lines, but the worker's output is still read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -292,4 +293,4 @@ class _Log:
             yield
         except OSError as error:
             self._file = None
-            logger.warning("%s cannot be written, and lacks what follows: %s", self._path, error)
+            logger.warning("%s cannot be written, so the rest of the log is lost: %s", self._path, error)

@@ -1,7 +1,7 @@
-"""Bytes that a decoder layer's forward pass leaves for its backward pass, and those that come and go.
+"""Bytes of activations: what a layer's forward pass keeps for its backward pass, and what is only temporary.
 
-What autograd saves was read off stock models of transformers 5.23 with `saved_tensors_hooks`, and
-`tests/unit/planning/test_activations.py` holds the sums below against them, family by family. They are those of PyTorch
+What autograd saves was measured on stock models of transformers 5.23 with `saved_tensors_hooks`, and
+`tests/unit/planning/test_activations.py` compares the sums below with them, family by family. They hold for PyTorch's
 operators with attention through SDPA; fused kernels (`kernels: liger`) and compiled layers save less.
 """
 
@@ -10,15 +10,15 @@ from minima.planning.sharding import BYTES
 
 
 def _norm(width: int, size: int) -> int:
-    """Bytes that an RMSNorm keeps of one token: what is squared in float32, what is scaled, and the reciprocal root."""
+    """Bytes that an RMSNorm keeps per token: its float32 input, its scaled input, and the reciprocal root."""
     return width * (4 + size) + 4
 
 
 def layer_saved_bytes(shape: ModelShape, precision: str, checkpointing: str) -> int:
-    """Bytes of one token that one layer keeps for the backward pass.
+    """Bytes per token that one layer keeps for the backward pass.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`.
         checkpointing: `none`; `selective`, the layer's input and the outputs of matrix products and attention; `full`,
             the input.
@@ -45,15 +45,14 @@ def layer_saved_bytes(shape: ModelShape, precision: str, checkpointing: str) -> 
 
 
 def saved_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: int, sequence_length: int) -> int:
-    """Bytes that the whole model keeps for the backward pass of one micro-batch; the final hidden states are not among
-    them.
+    """Bytes that the whole model keeps for the backward pass of one micro-batch, without the final hidden states.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`.
         checkpointing: `none`, `selective` or `full`.
-        tokens: of the micro-batch.
-        sequence_length: of one of its sequences.
+        tokens: tokens in the micro-batch.
+        sequence_length: tokens per sequence.
     """
     size, width = BYTES[precision], shape.hidden_size
     layers = shape.num_layers * layer_saved_bytes(shape, precision, checkpointing)
@@ -64,23 +63,23 @@ def saved_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: i
 
 
 def recomputed_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: int) -> int:
-    """Bytes that come and go while one layer's backward pass runs: what it recomputes, and its gradients."""
+    """Temporary bytes while one layer's backward pass runs: what it recomputes, and its gradients."""
     size, width = BYTES[precision], shape.hidden_size
     query = shape.num_heads * shape.head_size
     again = layer_saved_bytes(shape, precision, "none") - layer_saved_bytes(shape, precision, checkpointing)
-    # Gradients of a layer's output and of the widest part of it: of both factors and of their product.
+    # Gradients of a layer's output and of its widest part: of both factors and of their product.
     gradients = size * (2 * width + max(3 * shape.intermediate_size, 4 * query))
     return tokens * (max(0, again) + gradients)
 
 
 def forward_bytes(shape: ModelShape, precision: str, tokens: int, ranks: int = 1) -> int:
-    """Bytes that come and go while one layer runs without gradients, its input left out.
+    """Temporary bytes while one layer runs without gradients, its input not counted.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`.
-        tokens: that run together.
-        ranks: that each matrix is split over.
+        tokens: tokens that run together.
+        ranks: number of ranks that each matrix is split over.
     """
     size, width, neurons = BYTES[precision], shape.hidden_size, shape.intermediate_size // ranks
     query = shape.num_heads * shape.head_size // ranks
@@ -92,6 +91,6 @@ def forward_bytes(shape: ModelShape, precision: str, tokens: int, ranks: int = 1
 
 
 def norm_bytes(shape: ModelShape, precision: str, tokens: int) -> int:
-    """Bytes that come and go in the final norm over so many tokens without gradients, its output included."""
+    """Temporary bytes in the final norm over `tokens` tokens without gradients, its output included."""
     rms = shape.family not in ("gpt_neox", "gpt2")
     return tokens * shape.hidden_size * (8 if rms else BYTES[precision])

@@ -8,21 +8,21 @@ from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.recipe.training import Training
 
-CHECKPOINT_BYTES = 12  # of one parameter: the master weight and both of Adam's moments, each in float32
+CHECKPOINT_BYTES = 12  # per parameter: the master weight and both of Adam's moments, each in float32
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training stage comes to.
+    """The size of a training stage.
 
     Attributes:
         steps: optimiser steps.
         sequences: whole sequences that are trained on, over all steps.
-        sequence_length: tokens of one.
-        batch_sequences: of one step.
-        last_step_sequences: whole sequences of the last step; the rest of it is filled with fully masked ones.
-        leftover_tokens: of the tokens asked for, those that are less than a block.
-        warmup_steps: of linear warm-up.
+        sequence_length: tokens per sequence.
+        batch_sequences: sequences per step.
+        last_step_sequences: whole sequences in the last step; the rest of it is filled with fully masked ones.
+        leftover_tokens: tokens that the recipe asks for beyond the last whole block.
+        warmup_steps: steps of linear warm-up.
     """
 
     steps: int
@@ -49,11 +49,11 @@ def plan_training(training: Training, sequence_length: int, blocks: int | None) 
 
     Args:
         training: the stage.
-        sequence_length: tokens of one block of its data.
-        blocks: training blocks of its data; None when not known yet.
+        sequence_length: tokens per block of its data.
+        blocks: training blocks of its data; None if not known yet.
 
     Returns:
-        The plan, or None where it takes the number of blocks (`epochs`) and that is not known.
+        The plan, or None if it depends on the number of blocks (`epochs`) and that is not known.
     """
     if training.epochs is not None and blocks is None:
         return None
@@ -78,8 +78,8 @@ def training_flops(
     Args:
         plan: how many tokens.
         student: the trained model.
-        teacher: the frozen one, a teacher or a reference; none where none runs.
-        teacher_sequences: that the frozen one reads; those that are trained on when not given.
+        teacher: the frozen model, a teacher or a reference; None if none runs.
+        teacher_sequences: sequences that the frozen model reads; those that are trained on if not given.
     """
     flops = student.training_flops_per_token(plan.sequence_length) * plan.tokens
     if teacher is not None:
@@ -89,28 +89,28 @@ def training_flops(
 
 
 def checkpoint_bytes(training: Training, parameters: int, steps: int | None, named: Collection[int] = ()) -> int | None:
-    """Bytes that a training stage's checkpoints take at most at one time.
+    """The most bytes that a training stage's checkpoints take at any one time.
 
     Args:
         training: the stage.
-        parameters: of the trained model.
-        steps: of the whole stage; None when not known yet.
-        named: those whose checkpoints stay because other stages read them.
+        parameters: number of parameters of the trained model.
+        steps: steps of the whole stage; None if not known yet.
+        named: steps whose checkpoints stay because other stages read them.
 
     Returns:
-        None where it takes the number of steps (checkpoints are kept all along) and that is not known.
+        None if it depends on the number of steps (checkpoints accumulate) and that is not known.
     """
     counts = []
     patient = training.patience is not None
     every, evaluated = training.checkpoint_every_steps, training.evaluate_every_steps
     if steps is not None:
-        # With patience one is written at each held-out loss, too; those of both periods at the same step are one.
+        # With patience, one is also written at each held-out loss; where both periods meet, it is the same one.
         both = steps // evaluated - steps // math.lcm(every, evaluated) if patient else 0
         last = steps % every != 0 and not (patient and steps % evaluated == 0)  # written at the end in any case
         counts.append(steps // every + both + last)
     stay = training.keep_every_steps
     if training.keep_checkpoints and (steps is not None or not stay):
-        # The oldest goes once the new one is complete; with patience the best one stays beside the newest.
+        # The oldest is removed once the new one is complete; with patience, the best one is kept besides the newest.
         count = training.keep_checkpoints + 1 + patient + len(named)
         periods = [every, *([evaluated] if patient else [])] if stay else []
         counts.append(count + sum((steps or 0) // math.lcm(stay, period) for period in periods))
@@ -118,7 +118,7 @@ def checkpoint_bytes(training: Training, parameters: int, steps: int | None, nam
 
 
 def describe_shape(shape: ModelShape) -> str:
-    """A shape in one line, its parameters first."""
+    """A shape in one line, starting with its parameters."""
     key_value = f" ({shape.num_key_value_heads} key-value)" if shape.num_key_value_heads != shape.num_heads else ""
     return (
         f"{shape.parameters:,} parameters ({shape.non_embedding_parameters:,} without embeddings): {shape.family}, "
@@ -132,16 +132,16 @@ def check_batch(name: str, training: Training, ranks: int) -> None:
     """Refuse a batch that the ranks cannot share evenly.
 
     Raises:
-        RecipeError: names the rank counts that do.
+        RecipeError: names the rank counts that can.
     """
     batch = training.batch_sequences
     if batch % ranks == 0:
         return
     counts = [count for count in range(1, batch + 1) if batch % count == 0]
     raise RecipeError(
-        f"stages.{name}: batch_sequences {batch} does not divide by {ranks} ranks",
-        "every rank runs the same number of sequences in a step, and the batch, which decides the result, stays",
-        f"take {_some(counts)} ranks, or a batch that is a multiple of {ranks}",
+        f"stages.{name}: batch_sequences {batch} is not divisible by {ranks} ranks",
+        "every rank runs the same number of sequences in a step, and the batch, which affects the result, is fixed",
+        f"use {_some(counts)} ranks, or a batch that is a multiple of {ranks}",
     )
 
 
@@ -149,14 +149,14 @@ def check_length(name: str, training: Training, plan: TrainingPlan) -> None:
     """Refuse a stage that would train on less than one sequence.
 
     Raises:
-        RecipeError: says how much it is given.
+        RecipeError: says how much the recipe gives it.
     """
     if plan.steps:
         return
     given = f"tokens {training.tokens:,}" if training.tokens is not None else f"epochs {training.epochs:g}"
     raise RecipeError(
-        f"stages.{name}: {given} come to less than one sequence of {plan.sequence_length:,} tokens",
-        "no step would be made",
+        f"stages.{name}: {given} is less than one sequence of {plan.sequence_length:,} tokens",
+        "the stage would have no steps",
         f"give it at least {plan.sequence_length:,} tokens",
     )
 

@@ -1,4 +1,4 @@
-"""Every place where a frozen teacher's weights could live, with what each rank would need."""
+"""Every place where a frozen teacher's weights could live, with the memory that each rank would need."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,25 +17,25 @@ Checkpointing = Literal["none", "selective", "full"]
 TeacherSharding = Callable[[Placement, Offload], Sharding]
 LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
-# Of a device's memory, what the plan leaves free: the driver's context and the collectives' buffers, and what the
-# allocator loses by rounding and fragmentation. A choice, not a measurement: 76e9 bytes, the most that a step of the
-# published shapes may take on a device that is sold as 80 GB and has 85e9 bytes, are 0.9 of it.
+# Share of a device's memory that the plan leaves free: for the driver's context and the collectives' buffers, and for
+# what the allocator loses to rounding and fragmentation. A choice, not a measurement: 76e9 bytes, the most that a step
+# of the published shapes may take on a device that is sold as 80 GB and has 85e9 bytes, are 0.9 of it.
 MARGIN = 0.1
-# Of a node's memory, what stays for the processes, for data and for the page cache that feeds them. A choice, too.
+# Share of a node's memory that is left for the processes, data and the page cache that feeds them. Also a choice.
 HOST_MARGIN = 0.2
 LARGEST_WINDOW = 8  # micro-batches: traffic is then an eighth, and a wider window would save little more
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What a stage runs on. Totals, never what is free at the moment: every rank and every start has to choose alike.
+    """The devices that a stage runs on. Totals, never free memory: every rank and every start must choose alike.
 
     Attributes:
-        ranks: of the process group.
-        ranks_per_node: of them on one machine.
-        device_bytes: memory of one rank's device; on a CPU, the machine's divided by its ranks. None when not known.
-        host_bytes: memory of one machine; None when not known.
-        host_is_device: on a CPU both are the same memory.
+        ranks: ranks in the process group.
+        ranks_per_node: how many of them are on one machine.
+        device_bytes: memory of one rank's device; on a CPU, the machine's divided by its ranks. None if not known.
+        host_bytes: memory of one machine; None if not known.
+        host_is_device: whether both are the same memory, as on a CPU.
     """
 
     ranks: int
@@ -46,7 +46,7 @@ class Devices:
 
     @property
     def usable_bytes(self) -> int | None:
-        """What the plan may use of a device."""
+        """Bytes of a device that the plan may use."""
         return None if self.device_bytes is None else int((1 - MARGIN) * self.device_bytes)
 
 
@@ -55,17 +55,17 @@ class Row:
     """One candidate.
 
     Attributes:
-        placement: of the teacher; None where there is none.
-        offload: of its shards.
-        group: ranks that share one copy of it.
+        placement: the teacher's; None if there is no teacher.
+        offload: where its shards lie.
+        group: number of ranks that share one copy of it.
         window: micro-batches that one traversal of it serves.
-        checkpointing: of the student.
-        student: bytes of one rank.
-        teacher: bytes of one rank.
-        peak_bytes: on the device. What passes within the teacher's forward is gone when the student's comes, so of
-            both the larger counts.
-        host_bytes: of one machine's memory, for all of its ranks.
-        refused: why it does not fit; empty where it does, or where the devices are not known.
+        checkpointing: the student's.
+        student: the student's bytes on one rank.
+        teacher: the teacher's bytes on one rank.
+        peak_bytes: on the device. The teacher's temporary memory is freed before the student needs its own, so only
+            the larger of the two counts.
+        host_bytes: bytes of one machine's memory, for all of its ranks.
+        refused: why it does not fit; empty if it does, or if the devices are not known.
     """
 
     placement: Placement | None
@@ -81,28 +81,28 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Placement and offload in one word."""
+        """Placement and offload as one word."""
         return (self.placement or "no teacher") + (f"+{self.offload}" if self.offload != "none" else "")
 
 
 def shipped(placement: Placement, offload: Offload) -> Sharding:
-    """The sizes in the DeepSpeed JSON that minima ships for a placement."""
+    """The sizes in the DeepSpeed JSON that ships with minima for a placement."""
     return replace(TEACHER, offload_weights=offload, pinned=offload == "cpu")
 
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """What a stage trains, and on what.
+    """A training stage as the plan sees it.
 
     Attributes:
-        name: of the stage.
+        name: the stage's name.
         training: its settings.
         student: shape of the trained model.
-        sequence_length: tokens of one block.
-        sharding: sizes of the student's DeepSpeed JSON.
-        teacher: the recipe's; None where no model is frozen beside the trained one.
+        sequence_length: tokens per block.
+        sharding: sizes in the student's DeepSpeed JSON.
+        teacher: the recipe's; None if the stage has no frozen model.
         teacher_shape: its shape.
-        teacher_sharding: sizes of its DeepSpeed JSON, by placement and offload.
+        teacher_sharding: sizes in its DeepSpeed JSON, by placement and offload.
     """
 
     name: str
@@ -116,12 +116,12 @@ class TrainedStage:
 
     @property
     def levels(self) -> tuple[Checkpointing, ...]:
-        """Activation checkpointing to try, the least first."""
+        """The levels of activation checkpointing to try, the least recomputation first."""
         asked = self.training.activation_checkpointing
         return LEVELS if asked == "auto" else (asked,)
 
     def work(self, ranks: int) -> Work:
-        """What each of so many ranks runs at once."""
+        """What each of `ranks` ranks processes at once."""
         micro_batch = self.training.micro_batch_on(ranks)
         return Work(
             micro_batch_sequences=micro_batch,
@@ -138,14 +138,14 @@ def trained_stage(
     sequence_length: int,
     sharding: Callable[[str], Sharding],
 ) -> TrainedStage:
-    """What a stage of a recipe trains, for a run and for a plan of it alike.
+    """What a stage of a recipe trains, for its run and for its plan alike.
 
     Args:
         stage: its settings.
         student: shape of the trained model.
-        teacher_shape: of the teacher or the reference; None where none runs beside the trained model.
-        sequence_length: tokens of one block.
-        sharding: gives the sizes of the DeepSpeed JSON of that name.
+        teacher_shape: shape of the teacher or the reference; None if the stage has no frozen model.
+        sequence_length: tokens per block.
+        sharding: returns the sizes in the DeepSpeed JSON of a given name.
     """
     teacher = None
     if isinstance(stage, Distil) and teacher_shape is not None:
@@ -167,7 +167,7 @@ def trained_stage(
 
 
 def _reference(stage: Align, sharding: Sharding) -> Teacher:
-    """The frozen reference as a teacher: over all ranks, where its JSON says, and one micro-batch at a time."""
+    """The frozen reference as a teacher: over all ranks, placed by its JSON, with one micro-batch at a time."""
     return Teacher(
         source="reference",
         placement="zero3",
@@ -179,9 +179,9 @@ def _reference(stage: Align, sharding: Sharding) -> Teacher:
 
 
 def candidates(stage: TrainedStage, devices: Devices, checkpointing: Checkpointing) -> tuple[list[Row], list[str]]:
-    """All places that could be, in the order in which they are tried, and a sentence for each that could not.
+    """All possible places, in the order in which they are tried, and a sentence for each impossible one.
 
-    A place that the recipe names is the only one, refused where it could not be.
+    A place that the recipe names is the only candidate, refused if it is impossible.
     """
     trained = trained_memory(
         stage.student,
@@ -197,32 +197,32 @@ def candidates(stage: TrainedStage, devices: Devices, checkpointing: Checkpointi
     rows, excluded = [], []
     for placement, offload, group, problem in _places(stage.teacher, stage.teacher_shape, devices):
         if problem and stage.teacher.placement == "auto":
-            excluded.append(f"{placement}{'' if offload == 'none' else '+' + offload} cannot be: {problem}")
+            excluded.append(f"{placement}{'' if offload == 'none' else '+' + offload} is impossible: {problem}")
             continue
         row = _widest(stage, devices, checkpointing, trained, placement, offload, group)
-        rows.append(replace(row, refused=f"cannot be: {problem}") if problem else row)
+        rows.append(replace(row, refused=f"is impossible: {problem}") if problem else row)
     return rows, excluded
 
 
 def _places(teacher: Teacher, shape: ModelShape, devices: Devices) -> Iterator[tuple[Placement, Offload, int, str]]:
-    """Placement, offload, ranks that share a copy, and what stands against it, in the order of `auto`."""
+    """Placement, offload, ranks that share a copy, and why it is impossible (or ""), in the order of `auto`."""
     node = min(devices.ranks, devices.ranks_per_node)
     nodes = -(-devices.ranks // node)
     split = teacher.tensor_parallel_ranks or node
     groups: dict[Placement, int] = {"replica": 1, "zero3_node": node, "zero3": devices.ranks, "tensor_parallel": split}
-    alone = "one rank has nobody to share it with"
+    alone = "a single rank has no other to share it with"
     unsplittable = alone if split == 1 else _unsplittable(shape, split, node)
     if teacher.placement != "auto":
         problem = unsplittable if teacher.placement == "tensor_parallel" and split > 1 else ""
         yield teacher.placement, teacher.offload, groups[teacher.placement], problem
         return
     uneven = "the machines have different numbers of ranks" if devices.ranks % node else ""
-    same = "on one machine it is what zero3_node is" if nodes == 1 else ""
+    same = "on one machine it is the same as zero3_node" if nodes == 1 else ""
     yield "replica", "none", 1, ""
     yield "zero3_node", "none", node, uneven or (alone if node == 1 else "")
     yield "zero3", "none", devices.ranks, same if node > 1 else (alone if nodes == 1 else "")
     yield "tensor_parallel", "none", split, unsplittable
-    both = "the host's memory is the devices'" if devices.host_is_device else ""
+    both = "host and device share one memory" if devices.host_is_device else ""
     missing = "" if teacher.nvme_path is not None else "no nvme_path is given"
     for offload, problem in (("cpu", both), ("nvme", missing)):
         yield "zero3_node", offload, node, problem or uneven  # type: ignore[misc]
@@ -232,12 +232,12 @@ def _places(teacher: Teacher, shape: ModelShape, devices: Devices) -> Iterator[t
 
 def _unsplittable(shape: ModelShape, split: int, node: int) -> str:
     if shape.family == "gpt2":
-        return "DeepSpeed's AutoTP does not split a gpt2"
+        return "DeepSpeed's AutoTP cannot split a gpt2"
     if node % split:
         return f"groups of {split} ranks do not fill a machine of {node}"
     for count, what in ((shape.num_heads, "heads"), (shape.num_key_value_heads, "key-value heads")):
         if count % split:
-            return f"{count} {what} do not divide by {split} ranks"
+            return f"{count} {what} are not divisible by {split} ranks"
     return ""
 
 
@@ -250,7 +250,7 @@ def _widest(
     offload: Offload,
     group: int,
 ) -> Row:
-    """The candidate with the widest window that fits; with the narrowest one where none does."""
+    """The candidate with the widest window that fits, or with the narrowest one if none does."""
     assert stage.teacher is not None and stage.teacher_shape is not None
     work = stage.work(devices.ranks)
     travels = placement in ("zero3_node", "zero3") and (group > 1 or offload != "none")
@@ -268,7 +268,7 @@ def _widest(
 
 
 def _judged(row: Row, devices: Devices) -> Row:
-    """The candidate with its sums, and with what does not fit."""
+    """The candidate with its sums, and with the reason if it does not fit."""
     student, teacher = row.student, row.teacher
     hidden = teacher.passing.get("hidden", 0)
     passing = max(student.passing_bytes, teacher.passing_bytes - hidden)
@@ -279,8 +279,8 @@ def _judged(row: Row, devices: Devices) -> Row:
     host *= min(devices.ranks, devices.ranks_per_node)
     refused = []
     if devices.usable_bytes is not None and peak > devices.usable_bytes:
-        refused.append(f"needs {size_text(peak)} of {size_text(devices.usable_bytes)} on a device")
+        refused.append(f"needs {size_text(peak)} on a device with {size_text(devices.usable_bytes)} usable")
     usable = None if devices.host_bytes is None else int((1 - HOST_MARGIN) * devices.host_bytes)
     if usable is not None and host > usable:
-        refused.append(f"needs {size_text(host)} of {size_text(usable)} in a machine's memory")
+        refused.append(f"needs {size_text(host)} on a machine with {size_text(usable)} of memory usable")
     return replace(row, peak_bytes=peak, host_bytes=host, refused=" and ".join(refused))

@@ -1,4 +1,4 @@
-"""How a dry run is shown: what each stage reads, writes and costs."""
+"""The text of a dry run: what each stage reads, writes and costs."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ class StagePreview:
     """What a dry run says about one stage.
 
     Attributes:
-        name: of the stage.
-        kind: of the stage.
+        name: the stage's name.
+        kind: its kind.
         state: `finished`, `half-finished`, `not begun`.
-        reads: its inputs, each with what is known of it.
+        reads: its inputs, each with what is known about it.
         writes: its folder and what it leaves there.
         facts: pairs of a short label and a line: shapes, tokens, steps, FLOPs.
         memory: lines of a memory table.
@@ -33,7 +33,7 @@ class StagePreview:
 
 
 def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -> list[tuple[str, str]]:
-    """The lines on tokens, steps and the batch of a training stage."""
+    """The lines about tokens, steps and the batch of a training stage."""
     batch_tokens = plan.batch_sequences * plan.sequence_length
     accumulation = plan.batch_sequences // (micro_batch_sequences * ranks)
     facts = [

@@ -1,4 +1,4 @@
-"""GPUs by name, as their vendor publishes them, and machines that a user describes. No torch."""
+"""GPUs by name, with the numbers that their vendor publishes, and GPUs that a user describes. No torch."""
 
 import re
 from pathlib import Path
@@ -12,23 +12,23 @@ from minima.recipe.overrides import RecipeLoader, nearest
 
 
 class Gpu(BaseModel):
-    """One kind of GPU and how it is joined to others. Bandwidths are of one GPU, in one direction.
+    """One kind of GPU and its links. Bandwidths are per GPU, in one direction.
 
     A vendor's GB is read as 1e9 bytes; devices report up to 7 % more.
 
     Attributes:
-        name: on the command line.
-        memory_bytes: of one device.
+        name: its name on the command line.
+        memory_bytes: memory of one device.
         peak_flops: dense bfloat16 matrix products accumulated in float32, in FLOP/s; half of what is published "with
             sparsity".
-        float32_flops: float32 outside of tensor cores, in FLOP/s.
+        float32_flops: float32 outside the tensor cores, in FLOP/s.
         memory_bandwidth: of its own memory, in bytes/s.
         node_bandwidth: to other GPUs of its machine, in bytes/s; half of what is published for both directions.
-        network_bandwidth: to other machines, in bytes/s; None where the vendor publishes no machine with a network.
-        host_bandwidth: to its machine's memory, in bytes/s; None where it is not known.
-        gpus_per_node: of one machine.
+        network_bandwidth: to other machines, in bytes/s; None if the vendor publishes no machine with a network.
+        host_bandwidth: to its machine's memory, in bytes/s; None if it is not known.
+        gpus_per_node: GPUs in one machine.
         source: where the numbers are published.
-        reported_as: a part of the name under which PyTorch reports it.
+        reported_as: part of the name under which PyTorch reports it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -85,25 +85,25 @@ GPUS = {
 
 
 def find_gpu(name: str, **changes: float | None) -> Gpu:
-    """A GPU of the table, or one that a YAML file describes.
+    """A GPU from the table, or one that a YAML file describes.
 
     Args:
-        name: of the table, or the path of a YAML file with the fields of `Gpu`.
-        changes: fields that replace the found ones; None leaves one as it is.
+        name: a name in the table, or the path of a YAML file with the fields of `Gpu`.
+        changes: fields to replace; None leaves a field as it is.
 
     Raises:
-        RecipeError: neither is there, or the file or a change is not one of a GPU.
+        RecipeError: there is no such GPU or file, or the result does not describe a GPU.
     """
     if name.lower() in GPUS:
         found = GPUS[name.lower()].model_dump()
     elif Path(name).suffix in (".yaml", ".yml"):
         found = {"name": Path(name).stem} | _read(Path(name).expanduser())
     else:
-        asked = name.lower()  # an h100-80gb is no a100-80, and an a100 no h100
+        asked = name.lower()  # an h100-80gb is not an a100-80, nor an a100 an h100
         alike = [known for known in GPUS if known.startswith(asked) or re.match(rf"{known.split('-')[0]}\b", asked)]
         raise RecipeError(
             f"the GPU {name!r} is not known{nearest((alike or [asked])[0], list(GPUS))}",
-            "memory and time follow from what its vendor publishes",
+            "memory and time are computed from what its vendor publishes",
             f"choose among {', '.join(GPUS)}, or give a YAML file with {', '.join(_required())}",
         )
     try:
@@ -112,7 +112,7 @@ def find_gpu(name: str, **changes: float | None) -> Gpu:
         wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise RecipeError(
             f"the GPU {name!r} has {wrong}",
-            "memory and time follow from these numbers",
+            "memory and time are computed from these numbers",
             f"give {', '.join(_required())} in bytes, FLOP/s and bytes/s, and the others as `Gpu` describes them",
         ) from None
 
@@ -120,13 +120,13 @@ def find_gpu(name: str, **changes: float | None) -> Gpu:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
-        problem = "" if isinstance(found, dict) else "it is no mapping of fields to numbers"
+        problem = "" if isinstance(found, dict) else "it does not map fields to numbers"
     except (OSError, ValueError, yaml.YAMLError) as error:
         found, problem = None, " ".join(str(error).split())
     if problem:
         raise RecipeError(
             f"{path} cannot be read as a GPU: {problem}",
-            "memory and time follow from its numbers",
+            "memory and time are computed from its numbers",
             f"write a YAML file with {', '.join(_required())}",
         )
     return found

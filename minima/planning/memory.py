@@ -1,9 +1,9 @@
-"""Bytes that each rank needs for a trained model and for a frozen one, part by part, from shapes alone.
+"""Bytes that each rank needs for a trained and for a frozen model, part by part, from shapes alone.
 
 The parts of the trained model are those that DeepSpeed 0.19.8 allocates in `runtime/zero/stage3.py`:
 `_create_fp16_partitions_with_defragmentation` (weights), `_create_fp32_partitions` (master weights),
-`_setup_for_real_optimizer` (reduce bucket, gradients) and `_prepare_fp32_grad_for_sub_group` (one sub-group's
-gradients once more). `tests/distributed/test_memory_plan.py` holds them against the tensors of two real ranks.
+`_setup_for_real_optimizer` (reduce bucket, gradients) and `_prepare_fp32_grad_for_sub_group` (a second copy of one
+sub-group's gradients). `tests/distributed/test_memory_plan.py` compares them with the tensors of two real ranks.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ class Memory:
     """Bytes of one rank, by part.
 
     Attributes:
-        device: in the memory of the rank's device, between two steps, too.
-        passing: there as well, at most at one time within a step.
-        host: in the host's memory.
+        device: on the rank's device, permanently.
+        passing: on the device temporarily, at the peak within a step.
+        host: in host memory.
         disk: in files.
     """
 
@@ -46,29 +46,29 @@ class Memory:
 
     @property
     def passing_bytes(self) -> int:
-        """Bytes on the device within a step alone."""
+        """Bytes on the device only within a step."""
         return sum(self.passing.values())
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device, at most."""
+        """Bytes on the device at the peak."""
         return self.resident_bytes + self.passing_bytes
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in the host's memory, all parts."""
+        """Bytes in host memory, all parts."""
         return sum(self.host.values())
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank runs at once.
+    """What one rank processes at once.
 
     Attributes:
-        micro_batch_sequences: of one micro-batch.
-        sequence_length: tokens of one sequence.
-        chunk_tokens: tokens whose logits exist at one time.
-        accumulation: micro-batches of one step on one rank.
+        micro_batch_sequences: sequences per micro-batch.
+        sequence_length: tokens per sequence.
+        chunk_tokens: tokens whose logits are in memory at a time.
+        accumulation: micro-batches per step on one rank.
     """
 
     micro_batch_sequences: int
@@ -78,7 +78,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch."""
+        """Tokens per micro-batch."""
         return self.micro_batch_sequences * self.sequence_length
 
 
@@ -92,20 +92,20 @@ def trained_memory(
     *,
     taught: bool = True,
 ) -> Memory:
-    """Bytes of one rank of a model in training under ZeRO-3 over all ranks.
+    """Bytes on one rank of a model that is trained under ZeRO-3 over all ranks.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`, of weights and activations.
         checkpointing: `none`, `selective` or `full`.
-        work: what a rank runs at once.
-        ranks: that share the model.
-        sharding: sizes of its DeepSpeed JSON.
-        taught: whether the loss holds a teacher's logits, too.
+        work: what a rank processes at once.
+        ranks: number of ranks that share the model.
+        sharding: sizes in its DeepSpeed JSON.
+        taught: whether the loss also holds a teacher's logits.
     """
     size, shard = BYTES[precision], shard_elements(shape, ranks)
     table = shape.vocabulary_size * shape.hidden_size
-    # Master weights are a copy in float32, too: DeepSpeed would share them, but compares a device with its name.
+    # Also in float32, master weights are a copy: DeepSpeed means to share them, but compares a device with its name.
     states = {"master": 4 * shard, "moments": 8 * shard, "gradients": 4 * shard}
     bucket = 4 * min(sharding.reduce_bucket_elements, shape.parameters)
     device = {"weights": size * shard, "persistent": _persistent(shape, precision, ranks, sharding)}
@@ -121,25 +121,25 @@ def trained_memory(
     device["buckets"] = 4 * sharding.reduce_bucket_elements
     passing: dict[str, int] = {}
     if ranks > 1:
-        # What is gathered ahead lies in one buffer until the last of it is used, and each weight in its own as well.
+        # Prefetched weights lie in one buffer until the last of them is used, and each also in a buffer of its own.
         ahead = min(sharding.prefetch_elements, shape.num_layers * shape.layer_parameters)
         passing["gathered"] = size * (trained_gathered(shape, sharding) + ahead)
-    # The whole head stays gathered from the loss to the end of the backward pass, beside its float32 gradient. In
-    # bfloat16 that gradient is rounded, then converted to float32 again for its reduction, and the loss's own memory is
-    # still held at that time.
+    # The whole head stays gathered from the loss to the end of the backward pass, with its float32 gradient. In
+    # bfloat16 that gradient is rounded, then converted back to float32 for its reduction, while the loss's own memory
+    # is still held.
     passing["head"] = (size * table if ranks > 1 else 0) + 4 * table
     again = 0 if precision == "float32" else 4 * table
-    # The final hidden states are kept twice: what the norm gave, and its gradient, which the loss makes at once.
+    # The final hidden states count twice: the norm's output, and its gradient, which the loss computes with it.
     kept = saved_bytes(shape, precision, checkpointing, work.tokens, work.sequence_length)
     passing["activations"] = kept + 2 * size * work.tokens * shape.hidden_size
     logits = min(work.chunk_tokens, work.tokens) * shape.vocabulary_size
     loss = logits * ((8 if taught else 4) + (2 if precision == "bfloat16" else 0))
-    # Layers go backward when the loss's chunks are gone. A whole layer's gradients, which take the place of what was
-    # recomputed of it, are copied once more to be scattered.
+    # Layers run backward after the loss's chunks are freed. A whole layer's gradients, which replace what was
+    # recomputed of it, are copied once more for the reduce-scatter.
     recomputed = recomputed_bytes(shape, precision, checkpointing, work.tokens)
     layer = again + max(recomputed, size * shape.layer_parameters) + bucket
     passing["loss or layer"] = max(loss, layer)
-    passing["update"] = max(0, update - sum(passing.values()))  # what the backward pass has not needed
+    passing["update"] = max(0, update - sum(passing.values()))  # what it needs beyond the backward pass
     return Memory(device, passing, host)
 
 
@@ -154,16 +154,16 @@ def frozen_memory(
     *,
     window: int = 1,
 ) -> Memory:
-    """Bytes of one rank of a frozen model that gives final hidden states.
+    """Bytes on one rank of a frozen model that computes final hidden states.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`.
         placement: where its weights are.
         offload: where its shards lie: `none` for the device, `cpu` or `nvme`.
-        work: what a rank runs at once.
-        group: ranks that share one copy.
-        sharding: sizes of its DeepSpeed JSON.
+        work: what a rank processes at once.
+        group: number of ranks that share one copy.
+        sharding: sizes in its DeepSpeed JSON.
         window: micro-batches that one traversal of the layers serves.
     """
     size, tokens = BYTES[precision], work.tokens
@@ -180,7 +180,7 @@ def frozen_memory(
         weights = {"weights": size * split_elements(shape, group), "head": head}
         return Memory(weights, {"activations": layer, "hidden": hidden})
     gathered = size * frozen_gathered(shape, sharding) if group > 1 or offload != "none" else 0
-    norm = norm_bytes(shape, precision, tokens) - gathered  # the last one runs when no layer is gathered any more
+    norm = norm_bytes(shape, precision, tokens) - gathered  # the final norm runs when no layer is gathered any more
     device = {"head": head, "persistent": _persistent(shape, precision, group, sharding)}
     passing = {"activations": max(forward_bytes(shape, precision, tokens), norm), "hidden": hidden}
     passing["gathered"] = gathered
@@ -194,16 +194,16 @@ def frozen_memory(
 
 
 def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sharding: Sharding) -> Memory:
-    """Bytes of one rank of a frozen model whose importance is measured.
+    """Bytes on one rank of a frozen model whose importance is measured.
 
-    No weight has a gradient, but the loss's goes through all layers.
+    No weight has a gradient, but the loss's gradient flows through all layers.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`, of weights and activations.
-        work: what a rank runs at once.
-        ranks: that share the model.
-        sharding: sizes of its DeepSpeed JSON.
+        work: what a rank processes at once.
+        ranks: number of ranks that share the model.
+        sharding: sizes in its DeepSpeed JSON.
     """
     size, tokens = BYTES[precision], work.tokens
     on_host = sharding.offload_weights != "none"
@@ -217,7 +217,7 @@ def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sha
     layer = recomputed_bytes(shape, precision, "full", tokens)
     weights = {"weights": size * shard_elements(shape, ranks)}
     device = ({} if on_host else weights) | {"persistent": _persistent(shape, precision, ranks, sharding)}
-    # The head is given back before layers go backward: nothing needs its gradient.
+    # The head is released before the layers run backward: nothing needs its gradient.
     passing = {"gathered": gathered, "activations": kept + max(head + loss, layer)}
     return Memory(device, passing, weights if on_host else {})
 
@@ -225,7 +225,7 @@ def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sha
 def split_elements(shape: ModelShape, ranks: int) -> int:
     """Elements of one rank's part when matrices are split over `ranks`; embeddings and norms stay whole.
 
-    An untied head is split like the layers' matrices, though nothing but a whole copy of it is used.
+    An untied head is split like the layers' matrices, although only a whole copy of it is ever used.
     """
     width = shape.hidden_size
     small = 2 * shape.norm_parameters
@@ -241,15 +241,15 @@ def _persistent(shape: ModelShape, precision: str, group: int, sharding: Shardin
 
 
 def trained_gathered(shape: ModelShape, sharding: Sharding, *, layers: bool = True) -> int:
-    """Elements that are whole at one time in a step of a trained model, the head not among them.
+    """The most elements that are gathered at one time in a step of a trained model, without the head.
 
     DeepSpeed's prefetcher keeps gathered what the backward pass will need again, up to `live_elements`, and whatever is
     reused within `reuse_elements`. Where layers are gathered as a whole, that distance counts from the end of the
     forward pass; the embeddings' is 0.
 
     Args:
-        shape: of the model.
-        sharding: sizes of its DeepSpeed JSON.
+        shape: the model's.
+        sharding: sizes in its DeepSpeed JSON.
         layers: whether a layer is gathered as a whole, and so kept.
     """
     table, layer = shape.vocabulary_size * shape.hidden_size, shape.layer_parameters
@@ -266,10 +266,10 @@ def trained_gathered(shape: ModelShape, sharding: Sharding, *, layers: bool = Tr
 
 
 def frozen_gathered(shape: ModelShape, sharding: Sharding) -> int:
-    """Elements of whole weights at one time in a frozen model.
+    """The most elements that are gathered at one time in a frozen model.
 
-    A layer or the embeddings, and what is gathered ahead: in one buffer until the last of it is used, and each weight
-    in its own as well.
+    A layer or the embeddings, plus prefetched weights: in one buffer until the last of them is used, and each also in a
+    buffer of its own.
     """
     layer, layers = shape.layer_parameters, shape.num_layers * shape.layer_parameters
     ahead = min(layers, sharding.prefetch_elements)
@@ -283,5 +283,5 @@ def _pinned(shape: ModelShape, size: int, ranks: int) -> int:
 
 
 def _page_locked(size: int) -> int:
-    """What page-locked memory of so many bytes takes: PyTorch hands it out in powers of two."""
+    """Bytes that `size` bytes of page-locked memory take: PyTorch allocates it in powers of two."""
     return 1 << (size - 1).bit_length()

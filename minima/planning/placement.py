@@ -1,4 +1,4 @@
-"""Where a frozen teacher's weights live, how much is recomputed, and the window: the first that fits, and why."""
+"""Choose where a frozen teacher's weights live, what is recomputed, and the window: the first that fits, and why."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,26 @@ from minima.recipe.distillation import Offload, Placement, Teacher
 _COLUMNS = ("weights", "gathered", "activations", "head", "hidden", "student", "peak", "host")
 _UNITS = (
     "weights to hidden: the teacher's, on a rank's device. student: all of the student's. peak: less than",
-    "their sum, since the teacher's gathered layer and activations are gone when the student's come.",
+    "their sum, since the teacher's gathered layer and activations are freed before the student's.",
     "host: of one machine's memory, for all of its ranks.",
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was taken, and why.
+    """What was chosen, and why.
 
     Attributes:
-        placement: where the teacher's weights live; None where there is no teacher.
+        placement: where the teacher's weights live; None if there is no teacher.
         offload: where its shards lie.
         activation_checkpointing: what the student's backward pass recomputes.
-        window_micro_batches: that one traversal of the teacher serves.
+        window_micro_batches: micro-batches that one traversal of the teacher serves.
         tensor_parallel_ranks: ranks that one copy is split over; None for other placements.
-        reason: a sentence for each candidate that was passed over; empty where the first one was taken.
-        warning: what does not seem to fit, or cannot be, though it was asked for; empty otherwise.
+        reason: a sentence for each candidate that was passed over; empty if the first one was chosen.
+        warning: what the recipe asks for but does not seem to fit or is impossible; empty otherwise.
         rows: all candidates at the chosen checkpointing.
-        chosen: the one that was taken.
-        devices: that it was chosen for.
+        chosen: the candidate that was chosen.
+        devices: the devices that it was chosen for.
     """
 
     placement: Placement | None
@@ -45,18 +45,18 @@ class Choice:
 
 
 def choose(stage: TrainedStage, devices: Devices) -> Choice:
-    """What `auto` stands for in a stage, from total memory alone, so the same on every rank and at every start.
+    """Resolve `auto` in a stage, from total memory alone, so that every rank and every start makes the same choice.
 
-    A placement, a checkpointing or a window that the recipe names is taken as it is, with a warning where it does not
-    seem to fit. Recomputing costs more than gathering within a node, so the least recomputation with which the teacher
-    fits on the devices comes first, and only then the host's memory.
+    A placement, checkpointing or window that the recipe names is used as it is, with a warning if it does not seem to
+    fit. Recomputing costs more than gathering within a node, so the least recomputation with which the teacher fits on
+    the devices is tried first, and only then host memory.
 
     Args:
-        stage: what is trained, and the model that is frozen beside it.
-        devices: what it runs on; `device_bytes` has to be known.
+        stage: what is trained, and the frozen model if there is one.
+        devices: what it runs on; `device_bytes` must be known.
 
     Raises:
-        RecipeError: `auto` finds nothing that fits; carries the table.
+        RecipeError: `auto` finds nothing that fits; includes the memory table.
     """
     assert devices.device_bytes is not None, "what fits is not known"
     teacher, levels = stage.teacher, stage.levels
@@ -73,20 +73,23 @@ def choose(stage: TrainedStage, devices: Devices) -> Choice:
         return _choice(rows[0], tables, devices, "; ".join(filter(None, warnings)))
     least = min(rows, key=lambda row: row.peak_bytes)
     raise RecipeError(
-        f"stages.{stage.name}: the teacher fits nowhere beside the student with activation_checkpointing {levels[-1]}",
-        f"the smallest, {least.name}, {least.refused}, and the run would end in the middle of a step:\n"
+        f"stages.{stage.name}: the teacher fits nowhere next to the student with activation_checkpointing {levels[-1]}",
+        f"the smallest, {least.name}, {least.refused}, so the run would fail in the middle of a step:\n"
         + "\n".join(table(rows, devices)),
-        "lower micro_batch_sequences, keep the optimiser in the hosts' memory with deepspeed: "
-        "student_zero3_offload.json, take more ranks, or name a placement to try it all the same",
+        "lower micro_batch_sequences, keep the optimiser in host memory with deepspeed: "
+        "student_zero3_offload.json, use more ranks, or set a placement to try it anyway",
     )
 
 
 def _too_wide(teacher: Teacher | None, row: Row) -> str:
-    """That a step has fewer micro-batches than the window that the recipe names; empty where it has not."""
+    """A warning if a step has fewer micro-batches than the window that the recipe names; empty otherwise."""
     named = teacher.window_micro_batches if teacher is not None else None
     if named is None or named <= row.window:
         return ""
-    return f"window_micro_batches is {named}, and a step has {row.window} micro-batches on each rank: so many share one"
+    return (
+        f"window_micro_batches is {named}, but a step has only {row.window} micro-batches on each rank, so the window "
+        f"is {row.window}"
+    )
 
 
 def _choice(
@@ -117,7 +120,7 @@ def _choice(
 
 
 def table(rows: list[Row] | tuple[Row, ...], devices: Devices) -> list[str]:
-    """Lines of a memory table, one for each candidate, at most 100 columns wide."""
+    """The lines of a memory table, one for each candidate, at most 100 columns wide."""
     widths = [max(8, len(name) + 1) for name in _COLUMNS]
     lines = [f"{'placement':<16}" + "".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, widths, strict=True))]
     lines[0] += "  fits"
@@ -139,14 +142,14 @@ def table(rows: list[Row] | tuple[Row, ...], devices: Devices) -> list[str]:
 
 
 def render(choice: Choice) -> str:
-    """The memory table of a choice, with what was taken and why."""
+    """The memory table of a choice, with what was chosen and why."""
     devices, row = choice.devices, choice.chosen
     assert devices.device_bytes is not None and devices.usable_bytes is not None, "what fits is not known"
     taken = f"activation_checkpointing {choice.activation_checkpointing}"
     if choice.placement is not None:
         taken = f"teacher {row.name}, window_micro_batches {row.window}, " + taken
     lines = [
-        f"memory of one rank ({devices.ranks} ranks, {devices.ranks_per_node} on a machine); usable are "
+        f"memory of one rank ({devices.ranks} ranks, {devices.ranks_per_node} on a machine); usable: "
         f"{size_text(devices.usable_bytes)}, {1 - MARGIN:.0%} of a device",
         *table(choice.rows, devices),
         *_UNITS,
@@ -162,15 +165,15 @@ def unchosen(stage: TrainedStage, ranks: int) -> list[str]:
 
     Args:
         stage: what is trained, and its teacher.
-        ranks: on one machine.
+        ranks: ranks on one machine.
     """
     devices = Devices(ranks, ranks)
     tables = {level: candidates(stage, devices, level)[0] for level in stage.levels}
     students = [f"{size_text(rows[0].student.device_bytes)} with {level}" for level, rows in tables.items()]
-    lines = [f"of one of {ranks} ranks on one machine; the student, by activation_checkpointing: {', '.join(students)}"]
+    lines = [f"per rank, {ranks} ranks on one machine; the student, by activation_checkpointing: {', '.join(students)}"]
     if stage.teacher is None:
         return lines
     rows = tables[stage.levels[-1]]
     lines += table(rows, devices) + list(_UNITS)
     lines += [f"{row.name} {row.refused}" for row in rows if row.refused]
-    return [*lines, f"what fits is decided where it runs: peak may be up to {1 - MARGIN:.0%} of a device"]
+    return [*lines, f"what fits is decided where the stage runs: peak may be up to {1 - MARGIN:.0%} of a device"]

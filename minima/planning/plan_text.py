@@ -1,4 +1,4 @@
-"""How the plan of a run is shown: a table for each stage, a summary, and what was assumed; 100 columns. No torch."""
+"""The text of a run's plan: a table for each stage, a summary, and what is assumed; 100 columns. No torch."""
 
 import textwrap
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _HEADS = {
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with thousands separators where it is large, with so many digits where it is not."""
+    """A number with thousands separators if it is large, else with `digits` significant digits."""
     if value is None:
         return "-"
     if 0 < abs(value) < 10 ** (digits - 1):
@@ -37,7 +37,7 @@ def hours(value: float | None) -> str:
 
 
 def flops(value: float) -> str:
-    """FLOPs in the unit that a person reads easily."""
+    """FLOPs in a readable unit."""
     units = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"]
     while value >= 1000 and len(units) > 1:
         value /= 1000
@@ -50,10 +50,10 @@ def _size(value: float) -> str:
 
 
 def stage_lines(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
-    """One stage: what it is, its table, and what is not known of it."""
+    """The lines of one stage: what it is, its table, and what is not known about it."""
     lines = [f"{plan.name} ({plan.kind})"]
     if plan.parameters is not None:
-        other = f"; beside it {plan.frozen_parameters:,} frozen ones" if plan.frozen_parameters else ""
+        other = f", plus {plan.frozen_parameters:,} frozen ones" if plan.frozen_parameters else ""
         lines += _wrapped("model", f"{plan.parameters:,} parameters{other}")
     if plan.tokens is not None:
         steps = f" in {plan.steps:,} steps" if plan.steps is not None else ""
@@ -63,11 +63,11 @@ def stage_lines(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
         how = f"activation_checkpointing {plan.checkpointing}" if plan.checkpointing else "recomputation"
         more = f", {flops(executed)} with {how}" if executed else ""
         more = f" ({how})" if executed == plan.flops_per_token else more
-        whole = f"; {plan.flops:.3e} FLOP in all" if plan.flops is not None else ""
-        lines += _wrapped("FLOPs", f"{flops(plan.flops_per_token)} a token{more}{whole}")
+        whole = f"; {plan.flops:.3e} FLOP in total" if plan.flops is not None else ""
+        lines += _wrapped("FLOPs", f"{flops(plan.flops_per_token)} per token{more}{whole}")
     if plan.memory:
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in plan.memory.items() if size)
-        lines += _wrapped("memory", f"of one GPU {size_text(sum(plan.memory.values()))}: {sizes}")
+        lines += _wrapped("memory", f"{size_text(sum(plan.memory.values()))} per GPU: {sizes}")
     if plan.disk:
         lines += _wrapped("disk", ", ".join(f"{name} {size_text(size)}" for name, size in plan.disk.items()))
     if plan.placed:
@@ -85,7 +85,7 @@ def stage_lines(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
 
 
 def _table(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
-    """One column for each place of the teacher."""
+    """The table with one column for each place of the teacher."""
     columns = plan.placed
     heads = [_HEADS.get(one.name, ("", one.name)) for one in columns]
     lines = [_line(label, [head[part] for head in heads]) for part, label in enumerate(("", "  one GPU's memory"))]
@@ -158,7 +158,7 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def summary_lines(plans: list[StagePlan], gpus: PlannedGpus) -> list[str]:
-    """All stages, one line each, and their sum."""
+    """The lines of the summary: all stages, one line each, and their sum."""
     heads = ("parameters", "tokens", "FLOP", "tokens/s", "hours", "GPU-hours", "cost", "disk")
     widths = (11, 10, 10, 10, 8, 10, 11, 9)
     lines = ["all stages", _row("", heads, widths)]
@@ -197,7 +197,7 @@ def _untimed_notes(plans: list[StagePlan], gpus: PlannedGpus) -> list[str]:
     if found.too_large:
         notes.append(f"no total: {', '.join(found.too_large)} would not fit on these GPUs")
     if found.unknown:
-        notes.append(f"no total: no time is known of {', '.join(found.unknown)}")
+        notes.append(f"no total: no time is known for {', '.join(found.unknown)}")
     if found.unknown and not found.too_large and left.hours:
         price = "" if left.price is None else f", cost {number(left.price)}"
         notes[-1] += f"; the others take {hours(left.hours)} hours, {hours(left.gpu_hours)} GPU-hours{price}"
@@ -210,36 +210,36 @@ def _row(name: str, cells: tuple[str, ...], widths: tuple[int, ...]) -> str:
 
 
 def assumptions(gpus: PlannedGpus) -> list[str]:
-    """What the numbers rest on, each in a sentence."""
+    """What the numbers assume, each in a sentence."""
     found = [
         f"{1 - MARGIN:.0%} of a device may be used; the memory plan was checked against the tensors of two and of four "
         "CPU ranks, not of GPUs",
-        "traffic is that of rings, and was counted on the same ranks",
-        "hours are of training steps, and of the FLOPs of prune and evaluate stages; what travels in these two, the "
-        "latency of collectives, held-out losses while training, checkpoints, starts, failures and benchmarks come on "
-        "top",
+        "traffic is that of ring collectives, and was checked on the same ranks",
+        "hours cover training steps, and the FLOPs of prune and evaluate stages; they do not include transfers in "
+        "these two, the latency of collectives, held-out losses during training, checkpoints, starts, failures and "
+        "benchmarks",
     ]
     gpu, efficiency = gpus.kind, gpus.efficiency
     if gpu is None:
-        return [*found, "no GPU is named, so what fits and how long it takes is not known: give --gpu"]
+        return [*found, "no GPU is given, so what fits and how long it takes is not known: give --gpu"]
     fraction = f"{efficiency.fraction:.3g} of the published peak of {gpu.peak_flops / 1e12:,.0f} TFLOP/s"
     if efficiency.measured:
         assert efficiency.against_assumed is not None
         speed = (
             f"computed from a measured speed: a step executes {fraction} ({efficiency.reason}); "
-            f"the {ASSUMED_FRACTION} assumed without it are {1 / efficiency.against_assumed:.2f} of that"
+            f"the {ASSUMED_FRACTION} that would otherwise be assumed is {1 / efficiency.against_assumed:.2f} of that"
         )
     else:
         speed = f"computed, not measured: a step is assumed to execute {fraction} ({efficiency.reason}), on "
-        speed += "however many GPUs"
+        speed += "any number of GPUs"
     network = f"{gpu.network_bandwidth / 1e9:,.0f} GB/s" if gpu.network_bandwidth else "an unknown bandwidth"
     return [
         speed,
         f"one {gpu.name} has {_memory(gpu)} at {gpu.memory_bandwidth / 1e12:.3g} TB/s, "
         f"{gpu.node_bandwidth / 1e9:,.0f} GB/s to its machine's other GPUs and {network} to other machines; "
         f"source: {gpu.source}",
-        f"links carry {LINK_FRACTION:.0%} of that, a choice; tokens/s are those where nothing that travels hides "
-        "behind computation, `hidden` those where all of it does; NVMe and the host's Adam take no time here",
+        f"links carry {LINK_FRACTION:.0%} of that, a choice; tokens/s assume that no transfer is hidden behind "
+        "computation, `hidden` that all are; NVMe and the host's Adam are taken to cost no time",
         *found,
     ]
 
@@ -249,14 +249,14 @@ def _memory(gpu: Gpu) -> str:
     if published is None or published.memory_bytes != gpu.memory_bytes:
         return size
     return (
-        f"{size} (a card may report up to 7 % more, so near the limit a run may choose a roomier "
-        "setting than `taken`; --gpu-memory takes what it reports)"
+        f"{size} (a card may report up to 7 % more, so near the limit a run may choose a less frugal "
+        "setting than `taken`; pass what it reports with --gpu-memory)"
     )
 
 
 def render(plans: list[StagePlan], gpus: PlannedGpus, notes: list[str]) -> str:
     """The whole text of `minima plan`."""
-    kind = gpus.kind.name if gpus.kind is not None else "GPUs of no named kind"
+    kind = gpus.kind.name if gpus.kind is not None else "GPUs of unknown kind"
     machines = f"{gpus.nodes} machine{'s' if gpus.nodes > 1 else ''} of {gpus.count // gpus.nodes}"
     lines = [f"plan for {gpus.count:,} x {kind} on {machines}"]
     for plan in plans:

@@ -1,4 +1,4 @@
-"""What is planned of a run: the GPUs that it is planned for, and what each stage needs of them. No torch."""
+"""The plan of a run: the GPUs that it is planned for, and what each stage needs. No torch."""
 
 import math
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ class PlannedGpus:
     """The GPUs that a run is planned for.
 
     Attributes:
-        count: ranks of a stage's process group.
-        per_node: of one machine.
-        kind: None where no time is asked for.
-        efficiency: the share of their peak that a step executes.
-        price: of one GPU-hour, in whatever currency; None where no cost is asked for.
-        host_bytes: memory of one machine; None when not known.
+        count: number of GPUs, which is the number of ranks.
+        per_node: GPUs in one machine.
+        kind: kind of GPU; None if not given, and then there are no times.
+        efficiency: the share of their peak that a step reaches.
+        price: price of one GPU-hour, in any currency; None if not given, and then there are no costs.
+        host_bytes: memory of one machine; None if not known.
     """
 
     count: int
@@ -37,36 +37,36 @@ class PlannedGpus:
     def __post_init__(self) -> None:
         for flag, given in (("gpus", self.count), ("gpus-per-node", self.per_node)):
             if given < 1:
-                raise RecipeError(f"--{flag} {given}", "nothing can run on it", "give a number from 1 on")
+                raise RecipeError(f"--{flag} {given}", "nothing can run on it", "give a number of at least 1")
         if self.count > self.per_node and self.count % self.per_node:
             raise RecipeError(
                 f"{self.count} GPUs do not fill machines of {self.per_node}",
-                "what travels between machines is planned for machines of one size",
-                "give another number of --gpus, or say with --gpus-per-node how many one machine has",
+                "traffic between machines is planned for machines of equal size",
+                "give another number of --gpus, or set --gpus-per-node to the number in one machine",
             )
         if self.price is not None and not 0 <= self.price < math.inf:
-            raise RecipeError(f"--price {self.price:g}", "a GPU-hour costs nothing or more", "give a number from 0 on")
+            raise RecipeError(f"--price {self.price:g}", "a GPU-hour has no negative price", "give 0 or more")
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """The number of machines."""
         return -(-self.count // self.per_node)
 
     @property
     def devices(self) -> Devices:
-        """The GPUs as the memory plan takes them."""
+        """The GPUs as input to the memory plan."""
         memory = None if self.kind is None else self.kind.memory_bytes
         return Devices(self.count, min(self.count, self.per_node), memory, self.host_bytes)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage, or a whole run, takes.
+    """What a stage, or a whole run, costs.
 
     Attributes:
-        hours: of the clock.
+        hours: wall-clock hours.
         gpu_hours: hours times GPUs.
-        price: of all GPU-hours; None where no price is given.
+        price: price of all GPU-hours; None if no price is given.
     """
 
     hours: float
@@ -76,21 +76,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Placed:
-    """One place of the teacher.
+    """One possible place of the teacher.
 
     Attributes:
-        name: placement and offload; `no teacher` where there is none.
-        parts: bytes of one rank's device at the moment of the peak, by part; they add up to it.
-        peak_bytes: of one rank's device.
-        host_bytes: of one machine's memory.
-        refused: why it does not fit; empty where it does, or where the GPU is not known.
+        name: placement and offload; `no teacher` if there is none.
+        parts: bytes on one rank's device at the moment of the peak, by part; they add up to the peak.
+        peak_bytes: bytes on one rank's device.
+        host_bytes: bytes of one machine's memory.
+        refused: why it does not fit; empty if it does, or if the GPU is not known.
         window: micro-batches that one traversal of the teacher serves.
-        largest_micro_batch: sequences of the largest micro-batch that fits, by activation_checkpointing; 0 where none
-            does. Empty where the GPU is not known.
-        traffic: of one rank in one step.
-        time: of one step; None where the GPU is not known.
-        tokens_per_second: of all ranks; None where the time is not known.
-        unknown: fields of the GPU that the time takes and that are not known.
+        largest_micro_batch: sequences of the largest micro-batch that fits, by activation_checkpointing; 0 if none
+            does. Empty if the GPU is not known.
+        traffic: traffic of one rank in one step.
+        time: time of one step; None if the GPU is not known.
+        tokens_per_second: over all ranks; None if the time is not known.
+        unknown: fields of the GPU that the time depends on and that are not known.
     """
 
     name: str
@@ -108,26 +108,26 @@ class Placed:
 
 @dataclass
 class StagePlan:
-    """What is planned of one stage; None and empty where something is not known, with a note that says what.
+    """The plan of one stage. What is not known is None or empty, and a note says so.
 
     Attributes:
-        name: of the stage.
-        kind: of the stage.
-        parameters: of its model.
-        frozen_parameters: of the teacher or the reference.
-        tokens: that it reads, over all passes.
+        name: the stage's name.
+        kind: its kind.
+        parameters: parameters of its model.
+        frozen_parameters: parameters of the teacher or the reference.
+        tokens: tokens that it reads, over all passes.
         steps: optimiser steps.
-        batch: how a step is cut, in words.
-        flops_per_token: that its models need.
-        executed_flops_per_token: with what is recomputed.
-        flops: of the whole stage, without what is recomputed.
-        checkpointing: `activation_checkpointing` that is planned for.
-        placed: each place of the teacher.
-        taken: the name of the one that the stage would take; empty where none fits or the GPU is not known.
-        cost: with what is taken.
+        batch: how a step is divided, in words.
+        flops_per_token: FLOPs that its models need.
+        executed_flops_per_token: the same with recomputation.
+        flops: FLOPs of the whole stage, without recomputation.
+        checkpointing: the `activation_checkpointing` that is planned for.
+        placed: each possible place of the teacher.
+        taken: name of the one that the stage would choose; empty if none fits or the GPU is not known.
+        cost: cost with that choice.
         idle: whether it spends no GPU time.
-        too_large: whether it is known not to fit, so that nothing can be said of its time.
-        memory: bytes of one rank by part, of a stage that trains nothing.
+        too_large: whether it is known not to fit, so that it has no time.
+        memory: bytes of one rank by part, for a stage that trains nothing.
         disk: bytes by what they are: `data`, `model`, `checkpoints` (at most, at one time), `one checkpoint`.
         notes: what is not known, does not fit, or is left out.
     """
@@ -154,24 +154,24 @@ class StagePlan:
 
     @property
     def chosen(self) -> Placed | None:
-        """The place that the stage would take."""
+        """The place that the stage would choose."""
         return next((one for one in self.placed if one.name == self.taken), None)
 
 
 def cost_of(seconds: float, gpus: PlannedGpus) -> Cost:
-    """Hours, GPU-hours and price of so many seconds."""
+    """Hours, GPU-hours and price of a number of seconds."""
     gpu_hours = seconds / 3600 * gpus.count
     return Cost(seconds / 3600, gpu_hours, None if gpus.price is None else gpu_hours * gpus.price)
 
 
 @dataclass(frozen=True)
 class Untimed:
-    """Names of the stages that have no time, by what that means.
+    """Names of the stages that have no time, by reason.
 
     Attributes:
-        idle: those that spend no GPU time, so that a total lacks nothing without them.
-        unknown: those whose time is not known.
-        too_large: those that do not fit.
+        idle: they spend no GPU time, so a total is complete without them.
+        unknown: their time is not known.
+        too_large: they do not fit.
     """
 
     idle: tuple[str, ...]
@@ -190,7 +190,7 @@ def untimed(plans: list[StagePlan]) -> Untimed:
 
 
 def known_cost(plans: list[StagePlan], gpus: PlannedGpus) -> Cost:
-    """Cost of the stages whose cost is known, which may be some of them only."""
+    """Cost of those stages whose cost is known."""
     known = [plan.cost for plan in plans if plan.cost is not None]
     hours = sum(cost.hours for cost in known)
     gpu_hours = sum(cost.gpu_hours for cost in known)
@@ -198,7 +198,7 @@ def known_cost(plans: list[StagePlan], gpus: PlannedGpus) -> Cost:
 
 
 def total_cost(plans: list[StagePlan], gpus: PlannedGpus) -> Cost | None:
-    """Cost of the whole run; None where a stage that uses GPUs does not fit or has no known time."""
+    """Cost of the whole run; None if a stage that uses GPUs does not fit or has no known time."""
     lacking = untimed(plans)
     return None if lacking.unknown or lacking.too_large or gpus.kind is None else known_cost(plans, gpus)
 

@@ -1,4 +1,4 @@
-"""How ZeRO-3 cuts a model, as far as its bytes follow from it: a model's tensors, and the sizes in a DeepSpeed JSON."""
+"""How ZeRO-3 shards a model, as far as bytes depend on it: a model's tensors, and the sizes in a DeepSpeed JSON."""
 
 import json
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Sharding:
-    """What a DeepSpeed JSON says of sizes; the defaults are those of DeepSpeed 0.19 (`runtime/zero/config.py`).
+    """The sizes that a DeepSpeed JSON sets; the defaults are those of DeepSpeed 0.19 (`runtime/zero/config.py`).
 
     Attributes:
         reduce_bucket_elements: gradients that are reduced together; a float32 buffer of this size always exists.
         prefetch_elements: weights that are gathered ahead of the layer that runs.
-        persistence_elements: tensors of at most so many elements stay whole on every rank.
-        live_elements: gathered weights up to which the next ones are gathered ahead. What the backward pass needs again
-            is then not given back, so that a trained model holds so many whole weights.
-        reuse_elements: a gathered weight that is needed again within so many elements is kept until then. Of a model in
-            training it is 0 where the JSON says nothing (`deepspeed_config.training_config`).
+        persistence_elements: tensors of at most this many elements stay whole on every rank.
+        live_elements: limit of gathered weights up to which the next ones are prefetched. What the backward pass needs
+            again is then not released, so a trained model holds that many whole weights.
+        reuse_elements: a gathered weight that is needed again within this many elements is kept until then. 0 for a
+            trained model unless the JSON sets it (`deepspeed_config.training_config`).
         sub_group_elements: shard elements that one call of the optimiser updates.
-        offload_optimizer: master weights, moments and gradients lie in the host's memory.
+        offload_optimizer: whether master weights, moments and gradients lie in host memory.
         offload_weights: where shards of the weights lie: `none`, `cpu` or `nvme`.
-        pinned: host memory that holds them is page-locked.
+        pinned: whether the host memory that holds them is page-locked.
         nvme_buffers: buffers in host memory through which weights on NVMe travel.
-        nvme_buffer_elements: of one of them.
+        nvme_buffer_elements: size of one of them.
     """
 
     reduce_bucket_elements: int = 500_000_000
@@ -46,7 +46,7 @@ class Sharding:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Sharding":
-        """From the content of a DeepSpeed JSON, or of the whole configuration made from one."""
+        """Read the sizes from the content of a DeepSpeed JSON, or from a complete configuration made from one."""
         zero = config.get("zero_optimization") or {}
         weights, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
         names = {
@@ -70,7 +70,7 @@ class Sharding:
 
 
 def read_sharding(path: Path) -> Sharding:
-    """The sizes in a DeepSpeed JSON.
+    """Read the sizes in a DeepSpeed JSON.
 
     Raises:
         RecipeError: it cannot be read.
@@ -80,11 +80,11 @@ def read_sharding(path: Path) -> Sharding:
         return Sharding.from_json(config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(
-            f"{path} cannot be read as a DeepSpeed JSON: {error}", "DeepSpeed is configured by it", "mend the file"
+            f"{path} cannot be read as a DeepSpeed JSON: {error}", "it configures DeepSpeed", "fix the file"
         ) from None
 
 
-# What `ds_configs/student_zero3.json` and `teacher_zero3*.json` say, for whoever has no file at hand.
+# The sizes in `ds_configs/student_zero3.json` and `teacher_zero3*.json`, for use without the files.
 STUDENT = Sharding(50_000_000, 50_000_000, 1000, 1_000_000_000, 0, 100_000_000)
 TEACHER = Sharding(
     prefetch_elements=250_000_000, persistence_elements=1000, live_elements=2_000_000_000, reuse_elements=0
@@ -92,9 +92,9 @@ TEACHER = Sharding(
 
 
 def gathered_ahead(sharding: Sharding, shape: ModelShape) -> Sharding:
-    """The sizes with which a model trains: a layer is gathered as a whole, so no less is gathered ahead.
+    """The sizes with which a model trains: layers are gathered as a whole, so at least one layer is prefetched.
 
-    A JSON that gathers nothing ahead is left so.
+    A JSON that prefetches nothing is left as it is.
     """
     if not sharding.prefetch_elements:
         return sharding
@@ -133,7 +133,7 @@ def tensors(shape: ModelShape) -> list[int]:
 
 
 def shard_elements(shape: ModelShape, ranks: int) -> int:
-    """Elements that each of `ranks` ranks holds: of every tensor an equal part, rounded up."""
+    """Elements that each of `ranks` ranks holds: an equal part of every tensor, rounded up."""
     return sum(-(-size // ranks) for size in tensors(shape))
 
 

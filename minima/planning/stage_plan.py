@@ -1,4 +1,4 @@
-"""Memory, traffic and time of one stage on GPUs that need not be there, from shapes. No torch."""
+"""Memory, traffic and time of one stage on any kind of GPU, computed from shapes. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from minima.planning.throughput import StepTime, step_time, unknown_rates
 from minima.planning.traffic import Traffic, frozen_traffic, trained_traffic
 from minima.recipe.chat import Align
 
-# About a hundred kernels run forward and backward through a layer, and starting one takes some microseconds. A choice.
+# A layer's forward and backward pass runs about a hundred kernels, and each launch takes some microseconds. A choice.
 SMALL_LAYER_SECONDS = 1e-3
 
 
@@ -21,7 +21,7 @@ def place(plan: StagePlan, stage: TrainedStage, gpus: PlannedGpus) -> None:
     """Fill in memory, traffic and time of a training stage, for each place of its teacher, and what it would take.
 
     Args:
-        plan: of the stage; `steps` gives its hours.
+        plan: the stage's plan; its hours follow from `steps`.
         stage: what is trained, and its teacher as the recipe asks for it.
         gpus: what it is planned for.
     """
@@ -42,7 +42,7 @@ def place(plan: StagePlan, stage: TrainedStage, gpus: PlannedGpus) -> None:
     )
     everywhere = _anywhere(stage)
     rows = {row.name: row for row in candidates(everywhere, devices, level)[0]}
-    if chosen is not None:  # a teacher's place, window or JSON that the recipe names
+    if chosen is not None:  # with the teacher's place, window or JSON that the recipe names
         rows[chosen.name] = chosen
     largest = {one: _largest(everywhere, devices, one) for one in levels} if devices.device_bytes is not None else {}
     for row in rows.values():
@@ -59,13 +59,13 @@ def place(plan: StagePlan, stage: TrainedStage, gpus: PlannedGpus) -> None:
 
 
 def _small(time: StepTime, stage: TrainedStage, gpus: PlannedGpus) -> list[str]:
-    """A note where starting kernels would take longer than what is counted."""
+    """A note if launching kernels would take longer than what they compute."""
     layers = stage.student.num_layers + (stage.teacher_shape.num_layers if stage.teacher_shape is not None else 0)
     if time.compute / stage.work(gpus.count).accumulation / max(1, layers) >= SMALL_LAYER_SECONDS:
         return []
     return [
-        f"a layer computes less than {SMALL_LAYER_SECONDS * 1e3:g} ms for a micro-batch, so starting its kernels, "
-        "which is not in the time, takes longer: the time is a lower bound, and a far one"
+        f"a layer computes for less than {SMALL_LAYER_SECONDS * 1e3:g} ms per micro-batch, so launching its kernels, "
+        "which is not counted, takes longer: the time is only a loose lower bound"
     ]
 
 
@@ -73,11 +73,11 @@ def frozen(plan: StagePlan, models: list[Memory], precision: str, gpus: PlannedG
     """Fill in memory and time of a stage that runs frozen models and trains nothing.
 
     Args:
-        plan: of the stage.
-        models: what those that are there at one time need, one after another in their forward passes.
-        precision: of the matrix products.
+        plan: the stage's plan.
+        models: memory of the models that are loaded at the same time; their forward passes run one after another.
+        precision: precision of the matrix products.
         gpus: what it is planned for.
-        rank_flops: that the busiest rank executes in the whole stage.
+        rank_flops: FLOPs that the busiest rank executes in the whole stage.
     """
     busiest = max(models, key=lambda memory: memory.passing_bytes)
     plan.memory = {
@@ -102,11 +102,11 @@ def frozen(plan: StagePlan, models: list[Memory], precision: str, gpus: PlannedG
 def _unknown(names: tuple[str, ...], gpus: PlannedGpus) -> str:
     assert gpus.kind is not None
     flags = ", ".join("--" + name.replace("_", "-") for name in names)
-    return f"its time is not known: nothing is published of {gpus.kind.name} for {flags}; give it"
+    return f"its time is not known: nothing is published for {gpus.kind.name} on {flags}; give a value"
 
 
 def _anywhere(stage: TrainedStage) -> TrainedStage:
-    """The stage with a teacher that may live anywhere; a reference, whose place is fixed, stays where it is."""
+    """The stage with a teacher that may live anywhere; a reference, whose place is fixed, stays there."""
     teacher = stage.teacher
     if teacher is None or isinstance(stage.training, Align):
         return stage
@@ -156,7 +156,7 @@ def _placed(row: Row, stage: TrainedStage, gpus: PlannedGpus, flops: float, larg
 
 
 def parts(row: Row) -> dict[str, int]:
-    """Bytes on one rank's device at the moment of the peak: while the student runs, or while the teacher does."""
+    """Bytes on one rank's device at the peak, which is while the student or while the teacher runs."""
     student, teacher = row.student, row.teacher
     device, passing, own = student.device, student.passing, teacher.passing
     hidden = own.get("hidden", 0)
@@ -178,7 +178,7 @@ def parts(row: Row) -> dict[str, int]:
 
 
 def _traffic(row: Row, stage: TrainedStage, devices: Devices) -> list[Traffic]:
-    """Traffic of the student, and of the teacher where there is one."""
+    """Traffic of the student, and of the teacher if there is one."""
     work, precision = stage.work(devices.ranks), stage.training.precision
     one = trained_traffic(stage.student, precision, work, devices.ranks, devices.ranks_per_node, stage.sharding)
     if row.placement is None or stage.teacher is None or stage.teacher_shape is None:

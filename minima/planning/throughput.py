@@ -1,4 +1,4 @@
-"""How long a step takes: FLOPs over a share of the peak, bytes over what links carry, and a measured GPU. No torch."""
+"""The time of a step: FLOPs over a share of the peak (assumed or measured), and bytes over bandwidth. No torch."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ from minima.planning.floor import executed_flops_per_token
 from minima.planning.hardware import Gpu
 from minima.planning.traffic import Traffic
 
-# Of the published peak, what a step executes: 38 to 43 % is what Meta reports of training Llama 3 405B on 8,192 and
+# Share of the published peak that a step reaches: Meta reports 38 to 43 % for training Llama 3 405B on 8,192 and
 # 16,384 H100s in bfloat16 (arXiv 2407.21783, sec. 3.3.2), transfers included.
 ASSUMED_FRACTION = 0.4
-ASSUMED_REASON = "38 to 43 % are reported of Llama 3 405B on H100s, arXiv 2407.21783, sec. 3.3.2"
-# Of a link's published bandwidth, what collectives reach. A choice, not a measurement.
+ASSUMED_REASON = "38 to 43 % are reported for Llama 3 405B on H100s, arXiv 2407.21783, sec. 3.3.2"
+# Share of a link's published bandwidth that collectives reach. A choice, not a measurement.
 LINK_FRACTION = 0.8
 # Adam reads a gradient, a master weight and two moments in float32, and writes the last three and a bfloat16 weight.
 UPDATE_BYTES = 4 * 4 + 3 * 4 + 2
@@ -23,13 +23,13 @@ UPDATE_BYTES = 4 * 4 + 3 * 4 + 2
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What share of a GPU's peak a step executes.
+    """The share of a GPU's peak that a step reaches.
 
     Attributes:
-        fraction: of `Gpu.peak_flops`, in bfloat16; recomputed FLOPs count.
+        fraction: share of `Gpu.peak_flops`, in bfloat16; recomputed FLOPs count.
         reason: where it comes from.
-        measured: whether a benchmark gave it.
-        against_assumed: speed that was measured, over what the assumed fraction says of the same run.
+        measured: whether it comes from a benchmark.
+        against_assumed: the measured speed, relative to that of the same run at the assumed fraction.
     """
 
     fraction: float = ASSUMED_FRACTION
@@ -38,9 +38,9 @@ class Efficiency:
     against_assumed: float | None = None
 
     def rate(self, gpu: Gpu, precision: str) -> float | None:
-        """FLOP/s of one GPU; None where its speed in this precision is not known.
+        """FLOP/s of one GPU; None if its speed in this precision is not known.
 
-        What was measured in bfloat16 says nothing of float32, which does not run on tensor cores.
+        A measurement in bfloat16 says nothing about float32, which does not run on tensor cores.
         """
         if precision == "bfloat16":
             return self.fraction * gpu.peak_flops
@@ -56,7 +56,7 @@ class StepTime:
         compute: FLOPs, with recomputation.
         update: the optimiser's pass over its shard.
         transfer: collectives.
-        host: copies between the host's memory and the device.
+        host: copies between host memory and the device.
     """
 
     compute: float
@@ -66,17 +66,17 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Where nothing that travels hides behind computation."""
+        """The time if no transfer is hidden behind computation."""
         return self.compute + self.update + self.transfer + self.host
 
     @property
     def overlapped(self) -> float:
-        """Where all that travels hides behind computation, as far as that lasts."""
+        """The time if transfers are hidden behind computation as far as possible."""
         return max(self.compute + self.update, self.transfer, self.host)
 
 
 def unknown_rates(gpu: Gpu, precision: str, traffic: Traffic) -> list[str]:
-    """Fields of a GPU that a step's time takes and that are not known."""
+    """Fields of a GPU that a step's time depends on and that are not known."""
     wanted = {
         "float32_flops": precision != "bfloat16",
         "network_bandwidth": traffic.between_nodes > 0,
@@ -94,15 +94,15 @@ def step_time(
     ring and the teacher's, which may stay within a machine, run one after the other, and each is as slow as its own.
 
     Args:
-        flops: that one rank executes.
-        precision: that it executes them in.
-        traffic: of one rank: the student's, and the teacher's where there is one.
+        flops: FLOPs that one rank executes.
+        precision: precision in which it executes them.
+        traffic: one rank's traffic: the student's, and the teacher's if there is one.
         updated: parameters of one rank's shard that the device updates.
         gpu: the device.
         efficiency: the share of its peak.
 
     Returns:
-        None where something is not known of the GPU (`unknown_rates`).
+        The time; None if a number of the GPU that it needs is not known (`unknown_rates`).
     """
     rate = efficiency.rate(gpu, precision)
     whole = sum(traffic, Traffic())
@@ -124,15 +124,15 @@ def step_time(
 def measured_efficiency(gpu: Gpu, files: Iterable[Path]) -> Efficiency | None:
     """The share of its peak that a benchmark of minima's own step reached on this GPU.
 
-    Only one rank's: with more, transfers are part of the time already. Where several files were measured, the newest
-    counts; in one file the step as shipped (`b:minima`) before the one with a fixed micro-batch (`a:minima`).
+    Only benchmarks of one rank count: with more, the time would already include transfers. Of several files, the newest
+    counts; within a file, the step as shipped (`b:minima`) before the one with a fixed micro-batch (`a:minima`).
 
     Args:
         gpu: the device.
         files: what `tools/bench_distil.py` wrote.
 
     Returns:
-        None where no file is of this GPU.
+        The efficiency; None if no file is of this GPU.
     """
     found: list[tuple[str, str, Efficiency]] = []
     for path in files:
@@ -141,7 +141,7 @@ def measured_efficiency(gpu: Gpu, files: Iterable[Path]) -> Efficiency | None:
             efficiency = _of(result, gpu, path.name)
             date = str(result["environment"].get("date", "")) if efficiency else ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # another kind of file: benchmarks of data and of checkpoints lie there, too
+            continue  # another kind of file: the folder also holds benchmarks of data and checkpoints
         if efficiency is not None:
             found.append((date, path.name, efficiency))
     return max(found, key=lambda one: one[:2])[2] if found else None

@@ -1,7 +1,7 @@
-"""Bytes that travel for one optimiser step: between ranks, between nodes, and from the host or a disk.
+"""Bytes that travel in one optimiser step: between ranks, between nodes, and from the host or a disk.
 
-Collectives are counted as the rings that NCCL builds of them: to gather a tensor, each rank receives all of it but its
-own part, from its neighbour; to sum and scatter one, as much. One rank of each node has its neighbour on another node.
+Collectives are counted as NCCL's rings: to gather a tensor, each rank receives all of it but its own part from its
+neighbour; a reduce-scatter moves as much. One rank of each node has its neighbour on another node.
 """
 
 from dataclasses import dataclass, fields
@@ -14,14 +14,15 @@ from minima.recipe.distillation import Offload, Placement
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one optimiser step, of one rank.
+    """Bytes per rank in one optimiser step.
 
     Attributes:
-        received: from other ranks, wherever they are.
-        between_nodes: of these, what comes from another node; of a node's ranks one receives it, so this is a share.
-        from_host: copied from the host's memory to the device.
-        to_host: copied from the device to the host's memory.
-        from_disk: read from files into the host's memory.
+        received: from all other ranks.
+        between_nodes: the part of `received` that comes from another node; only one rank of a node receives it, and
+            this is the average over the node's ranks.
+        from_host: copied from host memory to the device.
+        to_host: copied from the device to host memory.
+        from_disk: read from files into host memory.
     """
 
     received: float = 0.0
@@ -36,21 +37,21 @@ class Traffic:
         return self.received - self.between_nodes
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """Bytes of both together."""
+        """The sum of both."""
         return Traffic(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
 
 def trained_traffic(
     shape: ModelShape, precision: str, work: Work, ranks: int, ranks_per_node: int, sharding: Sharding
 ) -> Traffic:
-    """Bytes of one step of a model in training under ZeRO-3 over all ranks.
+    """Bytes per step of a model that is trained under ZeRO-3 over all ranks.
 
-    Each micro-batch gathers all weights for its forward pass, and again for its backward pass those that were not kept;
-    float32 gradients are summed and scattered once for each micro-batch. Recomputing a layer gathers nothing more: its
-    weights are whole then for its backward pass.
+    Each micro-batch gathers all weights for its forward pass, and for its backward pass those that were not kept;
+    float32 gradients are reduce-scattered once per micro-batch. Recomputing a layer gathers nothing more: its weights
+    are whole for its backward pass anyway.
     """
     travelling = shape.parameters - persistent_elements(shape, sharding)
-    # Not the head: the root's forward ends before its use. Where the JSON has a distance, it is kept until then.
+    # The head is not kept: its next use comes after the root's forward, unless the JSON's reuse distance covers it.
     table = shape.vocabulary_size * shape.hidden_size
     head = table if sharding.prefetch_elements and sharding.reuse_elements >= table else 0
     kept = min(travelling, trained_gathered(shape, sharding) + head)
@@ -60,7 +61,7 @@ def trained_traffic(
     travelled = _ring(size, ranks, ranks_per_node)
     if not sharding.offload_optimizer:
         return Traffic(**travelled)
-    # Each micro-batch's gradients go to the host and come back to be added to; the last ones go there once more.
+    # Each micro-batch's gradients go to the host and come back to be accumulated; the last ones go there once more.
     part = shape.parameters / ranks
     from_host = 4 * part * work.accumulation + BYTES[precision] * part
     return Traffic(**travelled, from_host=from_host, to_host=4 * part * (work.accumulation + 1))
@@ -78,20 +79,20 @@ def frozen_traffic(
     *,
     window: int = 1,
 ) -> Traffic:
-    """Bytes of one step of a frozen model that gives final hidden states.
+    """Bytes per step of a frozen model that computes final hidden states.
 
-    Shards are gathered, and fetched, once for each window. Split matrices leave partial sums of hidden states, which
-    are summed over the group twice in each layer, for the sequences of all of the group's ranks.
+    Shards are gathered, and fetched, once per window. Split matrices give partial sums of hidden states, which are
+    all-reduced over the group twice per layer, for the sequences of all its ranks.
 
     Args:
-        shape: of the model.
+        shape: the model's.
         precision: `float32` or `bfloat16`.
         placement: where its weights are.
         offload: where its shards lie.
-        work: what a rank runs at once.
-        group: ranks that share one copy.
-        ranks_per_node: of one machine.
-        sharding: sizes of its DeepSpeed JSON.
+        work: what a rank processes at once.
+        group: number of ranks that share one copy.
+        ranks_per_node: ranks on one machine.
+        sharding: sizes in its DeepSpeed JSON.
         window: micro-batches that one traversal of the layers serves.
     """
     size = BYTES[precision]
@@ -99,7 +100,7 @@ def frozen_traffic(
         return Traffic()
     if placement == "tensor_parallel":
         hidden = size * shape.hidden_size * work.tokens * group
-        # To sum and to have the sum everywhere is to scatter it and to gather it again.
+        # An all-reduce is a reduce-scatter and an all-gather.
         return Traffic(**_ring(2 * 2 * shape.num_layers * hidden * work.accumulation, group, ranks_per_node))
     traversals = -(-work.accumulation // window)
     head = 0 if shape.tied else shape.vocabulary_size * shape.hidden_size  # whole on each rank from the start

@@ -1,4 +1,4 @@
-"""What the stages that make a chat model are told: instruction tuning and preference optimisation."""
+"""The settings of the stages that make a chat model: instruction tuning and preference optimisation."""
 
 from typing import Literal, Self
 
@@ -16,8 +16,8 @@ class Instruct(Training, Stage):
         model: the weights to start from.
         data: a build_data stage with `format: conversations`, or the path of its folder.
         neftune_alpha: noise on the embeddings in training, uniform in +-alpha / sqrt(L D) for a conversation of L
-            tokens and a width of D (Jain et al., "NEFTune", 2023; it suggests 5 to 15); 0 for none.
-        chunk_tokens: tokens whose logits exist at one time.
+            tokens and a width of D (Jain et al., "NEFTune", 2023, which suggests 5 to 15); 0 for none.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
     """
 
     kind: Literal["instruct"]
@@ -32,20 +32,20 @@ class Instruct(Training, Stage):
 class Align(Training, Stage):
     """Direct preference optimisation (Rafailov et al., 2023) against a frozen reference.
 
-    A step's `batch_sequences` are blocks, each with as many preference pairs as fit; the loss is a mean over pairs.
+    `batch_sequences` counts blocks, each with as many preference pairs as fit; the loss is a mean over pairs.
 
     Attributes:
         model: the weights to start from.
         reference: the frozen reference; the starting weights when not given.
         data: a build_data stage with `format: preferences`, or the path of its folder.
-        loss: `sigmoid` is DPO's, `ipo` that of Azar et al., 2023.
-        beta: strength of the pull to the reference; for `ipo` its tau.
+        loss: `sigmoid` is DPO's loss, `ipo` that of Azar et al., 2023.
+        beta: strength of the pull towards the reference; for `ipo`, its tau.
         label_smoothing: probability that a pair is labelled the wrong way round (conservative DPO); `sigmoid` only.
         length_normalised: use an answer's mean log-probability per token instead of its sum. True for `ipo` and
             False for `sigmoid` when not given.
-        precompute_reference: run the reference once over all pairs before training, and keep its log-probabilities in
-            the run's `cache/` by content. Its weights then take no memory while the student trains.
-        chunk_tokens: tokens whose logits exist at one time.
+        precompute_reference: run the reference once over all pairs before training, and cache its log-probabilities
+            by content in the run's `cache/`. Its weights then take no memory while the student trains.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
         reference_precision: dtype of the reference's weights; the student's when not given.
         reference_deepspeed: DeepSpeed JSON for the frozen reference.
     """
@@ -70,7 +70,7 @@ class Align(Training, Stage):
         if self.label_smoothing and self.loss != "sigmoid":
             raise RecipeError(
                 f"align stage {self.name!r} has label_smoothing {self.label_smoothing} with loss {self.loss!r}",
-                "only the sigmoid loss knows labels that are the wrong way round, so it would do nothing",
+                "only the sigmoid loss uses it, so it would have no effect",
                 "leave label_smoothing out, or set loss: sigmoid",
             )
         return self

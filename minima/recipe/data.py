@@ -10,31 +10,31 @@ from minima.errors import RecipeError
 from minima.recipe.base import Strict
 
 _OF_HUB = ("config", "split", "revision", "streaming")
-# What nothing reads, by where the documents come from.
+# Keys without effect, by where the documents come from.
 _IDLE = {"path": _OF_HUB, "hub": ("format",), "embedded": (*_OF_HUB, "format", "field")}
 
 
 class Source(Strict):
-    """Documents of one origin. Exactly one of `path`, `hub` and `embedded` is given.
+    """Documents from one place. Give exactly one of `path`, `hub` and `embedded`.
 
     Attributes:
-        name: what reports call it; made from the origin when not given.
-        path: a file, a folder, or a pattern with `*`; relative to where the command runs, `~` is the home folder. Read
-            in sorted order.
+        name: what reports call the source; derived from `path`, `hub` or `embedded` when not given.
+        path: a file, a folder, or a pattern with `*`, relative to where the command runs; `~` is the home folder. Files
+            are read in sorted order.
         hub: a Hugging Face dataset: a Hub id, or a folder that `datasets` saved.
-        embedded: what minima ships: the texts `sotu` (English) and `poems` (Chinese), the conversations `chat` and the
-            preference pairs `preferences` (both in both languages).
+        embedded: data that ships with minima: the texts `sotu` (English) and `poems` (Chinese), the conversations
+            `chat` and the preference pairs `preferences` (both in both languages).
         config: configuration of the dataset; `config`, `split`, `revision` and `streaming` are for `hub` only.
         split: split of the dataset.
         revision: revision of the dataset.
         streaming: read the dataset without downloading it first.
-        format: of the files of `path`; `auto` goes by their names: a `.json` is one array of records, or JSON lines.
-            One plain text file is one document. All but parquet may be compressed: `.gz`, `.xz`, `.bz2`, `.zst`
+        format: format of the files in `path`; `auto` goes by their names: a `.json` is one array of records, or JSON
+            lines. A plain text file is one document. All but parquet may be compressed: `.gz`, `.xz`, `.bz2`, `.zst`
             (the last with windows of up to 128 MB, that is, by `zstd` without `--long` above 27).
-        field: the key of a record of `path` or `hub` that holds the text. Not read for conversations and preferences,
-            whose layout is recognised from the record.
+        field: the key that holds the text in the records of `path` or `hub`. Not used for conversations and
+            preferences, whose layout is recognised from the record.
         weight: share of the training tokens, relative to the other sources' weights. If no source has a weight, every
-            token is read once. A source that runs out before its share is read again from its start, and the report
+            token is read once. A source that runs out before its share is reached starts again, and the report
             counts the epochs.
         max_documents: read at most this many.
     """
@@ -57,8 +57,8 @@ class Source(Strict):
         given = [name for name in ("path", "hub", "embedded") if getattr(self, name) is not None]
         if len(given) != 1:
             raise RecipeError(
-                f"a source that gives {' and '.join(given) or 'none of path, hub and embedded'}",
-                "documents come from one place",
+                f"a source gives {' and '.join(given) or 'none of path, hub and embedded'}",
+                "the documents of a source come from one place",
                 "give exactly one of `path`, `hub` and `embedded`",
             )
         self._refuse_idle(given[0])
@@ -69,23 +69,23 @@ class Source(Strict):
         idle = [name for name in _IDLE[origin] if getattr(self, name) != fields[name].default]
         if idle:
             raise RecipeError(
-                f"source {self.label!r} sets {', '.join(idle)}, which {'are' if len(idle) > 1 else 'is'} not read with "
+                f"source {self.label!r} sets {', '.join(idle)}, which {'are' if len(idle) > 1 else 'is'} not used with "
                 f"`{origin}`",
-                "other text would be read than the recipe seems to say",
+                "the text that is read would not be what the recipe seems to say",
                 f"leave {'them' if len(idle) > 1 else 'it'} out; config, split, revision and streaming are for `hub`, "
                 "format for `path`, field for both",
             )
 
     @property
     def label(self) -> str:
-        """What reports call it."""
+        """The name of the source in reports."""
         return self.name or self.embedded or self.hub or str(self.path)
 
     def files(self) -> list[Path]:
-        """The files of `path` on this machine, as they are read: sorted, hidden ones of a folder or pattern left out.
+        """The files of `path` on this machine in reading order: sorted, without hidden ones of a folder or pattern.
 
         Returns:
-            The file itself, all below a folder, or all that match a pattern (`**` crosses folders); none of a source
+            The file itself, all below a folder, or all that match a pattern (`**` crosses folders); none for a source
             without `path`.
         """
         path = Path(self.path).expanduser() if self.path is not None else None
@@ -98,19 +98,19 @@ class Source(Strict):
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; hidden ones, and those in hidden folders, left out."""
+    """All files below a folder, sorted, without hidden ones and those in hidden folders."""
     below = [file for file in folder.rglob("*") if file.is_file()]
     shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     return sorted(shown, key=Path.as_posix)
 
 
 class TokenizerTraining(Strict):
-    """A SentencePiece BPE to be trained on the training documents of the stage's own sources.
+    """A SentencePiece BPE tokenizer to train on the training documents of the stage's own sources.
 
     Attributes:
-        vocabulary_size: pieces, byte fallback and control pieces included.
-        sources: labels of the sources to train on; all when not given.
-        max_characters: at most this much text is used for training; documents are taken in a seeded random order.
+        vocabulary_size: number of pieces, including byte fallback and control pieces.
+        sources: names of the sources to train on; all when not given.
+        max_characters: train on at most this many characters; documents are taken in a seeded random order.
     """
 
     vocabulary_size: int = Field(gt=259, description="three control pieces and 256 bytes come first")

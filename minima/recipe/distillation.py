@@ -1,4 +1,4 @@
-"""The distil stage: what is learnt from the teacher, and where the teacher lives meanwhile."""
+"""The settings of a distil stage: what is learnt from the teacher, and where the teacher's weights live."""
 
 from typing import Any, Literal, Self
 
@@ -12,35 +12,35 @@ from minima.recipe.training import Training
 Placement = Literal["replica", "zero3_node", "zero3", "tensor_parallel"]
 Offload = Literal["none", "cpu", "nvme"]
 
-# Those of `losses.divergences`, which needs torch.
+# The names of `losses.divergences`, which cannot be imported here: it needs torch.
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
 _USERS = {"beta": ("jensen_shannon",), "alpha": ("skew_forward_kl", "skew_reverse_kl")}
 
-# Keys of a teacher that say where its weights are and how often they travel, never what it predicts.
+# Keys of a teacher that decide where its weights are and how often they travel, never what it predicts.
 PLACING = frozenset({"placement", "offload", "nvme_path", "tensor_parallel_ranks", "window_micro_batches", "deepspeed"})
 
 
 class Teacher(ModelInput):
     """The frozen model, and where its weights live. A plain string in a recipe is a `source`.
 
-    Nothing here but `precision` changes the result beyond rounding, so all else may change between two starts.
+    Of the keys below, only `precision` changes the result beyond rounding; the others may change between two starts.
 
     Attributes:
         placement: `replica`, a whole copy on each rank; `zero3_node`, sharded over the ranks of each node, so that no
-            weight travels between nodes; `zero3`, sharded over all ranks; `tensor_parallel`, each matrix split over
-            the ranks of a node, which run their batches together; `auto`, the first of these that fits, then the
-            host's memory, then NVMe. The choice and its reason are printed.
-        offload: where the shards of `zero3_node` and `zero3` lie: `none` for the device, `cpu` for the host's memory,
-            `nvme` for files under `nvme_path`.
+            weights travel between nodes; `zero3`, sharded over all ranks; `tensor_parallel`, each matrix split over
+            the ranks of a node, which run their batches together; `auto`, the first of these that fits, else shards in
+            host memory, else on NVMe. The choice and its reason are printed.
+        offload: where the shards of `zero3_node` and `zero3` lie: `none`, on the device; `cpu`, in host memory;
+            `nvme`, in files under `nvme_path`.
         nvme_path: a folder on a local disk, for `offload: nvme`; `auto` uses NVMe only if it is given.
-        tensor_parallel_ranks: number of ranks that one copy is split over; those of a node when not given.
-        window_micro_batches: how many micro-batches of a step run through a layer before the next one is gathered. A
-            sharded or offloaded teacher's traffic is divided by it; the hidden states of that many micro-batches are
-            kept. When not given: 1 if no weight travels, else all micro-batches of a step, up to 8.
+        tensor_parallel_ranks: number of ranks that one copy is split over; all ranks of a node when not given.
+        window_micro_batches: how many micro-batches of a step run through a layer before the next layer is gathered.
+            Divides a sharded or offloaded teacher's traffic by that number, and keeps the hidden states of that many
+            micro-batches. When not given: 1 if no weights travel, else all micro-batches of a step, up to 8.
         precision: dtype of the weights; the student's when not given.
-        deepspeed: DeepSpeed JSON for a placement that is given by name; when not given, the shipped one:
+        deepspeed: DeepSpeed JSON, for any placement but `auto`; when not given, the shipped one:
             `teacher_PLACEMENT.json`, `teacher_cpu.json` or `teacher_nvme.json`.
     """
 
@@ -57,13 +57,13 @@ class Teacher(ModelInput):
         if self.offload != "none" and self.placement not in ("zero3_node", "zero3"):
             raise RecipeError(
                 f"a teacher with placement {self.placement} and offload {self.offload}",
-                "only shards can lie elsewhere: a whole copy or a split matrix is used where it is",
-                "set placement to zero3_node or zero3, or leave offload out (`auto` finds its own)",
+                "only shards can be offloaded: whole copies and split matrices stay on the device",
+                "set placement to zero3_node or zero3, or leave offload out (`auto` makes its own choice)",
             )
         if self.offload == "nvme" and self.nvme_path is None:
             raise RecipeError(
                 "a teacher with offload nvme and no nvme_path",
-                "its shards become files there, and a network disk or the wrong one would be slow or full",
+                "its shards are written there as files, and a network disk or the wrong one would be slow or full",
                 "set nvme_path to a folder on a local NVMe disk",
             )
         if self.nvme_path is not None and self.offload != "nvme" and self.placement != "auto":
@@ -75,14 +75,14 @@ class Teacher(ModelInput):
         if self.tensor_parallel_ranks is not None and self.placement not in ("auto", "tensor_parallel"):
             raise RecipeError(
                 f"a teacher with tensor_parallel_ranks {self.tensor_parallel_ranks} and placement {self.placement}",
-                "it would not be used",
+                "it would have no effect",
                 "set placement: tensor_parallel, or leave tensor_parallel_ranks out",
             )
         if self.deepspeed is not None and self.placement == "auto":
             raise RecipeError(
                 f"a teacher with deepspeed {self.deepspeed!r} and placement auto",
-                "a JSON fits one placement, and which one is taken is not known yet",
-                "name the placement, or leave deepspeed out",
+                "a JSON fits one placement, and `auto` has not chosen one yet",
+                "set placement to one of the others, or leave deepspeed out",
             )
         return self
 
@@ -97,19 +97,20 @@ class Distil(Training, Stage):
 
     Attributes:
         model: the student's starting weights.
-        teacher: the frozen model, and where it lives.
+        teacher: the frozen model, and where its weights live.
         data: a build_data stage, or the path of its folder.
         hard_weight: weight of the cross-entropy with the text. 0.5 as published. A number, or a `WeightSchedule`.
-        soft_weight: weight of the teacher's part; 0.5 as published. A number, or a `WeightSchedule`.
-        temperature: divides both models' logits in the soft part, which is scaled by its square.
-        divergence: what the soft part is; `forward_kl`, the cross-entropy with the teacher, as published. All are
-            written down at `losses.linear_distillation_loss`.
+        soft_weight: weight of the divergence from the teacher. 0.5 as published. A number, or a `WeightSchedule`.
+        temperature: divides both models' logits in the divergence, which is scaled by its square.
+        divergence: how the student's predictions are compared with the teacher's; `forward_kl`, the cross-entropy with
+            the teacher, as published. All are defined at `losses.linear_distillation_loss`.
         beta: the teacher's weight in the mixture of `jensen_shannon`; 0.5 when not given.
-        alpha: of `skew_forward_kl` and `skew_reverse_kl`; 0.1 when not given, as in their publication.
+        alpha: the teacher's weight in the mixture of `skew_forward_kl`, the student's in that of `skew_reverse_kl`; 0.1
+            when not given, as in their paper.
         top_k: keep only this many of the teacher's most likely tokens and treat all others as one; all when not given.
-        top_p: keep only the teacher's most likely tokens that together have at least this probability, and treat all
-            others as one; with `top_k`, whichever keeps fewer.
-        chunk_tokens: number of tokens whose logits exist at one time.
+        top_p: keep only the fewest of the teacher's most likely tokens that together reach this probability, and treat
+            all others as one; with `top_k`, whichever keeps fewer.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
     """
 
     kind: Literal["distil"]
@@ -131,7 +132,7 @@ class Distil(Training, Stage):
     @field_validator("hard_weight", "soft_weight")
     @classmethod
     def _plain(cls, weight: float | WeightSchedule) -> float | WeightSchedule:
-        return weight_at(weight, 0, 1) if _constant(weight) else weight  # the same stage, however it is written
+        return weight_at(weight, 0, 1) if _constant(weight) else weight  # however it is written, it is the same stage
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -149,7 +150,7 @@ class Distil(Training, Stage):
             if getattr(self, name) is not None and self.divergence not in users:
                 raise RecipeError(
                     f"distil stage {self.name!r} has {name} {getattr(self, name)} and divergence {self.divergence}",
-                    f"only {' and '.join(users)} would look at it",
+                    f"only {' and '.join(users)} can use it, so it would have no effect",
                     f"leave {name} out, or set divergence to {' or '.join(users)}",
                 )
         given = [name for name in ("beta", "alpha", "top_k", "top_p") if getattr(self, name) is not None]
@@ -157,7 +158,7 @@ class Distil(Training, Stage):
         if given and self.soft_weight == 0:
             raise RecipeError(
                 f"distil stage {self.name!r} has soft_weight 0 and {' and '.join(given)}",
-                "the teacher has no part in this loss, so nothing would look at it",
+                "the teacher has no part in this loss, so it would have no effect",
                 f"leave {' and '.join(given)} out, or give soft_weight a value above 0",
             )
         return self
@@ -167,13 +168,13 @@ class Distil(Training, Stage):
         return self.teacher if self.soft_weight else None
 
     def soft_options(self) -> dict[str, Any]:
-        """What of the teacher's part is not left to the loss's own defaults, as its keywords."""
+        """The settings of the teacher's part as keywords of the loss, without those left to its defaults."""
         options = {name: getattr(self, name) for name in ("divergence", "beta", "alpha", "top_k", "top_p")}
         return {name: value for name, value in options.items() if value is not None}
 
 
 def _constant(weight: float | WeightSchedule) -> bool:
-    """Whether it is the same at every step."""
+    """Whether the weight is the same at every step."""
     if not isinstance(weight, WeightSchedule):
         return True
     return len({value for value in (weight.value, weight.start, weight.peak, weight.end) if value is not None}) == 1

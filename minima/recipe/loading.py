@@ -1,4 +1,4 @@
-"""A recipe file and overrides in, a checked `Recipe` out; every mistake named with its place."""
+"""Load a recipe file and its overrides into a checked `Recipe`; every mistake is named with its place."""
 
 import itertools
 import typing
@@ -17,16 +17,16 @@ from minima.recipe.secret import secret_place
 
 _OF_A_STUDY = {"teachers", "students"}
 _MOST_VALUES = 1_000_000  # the quickstart has some five hundred
-_WANTED = {  # by how pydantic's names of its errors begin
-    "int_": "has to be a whole number",
-    "float_": "has to be a number",
-    "bool_": "has to be true or false",
-    "string_type": "has to be text",
-    "list_type": "has to be a list",
-    "dict_type": "has to be a block of keys",
-    "model_type": "has to be a block of keys",
+_WANTED = {  # by the start of pydantic's error type
+    "int_": "must be a whole number",
+    "float_": "must be a number",
+    "bool_": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be a block of keys",
+    "model_type": "must be a block of keys",
 }
-_ELSEWHERE = {  # our names, and what other trainers and configurations call the same
+_ELSEWHERE = {  # our names, and those that other trainers and configurations use for the same thing
     "activation_checkpointing": "gradient_checkpointing recompute",
     "batch_sequences": "batch_size train_batch_size global_batch_size",
     "checkpoint_every_steps": "save_steps save_interval",
@@ -54,15 +54,15 @@ _ELSEWHERE = {  # our names, and what other trainers and configurations call the
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path`, changed by `overrides`.
+    """Load the recipe in `path`, changed by `overrides`.
 
     Args:
         path: a YAML file.
         overrides: `key.path=value`, applied in order.
 
     Raises:
-        RecipeError: the file is missing or broken, or asks for something that does not exist or cannot be.
-        MinimaError: another error that a field's own check raised.
+        RecipeError: the file is missing or broken, or asks for something that does not exist or is impossible.
+        MinimaError: another error, raised by a field's own check.
     """
     raw = read_yaml(path)
     for override in overrides:
@@ -71,7 +71,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a file is a study of the law, a grid of runs, and no recipe of one.
+    """Whether a file is a study of the law (a grid of runs) rather than the recipe of one run.
 
     Raises:
         RecipeError: the file is missing or broken.
@@ -80,15 +80,15 @@ def is_study(path: Path) -> bool:
 
 
 def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
-    """A checked recipe from what its YAML says.
+    """Make a checked recipe from the content of its YAML file.
 
     Args:
         raw: keys and values.
         path: the file that errors name.
 
     Raises:
-        RecipeError: it asks for something that does not exist or cannot be.
-        MinimaError: another error that a field's own check raised.
+        RecipeError: it asks for something that does not exist or is impossible.
+        MinimaError: another error, raised by a field's own check.
     """
     if raw.keys() >= _OF_A_STUDY:
         raise RecipeError(
@@ -98,9 +98,9 @@ def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
         )
     if place := secret_place(raw):
         raise RecipeError(
-            f"{path.name}: what looks like a token or a password stands in {place}",
+            f"{path.name}: {place} holds what looks like a token or a password",
             "the recipe is copied into its run's folder, manifests and logs, where others may read it",
-            "take it out, and export it: HF_TOKEN for the Hub, HTTPS_PROXY for a proxy",
+            "remove it, and export it instead: HF_TOKEN for the Hub, HTTPS_PROXY for a proxy",
         )
     try:
         recipe = Recipe.model_validate(raw)
@@ -126,7 +126,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"the recipe {path} cannot be read ({error})",
-            "a run is what its recipe says",
+            "a run is defined by its recipe",
             "give the path of a YAML file, or the name of a recipe that minima ships",
         ) from None
     except yaml.MarkedYAMLError as error:
@@ -135,34 +135,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{path}{where}: {error.problem or error.context}",
             "the file is not valid YAML, so nothing in it can be trusted",
-            "look at that line: indentation, a missing colon or bracket, a key given twice",
+            "check that line: indentation, a missing colon or bracket, a key given twice",
         ) from None
     except RecursionError:
         raise _too_much(path, "its brackets are nested too deeply") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: {error}", "the file is not valid YAML", "mend or replace the file") from None
+        raise RecipeError(f"{path}: {error}", "the file is not valid YAML", "fix or replace the file") from None
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{path} holds {'nothing' if raw is None else 'a ' + type(raw).__name__}, not keys and values",
-            "a recipe says at least `name` and `stages`",
+            "a recipe has at least the keys `name` and `stages`",
             "see the shipped recipes/quickstart.yaml",
         )
     return _unshared(raw, path, itertools.count())
 
 
 def _too_much(path: Path, what: str) -> RecipeError:
-    return RecipeError(f"{path}: {what}", "no run is described by as much", "look at its brackets, anchors and aliases")
+    return RecipeError(f"{path}: {what}", "no recipe needs that much", "check its brackets, anchors and aliases")
 
 
 def _unshared(value: Any, path: Path, seen: Iterator[int], around: tuple[int, ...] = ()) -> Any:
-    """A copy in which YAML anchors share nothing, so that an override of one stage leaves the others as they are."""
-    if next(seen) > _MOST_VALUES:  # aliases of aliases stand for any number of values
+    """A copy in which no block is shared through YAML anchors, so that an override changes one stage only."""
+    if next(seen) > _MOST_VALUES:  # aliases of aliases can stand for any number of values
         raise _too_much(path, f"with its aliases written out it has more than {_MOST_VALUES:,} values")
     if not isinstance(value, dict | list):
         return value
     if id(value) in around:
         raise RecipeError(
-            f"{path}: an anchor's value holds an alias of itself", "it would never end", "name another anchor there"
+            f"{path}: an anchor's value holds an alias of itself", "it would be infinite", "name another anchor there"
         )
     around = (*around, id(value))
     if isinstance(value, dict):
@@ -179,11 +179,11 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaE
         return type(own[0])(f"{path.name}{': ' + place if place else ''}: {own[0].what}", own[0].why, own[0].do)
     lines = [f"{_place(raw, detail) or 'recipe'}: {_problem(detail)}" for detail in details]
     types = {detail["type"] for detail in details}
-    why = "a recipe says all that a run is, so nothing is guessed"
+    why = "a run is defined by its recipe alone, so nothing is guessed"
     if "extra_forbidden" in types:
         why = "a key that nothing reads would be silently ignored"
     elif types == {"missing"}:
-        why = "it has no default that is right for every run"
+        why = "no default would be right for every run"
     return RecipeError(
         f"{path.name}: " + (lines[0] if len(lines) == 1 else f"{len(lines)} problems\n    " + "\n    ".join(lines)),
         why,
@@ -192,7 +192,7 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaE
 
 
 def _other_branch(detail: Any, details: list[Any]) -> bool:
-    """Whether this is a union's complaint that a block is not a plain value, where another one says what is wrong."""
+    """Whether this only says that a block is not a union's plain value, while another error names the real problem."""
     if detail["type"] not in ("string_type", "model_type", "model_attributes_type"):
         return False
     if not isinstance(detail["input"], dict):
@@ -216,7 +216,7 @@ def _problem(detail: Any) -> str:
         known = _known_names(detail["loc"][:-1])
         meant = [name for name, others in _ELSEWHERE.items() if key in others.split() and name in known]
         close = f"; did you mean {meant[0]!r}?" if meant else nearest(key, known)
-        return f"no such key{close or '; known are ' + ', '.join(known)}"
+        return f"no such key{close or '; known keys are ' + ', '.join(known)}"
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
         tag = detail["ctx"].get("tag")
         kinds = [kind.strip(" '") for kind in detail["ctx"].get("expected_tags", "").split(",") if kind.strip()]
@@ -229,12 +229,12 @@ def _problem(detail: Any) -> str:
     if isinstance(inner, MinimaError):
         return f"{inner.what} ({inner.why}; {inner.do})"
     wanted = next((text for start, text in _WANTED.items() if detail["type"].startswith(start)), None)
-    message = wanted or detail["msg"].replace("Input should be", "has to be").removeprefix("Value error, ")
+    message = wanted or detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     return f"{message[:1].lower() + message[1:]}, not {value!r}" if len(repr(value)) < 80 else message
 
 
 def _place(raw: dict[str, Any], detail: Any) -> str:
-    """A pydantic location as the user wrote it: stages by name, no union tags or class names."""
+    """A pydantic location in the user's terms: stages by name, without union tags and class names."""
     location: Sequence[str | int] = detail["loc"]
     parts: list[str] = []
     block: Any = raw

@@ -15,18 +15,18 @@ _KEYS = {
 
 
 class WeightSchedule(Strict):
-    """A weight that depends on the number of the step alone, so that a resumed run has the same weights.
+    """A weight that depends only on the step's number, so that a resumed run has the same weights.
 
     Attributes:
         schedule: `constant`, `value` at every step; `linear`, from `start` at the first step to `end` at the last one
-            (of a single step, `start`);
-            `warmup_stable_decay`, from `start` to `peak`, which is held, and to `end`, reached at the last step.
-        value: for `constant`.
-        start: for `linear` and `warmup_stable_decay`.
-        peak: for `warmup_stable_decay`.
-        end: for `linear` and `warmup_stable_decay`.
-        warmup_fraction: share of all steps before the peak.
-        decay_fraction: share of all steps after the peak.
+            (a single step has `start`); `warmup_stable_decay`, from `start` to `peak`, which is held, then to `end`,
+            reached at the last step.
+        value: the weight, for `constant`.
+        start: the first weight, for `linear` and `warmup_stable_decay`.
+        peak: the weight that is held, for `warmup_stable_decay`.
+        end: the last weight, for `linear` and `warmup_stable_decay`.
+        warmup_fraction: fraction of all steps before the peak; for `warmup_stable_decay`.
+        decay_fraction: fraction of all steps after the peak; for `warmup_stable_decay`.
     """
 
     schedule: Literal["constant", "linear", "warmup_stable_decay"]
@@ -48,19 +48,19 @@ class WeightSchedule(Strict):
                 f"a weight with schedule {self.schedule}"
                 + (f" without {' and '.join(missing)}" if missing else "")
                 + (f" with {' and '.join(other)}" if other else ""),
-                "each schedule is described by its own numbers, all of them",
+                "each schedule needs all of its own keys, and no others",
                 f"give {', '.join(wanted)} and nothing else",
             )
         if (self.warmup_fraction or 0) + (self.decay_fraction or 0) > 1:
             raise RecipeError(
                 f"a weight with warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction}",
                 "together they are more than all steps",
-                "make their sum 1 at most",
+                "make their sum at most 1",
             )
         return self
 
     def at(self, step: int, total_steps: int) -> float:
-        """The weight of the update number `step`, the first being 0."""
+        """The weight at update `step`; the first is 0."""
         if self.schedule == "constant":
             assert self.value is not None
             return self.value
@@ -78,19 +78,19 @@ class WeightSchedule(Strict):
 
 
 def weight_at(weight: float | WeightSchedule, step: int, total_steps: int) -> float:
-    """The weight of the update number `step`, the first being 0, of a number or a schedule."""
+    """The value of a weight, a number or a schedule, at update `step`; the first is 0."""
     return weight.at(step, total_steps) if isinstance(weight, WeightSchedule) else weight
 
 
 def _between(start: float, end: float, share: float) -> float:
-    return start * (1 - share) + end * share  # its ends are exact
+    return start * (1 - share) + end * share  # exact at both ends
 
 
 def _which(value: Any) -> str:
     return "WeightSchedule" if isinstance(value, (dict, WeightSchedule)) else "number"
 
 
-# A number, or a schedule; what is wrong with one of them is said without the other.
+# A number or a schedule, told apart first, so that an error is about the one that was meant.
 Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[WeightSchedule, Tag("WeightSchedule")],
     Discriminator(_which),

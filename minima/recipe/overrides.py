@@ -1,4 +1,4 @@
-"""`key.path=value` from the command line, and the numbers that YAML 1.1 takes for text."""
+"""Overrides from the command line (`key.path=value`), and the YAML loader that reads recipes and override values."""
 
 import difflib
 import re
@@ -15,7 +15,7 @@ class RecipeLoader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
-        for key, _ in node.value:  # before merges (`<<`) are followed: what they bring may be overridden
+        for key, _ in node.value:  # before merges (`<<`) are applied: merged keys may be overridden
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     problem = f"the key {key.value!r} is given twice"
@@ -24,7 +24,7 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 wants a point and a signed exponent in a float; YAML 1.2 (core schema, section 10.3.2) does not.
+# YAML 1.1 requires a point and a signed exponent in a float; YAML 1.2 (core schema, section 10.3.2) does not.
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
@@ -33,12 +33,12 @@ RecipeLoader.add_implicit_resolver(
 
 
 def nearest(name: str, known: list[str], likeness: float = 0.6) -> str:
-    """`; did you mean 'x'?` for the known name that is most like `name`, or nothing.
+    """`; did you mean 'x'?` for the known name that is closest to `name`; empty if none is close.
 
     Args:
         name: as written.
-        known: what it may have been meant to be.
-        likeness: that is asked for, of 1.
+        known: names that may have been meant.
+        likeness: the least similarity, from 0 to 1, that counts as close.
     """
     close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -48,9 +48,9 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
     """Set one value of a recipe that is not checked yet, in place.
 
     Args:
-        raw: the recipe as its YAML says it.
+        raw: the content of the recipe's YAML file.
         text: `key.path=value`. A stage is addressed by its name (`stages.student.steps=10`), an entry of another
-            list by its number from 0; the value is read as YAML.
+            list by its number, from 0; the value is read as YAML.
 
     Raises:
         RecipeError: there is no `=`, no such stage or entry, or the value is broken YAML.
@@ -60,15 +60,15 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
     if not equals or not all(path.split(".")):
         raise RecipeError(
             f"the override {text!r} is not of the form key.path=value",
-            "what to change and what to change it to have to be told apart",
-            "write for example stages.student.steps=10 or ranks=4",
+            "the `=` separates the key from its new value",
+            "write, for example, stages.student.steps=10 or ranks=4",
         )
     try:
         value = yaml.load(value_text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"the override {text!r} has a value that is not YAML",
-            "values are read as they are in a recipe",
+            "values are read as in a recipe",
             f"quote the value: {' '.join(str(error).split())}",
         ) from None
     parts = path.split(".")
@@ -84,13 +84,13 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
 def _stage(raw: dict[str, Any], text: str, rest: str) -> tuple[dict[str, Any], list[str]]:
     stages = [stage for stage in raw.get("stages") or [] if isinstance(stage, dict)]
     by_name = {str(stage.get("name")): stage for stage in stages}
-    for name in sorted(by_name, key=len, reverse=True):  # a name may hold a point, so the longest match is meant
+    for name in sorted(by_name, key=len, reverse=True):  # names may contain points, so the longest match is meant
         if rest.startswith(name + "."):
             return by_name[name], rest.removeprefix(name + ".").split(".")
     if rest in by_name:
         raise RecipeError(
-            f"the override {text!r} names a stage, and no key of it",
-            "a stage is not replaced as a whole",
+            f"the override {text!r} names a stage, but none of its keys",
+            "a stage cannot be replaced as a whole",
             f"write stages.{rest}.key=value",
         )
     name = rest.split(".")[0]
@@ -112,8 +112,8 @@ def _step(block: Any, part: str, text: str) -> Any:
             block[part] = {}
     if not isinstance(block[key], dict | list):
         raise RecipeError(
-            f"the override {text!r} goes into {part!r}, which is {block[key]!r}",
-            "a single value has no parts",
+            f"the override {text!r} asks for a key of {part!r}, which is {block[key]!r}",
+            "a single value has no keys",
             f"override {part!r} as a whole",
         )
     return block[key]

@@ -1,4 +1,4 @@
-"""What a prune stage is told."""
+"""The settings of a prune stage."""
 
 from typing import Literal, Self
 
@@ -9,7 +9,7 @@ from minima.recipe.base import ModelInput, Stage, Strict, as_model
 
 
 class PruneTarget(Strict):
-    """What stays: explicit counts, or a sparsity that gives them.
+    """What stays: explicit counts, or a sparsity that determines them.
 
     Attributes:
         num_layers: decoder layers; all of them when not given.
@@ -33,7 +33,7 @@ class PruneTarget(Strict):
             raise RecipeError(
                 "a prune target with both a sparsity and explicit counts",
                 "the sparsity already says how many heads, neurons and dimensions stay",
-                "give one of them (num_layers may stand beside either)",
+                "give one of them (num_layers may be given with either)",
             )
         return self
 
@@ -43,24 +43,25 @@ class Prune(Stage):
 
     Attributes:
         model: the model to cut.
-        data: a build_data stage whose training blocks measure importance; not needed for other scores.
+        data: a build_data stage on whose training blocks importance is measured; needed for `score: gradient`, unless
+            `scores` is given.
         target: what stays.
-        score: `gradient` is the paper's importance, `magnitude` and `random` are baselines.
+        score: `gradient` is the paper's importance; `magnitude` and `random` are baselines.
         selection: `local` keeps the same counts in every layer. `global` ranks heads and neurons across layers and
             pads each layer with zeros to the widest, so the checkpoint does not shrink: for experiments only. GPT-NeoX
-            and GPT-2 refuse `global` with a `sparsity`: it cuts the width, and their heads, padded or not, have to
-            fill the width exactly. Give them explicit counts that leave `hidden_size` as it is.
-        depth: which layers stay: `symmetric` drops as many at the bottom as at the top, `importance` drops those
-            whose heads and neurons score least.
+            and GPT-2 refuse `global` with a `sparsity`: it cuts the width, and their heads, padded or not, must fill
+            the width exactly. Give them explicit counts that leave `hidden_size` as it is.
+        depth: which layers go: `symmetric` drops as many at the bottom as at the top, `importance` drops those whose
+            heads and neurons have the lowest scores.
         norm_compensation: `rms` rescales each RMSNorm for the narrower width; `none` is the published behaviour.
         scores: an earlier prune stage whose saved scores are used instead of a new pass over data.
-        sequences: number of blocks that importance is averaged over.
+        sequences: number of blocks over which importance is averaged.
         micro_batch_sequences: blocks per gradient. The absolute value is taken per micro-batch and rank, as
             published, so the score depends on this number.
-        sequence_length: tokens per block; that of the data when not given. Shorter blocks take less memory.
+        sequence_length: tokens per block; the data's own length when not given. Shorter blocks take less memory.
         precision: dtype of weights and activations.
-        deepspeed: DeepSpeed JSON for the model that is measured; beside the recipe, or one that minima ships.
-        seed: for the order of the blocks and for random scores.
+        deepspeed: DeepSpeed JSON for the measured model: a file next to the recipe, or one that ships with minima.
+        seed: seed for the order of the blocks and for random scores.
     """
 
     kind: Literal["prune"]
@@ -85,7 +86,7 @@ class Prune(Stage):
     def _gradient_needs_data(self) -> Self:
         if self.score == "gradient" and self.scores is None and self.data is None:
             raise RecipeError(
-                f"prune stage {self.name!r} scores by gradient but names no data",
+                f"prune stage {self.name!r} has score: gradient but no data",
                 "importance is a gradient of the loss on text",
                 "add `data:` with a build_data stage, reuse `scores:` of another stage, or choose another score",
             )

@@ -1,4 +1,4 @@
-"""Which earlier stages a stage reads: names are told from paths and Hub ids here, and nowhere else."""
+"""Which earlier stages a stage reads: the only file that tells names of stages from paths and Hub ids."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
 WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose folder holds a model
-ALWAYS_SUMMED = ("tokens", "seconds", "export")  # what summary.json holds unasked; the last where a stage exports
-SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that need no ranks
-EXPORTED = ("benchmark", "publish")  # kinds that read a model in Hugging Face's layout and nothing else
+ALWAYS_SUMMED = ("tokens", "seconds", "export")  # always in summary.json; the last only if a stage exports
+SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that run in one process
+EXPORTED = ("benchmark", "publish")  # kinds that read only models in Hugging Face's layout
 
 
 def uses_ranks(stage: AnyStage) -> bool:
-    """Whether a stage of this kind runs on every rank; one process does the others."""
+    """Whether a stage runs on all ranks; the others run in one process."""
     return stage.kind not in SINGLE_PROCESS
 
 
@@ -27,12 +27,12 @@ class Reference:
     """One input of a stage, as the recipe writes it.
 
     Attributes:
-        field: where in the stage it stands: `model`, `teacher`, `data`, `models.0`.
+        field: the key of the stage that holds it: `model`, `teacher`, `data`, `models.0`.
         text: as written.
-        stage: the earlier stage that it names; none when it is a path or a Hub id.
-        step: the checkpoint of `name@step`; none for the newest.
+        stage: the earlier stage that it names; None for a path or a Hub id.
+        step: the checkpoint of `name@step`; None for the newest.
         what: `model`, `exported`, `data`, `scores` or `tokenizer`.
-        revision: of a Hub id.
+        revision: revision on the Hub.
     """
 
     field: str
@@ -74,8 +74,8 @@ class Ancestor(NamedTuple):
     """A stage that a model came through.
 
     Attributes:
-        stage: of the recipe.
-        step: the checkpoint that was taken; none for the newest, or where there are no checkpoints.
+        stage: the stage of the recipe.
+        step: the checkpoint that was used; None for the newest, or if the stage has no checkpoints.
     """
 
     stage: AnyStage
@@ -83,10 +83,10 @@ class Ancestor(NamedTuple):
 
 
 def lineage(recipe: Recipe, name: str) -> tuple[list[Ancestor], str | None]:
-    """The stages of the recipe that a model came through, the first one first, and what that one started from.
+    """The stages of the recipe that a model came through, oldest first, and what the oldest started from.
 
     Returns:
-        The second is the folder or Hub id that is no stage of the recipe; none where it began with random weights.
+        The stages, and the folder or Hub id that the oldest started from; None if it started from random weights.
     """
     found: list[Ancestor] = []
     reference: str | None = name
@@ -101,16 +101,16 @@ def lineage(recipe: Recipe, name: str) -> tuple[list[Ancestor], str | None]:
 
 
 def readers(recipe: Recipe, name: str) -> list[str]:
-    """The later stages that read a stage, at first or second hand, in the recipe's order."""
+    """The later stages that read a stage, directly or through other stages, in the recipe's order."""
     found = [name]
-    for stage in recipe.stages:  # a stage reads earlier ones
+    for stage in recipe.stages:  # stages read only earlier ones
         if any(reference.stage in found for reference in references(recipe, stage)):
             found.append(stage.name)
     return found[1:]
 
 
 def named_steps(recipe: Recipe, name: str) -> frozenset[int]:
-    """Steps of a training stage whose checkpoints other stages of the recipe read, as `name@step`."""
+    """The steps of a training stage whose checkpoints other stages read as `name@step`."""
     read = [reference for stage in recipe.stages for reference in references(recipe, stage)]
     return frozenset(each.step for each in read if each.stage == name and each.step is not None)
 
@@ -135,14 +135,14 @@ def _fields(stage: AnyStage) -> list[tuple[str, str, str, str | None]]:
 
 
 def deepspeed_jsons(stage: AnyStage) -> list[str]:
-    """The DeepSpeed JSONs that a stage names, its defaults included."""
+    """The DeepSpeed JSONs that a stage names, including its defaults."""
     names = [getattr(stage, key, None) for key in ("deepspeed", "reference_deepspeed")]
     names.append(getattr(getattr(stage, "teacher", None), "deepspeed", None))
     return [name for name in names if name is not None]
 
 
 def sources(stage: AnyStage) -> list[tuple[str, Source]]:
-    """The texts that a stage reads, each with the field that names it."""
+    """The sources of text that a stage reads, each with the key that names it."""
     found: list[tuple[str, Source]] = []
     if isinstance(stage, BuildData):
         found += [(f"sources.{index}", source) for index, source in enumerate(stage.sources)]
@@ -154,10 +154,10 @@ def sources(stage: AnyStage) -> list[tuple[str, Source]]:
 
 
 def check_references(recipe: Recipe) -> None:
-    """Refuse inputs that cannot be there when their stage runs.
+    """Refuse inputs that cannot exist when their stage runs.
 
     Raises:
-        RecipeError: a stage names itself, a later stage, or one of a kind that does not hold what it needs.
+        RecipeError: a stage names itself, a later stage, or a stage of a kind that cannot hold what it needs.
     """
     order = {stage.name: index for index, stage in enumerate(recipe.stages)}
     accepted = {
@@ -189,36 +189,36 @@ def check_references(recipe: Recipe) -> None:
                 raise RecipeError(
                     f"{where} asks for a step of a stage of kind {kind}",
                     f"only stages of kind {' and '.join(STEPPED)} leave checkpoints",
-                    f"write {reference.stage!r} alone",
+                    f"write just {reference.stage!r}",
                 )
     for name in ALWAYS_SUMMED:
         written = name != "export" or any(stage.kind == "export" for stage in recipe.stages)
         if name in recipe.summary and written:
             raise RecipeError(
-                f"summary.{name}: the summary has a {name!r} of its own",
-                "it would be written over what the recipe asks for",
-                "call the key otherwise",
+                f"summary.{name}: the summary has its own {name!r}",
+                "it would overwrite what the recipe asks for",
+                "rename the key",
             )
     _check_summary(recipe, recipe.summary, "summary")
 
 
 def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
-    """Settings of a stage that nothing reads, though they are part of what a begun one keeps: told, not refused."""
+    """Settings of a stage that have no effect; reported, not refused, because stages already begun may have them."""
     found = []
     if isinstance(stage, Distil) and stage.soft_weight == 0 and stage.temperature != 1.0:
-        found.append(f"temperature {stage.temperature:g} with soft_weight 0, in which the teacher has no part")
+        found.append(f"temperature {stage.temperature:g} with soft_weight 0, which gives the teacher no part")
     if isinstance(stage, Distil) and stage.soft_weight == 0:
         placed = sorted(key for key in stage.teacher.model_fields_set if key in (*PLACING, "precision"))
         idle = [key for key in placed if getattr(stage.teacher, key) not in (None, "auto", "none")]
-        found += [f"teacher.{key} with soft_weight 0, for which no teacher is loaded" for key in idle]
+        found += [f"teacher.{key} with soft_weight 0, which loads no teacher" for key in idle]
     for field, value in stage:
         if not isinstance(value, ModelInput):
             continue
         if value.revision is not None and stage_and_step(recipe, value.source or "")[0] is not None:
-            found.append(f"{field}.revision {value.revision!r} of a stage of the recipe")
+            found.append(f"{field}.revision {value.revision!r} with a stage of the recipe")
         if value.random is not None:
             idle = [key for key in ("revision", "shape") if getattr(value, key) is not None]
-            found += [f"{field}.{key} beside random weights" for key in idle]
+            found += [f"{field}.{key} with random weights" for key in idle]
     return found
 
 
@@ -230,7 +230,7 @@ def _check_summary(recipe: Recipe, value: Any, where: str) -> None:
     if value == []:
         raise RecipeError(
             f"{where} is an empty list",
-            "there would be nothing to average when the run is over",
+            "there would be nothing to average at the end of the run",
             "name at least one STAGE.metric in it, or remove the key",
         )
     for text in value if isinstance(value, list) else [value]:
@@ -242,16 +242,16 @@ def _check_metric(recipe: Recipe, text: Any, where: str) -> None:
     if not named:
         raise RecipeError(
             f"{where}: {text!r} names no stage's metric",
-            "summary.json could not be written when the run is over",
+            "summary.json could not be written at the end of the run",
             "write STAGE.metric (for example teacher.parameters), or a list of them to average",
         )
-    stage = max(named, key=lambda stage: len(stage.name))  # a name may hold a point, so the longest is meant
+    stage = max(named, key=lambda stage: len(stage.name))  # names may contain points, so the longest is meant
     if not isinstance(stage, Evaluate):
         return
     metric = text.removeprefix(f"{stage.name}.")
     if not any(metric == model or metric.startswith(f"{model}.") for model in stage.models):
         raise RecipeError(
             f"{where}: {text!r} names no model of stage {stage.name!r}{nearest(metric.split('.')[0], stage.models)}",
-            "summary.json could not be written when the run is over",
+            "summary.json could not be written at the end of the run",
             f"write {stage.name}.MODEL.metric with one of {', '.join(stage.models)}, or add the model to the stage",
         )

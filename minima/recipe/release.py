@@ -1,4 +1,4 @@
-"""What the stages that measure, write and publish a finished model are told."""
+"""The settings of the stages that measure, write and publish a finished model."""
 
 from typing import Literal, Self
 
@@ -8,20 +8,20 @@ from minima.errors import RecipeError
 from minima.recipe.base import Stage, Strict
 
 SUITE_NAMES = ("mmlu", "ceval", "drop", "humaneval", "bbh", "gsm8k")
-_BESIDE_SCORES = ("left_out", "answers")  # what a benchmark stage's metrics hold beside the scores
+_BESIDE_SCORES = ("left_out", "answers")  # what a benchmark stage's metrics hold besides scores
 
 
 class Evaluate(Stage):
     """Held-out loss, perplexity and bits per byte of models, and their agreement with a teacher.
 
-    On conversations the loss is on the assistant's text alone.
+    On conversations, the loss is on the assistant's text only.
 
     Attributes:
         models: earlier stages (`student@12000` for one checkpoint), folders or Hub ids.
-        teacher: the model that the others are compared with (KL and top-1 agreement); none when not given.
-        data: a build_data stage whose held-out blocks are read.
+        teacher: the model that the others are compared with (KL and top-1 agreement); no comparison when not given.
+        data: a build_data stage, whose held-out blocks are used.
         sequences: at most this many held-out blocks; all when not given.
-        micro_batch_sequences: blocks of one forward pass on one rank.
+        micro_batch_sequences: blocks per forward pass on one rank.
         precision: dtype of weights and activations; float32 shows small differences.
         deepspeed: DeepSpeed JSON for the frozen models.
     """
@@ -37,17 +37,17 @@ class Evaluate(Stage):
 
 
 class Export(Stage):
-    """A folder that plain transformers loads.
+    """Write a folder that plain transformers can load.
 
     Attributes:
         model: the trained stage (`student@12000` for one checkpoint).
-        dtype: of the written weights; the dtype that the stage trained in when not given.
-        shard_bytes: start a new file when one would grow past this many bytes.
+        dtype: dtype of the written weights; the dtype that the stage trained in when not given.
+        shard_bytes: start a new file when the current one would grow past this many bytes.
         licence: licence identifier for the model card.
         languages: ISO 639 codes for the model card.
         datasets: Hub ids of datasets for the model card, besides those that the recipe names.
         base_model: Hub id of the model it was made from, for the model card.
-        deepspeed: DeepSpeed JSON for the hosts that compare logits.
+        deepspeed: DeepSpeed JSON for the two models whose logits are compared.
     """
 
     kind: Literal["export"]
@@ -66,8 +66,8 @@ class Answers(Strict):
 
     Attributes:
         format: `mt_bench` and `mt_bench_zh` (FastChat's answer files) or `alpaca_eval` (its outputs).
-        questions: the project's question file: JSON lines, or a JSON list.
-        max_new_tokens: of one answer.
+        questions: the judge's question file: JSON lines, or a JSON list.
+        max_new_tokens: maximum number of tokens in one answer.
     """
 
     format: Literal["mt_bench", "mt_bench_zh", "alpaca_eval"]
@@ -76,25 +76,25 @@ class Answers(Strict):
 
 
 class Benchmark(Stage):
-    """The field's own harness (lm-eval) on an exported folder, and answer files for judges.
+    """Run the standard harness (lm-eval) on an exported folder, and write answer files for judges.
 
     Attributes:
         model: an export stage, a folder in Hugging Face's layout, or a Hub id.
         suite: `minima` is what the paper reports: MMLU 5-shot, C-Eval 5-shot, DROP 3-shot, HumanEval 0-shot, BBH
-            3-shot and GSM8K 8-shot. HumanEval executes what the model wrote, so it is left out, with a warning, unless
-            `minima run` is given `--allow-code-execution`.
-        tasks: further tasks, each a name that lm-eval or `task_folder` knows, and none of the suite's own names.
+            3-shot and GSM8K 8-shot. HumanEval executes code that the model wrote, so it is left out, with a warning,
+            unless `minima run` is given `--allow-code-execution`.
+        tasks: further tasks, by names that lm-eval or `task_folder` knows; the suite's own names are not allowed.
         task_folder: a folder of lm-eval task files for data on this machine, which take precedence over lm-eval's own;
-            those that minima ships under `assets/tasks` are always known.
+            those that ship with minima under `assets/tasks` are always known.
         data_folder: where the suite's items are on this machine (see `tools/fetch_benchmarks.py`); when not given, they
             come from the Hub.
-        num_fewshot: for `tasks`; each task's own when not given.
+        num_fewshot: number of examples in the prompt, for `tasks`; each task's own when not given.
         limit: at most this many items of each task; all when not given. A limited score is marked as such.
-        batch_size: sequences of one forward pass.
-        chat: ask through the tokenizer's chat template.
-        dtype: of the weights; as stored when not given.
+        batch_size: sequences per forward pass.
+        chat: put prompts through the tokenizer's chat template.
+        dtype: dtype of the weights; as stored when not given.
         answers: answer files to generate.
-        seed: for the few-shot examples and for sampling.
+        seed: seed for the few-shot examples and for sampling.
     """
 
     kind: Literal["benchmark"]
@@ -124,7 +124,7 @@ class Benchmark(Stage):
             idle += [key for key in ("task_folder", "data_folder", "limit") if getattr(self, key) is not None]
         if idle:
             raise RecipeError(
-                f"benchmark stage {self.name!r} sets {', '.join(idle)}, which nothing in it reads",
+                f"benchmark stage {self.name!r} sets {', '.join(idle)}, which nothing in it uses",
                 "the result would not be what the recipe seems to say",
                 "remove it, or name the `tasks` that it is for (`suite: minima` has its own number of examples)",
             )
@@ -137,7 +137,7 @@ class Benchmark(Stage):
             raise RecipeError(
                 f"answers of benchmark stage {self.name!r} name {' and '.join(formats)}",
                 "each format has one file, so the second would overwrite the first",
-                "take a benchmark stage for each question file",
+                "write a benchmark stage for each question file",
             )
         return self
 
@@ -149,11 +149,11 @@ class Benchmark(Stage):
         twice = [task for number, task in enumerate(self.tasks) if task in taken or task in self.tasks[:number]]
         if twice:
             raise RecipeError(
-                f"tasks of benchmark stage {self.name!r} give {', '.join(dict.fromkeys(twice))}, a name that its "
-                "results have already",
+                f"tasks of benchmark stage {self.name!r} name {', '.join(dict.fromkeys(twice))}, which its results "
+                "already contain",
                 "results are kept by name, so one of the two would be lost",
-                "name each task once, call your own task otherwise, and ask a task of the suite in another way in a "
-                "benchmark stage of its own",
+                "name each task once, rename your own task, and put a variant of a suite's task into a benchmark stage "
+                "of its own",
             )
         return self
 
@@ -162,11 +162,11 @@ class Publish(Stage):
     """Push an exported folder to the Hub.
 
     Attributes:
-        model: an export stage, or a folder that one wrote.
-        repo: its name on the Hub: `organisation/name`.
+        model: an export stage, or a folder written by one.
+        repo: the repository's name on the Hub: `organisation/name`.
         private: whether a new repository is private; an existing one stays as it is.
         revision: branch to push to.
-        message: of the commit.
+        message: commit message.
     """
 
     kind: Literal["publish"]

@@ -21,33 +21,33 @@ _EMBEDDED = {"text": ("sotu", "poems"), "conversations": ("chat",), "preferences
 
 
 class BuildData(Stage):
-    """Text, conversations or preference pairs in, token blocks out.
+    """Turn text, conversations or preference pairs into blocks of tokens.
 
     Attributes:
         sources: where documents come from, each with its weight in the mixture.
-        format: `text`; `conversations`, each whole in one block, with the assistant's tokens marked; or `preferences`,
+        format: `text`; `conversations`, each whole in one block, the assistant's tokens marked; or `preferences`,
             pairs of answers to the same conversation, both in one block.
         tokenizer: the name of an earlier stage, a folder, a Hub id, or a block that says how to train one.
-        chat_template: for conversations and preferences: `minichat`, `own` for the tokenizer's, or the path of a Jinja
-            file. When not given, the tokenizer's own if it has one, else `minichat`. It is written into the tokenizer.
+        chat_template: template for conversations and preferences: `minichat`, `own` for the tokenizer's, or the path of
+            a Jinja file. When not given, the tokenizer's own if it has one, else `minichat`. It is written into the
+            tokenizer.
         sequence_length: tokens per block. Blocks of text are cut from the stream of documents, each closed by the end
-            token; a rest that is less than a block is counted and dropped. Conversations are not cut: the rest of a
+            token; a remainder of less than a block is counted and dropped. Conversations are not cut: the rest of a
             block is padded.
-        add_bos_token: begin each document of text with the tokenizer's begin token. When not given, a begin token is
+        add_bos_token: begin each document of text with the tokenizer's begin-of-sequence token. When not given, it is
             added if the tokenizer adds one by default (Llama's and Mistral's tokenizer.json do; Qwen2 and GPT-2 do not,
-            and neither does one that is trained here). If a block cuts a document, its rest has none. In
-            conversations and preferences the chat template decides.
+            nor does one that is trained here). If a block cuts a document, the rest of it does not get another one. In
+            conversations and preferences, the chat template decides.
         document_mask: tokens attend only within their own document, in every stage that reads the blocks, and positions
-            begin anew with each document. False is the published behaviour. Conversations and preferences always have
-            it.
+            restart at each document. False is the published behaviour. Always true for conversations and preferences.
         tokens: how many training tokens to write, over all sources; when not given, every token once.
-        held_out_fraction: share of documents that are held out, chosen by a hash of their text. Where that comes to
-            less than a block, a share that the recipe gives is refused; of the default, nothing is held out, with a
+        held_out_fraction: fraction of documents that are held out, chosen by a hash of their text. If they amount to
+            less than a block, a fraction given in the recipe is refused; with the default, nothing is held out, with a
             warning.
         held_out_tokens: at most this many held-out tokens are kept, in whole blocks.
-        processes: worker processes; the machine's cores when not given.
+        processes: number of worker processes; one per core when not given.
         shard_tokens: tokens per shard file, rounded down to whole blocks.
-        seed: for the order of documents and the choice of held-out ones.
+        seed: seed for the order of documents and the choice of held-out ones.
     """
 
     kind: Literal["build_data"]
@@ -84,19 +84,19 @@ class BuildData(Stage):
                 f"build_data stage {self.name!r} sets add_bos_token for {self.format if chat else 'its own tokenizer'}",
                 "the chat template writes what a conversation begins with"
                 if chat
-                else "a tokenizer that is trained here begins no text with it: the exported model would not see it",
+                else "a tokenizer that is trained here adds none by default: the exported model would never see one",
                 "leave add_bos_token out",
             )
         if chat and not self.document_mask:
             raise RecipeError(
                 f"build_data stage {self.name!r} asks for {self.format} without a document mask",
-                "an answer would be learnt from somebody else's question",
+                "an answer would be learnt from another conversation's question",
                 "leave document_mask out",
             )
         if chat and self.trains_tokenizer:
             raise RecipeError(
                 f"build_data stage {self.name!r} would train a tokenizer on {self.format}",
-                "a chat model reads with the tokenizer that its base was trained with",
+                "a chat model uses the tokenizer that its base was trained with",
                 "name the stage or the folder of that tokenizer",
             )
         wrong = [source.label for source in self.sources if source.embedded not in (None, *_EMBEDDED[self.format])]
@@ -104,7 +104,7 @@ class BuildData(Stage):
             raise RecipeError(
                 f"build_data stage {self.name!r} reads {', '.join(wrong)} as {self.format}",
                 "its records are of another kind",
-                "embedded texts are sotu and poems, conversations chat, preference pairs preferences",
+                "text is embedded as sotu and poems, conversations as chat, preference pairs as preferences",
             )
         idle = [
             source.label for source in self.sources if chat and source.field != Source.model_fields["field"].default
@@ -112,8 +112,8 @@ class BuildData(Stage):
         if idle:
             raise RecipeError(
                 f"build_data stage {self.name!r} gives {', '.join(idle)} a field, for {self.format}",
-                "their layout is told from each record, so it would not be read",
-                "leave field out; the documentation names the layouts that are known",
+                "their layout is recognised from each record, so it would have no effect",
+                "leave field out; the documentation lists the known layouts",
             )
         return self
 
@@ -155,22 +155,22 @@ AnyStage = Annotated[
 
 RESERVED_NAMES = frozenset(
     {"lock", "logs", "cache", "cluster", "cells", "recipe.yaml", "summary.json", "hub.json"}
-)  # beside the stages' folders
+)  # the run's own, next to the stages' folders
 
 
 class Recipe(Strict):
     """A whole run.
 
     Attributes:
-        name: of the run; its folder is `runs/NAME` unless `output` says otherwise.
-        output: the run's folder; relative to where the command runs.
+        name: the run's name; its folder is `runs/NAME` unless `output` says otherwise.
+        output: the run's folder, relative to where the command runs.
         launcher: which `launch/X.sh` starts the stages: from a `launch/` folder next to the recipe, or a shipped one.
         ranks: processes that `minima run` starts on this machine, or on each machine of MINIMA_HOSTFILE (a launcher
-            started by hand reads MINIMA_RANKS instead). When not given: what that file says, or one for each GPU, or 2
+            started by hand reads MINIMA_RANKS instead). When not given: what that file says, else one per GPU, or 2
             without a GPU.
-        max_ranks: at most this many if `ranks` is not given; for runs too small to be shared by all GPUs.
-        stages: in the order in which they run; each reads earlier ones by name.
-        summary: what `summary.json` holds besides its own `tokens`, `seconds` and `export`: nested names, each a
+        max_ranks: at most this many if `ranks` is not given; for runs that are too small for all GPUs.
+        stages: the stages in the order in which they run; each reads earlier ones by name.
+        summary: what `summary.json` holds besides its own `tokens`, `seconds` and `export`: nested names, each with a
             `STAGE.metric.path`, or a list of them to average.
     """
 
@@ -196,7 +196,7 @@ class Recipe(Strict):
         for name in sorted(seen & RESERVED_NAMES):
             raise RecipeError(
                 f"a stage is called {name!r}",
-                "the run's folder keeps a file or folder of its own under that name",
+                "the run's folder has a file or folder of its own by that name",
                 "rename the stage",
             )
         return self
@@ -220,7 +220,7 @@ class Recipe(Strict):
         return [stage for stage in self.stages if stage.name in wanted]
 
     def stage(self, name: str) -> AnyStage:
-        """The stage of that name.
+        """The stage called `name`.
 
         Raises:
             RecipeError: there is none.

@@ -1,4 +1,4 @@
-"""What looks like a token, or an address with a password: others can read recipes and job scripts. No torch."""
+"""Find tokens, and addresses with passwords, in recipes and job scripts, which others can read. No torch."""
 
 import re
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ _OF_A_URL = re.compile(r"(?:https?|ftps?|socks5h?)://[^/@\s'\"]*:([^/@\s'\"]+)@"
 
 
 def token_in(text: str) -> str | None:
-    """What looks like a token in a text; None where nothing does."""
+    """The first part of a text that looks like a token; None if nothing does."""
     found = _TOKEN.search(text)
     return None if found is None else found[0]
 
 
 def passwords_in(text: str) -> list[str]:
-    """The passwords of the addresses in a text."""
+    """The passwords in a text's addresses."""
     return _OF_A_URL.findall(text)
 
 
 def secret_place(value: Any, place: str = "") -> str | None:
-    """Where a token or a password stands in keys and values, as `stages.1.sources`; None where none does."""
+    """The place of a token or a password among keys and values, as `stages.1.sources`; None if there is none."""
     for where, text in _texts(value, place):
         if _is_sure(token_in(text) or "") or passwords_in(text):
             return where
@@ -31,7 +31,7 @@ def secret_place(value: Any, place: str = "") -> str | None:
 
 
 def _is_sure(token: str) -> bool:
-    """Whether it can hardly be a name: tokens are long, and mix capitals and digits."""
+    """Whether it can hardly be an ordinary name: tokens are long, and mix capitals and digits."""
     return len(token) >= 20 and any(map(str.isdigit, token)) and any(map(str.isupper, token))
 
 

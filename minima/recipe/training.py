@@ -1,4 +1,4 @@
-"""What every training stage owns: batch, length, optimiser, schedule, precision, checkpoints."""
+"""The settings that all training stages share: batch, length, optimiser, schedule, precision, checkpoints."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,49 +11,50 @@ Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moving average would never 
 
 
 class Training(Strict):
-    """The one owner of batch size, accumulation, clipping, precision, optimiser and schedule.
+    """Batch size, accumulation, clipping, precision, optimiser and schedule, which are set here and nowhere else.
 
     Attributes:
-        batch_sequences: sequences of one optimiser step, over all ranks and micro-batches.
-        micro_batch_sequences: sequences that one rank runs at once. If it does not divide a rank's share of the batch,
-            the largest smaller divisor is used. Changes only memory and speed, not the result.
+        batch_sequences: sequences per optimiser step, over all ranks and micro-batches.
+        micro_batch_sequences: sequences that one rank processes at once. If it does not divide a rank's share of the
+            batch, the largest smaller divisor is used. Affects only memory and speed, not the result.
         steps: optimiser steps. Give exactly one of `steps`, `tokens` and `epochs`.
         tokens: training tokens, counted as whole blocks; the last step is filled with masked sequences.
         epochs: passes over the training blocks.
         learning_rate: the peak learning rate.
         warmup_steps: steps of linear warm-up, instead of `warmup_fraction`.
-        warmup_fraction: linear warm-up as a share of all steps; 1 % as published.
-        schedule: of the learning rate, from its peak to the end.
-        final_learning_rate_fraction: where `cosine` and `linear` end, as a share of the peak.
-        weight_decay: of AdamW, on matrices only: norms and biases have none.
-        betas: of AdamW.
-        epsilon: of AdamW.
-        gradient_clip: largest global gradient norm; 0 clips nothing.
-        precision: of weights and activations. Master weights, optimiser and accumulated gradients are always float32.
-        activation_checkpointing: what the backward pass recomputes to save memory (gradient checkpointing). `none`;
-            `selective`, what is cheap (norms, rotary embeddings, activation functions), while the outputs of matrix
-            products and of attention are kept; `full`, all of each layer; `auto`, as little as the memory plan allows.
-        compile: compile each decoder layer, and the frozen teacher's, with `torch.compile`. The first step takes
-            minutes longer.
+        warmup_fraction: linear warm-up as a fraction of all steps; 1 % as published.
+        schedule: how the learning rate decays from its peak.
+        final_learning_rate_fraction: where `cosine` and `linear` end, as a fraction of the peak.
+        weight_decay: AdamW's weight decay; on matrices only, not on norms and biases.
+        betas: AdamW's betas.
+        epsilon: AdamW's epsilon.
+        gradient_clip: maximum global gradient norm; 0 turns clipping off.
+        precision: dtype of weights and activations. Master weights, optimiser states and accumulated gradients are
+            always float32.
+        activation_checkpointing: what the backward pass recomputes to save memory (gradient checkpointing): `none`;
+            `selective`, what is cheap (norms, rotary embeddings, activation functions), keeping the outputs of matrix
+            products and of attention; `full`, whole layers; `auto`, as little as the memory plan allows.
+        compile: compile each decoder layer of student and frozen teacher with `torch.compile`. The first step then
+            takes minutes longer.
         kernels: `liger` replaces norms, SwiGLUs and rotary embeddings of student and teacher by liger-kernel's fused
-            ones (needs a GPU and the `liger` extra); `stock` leaves the models as they are.
-        deterministic: on a GPU, make runs bit-identical, at some cost in speed. On a CPU they always are.
+            versions (needs a GPU and the `liger` extra); `stock` leaves the models as they are.
+        deterministic: on a GPU, make runs bit-identical, at some cost in speed. On a CPU, they always are.
         checkpoint_every_steps: steps between checkpoints; one is always written at the end.
         keep_checkpoints: how many of the newest checkpoints are kept, besides those that another stage of the recipe
             reads as `NAME@STEP`; 0 keeps all.
-        keep_every_steps: also keep the checkpoints after every multiple of this number of steps; 0 for none.
+        keep_every_steps: also keep the checkpoints at multiples of this number of steps; 0 for none.
         watchdog_seconds: end the job, naming the rank that hangs, after this long without progress in training; 0 for
             never. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
-        evaluate_every_steps: steps between measurements of the held-out loss; 0 for none.
-        evaluate_sequences: held-out blocks for each of them; all when not given.
+        evaluate_every_steps: steps between measurements of the held-out loss; 0 for never.
+        evaluate_sequences: held-out blocks per measurement; all when not given.
         patience: stop early after this many held-out losses in a row that are no better than the best one, and leave
-            the best one's checkpoint as the newest (later ones are removed, whatever else says to keep them). A
-            checkpoint is then written at each held-out loss. No early stopping when not given.
+            the best one's checkpoint as the newest (later ones are removed, even if another key would keep them). A
+            checkpoint is then also written at each held-out loss. No early stopping when not given.
         log_every_steps: steps between log lines; one is also written before each checkpoint and at the end.
         tensorboard: also write TensorBoard events.
         wandb_project: also log to this Weights & Biases project, if `wandb` is installed.
-        deepspeed: DeepSpeed JSON for the trained model; beside the recipe, or one that minima ships.
-        seed: for the order of the blocks and for any random weights.
+        deepspeed: DeepSpeed JSON for the trained model: a file next to the recipe, or one that ships with minima.
+        seed: seed for the order of the blocks and for any random weights.
     """
 
     batch_sequences: int = Field(gt=0)
@@ -93,27 +94,27 @@ class Training(Strict):
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) != 1:
             raise RecipeError(
-                f"a training stage that gives {' and '.join(given) or 'none of steps, tokens and epochs'}",
-                "the length of the run, and with it the schedule, follows from exactly one of them",
-                "give one of `steps`, `tokens` and `epochs`; an override takes one away with `=null`",
+                f"a training stage gives {' and '.join(given) or 'none of steps, tokens and epochs'}",
+                "exactly one of them sets the length of the run, and with it the schedule",
+                "give one of `steps`, `tokens` and `epochs`; an override removes one with `=null`",
             )
         if self.batch_sequences % self.micro_batch_sequences:
             raise RecipeError(
-                f"batch_sequences {self.batch_sequences} is no multiple of "
+                f"batch_sequences {self.batch_sequences} is not a multiple of "
                 f"micro_batch_sequences {self.micro_batch_sequences}",
                 "a step is made of whole micro-batches",
-                "change one of them so that they divide",
+                "change one of them so that it is one",
             )
         if self.compile and self.kernels == "liger":
             raise RecipeError(
                 "compile: true with kernels: liger",
-                "compiling fuses norms and activation functions itself, and cannot trace what liger calls",
+                "compiling fuses norms and activation functions itself, and cannot trace liger's kernels",
                 "choose one of them",
             )
         if self.patience is not None and not self.evaluate_every_steps:
             raise RecipeError(
                 f"patience {self.patience} with evaluate_every_steps 0",
-                "it counts held-out losses, and none would be made",
+                "it counts held-out losses, and none would be measured",
                 "set evaluate_every_steps, or leave patience out",
             )
         return self
@@ -125,42 +126,42 @@ class Training(Strict):
         if self.warmup_steps is not None and self.warmup_fraction != default:
             raise RecipeError(
                 f"warmup_steps {self.warmup_steps} with warmup_fraction {self.warmup_fraction:g}",
-                "both say how long the warm-up is, and only the steps would be read",
-                "give one of them; an override takes one away with `warmup_steps=null` or "
+                "both set the length of the warm-up, and only the steps would be used",
+                "give one of them; an override removes one with `warmup_steps=null` or "
                 f"`warmup_fraction={default:g}`, its default",
             )
         if self.schedule == "constant" and self.final_learning_rate_fraction:
             raise RecipeError(
                 f"schedule: constant with final_learning_rate_fraction {self.final_learning_rate_fraction:g}",
-                "a constant schedule ends at the peak, so the fraction would not be read",
-                "leave it out (an override takes it away with `final_learning_rate_fraction=0`), or choose `linear` or "
+                "a constant schedule ends at the peak, so the fraction would have no effect",
+                "leave it out (an override removes it with `final_learning_rate_fraction=0`), or choose `linear` or "
                 "`cosine`",
             )
         if self.evaluate_sequences is not None and not self.evaluate_every_steps:
             raise RecipeError(
                 f"evaluate_sequences {self.evaluate_sequences} with evaluate_every_steps 0",
-                "nothing is evaluated while it trains, so it would not be read",
-                "set evaluate_every_steps, or leave evaluate_sequences out (an override takes it away with "
+                "nothing is evaluated during training, so it would have no effect",
+                "set evaluate_every_steps, or leave evaluate_sequences out (an override removes it with "
                 "`evaluate_sequences=null`)",
             )
         return self
 
     @property
     def frozen_model(self) -> ModelInput | None:
-        """The model that runs beside the trained one; None where there is none."""
+        """The frozen model that runs next to the trained one; None if there is none."""
         return None
 
     def total_steps(self, sequence_length: int, blocks: int) -> int:
-        """Optimiser steps of the whole stage.
+        """The number of optimiser steps in the whole stage.
 
         Args:
-            sequence_length: tokens of one block.
-            blocks: training blocks of the store; only read for `epochs`.
+            sequence_length: tokens per block.
+            blocks: training blocks in the store; only used for `epochs`.
         """
         return -(-self.total_sequences(sequence_length, blocks) // self.batch_sequences)
 
     def total_sequences(self, sequence_length: int, blocks: int) -> int:
-        """Sequences of the whole stage; the last step may hold fewer than `batch_sequences` of them."""
+        """The number of sequences in the whole stage; the last step may have fewer than `batch_sequences`."""
         if self.steps is not None:
             return self.steps * self.batch_sequences
         if self.tokens is not None:
@@ -169,15 +170,15 @@ class Training(Strict):
         return round(self.epochs * blocks)
 
     def micro_batch_on(self, ranks: int) -> int:
-        """Sequences that one of so many ranks runs at once; `batch_sequences` divides by them.
+        """Sequences that each of `ranks` ranks processes at once; `batch_sequences` must be divisible by `ranks`.
 
-        A run may go on with another number of ranks than it began with: its batch stays, and what is cut anew is each
-        rank's share of it.
+        A run may continue on another number of ranks than it began with: its batch stays the same, but each rank's
+        share of it changes.
         """
         share, rest = divmod(self.batch_sequences, ranks)
         assert share > 0 and rest == 0, "checked before the run"
         return max(size for size in range(1, min(self.micro_batch_sequences, share) + 1) if share % size == 0)
 
     def warmup(self, total_steps: int) -> int:
-        """Steps of linear warm-up."""
+        """The number of steps of linear warm-up."""
         return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_fraction * total_steps)

@@ -1,1 +1,1 @@
-"""The project's own checkpoint: safetensors per rank with checksums, and nothing that runs code when it is read."""
+"""minima's own checkpoint format: safetensors files per rank, with checksums. Reading one never executes code."""

@@ -1,4 +1,4 @@
-"""A student's state in and out of its engine, as plain tensors: weights, Adam's moments and random states.
+"""Move a student's state out of its engine and back, as plain tensors: weights, Adam's moments and random states.
 
 Every file holds flat shards without padding, so that any number of ranks can read what any other number wrote.
 """
@@ -74,20 +74,20 @@ class CheckpointSource:
 
 
 def file_name(kind: str, rank: int, ranks: int) -> str:
-    """Name of one rank's file of one kind."""
+    """The name of one rank's file of one kind of state."""
     return f"{kind}-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
 def shapes(student: Student) -> dict[str, list[int]]:
-    """Name and whole shape of every parameter."""
+    """The name and full shape of every parameter."""
     return {name: list(parameter.ds_shape) for name, parameter in sharded_parameters(student.model)}
 
 
 def snapshot_shards(student: Student) -> Callable[[Path], list[Path]]:
-    """Copy this rank's state to the host's memory, and return what writes the copy into a folder.
+    """Copy this rank's state to host memory, and return a function that writes the copy into a folder.
 
-    The copy takes 12 bytes a parameter of this rank's shard. What is returned may run in another thread while the
-    student trains on; it gives the files that it wrote.
+    The copy takes 12 bytes per parameter of this rank's shard. The function may run in another thread while the student
+    trains on; it returns the files that it wrote.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
     kinds: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, FIRST_MOMENTS: {}, SECOND_MOMENTS: {}}
@@ -117,11 +117,11 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
     """Put a checkpoint's state into a student that has just been built; any number of ranks may have written it.
 
     Returns:
-        What the checkpoint's marker says.
+        The content of the checkpoint's marker.
 
     Raises:
-        CheckpointError: it is of a model of another shape.
-        StoreCorrupted: a file is missing or damaged; on every rank, before anything of the student has changed.
+        CheckpointError: it holds a model of another shape.
+        StoreCorrupted: a file is missing or damaged; on every rank, before anything in the student has changed.
     """
     verify_together(checkpoint)
     facts = read_marker(checkpoint)
@@ -147,18 +147,18 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
 
 
 def _make_moments(optimizer: Any, steps: int) -> None:
-    """Adam makes its state at its first step; loading needs it before."""
+    """Create Adam's state, which otherwise exists only after its first step: loading needs it earlier."""
     for flat in optimizer.fp32_partitioned_groups_flat:
         state = optimizer.optimizer.state[flat]
         state["step"] = torch.tensor(float(steps), dtype=torch.float32)
         if optimizer.optimizer.defaults.get("fused"):
-            state["step"] = state["step"].to(flat.device)  # torch's fused Adam wants its counter on the device
+            state["step"] = state["step"].to(flat.device)  # torch's fused Adam needs its counter on the device
         state[FIRST_MOMENTS] = torch.zeros_like(flat)
         state[SECOND_MOMENTS] = torch.zeros_like(flat)
 
 
 def _refresh_working_weights(optimizer: Any) -> None:
-    """Copy the master weights to the shards that the forward gathers, and gather the small ones that stay whole."""
+    """Copy the master weights to the shards that the forward pass gathers, and gather those that stay whole."""
     persistent = optimizer.persistent_parameters
     if persistent:
         persistent[0].partition(persistent)

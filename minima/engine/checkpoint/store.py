@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or not there, each file with its checksum."""
+"""Checkpoints on disk: complete or absent, each file with its checksum."""
 
 import json
 import logging
@@ -18,41 +18,41 @@ logger = logging.getLogger("minima.checkpoint")
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """What a complete checkpoint says of itself.
+    """Read the marker of a complete checkpoint.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another format.
-        StoreCorrupted: the marker is there and is torn.
-        PermissionError: it may not be read.
+        StoreCorrupted: the marker exists but is damaged.
+        PermissionError: the marker may not be read.
     """
     try:
         facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or not isinstance(facts.get("format"), str):
-            raise ValueError("it says nothing of a checkpoint")
+            raise ValueError("it does not describe a checkpoint")
         own = facts.pop("marker_sha256", None)  # markers of earlier versions have none
         if own is not None and own != json_sha256(facts):
-            raise ValueError("its content does not have the checksum that it says")
+            raise ValueError("its content does not match its own checksum")
         if facts.get("format") == FORMAT:
             _check_facts(facts)
-    except (ValueError, AttributeError, TypeError) as error:  # no text, no JSON, no object, or not what was written
+    except (ValueError, AttributeError, TypeError) as error:  # not text, not JSON, not an object, or altered
         raise StoreCorrupted(
             f"{checkpoint / MARKER} is damaged: {error}",
-            "it says which files belong to the checkpoint, and what they have to hold",
-            f"remove {checkpoint} to go on from the checkpoint before it",
+            "it lists the checkpoint's files and their checksums",
+            f"remove {checkpoint} to continue from the checkpoint before it",
         ) from error
     except PermissionError:  # unreadable is not incomplete
         raise
     except IsADirectoryError as error:
         raise StoreCorrupted(
             f"{checkpoint / MARKER} is a folder",
-            "it says which files belong to the checkpoint, and what they have to hold",
-            f"remove {checkpoint} to go on from the checkpoint before it",
+            "it lists the checkpoint's files and their checksums",
+            f"remove {checkpoint} to continue from the checkpoint before it",
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"{checkpoint} is no complete checkpoint: {error}",
+            f"{checkpoint} is not a complete checkpoint: {error}",
             "its marker is written last, so some of its files may be missing",
-            "take another step, or train again from an earlier one",
+            "choose another step, or train again from an earlier one",
         ) from error
     if facts.get("format") != FORMAT:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def _check_facts(facts: dict[str, Any]) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint so that it no longer counts, in place of an earlier such copy. One rank calls it.
+    """Rename a damaged checkpoint so that it no longer counts, replacing an earlier such copy. One rank calls it.
 
     Returns:
         Its new path.
@@ -84,7 +84,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints after `step`; every rank calls it, and none returns before they are gone.
+    """Remove the checkpoints after `step`. Every rank calls it, and none returns before they are gone.
 
     Raises:
         CheckpointError: one cannot be removed; on every rank.
@@ -99,19 +99,19 @@ def drop_after(folder: Path, step: int) -> None:
 def _cannot_remove(folder: Path, step: int, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"the checkpoints after step {step} in {folder} cannot be removed: {error}",
-        f"step {step} has the best held-out loss, and who reads the stage takes its newest checkpoint",
-        "let this user write there, or remove them by hand, and run again: nothing is trained a second time",
+        f"step {step} has the best held-out loss, but the stage's newest checkpoint is the one that would be used",
+        "give this user write access there, or remove them by hand, then run again: nothing is trained twice",
     )
 
 
 def remove_old(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collection[int] = ()) -> None:
-    """Remove all but the newest complete ones, and what a removal or a save that was cut short has left.
+    """Remove all but the newest complete checkpoints, and the remains of interrupted removals and saves.
 
     Args:
         folder: holds the stage's checkpoints.
         keep: how many of the newest stay; 0 keeps all.
-        keep_every_steps: those after a multiple of so many steps stay, too; 0 for none.
-        spare: those after these steps stay, too.
+        keep_every_steps: checkpoints at multiples of this many steps stay, too; 0 for none.
+        spare: checkpoints at these steps stay, too.
     """
     steps = complete_steps(folder)
     kept = {*(steps[-keep:] if keep else steps), *spare}
@@ -121,13 +121,13 @@ def remove_old(folder: Path, keep: int, keep_every_steps: int = 0, spare: Collec
         if step is not None and path.is_dir() and step not in kept and (keep or not (path / MARKER).is_file()):
             try:
                 remove(path)
-            except OSError as error:  # no reason to end a training
-                logger.warning("%s stays, for it cannot be removed: %s", path, error)
+            except OSError as error:  # no reason to end the training
+                logger.warning("%s cannot be removed, so it stays: %s", path, error)
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, if it is there."""
-    (checkpoint / MARKER).unlink(missing_ok=True)  # first: half of a checkpoint must not pass for a whole one
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first: a partial checkpoint must not pass for a complete one
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -135,8 +135,8 @@ def verify_together(checkpoint: Path, prefix: str = "") -> None:
     """Compare the files whose names begin with `prefix` with their checksums; the ranks share the reading.
 
     Raises:
-        StoreCorrupted: on every rank, when one of them found a file that is missing or changed; names it.
-        AccessRefused: on every rank, when one of them may not read a file.
+        StoreCorrupted: on every rank, if one of them found a file missing or changed; names the file.
+        AccessRefused: on every rank, if one of them may not read a file.
     """
     rank, ranks = distributed.share()
     with distributed.refused_together(), access_refused_named():
@@ -149,10 +149,10 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
 
     Args:
         checkpoint: a complete checkpoint.
-        files: names to look at; all when not given.
+        files: names of the files to check; all if not given.
 
     Raises:
-        StoreCorrupted: a file is missing or its bytes have changed; names it.
+        StoreCorrupted: a file is missing or its bytes have changed; names the file.
     """
     hashes = read_marker(checkpoint)["sha256"]
     for name in hashes if files is None else files:
@@ -161,6 +161,6 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
         if found != hashes[name]:
             raise StoreCorrupted(
                 f"{path} is damaged: SHA-256 {found} instead of {hashes[name]}",
-                "training would go on from wrong numbers",
-                f"remove {checkpoint} to go on from the checkpoint before it",
+                "training would continue from wrong numbers",
+                f"remove {checkpoint} to continue from the checkpoint before it",
             )

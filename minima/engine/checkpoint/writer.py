@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: a snapshot in memory, files in a thread, a marker once all are there."""
+"""Write checkpoints while training goes on: a snapshot in memory, files from a thread, a marker once all are there."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ WriteFiles = Callable[[Path], list[Path]]  # writes this rank's files into a fol
 
 @dataclass
 class _Report:
-    """What one rank wrote of one checkpoint; sent to the others."""
+    """What one rank wrote for one checkpoint; sent to the other ranks."""
 
     failure: str | None = None
     full: bool = False
@@ -34,19 +34,19 @@ class _Report:
 class CheckpointWriter:
     """Writes a stage's checkpoints, at most one at a time. Every rank makes every call, in the same order.
 
-    `begin` returns once the files are being written; the checkpoint counts only after `finish`, which the ranks call
-    together: in the loop, at the first step's edge where none of them is still writing.
+    `begin` returns once the files are being written. The checkpoint counts only after `finish`, which the ranks call
+    together: the loop does so after the first step before which none of them was still writing.
 
     Args:
         folder: holds the stage's checkpoints.
         keep: how many of the newest stay; 0 keeps all.
-        keep_every_steps: those after a multiple of so many steps stay, too; 0 for none.
-        named: those after these steps stay, too.
+        keep_every_steps: checkpoints at multiples of this many steps stay, too; 0 for none.
+        named: checkpoints at these steps stay, too.
 
     Attributes:
-        waited_seconds: that training stood still for checkpoints on this rank, since the last `take_times`.
-        last_seconds: from the last finished checkpoint's begin until it was complete, on the slowest rank.
-        last_bytes: of its files, over all ranks.
+        waited_seconds: time that training on this rank has waited for checkpoints since the last `take_times`.
+        last_seconds: time from `begin` until the last finished checkpoint was on disk, on the slowest rank.
+        last_bytes: size of its files, over all ranks.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every_steps: int = 0, named: Collection[int] = ()) -> None:
@@ -63,16 +63,16 @@ class CheckpointWriter:
     def begin(
         self, step: int, snapshot: Callable[[], WriteFiles], facts: dict[str, Any], spare: int | None = None
     ) -> None:
-        """Take a snapshot and begin to write it; waits for the checkpoint before it, if that is still being written.
+        """Take a snapshot and start writing it; waits for the previous checkpoint if it is still being written.
 
         Args:
             step: finished updates.
-            snapshot: copies this rank's state, and returns what writes the copy.
-            facts: what the marker says besides format, checksums and cost; rank 0's is taken.
-            spare: the checkpoint after this step stays, too.
+            snapshot: copies this rank's state, and returns a function that writes the copy.
+            facts: the marker's content besides format, checksums and cost; rank 0's is used.
+            spare: the checkpoint at this step stays, too.
 
         Raises:
-            DiskFull, CheckpointError: this checkpoint or the one before it cannot be written; on every rank.
+            DiskFull, CheckpointError: this checkpoint or the previous one cannot be written; on every rank.
         """
         self.finish()
         began = time.perf_counter()
@@ -93,10 +93,10 @@ class CheckpointWriter:
         self.waited_seconds += time.perf_counter() - began
 
     def finish(self) -> None:
-        """Wait for all ranks' files, and complete the checkpoint; without one in flight, nothing.
+        """Wait for all ranks' files and complete the checkpoint; does nothing if none is being written.
 
         Raises:
-            DiskFull, CheckpointError: a rank could not write; on every rank. Complete checkpoints still are.
+            DiskFull, CheckpointError: a rank could not write; on every rank. Earlier checkpoints stay complete.
         """
         if self._thread is None:
             return
@@ -126,7 +126,7 @@ class CheckpointWriter:
         self.waited_seconds += time.perf_counter() - began
 
     def take_times(self) -> dict[str, float]:
-        """What checkpoints have cost since the last call, for a log record; nothing where there was none."""
+        """What checkpoints have cost since the last call, for a log record; empty if there were none."""
         if not self.waited_seconds:
             return {}
         times = {"checkpoint_wait_seconds": round(self.waited_seconds, 4)}
@@ -143,7 +143,7 @@ class CheckpointWriter:
                 self._report.num_bytes += path.stat().st_size
         except (OSError, SafetensorError) as error:
             self._report.failure, self._report.full = str(error) or type(error).__name__, is_no_space(error)
-        except Exception as error:  # whatever it is, all ranks have to hear of it: the thread's own end would be silent
+        except Exception as error:  # all ranks must hear of it: the thread alone would end silently
             self._report.failure = f"{type(error).__name__}: {error}"
         self._report.seconds = time.perf_counter() - self._began
 
@@ -160,13 +160,13 @@ def _complete(partial: Path, final: Path, facts: dict[str, Any]) -> None:
 
 
 def _cannot_write(partial: Path, failures: list[str], full: bool) -> MinimaError:
-    why = "the run cannot go on without a place for its checkpoints; those that were complete before still are"
+    why = "the run cannot continue without a place for its checkpoints; earlier checkpoints are still complete"
     if full:
         return DiskFull(
             f"no space left for {partial}: {'; '.join(failures)}",
             why,
-            "free some space (or lower keep_checkpoints), then run again: it resumes from its last checkpoint",
+            "free some space (or lower keep_checkpoints), then run again: the run resumes from its last checkpoint",
         )
     return CheckpointError(
-        f"{partial} could not be written: {'; '.join(failures)}", why, "mend the cause, then run again"
+        f"{partial} could not be written: {'; '.join(failures)}", why, "fix the cause, then run again"
     )

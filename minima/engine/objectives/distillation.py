@@ -1,4 +1,4 @@
-"""The published objective: half the text's cross-entropy, half the frozen teacher's; and its relatives."""
+"""The published objective: half the text's cross-entropy, half the frozen teacher's; and its variants."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ from minima.recipe.loss_weights import WeightSchedule, weight_at
 class Distillation:
     """Cross-entropy with the text, and a divergence from a frozen teacher (arXiv 2311.07052, sec. 3).
 
-    A weight that follows a schedule is set by `begin`. Where it is 0 in some step, that part is computed all the same:
-    every rank does what it does in the other steps, and the log's mean is over all of them.
+    A weight that follows a schedule is set by `begin`. In steps where it is 0, its part is still computed, so that each
+    step does the same work on every rank and the logged mean covers all steps.
 
     Args:
-        teacher: runs in `prepare` and gives final hidden states; its logits exist in chunks inside the loss only.
+        teacher: runs in `prepare` and gives final hidden states; its logits exist only in chunks inside the loss.
             None, with a `soft_weight` of 0, for the text alone.
-        hard_weight: weight of the text's part.
+        hard_weight: weight of the cross-entropy with the text.
         soft_weight: weight of the teacher's part.
         temperature: divides both models' logits in the teacher's part.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits are in memory at a time.
         window: micro-batches that one traversal of the teacher's layers serves.
-        soft_options: keywords of `linear_distillation_loss` that say what the teacher's part is.
+        soft_options: keywords of `linear_distillation_loss` that define the teacher's part.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Distillation:
         window: int = 1,
         **soft_options: Any,
     ) -> None:
-        assert (teacher is None) == (soft_weight == 0), "a teacher that has no say would run for nothing"
+        assert (teacher is None) == (soft_weight == 0), "a teacher without weight would run for nothing"
         self.teacher, self.window = teacher, window
         self.teacher_head_VE = None if teacher is None else teacher.head_VE  # gathered here, outside any forward
         self._weights = {"hard_weight": hard_weight, "soft_weight": soft_weight}

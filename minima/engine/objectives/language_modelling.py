@@ -1,4 +1,4 @@
-"""Next-token prediction: the objective of adaptation, of instruction tuning, and of every held-out loss."""
+"""Next-token prediction: the objective of adaptation, instruction tuning and every held-out loss."""
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,9 +14,9 @@ class LanguageModelling:
     """Cross-entropy with the next token.
 
     Args:
-        chunk_tokens: tokens whose logits exist at one time.
-        neftune_alpha: noise on the embeddings; 0 for none.
-        seed: of the noise.
+        chunk_tokens: tokens whose logits are in memory at a time.
+        neftune_alpha: scale of the noise on the embeddings; 0 for none.
+        seed: the noise's seed.
     """
 
     window = 1

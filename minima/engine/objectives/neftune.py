@@ -1,4 +1,4 @@
-"""NEFTune: noise on the embeddings while instructions are learnt (Jain et al., 2023, arXiv 2310.05914).
+"""NEFTune: noise on the embeddings during instruction tuning (Jain et al., 2023, arXiv 2310.05914).
 
 Shapes: B sequences, T tokens, D width.
 """
@@ -15,19 +15,19 @@ from minima.batch import Batch
 def noisy_embeddings(model: PreTrainedModel, batch: Batch, alpha: float, seed: int) -> Tensor:
     """The tokens' embeddings with uniform noise in +-alpha / sqrt(L D), L being the tokens of each token's document.
 
-    The noise follows from the seed and the run's number of each sequence alone: it is the same on any number of ranks,
+    The noise depends only on the seed and on each sequence's number in the run: it is the same on any number of ranks,
     in any micro-batch, and after a resumption. Runs inside the student's forward.
 
     Args:
-        model: whose embedding is used.
-        batch: `samples` numbers its sequences.
-        alpha: 5 to 15 in the publication.
-        seed: of the run.
+        model: provides the embedding.
+        batch: `samples` holds its sequences' numbers.
+        alpha: 5 to 15 in the paper.
+        seed: the run's seed.
 
     Returns:
         [B, T, D] in the embedding's dtype.
     """
-    assert len(batch.samples) == len(batch.input_ids_BT), "noise follows from the sequences' numbers"
+    assert len(batch.samples) == len(batch.input_ids_BT), "the noise is seeded by the sequences' numbers"
     embeddings_BTD = model.get_input_embeddings()(batch.input_ids_BT)
     noise_BTD = torch.empty(embeddings_BTD.shape, dtype=torch.float32, device=embeddings_BTD.device)
     for noise_TD, sample in zip(noise_BTD, batch.samples, strict=True):
@@ -39,7 +39,7 @@ def noisy_embeddings(model: PreTrainedModel, batch: Batch, alpha: float, seed: i
 
 
 def document_lengths(batch: Batch) -> Tensor:
-    """For each token, the tokens of its document; float32 [B, T]."""
+    """For each token, the number of tokens in its document; float32 [B, T]."""
     shape = batch.input_ids_BT.shape
     if batch.documents_BT is None:
         return torch.full(shape, float(shape[1]), device=batch.input_ids_BT.device)

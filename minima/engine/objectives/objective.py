@@ -1,4 +1,4 @@
-"""The seam between the loop and what it optimises."""
+"""The interface between the training loop and what it optimises."""
 
 from typing import Protocol
 
@@ -13,21 +13,21 @@ class Objective(Protocol):
     """What one training run optimises: language modelling, distillation or preference.
 
     Attributes:
-        window: micro-batches that `prepare` takes at once; 1 unless a frozen model says more.
+        window: number of micro-batches that `prepare` takes at once; 1 unless a frozen model serves several.
     """
 
     window: int
 
     def begin(self, step: int, total_steps: int) -> dict[str, float]:
-        """Set what depends on the step's number alone (the first is 0), before `prepare`; what the log says of it."""
+        """Set what depends only on the step's number (the first is 0); runs before `prepare`. Returns log values."""
         ...
 
     def count(self, batch: Batch) -> Tensor:
-        """What the loss of this micro-batch is a sum over on this rank: valid tokens, as an int64 scalar."""
+        """The number of terms in this micro-batch's loss on this rank (valid tokens or pairs), as an int64 scalar."""
         ...
 
     def prepare(self, batches: list[Batch]) -> list[Batch]:
-        """The same micro-batches with what a frozen model adds to them. Runs before the student, never inside it."""
+        """The micro-batches with a frozen model's outputs added. Runs before the student, never inside it."""
         ...
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> LossSum:
@@ -36,5 +36,5 @@ class Objective(Protocol):
 
 
 def valid_tokens(batch: Batch) -> Tensor:
-    """Tokens of the micro-batch that have a label, as an int64 scalar on its device."""
+    """The number of tokens in the micro-batch that have a label, as an int64 scalar on its device."""
     return (batch.labels_BT != IGNORE_INDEX).sum()

@@ -14,15 +14,15 @@ from minima.models.causal_lm import head_weight, hidden_states
 class Preference:
     """A loss over pairs of answers (see `losses.preference`); batches are blocks of a store of preferences.
 
-    A pair counts where both its answers have labels, so a masked block and what fills up a block count nothing.
+    A pair counts if both its answers have labels, so masked blocks and padding count nothing.
 
     Args:
         reference: runs in `prepare`, never inside the student's forward.
         loss: `sigmoid` or `ipo`.
-        beta: strength of the pull to the reference.
+        beta: strength of the pull towards the reference.
         label_smoothing: probability that a pair is labelled the wrong way round; `sigmoid` only.
         length_normalised: use mean log-probabilities per token.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits are in memory at a time.
     """
 
     window = 1
@@ -54,7 +54,7 @@ class Preference:
         return self.loss_sum(hidden_states(model, batch), head_weight(model), batch)
 
     def loss_sum(self, hidden_BTD: Tensor, head_VD: Tensor, batch: Batch) -> LossSum:
-        """The loss from a policy's final hidden states and head, for a policy that is only measured, too."""
+        """The loss from a policy's final hidden states and head; also used for a policy that is only measured."""
         assert batch.reference_BS is not None, "prepare() runs first"
         return preference_loss(
             answer_log_probs(hidden_BTD, head_VD, batch, self.chunk_tokens),

@@ -1,4 +1,4 @@
-"""A frozen model: distillation teacher, preference reference, or a model that is measured. One thing, many places."""
+"""A frozen model: distillation teacher, preference reference or measured model, wherever its weights live."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ R = TypeVar("R")
 class FrozenHost:
     """A model without gradients of its own.
 
-    Every rank has to make the same calls in the same order: a call may gather weights from the others.
+    Every rank must make the same calls in the same order: a call may gather weights from the others.
 
     Args:
         source: weights and shape.
@@ -32,8 +32,8 @@ class FrozenHost:
         placement: where the weights live; see `recipe.distillation.Teacher`.
         activation_checkpointing: recompute each layer in `run`'s backward pass instead of keeping its activations.
         windows: `window` will be given several micro-batches.
-        documents: whether batches may have documents; matters to `tensor_parallel`, where ranks run theirs together.
-        layers: is given the built model before DeepSpeed's hooks are on it, to put other kernels in, or to compile.
+        documents: whether batches may have documents; matters to `tensor_parallel`, where ranks merge their batches.
+        layers: called with the built model before DeepSpeed hooks it, to replace kernels or to compile.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class FrozenHost:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The stock model; what of its weights this rank has in memory follows from the placement."""
+        """The stock model; which of its weights this rank holds depends on the placement."""
         return self._place.model
 
     @property
     def head_VE(self) -> Tensor:
-        """The output head [V, E], whole on every rank; brought together once, at the first use."""
+        """The output head [V, E], whole on every rank; gathered once, at the first use."""
         if self._head_VE is None:
             self._head_VE = self._place.head()
         return self._head_VE
@@ -86,25 +86,25 @@ class FrozenHost:
     def window(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Final hidden states of several micro-batches, without gradients, each as if it had run alone.
 
-        Weights that have to be gathered or fetched travel once for all of them, where the host was made with `windows`.
+        If the host was made with `windows`, weights that must be gathered or fetched travel once for all of them.
         """
         with torch.no_grad():
             return self._place.hidden_states(batches)
 
     def run(self, forward: Callable[[PreTrainedModel, Batch], R], batch: Batch) -> R:
-        """What `forward(model, batch)` gives inside the root's forward.
+        """The result of `forward(model, batch)`, called inside the root's forward.
 
-        Gradients flow to whatever `forward` uses that requires them (masks, say), never to the weights. What it
-        returns has to be a tensor or a tuple of tensors: ZeRO-3 looks for them where they leave the root.
+        Gradients flow to whatever `forward` uses that requires them (masks, for example), never to the weights. It must
+        return a tensor or a tuple of tensors: ZeRO-3 looks for them where they leave the root.
         """
         return self._place.call(forward, batch)
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of weights that this rank keeps between two calls, by where they lie: `device`, `host`, `nvme`."""
+        """Bytes of weights that this rank keeps between calls, by where they lie: `device`, `host`, `nvme`."""
         return self._place.held_bytes()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._head_VE = None
         self._place.close()
         return_unused()
@@ -112,5 +112,5 @@ class FrozenHost:
 
 def _recompute(model: PreTrainedModel) -> None:
     recompute(model, "full")
-    for layer in decoder_layers(model):  # a layer checkpoints in training mode only; dropouts below it stay off
+    for layer in decoder_layers(model):  # a layer recomputes only in training mode; the dropouts inside it stay off
         layer.training = True

@@ -1,4 +1,4 @@
-"""A whole copy of a frozen model on each rank: no weight travels, and every rank pays for all of it."""
+"""A whole copy of a frozen model on each rank: no weights travel, but every rank needs memory for all of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ class Replica:
         source: weights and shape; read by every rank.
         config: DeepSpeed's, stage 0 and without an optimiser.
         precision: `float32` or `bfloat16`.
-        layers: is given the built model.
+        layers: called with the built model.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Replica:
         self._root = self._engine.module
 
     def call(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
-        """What `function(model, batch)` gives."""
+        """The result of `function(model, batch)`."""
         return self._root(function, batch)
 
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -58,7 +58,7 @@ class Replica:
         return {"device": sum(p.numel() * p.element_size() for p in parameters), "host": 0, "nvme": 0}
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._engine.destroy()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -66,7 +66,7 @@ class Replica:
 
 
 def build_whole(source: WeightSource, precision: str, device: torch.device) -> PreTrainedModel:
-    """A whole frozen model on a device, filled tensor by tensor."""
+    """Build a whole frozen model on a device and fill it tensor by tensor."""
     with device:
         model = build_empty(source.config, DTYPES[precision])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What DeepSpeed wraps of a frozen model."""
+"""The root module that DeepSpeed wraps for a frozen model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 
 
 class FrozenRoot(nn.Module):
-    """Whatever reads parameters runs inside this forward, where ZeRO-3's hooks gather them."""
+    """Runs whatever reads parameters inside its forward, where ZeRO-3's hooks gather them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.training = False  # not eval(), which would reach into layers that recompute
+        self.training = False  # not eval(), which would also switch layers that recompute
 
     def forward(self, function: Callable[[PreTrainedModel, Any], Any], batches: Any) -> Any:
         return function(self.model, batches)

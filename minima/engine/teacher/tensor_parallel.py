@@ -1,7 +1,7 @@
 """A frozen model whose matrices are split over a few ranks of one node (DeepSpeed's AutoTP).
 
-The ranks of a group have to run the same input. So each gives its sequences to the others, all run them together, and
-each keeps what is its own.
+The ranks of a group must run the same input. So they gather each other's sequences, all run all of them, and each
+keeps its own results.
 
 Shapes: B sequences of one rank, T tokens, E width.
 """
@@ -26,7 +26,7 @@ from minima.models.shape import ModelShape
 from minima.models.stock import DTYPES, build_empty
 from minima.models.weights import WeightSource
 
-# What AutoTP leaves behind in the process. Engines that are built later, and the student's, would take it for theirs.
+# Globals that AutoTP leaves behind. Engines that are built later, including the student's, would take them for theirs.
 _GLOBALS = ("mpu", "_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
 
 
@@ -35,10 +35,10 @@ class TensorParallel:
 
     Args:
         source: weights and shape. Every rank reads all of them, one at a time, and keeps its part of each.
-        config: DeepSpeed's, stage 0, with `tensor_parallel.autotp_size` ranks of a group.
+        config: DeepSpeed's, stage 0; `tensor_parallel.autotp_size` is the number of ranks in a group.
         precision: `float32` or `bfloat16`.
-        layers: is given the split model.
-        documents: whether batches may have documents; the same on all ranks, whose batches become one.
+        layers: called with the split model.
+        documents: whether batches may have documents; the same on all ranks, because their batches are merged.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TensorParallel:
             self._engine = deepspeed.initialize(model=model, config=config)[0]
             self._group = groups.get_tensor_model_parallel_group()
         if self._engine.first_dataloader_check is not None:
-            self._engine.first_dataloader_check.remove()  # asks the host whether inputs are the same; they are made so
+            self._engine.first_dataloader_check.remove()  # compares inputs on the host; ours are the same
         self.model: PreTrainedModel = self._engine.module
         self.model.requires_grad_(False)
         assert dist.get_world_size(self._group) == size, "another group"
@@ -72,11 +72,11 @@ class TensorParallel:
         layers(self.model)
 
     def call(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
-        """Not for a split model: a function of the caller's would see one rank's part of it."""
+        """Not supported: the function would see only one rank's part of a split model."""
         raise AssertionError("a split model gives hidden states only")
 
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Final hidden states [B, T, E] of each micro-batch; every rank of the group has as many, of the same size."""
+        """Final hidden states [B, T, E] of each micro-batch; all ranks of the group pass equally many, of one size."""
         rank, found = dist.get_rank(self._group), []
         for batch in batches:
             size = len(batch.input_ids_BT)
@@ -102,7 +102,7 @@ class TensorParallel:
         return gathered
 
     def head(self) -> Tensor:
-        """The whole output head [V, E], read again: the model's own is split over the ranks."""
+        """The whole output head [V, E], read from the source: the model's own is split over the ranks."""
         dtype, device = next(self.model.parameters()).dtype, distributed.device()
         return self._source.read(self._head_name).to(device, dtype)
 
@@ -112,7 +112,7 @@ class TensorParallel:
         return {"device": sum(storages.values()), "host": 0, "nvme": 0}
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._engine.destroy()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -131,10 +131,10 @@ def _without_traces() -> Iterator[None]:
 
 @contextmanager
 def _filling(model: PreTrainedModel, source: WeightSource) -> Iterator[None]:
-    """Fill a matrix when AutoTP is about to split it, so that no rank ever holds all of them; the others at the end.
+    """Fill each matrix just before AutoTP splits it, so that no rank ever holds all of them; fill the rest at the end.
 
-    AutoTP has a step there for models in ZeRO-3's shards, whose matrices have to be gathered first. What is not filled
-    takes no memory either: it is what the system has never been asked for.
+    At that point AutoTP gathers the matrices of models in ZeRO-3's shards; that step is replaced. A parameter that is
+    not filled yet takes no memory: nothing has touched its pages.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -156,37 +156,37 @@ def _filling(model: PreTrainedModel, source: WeightSource) -> Iterator[None]:
 
 
 def check_split(shape: ModelShape, ranks: int) -> None:
-    """Refuse a model that AutoTP does not split evenly.
+    """Refuse a model that AutoTP cannot split evenly.
 
     Raises:
-        ShapeError: heads do not divide by the ranks, or the family is not one that AutoTP knows.
+        ShapeError: the heads are not divisible by the ranks, or AutoTP does not know the family.
     """
     if shape.family == "gpt2":
         raise ShapeError(
             "placement tensor_parallel for a gpt2",
             "DeepSpeed's AutoTP does not split this family",
-            "take placement zero3_node, which needs as little memory",
+            "use placement zero3_node, which needs as little memory",
         )
     if shape.num_key_value_heads % ranks or shape.num_heads % ranks:
         raise ShapeError(
             f"placement tensor_parallel over {ranks} ranks for a model of {shape.num_heads} heads and "
             f"{shape.num_key_value_heads} key-value heads",
-            "each rank computes whole heads, and as many as the others",
-            "set tensor_parallel_ranks to a number that divides both, or take placement zero3_node",
+            "each rank computes whole heads, and the same number of them",
+            "set tensor_parallel_ranks to a number that divides both, or use placement zero3_node",
         )
 
 
 def check_group(nodes: list[list[int]], ranks: int) -> None:
-    """Refuse groups that would reach over nodes; AutoTP groups ranks that follow each other.
+    """Refuse groups that would span nodes; AutoTP groups consecutive ranks.
 
     Raises:
-        RecipeError: the ranks of some node are no whole groups.
+        RecipeError: the ranks of some node do not form whole groups.
     """
     split = [node[start : start + ranks] for node in nodes for start in range(0, len(node), ranks)]
     if any(group[0] % ranks or group != list(range(group[0], group[0] + ranks)) for group in split):
         sizes = ", ".join(str(len(node)) for node in nodes)
         raise RecipeError(
             f"placement tensor_parallel over {ranks} ranks on nodes of {sizes} ranks",
-            "each layer sums over its group, which takes ranks that follow each other, all of one node",
-            "set tensor_parallel_ranks to a number that divides the ranks of a node, or take placement zero3_node",
+            "each layer sums over its group, which must be consecutive ranks of one node",
+            "set tensor_parallel_ranks to a number that divides the ranks of a node, or use placement zero3_node",
         )

@@ -1,8 +1,8 @@
 """The teacher window: one traversal of a frozen model's layers for several micro-batches.
 
-A model without gradients keeps nothing of a layer but its output. So each layer's weights, once they are gathered from
-the other ranks or fetched from the host, can serve all micro-batches of a window before they are given back, and
-traffic is divided by the window. What a layer needs for its activations stays that of one micro-batch.
+A model without gradients keeps nothing of a layer but its output. So each layer's weights, once gathered from the other
+ranks or fetched from the host, can serve all micro-batches of a window before they are released, which divides the
+traffic by the window's size. A layer's activations still take the memory of one micro-batch.
 
 Shapes: R sequences of all micro-batches, B sequences of one, T tokens, E width.
 """
@@ -22,25 +22,25 @@ from minima.models.compiling import decoder_layers
 
 
 class LayerWindow:
-    """Runs the layers of one model instance for one micro-batch after the other, within one call of the model.
+    """Runs each layer of one model instance for one micro-batch after another, within one call of the model.
 
     Args:
-        model: whose layers' `forward` is wrapped, in this instance alone. DeepSpeed's hooks stay outside of it.
+        model: its layers' `forward` is wrapped, in this instance only. DeepSpeed's hooks stay outside the wrapper.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._rows: list[slice] = []
         self._masks: list[Any] | None = None
         self._kinds: dict[str, Tensor] = {}
-        for module in (*decoder_layers(model), final_norm(model)):  # the norm computes in float32: 8 bytes a number
+        for module in (*decoder_layers(model), final_norm(model)):  # the norm computes in float32: 8 bytes per number
             module.forward = self._by_micro_batch(module.forward)
 
     def hidden_states(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
-        """Final hidden states of all micro-batches, one below the other, [R, T, E]; each as if it had run alone.
+        """Final hidden states of all micro-batches, concatenated, [R, T, E]; each as if it had run alone.
 
         Args:
             model: the one that this was made for.
-            batches: equally long sequences; some may have documents and others none.
+            batches: sequences of equal length; some may have documents and others none.
         """
         rows, start = [], 0
         for batch in batches:
@@ -52,8 +52,8 @@ class LayerWindow:
             given["position_ids"] = torch.cat([_positions(batch) for batch in batches])
             masks = [_mask(model, batch) for batch in batches]
             kinds = next((sorted(mask) for mask in masks if isinstance(mask, dict)), None)
-            # Each layer gets the mask of its micro-batch through our hook. The model itself only has to hand on a
-            # placeholder of each kind: given a four-dimensional mask it builds none.
+            # Each layer gets its micro-batch's mask through our wrapper. The model itself only passes on a placeholder
+            # of each kind: given a four-dimensional mask, it builds none.
             if kinds is not None:
                 self._kinds = {kind: _placeholder() for kind in kinds}
                 given["attention_mask"] = self._kinds
@@ -80,7 +80,7 @@ class LayerWindow:
                 if takes_mask and self._masks is not None:
                     part["attention_mask"] = self._mask_of(number, bound.arguments.get("attention_mask"))
                 output = forward(**part.pop("kwargs", {}), **part)
-                # Nobody needs a layer's input any more once its micro-batch has run, so the output takes its place.
+                # A layer's input is no longer needed once its micro-batch has run, so the output takes its place.
                 hidden_RTE[rows].copy_(output[0] if isinstance(output, tuple) else output)
             return (hidden_RTE, *output[1:]) if isinstance(output, tuple) else hidden_RTE
 
@@ -95,7 +95,7 @@ class LayerWindow:
 
 
 def _part(value: Any, rows: slice, total: int) -> Any:
-    """What of a layer's argument belongs to some of all sequences; what all sequences share is given as it is."""
+    """The rows of a layer's argument that belong to one micro-batch; what all sequences share is left as it is."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and len(value) == total else value
     if isinstance(value, tuple | list):
@@ -106,7 +106,7 @@ def _part(value: Any, rows: slice, total: int) -> Any:
 
 
 def _mask(model: PreTrainedModel, batch: Batch) -> Any:
-    """A micro-batch's mask; without documents none, but where a sliding window needs one for all or for some layers."""
+    """A micro-batch's mask; None if it has no documents and no layer has a sliding window."""
     if batch.documents_BT is None and getattr(model.config, "sliding_window", None) is None:
         return None
     return attention_mask(model.config, _documents(batch), model.dtype)

@@ -1,6 +1,6 @@
 """A frozen model in ZeRO-3's shards: over all ranks or those of a node; in the device's memory, the host's, or on NVMe.
 
-DeepSpeed's hooks gather each layer's weights before it runs and give them back after it.
+DeepSpeed's hooks gather each layer's weights before it runs and release them after it.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ class Zero3:
         source: weights and shape.
         config: DeepSpeed's, stage 3 and without an optimiser.
         precision: `float32` or `bfloat16`.
-        group: ranks that share one copy; all when not given.
-        layers: is given the built model, before any hook is on it.
+        group: ranks that share one copy; all if not given.
+        layers: called with the built model, before any hook is on it.
         windows: several micro-batches may share one traversal of the layers. Each layer is then gathered as a whole,
             whatever `layers` does.
     """
@@ -72,7 +72,7 @@ class Zero3:
         self._root = self._engine.module
 
     def call(self, function: Callable[[PreTrainedModel, Batch], Any], batch: Batch) -> Any:
-        """What `function(model, batch)` gives inside the root's forward."""
+        """The result of `function(model, batch)`, called inside the root's forward."""
         return self._root(function, batch)
 
     def hidden_states(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -89,7 +89,7 @@ class Zero3:
             return weight.detach().clone()
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of weights that this rank keeps between two calls, by where they lie: `device`, `host`, `nvme`."""
+        """Bytes of weights that this rank keeps between calls, by where they lie: `device`, `host`, `nvme`."""
         held = {"device": 0, "host": 0, "nvme": 0}
         for _, parameter in sharded_parameters(self.model):
             shard = parameter.ds_tensor
@@ -100,11 +100,11 @@ class Zero3:
                 held["host"] += size
             else:
                 held["device"] += size
-            held["device"] += parameter.numel() * parameter.element_size()  # whole, where it is kept gathered
+            held["device"] += parameter.numel() * parameter.element_size()  # whole, if it is kept gathered
         return held
 
     def close(self) -> None:
-        """Give the memory back, and the files."""
+        """Free the memory, and remove the files."""
         self._engine.destroy()
         swappers = {id(swapper): swapper for _, p in sharded_parameters(self.model) if (swapper := p.nvme_swapper)}
         for swapper in swappers.values():
@@ -119,7 +119,7 @@ class Zero3:
 
 
 def _nvme_folder(config: dict[str, Any]) -> Path | None:
-    """This rank's folder of shards on NVMe, as DeepSpeed names it; none where nothing lies there."""
+    """This rank's folder of shards on NVMe, as DeepSpeed names it; None without offload to NVMe."""
     offload = config["zero_optimization"].get("offload_param") or {}
     if offload.get("device") != "nvme":
         return None
@@ -128,10 +128,10 @@ def _nvme_folder(config: dict[str, Any]) -> Path | None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a teacher on NVMe where a rank cannot write its shards; every rank calls it, and all end with one's error.
+    """Refuse a teacher on NVMe if a rank cannot write its shards. Every rank calls it; one rank's error ends all.
 
     Args:
-        folder: this rank's, from `_nvme_folder`; is made.
+        folder: this rank's, from `_nvme_folder`; it is created.
 
     Raises:
         RecipeError: names the folder and the machine.
@@ -139,9 +139,9 @@ def _check_folder(folder: Path) -> None:
 
     def cannot(error: OSError) -> RecipeError:
         return RecipeError(
-            f"a teacher with offload nvme, and its shards cannot be written to {folder} on {node_name()} ({error})",
+            f"the teacher has offload: nvme, but its shards cannot be written to {folder} on {node_name()} ({error})",
             "DeepSpeed keeps them there as files, and reads each layer's before it runs",
-            "set nvme_path to a folder on a local disk of every node in which you may write, or take offload: cpu",
+            "set nvme_path to a writable folder on a local disk of every node, or use offload: cpu",
         )
 
     try:
@@ -155,17 +155,17 @@ def _check_folder(folder: Path) -> None:
 
 
 def _write_probe(path: Path) -> None:
-    """Write a page past the system's cache, as DeepSpeed writes shards: some file systems refuse that."""
+    """Write a page that bypasses the page cache, as DeepSpeed writes shards: some file systems refuse that."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
     try:
-        os.write(descriptor, mmap.mmap(-1, mmap.PAGESIZE))  # O_DIRECT takes aligned memory alone
+        os.write(descriptor, mmap.mmap(-1, mmap.PAGESIZE))  # O_DIRECT requires aligned memory
     finally:
         os.close(descriptor)
         path.unlink()
 
 
 def _remove(folder: Path) -> None:
-    """A rank's folder, and the three above it that are DeepSpeed's and the run's own, once no rank has files there."""
+    """Remove a rank's folder, and the three above it, DeepSpeed's and the run's own, once no rank has files there."""
     shutil.rmtree(folder, ignore_errors=True)
     for parent in list(folder.parents)[:3]:
         with contextlib.suppress(OSError):  # another rank still has files there: the last one removes it
@@ -173,10 +173,10 @@ def _remove(folder: Path) -> None:
 
 
 def _with_buffers(config: dict[str, Any], source: WeightSource, ranks: int) -> dict[str, Any]:
-    """The configuration with the buffers that shards on NVMe are read into, where the JSON says nothing of them.
+    """The configuration, with buffers for reading shards from NVMe unless the JSON sets them.
 
-    The largest shard has to fit into one. At one time a layer's tensors are in use and those of the next two on their
-    way, beside embedding and head.
+    The largest shard must fit into one buffer. At any time one layer's tensors are in use and those of the next two are
+    being read, besides embedding and head.
     """
     zero = config["zero_optimization"]
     offload = zero.get("offload_param") or {}
@@ -196,23 +196,23 @@ def _layer_number(name: str) -> str | None:
 
 
 def check_nvme() -> None:
-    """Refuse a teacher on NVMe where DeepSpeed cannot read it from there.
+    """Refuse a teacher on NVMe if DeepSpeed cannot read from there.
 
     Raises:
-        RecipeError: its op for asynchronous I/O cannot be built or loaded.
+        RecipeError: DeepSpeed's op for asynchronous I/O cannot be built or loaded.
     """
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     if not builder.is_compatible(verbose=False):
         raise RecipeError(
-            "a teacher with offload nvme, and libaio or a C compiler is not installed",
-            "DeepSpeed reads shards through libaio, and builds its op for that with its headers",
-            "install libaio-dev (Debian) or libaio-devel (Fedora), and gcc, on every node, or take offload: cpu",
+            "the teacher has offload: nvme, but libaio or a C compiler is not installed",
+            "DeepSpeed reads shards through libaio, and needs its headers to build the op for that",
+            "install libaio-dev (Debian) or libaio-devel (Fedora), and gcc, on every node, or use offload: cpu",
         )
     try:
-        load_op(builder)  # here, so that no build that was killed holds up DeepSpeed's own loading of it
-    except Exception as error:  # of whatever a compiler, a linker or DeepSpeed's look at the machine may end with
+        load_op(builder)  # here, so that a killed build cannot block DeepSpeed's own loading of it
+    except Exception as error:  # a compiler, a linker or DeepSpeed's probe of the machine may raise anything
         raise RecipeError(
-            f"a teacher with offload nvme, and DeepSpeed's op for asynchronous I/O cannot be built: {error}",
+            f"the teacher has offload: nvme, but DeepSpeed's op for asynchronous I/O cannot be built: {error}",
             "DeepSpeed reads shards through it",
-            "install g++, ninja, Python's headers and, with GPUs, the CUDA toolkit on every node, or take offload: cpu",
+            "install g++, ninja, Python's headers and, with GPUs, the CUDA toolkit on every node, or use offload: cpu",
         ) from error

@@ -149,7 +149,7 @@ def test_a_dry_run_submits_and_writes_nothing(slurm, project):
 def test_a_batch_that_the_ranks_of_its_stage_cannot_share(slurm, project):
     cluster = {"stages": {"adapt": {"nodes": 3}}}
     Path("cluster.yaml").write_text(yaml.safe_dump(cluster))
-    with pytest.raises(RecipeError, match="does not divide by 3 ranks"):
+    with pytest.raises(RecipeError, match="is not divisible by 3 ranks"):
         send()
     assert not slurm.calls("sbatch")
 

@@ -188,7 +188,7 @@ def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(Path, "unlink", refuse)
     write_checkpoint(tmp_path, 6, files(b"6"), {"step": 6}, keep=1)
-    assert complete_steps(tmp_path) == [3, 6] and "step-00000003 stays, for it cannot be removed" in caplog.text
+    assert complete_steps(tmp_path) == [3, 6] and "step-00000003 cannot be removed, so it stays" in caplog.text
     with pytest.raises(CheckpointError, match=r"checkpoints after step 3 .* cannot be removed"):
         drop_after(tmp_path, 3)
 

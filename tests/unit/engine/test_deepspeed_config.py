@@ -128,7 +128,7 @@ def test_a_monitor_is_asked_for_where_the_engine_is_made_alone(write, monkeypatc
     monkeypatch.setattr(deepspeed_config, "find_spec", lambda name: None)
     assert read_deepspeed_json(path)["comet"]
     for make in (frozen_config, lambda path, precision: training_config(path, training(precision=precision), 1)):
-        with pytest.raises(DeepSpeedConfigError, match="enables comet, and comet_ml is not installed"):
+        with pytest.raises(DeepSpeedConfigError, match="enables comet, but comet_ml is not installed"):
             make(path, precision="float32")
 
 

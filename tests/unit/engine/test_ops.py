@@ -62,7 +62,7 @@ def test_a_lock_that_a_killed_build_left_is_removed_at_once(folder, monkeypatch,
     builder = Builder(folder)
     assert ops.load_op(builder) == "the module"
     assert builder.met_a_lock is False and not (beside / "lock").exists()
-    assert "left by a build that was killed" in caplog.text
+    assert "left behind by a killed build" in caplog.text
 
 
 def test_a_living_build_is_waited_for_and_one_that_is_killed_no_longer(folder, monkeypatch, caplog):
@@ -76,7 +76,7 @@ def test_a_living_build_is_waited_for_and_one_that_is_killed_no_longer(folder, m
         assert other.wait(timeout=30) == -signal.SIGKILL
         killer.wait()
     assert builder.met_a_lock is False
-    assert "is being built by another process" in caplog.text
+    assert "waiting for another process" in caplog.text
 
 
 def test_in_a_folder_of_others_a_young_lock_is_waited_for_and_an_old_one_removed(folder, monkeypatch, caplog):
@@ -92,7 +92,7 @@ def test_in_a_folder_of_others_a_young_lock_is_waited_for_and_an_old_one_removed
     builder = Builder(folder)
     ops.load_op(builder)
     assert builder.met_a_lock is False
-    assert "is being built by another program" in caplog.text and "removed" in caplog.text
+    assert "waiting for another program" in caplog.text and "removed" in caplog.text
 
 
 def test_without_a_lock_nothing_is_said(folder, monkeypatch, caplog):

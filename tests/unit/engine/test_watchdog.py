@@ -19,11 +19,11 @@ def said(progress: int, waiting: bool = True, **more) -> dict:
     [
         ([said(9), said(9), said(9, host="n2")], [2], "rank 2 on n2 gave no sign of life"),
         ([said(9), {}, said(9)], [1], "rank 1 gave no sign of life"),
-        ([said(9), said(7, host="n7"), said(9)], [], "rank 1 on n7 hangs: nothing has moved for 60 s"),
+        ([said(9), said(7, host="n7"), said(9)], [], "rank 1 on n7 hangs: no progress for 60 s"),
         ([said(9), said(9), said(9, waiting=False)], [], "rank 2 on n1 hangs"),
         ([said(9), said(8, waiting=False), said(8)], [], "rank 1 on n1, rank 2 on n1 hangs"),
-        ([said(9), said(9)], [], "none can be told from the others"),
-        ([said(9, waiting=False), said(9, waiting=False)], [], "none can be told from the others"),
+        ([said(9), said(9)], [], "none stands out from the others"),
+        ([said(9, waiting=False), said(9, waiting=False)], [], "none stands out from the others"),
     ],
 )
 def test_the_one_that_is_silent_or_behind_or_not_waiting(ranks, silent, named):

@@ -44,7 +44,7 @@ def test_a_good_table_is_taken_whole():
         ({"tokens": 0}, "tokens is 0"),
         ({"seed": None}, "seed is missing"),
         ({"initialisation": ""}, "initialisation is missing"),
-        ({"initialisation": "direct"}, "direct is without a teacher, and t600M is named"),
+        ({"initialisation": "direct"}, "direct means no teacher, but t600M is named"),
         ({"teacher": "", "teacher_parameters": None, "teacher_non_embedding_parameters": None}, "teacher is missing"),
         (
             {"teacher": "t90M", "teacher_parameters": 91_000_000, "teacher_non_embedding_parameters": 90_000_000},
@@ -74,7 +74,7 @@ def test_a_repeated_row_counts_once_and_a_contradiction_is_refused():
         ({"student_non_embedding_parameters": None}, "mixed: student_non_embedding_parameters is missing in row 2"),
         ({"teacher_non_embedding_parameters": None}, "mixed: teacher_non_embedding_parameters is missing in row 2"),
         ({"teacher_parameters": None}, "mixed: teacher_parameters is missing in row 2"),
-        ({"student_parameters": 100_000_000}, "mixed: student_parameters counts no embeddings in row 2"),
+        ({"student_parameters": 100_000_000}, "mixed: student_parameters excludes embeddings in row 2"),
         (
             {"student_parameters": 99_000_000},
             "student_parameters is less than student_non_embedding_parameters in row 2",
@@ -119,7 +119,7 @@ def test_what_the_grid_lacks_is_said(tmp_path):
     assert "student s100M: no run with teacher t600M for seed 1" in notes
     assert "student s200M: no run with teacher t1200M, which other students or starts have" in notes
     write_table([one for one in table() if one.seed == 1], tmp_path / "table.csv")
-    assert "a single seed (1); nothing has an interval" in " ".join(fit_table(tmp_path / "table.csv").notes)
+    assert "a single seed (1), so there are no intervals" in " ".join(fit_table(tmp_path / "table.csv").notes)
 
 
 def test_budgets_that_are_the_same_to_two_digits_are_not_lost(tmp_path):
@@ -171,19 +171,19 @@ def test_what_one_start_lacks_and_another_has_is_said(tmp_path):
 
 def test_direct_runs_of_other_seeds_are_said(tmp_path):
     rows = [one for one in noisy() if one.teacher or one.seed == 0]
-    assert "student s100M: direct runs for 0, distilled ones for 0, 1" in notes_of(rows, tmp_path)
+    assert "student s100M: direct runs with seeds: 0, distilled: 0, 1" in notes_of(rows, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 1_000_001_000}, {"unique_tokens": None, "epochs": None}])
 def test_budgets_that_are_nearly_the_same_are_said_to_be_fitted_apart(tmp_path, changes):
     rows = [replace(one, **changes) if one.teacher == "t600M" else one for one in noisy()]
-    assert "are fitted apart, though their budgets are nearly the same" in notes_of(rows, tmp_path)
-    assert "fitted apart" not in notes_of(noisy(), tmp_path)
+    assert "are fitted separately, though their budgets are nearly the same" in notes_of(rows, tmp_path)
+    assert "fitted separately" not in notes_of(noisy(), tmp_path)
 
 
 def test_repeated_data_on_purpose_is_another_budget(tmp_path):
     repeated = [replace(one, unique_tokens=one.tokens // 4, epochs=4.0) for one in noisy()]
-    assert "fitted apart" not in notes_of(noisy() + repeated, tmp_path)
+    assert "fitted separately" not in notes_of(noisy() + repeated, tmp_path)
 
 
 def test_two_seeds_with_one_loss_are_said(tmp_path):
@@ -197,9 +197,9 @@ def test_two_seeds_with_one_loss_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"student_loss": 12.2}, "student_loss is 12.2, more than the 10.37 nats of a guess"),
-        ({"unique_tokens": 2 * 10**9}, "unique_tokens is 2,000,000,000, more than the 1,000,000,000 tokens"),
-        ({"epochs": 7.0}, "epochs is 7, and tokens / unique_tokens 1"),
+        ({"student_loss": 12.2}, "student_loss is 12.2, more than the 10.37 nats of guessing"),
+        ({"unique_tokens": 2 * 10**9}, "unique_tokens is 2,000,000,000, more than all 1,000,000,000 tokens"),
+        ({"epochs": 7.0}, "epochs is 7, but tokens / unique_tokens is 1"),
     ],
 )
 def test_what_cannot_be_is_left_out_by_name(changes, reason):
@@ -213,13 +213,13 @@ def test_students_and_teachers_are_counted_in_the_same_way(model):
     rows = [
         replace(one, **{f"{model}_parameters": getattr(one, f"{model}_non_embedding_parameters")}) for one in table()
     ]
-    with pytest.raises(TableError, match=f"mixed: {model}_parameters counts no embeddings, and"):
+    with pytest.raises(TableError, match=f"mixed: {model}_parameters excludes embeddings, but"):
         check_rows(rows, "non_embedding")
 
 
 def test_embeddings_smaller_than_the_vocabulary_are_none():
     rows = [replace(one, student_parameters=one.student_non_embedding_parameters + 1) for one in table()]
-    with pytest.raises(TableError, match="the two sizes of the student differ by less than one number for each token"):
+    with pytest.raises(TableError, match="the two sizes of the student differ by less than one number per token"):
         check_rows(rows, "non_embedding")
 
 
@@ -231,4 +231,4 @@ def test_a_teacher_of_one_seed_has_one_loss():
 
 def test_runs_without_a_teachers_loss_are_named(tmp_path):
     rows = [replace(one, teacher_loss=math.nan) if one.teacher == "t600M" else one for one in noisy()]
-    assert "take no part in the scaling law (rows 2, 6, 10, 14)" in notes_of(rows, tmp_path)
+    assert "are left out of the scaling law (rows 2, 6, 10, 14)" in notes_of(rows, tmp_path)

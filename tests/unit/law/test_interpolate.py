@@ -65,7 +65,7 @@ def test_a_parabola_that_opens_downwards_is_not_bracketed():
 def test_two_teachers_are_too_few():
     (found, _), = minima(valley([100e6], TEACHERS[:2], 2, lambda _: 200e6))  # fmt: skip
     assert found.status == TOO_FEW
-    assert found.reason == "2 teachers; a parabola takes three sizes"
+    assert found.reason == "2 teachers; a parabola needs three sizes"
 
 
 def test_two_neighbours_on_each_side_take_part():

@@ -39,7 +39,7 @@ def test_fit_reports_and_keeps_what_it_found(place, capsys):
     assert "T* = a S + b: a = " in shown
     assert "the paper's T* = 2.498 S - 11.498: rejected" in shown
     assert "45 runs have no teacher_loss" in shown
-    assert "no line: 0 bracketed students, and a line takes three" in shown
+    assert "no line: 0 bracketed students, but a line needs three" in shown
     first, second = read_fit(place / "table.fit.json"), read_fit(place / "other.json")
     assert (first.conditions, first.scaling) == (second.conditions, second.scaling)
 
@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_fit_and_another_does_not(place):
 def test_sizes_with_embeddings_are_other_sizes(place):
     fit = fit_table(place / "table.csv", sizes="all", descents=1)
     assert fit.conditions[0].minima[0].student_size == 101_000_000
-    assert any("sizes without embeddings; these count them" in note for note in fit.notes)
+    assert any("sizes without embeddings, but these include them" in note for note in fit.notes)
 
 
 def test_json_is_json(place, capsys):
@@ -122,9 +122,9 @@ def test_plot_shows_every_student_and_start(drawn):
     ("arguments", "message"),
     [
         (["fit", "nothing.csv"], "nothing.csv cannot be read"),
-        (["plot", "nothing.fit.json"], "no fit that can be read"),
-        (["recommend", "--student", "2.7e9", "--fit", "nothing.json"], "no fit that can be read"),
-        (["recommend", "--student", "many"], "--student 'many' is no positive number"),
+        (["plot", "nothing.fit.json"], "cannot be read as a fit"),
+        (["recommend", "--student", "2.7e9", "--fit", "nothing.json"], "cannot be read as a fit"),
+        (["recommend", "--student", "many"], "--student 'many' is not a positive number"),
         (["recommend", "--student", "2e9", "--teachers", "1e9,7e9"], "a teacher of 1.00B for a student of 2.00B"),
     ],
 )
@@ -137,7 +137,7 @@ def test_mistakes_are_named(arguments, message, capsys):
 
 def test_another_json_is_no_fit(tmp_path):
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(TableError, match="no fit that can be read"):
+    with pytest.raises(TableError, match="cannot be read as a fit"):
         read_fit(tmp_path / "a.json")
 
 

@@ -24,10 +24,13 @@ def place(tmp_path_factory):
     [
         (["fit", "table.csv", "--seed", "-1"], "--seed -1"),
         (["plot", "table.csv", "--seed", "-1"], "--seed -1"),
-        (["fit", "table.csv", "--output", "nodir/x.json"], "the output nodir/x.json lies in nodir, which is no folder"),
+        (
+            ["fit", "table.csv", "--output", "nodir/x.json"],
+            "the output nodir/x.json lies in nodir, which is not a folder",
+        ),
         (["fit", "table.csv", "--output", "."], "the output . is a folder"),
         (["fit", "table.csv", "--output", "folder"], "the output folder is a folder"),
-        (["plot", "table.fit.json", "--output", "nodir/x"], "nodir/x.png lies in nodir, which is no folder"),
+        (["plot", "table.fit.json", "--output", "nodir/x"], "nodir/x.png lies in nodir, which is not a folder"),
         (["plot", "table.fit.json", "--output", "."], "the output . is a folder"),
         (["plot", "table.fit.json", "--output", "taken"], "the output taken.svg is a folder"),
     ],

@@ -103,7 +103,7 @@ def test_the_papers_line_is_rejected_where_it_is_wrong_and_not_where_it_is_right
 def test_small_students_are_compared_by_the_slope_alone():
     agreement = noisy(2.498, 0.0, (50e3, 100e3, 200e3, 400e3)).agreement
     assert agreement.rejected is False
-    assert "the slope without intercept alone" in agreement.test
+    assert "only the slope without intercept" in agreement.test
     assert noisy(9.0, 0.0, (50e3, 100e3, 200e3, 400e3)).agreement.rejected is True
 
 

@@ -75,7 +75,7 @@ def test_the_published_laws_disagree_and_it_is_said():
     assert low < scaling.teacher < high
     assert PUBLISHED.loss_under(2.7e9, 126e9, low, 20) <= scaling.loss + 0.01
     assert any("the laws disagree" in warning for warning in found.warnings)
-    assert any("30.6B extrapolates; measured were up to 12.6B" in warning for warning in found.warnings)
+    assert any("30.6B extrapolates: the largest measured is 12.6B" in warning for warning in found.warnings)
 
 
 def test_of_the_teachers_at_hand_each_law_takes_one():
@@ -108,9 +108,9 @@ def test_tokens_that_need_no_teacher_are_told():
     ("question", "warning"),
     [
         (Question(3e6), "it has a teacher only for students of more than 7.68M"),
-        (Question(10e9), "T* = 25.0B extrapolates; its teachers were 70.0M to 7.00B"),
-        (Question(50e6, 1e10), "a student of 50.0M extrapolates; measured were 143M to 12.6B"),
-        (Question(1e9, 1e12), "1.00T tokens extrapolate; measured were at most 512B"),
+        (Question(10e9), "T* = 25.0B extrapolates: its teachers were 70.0M to 7.00B"),
+        (Question(50e6, 1e10), "a student of 50.0M extrapolates: the measured range is 143M to 12.6B"),
+        (Question(1e9, 1e12), "1.00T tokens extrapolate: at most 512B were measured"),
         (Question(30e9, 1e8), "the loss still falls at a teacher 1,000 times as large"),
     ],
 )
@@ -133,8 +133,8 @@ def test_a_fitted_line_answers_with_an_interval(fit):
 
 def test_a_fitted_line_warns_beyond_its_students_and_its_tokens(fit):
     warnings = " ".join(recommend(Question(2.7e9, 126e9), fit).warnings)
-    assert "a student of 2.70B extrapolates; measured were 100M to 400M" in warnings
-    assert "126B tokens extrapolate; it was measured with 1.00B" in warnings
+    assert "a student of 2.70B extrapolates: the measured range is 100M to 400M" in warnings
+    assert "126B tokens extrapolate: it was measured with 1.00B" in warnings
 
 
 def test_a_fitted_scaling_law_answers_as_the_law_that_made_its_table(scaling_fit):
@@ -144,8 +144,8 @@ def test_a_fitted_scaling_law_answers_as_the_law_that_made_its_table(scaling_fit
     assert answer.teacher == pytest.approx(PUBLISHED.best_teacher(300e6, 64e9), rel=0.1)
     assert answer.loss == pytest.approx(PUBLISHED.loss_under(300e6, 64e9, answer.teacher, 20), rel=2e-3)
     beyond = " ".join(recommend(Question(3e9, 1e12, (20e9,)), scaling_fit).answers[-1].notes)
-    assert "a student of 3.00B extrapolates; measured were 143M to 700M" in beyond
-    assert "training tokens of 1.00T extrapolates; measured were 4.00B to 64.0B" in beyond
+    assert "a student of 3.00B extrapolates: the measured range is 143M to 700M" in beyond
+    assert "training tokens of 1.00T extrapolates: the measured range is 4.00B to 64.0B" in beyond
     assert "a teacher loss of" in beyond
 
 

@@ -186,4 +186,4 @@ def test_a_table_of_another_form_is_not_fitted():
             for run in runs_of()]  # fmt: skip
     found = fit_distilled(runs, PUBLISHED.supervised, descents=2)
     assert not found.fitted
-    assert "not of their form" in found.reason
+    assert "the law does not describe them" in found.reason

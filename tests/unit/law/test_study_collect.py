@@ -82,7 +82,7 @@ def test_collecting_runs_nothing(tmp_path):
     path = study_file(tmp_path, output=str(tmp_path / "runs"))
     said: list[str] = []
     assert run_study(path, [], said.append, collect_only=True) == 0
-    assert "no cell of 22 is finished yet" in said[-1]
+    assert "none of 22 cells is finished yet" in said[-1]
 
 
 def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path):

@@ -77,9 +77,9 @@ def test_a_missing_column_is_named_and_a_further_one_is_left_out(tmp_path):
         ("table.csv", None, "cannot be read"),
         ("table.parquet", None, "cannot be read"),
         ("table.parquet", "no parquet", "cannot be read"),
-        ("table.txt", "x", "neither in .csv nor in .parquet"),
+        ("table.txt", "x", "in neither .csv nor .parquet"),
         ("table.csv", ",".join(COLUMNS) + "\n", "has no rows"),
-        ("table.csv", ",".join(COLUMNS) + "\n1,2\n", "row 1 has not as many cells"),
+        ("table.csv", ",".join(COLUMNS) + "\n1,2\n", "row 1 does not have as many cells"),
     ],
 )
 def test_a_file_that_is_no_table_is_named(tmp_path, name, text, message):

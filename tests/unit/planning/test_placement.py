@@ -94,7 +94,7 @@ def test_host_memory_comes_after_recomputation_and_nvme_needs_a_path():
     poor = replace(small, host_bytes=int(0.95 * host_bytes / (1 - HOST_MARGIN)))
     choice = chosen(stage, poor)
     assert choice.offload == "nvme"
-    assert "in a machine's memory" in choice.reason
+    assert "on a machine with" in choice.reason
     with pytest.raises(RecipeError):
         chosen(stage_of(activation_checkpointing="auto"), poor)
 
@@ -105,7 +105,7 @@ def test_what_passes_counts_once_and_one_machine_shards_one_way():
         TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), NODE, "full"
     )
     assert [row.name for row in rows] == ["replica", "zero3_node", "tensor_parallel", "zero3_node+cpu"]
-    assert "zero3 cannot be: on one machine it is what zero3_node is" in excluded
+    assert "zero3 is impossible: on one machine it is the same as zero3_node" in excluded
     for row in rows:
         hidden = row.teacher.passing["hidden"]
         kept = row.student.resident_bytes + row.teacher.resident_bytes + hidden
@@ -120,21 +120,21 @@ def test_a_split_needs_heads_that_divide():
             TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, shape), NODE, "full"
         )
         assert ("tensor_parallel" in {row.name for row in rows}) == possible
-        assert ("4 key-value heads do not divide by 8 ranks" in "; ".join(excluded)) == (not possible)
+        assert ("4 key-value heads are not divisible by 8 ranks" in "; ".join(excluded)) == (not possible)
 
 
 def test_a_named_split_of_heads_that_do_not_divide_is_told_before_it_is_tried():
     grouped = TEACHER_7B.model_copy(update={"num_key_value_heads": 4})
     stage = stage_of(teacher={"placement": "tensor_parallel"})
     choice = chosen(stage, NODE, teacher_shape=grouped)
-    assert choice.chosen.refused == "cannot be: 4 key-value heads do not divide by 8 ranks"
+    assert choice.chosen.refused == "is impossible: 4 key-value heads are not divisible by 8 ranks"
     assert choice.warning == f"tensor_parallel {choice.chosen.refused}"
     planned = TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, grouped)
     assert choice.warning in unchosen(planned, 8)
     assert not chosen(stage_of(teacher={"placement": "tensor_parallel", "tensor_parallel_ranks": 4}), NODE,
                       teacher_shape=grouped).warning  # fmt: skip
     gpt2 = TEACHER_7B.model_copy(update={"family": "gpt2"})
-    assert "does not split a gpt2" in chosen(stage, NODE, teacher_shape=gpt2).warning
+    assert "cannot split a gpt2" in chosen(stage, NODE, teacher_shape=gpt2).warning
 
 
 def test_the_window_shrinks_where_hidden_states_do_not_fit():
@@ -161,8 +161,8 @@ def test_a_window_wider_than_a_step_is_told():
     wide = stage_of(teacher={"placement": "zero3_node", "window_micro_batches": 1000})
     choice = chosen(wide, NODE)
     assert (
-        choice.warning == f"window_micro_batches is 1000, and a step has {choice.window_micro_batches} micro-"
-        "batches on each rank: so many share one"
+        choice.warning == f"window_micro_batches is 1000, but a step has only {choice.window_micro_batches} micro-"
+        f"batches on each rank, so the window is {choice.window_micro_batches}"
     )
     fits = stage_of(teacher={"placement": "zero3_node", "window_micro_batches": choice.window_micro_batches})
     assert not chosen(fits, NODE).warning
@@ -191,7 +191,7 @@ def test_on_a_cpu_the_hosts_memory_is_the_device():
         TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B), devices, "full"
     )
     assert not [row for row in rows if row.offload == "cpu"]
-    assert "zero3_node+cpu cannot be: the host's memory is the devices'" in excluded
+    assert "zero3_node+cpu is impossible: host and device share one memory" in excluded
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 32])

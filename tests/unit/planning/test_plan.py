@@ -189,7 +189,7 @@ def test_stages_without_a_time_are_told_apart(planned):
     assert total_cost(list(plans.values()), gpus) is None
     text = " ".join(render(list(plans.values()), gpus, assumptions(gpus)).split())
     assert "no GPU time is spent by c, e" in text
-    assert "no total: no time is known of b; the others take" in text
+    assert "no total: no time is known for b; the others take" in text
 
 
 def test_a_place_that_the_recipe_names_is_the_one_that_is_taken(planned):

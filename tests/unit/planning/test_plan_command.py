@@ -91,8 +91,8 @@ def test_what_no_vendor_publishes_has_to_be_given(planned):
         ({"gpus": 0}, "--gpus 0"),
         ({"gpus": -8}, "--gpus -8"),
         ({"gpus": 12}, "12 GPUs do not fill machines of 8"),
-        ({"gpus": 3}, "batch_sequences 1024 does not divide by 3"),
-        ({"gpus": 2048}, "batch_sequences 1024 does not divide by 2048"),
+        ({"gpus": 3}, "batch_sequences 1024 is not divisible by 3"),
+        ({"gpus": 2048}, "batch_sequences 1024 is not divisible by 2048"),
         ({"gpus_per_node": 0}, "--gpus-per-node 0"),
         ({"gpu": "h1000"}, "the GPU 'h1000' is not known"),
         ({"price": 2.0}, "--price without --gpu"),
@@ -138,7 +138,7 @@ def test_chosen_stages_alone_are_shown_and_added_up(capsys):
 
 def test_the_memory_that_is_published_is_called_less_than_a_card_reports(planned):
     said = [" ".join(assumptions(planned("7B to 3B", gpu="h100", **asked)[1])) for asked in ({}, {"gpu_memory": 85e9})]
-    assert "--gpu-memory takes what it reports" in said[0] and "--gpu-memory" not in said[1]
+    assert "pass what it reports with --gpu-memory" in said[0] and "--gpu-memory" not in said[1]
 
 
 def test_the_documentation_shows_what_the_command_prints(planned, root):

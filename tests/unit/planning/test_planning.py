@@ -57,7 +57,7 @@ def test_a_batch_that_does_not_divide_names_the_counts_that_do():
     check_batch("s", training(steps=1), 8)
     with pytest.raises(RecipeError) as error:
         check_batch("s", training(steps=1), 3)
-    assert "take 1, 2, 4, 8 ranks" in error.value.do
+    assert "use 1, 2, 4, 8 ranks" in error.value.do
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_papers_run(root: Path, tmp_path, monkeypatch):
     corpus = text[text.index("# what would run") :]
     assert "disk       252 GB\n" in corpus, "126e9 tokens of two bytes, and what is held out"
     assert "disk       109 GB of checkpoints, at most" in student, "three of 12 bytes a parameter"
-    memory = student[student.index("memory     of one of") : student.index("quality (evaluate)")]
+    memory = student[student.index("memory     per rank, ") : student.index("quality (evaluate)")]
     names = [line.split()[0] for line in memory.splitlines() if len(line.split()) > 8 and "GB" in line]
     assert {"replica", "zero3_node", "zero3_node+cpu"} <= set(names)
     assert "peak may be up to 90% of a device" in memory
@@ -267,7 +267,7 @@ def test_vocabularies_that_differ_are_refused(show):
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(show):
-    with pytest.raises(RecipeError, match=r"stages\.t: batch_sequences 8 does not divide by 3"):
+    with pytest.raises(RecipeError, match=r"stages\.t: batch_sequences 8 is not divisible by 3"):
         show("ranks=3")
 
 
@@ -281,4 +281,4 @@ def test_a_dry_run_says_which_deepspeed_json_it_cannot_read(tmp_path, root: Path
     shown = dry_run_text(recipe, path, recipe.stages)
     count = sum(stage.kind == "distil" for stage in recipe.stages)  # the others take over what the first one says
     assert shown.count("own.json cannot be read as a DeepSpeed JSON") == count
-    assert "memory     of one of" not in shown
+    assert "memory     per rank, " not in shown

@@ -14,15 +14,15 @@ def stage(**keys):
     ("keys", "message"),
     [
         ({}, "names no suite, no tasks and no answers"),
-        ({"suite": "minima", "num_fewshot": 3}, "sets num_fewshot, which nothing in it reads"),
+        ({"suite": "minima", "num_fewshot": 3}, "sets num_fewshot, which nothing in it uses"),
         (
             {"answers": [{"format": "mt_bench", "questions": "q"}], "limit": 3, "data_folder": "d"},
-            "sets data_folder, limit, which nothing in it reads",
+            "sets data_folder, limit, which nothing in it uses",
         ),
-        ({"suite": "minima", "tasks": ["piqa", "mmlu"]}, "give mmlu, a name that its results have already"),
-        ({"suite": "minima", "tasks": ["bbh_stand_in"]}, "give bbh_stand_in, a name"),
-        ({"tasks": ["piqa", "arc_easy", "piqa"]}, "give piqa, a name"),
-        ({"tasks": ["left_out", "answers"]}, "give left_out, answers, a name"),
+        ({"suite": "minima", "tasks": ["piqa", "mmlu"]}, "name mmlu, which its results"),
+        ({"suite": "minima", "tasks": ["bbh_stand_in"]}, "name bbh_stand_in, which its results"),
+        ({"tasks": ["piqa", "arc_easy", "piqa"]}, "name piqa, which its results"),
+        ({"tasks": ["left_out", "answers"]}, "name left_out, answers, which its results"),
         ({"answers": [{"format": "mt_bench", "questions": q} for q in "ab"]}, "name mt_bench and mt_bench"),
     ],
 )

@@ -77,7 +77,7 @@ def test_what_other_programs_call_a_key_leads_to_one_that_there_is():
 
 
 def test_unknown_key_with_nothing_near_lists_the_known(load, recipe):
-    with pytest.raises(RecipeError, match=r"known are .*learning_rate"):
+    with pytest.raises(RecipeError, match=r"known keys are .*learning_rate"):
         load(recipe, "stages.student.zzzzzz=1")
 
 
@@ -95,7 +95,7 @@ def test_every_problem_is_listed_once(load, recipe):
     assert "3 problems" in text
     assert "stages.teacher.learning_rate: is missing" in text
     assert "stages.student.steps:" in text and "'many'" in text
-    assert "ranks: has to be greater than 0, not 0" in text
+    assert "ranks: must be greater than 0, not 0" in text
     assert "pydantic" not in text
 
 
@@ -104,12 +104,12 @@ def test_every_problem_is_listed_once(load, recipe):
     [
         (
             "stages.student.batch_sequences=eight",
-            "stages.student.batch_sequences: has to be a whole number, not 'eight'",
+            "stages.student.batch_sequences: must be a whole number, not 'eight'",
         ),
-        ("stages.student.learning_rate=fast", "stages.student.learning_rate: has to be a number, not 'fast'"),
-        ("stages.student.tensorboard=maybe", "stages.student.tensorboard: has to be true or false, not 'maybe'"),
-        ("summary=7", "summary: has to be a block of keys, not 7"),
-        ("stages.student.batch_sequences=10", "stages.student: batch_sequences 10 is no multiple"),
+        ("stages.student.learning_rate=fast", "stages.student.learning_rate: must be a number, not 'fast'"),
+        ("stages.student.tensorboard=maybe", "stages.student.tensorboard: must be true or false, not 'maybe'"),
+        ("summary=7", "summary: must be a block of keys, not 7"),
+        ("stages.student.batch_sequences=10", "stages.student: batch_sequences 10 is not a multiple"),
     ],
 )
 def test_the_place_and_the_value_as_they_were_written(load, recipe, override, said):
@@ -186,10 +186,10 @@ def test_malformed_overrides_are_refused(load, recipe, override):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stages.quality.models.0.revision=main", "goes into '0', which is 'teacher'"),
-        ("stages.quality.models.0.revision.x=main", "goes into '0', which is 'teacher'"),
+        ("stages.quality.models.0.revision=main", "asks for a key of '0', which is 'teacher'"),
+        ("stages.quality.models.0.revision.x=main", "asks for a key of '0', which is 'teacher'"),
         ("stages.quality.models.2=pruned", "entry '2' of a list of 2"),
-        ("stages.student=1", "names a stage, and no key of it"),
+        ("stages.student=1", "names a stage, but none of its keys"),
     ],
 )
 def test_overrides_that_reach_nothing_are_refused(load, recipe, override, words):
@@ -262,7 +262,7 @@ stages:
         ("summary.x=3", "names no stage's metric"),
         ("summary.x=[]", r"summary\.x is an empty list"),
         ("summary.x={y: []}", r"summary\.x\.y is an empty list"),
-        ("summary.tokens=student.tokens", r"summary\.tokens: the summary has a 'tokens' of its own"),
+        ("summary.tokens=student.tokens", r"summary\.tokens: the summary has its own 'tokens'"),
         ("summary.seconds=student.seconds", r"summary\.seconds: the summary has"),
         ("summary.export={out: out.bytes}", r"summary\.export: the summary has"),
         ("summary.x=quality.loss", "'quality.loss' names no model of stage 'quality'"),
@@ -306,7 +306,7 @@ def test_stages_and_models_of_the_summary_may_hold_points(load, recipe, model, s
     ("overrides", "said", "mended"),
     [
         (["warmup_steps=2", "warmup_fraction=0.1"], "warmup_steps 2 with warmup_fraction 0.1", "warmup_steps=null"),
-        (["warmup_steps=2", "warmup_fraction=0.1"], "only the steps would be read", "warmup_fraction=0.01"),
+        (["warmup_steps=2", "warmup_fraction=0.1"], "only the steps would be used", "warmup_fraction=0.01"),
         (
             ["schedule=constant", "final_learning_rate_fraction=0.1"],
             "schedule: constant with final_learning_rate_fraction 0.1",
@@ -327,10 +327,10 @@ def test_what_a_training_stage_would_not_read_is_refused(load, recipe, overrides
 @pytest.mark.parametrize(
     ("overrides", "stage", "told"),
     [
-        (["stages.student.model={source: pruned, revision: main}"], "student", "model.revision 'main' of a stage"),
-        (["stages.student.model={source: teacher@2, revision: main}"], "student", "model.revision 'main' of a stage"),
+        (["stages.student.model={source: pruned, revision: main}"], "student", "model.revision 'main' with a stage"),
+        (["stages.student.model={source: teacher@2, revision: main}"], "student", "model.revision 'main' with a stage"),
         (["stages.student.model={source: org/m, revision: main}"], "student", None),
-        (["stages.teacher.model.revision=main"], "teacher", "model.revision beside random weights"),
+        (["stages.teacher.model.revision=main"], "teacher", "model.revision with random weights"),
         (
             ["stages.student.soft_weight=0", "stages.student.temperature=2"],
             "student",
@@ -354,11 +354,11 @@ def test_what_a_begun_stage_may_keep_though_nothing_reads_it_is_told(load, recip
 @pytest.mark.parametrize(
     ("source", "idle"),
     [
-        ({"path": "a.txt", "split": "test", "config": "en"}, "config, split, which are not read with `path`"),
-        ({"path": "a.txt", "revision": "main"}, "revision, which is not read with `path`"),
+        ({"path": "a.txt", "split": "test", "config": "en"}, "config, split, which are not used with `path`"),
+        ({"path": "a.txt", "revision": "main"}, "revision, which is not used with `path`"),
         ({"path": "a.txt", "streaming": True}, "streaming, which is"),
-        ({"hub": "org/text", "format": "jsonl"}, "format, which is not read with `hub`"),
-        ({"embedded": "sotu", "format": "text"}, "format, which is not read with `embedded`"),
+        ({"hub": "org/text", "format": "jsonl"}, "format, which is not used with `hub`"),
+        ({"embedded": "sotu", "format": "text"}, "format, which is not used with `embedded`"),
         ({"embedded": "sotu", "field": "content"}, "field, which is"),
         ({"embedded": "sotu", "split": "test"}, "split, which is"),
     ],
@@ -412,7 +412,7 @@ def test_shipped_recipes_load(root: Path):
 @pytest.mark.parametrize("name", ["lock", "logs", "recipe.yaml", "summary.json", "hub.json"])
 def test_a_stage_may_not_take_the_name_of_a_file_of_the_run(name):
     stage = {"name": name, "kind": "export", "model": "m"}
-    with pytest.raises(ValueError, match="keeps a file or folder of its own"):
+    with pytest.raises(ValueError, match="has a file or folder of its own"):
         Recipe.model_validate({"name": "r", "stages": [stage]})
 
 
@@ -437,7 +437,7 @@ def test_aliases_of_aliases_are_refused_before_they_fill_the_memory(load):
     ],
 )
 def test_a_token_is_refused_before_it_is_copied_into_the_run(load, recipe, override, place):
-    with pytest.raises(RecipeError, match=f"a token or a password stands in {place}") as refused:
+    with pytest.raises(RecipeError, match=f"{place} holds what looks like a token or a password") as refused:
         load(recipe, override)
     assert "secret@" not in str(refused.value) and "VerySecret" not in str(refused.value)
 

@@ -405,9 +405,9 @@ def test_a_checkpoint_that_is_named_takes_its_disk(tmp_path):
     ("length", "said"),
     [
         ({"tokens": LENGTH}, None),
-        ({"tokens": LENGTH - 1}, "tokens 255 come to less than one sequence of 256 tokens"),
+        ({"tokens": LENGTH - 1}, "tokens 255 is less than one sequence of 256 tokens"),
         ({"tokens": None, "epochs": 0.1}, None),
-        ({"tokens": None, "epochs": 0.05}, "epochs 0.05 come to less than one sequence of 256 tokens"),
+        ({"tokens": None, "epochs": 0.05}, "epochs 0.05 is less than one sequence of 256 tokens"),
     ],
 )
 def test_a_length_of_no_sequence(show, length, said):

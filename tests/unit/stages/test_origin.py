@@ -184,6 +184,6 @@ def test_a_shape_of_another_model_is_refused_and_one_that_says_too_little_is_tol
     origin.open_origin(context, origin.ModelInput(source="m", shape=given))
     assert not caplog.text
     origin.open_origin(context, origin.ModelInput(source="m", shape=given | {"tied": True}))
-    assert "m: tied is False, the recipe says True" in caplog.text
-    with pytest.raises(ShapeError, match="hidden_size is 8, the recipe says 16"):
+    assert "m: tied is False, but the recipe says True" in caplog.text
+    with pytest.raises(ShapeError, match="hidden_size is 8, but the recipe says 16"):
         origin.open_origin(context, origin.ModelInput(source="m", shape=given | {"hidden_size": 16}))

@@ -335,7 +335,7 @@ def test_logs_that_cannot_be_written_are_a_mistake_to_mend(run, tmp_path):
 
 
 def test_ranks_and_launcher_are_checked(run, monkeypatch):
-    with pytest.raises(RecipeError, match="batch_sequences 8 does not divide by 3 ranks"):
+    with pytest.raises(RecipeError, match="batch_sequences 8 is not divisible by 3 ranks"):
         run("ranks=3")
     with pytest.raises(RecipeError, match="2 ranks with the launcher 'local'"):
         run("launcher=local")
