@@ -63,7 +63,7 @@ def stage_lines(plan: StagePlan, gpus: PlannedGpus) -> list[str]:
         how = f"activation_checkpointing {plan.checkpointing}" if plan.checkpointing else "recomputation"
         more = f", {flops(executed)} with {how}" if executed else ""
         more = f" ({how})" if executed == plan.flops_per_token else more
-        whole = f"; {plan.flops:.3e} FLOP in total" if plan.flops is not None else ""
+        whole = f"; {plan.flops:.3e} FLOP in all" if plan.flops is not None else ""
         lines += _wrapped("FLOPs", f"{flops(plan.flops_per_token)} per token{more}{whole}")
     if plan.memory:
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in plan.memory.items() if size)

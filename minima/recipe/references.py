@@ -53,7 +53,7 @@ def stage_and_step(recipe: Recipe, text: str) -> tuple[AnyStage | None, int | No
 
 
 def trained_precision(recipe: Recipe, text: str) -> str | None:
-    """The precision that a model was trained in, where `text` names a training stage of the recipe."""
+    """The precision that a model was trained in, if `text` names a training stage of the recipe."""
     stage, _ = stage_and_step(recipe, text)
     return stage.precision if isinstance(stage, AnyTraining) else None
 

@@ -203,11 +203,11 @@ class Recipe(Strict):
 
     @property
     def folder(self) -> Path:
-        """Where the run's stages lie; relative to where the command runs."""
+        """The run's folder, relative to where the command runs."""
         return Path(self.output or f"runs/{self.name}").expanduser()
 
     def select(self, names: Sequence[str] | None) -> list[AnyStage]:
-        """The stages of those names in the recipe's order; all of them for None.
+        """The stages with these names, in the recipe's order; all stages for None.
 
         Raises:
             RecipeError: a name is no stage of the recipe, or there are no names.
