@@ -64,6 +64,7 @@ def test_schedule_and_feed_are_the_recipes(tmp_path, monkeypatch, settings, step
         "Student": lambda source, config, stage: seen.students.append(stage) or device,
         "TrainingRun": lambda **given: seen.trained.append(given["facts"]["model"]) or run,
         "Feed": lambda store, **given: seen.feed.update(given),
+        "StopRequest": lambda: SimpleNamespace(listen=lambda: None),  # the test's own process keeps its signals
         "train": lambda *given, **_: seen.trained.extend(given[3:6:2]),
     }.items():  # fmt: skip
         monkeypatch.setattr(training, name, stand_in)
