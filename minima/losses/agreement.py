@@ -1,4 +1,4 @@
-"""How far a student follows a teacher, from hidden states: logits exist for one chunk of tokens at a time.
+"""Student-teacher agreement from hidden states; logits are materialised for one chunk of tokens at a time.
 
 Shapes: N tokens, C tokens of one chunk, D student width, E teacher width, V vocabulary.
 """
@@ -22,18 +22,18 @@ def linear_agreement(
     chunk_tokens: int = 1024,
     ignore_index: int = IGNORE_INDEX,
 ) -> dict[str, Tensor]:
-    """How far a student follows a teacher over the valid tokens; no gradients.
+    """How closely a student follows a teacher over the valid tokens; no gradients.
 
     Args:
-        student_hidden_ND: as for `linear_distillation_loss`, and so are the other arguments.
+        student_hidden_ND: this and the other arguments are as for `linear_distillation_loss`.
 
     Returns:
-        Sums over valid tokens: `kl`, KL(teacher || student) in nats; `same_top1`, tokens on which both models' most
-        likely next tokens agree; `count`, valid tokens.
+        Sums over valid tokens: `kl`, KL(teacher || student) in nats; `same_top1`, tokens for which both models agree on
+        the most likely next token; `count`, valid tokens.
 
     Raises:
         VocabularyMismatch: the two heads have different numbers of rows.
-        MinimaError: tokens or widths do not belong together, or `chunk_tokens` is below 1.
+        MinimaError: the numbers of tokens or the widths do not match, or `chunk_tokens` is below 1.
     """
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
     student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)

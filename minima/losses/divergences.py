@@ -1,10 +1,10 @@
-"""How far a student's distribution is from a teacher's: six divergences, and a teacher that is cut to its top tokens.
+"""Six divergences of a student's distribution from a teacher's, and the truncation of a teacher to its top tokens.
 
 Shapes: R rows of one block of a chunk, V vocabulary. p is the teacher's distribution, q the student's, both at the
-temperature; d = log p - log q. Every divergence here is a sum of q F(p / q), and its gradient for the student's logits
-is q (g - sum q g), with g its derivative by q. A constant in g drops out, so each g below is the one that vanishes
-where p = q, written in d: late in training p and q agree in all but their last digits, and what is left of a
-difference between two logarithms would be rounding.
+temperature; d = log p - log q. Every divergence here is a sum of q F(p / q), and its gradient with respect to the
+student's logits is q (g - sum q g), where g is its derivative with respect to q. A constant in g cancels, so each g
+below is chosen to vanish where p = q and is written in terms of d: late in training p and q agree in all but their last
+digits, and the difference of two logarithms would be mostly rounding error.
 """
 
 import math
@@ -19,22 +19,22 @@ DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation"
 ]
 
-_ONE = 2.0**52  # a probability of 1 as a whole number: what is rounded off is less than what a double loses
-# exp(80) still fits a float32. Where p/q is larger than that, the terms in q are below 1e-34 whatever d is, so d is
-# clamped there; likewise for q/p.
+_ONE = 2.0**52  # a probability of 1 in fixed point; the rounding is finer than that of a double
+# exp(80) still fits in float32. Where p/q exceeds it, the terms in q are below 1e-34 whatever d is, so d is clamped;
+# likewise for q/p.
 _LARGEST = 80.0
 
 
 class SoftTerm(NamedTuple):
-    """What the teacher's part of a loss is.
+    """The teacher's part (the soft part) of a loss.
 
     Attributes:
         divergence: its name.
         temperature: divides both models' logits; the part is scaled by its square.
         beta: the teacher's weight in `jensen_shannon`.
-        alpha: of the skew ones.
-        top_k: the teacher's likeliest tokens that are kept, the rest being one bucket; None for all.
-        top_p: probability, at least, of the smallest set of them that is kept; None for all.
+        alpha: the mixing weight of the skew divergences.
+        top_k: how many of the teacher's likeliest tokens are kept; the rest form one bucket. None keeps all.
+        top_p: keep the smallest set of likeliest tokens with at least this probability; None keeps all.
     """
 
     divergence: DivergenceName = "forward_kl"
@@ -45,10 +45,10 @@ class SoftTerm(NamedTuple):
     top_p: float | None = None
 
     def check(self) -> None:
-        """Refuse what is out of its range.
+        """Refuse invalid settings.
 
         Raises:
-            MinimaError: the divergence is not known, or a number is out of its range.
+            MinimaError: the divergence is unknown, or a number is out of range.
         """
         names = get_args(DivergenceName)
         top_k, top_p = self.top_k, self.top_p
@@ -63,39 +63,39 @@ class SoftTerm(NamedTuple):
             beta=(
                 self.beta,
                 is_between(self.beta, 0, 1),
-                "between 0 and 1, whose ends are forward_kl and reverse_kl",
+                "between 0 and 1, both excluded; for the limits use forward_kl and reverse_kl",
             ),
             alpha=(
                 self.alpha,
                 is_between(self.alpha, 0, 1),
-                "between 0 and 1: 0 is forward_kl or reverse_kl, and 1 is nothing",
+                "between 0 and 1, both excluded: 0 is forward_kl or reverse_kl, and at 1 the divergence is always 0",
             ),
-            top_k=(top_k, top_k is None or is_count(top_k), "a whole number from 1 on, or None for all tokens"),
+            top_k=(top_k, top_k is None or is_count(top_k), "a whole number of at least 1, or None for all tokens"),
             top_p=(
                 top_p,
                 top_p is None or is_between(top_p, 0, 1) or top_p == 1,
-                "above 0, and 1 or None for all tokens",
+                "above 0 and at most 1; 1 or None keeps all tokens",
             ),
         )
 
     @property
     def truncated(self) -> bool:
-        """Whether the teacher's less likely tokens count as one."""
+        """Whether the teacher's less likely tokens are merged into one bucket."""
         return self.top_k is not None or self.top_p is not None
 
     @property
     def plain_forward_kl(self) -> bool:
-        """Whether it is the published one, whose gradient is the student's probabilities less the teacher's."""
+        """Whether this is the published loss, whose gradient is the student's minus the teacher's probabilities."""
         return self.divergence == "forward_kl" and not self.truncated
 
 
 def divergence_and_slope(log_p_RV: Tensor, log_q_RV: Tensor, soft: SoftTerm) -> tuple[Tensor, Tensor]:
-    """The divergence of each row in nats, and its gradient for the student's logits over temperature.
+    """The divergence of each row in nats, and its gradient with respect to the student's logits over temperature.
 
     Args:
-        log_p_RV: the teacher's log-probabilities, from `one_tail` where it is cut.
+        log_p_RV: the teacher's log-probabilities; from `one_tail` if the teacher is truncated.
         log_q_RV: the student's.
-        soft: names the divergence; its temperature is not looked at.
+        soft: names the divergence; its temperature is ignored.
 
     Returns:
         [R] and [R, V], both float32.
@@ -136,18 +136,19 @@ def _log_mix(d_RV: Tensor, share: float) -> Tensor:
 
 
 def one_tail(log_p_RV: Tensor, log_q_RV: Tensor, soft: SoftTerm) -> tuple[Tensor, Tensor]:
-    """The teacher with all but its top tokens as one bucket, for a student that is cut in the same way.
+    """Merge all but the teacher's top tokens into one bucket, with the student's tail merged in the same way.
 
-    Of a divergence, a token in the bucket sees nothing but the bucket's p / q. So the teacher who gives each of them
-    the student's own share of its bucket, p* q / q*, has the same divergence and the same gradient over all tokens.
+    A token in the bucket affects a divergence only through the bucket's ratio p* / q*. So a teacher that splits its
+    bucket among the tokens in the student's proportions, p* q / q*, gives the same divergence and the same gradient
+    when it is evaluated over all tokens.
 
     Args:
         log_p_RV: the teacher's log-probabilities.
         log_q_RV: the student's.
-        soft: with `top_k` or `top_p`, or both: the smaller of the two sets.
+        soft: has `top_k`, `top_p` or both; with both, the smaller set is kept.
 
     Returns:
-        That teacher's log-probabilities [R, V], and the entropy of the teacher over top tokens and bucket [R].
+        That teacher's log-probabilities [R, V], and its entropy over top tokens and bucket [R].
     """
     top_RV = _top(log_p_RV, soft)
     log_tail_p_R1 = log_p_RV.masked_fill(top_RV, float("-inf")).logsumexp(-1, keepdim=True)
@@ -159,16 +160,17 @@ def one_tail(log_p_RV: Tensor, log_q_RV: Tensor, soft: SoftTerm) -> tuple[Tensor
 
 
 def _top(log_p_RV: Tensor, soft: SoftTerm) -> Tensor:
-    """True at each row's top tokens; at least one."""
+    """True at each row's top tokens, of which there is at least one."""
     vocabulary = log_p_RV.shape[-1]
     most = vocabulary if soft.top_k is None else min(soft.top_k, vocabulary)
-    # A GPU must not wait to hear how many are enough. A CPU may look, and sorting all of a row is what takes its time.
+    # On a GPU, finding out how many tokens suffice would force a sync. A CPU can check cheaply, and sorting the whole
+    # row is what costs it time.
     tried = most if log_p_RV.is_cuda or soft.top_p is None else min(most, 256)
     while True:
         log_top_RK, index_RK = log_p_RV.topk(tried, dim=-1)
         taken_RK = torch.ones_like(index_RK, dtype=torch.bool)
         if soft.top_p is not None:
-            # In whole numbers, since a GPU adds up fractions in any order and refuses to where that must not be.
+            # In integers: a float cumsum on a GPU is not deterministic, and fails where determinism is required.
             mass_RK = log_top_RK.double().exp_().nan_to_num_(0.0).mul_(_ONE).long().cumsum(-1)
             enough = int(soft.top_p * _ONE)
             taken_RK[:, 1:] = mass_RK[:, :-1] < enough

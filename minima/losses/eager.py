@@ -1,4 +1,4 @@
-"""A chunk's losses and the gradient of its logits in plain torch: the oracle of the Triton kernel.
+"""A chunk's losses and the gradient of its logits in plain torch: the reference for the Triton kernel.
 
 Shapes: C tokens of one chunk, R rows of one block of a chunk, V vocabulary.
 """
@@ -13,13 +13,13 @@ from minima.losses.linear import row_blocks
 
 
 class Terms(NamedTuple):
-    """What a loss is a weighted sum of.
+    """The weighted terms of a loss.
 
     Attributes:
         hard: weight of the cross-entropy with the labels.
         soft: weight of the teacher's part.
-        term: what the teacher's part is.
-        zero_parts: compute a part whose weight is 0, too.
+        term: definition of the teacher's part.
+        zero_parts: also compute a part whose weight is 0.
     """
 
     hard: float
@@ -49,15 +49,15 @@ def losses_and_gradient(
 
     Args:
         student_CV: float32 logits.
-        teacher_CV: float32 logits, which are lost; None where the teacher has no part.
-        labels_C: int64; any token where it is not kept.
+        teacher_CV: float32 logits, which may be overwritten; None if the loss has no teacher part.
+        labels_C: int64; any valid token id where the token is not kept.
         keep_C: which tokens count.
         terms: the loss.
         sums: float64 [3]: hard, soft (times temperature squared) and KL(teacher || student).
-        need_gradient: False leaves the student's logits as they are.
+        need_gradient: if False, the student's logits stay unchanged.
     """
     tau, published = terms.term.temperature, terms.term.plain_forward_kl
-    # Which tokens are a teacher's top is found with indices and sums of 8 bytes, and some copies more.
+    # Finding a teacher's top tokens takes 8-byte indices and sums and a few more copies, hence 64 bytes per element.
     for block in row_blocks(student_CV, 64 if terms.term.truncated else 16):
         logits_RV, keep_R = student_CV[block], keep_C[block]
         label_R1 = labels_C[block].unsqueeze(1)
@@ -70,14 +70,14 @@ def losses_and_gradient(
         if need_gradient:
             if terms.hard:
                 logits_RV.scatter_(1, label_R1, logits_RV.gather(1, label_R1) - terms.hard)
-            # Zero whatever was there, be it finite or not. On a CPU this takes a tenth of masked_fill_'s time.
+            # Zero the rows that do not count, finite or not. On a CPU this takes a tenth of masked_fill_'s time.
             logits_RV.view(torch.int32).bitwise_and_(-keep_R.int().unsqueeze(1))
 
 
 def _labels_alone(
     logits_RV: Tensor, label_R1: Tensor, keep_R: Tensor, terms: Terms, sums: Tensor, need_gradient: bool
 ) -> None:
-    """Cross-entropy with the labels, and all of its gradient but the label's."""
+    """Cross-entropy with the labels, and its gradient without the label's term."""
     p_RV = logits_RV.softmax(-1)
     log_sum_R = logits_RV.amax(-1) - p_RV.amax(-1).log()
     sums[0] += _kept_sum(log_sum_R - logits_RV.gather(1, label_R1).squeeze(1), keep_R)
@@ -94,11 +94,11 @@ def _published_loss(
     sums: Tensor,
     need_gradient: bool,
 ) -> None:
-    """Both parts of the published loss, and all of its gradient but the label's, from one softmax of each model.
+    """Both parts of the published loss, and its gradient without the label's term, from one softmax per model.
 
-    With the largest probability p = exp(largest logit - log of the sum), the sum comes from that; no logarithm of a
-    whole row is taken. The teacher's logits become their difference from the student's, so that a small divergence is
-    not the difference of two large numbers.
+    The log-sum-exp follows from the largest probability, which is exp(largest logit - log-sum-exp), so no logarithm of
+    a whole row is needed. The teacher's logits are replaced by their difference from the student's, so that a small
+    divergence is not computed as the difference of two large numbers.
     """
     p_t_RV, p_s_RV = teacher_RV.softmax(-1), logits_RV.softmax(-1)
     log_sum_s_R = logits_RV.amax(-1) - p_s_RV.amax(-1).log()
@@ -121,7 +121,7 @@ def _general_loss(
     sums: Tensor,
     need_gradient: bool,
 ) -> None:
-    """Any loss, at any temperature; all of its gradient but the label's."""
+    """Any loss at any temperature, and its gradient without the label's term."""
     tau, scale = terms.term.temperature, terms.soft * terms.term.temperature
     published = terms.term.plain_forward_kl
     log_p_RV = logits_RV.log_softmax(-1) if terms.has_hard or tau == 1.0 else None
@@ -148,14 +148,14 @@ def _general_loss(
 
 
 def _other_soft_part(log_t_RV: Tensor, log_q_RV: Tensor, keep_R: Tensor, term: SoftTerm, sums: Tensor) -> Tensor:
-    """Add the soft part to `sums`; the gradient [R, V] of the divergence for the student's logits over temperature."""
+    """Add the soft part to `sums`; return the gradient [R, V] with respect to the student's logits over temperature."""
     kl = _kept_sum((log_t_RV.exp() * (log_t_RV - log_q_RV)).sum(-1), keep_R)
     entropy_R = None
     if term.truncated:
         log_t_RV, entropy_R = one_tail(log_t_RV, log_q_RV, term)
     value_R, slope_RV = divergence_and_slope(log_t_RV, log_q_RV, term)
     if term.divergence == "forward_kl" and entropy_R is not None:
-        value_R = value_R + entropy_R  # a cross-entropy, as without the cut
+        value_R = value_R + entropy_R  # a cross-entropy, as without truncation
     sums[1] += term.temperature**2 * _kept_sum(value_R, keep_R)
     sums[2] += kl
     return slope_RV

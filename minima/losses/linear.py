@@ -1,4 +1,4 @@
-"""Matrix products between hidden states and an output head, with sums and results in float32.
+"""Matrix products of hidden states and an output head, with accumulation and results in float32.
 
 Shapes: C tokens of one chunk, D width, V vocabulary.
 """
@@ -14,17 +14,17 @@ from minima.errors import MinimaError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Elements of one block of rows in the element-wise part of a loss: on a CPU a block and its temporaries stay in the
-# cache (2^17 float32 numbers are 0.5 MB); a GPU wants few, large kernels.
+# Elements of one block of rows in the element-wise part of a loss: on a CPU a block and its temporaries should fit the
+# cache (2^17 float32 numbers are 0.5 MB); a GPU runs best with few, large kernels.
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
-_NARROW = (torch.bfloat16, torch.float16)  # what a GPU multiplies into float32
-_NARROWED_ELEMENTS = 2**24  # 32 MB of bfloat16 beside the sum
+_NARROW = (torch.bfloat16, torch.float16)  # dtypes that a GPU can multiply with a float32 result
+_NARROWED_ELEMENTS = 2**24  # a temporary of 32 MB in bfloat16 beside the sum
 
 
 def without_autocast(step: F) -> F:
-    """A step of an autograd function that chooses its dtypes itself, whatever the caller's `torch.autocast` says.
+    """Make a step of an autograd function ignore the caller's `torch.autocast`: it chooses its dtypes itself.
 
-    There a float32 product would be rounded to bfloat16, and with it the loss.
+    Under autocast a float32 product would be rounded to bfloat16, and the loss with it.
     """
 
     @functools.wraps(step)
@@ -36,10 +36,10 @@ def without_autocast(step: F) -> F:
 
 
 def first_order(backward: F) -> F:
-    """A backward pass without a derivative of its own, which refuses to be asked for one.
+    """Make a backward pass that has no derivative of its own refuse second derivatives.
 
-    torch's `once_differentiable` gives a gradient without a graph where the incoming gradient has none: a second
-    derivative of the loss would silently be zero.
+    torch's `once_differentiable` is not enough: if the incoming gradient has no graph it returns a gradient without
+    one, so a second derivative of the loss would silently be zero.
     """
 
     @functools.wraps(backward)
@@ -47,8 +47,8 @@ def first_order(backward: F) -> F:
         if torch.is_grad_enabled():
             raise MinimaError(
                 "a gradient of this loss with `create_graph=True`",
-                "its gradient is computed in chunks that no graph remembers, so every second derivative would be zero",
-                "leave create_graph away, or take second derivatives of a loss over dense logits",
+                "its gradient is computed in chunks that autograd does not record, so second derivatives would be zero",
+                "omit create_graph, or take second derivatives of a loss over dense logits",
             )
         return backward(ctx, *gradients)
 
@@ -56,23 +56,23 @@ def first_order(backward: F) -> F:
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that runs now was told to keep its graph (`retain_graph`), for another pass through it.
+    """Whether the current backward pass keeps its graph (`retain_graph`) for another pass.
 
-    What torch's own compiler asks before it reuses saved tensors. A torch that does not say counts as yes.
+    Uses the query that torch's own compiler makes before it reuses saved tensors; True if this torch does not have it.
     """
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return torch.compiler.is_compiling() or ask is None or ask()
 
 
 class ChunkBuffers:
-    """Matrices of the size of one chunk's logits, taken once and used for every chunk.
+    """Matrices of the size of one chunk's logits, allocated once and reused for every chunk.
 
-    A block of memory as large as that goes back to the system as soon as it is free, so that a CPU would be given new
-    pages, and clear them, for every chunk.
+    The allocator returns blocks of this size to the operating system as soon as they are freed, so without reuse a CPU
+    would get, and have to clear, new pages for every chunk.
 
     Args:
-        vocabulary: columns.
-        device: where they lie.
+        vocabulary: number of columns.
+        device: where to allocate them.
     """
 
     def __init__(self, vocabulary: int, device: torch.device) -> None:
@@ -80,26 +80,26 @@ class ChunkBuffers:
         self._kept: dict[str, Tensor] = {}
 
     def get(self, name: str, num_tokens: int, most_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The first rows of the matrix called `name`, which has `most_tokens`; in them is what was left there."""
+        """The first `num_tokens` rows of the matrix `name`, which has `most_tokens`; their contents are left over."""
         if name not in self._kept:
             self._kept[name] = torch.empty(most_tokens, self._vocabulary, dtype=dtype, device=self._device)
         return self._kept[name][:num_tokens]
 
 
 def logits_head(head_VD: Tensor, hidden_dtype: torch.dtype) -> Tensor:
-    """The head as `float_logits` wants it for all chunks of hidden states of this dtype."""
+    """The head in the dtype that `float_logits` needs for hidden states of this dtype; convert once for all chunks."""
     if hidden_dtype in _NARROW and head_VD.is_cuda:
         return head_VD.to(hidden_dtype)
-    return head_VD.float()  # no CPU kernel multiplies bfloat16 into float32, and no kernel float64
+    return head_VD.float()  # no CPU kernel multiplies bfloat16 with a float32 result, and no kernel float64
 
 
 def float_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor | None = None) -> Tensor:
-    """Float32 logits [C, V]. Rounding them to bfloat16 would cost 18 % of the gradient at a KL of 0.01 nats.
+    """Float32 logits [C, V]. Rounding them to bfloat16 would change the gradient by 18 % at a KL of 0.01 nats.
 
     Args:
         hidden_CD: of one chunk.
-        head_VD: the output head, from `logits_head` where there are many chunks.
-        out_CV: is overwritten and returned, where given.
+        head_VD: the output head; pass it through `logits_head` first if there are many chunks.
+        out_CV: if given, it is overwritten and returned.
     """
     head_VD = logits_head(head_VD, hidden_CD.dtype)
     if head_VD.dtype == torch.float32:
@@ -110,36 +110,36 @@ def float_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor | None = Non
 
 
 def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-    """sum_VD += gradient_CV^T hidden_CD, with the sum in float32."""
+    """sum_VD += gradient_CV^T hidden_CD, accumulated in float32."""
     if gradient_CV.dtype == torch.float32:
         sum_VD.addmm_(gradient_CV.t(), hidden_CD)
     elif gradient_CV.is_cuda and gradient_CV.dtype in _NARROW:
         try:  # one pass over the sum, and no second matrix of its size
             torch.addmm(sum_VD, gradient_CV.t(), hidden_CD, out_dtype=torch.float32, out=sum_VD)
-        except RuntimeError:  # an older torch wants a sum in the factors' dtype
+        except RuntimeError:  # an older torch requires the sum to have the factors' dtype
             sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD, out_dtype=torch.float32))
     else:
         sum_VD.add_(torch.mm(gradient_CV.t(), hidden_CD))
 
 
 def narrowed(sum_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """A finished float32 sum in `dtype`. The sum is lost: its own memory takes the result, for there is no second."""
+    """Convert a finished float32 sum to `dtype` within its own memory, to save a second copy; the sum is destroyed."""
     if torch.empty(0, dtype=dtype).element_size() >= sum_VD.element_size():
         return sum_VD.to(dtype)
     wide = sum_VD.view(-1)
     narrow = wide.view(dtype)[: wide.numel()]
-    for start in range(0, wide.numel(), _NARROWED_ELEMENTS):  # what is written lies before what is still to be read
+    for start in range(0, wide.numel(), _NARROWED_ELEMENTS):  # writes stay behind what is still to be read
         block = slice(start, start + _NARROWED_ELEMENTS)
         narrow[block] = wide[block].to(dtype)
     return narrow.view(sum_VD.shape)
 
 
 def row_blocks(logits_CV: Tensor, bytes_an_element: int = 16) -> list[slice]:
-    """The rows of a chunk's logits in blocks of a size that suits element-wise work on their device.
+    """Divide the rows of a chunk's logits into blocks of a size that suits element-wise work on their device.
 
     Args:
         logits_CV: of the chunk.
-        bytes_an_element: of what the work holds beside the logits; blocks on a GPU are smaller where it is more.
+        bytes_an_element: memory per element that the work needs beside the logits; above 16, blocks on a GPU shrink.
     """
     num_tokens, vocabulary = logits_CV.shape
     elements = _BLOCK_ELEMENTS[logits_CV.device.type]
@@ -157,13 +157,13 @@ def add_gradients(
     grad_hidden_CD: Tensor | None,
     grad_head_VD: Tensor | None,
 ) -> None:
-    """What the gradient of a chunk's logits is for the hidden states and for the head, where each is wanted.
+    """Propagate the gradient of a chunk's logits to the hidden states and the head; None skips either.
 
     Args:
         gradient_CV: in the hidden states' dtype.
         hidden_CD: of the chunk.
         keep_C: bool; whether a token counts. The gradient of one that does not is zero, and its hidden state, which
-            may be anything, has no say in the head's.
+            may not even be finite, does not enter the head's gradient.
         head_VD: the output head.
         grad_hidden_CD: is overwritten.
         grad_head_VD: float32; is added to.

@@ -1,4 +1,4 @@
-"""The distillation loss from hidden states: logits of either model exist for one chunk of tokens at a time.
+"""The distillation loss from hidden states; logits are materialised for one chunk of tokens at a time.
 
 Shapes: N tokens, C tokens of one chunk, P tokens of a piece of it, D student width, E teacher width, V vocabulary.
 """
@@ -27,7 +27,7 @@ from minima.losses.linear import (
 from minima.losses.loss_sum import LossSum
 from minima.losses.way import Kernel, Way
 
-# Of a chunk. With four, a piece's logits of both models are together as large as the chunk's rounded gradient.
+# Pieces per chunk. With four, a piece's logits of both models together are as large as the chunk's rounded gradient.
 _PIECES = {"cpu": 1, "cuda": 4}
 
 
@@ -51,47 +51,47 @@ def linear_distillation_loss(
     zero_parts: bool = False,
     kernel: Kernel = "auto",
 ) -> LossSum:
-    """Cross-entropy with the labels plus a divergence from the teacher, without the logits of all tokens.
+    """Cross-entropy with the labels plus a divergence from the teacher; the logits of all tokens never exist at once.
 
     total = sum over valid tokens of hard_weight * -log p_S(label)
-            + soft_weight * temperature^2 * D, the latter with both logits over temperature
-    (the scaling by temperature squared is Hinton et al., 2015, sec. 2.1). Gradients are computed chunk by chunk in the
-    forward pass and scaled in the backward pass, so no logits are kept or recomputed. With the teacher's distribution
-    T and the student's S, D is, by `divergence`:
+            + soft_weight * temperature^2 * D, with both models' logits divided by the temperature in D
+    (the scaling by temperature squared is from Hinton et al., 2015, sec. 2.1). Gradients are computed chunk by chunk in
+    the forward pass and scaled in the backward pass, so no logits are stored or recomputed. With the teacher's
+    distribution T and the student's S, `divergence` selects D:
 
     - `forward_kl`: -sum_v T(v) log S(v), as published (arXiv 2311.07052, sec. 3). This is KL(T || S) plus the
-      teacher's entropy, so its gradient is the forward KL's;
+      teacher's entropy, so its gradient is that of the forward KL;
     - `reverse_kl`: KL(S || T);
     - `jensen_shannon`: beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649,
-      eq. 1, and TRL's `generalized_jsd_loss`). Over beta it tends to the forward KL as beta falls to 0; both ends are
-      divergences of their own here;
+      eq. 1, and TRL's `generalized_jsd_loss`). Divided by beta it tends to the forward KL as beta falls to 0; the two
+      limits are separate divergences here;
     - `skew_forward_kl`: KL(T || alpha T + (1 - alpha) S), and
     - `skew_reverse_kl`: KL(S || alpha S + (1 - alpha) T) (DistiLLM, arXiv 2402.03898, sec. 3.1);
     - `total_variation`: sum_v |T(v) - S(v)| / 2.
 
-    With `top_k` or `top_p` the teacher's other tokens become one, for teacher and student alike, and D is taken over
-    the kept tokens and this tail.
+    With `top_k` or `top_p`, all other tokens are merged into one tail bucket, for teacher and student alike, and D is
+    taken over the kept tokens and this bucket.
 
     Args:
         student_hidden_ND: final hidden states, differentiable, any float dtype; logits and softmax are float32.
         student_head_VD: output head, differentiable.
         teacher_hidden_NE: final hidden states of the teacher; no gradient.
         teacher_head_VE: output head of the teacher; no gradient.
-        labels_N: int64 next tokens; those equal to `ignore_index` are in neither part and not in the count.
-        hard_weight: weight of the labels' part. With a zero, that part costs nothing and is not in `parts`.
+        labels_N: int64 next tokens; those equal to `ignore_index` enter neither part nor the count.
+        hard_weight: weight of the labels' part. If it is zero, that part is not computed and not in `parts`.
         soft_weight: weight of the teacher's part, likewise.
         temperature: divides both models' logits in the soft part.
-        divergence: D.
-        beta: in `jensen_shannon` only; between 0 and 1, both excluded.
-        alpha: in the skew divergences only; likewise. 0.1 as in their publication.
-        top_k: keeps the teacher's so many likeliest tokens; None keeps all.
-        top_p: keeps the smallest set of the teacher's likeliest tokens whose probability at `temperature` is at least
-            this; above 0, and 1 keeps all. With `top_k`, the smaller set.
-        chunk_tokens: tokens whose logits exist at one time.
+        divergence: selects D.
+        beta: for `jensen_shannon` only; between 0 and 1, both excluded.
+        alpha: for the skew divergences only; between 0 and 1, both excluded. 0.1 is the value of their paper.
+        top_k: keep this many of the teacher's likeliest tokens; None keeps all.
+        top_p: keep the smallest set of the teacher's likeliest tokens whose probability at `temperature` is at least
+            this; above 0, and 1 keeps all. Combined with `top_k`, the smaller set is kept.
+        chunk_tokens: number of tokens whose logits exist at one time.
         ignore_index: label of tokens that are left out.
-        zero_parts: compute a part whose weight is 0, too, for `parts`.
-        kernel: `triton` fuses all between the logits and their gradient; a cut teacher is left to `eager`, plain torch.
-            `auto` is `triton` on a GPU where it can be, else `eager`.
+        zero_parts: also compute a part whose weight is 0, for `parts`.
+        kernel: `triton` fuses everything between the logits and their gradient, but does not support a truncated
+            teacher; `eager` is plain torch. `auto` is `triton` on a GPU where it is possible, else `eager`.
 
     Returns:
         `total` and `count`, and `parts` with the unweighted sums `hard` (nats), `soft` (nats, times temperature
@@ -99,7 +99,7 @@ def linear_distillation_loss(
 
     Raises:
         VocabularyMismatch: the two heads have different numbers of rows.
-        MinimaError: tokens or widths do not belong together, or a number or a name is none of those above.
+        MinimaError: the numbers of tokens or the widths do not match, or an argument is invalid.
     """
     check_vocabularies(student_head_VD.shape[0], teacher_head_VE.shape[0])
     student, teacher = (student_hidden_ND, student_head_VD), (teacher_hidden_NE, teacher_head_VE)
@@ -107,7 +107,7 @@ def linear_distillation_loss(
     term, way = SoftTerm(divergence, temperature, beta, alpha, top_k, top_p), Way(chunk_tokens, kernel)
     term.check()
     if term.top_k is not None and term.top_k >= teacher_head_VE.shape[0]:
-        term = term._replace(top_k=None)  # which cuts nothing, and a GPU has a kernel for
+        term = term._replace(top_k=None)  # equivalent, and the fused kernel supports it
     if term.top_p == 1:
         term = term._replace(top_p=None)
     way.check(labels_N.device, term.truncated)
@@ -119,7 +119,7 @@ def linear_distillation_loss(
     keep_N = labels_N != ignore_index
     count = keep_N.sum()
     terms = Terms(hard_weight, soft_weight, term, zero_parts)
-    # Ignored tokens stay in their chunk with a weight of zero: picking them out would need their number on the host.
+    # Ignored tokens stay in their chunk with a weight of zero: removing them would need their count on the host.
     total, sums = _LinearDistillation.apply(
         student_hidden_ND,
         student_head_VD,
@@ -145,13 +145,13 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     kernel: Kernel = "auto",
 ) -> LossSum:
-    """Next-token cross-entropy from hidden states, without the logits of all tokens.
+    """Next-token cross-entropy from hidden states; the logits of all tokens never exist at once.
 
     Args:
         hidden_ND: final hidden states, differentiable, any float dtype; logits and softmax are float32.
         head_VD: output head, differentiable.
         labels_N: int64 next tokens; those equal to `ignore_index` are left out.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: number of tokens whose logits exist at one time.
         ignore_index: label of tokens that are left out.
         kernel: as for `linear_distillation_loss`.
 
@@ -178,23 +178,23 @@ def check_vocabularies(student_size: int, teacher_size: int) -> None:
     if student_size != teacher_size:
         raise VocabularyMismatch(
             f"the student's vocabulary has {student_size} tokens, the teacher's {teacher_size}",
-            "their predictions are compared token by token, so both must be over the same tokens",
+            "their predictions are compared token by token, so both must cover the same vocabulary",
             VocabularyMismatch.DO,
         )
 
 
 def _piece_tokens(chunk_tokens: int, device: torch.device) -> int:
-    """Tokens of a chunk whose logits exist at one time, where their gradient has a buffer of its own."""
+    """Number of tokens whose logits exist at one time if their gradient has a buffer of its own."""
     return -(-chunk_tokens // _PIECES.get(device.type, 1))
 
 
 class _LinearDistillation(torch.autograd.Function):
-    """Sum of the loss, and its gradients for hidden states and head, chunk by chunk.
+    """The summed loss and its gradients with respect to hidden states and head, computed chunk by chunk.
 
-    Of the size of a chunk's logits there are two buffers, student's and teacher's. The gradient overwrites the first;
-    where the hidden states are not float32 it is rounded into a third of half that size, as the matrix products want
-    it. On a GPU the logits are then those of a piece of the chunk, and only the gradient is the whole chunk's: each
-    product with it passes over the head's float32 gradient.
+    There are two buffers of the size of a chunk's logits, for student and teacher. The gradient overwrites the
+    student's; if the hidden states are not float32, it is instead rounded into a third buffer of half that size, in the
+    dtype that the matrix products need. On a GPU the logits are then computed for one piece of the chunk at a time.
+    Only the gradient covers the whole chunk, because each product with it passes over the head's float32 gradient.
     """
 
     @staticmethod
@@ -217,7 +217,7 @@ class _LinearDistillation(torch.autograd.Function):
         sums = torch.zeros(3, dtype=torch.float64, device=labels_N.device)  # hard, soft (scaled), kl
         grad_hidden_ND = torch.zeros_like(student_hidden_ND) if need_hidden else None
         grad_head_VD = None
-        if need_head:  # whatever the head's strides: the sum is narrowed within its own memory
+        if need_head:  # contiguous, whatever the head's strides: `narrowed` works within the sum's own memory
             grad_head_VD = torch.zeros(student_head_VD.shape, dtype=torch.float32, device=student_head_VD.device)
         fused = way.is_fused(labels_N.device, terms.term.truncated)
         if fused:
@@ -265,7 +265,7 @@ class _LinearDistillation(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
-        # Scaled in place, which spares a copy of each, unless another pass will read them.
+        # Scale in place, which saves a copy of each, unless another backward pass will read them.
         scaled = torch.mul if graph_is_kept() else Tensor.mul_
         if grad_hidden_ND is not None:
             grad_hidden_ND = scaled(grad_hidden_ND, grad_total)

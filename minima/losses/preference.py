@@ -21,11 +21,11 @@ def document_sums(values_BT: Tensor, documents_BT: Tensor, num_documents: int) -
     Args:
         values_BT: float32 or int64, differentiable.
         documents_BT: int64, all below `num_documents`.
-        num_documents: S of the result; a number that no token has gives a sum of 0.
+        num_documents: S of the result; a document without tokens has a sum of 0.
 
     Returns:
-        [B, S] in the dtype of the values. Floats are added in float64: an answer of a thousand tokens is some
-        thousand nats, and the loss is of small differences between such sums.
+        [B, S] in the dtype of the values. Floats are summed in float64: an answer of a thousand tokens is about a
+        thousand nats, and the loss depends on small differences between such sums.
     """
     wide_BT = values_BT.double() if values_BT.is_floating_point() else values_BT
     sums_BS = wide_BT.new_zeros(values_BT.shape[0], num_documents).scatter_add(1, documents_BT, wide_BT)
@@ -36,7 +36,7 @@ def valid_pairs(lengths_BS: Tensor) -> Tensor:
     """Which pairs have labels in both answers: bool [B, P].
 
     Args:
-        lengths_BS: labels of each document.
+        lengths_BS: number of labels of each document.
     """
     return (lengths_BS[:, 0::2] > 0) & (lengths_BS[:, 1::2] > 0)
 
@@ -51,29 +51,29 @@ def preference_loss(
     label_smoothing: float = 0.0,
     length_normalised: bool = False,
 ) -> LossSum:
-    """How far a policy is from preferring the chosen answers, as a sum over valid pairs.
+    """The preference loss of a policy, as a sum over valid pairs.
 
-    With h the log-ratio of policy and reference for the chosen answer minus that for the rejected one:
-    `sigmoid` is -log sigmoid(beta h) (Rafailov et al., 2023, eq. 7), and with a smoothing of s
+    With h the log-ratio of policy to reference for the chosen answer minus that for the rejected one:
+    `sigmoid` is -log sigmoid(beta h) (Rafailov et al., 2023, eq. 7), and with a label smoothing of s
     -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h) (conservative DPO: Mitchell, 2023);
     `ipo` is (h - 1 / (2 beta))^2 (Azar et al., 2023, eq. 17), published with length-normalised log-ratios.
 
     Args:
         policy_BS: float32 sum of log p(label) over each document, differentiable.
-        reference_BS: float32; the same of the frozen reference; no gradient.
-        lengths_BS: int64 labels of each document. A pair without labels in one of its documents is not valid.
-        loss: which one.
-        beta: strength of the pull to the reference; `ipo`'s tau.
+        reference_BS: float32; the same for the frozen reference; no gradient.
+        lengths_BS: int64; number of labels of each document. A pair with an empty document is not valid.
+        loss: `sigmoid` or `ipo`.
+        beta: strength of the pull towards the reference; `ipo`'s tau.
         label_smoothing: probability that a pair is labelled the wrong way round; `sigmoid` only.
-        length_normalised: divide each document's log-ratio by its labels.
+        length_normalised: divide each document's log-ratio by its number of labels.
 
     Returns:
-        `total`, `count` of valid pairs, and `parts`, sums over the same pairs, with a reward of beta times the
-        log-ratio that the loss sees: `accuracy` (pairs whose chosen answer has the higher reward; none of a policy
-        that is its reference), `margin` (chosen minus rejected reward), `chosen_reward` and `rejected_reward`.
+        `total`, `count` of valid pairs, and `parts`, sums over the same pairs. The reward is beta times the log-ratio
+        that the loss uses: `accuracy` (pairs whose chosen answer has the higher reward; 0 if the policy equals its
+        reference), `margin` (chosen minus rejected reward), `chosen_reward` and `rejected_reward`.
 
     Raises:
-        MinimaError: the loss is not known, a number is out of its range, or the shapes are of different documents.
+        MinimaError: the loss is unknown, a number is out of range, or the shapes do not match.
     """
     _check(loss, beta, label_smoothing)
     check_pairs(policy_BS, reference_BS, lengths_BS)
@@ -107,5 +107,5 @@ def _check(loss: str, beta: float, label_smoothing: float) -> None:
         "a preference loss",
         loss=(loss, loss in ("sigmoid", "ipo"), "`sigmoid` or `ipo`"),
         beta=(beta, 0 < beta < math.inf, "above 0 and finite"),
-        label_smoothing=(label_smoothing, smooth, "at least 0 and below 0.5; 0 for `ipo`, which takes labels as right"),
+        label_smoothing=(label_smoothing, smooth, "at least 0 and below 0.5; 0 for `ipo`, which trusts all labels"),
     )

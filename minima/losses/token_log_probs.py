@@ -1,4 +1,4 @@
-"""Each token's log-probability from hidden states: logits exist for one chunk of tokens at a time.
+"""Per-token log-probabilities from hidden states; logits are materialised for one chunk of tokens at a time.
 
 Shapes: N tokens, C tokens of one chunk, R rows of one block of a chunk, D width, V vocabulary.
 """
@@ -14,22 +14,22 @@ from minima.losses.linear import add_gradients, first_order, float_logits, logit
 
 
 def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, chunk_tokens: int = 1024) -> Tensor:
-    """log p(label) of every token, without the logits of all tokens.
+    """log p(label) of every token; the logits of all tokens never exist at once.
 
-    A loss of these decides only later how much each token weighs, so the backward pass makes every chunk's logits a
-    second time; between the passes one number a token is kept.
+    The weight of each token is known only once a loss has been computed from the result, so the backward pass computes
+    every chunk's logits a second time; only one number per token is stored between the passes.
 
     Args:
         hidden_ND: final hidden states, differentiable, any float dtype; logits and softmax are float32.
         head_VD: output head, differentiable.
-        labels_N: int64 next tokens; `IGNORE_INDEX` where none is asked for.
-        chunk_tokens: tokens whose logits exist at one time.
+        labels_N: int64 next tokens; `IGNORE_INDEX` for tokens to skip.
+        chunk_tokens: number of tokens whose logits exist at one time.
 
     Returns:
         float32 [N] in nats; 0, with no gradient, where the label is `IGNORE_INDEX`.
 
     Raises:
-        MinimaError: tokens or widths do not belong together, or `chunk_tokens` is below 1.
+        MinimaError: the numbers of tokens or the widths do not match, or `chunk_tokens` is below 1.
     """
     check_tokens(labels_N, model=(hidden_ND, head_VD))
     check_chunk(chunk_tokens)
@@ -37,7 +37,7 @@ def linear_token_log_probs(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor,
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities, and their gradients for hidden states and head, chunk by chunk."""
+    """Log-probabilities and their gradients with respect to hidden states and head, computed chunk by chunk."""
 
     @staticmethod
     @without_autocast
@@ -55,8 +55,8 @@ class _TokenLogProbs(torch.autograd.Function):
             log_probs_N[chunk] = logits_CV.gather(1, labels_N[chunk].unsqueeze(1)).squeeze(1)
             del logits_CV
         log_probs_N.sub_(log_total_N).masked_fill_(~keep_N, 0.0)
-        # ZeRO-3 takes the head's parameter apart when the root's forward ends. This view of what it gathered stays
-        # whole until the first node of the backward pass, which is this one, has used it.
+        # ZeRO-3 partitions the head's parameter again when the root's forward ends. This view keeps the gathered weight
+        # alive until this node, the first of the backward pass, has used it.
         ctx.save_for_backward(hidden_ND, head_VD.detach(), labels_N, keep_N, log_total_N)
         ctx.chunk_tokens = chunk_tokens
         return log_probs_N
@@ -83,7 +83,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _overwrite(logits_CV: Tensor, labels_C: Tensor, keep_C: Tensor, log_total_C: Tensor, grad_C: Tensor) -> None:
-    """Overwrite logits with the gradient: (1 at the label, minus the probabilities) times what comes from above."""
+    """Overwrite logits with their gradient: (1 at the label, minus the probabilities) times the incoming gradient."""
     for block in row_blocks(logits_CV):
         logits_RV, label_R1, grad_R1 = logits_CV[block], labels_C[block].unsqueeze(1), grad_C[block].unsqueeze(1)
         logits_RV.sub_(log_total_C[block].unsqueeze(1)).exp_()

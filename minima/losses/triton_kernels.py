@@ -1,10 +1,10 @@
-"""What a chunk's logits cost on a GPU: softmaxes, losses and the gradient of the logits in one kernel, a row a program.
+"""Softmaxes, losses and the gradient of a chunk's logits fused into one Triton kernel, with one program per row.
 
-A row is read once for the sums of both softmaxes and once more for the losses and the gradient. Where the gradient
-needs a mean over the row first (all but the forward KL), it is read a third time. Between these passes it comes from
-the cache or from the card's memory; nothing of the size of a row is ever written but the gradient.
+A row is read once for the sums of both softmaxes and once more for the losses and the gradient; every divergence other
+than the forward KL needs a mean over the row before the gradient, and so a third read. These reads hit the cache or GPU
+memory. Apart from the gradient, nothing of the size of a row is written.
 
-This module needs Triton, and is imported only where it is used. Nothing here multiplies matrices.
+This module needs Triton, and is imported only where it is used. Matrix products are not part of it.
 
 Shapes: C tokens of one chunk, V vocabulary.
 """
@@ -17,15 +17,15 @@ from torch import Tensor
 from minima.losses.divergences import SoftTerm
 from minima.losses.eager import Terms
 
-# What the kernel calls the divergences.
+# The kernel's numbers for the divergences.
 _NUMBERS = {
     "forward_kl": 0, "reverse_kl": 1, "jensen_shannon": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4,
     "total_variation": 5,
 }  # fmt: skip
-# Columns that a program holds at once: 8 a thread, with which no divergence spills registers.
+# Columns that a program holds at once: 8 per thread, at which no divergence spills registers.
 _BLOCK_COLUMNS = 2048
-# One a thread of the four warps of a small one. With fewer, two threads would hold the same column, and where the
-# gradient overwrites the logits one could write before the other reads.
+# One column per thread of a small program's four warps. With fewer, two threads would hold the same column, and since
+# the gradient may overwrite the logits, one thread could write before the other reads.
 _FEWEST_COLUMNS = 128
 
 
@@ -38,17 +38,17 @@ def fused_losses_and_gradient(
     sums: Tensor,
     gradient_CV: Tensor | None,
 ) -> None:
-    """As `eager.losses_and_gradient`, which is its oracle; a cut teacher is not for this one.
+    """The fused version of `eager.losses_and_gradient`, its reference; does not support a truncated teacher.
 
     Args:
         student_CV: float32 logits, contiguous.
-        teacher_CV: float32 logits, contiguous; None where the teacher has no part.
-        labels_C: int64; any token where it is not kept.
+        teacher_CV: float32 logits, contiguous; None if the loss has no teacher part.
+        labels_C: int64; any valid token id where the token is not kept.
         keep_C: which tokens count.
         terms: the loss.
         sums: float64 [3], is added to: hard, soft (times temperature squared) and KL(teacher || student).
         gradient_CV: is overwritten with the gradient of the weighted sum, in its own dtype; may be the student's
-            logits. None where no gradient is wanted.
+            logits. None to compute no gradient.
     """
     assert not terms.term.truncated
     num_tokens, vocabulary = student_CV.shape
@@ -82,7 +82,7 @@ def fused_losses_and_gradient(
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET=1."""
+    """Whether Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1)."""
     return not isinstance(_rows, triton.JITFunction)
 
 
@@ -113,7 +113,7 @@ def _rows(
     losses_ptr += row * 3
     columns = tl.arange(0, BLOCK)
     if tl.load(keep_ptr + row) == 0:
-        # What the teacher or the student said here may not be finite: nothing of it is looked at.
+        # The logits of an ignored token may not be finite, so they are not read.
         for start in range(0, 3):
             tl.store(losses_ptr + start, 0.0)
         if NEED_GRADIENT:
@@ -122,8 +122,8 @@ def _rows(
                 tl.store(gradient_ptr + start + columns, zero, mask=start + columns < vocabulary)
         return
 
-    # Each lane keeps its own largest logit and sums, so that no block of columns waits for another.
-    lowest = -1.0e30  # a finite one: the difference of two infinities is not a number
+    # Each lane keeps its own maximum and sums, so that blocks of columns need no reduction in between.
+    lowest = -1.0e30  # finite, because the difference of two infinities is NaN
     s_max = tl.full([BLOCK], lowest, dtype=tl.float32)
     t_max = tl.full([BLOCK], lowest, dtype=tl.float32)
     s_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -156,7 +156,7 @@ def _rows(
         t_log += tl.log(tl.sum(t_sum * tl.exp((t_max - t_top) * inverse_temperature), axis=0))
 
     label = tl.load(labels_ptr + row)
-    # A label that is no token would read another row's logit; eager refuses it, here the loss is not a number.
+    # A label outside the vocabulary would read another row's logit; eager refuses it, here the loss becomes NaN.
     hard = s_log - tl.load(student_ptr + label, mask=(label >= 0) & (label < vocabulary), other=float("nan"))
     tl.debug_barrier()  # the gradient may overwrite the label's logit
     if HAS_TEACHER:
@@ -209,7 +209,7 @@ def _rows(
 
 @triton.jit
 def _value_and_slope(p, q, d, mix, DIVERGENCE: tl.constexpr):
-    """Each token's part of the divergence, and its derivative by q, less a constant (see `divergences`)."""
+    """Each token's share of the divergence, and its derivative by q up to a constant (see `divergences`)."""
     if DIVERGENCE == 1:  # reverse KL
         slope = -d
         value = q * slope
@@ -238,7 +238,7 @@ def _log_mix(d, share):
 
 @triton.jit
 def _expm1(x):
-    """e^x - 1: Taylor's series to x^9 where |x| < 1/2 (its next term is 6e-11 of x), the difference elsewhere."""
+    """e^x - 1: the Taylor series to x^9 where |x| < 1/2 (the next term is 6e-11 of x), the difference elsewhere."""
     y = tl.where(tl.abs(x) < 0.5, x, 0.0)
     series = 1.0 + y / 9.0
     for k in tl.static_range(8, 1, -1):
@@ -248,7 +248,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x): 2 artanh(s), s = x / (2 + x), to s^15 where |s| < 1/3 (its next term is 2e-9 of it), else plain."""
+    """log(1 + x): 2 artanh(s), s = x / (2 + x), to s^15 where |s| < 1/3 (the next term is 2e-9 of it), else direct."""
     s = x / (2.0 + x)
     near = tl.abs(s) < 0.33333
     s = tl.where(near, s, 0.0)

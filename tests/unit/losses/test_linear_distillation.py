@@ -304,7 +304,7 @@ def test_settings_that_mean_nothing_are_refused(option, said):
 def test_a_kernel_for_gpus_is_refused_on_a_cpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("minima.losses.triton_kernels.interpreted", lambda: False)
-    with pytest.raises(MinimaError, match="kernel 'triton', and the tensors are on the cpu"):
+    with pytest.raises(MinimaError, match="kernel 'triton', but the tensors are on the cpu"):
         linear_distillation_loss(*inputs(8, 33, 13, 17), kernel="triton")
 
 
