@@ -1,4 +1,4 @@
-"""Stock causal language models: load whole, and reach backbone and head."""
+"""Stock causal language models: loading a whole one, and access to its backbone and head."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from minima.models.weights import WeightSource
 
 
 def load_plain(source: WeightSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A whole model on the CPU of this process, for models that fit there."""
+    """Load a whole model onto the CPU of this process, for models that fit there."""
     model = build_empty(source.config, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,12 +54,12 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor | None = None) -> Tensor:
-    """Final hidden states after the last norm, [B, T, D], what the head multiplies.
+    """Final hidden states after the last norm, [B, T, D]: the input of the head.
 
     Args:
         model: a stock model.
-        batch: its `documents_BT` keep documents apart, where it has them.
-        embeddings_BTD: taken instead of the tokens' embeddings.
+        batch: if it has `documents_BT`, no document sees another.
+        embeddings_BTD: used in place of the tokens' embeddings if given.
     """
     given: dict[str, Any] = {"input_ids": batch.input_ids_BT}
     if embeddings_BTD is not None:
@@ -71,8 +71,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor |
 
 
 def head_weight(model: PreTrainedModel) -> nn.Parameter:
-    """The output head [V, D]; the embedding where they are tied.
+    """The output head [V, D], which is the embedding if they are tied.
 
-    Under ZeRO-3 it is whole only while the root module's forward runs.
+    Under ZeRO-3 it is complete only while the root module's forward runs.
     """
     return model.get_output_embeddings().weight

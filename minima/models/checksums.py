@@ -1,7 +1,7 @@
-"""The weights and scores that a stage has left, with sizes and checksums: `checksums.json` in its folder. No torch.
+"""Sizes and checksums of a stage's weights and scores: `checksums.json` in its folder. No torch.
 
-Checkpoints and token stores have checksums of their own. Configurations, cards and tokenizers are not in it: those of
-an exported model may be edited by hand.
+Checkpoints and token stores have checksums of their own. Configurations, cards and tokenizers are not covered, because
+those of an exported model may be edited by hand.
 """
 
 import json
@@ -12,16 +12,16 @@ from minima.disk import file_sha256, inside, write_json
 from minima.errors import StoreCorrupted
 
 CHECKSUMS = "checksums.json"
-WEIGHTS, SCORES = "model/", "scores.safetensors"  # what may be looked at by itself
-_FORMAT = "minima-checksums-1"  # a model's folder from elsewhere may have a file of this name
+WEIGHTS, SCORES = "model/", "scores.safetensors"  # each can be verified on its own
+_FORMAT = "minima-checksums-1"  # tells our file from one of the same name in somebody else's model folder
 _KEPT = (f"{WEIGHTS}*.safetensors", f"{WEIGHTS}*.safetensors.index.json", SCORES)
 
 
 def write_checksums(folder: Path) -> None:
-    """Write down `bytes` and `sha256` of a stage's weights and scores, as the last thing before its manifest.
+    """Record `bytes` and `sha256` of a stage's weights and scores; the last step before its manifest is written.
 
     Args:
-        folder: the stage's; nothing is written where it has neither.
+        folder: the stage's; nothing is written if it has neither.
     """
     files = sorted(path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file())
     found = {
@@ -32,7 +32,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files that a finished stage has left and that are not there any more; their content is not looked at.
+    """Recorded files of a finished stage that no longer exist; the content of the others is not checked.
 
     Raises:
         StoreCorrupted: the checksums themselves are damaged.
@@ -41,16 +41,16 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def verify_files(folder: Path, prefix: str, part: int = 0, parts: int = 1) -> None:
-    """Compare what a finished stage has left with what it wrote; a folder without checksums is taken as it is.
+    """Check the files of a finished stage against their checksums; a folder without checksums is accepted as it is.
 
     Args:
         folder: the stage's, or any other.
-        prefix: what the names of the files begin with that are to be looked at: WEIGHTS or SCORES.
-        part: look at every file whose number leaves this remainder, so that ranks can share the reading.
-        parts: divisor.
+        prefix: check only files whose names begin with it: WEIGHTS or SCORES.
+        part: check only files whose index modulo `parts` is this, so that ranks can share the reading.
+        parts: the number of ranks that share it.
 
     Raises:
-        StoreCorrupted: a file is missing or another one; names it.
+        StoreCorrupted: a file is missing or was changed; the message names it.
         PermissionError: a file may not be read.
     """
     wanted = [(name, facts) for name, facts in _read(folder).items() if name.startswith(prefix)]
@@ -59,9 +59,9 @@ def verify_files(folder: Path, prefix: str, part: int = 0, parts: int = 1) -> No
         if not path.is_file():
             raise _damaged(folder, path, "is missing")
         if (size := path.stat().st_size) != facts["bytes"]:
-            raise _damaged(folder, path, f"has {size} bytes, {facts['bytes']} were written")
+            raise _damaged(folder, path, f"has {size} bytes, but {facts['bytes']} were written")
         if (found := file_sha256(path)) != facts["sha256"]:
-            raise _damaged(folder, path, f"is damaged: SHA-256 {found}, {facts['sha256']} was written")
+            raise _damaged(folder, path, f"is damaged: its SHA-256 is {found}, but {facts['sha256']} was written")
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -75,17 +75,17 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = content["files"]
         whole = all(isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in found.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if not (folder / "manifest.json").is_file():  # no stage of minima's: somebody else's file
+        if not (folder / "manifest.json").is_file():  # not a stage of minima, so the file is somebody else's
             return {}
         raise _damaged(folder, path, f"cannot be read ({type(error).__name__}: {error})") from None
     if not whole:
-        raise _damaged(folder, path, "does not say the size and the checksum of each file")
+        raise _damaged(folder, path, "does not give the size and the checksum of each file")
     return found
 
 
 def _damaged(folder: Path, path: Path, how: str) -> StoreCorrupted:
     return StoreCorrupted(
         f"{path} {how}",
-        f"{folder} is a finished stage, and what reads it would go on from something else than it made",
-        f"put the file back, or remove {folder} to make it again (with what was made from it)",
+        f"{folder} is a finished stage, and later stages would continue from something other than its results",
+        f"restore the file, or remove {folder} and everything made from it, to make them again",
     )

@@ -1,4 +1,4 @@
-"""What the backward pass of a stock model recomputes, and its decoder layers compiled one by one."""
+"""Activation recomputation in a stock model's backward pass, and compilation of its decoder layers one by one."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 Recomputation = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
-# Matrix products and attention: what costs FLOPs. All else of a layer is bound by memory, and cheap to run again.
+# Matrix products and attention, which cost the FLOPs. The rest of a layer is memory-bound and cheap to run again.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -34,25 +34,25 @@ _KEPT = {
 }
 if hasattr(torch.ops.higher_order, "inductor_compiled_code"):  # flex attention in a layer that is not compiled
     _KEPT.add(torch.ops.higher_order.inductor_compiled_code)
-# A compiled model meets one layer's code with gradients, without them (held-out losses), with and without walls between
-# documents, per kind of layer and per size of a micro-batch. Beyond the limit, PyTorch's default of 8, it would refuse.
+# One layer's code is compiled with and without gradients (held-out losses), with and without document masks, per kind
+# of layer and per micro-batch size. PyTorch's default limit is 8, and compilation fails beyond the limit.
 _RECOMPILE_LIMIT = 64
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The repeated blocks of a stock model, in its order."""
+    """The decoder layers of a stock model, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute(model: PreTrainedModel, what: Recomputation) -> None:
-    """Choose what the backward pass of `model` computes again, layer by layer.
+    """Choose what the backward pass of `model` recomputes, layer by layer.
 
-    Not transformers' own gradient checkpointing: before 5.23 that runs a layer's hooks again during recomputation, and
-    it cannot hold a compiled layer.
+    We do not use transformers' own gradient checkpointing: before 5.23 it runs a layer's hooks again during
+    recomputation, and it does not work with a compiled layer.
 
     Args:
-        model: a stock model; only this instance changes. In evaluation mode, or without gradients, nothing does.
-        what: `none`; `selective`, all but matrix products and attention; `full`, whole layers.
+        model: a stock model; only this instance changes. In evaluation mode or without gradients nothing is recomputed.
+        what: `none`; `selective`, everything but matrix products and attention; `full`, whole layers.
     """
     if what == "none":
         return
@@ -61,7 +61,7 @@ def recompute(model: PreTrainedModel, what: Recomputation) -> None:
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     forwards = {kind: _recomputing(kind.forward, settings) for kind in {type(layer) for layer in decoder_layers(model)}}
     for layer in decoder_layers(model):
-        # `forward`, not `__call__`: hooks on the layer, such as ZeRO-3's, run once.
+        # `forward` rather than `__call__`, so that hooks on the layer, such as ZeRO-3's, run only once.
         layer.forward = types.MethodType(forwards[type(layer)], layer)
 
 
@@ -79,8 +79,8 @@ def _keep_products(_context: SelectiveCheckpointContext, op: Any, *_args: Any, *
 
 
 def compiled_whole(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`function` compiled with `torch.compile`, without graph breaks, for more kinds of input than PyTorch expects."""
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # from PyTorch 2.13 on
+    """Compile `function` with `torch.compile` without graph breaks, for more input variants than PyTorch's default."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since PyTorch 2.13
         settings |= {"recompile_limit": _RECOMPILE_LIMIT, "isolate_recompiles": True}
     else:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
@@ -88,13 +88,13 @@ def compiled_whole(function: Callable[..., Any], **settings: Any) -> Callable[..
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Compile the forward pass of each decoder layer, hooks on the layer itself left out.
+    """Compile the forward pass of each decoder layer, without the hooks on the layer itself.
 
-    One graph serves all layers of a model that are alike. A graph break is an error, so there is none. Only this
-    instance changes, and recomputation that was chosen before becomes part of the graph.
+    Layers of the same kind share one graph. A graph break is an error. Only this instance changes, and recomputation
+    that was chosen before becomes part of the graph.
 
     Args:
-        model: a stock model. What is hooked into the inside of a layer becomes part of its graph, and has to fit it.
+        model: a stock model. Hooks inside a layer become part of its graph, so they must be compilable.
         backend: of `torch.compile`.
     """
     compiled: dict[Callable[..., Any], Any] = {}
@@ -103,14 +103,14 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
         if forward not in compiled:
             options = {"guard_filter_fn": _without_parameter_ids}
             compiled[forward] = compiled_whole(forward, backend=backend, dynamic=False, options=options)
-        # `forward`, not `__call__`: ZeRO-3's hooks gather the layer's weights before it and let go of them after it.
+        # `forward` rather than `__call__`: ZeRO-3's hooks gather the layer's weights before it and free them after it.
         layer.forward = types.MethodType(compiled[forward], layer)
 
 
 def _without_parameter_ids(guards: Sequence[Any]) -> list[bool]:
     """Keep every guard except those on a parameter's ZeRO-3 id (`ds_id`), which differs in each layer.
 
-    DeepSpeed's linear layer asks whether there is an id. PyTorch 2.11 guards on its value, and would compile each layer
-    of a deep model anew.
+    DeepSpeed's linear layer only checks whether there is an id, but PyTorch 2.11 guards on its value and would compile
+    each layer of a deep model again.
     """
     return [not guard.name.endswith(".ds_id") for guard in guards]

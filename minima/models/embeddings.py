@@ -1,4 +1,4 @@
-"""A model with more or fewer rows in its embedding and its head, as a source of weights made from another.
+"""Weight sources that change the number of vocabulary rows of another source's embedding and head.
 
 Shapes: V rows of the model, V' rows of the grown one, D width.
 """
@@ -18,7 +18,7 @@ HEAD = "lm_head.weight"
 
 
 class _ResizedSource:
-    """Names, shapes and configuration of a model whose embedding and untied head have another number of rows."""
+    """Names, shapes and configuration of a model whose embedding and untied head are resized to `size` rows."""
 
     def __init__(self, source: WeightSource, size: int) -> None:
         self._source, self._size = source, size
@@ -34,11 +34,11 @@ class _ResizedSource:
 
 
 class CutSource(_ResizedSource):
-    """A `WeightSource` of a model without its last rows of vocabulary, which belong to no token.
+    """A `WeightSource` of a model without its last vocabulary rows, which belong to no token.
 
     Args:
         source: the model.
-        size: rows that stay.
+        size: number of rows to keep.
     """
 
     def __init__(self, source: WeightSource, size: int) -> None:
@@ -50,21 +50,21 @@ class CutSource(_ResizedSource):
         return tensor[: self._size] if name in self._resized else tensor
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        return self._source.read_flat(name, start, stop)  # the rows that stay come first
+        return self._source.read_flat(name, start, stop)  # the kept rows come first
 
 
 class GrownSource(_ResizedSource):
-    """A `WeightSource` of the grown model: the embedding and an untied head get rows, all else is passed through.
+    """A `WeightSource` of a model with a larger vocabulary: the embedding and an untied head get new rows.
 
-    A new piece's row is the mean, taken in float32, of the rows of the tokens that its text was before: the model
-    reads the new piece as about what it read before, and foresees it about as likely as them. Rows beyond the new
-    pieces belong to no token and are the mean of all old rows.
+    A new piece's row is the float32 mean of the rows of the tokens that its text was encoded as before, so the model
+    reads the piece much as it read those tokens, and predicts it about as readily. Rows beyond the new pieces belong to
+    no token and are the mean of all old rows. All other tensors are passed through.
 
     Args:
-        source: the model that grows.
+        source: the model to grow.
         size: rows of the grown model, V'.
-        first: the id of the first new piece. The model's own rows from there on belong to no token; they are replaced.
-        origins: for each new piece, in the order of ids, the old ids whose rows it starts from.
+        first: the id of the first new piece. The model's own rows from there on belong to no token and are replaced.
+        origins: for each new piece, in the order of ids, the old ids whose rows are averaged.
     """
 
     def __init__(self, source: WeightSource, size: int, first: int, origins: Sequence[Sequence[int]]) -> None:
@@ -81,7 +81,7 @@ class GrownSource(_ResizedSource):
         return self.read_flat(name, 0, math.prod(self.shape(name))).view(self.shape(name))
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): of old rows only those asked for are read, for new ones the whole tensor."""
+        """Elements [start, stop). Of old rows only the requested ones are read; new rows need the whole tensor."""
         if name not in self._resized:
             return self._source.read_flat(name, start, stop)
         width = self.shape(name)[1]
@@ -95,7 +95,7 @@ class GrownSource(_ResizedSource):
         return torch.cat([old, new]) if len(old) else new
 
     def _new_rows(self, old_VD: Tensor, begin: int, end: int) -> Tensor:
-        """New rows `begin` to `end - 1`, counted from the first, in the tensor's dtype."""
+        """New rows `begin` to `end - 1`, counted from the first new one, in the tensor's dtype."""
         pieces = len(self._begins) - 1
         inner = self._begins[min(begin, pieces) : min(end, pieces) + 1]
         used, places = self._ids[inner[0] : inner[-1]].unique(return_inverse=True)

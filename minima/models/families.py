@@ -1,4 +1,4 @@
-"""Where each family keeps heads, neurons, norms and width: the one place that knows. No torch."""
+"""Where each family keeps heads, neurons, norms and width; the only place that knows. No torch."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -9,17 +9,17 @@ from minima.models.shape import FAMILIES, ModelShape
 
 
 class Part(Enum):
-    """What one axis of a tensor runs over."""
+    """What one axis of a tensor indexes."""
 
     HIDDEN = "hidden"  # the residual stream
     QUERY = "query"  # query heads, head by head
     KEY_VALUE = "key_value"  # key-value heads, head by head
-    INTERLEAVED = "interleaved"  # for each head its query, key and value rows (GPT-NeoX)
+    INTERLEAVED = "interleaved"  # the query, key and value rows of each head in turn (GPT-NeoX)
     BLOCKS = "blocks"  # all queries, then all keys, then all values (GPT-2)
     NEURON = "neuron"  # the MLP's inner width
 
 
-Axes = tuple[Part | None, ...]  # one entry for each axis; None for an axis that is never cut
+Axes = tuple[Part | None, ...]  # one entry per axis; None for an axis that is never pruned
 H, Q, K, N = Part.HIDDEN, Part.QUERY, Part.KEY_VALUE, Part.NEURON
 
 
@@ -37,8 +37,8 @@ class Family:
         norms: inside a layer, the norms over the width.
         rms: whether those norms are RMSNorms (no mean, no bias).
         query_key_norms: whether queries and keys are normalised head by head, with the model's norm epsilon.
-        config_names: the config's names for layers, width, query heads, neurons and norm epsilon, and for
-            key-value heads and head size where it has them.
+        config_names: the config's names for layers, width, query heads, neurons and norm epsilon, and, if it has them,
+            for key-value heads and head size.
         outer: axes of the tensors outside the layers.
         inner: axes of the tensors of one layer.
     """
@@ -57,10 +57,10 @@ class Family:
     inner: dict[str, Axes]
 
     def locate(self, name: str) -> tuple[int | None, str, Axes]:
-        """The layer of a tensor (None outside the layers), its name inside it, and what its axes run over.
+        """The layer of a tensor (None outside the layers), its name within the layer, and what its axes index.
 
         Raises:
-            UnsupportedFamily: the tensor is none of a stock model of this family.
+            UnsupportedFamily: stock models of this family have no such tensor.
         """
         layer: int | None = None
         inside, table = name, self.outer
@@ -70,7 +70,7 @@ class Family:
         if inside not in table:
             raise UnsupportedFamily(
                 f"tensor {name!r} in a {self.name} model",
-                "which of its axes are heads, neurons or width is not known, so it cannot be cut",
+                "it is not known which of its axes are heads, neurons or width, so it cannot be pruned",
                 "use a stock checkpoint of the family, without adapters or extra modules",
             )
         return layer, inside, table[inside]
@@ -157,7 +157,7 @@ _GPT_NEOX = Family(
     },
 )
 
-# GPT-2's Conv1D holds its matrix as [in, out].
+# GPT-2's Conv1D stores its matrix as [in, out].
 _GPT2 = Family(
     name="gpt2",
     layers="transformer.h",
@@ -215,24 +215,24 @@ assert set(_FAMILIES) == set(FAMILIES)
 
 
 def family_of(model_type: str | None) -> Family:
-    """The family of that `model_type`.
+    """The family of a `model_type`.
 
     Raises:
-        UnsupportedFamily: its parts are not known here.
+        UnsupportedFamily: it is not a supported family.
     """
     if model_type not in _FAMILIES:
         raise UnsupportedFamily(
             f"model_type {model_type!r}",
-            "which of its tensors are heads, neurons and norms is not known, so it cannot be pruned",
+            "it is not known which of its tensors are heads, neurons and norms, so it cannot be pruned",
             f"use one of {', '.join(FAMILIES)}",
         )
     return _FAMILIES[model_type]
 
 
 def layout(part: Part, shape: ModelShape) -> tuple[int, int, int]:
-    """How an axis divides: (outer, units, inner), so that element `(o, u, i)` belongs to unit `u`.
+    """How an axis is reshaped into (outer, units, inner), so that element `(o, u, i)` belongs to unit `u`.
 
-    Units are hidden dimensions, neurons, or key-value groups (a key-value head with the query heads that it serves).
+    Units are hidden dimensions, neurons, or key-value groups (a key-value head with the query heads that share it).
     """
     queries_per_group = shape.num_heads // shape.num_key_value_heads
     return {
@@ -246,16 +246,16 @@ def layout(part: Part, shape: ModelShape) -> tuple[int, int, int]:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape in a stock `config.json`, if every part of such a model can be cut.
+    """The shape given by a stock `config.json`, provided that every part of the model can be pruned.
 
     Raises:
-        UnsupportedFamily: an unknown family, or a variant with parts that are not known here.
+        UnsupportedFamily: the family is unknown, or it is a variant with unsupported parts.
     """
     family_of(config.get("model_type"))
     if config.get("add_cross_attention"):
         raise UnsupportedFamily(
             "a GPT-2 with cross-attention",
-            "its encoder's side is not known here, so it cannot be cut with the rest",
+            "the encoder side is not supported, so it cannot be pruned with the rest",
             "use a decoder-only GPT-2",
         )
     return ModelShape.from_config(config)

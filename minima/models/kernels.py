@@ -1,4 +1,4 @@
-"""liger-kernel's norms, SwiGLUs and rotary embedding for one model: no class and no module of a library changes."""
+"""liger-kernel's norms, SwiGLUs and rotary embedding for one model instance; no library class or module is patched."""
 
 import functools
 import importlib
@@ -16,23 +16,24 @@ from minima.launcher import without_gpus
 from minima.models.families import family_of
 from minima.triton_driver import CURE, triton_trouble
 
-# liger-kernel's own way patches classes for all models of the process, and its rotary option a whole module. Taken here
-# are its three autograd functions alone.
-_ROTATION = "apply_rotary_pos_emb"  # what a stock attention calls it, by a name of its module
+# liger-kernel's own entry points patch classes for all models of the process, and its rotary option a whole module. We
+# use only its three autograd functions.
+_ROTATION = "apply_rotary_pos_emb"  # the global name by which a stock attention calls it
 
 
 def use_liger(model: PreTrainedModel, products_kept: bool = False) -> list[str]:
-    """Let this instance's RMSNorms, SwiGLUs and rotary embedding run liger-kernel's kernels.
+    """Make this instance's RMSNorms, SwiGLUs and rotary embedding use liger-kernel's kernels.
 
-    Its parameters stay what they are, by the same names.
+    Its parameters and their names stay the same.
 
     Args:
         model: a stock model, whole or partitioned by ZeRO-3.
-        products_kept: whether the backward pass reads the queries and keys that the projections gave, as it does where
-            all but matrix products is recomputed. liger-kernel rotates in place, so they are then copied first.
+        products_kept: whether the backward pass reads the projections' queries and keys again, as it does under
+            selective recomputation, which keeps matrix products. liger-kernel rotates in place, so they are then
+            copied first.
 
     Returns:
-        Paths of the modules that run them.
+        Paths of the modules that use them.
 
     Raises:
         UnsupportedFamily: there is nothing to replace.
@@ -43,7 +44,7 @@ def use_liger(model: PreTrainedModel, products_kept: bool = False) -> list[str]:
         raise UnsupportedFamily(
             f"kernels: liger for a {family.name} model",
             "it has neither RMSNorms nor SwiGLUs, so the key would change nothing",
-            "set kernels: stock; with compile: true its norms and activations are fused, too",
+            "set kernels: stock; with compile: true its norms and activations are fused as well",
         )
     functions = _liger_functions()
     rotation = functools.partial(_rotate, functions.LigerRopeFunction, products_kept)
@@ -67,20 +68,20 @@ def _liger_functions() -> Any:
         functions = importlib.import_module("liger_kernel.ops")
     except ImportError as error:
         raise RecipeError(
-            f"kernels: liger, and liger-kernel cannot be imported: {error}",
+            f"kernels: liger, but liger-kernel cannot be imported: {error}",
             "its kernels are not part of minima",
             "pip install liger-kernel on every machine, or set kernels: stock",
         ) from error
     if not _has_gpu():
         raise RecipeError(
             "kernels: liger without a GPU",
-            "its kernels are written for one; a CPU runs the stock modules",
+            "its kernels run on a GPU only; a CPU runs the stock modules",
             "set kernels: stock, or run this stage on a GPU",
         )
     if (trouble := triton_trouble()) is not None:
         raise RecipeError(
-            f"kernels: liger, and Triton cannot start a kernel here: {trouble}",
-            "they are written in Triton, which builds a small module in C to start them",
+            f"kernels: liger, but Triton cannot start a kernel here: {trouble}",
+            "its kernels are written in Triton, which compiles a small C module to launch them",
             f"{CURE}, or set kernels: stock",
         )
     return functions
@@ -96,7 +97,7 @@ def _is_swiglu(module: nn.Module, config: Any) -> bool:
 
 
 def _forward_calling(stock: Callable[..., Any], rotation: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a stock attention's forward pass that calls `rotation`; all else of its module is as it was."""
+    """A copy of a stock attention's forward pass that calls `rotation` instead; its module is not modified."""
     names = stock.__globals__ | {_ROTATION: rotation}
     copied = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
     copied.__kwdefaults__ = stock.__kwdefaults__
@@ -112,8 +113,8 @@ def _rotate(
 
 
 def _rms_norm(norm: Any, function: Any, hidden: Tensor) -> Tensor:
-    # As Llama casts: statistics in float32, the product in the activations' dtype. Not in place: the gradient that
-    # would be overwritten belongs to whoever made it, which may be the loss.
+    # Casts as Llama does: statistics in float32, the product in the activations' dtype. Not in place, because that
+    # would overwrite a gradient that belongs to whoever made it, which may be the loss.
     return function.apply(hidden, norm.weight, norm.variance_epsilon, 0.0, "llama", False, None)
 
 

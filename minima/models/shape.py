@@ -11,7 +11,7 @@ from minima.errors import CheckpointError, ShapeError, UnsupportedFamily
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
 
-# What a config.json calls a field: Llama's names, and below them what other families call otherwise.
+# The config.json name of each field: Llama's names, and below them those that other families name differently.
 _LLAMA_NAMES = {
     "vocabulary_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -37,7 +37,7 @@ _GPT2_NAMES = _LLAMA_NAMES | {
     "norm_epsilon": "layer_norm_epsilon",
 }
 _NAMES: dict[str, dict[str, str]] = {"gpt_neox": _NEOX_NAMES, "gpt2": _GPT2_NAMES}
-# What transformers 5 takes where a config.json does not have the key; a null there is another thing.
+# transformers 5's defaults for keys that are absent from a config.json; an explicit null is handled differently.
 _RMS = {"norm_epsilon": 1e-6, "tied": False}
 _ABSENT: dict[str, dict[str, Any]] = {
     "llama": _RMS | {"max_positions": 2048},
@@ -50,7 +50,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
 
 
 class ModelShape(BaseModel):
-    """Everything about a stock model that its parameters, FLOPs and bytes follow from.
+    """The facts about a stock model that determine its parameters, FLOPs and bytes.
 
     Attributes:
         family: the `model_type` of a stock transformers configuration.
@@ -59,15 +59,15 @@ class ModelShape(BaseModel):
         intermediate_size: neurons of one MLP.
         num_layers: decoder layers.
         num_heads: query heads of one layer.
-        num_key_value_heads: key-value heads of one layer; `num_heads` when not given (multi-head attention).
-        head_size: width of one head; `hidden_size / num_heads` when not given. Even where rotary embeddings turn all
-            of it.
+        num_key_value_heads: key-value heads of one layer; `num_heads` if not given (multi-head attention).
+        head_size: width of one head; `hidden_size / num_heads` if not given. Must be even where the rotary embedding
+            rotates the whole head.
         max_positions: the longest sequence, in tokens, that the model is made for.
         tied: whether the output head is the embedding.
         norm_epsilon: the epsilon of every norm.
         rope_theta: the base of the rotary embedding.
-        attention_bias: whether the attention projections of a Llama carry biases (others have it fixed).
-        mlp_bias: whether the MLP of a Llama does.
+        attention_bias: whether the attention projections of a Llama have biases (fixed in other families).
+        mlp_bias: whether the MLP of a Llama has biases.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,7 +76,7 @@ class ModelShape(BaseModel):
     vocabulary_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0, le=100_000)  # far above any model's: plans list what each layer holds
+    num_layers: int = Field(gt=0, le=100_000)  # far above any model; bounded because plans list every layer
     num_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, validate_default=True)
     head_size: int = Field(default=0, ge=0)
@@ -95,23 +95,23 @@ class ModelShape(BaseModel):
         if self.num_heads % self.num_key_value_heads:
             raise ShapeError(
                 f"{self.num_heads} query heads over {self.num_key_value_heads} key-value heads",
-                "every key-value head serves the same number of query heads",
+                "every key-value head is shared by the same number of query heads",
                 f"choose num_heads as a multiple of {self.num_key_value_heads}",
             )
         if self.family in ("llama", "gpt_neox", "gpt2") and self.hidden_size % self.num_heads:
             raise ShapeError(
                 f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads",
-                f"the stock {self.family} configuration refuses such a width, also with a head_size of its own",
+                f"the stock {self.family} configuration refuses such a width, even with an explicit head_size",
                 "choose hidden_size as a multiple of num_heads",
             )
         if not self.head_size:
             set_field(self, "head_size", self.hidden_size // self.num_heads)
-        # A GPT-NeoX turns a part of each head, rounded up to pairs, and a GPT-2 nothing.
+        # GPT-NeoX rotates a part of each head, rounded up to pairs, and GPT-2 nothing.
         if self.family not in ("gpt_neox", "gpt2") and (self.head_size % 2 or not self.head_size):
             raise ShapeError(
                 f"heads of width {self.head_size}",
-                f"the rotary embedding of a stock {self.family} turns the dimensions of a head in pairs",
-                "choose head_size, or hidden_size / num_heads where it is not given, as an even number",
+                f"the rotary embedding of a stock {self.family} rotates the dimensions of a head in pairs",
+                "choose an even head_size (if it is not given, it is hidden_size / num_heads)",
             )
         fills_width = self.head_size * self.num_heads == self.hidden_size
         if self.family in ("gpt_neox", "gpt2") and not (fills_width and self.num_key_value_heads == self.num_heads):
@@ -119,7 +119,7 @@ class ModelShape(BaseModel):
                 f"{self.num_heads} heads of {self.head_size} ({self.num_key_value_heads} key-value heads) "
                 f"at width {self.hidden_size}",
                 f"a stock {self.family} has multi-head attention whose heads fill the width exactly",
-                "choose num_heads x head_size = hidden_size and leave num_key_value_heads out",
+                "choose num_heads x head_size = hidden_size and omit num_key_value_heads",
             )
         return self
 
@@ -160,7 +160,7 @@ class ModelShape(BaseModel):
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of token (and learnt position) embeddings and of an untied head."""
+        """Parameters of token (and learned position) embeddings and of an untied head."""
         positions = self.max_positions * self.hidden_size if self.family == "gpt2" else 0
         return (1 if self.tied else 2) * self.vocabulary_size * self.hidden_size + positions
 
@@ -177,7 +177,7 @@ class ModelShape(BaseModel):
     # -- arithmetic ---------------------------------------------------------------------------------------------
 
     def forward_flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of one forward pass for one token: two per weight of each matrix product, attention included.
+        """FLOPs of one forward pass per token: two per weight of each matrix product, attention included.
 
         Attention counts scores and values over half of the sequence, the mean length of a causal context.
         """
@@ -187,7 +187,7 @@ class ModelShape(BaseModel):
         return 2.0 * (matrices + head) + 2.0 * attention
 
     def training_flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of forward and backward for one token: the backward pass does the work of two forward passes."""
+        """FLOPs of forward and backward pass per token; the backward pass costs as much as two forward passes."""
         return 3.0 * self.forward_flops_per_token(sequence_length)
 
     # -- stock configurations -----------------------------------------------------------------------------------
@@ -205,10 +205,10 @@ class ModelShape(BaseModel):
         if not (self.mlp_bias and self.family == "llama"):
             config.pop("mlp_bias")
         if self.family == "qwen2" and self.head_size * self.num_heads == self.hidden_size:
-            config.pop("head_dim")  # not among its configuration's own fields, though its attention reads it
+            config.pop("head_dim")  # not a field of its configuration class, though its attention reads it
         if self.family == "gpt_neox":  # its configuration reads the base from here only
             config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-        if self.family in ("gpt_neox", "gpt2"):  # the pre-training recipes of both drop nothing out any more
+        if self.family in ("gpt_neox", "gpt2"):  # modern pre-training of both uses no dropout, unlike GPT-2's defaults
             dropouts = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
             config |= dict.fromkeys(dropouts.get(self.family, ("attention_dropout", "hidden_dropout")), 0.0)
         return config
@@ -218,14 +218,14 @@ class ModelShape(BaseModel):
         """The shape that a stock `config.json` describes.
 
         Raises:
-            UnsupportedFamily: the `model_type` is not one whose parts are known here.
-            ShapeError: fields are missing, or no model has this shape.
+            UnsupportedFamily: the `model_type` is not supported.
+            ShapeError: fields are missing, or the shape is impossible.
         """
         family = config.get("model_type")
         if family not in FAMILIES:
             raise UnsupportedFamily(
                 f"model_type {family!r}",
-                "which of its tensors are heads, neurons and norms is not known, so it cannot be counted or pruned",
+                "it is not known which of its tensors are heads, neurons and norms, so it cannot be sized or pruned",
                 f"use one of {', '.join(FAMILIES)}",
             )
         names = _NAMES.get(family, _LLAMA_NAMES)
@@ -251,17 +251,17 @@ class ModelShape(BaseModel):
             wrong = ", ".join(names.get(field, field) for field in fields) or "something"
             raise ShapeError(
                 f"a config.json of model_type {family!r} in which {wrong} is missing or impossible",
-                "the model's shape does not follow from it",
-                "fetch or write the model's folder again",
+                "the model's shape cannot be determined",
+                "download or write the model's folder again",
             ) from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelShape":
-        """The shape in `folder/config.json`.
+        """The shape given by `folder/config.json`.
 
         Raises:
-            CheckpointError: there is no config.json that can be read.
-            ShapeError: it describes no model.
+            CheckpointError: there is no readable config.json.
+            ShapeError: it does not describe a valid model.
         """
         return cls.from_config(read_config(folder))
 
@@ -277,7 +277,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict):
             return config
-        problem = "it is no JSON object"
+        problem = "it is not a JSON object"
     except (OSError, ValueError) as error:
         problem = str(error)
     raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A stock model from its configuration alone. No forked modelling code."""
+"""Stock models built from a configuration alone, without forked modelling code."""
 
 import copy
 import functools
@@ -15,16 +15,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def stock_config(config: dict[str, Any]) -> PretrainedConfig:
-    """The transformers configuration object of a `config.json`'s content."""
+    """The transformers configuration object for the content of a `config.json`."""
     fields = copy.deepcopy(config)
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A stock model whose weights are still to be filled in, on the current default device.
+    """Build a stock model with uninitialised weights on the current default device.
 
-    It knows no padding token: where a configuration pads with the end token, `nn.Embedding` would never train its row.
-    Nothing drops out, whatever an old configuration says: a step's result would depend on how it is cut among ranks.
+    The padding token is removed: if a configuration pads with the end token, `nn.Embedding` would never train its row.
+    Dropout is set to 0, whatever the configuration says: with it, a step's result would depend on how the batch is
+    divided among ranks.
 
     Args:
         config: content of a `config.json`.
@@ -35,7 +36,7 @@ def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> P
     for name in stock.to_dict():
         if name.endswith(("dropout", "_pdrop")):
             setattr(stock, name, 0.0)
-    with no_init_weights():  # every weight is filled in afterwards; under ZeRO-3 there would be none here to initialise
+    with no_init_weights():  # every weight is filled in later, and under ZeRO-3 none could be initialised here
         model = AutoModelForCausalLM.from_config(
             stock, dtype=dtype, attn_implementation=attention_implementation(stock)
         )
@@ -44,13 +45,13 @@ def build_empty(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> P
 
 
 def architecture(config: dict[str, Any]) -> str:
-    """Name of the stock class, by which other programs that read a `config.json` choose theirs."""
+    """Name of the stock model class, from which other programs that read a `config.json` choose theirs."""
     stock_class: Any = AutoModelForCausalLM._model_mapping[type(stock_config(config))]
     return stock_class.__name__
 
 
 def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the stock model that `config` describes, in its order."""
+    """Name and shape of every parameter of the stock model that `config` describes, in the model's order."""
     return _parameter_shapes(json.dumps(config, sort_keys=True, default=str))
 
 

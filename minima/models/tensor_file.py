@@ -1,4 +1,4 @@
-"""A safetensors file that whoever may read the folder may read, too."""
+"""Write safetensors files with the usual permissions, not readable by the owner alone."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors with the permissions that any other new file of this process has.
+    """Write tensors to a file with the permissions of any other new file of this process.
 
-    safetensors makes its files readable for their owner alone, whatever the umask says: colleagues who share a run's
-    folder could neither go on from its checkpoints nor read its scores.
+    safetensors makes its files readable by their owner alone, whatever the umask, so colleagues who share a run's
+    folder could neither resume from its checkpoints nor read its scores.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
@@ -21,5 +21,5 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=metadata)
     if path.stat().st_mode != mode:
-        with suppress(OSError):  # a file system without modes of its own is no reason to lose a checkpoint
+        with suppress(OSError):  # a file system that does not support modes must not cost us a checkpoint
             path.chmod(mode)

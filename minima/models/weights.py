@@ -1,4 +1,4 @@
-"""Weights by name, read lazily: no reader here ever holds more than one tensor, no writer more than one file."""
+"""Weights by name, read lazily: no reader here holds more than one tensor at a time, no writer more than one file."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ from minima.models.stock import architecture, parameter_shapes
 from minima.models.tensor_file import save_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
-# A tensor's identity hashes its first and last elements and samples between them. One optimiser step changes some of
-# the first 4,096 elements of any matrix. The samples lie ever denser towards the end, where a grown vocabulary has its
-# new rows: a model that differs in those alone is seen as another one, even with padding rows after them.
+# A tensor's identity hashes its first and last elements and samples in between. One optimiser step changes some of the
+# first 4,096 elements of any matrix. The samples get denser towards the end, where a grown vocabulary has its new rows,
+# so that a model that differs only in those is told apart, even with padding rows after them.
 _IDENTITY_ELEMENTS, _SAMPLE_ELEMENTS = 4096, 1024
 _SAMPLES = (1 / 4, *(1 - 2.0**-power for power in range(1, 9)))
 
 
 class WeightSource(Protocol):
-    """Tensors of one stock model by their parameter names; a tied head is not listed beside its embedding."""
+    """Tensors of one stock model by parameter name; a tied head is not listed in addition to its embedding."""
 
     config: dict[str, Any]
 
@@ -44,12 +44,12 @@ class WeightSource(Protocol):
         ...
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of one flattened tensor: what one ZeRO-3 rank needs of it."""
+        """Elements [start, stop) of one flattened tensor: the part that one ZeRO-3 rank needs."""
         ...
 
 
 class MemorySource:
-    """Weights that are already in memory: for tests and small models."""
+    """Weights that are already in memory, for tests and small models."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.config = config
@@ -69,10 +69,10 @@ class MemorySource:
 
 
 class RandomSource:
-    """Fresh weights whose values follow from the seed and each tensor's name alone, on any number of ranks.
+    """Randomly initialised weights that depend only on the seed and each tensor's name, not on the number of ranks.
 
-    Matrices are normal with the configuration's `initializer_range` (0.02 where it has none), norm weights one and
-    biases zero: what the stock models' own initialisation gives Llama.
+    Matrices are normally distributed with the configuration's `initializer_range` (0.02 if it has none), norm weights
+    are one and biases zero, as in Llama's stock initialisation.
     """
 
     def __init__(self, config: dict[str, Any], seed: int) -> None:
@@ -99,11 +99,11 @@ class RandomSource:
 
 
 class FolderSource:
-    """A folder in Hugging Face's layout, one or many safetensors files.
+    """Weights from a folder in Hugging Face's layout, with one or many safetensors files.
 
     Raises:
-        CheckpointError: no config, no safetensors files, a tensor that is missing or has another shape, or a file
-            that is cut off.
+        CheckpointError: there is no config or no safetensors file, a tensor is missing or has the wrong shape, or a
+            file is truncated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,8 +119,8 @@ class FolderSource:
             if key is None:
                 raise CheckpointError(
                     f"{folder} has no tensor {name!r}",
-                    "a model with a missing tensor would run on random numbers",
-                    "fetch or write the folder again",
+                    "the model would run with random weights in its place",
+                    "download or write the folder again",
                 )
             self._where[name] = (stored[key], key)
         self._check_shapes()
@@ -134,7 +134,7 @@ class FolderSource:
                 raise CheckpointError(
                     f"{index} cannot be read: {error!r}",
                     "it says which file holds which tensor",
-                    "fetch or write the folder again",
+                    "download or write the folder again",
                 ) from error
             return {name: inside(self.folder, file) for name, file in weight_map.items()}
         if not single.is_file():
@@ -143,14 +143,14 @@ class FolderSource:
             )
             raise CheckpointError(
                 f"no safetensors file in {self.folder}" + (f", only {', '.join(pickles)}" if pickles else ""),
-                "a pickle runs code when it is loaded" if pickles else "there are no weights to load",
+                "loading a pickle executes code" if pickles else "there are no weights to load",
                 "convert it to safetensors (`save_pretrained` does)" if pickles else "check the path",
             )
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
 
     def _prefix(self, stored: set[str]) -> str:
-        """The base model's prefix, which checkpoints written from a bare backbone lack."""
+        """The base model's prefix if the stored names lack it, as in checkpoints of a bare backbone; else empty."""
         prefix = next(iter(self._shapes)).split(".")[0] + "."
         return prefix if not any(name.startswith(prefix) for name in stored) else ""
 
@@ -164,9 +164,9 @@ class FolderSource:
                     found = tuple(file.get_slice(self._where[name][1]).get_shape())
                     if found != self._shapes[name]:
                         raise CheckpointError(
-                            f"{name} in {path} has shape {found}, config.json says {self._shapes[name]}",
-                            "weights and configuration are of different models",
-                            "fetch or write the folder again",
+                            f"{name} in {path} has shape {found}, but config.json says {self._shapes[name]}",
+                            "weights and configuration belong to different models",
+                            "download or write the folder again",
                         )
 
     def names(self) -> list[str]:
@@ -186,7 +186,7 @@ class FolderSource:
         row = 1
         for size in shape[1:]:
             row *= size
-        first, last = start // row, -(-stop // row)  # only the rows that hold the wanted elements are read
+        first, last = start // row, -(-stop // row)  # read only the rows that contain the elements
         with _open(path) as file:
             rows = file.get_slice(key)[first:last]
         return rows.reshape(-1)[start - first * row : stop - first * row]
@@ -198,8 +198,8 @@ def _open(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: {error}",
-            "the file is missing, cut off or damaged",
-            "fetch or write it again",
+            "the file is missing, truncated or damaged",
+            "download or write it again",
         ) from error
 
 
@@ -210,11 +210,11 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def model_identity(source: WeightSource) -> str:
-    """A short hash of every tensor's name, shape, ends and samples: the same for a copy, not after a step."""
+    """A short hash of every tensor's name, shape, ends and samples: equal for a copy, different after a step."""
     digest = hashlib.sha256()
     for name in source.names():
         digest.update(f"{name}{source.shape(name)}".encode())
-        # Random weights are drawn whole for any part of them, so once is enough.
+        # A random tensor is generated whole for any part of it, so do that once.
         drawn = MemorySource({}, {name: source.read(name)}) if isinstance(source, RandomSource) else source
         for start, stop in _identity_parts(math.prod(source.shape(name))):
             digest.update(drawn.read_flat(name, start, stop).float().contiguous().numpy().tobytes())
@@ -222,7 +222,7 @@ def model_identity(source: WeightSource) -> str:
 
 
 def _identity_parts(size: int) -> list[tuple[int, int]]:
-    """Which elements of a flattened tensor count; all of one that is small."""
+    """The ranges of a flattened tensor's elements to hash; everything for a small one."""
     if size <= 2 * _IDENTITY_ELEMENTS:
         return [(0, size)]
     last = size - _IDENTITY_ELEMENTS
@@ -241,11 +241,11 @@ def write_folder(
     """Write a model in Hugging Face's layout, holding one file's tensors at a time.
 
     Args:
-        folder: made when it is not there.
+        folder: created if it does not exist.
         config: `config.json`'s content; the dtype is set, and the names that transformers 4.x reads are added.
-        tensors: name and tensor, drawn one by one.
-        dtype: of the written tensors; each tensor's own when not given.
-        shard_bytes: a new file is begun when one would grow past this; a larger tensor gets a file of its own.
+        tensors: name and tensor, consumed one by one.
+        dtype: of the written tensors; each tensor's own if not given.
+        shard_bytes: a new file is started before one would exceed this; a larger tensor gets a file of its own.
 
     Returns:
         SHA-256 of each written tensor's bytes, by name.
@@ -272,7 +272,7 @@ def write_folder(
         if pending_bytes and pending_bytes + size > shard_bytes:
             flush()
         key = stored_name(config["model_type"], name)
-        shards[0][key] = tensor.clone() if tensor._base is not None else tensor  # a view would drag its base along
+        shards[0][key] = tensor.clone() if tensor._base is not None else tensor  # a view would keep its base alive
         hashes[name] = tensor_sha256(tensor)
         pending_bytes += size
         total_bytes += size

@@ -65,7 +65,7 @@ def test_a_view_does_not_drag_its_base_into_the_file(tmp_path, source):
 def test_a_pickle_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE.to_config()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"(?s)pytorch_model.bin.*runs code"):
+    with pytest.raises(CheckpointError, match=r"(?s)pytorch_model.bin.*executes code"):
         FolderSource(tmp_path)
 
 
