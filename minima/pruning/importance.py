@@ -1,4 +1,4 @@
-"""How much each head, neuron and hidden dimension matters: the published gradient score, and two baselines.
+"""Importance scores of heads, neurons and hidden dimensions: the published gradient score, and two baselines.
 
 Shapes: L layers, K key-value groups, I neurons, D width, B batch, T sequence, N tokens, V vocabulary.
 """
@@ -31,15 +31,15 @@ Run = Callable[[Callable[[Any, Batch], LossSum], Batch], LossSum]  # run(forward
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as they were measured, on the CPU in float32, not normalised.
+    """Raw scores (not normalised), on the CPU in float32.
 
     Attributes:
-        kind: how they were made.
+        kind: how they were computed.
         model: identity of the model that was scored (`models.weights.model_identity`).
-        head_LK: one for each key-value group.
-        neuron_LI: one for each neuron.
-        hidden_D: one for each dimension of the residual stream.
-        batches: micro-batches that they are a mean over; 0 where no data was read.
+        head_LK: one per key-value group.
+        neuron_LI: one per neuron.
+        hidden_D: one per dimension of the residual stream.
+        batches: number of micro-batches they are averaged over; 0 if no data was read.
     """
 
     kind: ScoreKind
@@ -50,10 +50,10 @@ class Scores:
     batches: int = 0
 
     def save(self, path: Path) -> None:
-        """Write them as safetensors; the same scores give the same bytes."""
+        """Write the scores as safetensors; equal scores give equal bytes."""
         tensors = {"head": self.head_LK, "neuron": self.neuron_LI, "hidden": self.hidden_D}
         facts = json.dumps({"kind": self.kind, "model": self.model, "batches": self.batches})
-        # One entry only: safetensors writes several in an order that changes from call to call.
+        # Only one metadata entry: safetensors writes several in an order that changes from call to call.
         save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"scores": facts})
 
     @classmethod
@@ -61,7 +61,7 @@ class Scores:
         """Read saved scores of the same kind and model.
 
         Raises:
-            StageError: no such file, a damaged one, or scores of another kind or of another model.
+            StageError: the file is missing or damaged, or its scores are of another kind or model.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -70,15 +70,15 @@ class Scores:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise StageError(
                 f"the scores {path} cannot be read: {error}",
-                "without scores there is no telling what to cut",
-                "run the stage that makes them again, or leave `scores:` out",
+                "the scores decide what is pruned",
+                "run the stage that makes them again, or omit `scores:`",
             ) from error
         for what, wanted in (("kind", kind), ("model", model)):
             if found[what] != wanted:
                 raise StageError(
-                    f"the scores {path} are of {what} {found[what]!r}, wanted is {wanted!r}",
-                    "scores only say something about the model, and in the way, that they were measured",
-                    f"reuse scores of the same {what}, or leave `scores:` out to measure anew",
+                    f"the scores {path} have {what} {found[what]!r}, but {wanted!r} is needed",
+                    "scores are valid only for the model and the kind that they were computed for",
+                    f"reuse scores with the same {what}, or omit `scores:` to compute them again",
                 )
         return cls(kind, model, head_LK, neuron_LI, hidden_D, found["batches"])
 
@@ -99,22 +99,22 @@ def importance(
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     device: torch.device | str = "cpu",
 ) -> Scores:
-    """Mean over micro-batches of |dL/dmask| at masks of one, L the mean loss over a micro-batch's valid tokens.
+    """Mean over micro-batches of |dL/dmask| at masks of one, where L is the mean loss over the valid tokens.
 
-    The absolute value is taken once per micro-batch, as published, so the score depends on the micro-batch's size:
-    inside it, gradients of opposite signs cancel (Zhang et al., 2023; MiniMA's `express`).
+    The absolute value is taken once per micro-batch, as published, so the score depends on the micro-batch size: within
+    a micro-batch, gradients of opposite signs cancel (Zhang et al., 2023; MiniMA's `express`).
 
     Args:
-        run: calls `forward(model, batch)` where the model's parameters are whole.
+        run: calls `forward(model, batch)` while the model's parameters are gathered.
         model: the stock model that `run` runs; the masks are hooked into it meanwhile. No weight needs a gradient.
-        batches: this rank's micro-batches; every rank has to give as many. One without valid tokens counts as none.
+        batches: this rank's micro-batches; every rank must give equally many. One without valid tokens is not counted.
         shape: of the model.
-        identity: of the model, kept with the scores.
-        all_reduce_sum: gives the sum of a tensor over ranks.
+        identity: of the model, stored with the scores.
+        all_reduce_sum: sums a tensor over ranks.
         device: of the masks.
 
     Returns:
-        Scores of all ranks together, the same on each.
+        Scores over all ranks, identical on each.
 
     Raises:
         DataError: no micro-batch of any rank has a valid token.
@@ -134,16 +134,16 @@ def importance(
     batches_of_all = int(all_reduce_sum(counted))
     if not batches_of_all:
         raise DataError(
-            "importance was to be measured on no valid token",
-            "the gradient of no loss is no score",
-            "give data whose blocks hold more than padding, and at least one sequence",
+            "the data for importance scores has no valid token",
+            "the scores are gradients of the loss, and without tokens there is no loss",
+            "give at least one sequence, and data whose blocks hold more than padding",
         )
     head_LK, neuron_LI, hidden_D = (all_reduce_sum(total).cpu() / batches_of_all for total in sums)
     return Scores("gradient", identity, head_LK, neuron_LI, hidden_D, batches_of_all)
 
 
 def magnitude(source: WeightSource, shape: ModelShape, *, identity: str) -> Scores:
-    """L2 norm of all weights that would go with a head group, neuron or dimension; one tensor in memory at a time."""
+    """L2 norm of all weights that belong to a key-value group, neuron or dimension; holds one tensor at a time."""
     family = family_of(shape.family)
     head_LK = torch.zeros(shape.num_layers, shape.num_key_value_heads, dtype=torch.float64)
     neuron_LI = torch.zeros(shape.num_layers, shape.intermediate_size, dtype=torch.float64)
@@ -168,7 +168,7 @@ def magnitude(source: WeightSource, shape: ModelShape, *, identity: str) -> Scor
 
 
 def random(shape: ModelShape, seed: int, *, identity: str) -> Scores:
-    """Uniform scores in [0, 1) that follow from the seed."""
+    """Uniform scores in [0, 1), determined by the seed."""
     generator = torch.Generator().manual_seed(seed)
     head_LK = torch.rand(shape.num_layers, shape.num_key_value_heads, generator=generator)
     neuron_LI = torch.rand(shape.num_layers, shape.intermediate_size, generator=generator)

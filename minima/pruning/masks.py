@@ -1,4 +1,4 @@
-"""Masks over heads, neurons and width, as hooks on one stock model.
+"""Masks over heads, neurons and width, implemented as hooks on one stock model.
 
 Shapes: L layers, K key-value groups of a layer, I neurons of a layer, D width, B batch, T sequence.
 """
@@ -15,10 +15,10 @@ from minima.models.shape import ModelShape
 
 
 class Masks:
-    """One number for each key-value group, neuron and hidden dimension, to multiply activations by.
+    """Factors for activations: one per key-value group, neuron and hidden dimension.
 
-    They are float32 leaves and take the activations' dtype where they multiply: what autograd sums up over the many
-    places of the hidden mask is then float32 in a bfloat16 model too.
+    They are float32 leaves that are cast to the activations' dtype when they multiply, so that autograd sums the
+    gradients from the many uses of the hidden mask in float32, even in a bfloat16 model.
 
     Attributes:
         head_LK: multiplies the input of the attention's output projection, group by group.
@@ -41,11 +41,11 @@ class Masks:
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Hook the masks into `model` until the context ends.
 
-        It has to span the backward pass too: activation checkpointing runs the forward pass again there.
+        The context must also span the backward pass, where activation checkpointing runs the forward pass again.
 
         Args:
-            model: a stock causal language model of this shape, whole or partitioned by ZeRO-3: the hooks touch
-                activations only, never parameters.
+            model: a stock causal language model of this shape, whole or partitioned by ZeRO-3, because the hooks
+                only touch activations, never parameters.
         """
         family = family_of(self.shape.family)
         group_width = self.shape.num_heads // self.shape.num_key_value_heads * self.shape.head_size

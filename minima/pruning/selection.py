@@ -1,4 +1,4 @@
-"""Which layers, heads, neurons and hidden dimensions stay. Indices are int64 and ascending, so order is kept."""
+"""Selection of the layers, heads, neurons and dimensions to keep. Indices are int64, ascending to preserve order."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,15 +16,15 @@ NORM_FLOOR = 1e-17  # keeps a layer whose scores are all zero at zero (MiniMA, `
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays of a model.
+    """The parts of a model that are kept.
 
     Attributes:
-        source: shape of the model that is cut.
-        student: shape of the checkpoint that comes out, padding included.
-        layers: numbers of the layers that stay, int64.
-        groups: for each of them the key-value groups that stay, int64.
-        neurons: for each of them the neurons that stay, int64.
-        hidden: the dimensions of the residual stream that stay, int64.
+        source: shape of the model that is pruned.
+        student: shape of the resulting checkpoint, padding included.
+        layers: indices of the layers to keep, int64.
+        groups: the key-value groups to keep in each of these layers, int64.
+        neurons: the neurons to keep in each of these layers, int64.
+        hidden: the dimensions of the residual stream to keep, int64.
     """
 
     source: ModelShape
@@ -36,31 +36,32 @@ class Selection:
 
 
 def normalised(scores: Tensor) -> Tensor:
-    """Scores over their L2 norm, each row by itself."""
+    """Scores divided by their L2 norm, row by row."""
     return scores / (torch.linalg.vector_norm(scores, dim=-1, keepdim=True) + NORM_FLOOR)
 
 
 def select(scores: Scores, plan: TargetPlan, *, depth: Literal["symmetric", "importance"] = "symmetric") -> Selection:
-    """Choose what stays by the scores.
+    """Choose what to keep by the scores.
 
-    Heads and neurons are chosen within the layers that stay. `local` keeps the best of every layer, the same number in
-    each. `global` ranks them over those layers by per-layer-normalised score and keeps as many in all, so that counts
-    differ (at least one group and one neuron stay in each layer); the student is then as wide as the widest layer.
+    Heads and neurons are chosen within the kept layers. `local` keeps the best of every layer, the same number in each.
+    `global` ranks them across these layers by per-layer-normalised score and keeps the same total number, so that
+    counts differ between layers (each keeps at least one group and one neuron); the student is then as wide as its
+    widest layer.
 
     Args:
         scores: raw scores of the model.
-        plan: of the shape that is asked for.
+        plan: of the target shape.
         depth: `symmetric` drops as many layers at the bottom as at the top; `importance` keeps the layers with the
-            largest sum of raw head and neuron scores. Both are |dL/dmask|, the first-order change of the loss when
-            one of them goes, so the sum bounds to first order what dropping the whole layer costs; normalised scores
-            would have every layer weigh the same.
+            largest sum of raw head and neuron scores. Both scores are |dL/dmask|, the first-order change of the loss
+            when one unit is removed, so the sum bounds to first order the cost of dropping the whole layer; normalised
+            scores would give every layer the same weight.
     """
     if tuple(scores.head_LK.shape) != (plan.source.num_layers, plan.source.num_key_value_heads):
         raise ShapeError(
             f"scores of {scores.head_LK.shape[0]} layers with {scores.head_LK.shape[1]} key-value groups for a model "
             f"of {plan.source.num_layers} with {plan.source.num_key_value_heads}",
-            "they were measured on another model",
-            "measure the scores of this one",
+            "they were computed for a different model",
+            "compute the scores of this one",
         )
     layers = _layers(scores, plan, depth)
     head_LK = normalised(scores.head_LK).index_select(0, layers)
@@ -91,15 +92,15 @@ def _layers(scores: Scores, plan: TargetPlan, depth: Literal["symmetric", "impor
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Ascending indices of the `count` largest; of equal ones the first."""
+    """Ascending indices of the `count` largest scores; ties go to the lower index."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _best_over_layers(scores_LU: Tensor, count: int) -> list[Tensor]:
-    """Ascending indices in each row of the `count` x rows largest of all, at least one in each row."""
+    """For each row, the ascending indices of the `count` x rows largest scores overall; at least one per row."""
     ranked = scores_LU.clone()
     first = scores_LU.argmax(1, keepdim=True)
-    ranked.scatter_(1, first, torch.inf)  # each layer's best is in, so that no layer is left without any
+    ranked.scatter_(1, first, torch.inf)  # always keep each layer's best, so that no layer ends up empty
     kept = torch.zeros_like(scores_LU, dtype=torch.bool).flatten()
     kept[_best(ranked.flatten(), count * len(scores_LU))] = True
     return [row.nonzero().flatten() for row in kept.view_as(scores_LU)]

@@ -1,4 +1,4 @@
-"""Dense weights out: a pruned model as a source of weights, cut from another source one tensor at a time.
+"""The dense weights of a pruned model, as a weight source that slices another source one tensor at a time.
 
 Shapes: D width of the model, D' width of the student.
 """
@@ -15,25 +15,25 @@ from minima.models.weights import WeightSource
 from minima.pruning.selection import Selection
 from minima.pruning.target import check_depth, check_norm_compensation
 
-PAD = -1  # in a list of units: a unit of zeros
+PAD = -1  # in a list of units: stands for a unit of zeros
 
 
 class PrunedSource:
-    """A `WeightSource` of the pruned model: stock names, the layers renumbered, every tensor cut as it is read.
+    """A `WeightSource` of the pruned model: stock names, renumbered layers, every tensor sliced as it is read.
 
-    With `norm_compensation` `rms` the student computes exactly what the model computes when the dimensions that go
-    are zero: over D dimensions their mean square is D'/D of that over the kept ones, so
+    With `norm_compensation` `rms` the student computes exactly what the model computes if the removed dimensions are
+    zero: the mean square over all D dimensions is then D'/D of that over the kept ones, so
     `w x / sqrt(D'/D mean_square + eps) = sqrt(D/D') w x / sqrt(mean_square + eps D/D')`. A norm over head dimensions
-    (Qwen3) keeps its weight; the larger epsilon, which it shares, is made up for by query and key weights times
-    sqrt(D/D'), a factor that such a norm takes out again.
+    (Qwen3) keeps its weight. It shares the larger epsilon, which is balanced by scaling query and key weights by
+    sqrt(D/D'), a factor that this norm removes again.
 
     Args:
-        source: the model that is cut.
-        selection: what stays.
-        norm_compensation: `none` leaves norm weights and epsilon as they were, as published.
+        source: the model to prune.
+        selection: what to keep.
+        norm_compensation: `none` leaves norm weights and epsilon unchanged, as published.
 
     Raises:
-        ShapeError: `rms` for a family with LayerNorms, or a depth cut that the family does not allow.
+        ShapeError: `rms` for a family with LayerNorms, or dropped layers where the model does not allow it.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class PrunedSource:
 
     @property
     def parameters(self) -> int:
-        """All parameters of the student, zeros of padding included."""
+        """Number of parameters of the student, zero padding included."""
         return sum(math.prod(self.shape(name)) for name in self.names())
 
     @property
     def parameters_without_padding(self) -> int:
-        """Parameters of the student that come from the model."""
+        """Number of the student's parameters that come from the model."""
         total = 0
         for name, origin in self._origin.items():
             rows = self._rows(origin)
@@ -99,7 +99,7 @@ class PrunedSource:
         return total
 
     def _rows(self, origin: str) -> list[Tensor | None]:
-        """For each axis of a tensor of the model, the indices that stay, `PAD` for a zero; None for all of them."""
+        """For each axis of a model's tensor, the indices to keep, with `PAD` for zeros; None keeps all."""
         layer, _, axes = self._family.locate(origin)
         rows: list[Tensor | None] = []
         for part in axes:
@@ -142,7 +142,7 @@ class PrunedSource:
                 config[names[field]] = getattr(student, field)
         derived = student.hidden_size // student.num_heads
         if "head_size" in names and (self._family.name != "qwen2" or student.head_size != derived):
-            config[names["head_size"]] = student.head_size  # no field of Qwen2's, but its attention reads it if set
+            config[names["head_size"]] = student.head_size  # not a field of Qwen2, but its attention reads it if set
         if self._compensated:
             config[names["norm_epsilon"]] = self._selection.source.norm_epsilon * self._stretch
         kinds = _layer_types(self._source.config, self._selection.source.num_layers)
@@ -152,7 +152,7 @@ class PrunedSource:
 
 
 def _layer_types(config: dict[str, Any], num_layers: int) -> list[str] | None:
-    """Which layers attend in a sliding window, where the config says so (Qwen2 and Qwen3), written out or not."""
+    """The attention kind of each layer in models with sliding windows (Qwen2 and Qwen3), listed or derived; or None."""
     if config.get("layer_types") is not None:
         return config["layer_types"]
     if not config.get("use_sliding_window"):

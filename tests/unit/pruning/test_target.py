@@ -69,7 +69,7 @@ def test_groups_go_whole():
         (LLAMA_7B, {"num_heads": 64}, "num_heads 64"),
         (LLAMA_7B, {"intermediate_size": 20000}, "intermediate_size 20000"),
         (LLAMA_7B, {"hidden_size": 3000, "num_heads": 7}, "does not divide"),
-        (SMOLLM, {"num_heads": 4}, "share a key-value head"),
+        (SMOLLM, {"num_heads": 4}, "share each key-value head"),
         (PYTHIA, {"hidden_size": 512}, "does not divide"),
         (PYTHIA, {"hidden_size": 384}, "fill the width"),
         (PYTHIA, {"num_heads": 6}, "fill the width"),
