@@ -1,8 +1,8 @@
-"""Text from a model folder: what `minima chat` and the answer files ask for.
+"""Text generation from a model folder, for `minima chat` and answer files.
 
-The model is plain transformers, its `generate` does the sampling. The key-value cache is not kept between turns: a
-template may write an answer down with other tokens than it was generated with, and a cache of sliding windows cannot
-be cut back, so that it would have to be checked turn by turn to be exact.
+The model is a plain transformers model, and its `generate` does the sampling. The key-value cache is not kept between
+turns, because it would have to be verified at every turn: a template may encode an answer with other tokens than it was
+generated with, and a sliding-window cache cannot be truncated.
 """
 
 import logging
@@ -31,7 +31,7 @@ from minima.models.stock import DTYPES
 from minima.models.weights import FolderSource
 
 Message = dict[str, str]
-_ANSWER_SHARE = 0.25  # of the window that a conversation leaves free for the answer, where the answer may be so long
+_ANSWER_SHARE = 0.25  # share of the window that is reserved for the answer, unless the answer's limit is lower
 logger = logging.getLogger(__name__)
 
 
@@ -39,11 +39,11 @@ class Generator:
     """A model and its tokenizer.
 
     Attributes:
-        window: tokens that the model is made for, question and answer together.
+        window: the model's context length in tokens, question and answer together.
         stop_ids: tokens that end an answer.
-        temperature: that the folder's generation config suggests; 0 where it does not sample.
-        top_p: likewise.
-        has_template: whether its tokenizer says how a conversation is written down.
+        temperature: suggested by the folder's generation config; 0 if that does not sample.
+        top_p: suggested by the folder's generation config; 1 if that does not sample.
+        has_template: whether its tokenizer has a chat template.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,21 +57,21 @@ class Generator:
         self.top_p = float(generation.top_p or 1.0) if generation.do_sample else 1.0
         self.has_template = tokenizer.chat_template is not None
         self._chat: ChatTokenizer | None = None
-        # What a folder suggests beside the stop ids would change what the caller asks for.
+        # Anything else that the folder's generation config sets would override what the caller asks for.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=self.stop_ids,
-            pad_token_id=self.stop_ids[0],  # one sequence is never padded, but a missing one warns
+            pad_token_id=self.stop_ids[0],  # a single sequence is never padded, but transformers warns without one
         )
 
     @classmethod
     def load(cls, folder: Path, *, dtype: str | None = None, device: str | None = None) -> "Generator":
-        """The model of an export stage, or of any folder in Hugging Face's layout.
+        """Load the model of an export stage, or of any folder in Hugging Face's layout.
 
         Args:
-            folder: the export stage's own, or the model's.
-            dtype: of the weights; as stored when not given.
-            device: when not given, a GPU where there is one and `DS_ACCELERATOR=cpu` is not set, else the CPU.
+            folder: the export stage's or the model's.
+            dtype: of the weights; as stored if not given.
+            device: if not given, a GPU if there is one and `DS_ACCELERATOR=cpu` is not set, else the CPU.
 
         Raises:
             CheckpointError: there is no model in the folder, or it cannot be loaded.
@@ -81,20 +81,20 @@ class Generator:
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder} holds no model in Hugging Face's layout (no config.json)",
-                "there is nothing to talk to",
+                "there is no model to talk to",
                 "give the folder of an export stage, or its model/",
             )
         device = device or ("cuda" if torch.cuda.is_available() and not without_gpus() else "cpu")
         try:
-            FolderSource(folder)  # transformers would put random numbers where a tensor is missing
+            FolderSource(folder)  # refuses missing tensors, which transformers would initialise randomly
             model: Any = load_folder(folder, DTYPES[dtype] if dtype else "auto")
         except MinimaError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder} cannot be loaded by transformers: {first_line(error)}",
-                "there is nothing to talk to",
-                "export the model again, or fetch the folder again",
+                "there is no model to talk to",
+                "export the model again, or download the folder again",
             ) from error
         return cls(model.to(device), load_tokenizer(folder))
 
@@ -107,7 +107,7 @@ class Generator:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> str:
-        """The assistant's whole answer; arguments and errors are those of `stream`."""
+        """The assistant's complete answer; arguments and errors as for `stream`."""
         pieces = self.stream(messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         return "".join(pieces)
 
@@ -120,23 +120,23 @@ class Generator:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The assistant's answer as it comes, whole characters at a time. Closing the iterator ends the answer.
+        """Stream the assistant's answer in whole characters. Closing the iterator ends the generation.
 
         Args:
-            messages: the conversation, the question last: `role` (system, user or assistant) and `content`.
-            max_new_tokens: of the answer; fewer where the window ends.
+            messages: the conversation, ending with the question: `role` (system, user or assistant) and `content`.
+            max_new_tokens: of the answer; limited by the rest of the window.
             temperature: 0 always takes the likeliest token.
-            top_p: sample from the likeliest tokens that have this share together.
-            seed: of the sampling; torch's generator goes on as it is when not given.
+            top_p: sample from the smallest set of likeliest tokens with this probability.
+            seed: of the sampling; if not given, torch's generator is used in its current state.
 
         Raises:
-            DataError: the model has no chat template, the template refuses the conversation, a message could end its
-                own turn or is no text, or the last question alone is longer than the window.
+            DataError: the model has no chat template, the template refuses the conversation, a message contains a
+                turn marker or is not valid text, or the last question alone exceeds the window.
         """
         kept, dropped = self.fit(messages, max_new_tokens)
         if dropped:
             logger.warning(
-                "the conversation is longer than the model's %d tokens: its first %d messages were left out",
+                "the conversation exceeds the model's window of %d tokens: its first %d messages were dropped",
                 self.window,
                 dropped,
             )
@@ -151,7 +151,7 @@ class Generator:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """What a base model writes after a text; options are those of `stream`.
+        """Stream a base model's continuation of a text; options as for `stream`.
 
         Raises:
             DataError: the text is empty, not UTF-8, or longer than the window.
@@ -159,14 +159,14 @@ class Generator:
         _check_text(text, "the text")
         prompt = list(self.tokenizer(text)["input_ids"])
         if not prompt:
-            raise DataError("an empty text", "there is nothing to go on from", "give at least one word")
+            raise DataError("an empty text", "there is nothing to continue", "give at least one word")
         self._check_room(len(prompt), "the text")
         return self._generate(prompt, max_new_tokens, temperature, top_p, seed)
 
     def fit(self, messages: list[Message], max_new_tokens: int = 512) -> tuple[list[Message], int]:
-        """The conversation without the oldest exchanges that the window has no room for, and how many messages went.
+        """Drop the oldest exchanges that do not fit into the window; also returns how many messages were dropped.
 
-        A system message stays. At least a quarter of the window is kept for the answer, if it may be so long.
+        A system message is kept. A quarter of the window, or `max_new_tokens` if fewer, is reserved for the answer.
 
         Raises:
             DataError: as `stream`.
@@ -185,15 +185,15 @@ class Generator:
         return kept, len(messages) - len(kept)
 
     def _check_messages(self, messages: list[Message]) -> None:
-        """Refuse what would not reach the model as it was said.
+        """Refuse messages that the model would not read as written.
 
-        The assistant's own messages may hold a turn's marker: the model can have spelt it out.
+        The assistant's own messages may contain a turn marker, because the model can have spelled it out.
         """
         if not self.has_template:
             raise DataError(
                 "the model's tokenizer has no chat template",
-                "it is a base model: it goes on with a text, and was not taught whose turn it is",
-                "give it a text to go on from (`minima chat DIR --plain`), or export a model that instruct has trained",
+                "it is a base model: it continues a text, and was not trained on conversations",
+                "give it a text to continue (`minima chat DIR --plain`), or export a model from an instruct stage",
             )
         self._chat = self._chat or chat_tokenizer(self.tokenizer)
         for message in messages:
@@ -202,27 +202,27 @@ class Generator:
             marker = None if role == "assistant" else self._chat.forged([(role, text)])
             if marker is not None:
                 raise DataError(
-                    f"the {role}'s message holds {marker}, a word by which the chat template opens or ends a turn",
-                    "the model would take what follows it for somebody else's words",
-                    "leave it out, or put a space into it",
+                    f"the {role}'s message contains {marker}, with which the chat template opens or ends a turn",
+                    "the model would take the text after it for another speaker's",
+                    "remove it, or put a space into it",
                 )
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant begins to speak."""
+        """Token ids of a conversation up to the start of the assistant's answer."""
         try:
             encoded: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             return list(encoded["input_ids"])
         except Exception as error:  # a template is a program, and can fail in any way
             raise DataError(
                 f"the model's chat template refuses the conversation: {str(error) or type(error).__name__}",
-                "the model would read something that it was not taught",
-                "let user and assistant take turns, and leave the system message out if it is that",
+                "without the template the model would read a format that it was not trained on",
+                "let user and assistant take turns, and omit the system message if the template does not allow one",
             ) from error
 
     def _check_room(self, tokens: int, what: str) -> None:
         if tokens >= self.window:
             raise DataError(
-                f"{what} is {tokens} tokens long, and the model reads {self.window}",
+                f"{what} is {tokens} tokens long, but the model's window is {self.window}",
                 "there would be no room for an answer",
                 "make it shorter",
             )
@@ -251,7 +251,7 @@ class Generator:
 
 
 def _check_text(text: str, what: str) -> None:
-    """Refuse the stand-ins that Python reads for bytes that are no UTF-8: no tokenizer takes them."""
+    """Refuse the surrogates that Python substitutes for bytes that are not UTF-8; no tokenizer accepts them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

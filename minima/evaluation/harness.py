@@ -1,7 +1,7 @@
-"""lm-eval as a program of its own: what it is asked, how it is started, and where its answer lies.
+"""Running lm-eval as a separate program: its configuration, its start, and its results.
 
-It is never imported here. It runs in an environment cleaned of our launcher's variables, on one device by itself and
-on several GPUs through its own launcher, accelerate.
+It is never imported here. It runs in an environment without our launcher's variables, directly on a single device, and
+through its own launcher, accelerate, on several GPUs.
 """
 
 import codecs
@@ -24,24 +24,24 @@ from minima.launcher import cleaned_environment, free_port, num_accelerators
 
 RESULTS = "results.json"
 logger = logging.getLogger("minima.benchmark")
-_TAIL_LINES = 12  # of the child's log in an error: a traceback's end, and what it says
-# How lm-eval refuses a model whose whole window is no longer than an answer of the task may be.
+_TAIL_LINES = 12  # lines of the child's log in an error: enough for the end of a traceback and its message
+# lm-eval's refusal of a model whose whole window is no longer than the task's longest answer.
 _NO_ROOM = re.compile(r"requested max tokens to generate \(\d+\) must be less than .* \((\d+)\)")
 _RAISED = re.compile(
     r"(?!.*ChildFailedError)[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*"
-)  # a process's, not accelerate's
-_RANK = re.compile(r"\[rank\d+\]: ?")  # before each line of what one of several processes raised
-_CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the commonest; lm-eval itself knows all that execute code
+)  # raised by one of the processes, not by accelerate
+_RANK = re.compile(r"\[rank\d+\]: ?")  # prefix of each line of a traceback from one of several processes
+_CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the most common ones; lm-eval itself knows them all
 
 
 @dataclass(frozen=True)
 class Call:
-    """One start of lm-eval.
+    """One run of lm-eval.
 
     Attributes:
-        name: of the folder that keeps what it said.
+        name: of the folder for its results.
         tasks: names of tasks or groups.
-        shots: examples before each item; each task's own when not given.
+        shots: few-shot examples per item; each task's own number if not given.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all calls of a stage share.
+    """Settings that all calls of a stage share.
 
     Attributes:
         model: a folder that plain transformers loads.
-        dtype: of the weights; as stored when not given.
-        batch_size: sequences of one forward pass.
-        limit: items of each task at most.
-        chat: ask through the tokenizer's chat template.
+        dtype: of the weights; as stored if not given.
+        batch_size: sequences per forward pass.
+        limit: maximum number of items per task.
+        chat: apply the tokenizer's chat template.
         seed: of the few-shot examples and of sampling.
-        task_folders: of task files; a later one comes before an earlier one, and all come before lm-eval's own.
+        task_folders: of task files; later ones take precedence over earlier ones, and all over lm-eval's own.
         allow_code_execution: let tasks execute what the model wrote.
     """
 
@@ -75,16 +75,16 @@ class Settings:
 
 
 def lm_eval_folder() -> Path:
-    """Where lm-eval is installed.
+    """The folder where lm-eval is installed.
 
     Raises:
-        StageError: it is not.
+        StageError: lm-eval is not installed.
     """
     found = importlib.util.find_spec("lm_eval")
     if found is None or not found.submodule_search_locations:
         raise StageError(
             "lm-eval is not installed",
-            "a benchmark stage asks it for every score",
+            "a benchmark stage gets all its scores from it",
             "pip install lm-eval accelerate",
         )
     return Path(next(iter(found.submodule_search_locations)))
@@ -103,8 +103,8 @@ def check_code_execution(tasks: Sequence[str], allowed: bool) -> None:
 def _refusal(tasks: Sequence[str]) -> StageError:
     return StageError(
         f"{', '.join(tasks)} would execute programs that the model wrote",
-        "nobody has read them, so only whoever starts the run can say that this machine may run them",
-        "give `minima run` the flag --allow-code-execution, best in a container; or take the task out",
+        "nobody has reviewed them, so whoever starts the run must decide whether this machine may run them",
+        "give `minima run` the flag --allow-code-execution, best in a container; or remove the task",
     )
 
 
@@ -112,9 +112,9 @@ def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any
     """The content of lm-eval's configuration file.
 
     Args:
-        call: what to ask.
-        settings: how.
-        output: folder of its results and samples.
+        call: the tasks.
+        settings: how to run them.
+        output: folder for results and samples.
     """
     return {
         "model": "hf",
@@ -128,13 +128,13 @@ def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any
         "seed": [settings.seed] * 4,  # of random, numpy, torch and the examples
         "include_path": [str(folder.resolve()) for folder in settings.task_folders],
         "output_path": str(output.resolve()),
-        "log_samples": True,  # without them lm-eval gives no hash of the prompts
+        "log_samples": True,  # without samples lm-eval reports no hashes of the prompts
         "confirm_run_unsafe_code": settings.allow_code_execution,
     }
 
 
 def command(configuration_file: Path) -> list[str]:
-    """lm-eval itself, or accelerate's launcher with one process for each of several GPUs."""
+    """The command line of lm-eval, or with several GPUs that of accelerate's launcher with one process per GPU."""
     run = ["-m", "lm_eval", "run", "--config", str(configuration_file)]
     if (gpus := num_accelerators()) <= 1:
         return [sys.executable, *run]
@@ -144,19 +144,18 @@ def command(configuration_file: Path) -> list[str]:
 
 
 def ask(call: Call, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Run one call, or give what an earlier start of the stage kept of it.
+    """Run one call, or return its results from an earlier start of the stage.
 
     Args:
-        call: what to ask.
-        settings: how.
-        folder: of all calls; this one's is made in it, whole or not at all: its results, the samples, the
-            configuration and the log.
+        call: the tasks.
+        settings: how to run them.
+        folder: of all calls; this one's subfolder (results, samples, configuration and log) is written atomically.
 
     Returns:
         lm-eval's results as it writes them.
 
     Raises:
-        StageError: lm-eval is missing, or failed; with the end of its log.
+        StageError: lm-eval is not installed, or failed; the message includes its error or the end of its log.
     """
     lm_eval_folder()
     final, partial = folder / call.name, folder / f".{call.name}.partial"
@@ -173,11 +172,11 @@ def _run(call: Call, settings: Settings, folder: Path) -> None:
     content, log = configuration(call, settings, folder / "output"), folder / "lm_eval.log"
     code = _start(content, settings, folder / "configuration.yaml", log)
     if code and (window := _NO_ROOM.search(log.read_text(encoding="utf-8", errors="replace"))):
-        half = int(window[1]) // 2  # the other half is the question's
-        logger.warning("%s: asked again with answers of %d tokens at most", call.name, half)
+        half = int(window[1]) // 2  # the other half is for the question
+        logger.warning("%s: running again with answers of at most %d tokens", call.name, half)
         content["gen_kwargs"] = {"max_gen_toks": half}
         code = _start(content, settings, folder / "configuration.yaml", log)
-    # lm-eval only warns when it cannot write what it found, so its exit code is not enough.
+    # If lm-eval cannot write its results it only warns, so the exit code is not enough.
     written = sorted((folder / "output").rglob("results_*.json"))
     if code or len(written) != 1:
         raise _failure(call, code, log)
@@ -188,17 +187,17 @@ def _run(call: Call, settings: Settings, folder: Path) -> None:
 
 def _start(content: Mapping[str, Any], settings: Settings, asked: Path, log: Path) -> int:
     asked.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    allowed = {"HF_ALLOW_CODE_EVAL": "1" if settings.allow_code_execution else "0"}  # whatever the shell has
+    allowed = {"HF_ALLOW_CODE_EVAL": "1" if settings.allow_code_execution else "0"}  # overrides the shell's value
     return _tee(command(asked.resolve()), cleaned_environment() | allowed, log)
 
 
 def _plain_name(samples: Path) -> str:
-    """`samples_TASK_2026-01-01T00-00-00.0.jsonl` without the time of day, so that the name can be relied on."""
+    """`samples_TASK_2026-01-01T00-00-00.0.jsonl` without the timestamp, so that the name is predictable."""
     return samples.stem.rpartition("_")[0] + samples.suffix
 
 
 def _tee(command_line: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-    """Run a command; what it says goes to our standard output and to a file. Its exit code."""
+    """Run a command with its output copied to our standard output and to a file; return its exit code."""
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
     child = subprocess.Popen(
         command_line, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -212,14 +211,14 @@ def _tee(command_line: Sequence[str], environment: Mapping[str, str], log: Path)
                 sys.stdout.flush()
         return child.wait()
     finally:
-        if child.poll() is None:  # we were interrupted
+        if child.poll() is None:  # interrupted
             child.terminate()
             child.wait()
 
 
 def _failure(call: Call, code: int, log: Path) -> StageError:
     text = log.read_text(encoding="utf-8", errors="replace")
-    if "is marked as unsafe" in text:  # lm-eval knows of more tasks than _CODE_TASKS names
+    if "is marked as unsafe" in text:  # lm-eval knows more such tasks than _CODE_TASKS lists
         return _refusal(call.tasks)
     lines = [_RANK.sub("", line.rpartition("\r")[2].rstrip()) for line in text.splitlines()]
     tail = "\n    ".join([line for line in lines if line.strip()][-_TAIL_LINES:])
@@ -228,6 +227,6 @@ def _failure(call: Call, code: int, log: Path) -> StageError:
     how += f" on {', '.join(call.tasks)}"
     return StageError(
         f"lm-eval {how}: {raised}" if raised else f"lm-eval {how}; the end of its log:\n    {tail}",
-        "there is no score, and the calls that were done before are kept",
-        f"mend what it says and run the same command again; its whole log is {log}",
+        "there is no score for these tasks; finished calls are kept",
+        f"fix the reported problem and run the same command again; the full log is {log}",
     )

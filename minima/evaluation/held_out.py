@@ -1,4 +1,4 @@
-"""Held-out loss of one model, and how closely it follows another, over every block exactly once.
+"""Held-out loss of one model, and its agreement with another, over every block exactly once.
 
 Shapes: B sequences, T tokens, N = B x T, V vocabulary, D width, E the teacher's width.
 """
@@ -19,12 +19,12 @@ from minima.engine import distributed
 from minima.errors import DataError, NotFinite, TokenizerMismatch
 from minima.losses import linear_agreement, linear_cross_entropy
 
-CHUNK_TOKENS = 512  # tokens whose logits exist at one time: 0.1 GB of float32 at a vocabulary of 50,000
+CHUNK_TOKENS = 512  # tokens whose logits exist at one time: 0.1 GB in float32 with a vocabulary of 50,000
 _LARGEST_EXPONENT = 700.0  # exp(709.8) is the largest float64
 
 
 class Host(Protocol):
-    """What is asked of a model here; `engine.teacher.host.FrozenHost` is one."""
+    """The part of a frozen model that is used here; `engine.teacher.host.FrozenHost` implements it."""
 
     config: dict[str, Any]
     device: torch.device
@@ -37,19 +37,20 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model scores on held-out blocks.
+    """A model's scores on held-out blocks.
 
     Attributes:
         loss: nats per predicted token.
         perplexity: exp(loss).
-        bits_per_byte: loss / (ln 2 x bytes per token), which compares models with different tokenizers. Bytes are
-            those of the text in UTF-8 (of conversations, of the replies), averaged over all tokens of the store that
-            are to be learnt: what is given and not predicted counts as costly as the rest. End tokens have no bytes,
-            but their prediction costs bits, as it should: where a text ends is part of it.
-        tokens: predicted tokens. The first of each block is given, and where documents are kept apart the first of
-            each document.
-        kl: mean KL(teacher || model) per predicted token, in nats; none without a teacher.
-        top1_agreement: share of predicted tokens whose most likely token is the teacher's, too; none without one.
+        bits_per_byte: loss / (ln 2 x bytes per token), which is comparable across tokenizers. Bytes are those of the
+            text in UTF-8 (for conversations, of the replies), averaged over all trainable tokens of the store; the few
+            that are never predicted are assumed to cost as much as the rest. End tokens have no bytes, but predicting
+            them costs bits, rightly so: where a text ends is part of it.
+        tokens: number of predicted tokens. The first token of each block is given, not predicted; if documents are kept
+            apart, so is the first of each document.
+        kl: mean KL(teacher || model) per predicted token, in nats; None without a teacher.
+        top1_agreement: share of predicted tokens for which model and teacher agree on the most likely token; None
+            without a teacher.
     """
 
     loss: float
@@ -65,10 +66,10 @@ class HeldOut:
 
 
 def rank_blocks(num_blocks: int, micro_batch: int, rank: int, world_size: int) -> Iterator[range]:
-    """Which blocks one rank reads in each of its calls.
+    """The range of blocks that one rank reads in each of its forward passes.
 
-    Over all ranks every block comes exactly once, and every rank makes the same number of calls; late ranges are
-    short or empty where the blocks do not divide.
+    Over all ranks every block occurs exactly once, and every rank gets the same number of ranges; the last ones are
+    short or empty if the blocks do not divide evenly.
     """
     for start in range(0, num_blocks, micro_batch * world_size):
         first = min(start + rank * micro_batch, num_blocks)
@@ -76,7 +77,7 @@ def rank_blocks(num_blocks: int, micro_batch: int, rank: int, world_size: int) -
 
 
 def held_out_batch(store: TokenStore, blocks: range, micro_batch: int) -> Batch:
-    """Some blocks as one micro-batch of full size; what is missing is sequences without a label."""
+    """Some blocks as one full-size micro-batch, filled up with sequences without labels."""
     numbers = np.zeros(micro_batch, dtype=np.int64)
     numbers[: len(blocks)] = np.arange(blocks.start, blocks.stop)
     return read_batch(store, numbers, np.arange(micro_batch) < len(blocks))
@@ -94,22 +95,22 @@ def evaluate(
 ) -> HeldOut:
     """Score a model on the first `sequences` blocks of a store; every rank calls this and gets the same result.
 
-    Neither the number of ranks nor the micro-batch changes the result, but for the order of float32 sums.
+    Apart from the order of float32 sums, the result depends neither on the number of ranks nor on the micro-batch.
 
     Args:
         host: the model.
         store: held-out blocks.
-        sequences: at most this many blocks; all when not given.
-        micro_batch_sequences: blocks of one forward pass on one rank.
-        teacher: a model over the same tokens to compare with.
-        shared_rows: rows of both vocabularies that are compared, where one of them has more, of no token.
-        name: what errors call the model.
+        sequences: at most this many blocks; all if not given.
+        micro_batch_sequences: blocks per forward pass on one rank.
+        teacher: a model with the same tokenizer to compare with.
+        shared_rows: vocabulary rows to compare if one of the models has further rows that are padding.
+        name: the model's name in errors.
 
     Raises:
         DataError: the store is empty.
         TokenizerMismatch: the store has token ids that the model does not know.
         VocabularyMismatch: the two models' vocabularies differ in size, and `shared_rows` is not given.
-        NotFinite: the loss is infinite or not a number.
+        NotFinite: the loss is infinite or NaN.
     """
     num_blocks = len(store) if sequences is None else min(sequences, len(store))
     check_store(host, store, num_blocks, name)
@@ -124,8 +125,8 @@ def evaluate(
     if not math.isfinite(loss):
         raise NotFinite(
             f"{name} has a held-out loss of {loss}",
-            "a model whose loss is not a number predicts nothing",
-            "look at its training metrics for the step at which they went wrong, and take an earlier checkpoint",
+            "a model whose loss is not finite is broken",
+            "find the step in its training metrics at which they went wrong, and use an earlier checkpoint",
         )
     return HeldOut(
         loss=loss,
@@ -156,24 +157,24 @@ def check_store(host: Host, store: TokenStore, num_blocks: int, name: str) -> No
 
     Args:
         host: the model.
-        store: where the blocks lie.
-        num_blocks: how many are to be scored.
-        name: what errors call the model.
+        store: holds the blocks.
+        num_blocks: how many to score.
+        name: the model's name in errors.
 
     Raises:
-        DataError: there is no block.
+        DataError: there are no blocks.
         TokenizerMismatch: the store has token ids that the model does not know.
     """
     if num_blocks == 0:
         raise DataError(
             f"{store.folder} holds no block of {store.sequence_length} tokens",
-            "a loss over no tokens says nothing",
+            "there are no tokens to compute a loss over",
             "raise held_out_fraction of the build_data stage, or shorten its sequence_length",
         )
     vocabulary = host.config["vocab_size"]
     if store.vocabulary_size > vocabulary:
         raise TokenizerMismatch(
-            f"{store.folder} has {store.vocabulary_size} token ids, {name} knows {vocabulary}",
-            "ids beyond the embedding have no meaning for the model",
+            f"{store.folder} has {store.vocabulary_size} token ids, but {name} knows {vocabulary}",
+            "the model has no embedding for the ids beyond its own",
             "build the data with this model's tokenizer",
         )

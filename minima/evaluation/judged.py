@@ -1,6 +1,6 @@
-"""Answers to a judge's questions, in the judge's own file format: FastChat's for MT-Bench, AlpacaEval's outputs.
+"""Answers to a judge's questions in the judge's own file format: FastChat's for MT-Bench, and AlpacaEval's outputs.
 
-The judging is theirs: it needs a stronger model, which is asked elsewhere.
+The judging itself is left to these projects: it needs a stronger model, which does not run here.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from minima.disk import write_whole
 from minima.errors import DataError
 from minima.recipe.release import Answers
 
-# FastChat, llm_judge/common.py, `temperature_config`; its default where a category is not among them.
+# From FastChat, llm_judge/common.py, `temperature_config`, with its default for other categories.
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
     "humanities": 0.1,
@@ -34,10 +34,10 @@ class Replies(Protocol):
 
 
 def read_questions(path: Path, answers: Answers) -> list[dict[str, Any]]:
-    """The questions of a file: JSON lines, or one JSON list.
+    """Read a file of questions: JSON lines, or one JSON list.
 
     Raises:
-        DataError: it is missing, empty or not JSON, or a question lacks what its format needs or comes twice.
+        DataError: the file is missing, empty or not JSON, or a question is incomplete or appears twice.
     """
     where = f"questions {path} ({answers.format})"
     try:
@@ -46,7 +46,7 @@ def read_questions(path: Path, answers: Answers) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{where} cannot be read: {error}",
-            "there would be nothing to answer",
+            "there are no questions to answer",
             "give the project's own question file: JSON lines, or a JSON list",
         ) from None
     alpaca = answers.format == "alpaca_eval"
@@ -54,17 +54,17 @@ def read_questions(path: Path, answers: Answers) -> list[dict[str, Any]]:
         good = isinstance(row, dict) and (_is_instruction(row) if alpaca else _is_conversation(row))
         if not good:
             needs = "an `instruction` of text" if alpaca else "a `question_id` and a list of `turns` of text"
-            more = "" if alpaca else ", and a `required_temperature` from 0 on where it has one"
+            more = "" if alpaca else ", and, if given, a `required_temperature` of at least 0"
             raise DataError(
-                f"{where}: question {number + 1} has not {needs}{more}",
+                f"{where}: question {number + 1} must have {needs}{more}",
                 "it could not be answered as the judge expects",
                 "give the project's own question file, unchanged",
             )
     names = [_key(row, answers.format) for row in rows]
     if not rows or len(set(names)) < len(names):
         raise DataError(
-            f"{where} {'holds a question twice' if rows else 'is empty'}",
-            "the judge expects one answer to each question",
+            f"{where} {'contains a question twice' if rows else 'is empty'}",
+            "the judge expects one answer per question",
             "give the project's own question file, unchanged",
         )
     return rows
@@ -80,26 +80,26 @@ def write_answers(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Answer every question that is not answered yet.
+    """Answer every question that has no answer yet.
 
-    Each answer is on the disk before the next is begun (in `PATH.answered`, one a line), so that a run that was killed
-    goes on after the last; the judge's file appears once all are there.
+    Each answer is on disk before the next is started (in `PATH.answered`, one per line), so that a killed run resumes
+    after the last one; the judge's file is written once all answers exist.
 
     Args:
         answers: format and length.
         questions: from `read_questions`.
-        load: gives the generator; asked for once something is left to answer.
+        load: returns the generator; called only if there is something left to answer.
         path: the judge's file.
         name: of the model, as the judge's tables show it.
-        seed: with the question, of the sampling.
-        progress: told how many questions are answered.
+        seed: of the sampling, combined with the question.
+        progress: called with the number of answered questions.
 
     Returns:
-        `questions`, `resumed` (answered by an earlier start) and `unanswered` (turns whose answer is empty: the
-        question does not fit into the model's window, or the model said nothing).
+        `questions`, `resumed` (answered by an earlier start) and `unanswered` (turns with an empty answer: the question
+        does not fit into the model's window, or the model returned nothing).
 
     Raises:
-        DataError: not one question could be answered.
+        DataError: no question at all could be answered.
     """
     answered = path.with_name(path.name + ".answered")
     kept = dict(_kept_rows(answered, {_digest(question) for question in questions}))
@@ -121,7 +121,7 @@ def write_answers(
         answered.unlink()
         raise refusal
     if unanswered:
-        why = "the model said nothing" if refusal is None else refusal.what
+        why = "the model returned no text" if refusal is None else refusal.what
         logger.warning("%s: %d turns have an empty answer (%s)", path.name, unanswered, why)
     rows = [(question, kept[_digest(question)]) for question in questions]
     write_whole(path, _alpaca_eval(rows, name) if answers.format == "alpaca_eval" else _fastchat(rows, name))
@@ -129,10 +129,10 @@ def write_answers(
 
 
 def temperature(question: Mapping[str, Any], answers: Answers) -> float:
-    """The temperature of the judge's own script: by the question's category in MT-Bench, greedily for AlpacaEval."""
+    """The temperature that the judge's own script uses: by the question's category in MT-Bench, 0 for AlpacaEval."""
     if answers.format == "alpaca_eval":
         return 0.0
-    if "required_temperature" in question:  # FastChat's own way to say it for one question
+    if "required_temperature" in question:  # FastChat's own field for a single question
         return float(question["required_temperature"])
     return TEMPERATURES.get(str(question.get("category")), OTHER_TEMPERATURE)
 
@@ -141,7 +141,7 @@ def _turns(
     question: Mapping[str, Any], answers: Answers, generator: Replies, seed: int
 ) -> tuple[list[str], DataError | None]:
     asked = [_instruction(question)] if answers.format == "alpaca_eval" else question["turns"]
-    own_seed = _number(f"{seed} {_key(question, answers.format)}") % 2**31  # the same whichever questions came before
+    own_seed = _number(f"{seed} {_key(question, answers.format)}") % 2**31  # independent of the questions before it
     messages: list[dict[str, str]] = []
     turns, refusal = [], None
     for index, turn in enumerate(asked):
@@ -153,7 +153,7 @@ def _turns(
                 temperature=temperature(question, answers),
                 seed=own_seed + index,
             ).strip()
-        except DataError as error:  # it does not fit into the window; the judge still expects a turn
+        except DataError as error:  # it does not fit into the window, but the judge still expects an answer
             reply, refusal = "", error
         turns.append(reply)
         messages.append({"role": "assistant", "content": reply})
@@ -161,7 +161,7 @@ def _turns(
 
 
 def _fastchat(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> str:
-    """`data/mt_bench/model_answer/MODEL.jsonl`."""
+    """The content of FastChat's `data/mt_bench/model_answer/MODEL.jsonl`."""
     lines = [
         {
             "question_id": question["question_id"],
@@ -176,7 +176,7 @@ def _fastchat(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name:
 
 
 def _alpaca_eval(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> str:
-    """`model_outputs` of `alpaca_eval --model_outputs`."""
+    """The content of the file for `alpaca_eval --model_outputs`."""
     lines = [
         {
             "instruction": question["instruction"],
@@ -201,7 +201,7 @@ def _is_conversation(row: Mapping[str, Any]) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it says something, in characters that UTF-8 can write: half of a pair, as JSON may name one, is none."""
+    """Whether `value` is a non-blank string that UTF-8 can encode: JSON may hold lone surrogates, which it cannot."""
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -214,7 +214,7 @@ def _key(question: Mapping[str, Any], format: str) -> str:
 
 
 def _digest(question: Mapping[str, Any]) -> str:
-    """Hash of the whole question: an answer to another wording is none to this one."""
+    """Hash of the whole question, so that an answer to a different wording is not reused."""
     return _identifier(json.dumps(question, sort_keys=True))
 
 
@@ -227,7 +227,7 @@ def _identifier(text: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Those that hold something; a string of JSON may hold what `splitlines` takes for a line's end (U+2028, say)."""
+    """The non-blank lines. `splitlines` would also split at characters that JSON strings may hold (U+2028, say)."""
     return [line for line in text.split("\n") if line.strip()]
 
 
@@ -237,7 +237,7 @@ def _kept_rows(answered: Path, wanted: set[str]) -> Iterator[tuple[str, dict[str
     for line in _lines(answered.read_text(encoding="utf-8", errors="replace")):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # cut off in the middle by the end of that start; it is answered again
+        except json.JSONDecodeError:  # truncated when that run was killed; the question is answered again
             continue
         if isinstance(row, dict) and row.get("question") in wanted:
             yield row["question"], row

@@ -1,6 +1,6 @@
-"""What a frozen reference gives over whole stores, kept in a file whose name says of what.
+"""A frozen reference's log-probabilities over whole stores, cached in files named by a hash of what they depend on.
 
-Shapes: L blocks of a store, C of them that are summed over the ranks at once, S documents of a block (even).
+Shapes: L blocks of a store, C of them that are reduced over the ranks at once, S documents of a block (even).
 """
 
 import json
@@ -31,8 +31,8 @@ from minima.report.progress import Progress
 
 FORMAT = "minima-reference-1"
 _TENSOR = "log_probs"
-_VALUES_AT_ONCE = 1 << 22  # 16 MB of float32 on the device, whatever the store's size
-_BLOCKS_AT_ONCE = 1 << 16  # whose documents are counted in one go
+_VALUES_AT_ONCE = 1 << 22  # at most 16 MB of float32 on the device, whatever the store's size
+_BLOCKS_AT_ONCE = 1 << 16  # number of blocks whose documents are counted at once
 logger = logging.getLogger(__name__)
 
 
@@ -48,29 +48,29 @@ def keep_references(
     limits: Sequence[int | None] | None = None,
     name: str = "reference",
 ) -> list[KeptReference]:
-    """A frozen model's log-probabilities of every answer of some stores; every rank calls it.
+    """A frozen model's log-probabilities of every answer in some stores; every rank calls it.
 
-    What is in the folder is read; what is not there, or is damaged, is made by all ranks together and written. A file
-    of more blocks than are wanted serves, too.
+    Cached values are read from the folder; missing or damaged ones are computed by all ranks together and written. A
+    file that covers more blocks than needed is used too.
 
     Args:
-        folder: holds one file for each store, model, precision and number of blocks.
+        folder: holds one file per store, model, precision and number of blocks.
         stores: of preferences.
-        build_host: gives the frozen model; called once if something has to be made, and closed here again.
+        build_host: builds the frozen model; called at most once, if something must be computed. It is closed here.
         model: its identity (`models.weights.model_identity`).
         precision: of its weights.
-        micro_batch_sequences: blocks of one forward pass on one rank.
-        chunk_tokens: tokens whose logits exist at one time.
-        limits: for each store, the first so many blocks are wanted; None for all of one, or of all stores.
-        name: what progress and errors call it.
+        micro_batch_sequences: blocks per forward pass on one rank.
+        chunk_tokens: number of tokens whose logits exist at one time.
+        limits: for each store, the number of its first blocks that are needed; None for all blocks, or for no limits.
+        name: the reference's name in progress and errors.
 
     Returns:
-        One reference for each store.
+        One reference per store.
 
     Raises:
-        NotFinite: a log-probability is infinite or not a number.
-        DiskFull: no space for the file; nothing of it is left.
-        StageError: the file cannot be written for another reason; nothing of it is left.
+        NotFinite: a log-probability is infinite or NaN.
+        DiskFull: there is no space for the file; no partial file is left.
+        StageError: the file cannot be written for another reason; no partial file is left.
     """
     wanted = [
         (store, _facts(store, limit, model, precision))
@@ -91,7 +91,7 @@ def keep_references(
 
 
 def kept_path(folder: Path, facts: dict[str, Any]) -> Path:
-    """Where the values of a store's first blocks, a model and a precision lie."""
+    """The path of the values for a store's first blocks, a model and a precision."""
     return folder / f"{_stem(facts)}{facts['blocks']}.safetensors"
 
 
@@ -101,7 +101,7 @@ def _facts(store: TokenStore, limit: int | None, model: str, precision: str) -> 
 
 
 def _stem(facts: dict[str, Any]) -> str:
-    """What names begin with that differ in the number of blocks alone."""
+    """The part of the file name that does not depend on the number of blocks."""
     others = {key: value for key, value in facts.items() if key != "blocks"}
     return f"reference-{json_sha256(others)[:32]}-"
 
@@ -109,7 +109,7 @@ def _stem(facts: dict[str, Any]) -> str:
 def _measure(
     reference: HostReference, store: TokenStore, num_blocks: int, micro_batch_sequences: int, name: str
 ) -> Tensor:
-    """Float32 [L, S] on the CPU, the same on every rank; each block is run by one of them."""
+    """Float32 [L, S] on the CPU, the same on every rank; each block is computed by one rank."""
     device, documents = reference.host.device, _documents_of_a_block(store, num_blocks)
     values_LS = torch.zeros(num_blocks, documents, dtype=torch.float32)
     world_size = distributed.world_size()
@@ -127,31 +127,31 @@ def _measure(
                 batch = held_out_batch(store, blocks, micro_batch_sequences).to(device)
                 found_BS = reference(batch)[: len(blocks)]
                 part_CS[blocks.start - first : blocks.stop - first, : found_BS.shape[1]] = found_BS
-            part_CS = distributed.all_reduce_sum(part_CS)  # all other ranks have zeros there, so the sum is exact
+            part_CS = distributed.all_reduce_sum(part_CS)  # each value is nonzero on one rank only, so sums are exact
             if not part_CS.isfinite().all():
                 raise NotFinite(
                     f"{name}: the reference gives a log-probability that is not finite in {store.folder}",
-                    "every loss against it would be not a number",
-                    "take another reference, or run it with `reference_precision: float32`",
+                    "every loss that uses it would not be finite either",
+                    "use another reference, or run it with `reference_precision: float32`",
                 )
             values_LS[first : first + rows] = part_CS.cpu()
     return values_LS
 
 
 def _documents_of_a_block(store: TokenStore, num_blocks: int) -> int:
-    """Documents of the block that has most of them, of the first so many, rounded up to pairs."""
+    """The largest number of documents in one of the first `num_blocks` blocks, rounded up to pairs."""
     length, most = store.sequence_length, 1
     for first in range(0, num_blocks, _BLOCKS_AT_ONCE):
         starts = store.document_starts(first, min(first + _BLOCKS_AT_ONCE, num_blocks)) - first * length
-        inside = starts[starts % length != 0] // length  # a block's own start begins its first document in any case
+        inside = starts[starts % length != 0] // length  # each block's start begins a document, so it is not counted
         most = max(most, 1 + int(np.bincount(inside, minlength=1).max()))
     return most + most % 2
 
 
 def _find_together(folder: Path, facts: dict[str, Any]) -> Tensor | None:
-    """The kept values of the blocks that are wanted, from the smallest sound file that has them; None if there is none.
+    """The cached values of the needed blocks, from the smallest valid file that covers them; None if there is none.
 
-    Every rank looks at the same files.
+    Every rank tries the same files.
     """
     blocks, stem = facts["blocks"], _stem(facts)
     numbers = [path.stem.removeprefix(stem) for path in folder.glob(f"{stem}*.safetensors")]
@@ -165,7 +165,7 @@ def _find_together(folder: Path, facts: dict[str, Any]) -> Tensor | None:
 
 
 def _read_together(path: Path, facts: dict[str, Any]) -> Tensor | None:
-    """The kept values, if every rank finds the same and they are sound."""
+    """The cached values, provided that they are valid and the same on every rank."""
     values_LS, digest, wrong = _read(path, facts)
     found = distributed.gather_objects((digest, wrong))
     said = next((wrong for _, wrong in found if wrong), None)
@@ -175,7 +175,7 @@ def _read_together(path: Path, facts: dict[str, Any]) -> Tensor | None:
 
 
 def _read(path: Path, facts: dict[str, Any]) -> tuple[Tensor | None, str, str]:
-    """Values and their checksum; none of them, and what is wrong, where the file cannot be used."""
+    """Values, their checksum and an empty string; if the file cannot be used, the last says why."""
     if not path.is_file():
         return None, "", ""
     try:
@@ -186,14 +186,14 @@ def _read(path: Path, facts: dict[str, Any]) -> tuple[Tensor | None, str, str]:
     except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
         return None, "", f"cannot be read ({error})"
     if said != facts:
-        return None, "", f"says that it holds {said}, wanted is {facts}"
+        return None, "", f"is for {said}, but {facts} is needed"
     if tensor_sha256(values_LS) != digest:
-        return None, "", "is damaged: its values do not have the checksum that was written with them"
+        return None, "", "is damaged: its values do not match the checksum stored with them"
     return values_LS, digest, ""
 
 
 def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
-    """Rank 0 writes the file, whole or not at all; every rank calls it."""
+    """Write the file atomically on rank 0; every rank calls it."""
     with distributed.refused_together():
         if not distributed.is_main():
             return
@@ -205,7 +205,7 @@ def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
                 save_tensors({_TENSOR: values_LS}, partial, metadata={"reference": said})
                 os.replace(partial, path)
         except (MinimaError, OSError, SafetensorError) as found:
-            with suppress(OSError):  # what forbade the file may forbid this, and the other ranks wait
+            with suppress(OSError):  # this may fail for the same reason, and must not keep the other ranks waiting
                 partial.unlink(missing_ok=True)
             raise found if isinstance(found, MinimaError) else _cannot_write(path, found) from found
 
@@ -213,6 +213,6 @@ def _write(path: Path, values_LS: Tensor, facts: dict[str, Any]) -> None:
 def _cannot_write(path: Path, cause: Exception) -> StageError:
     return StageError(
         f"{path} could not be written ({cause})",
-        "the reference's values are kept there, and without them it would be run again at every start",
+        "it caches the reference's values, and without it the reference would run again at every start",
         "make the folder writable (or give the run another output folder), then run the same command again",
     )

@@ -17,15 +17,15 @@ from minima.evaluation.held_out import Host, check_store, held_out_batch, rank_b
 
 @dataclass(frozen=True)
 class HeldOutPreference:
-    """What a model scores on held-out pairs; means over them.
+    """A model's mean scores on held-out pairs.
 
     Attributes:
-        loss: of the objective that it is trained with.
-        accuracy: share of pairs whose chosen answer has the higher reward; 0 of a model that is its reference.
+        loss: of the training objective.
+        accuracy: share of pairs whose chosen answer has the higher reward; 0 if the model equals its reference.
         margin: reward of the chosen answer minus that of the rejected one.
-        chosen_reward: beta times the log-ratio of model and reference, in the chosen answer.
-        rejected_reward: the same in the rejected answer.
-        pairs: how many.
+        chosen_reward: beta times the log-ratio of model to reference for the chosen answer.
+        rejected_reward: the same for the rejected answer.
+        pairs: number of pairs.
     """
 
     loss: float
@@ -51,20 +51,20 @@ def evaluate_preference(
 ) -> HeldOutPreference:
     """Score a model on the pairs of the first `sequences` blocks; every rank calls it and gets the same result.
 
-    Neither the number of ranks nor the micro-batch changes the result, but for the order of float32 sums.
+    Apart from the order of float32 sums, the result depends neither on the number of ranks nor on the micro-batch.
 
     Args:
         host: the model.
         store: held-out blocks of preferences.
         objective: the loss, with a reference for this store.
-        sequences: at most this many blocks; all when not given.
-        micro_batch_sequences: blocks of one forward pass on one rank.
-        name: what errors call the model.
+        sequences: at most this many blocks; all if not given.
+        micro_batch_sequences: blocks per forward pass on one rank.
+        name: the model's name in errors.
 
     Raises:
         DataError: the store is empty, or holds no pair.
         TokenizerMismatch: the store has token ids that the model does not know.
-        NotFinite: the loss is infinite or not a number.
+        NotFinite: the loss is infinite or NaN.
     """
     num_blocks = len(store) if sequences is None else min(sequences, len(store))
     check_store(host, store, num_blocks, name)
@@ -80,15 +80,15 @@ def evaluate_preference(
     if not pairs:
         raise DataError(
             f"{store.folder} holds no preference pair",
-            "a loss over no pairs says nothing",
-            "raise held_out_fraction of the build_data stage, or look at what it rejected",
+            "there are no pairs to compute a loss over",
+            "raise held_out_fraction of the build_data stage, or check what that stage rejected",
         )
     mean = loss_sum / pairs
     if not math.isfinite(mean):
         raise NotFinite(
             f"{name} has a held-out preference loss of {mean}",
-            "a model whose loss is not a number prefers nothing",
-            "look at its training metrics for the step at which they went wrong, and take an earlier checkpoint",
+            "a model whose loss is not finite is broken",
+            "find the step in its training metrics at which they went wrong, and use an earlier checkpoint",
         )
     return HeldOutPreference(
         loss=mean,

@@ -14,15 +14,15 @@ from minima.errors import CheckpointError
 from minima.evaluation.held_out import Host
 from minima.models.causal_lm import load_folder
 
-PROBE_SEQUENCES, PROBE_TOKENS = 2, 64  # long enough for a wrong rotary base to show, 25 MB of logits at 49,152 tokens
-# Largest difference as a share of the largest logit. Equal weights give equal bits where the same code runs them;
-# another order of float32 sums costs about 1e-6, and a wrong rotary base at least 1e-3, on random weights.
+PROBE_SEQUENCES, PROBE_TOKENS = 2, 64  # long enough to reveal a wrong rotary base; 25 MB of logits at 49,152 tokens
+# Largest difference, relative to the largest logit. Equal weights in the same code give equal bits; a different order
+# of float32 sums differs by about 1e-6, and a wrong rotary base by at least 1e-3, on random weights.
 TOLERANCE = 1e-4
 _PROBE_SEED = 776
 
 
 def probe_batch(config: dict[str, Any]) -> Batch:
-    """Random token ids, the same on every rank: a model shows every part of itself on them.
+    """A batch of random token ids, the same on every rank; random ids exercise every part of a model.
 
     Args:
         config: content of the model's config.json.
@@ -41,18 +41,18 @@ def host_logits(host: Host, batch: Batch) -> Tensor:
 
 
 def plain_logits(folder: Path, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Logits [N, V] of a folder as plain transformers loads it, in one process; float32 on the CPU."""
+    """Logits [N, V] of a model folder loaded by plain transformers in one process; float32 on the CPU."""
     model = load_folder(folder, dtype)
     with torch.no_grad():
         return model(input_ids=batch.input_ids_BT, use_cache=False).logits.flatten(0, 1).float()
 
 
 def check_same_logits(expected_NV: Tensor, found_NV: Tensor, what: str) -> float:
-    """The largest difference between two models' logits.
+    """Compare two models' logits and return the largest difference.
 
     Args:
         expected_NV: of the trained model.
-        found_NV: of what was written.
+        found_NV: of the model that was written.
         what: how the second was loaded, for the error.
 
     Raises:
@@ -60,11 +60,11 @@ def check_same_logits(expected_NV: Tensor, found_NV: Tensor, what: str) -> float
     """
     difference = (expected_NV - found_NV).abs().max().item()
     allowed = TOLERANCE * expected_NV.abs().max().item()
-    if not difference <= allowed:  # also when it is not a number
+    if not difference <= allowed:  # also true for NaN
         raise CheckpointError(
             f"logits of the written folder, loaded by {what}, differ from the trained model's by {difference:.3g} "
             f"(rounding explains {allowed:.3g})",
-            "the folder holds the right tensors but describes another model, so it is not published",
-            "compare its config.json with the trained model's; this is a defect of minima, please report it",
+            "the folder holds the right tensors but describes a different model, so it is not published",
+            "compare its config.json with the trained model's; this is a bug in minima, please report it",
         )
     return difference

@@ -1,4 +1,4 @@
-"""Generated text as it comes: whole characters, from `generate` in a thread of its own, until nobody listens."""
+"""Streaming of generated text in whole characters, from a `generate` call in its own thread that can be abandoned."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,28 +10,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-_UNFINISHED = "\ufffd"  # what bytes decode to that make no whole character (yet)
+_UNFINISHED = "\ufffd"  # what an incomplete or invalid character decodes to
 
 
 class Characters:
-    """Turns token ids into text, one by one, and holds back bytes that are not a whole character yet.
+    """Turns token ids into text one by one, and holds back the bytes of an incomplete character.
 
     A token's text may depend on the one before it (a space in front of a word), so the newest tokens are decoded
-    together with those of the last piece, and what the latter give alone is cut off.
+    together with those of the previous piece, and the text of the latter is then cut off.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = self._told = 0  # where the last piece begins and ends
+        self._context = self._told = 0  # start and end of the previous piece
 
     def add(self, token_id: int) -> str:
-        """What can be told now that this token has come; empty while a character is unfinished."""
+        """Add a token and return the new text; empty while a character is incomplete."""
         self._ids.append(token_id)
         return self._tell(unfinished=False)
 
     def end(self) -> str:
-        """What is left: bytes that never became a character."""
+        """Return the rest: bytes that never became a character."""
         return self._tell(unfinished=True)
 
     def _tell(self, *, unfinished: bool) -> str:
@@ -49,7 +49,7 @@ class Characters:
 
 
 class _Streamer(BaseStreamer):
-    """What `generate` hands its tokens to: the prompt first, then one at a time."""
+    """Receives the tokens from `generate`: first the prompt, then one token at a time."""
 
     def __init__(self, characters: Characters, stop_ids: list[int], tell: Callable[[str], None]) -> None:
         self._characters, self._stop_ids, self._tell = characters, set(stop_ids), tell
@@ -68,7 +68,7 @@ class _Streamer(BaseStreamer):
 
 
 class _Left(StoppingCriteria):
-    """Ends generation once nobody listens any more."""
+    """Ends generation once the reader has left."""
 
     def __init__(self, left: threading.Event) -> None:
         self._left = left
@@ -80,12 +80,12 @@ class _Left(StoppingCriteria):
 def stream(
     generate: Callable[[BaseStreamer, StoppingCriteria], Any], tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]
 ) -> Iterator[str]:
-    """Text pieces of one generation, while it runs. Closing the iterator ends it.
+    """Yield the text of one generation in pieces while it runs. Closing the iterator ends the generation.
 
     Args:
-        generate: runs the model; is given a streamer and a stopping criterion for `model.generate`.
+        generate: runs the model; called with a streamer and a stopping criterion for `model.generate`.
         tokenizer: turns ids into text; special tokens are left out.
-        stop_ids: tokens that end the text, and are no part of it.
+        stop_ids: tokens that end the text and are not part of it.
     """
     pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
     left = threading.Event()
@@ -94,7 +94,7 @@ def stream(
         try:
             generate(_Streamer(Characters(tokenizer), stop_ids, pieces.put), _Left(left))
             pieces.put(None)
-        except BaseException as error:  # it is raised again where the text is read
+        except BaseException as error:  # raised again in the reader's thread
             pieces.put(error)
 
     worker = threading.Thread(target=work, daemon=True)

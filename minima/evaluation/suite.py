@@ -1,8 +1,8 @@
-"""What the paper reports, as lm-eval's tasks, and beside it the paper's own numbers from other harnesses.
+"""The paper's benchmark suite as lm-eval tasks, with the paper's own numbers, which come from other harnesses.
 
-The tasks are lm-eval's own except where a comment in `minima/assets/tasks` says why not. On the Hub BBH is asked with
-three examples and no chain of thought, because the paper's harness does so (lm-eval's `bbh` is with one), and GSM8K
-with lm-eval's eight worked examples, for the same reason.
+The tasks are lm-eval's own except where a comment in `minima/assets/tasks` says why not. On the Hub, BBH uses three
+examples and no chain of thought, because the paper's harness does (lm-eval's `bbh` has one), and GSM8K uses lm-eval's
+eight worked examples, for the same reason.
 """
 
 import shutil
@@ -24,18 +24,19 @@ class Entry:
     """One benchmark of the suite.
 
     Attributes:
-        name: as the results call it.
+        name: in the results.
         hub: the task that reads from the Hub.
         local: the task that reads from this machine.
-        shots: examples before each item.
-        metric: of lm-eval's result, with its filter: the one that stands beside the paper's number.
-        local_metric: the same of the local task, where it is called otherwise.
-        files: what the local task reads, below the data folder.
-        full: items of the whole benchmark: a data folder may hold fewer, and its score is then marked.
-        stand_in: the local items are hand-made, because the real ones cannot be had: no score of the benchmark.
-        executes: executes what the model wrote.
-        paper: percent, of `PAPER_MODELS` (README of GeneZC/MiniMA).
-        paper_harness: which gave those.
+        shots: few-shot examples per item.
+        metric: of lm-eval's result, with its filter; the one to compare with the paper's number.
+        local_metric: the local task's metric, if it has a different name.
+        files: what the local task reads, relative to the data folder.
+        full: number of items in the whole benchmark; if a data folder holds fewer, its score is marked.
+        stand_in: the local items are hand-made because the real ones are not available, so the score is not one of the
+            benchmark.
+        executes: whether the task executes what the model wrote.
+        paper: percent, for `PAPER_MODELS` (README of GeneZC/MiniMA).
+        paper_harness: the harness that gave these numbers.
     """
 
     name: str
@@ -78,15 +79,15 @@ FETCH = "tools/fetch_benchmarks.py"
 
 @dataclass(frozen=True)
 class Asked:
-    """One line of the results: what was asked, under which name, and where the paper has a number for it.
+    """One line of the results: a task, its name here, and its entry in the suite, if any.
 
     Attributes:
         name: in the stage's metrics.
         task: lm-eval's name.
-        call: the start of lm-eval that asks it.
-        metric: to show; the task's first one when not given.
-        entry: of the suite, where it is one.
-        stand_in: hand-made items in the place of the benchmark's.
+        call: the lm-eval run that includes it.
+        metric: to show; the task's first one if not given.
+        entry: of the suite, if the task belongs to it.
+        stand_in: whether hand-made items replace those of the benchmark.
     """
 
     name: str
@@ -98,14 +99,14 @@ class Asked:
 
 
 def plan_suite(data_folder: Path | None, allow_code_execution: bool) -> tuple[list[Asked], list[str]]:
-    """What `suite: minima` asks, and the names of what it leaves out because it would execute the model's programs.
+    """The tasks of `suite: minima`, and the names of those left out because they execute the model's programs.
 
     Args:
-        data_folder: where the items lie; on the Hub when not given.
-        allow_code_execution: ask that, too.
+        data_folder: holds the items; the Hub is used if not given.
+        allow_code_execution: include tasks that execute code.
 
     Raises:
-        StageError: the data folder lacks a file.
+        StageError: a file is missing from the data folder.
     """
     asked, left_out = [], []
     for entry in SUITE:
@@ -116,7 +117,7 @@ def plan_suite(data_folder: Path | None, allow_code_execution: bool) -> tuple[li
         if data_folder is not None:
             _check_files(entry, data_folder)
         stand_in = local and entry.stand_in
-        name = f"{entry.name}_stand_in" if stand_in else entry.name  # so that nobody takes one for the other
+        name = f"{entry.name}_stand_in" if stand_in else entry.name  # so that the two cannot be confused
         task = entry.local if local else entry.hub
         metric = entry.local_metric if local and entry.local_metric else entry.metric
         asked.append(Asked(name, task, Call(name, (task,), entry.shots), metric, entry, stand_in))
@@ -127,7 +128,7 @@ def plan_tasks(tasks: Sequence[str], shots: int | None, allow_code_execution: bo
     """Further tasks, all in one call.
 
     Raises:
-        StageError: one of them is known to execute what the model wrote, which is not allowed.
+        StageError: one of them is known to execute what the model wrote, and that is not allowed.
     """
     check_code_execution(tasks, allow_code_execution)
     call = Call("tasks", tuple(tasks), shots)
@@ -139,16 +140,16 @@ def _check_files(entry: Entry, folder: Path) -> None:
         raise StageError(
             f"data_folder {folder} has no {', '.join(missing)}",
             f"the items of {entry.name} are read from there",
-            f"make it with `python {FETCH}`, or leave data_folder out to read from the Hub",
+            f"create it with `python {FETCH}`, or omit data_folder to read from the Hub",
         )
 
 
 def write_tasks(folder: Path, data_folder: Path | None) -> Path:
-    """The task files that minima ships, with the paths of this machine in them.
+    """Write the task files that minima ships, with the paths of this machine filled in.
 
     Args:
-        folder: made anew.
-        data_folder: where the suite's items lie; the tasks that read them are left out when not given.
+        folder: replaced if it exists.
+        data_folder: holds the suite's items; if not given, the tasks that read them are left out.
 
     Returns:
         `folder`, for lm-eval's `include_path`.
@@ -182,12 +183,12 @@ def _filled_text(text: str, paths: Mapping[str, str]) -> str:
 
 
 def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
-    """One task's numbers, flat, from what lm-eval wrote.
+    """One task's numbers from lm-eval's results, as a flat dict.
 
     Returns:
         `task`, `version`, `shots`, `items`, `items_in_all`, `metric`, `filter`, `score`, `stderr`, `metrics` (all of
-        them), `limited`, `stand_in`, `answer_tokens` (where the model's window is no longer than the task's answers
-        may be), `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
+        them), `limited`, `stand_in`, `answer_tokens` (set if answers were shortened to fit the model's window),
+        `hashes` (of the prompts of each task in it) and, for the suite, `paper`.
 
     Raises:
         StageError: lm-eval gave no such number.
@@ -199,8 +200,8 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
     if shown not in metrics:
         raise StageError(
             f"lm-eval gave no {shown or 'number'} for {asked.task} (it gave {', '.join(metrics) or 'nothing'})",
-            "there would be no score to store",
-            "look at its results beside benchmark.json; another version of lm-eval may call it otherwise",
+            "there is no score to store",
+            "check its results beside benchmark.json; the name may differ in another version of lm-eval",
         )
     metric, _, filter_name = shown.partition(",")
     leaves = _leaves(asked.task, results.get("group_subtasks", {}))
@@ -233,26 +234,26 @@ def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[s
 
 
 def _answer_tokens(results: Mapping[str, Any], leaves: Sequence[str]) -> int | None:
-    """The most tokens of an answer, where we have told lm-eval to take fewer than the task does."""
+    """The maximum number of tokens of an answer, if we told lm-eval to allow fewer than the task does."""
     written = any(results.get("configs", {}).get(leaf, {}).get("output_type") == "generate_until" for leaf in leaves)
     return ((results.get("config") or {}).get("gen_kwargs") or {}).get("max_gen_toks") if written else None
 
 
 def _leaves(task: str, members: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks that a group is made of; the task itself where it is none."""
+    """The tasks that a group consists of; the task itself if it is not a group."""
     if not members.get(task):
         return [task]
     return [leaf for member in members[task] for leaf in _leaves(member, members)]
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Our scores in percent, beside the paper's, which other harnesses gave."""
+    """A table of our scores in percent next to the paper's, which come from other harnesses."""
     compared = [found["paper"]["harness"] for found in scores.values() if found.get("paper")]
     rows: list[tuple[Any, ...]] = []
     for name, found in scores.items():
-        marks = ["hand-made items: no score of the benchmark"] if found["stand_in"] else []
+        marks = ["hand-made items: not a benchmark score"] if found["stand_in"] else []
         marks += [f"limited: {found['items']} of {found['items_in_all']} items"] if found["limited"] else []
-        marks += [f"answers of {found['answer_tokens']} tokens at most"] if found.get("answer_tokens") else []
+        marks += [f"answers of at most {found['answer_tokens']} tokens"] if found.get("answer_tokens") else []
         stderr = None if found["stderr"] is None else 100.0 * found["stderr"]
         own = (name, found["shots"], found["metric"], found["items"], 100.0 * found["score"], stderr)
         paper = found.get("paper") or {}
@@ -265,7 +266,7 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of every file, by its path; of all files below a folder."""
+    """SHA-256 of every file by its path; for a folder, of all `.jsonl` files below it."""
     found = {}
     for path in paths:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:

@@ -1,4 +1,4 @@
-"""The names that lm-eval knows, from its task files alone: importing it would take longer than a dry run. No torch."""
+"""The task names that lm-eval knows, read from its task files: importing it would outlast a dry run. No torch."""
 
 import importlib.util
 import re
@@ -10,18 +10,18 @@ from pathlib import Path
 
 # `task: name`, and `tag:` or `group:` with a name or a list of them
 _NAMES = re.compile(r"""(?m)^(?:- )?["']?(?:task|group|tag)s?["']?: *(\S*) *((?:\n *- +["']?[\w.-]+["']? *$)*)""")
-_PATTERN = re.compile(r"[*?\[/]|\.ya?ml$")  # of several tasks, or of a file
+_PATTERN = re.compile(r"[*?\[/]|\.ya?ml$")  # a pattern for several tasks, or a path
 
 
 def unknown_tasks(tasks: Sequence[str], folder: Path | None) -> dict[str, list[str]]:
-    """Tasks that no file tells of, each with the names that there are.
+    """Tasks that no task file defines, each with the names that exist.
 
     Args:
-        tasks: as the recipe names them; patterns and paths are left to lm-eval.
-        folder: of task files of the user's own.
+        tasks: as named in the recipe; patterns and paths are left to lm-eval.
+        folder: of the user's own task files.
 
     Returns:
-        Empty where lm-eval is not installed.
+        Empty if lm-eval is not installed.
     """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
@@ -37,7 +37,7 @@ def _names_in(folder: Path) -> frozenset[str]:
     found: set[str] = set()
     for path in folder.rglob("*"):
         if path.suffix in (".yaml", ".yml", "") and path.is_file():
-            with suppress(OSError):  # who may not read it has no task of it
+            with suppress(OSError):  # an unreadable file provides no tasks
                 for name, listed in _NAMES.findall(path.read_text(encoding="utf-8", errors="replace")):
                     found |= {name.strip("'\""), *re.findall(r"- +[\"']?([\w.-]+)", listed)}
     return frozenset(found - {""})

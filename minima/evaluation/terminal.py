@@ -1,9 +1,9 @@
-"""`minima chat`: a conversation in the terminal, or one question a line where the input is a file or a pipe.
+"""`minima chat`: a conversation in the terminal, or one question per line if the input is a file or a pipe.
 
-What a person sees: the answer as it is written, and notes in brackets; `/help` lists the commands. Ctrl-C ends the
-answer, Ctrl-D the program. In line mode standard output holds the answers alone, each closed by one empty line and
-without one inside it, so that a script can tell them apart: an answer that is empty is the empty line alone. Notes go
-to standard error. Every line that is neither blank nor one of the commands is a question, `/etc/hosts?` too.
+In the terminal the answer appears as it is generated, and notes are in brackets; `/help` lists the commands. Ctrl-C
+ends the answer, Ctrl-D the program. In line mode standard output holds only the answers. An empty line follows each
+answer, and none occurs inside one, so that a script can separate them; an empty answer is just the empty line. Notes go
+to standard error. Every line that is neither blank nor a command is a question, even `/etc/hosts?`.
 """
 
 import secrets
@@ -14,10 +14,10 @@ from typing import Any, Protocol, TextIO
 
 from minima.errors import DataError, MinimaError
 
-HELP = """/reset  forget the conversation (a system message stays)
-/exit   end; Ctrl-D does, too
+HELP = """/reset  forget the conversation (a system message is kept)
+/exit   quit; so does Ctrl-D
 /help   show this
-Ctrl-C  end the answer; what was written of it stays in the conversation"""
+Ctrl-C  end the answer; the part already written stays in the conversation"""
 _COMMANDS = ("/reset", "/exit", "/quit", "/help")
 Message = dict[str, str]
 _UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # a model may spell out terminal controls
@@ -43,15 +43,15 @@ class Speaker(Protocol):
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What the command line says.
+    """Options from the command line.
 
     Attributes:
-        system: message that opens the conversation; none when not given.
+        system: message that opens the conversation; none if not given.
         max_new_tokens: of one answer.
-        temperature: as the model's folder suggests when not given; 0 always takes the likeliest token.
-        top_p: as the model's folder suggests when not given.
-        seed: of the sampling; another one each time when not given.
-        plain: let the model go on with each text, without a chat template and without a conversation.
+        temperature: if not given, as the model's folder suggests; 0 always takes the likeliest token.
+        top_p: if not given, as the model's folder suggests.
+        seed: of the sampling; if not given, a different one each time.
+        plain: let the model continue each text, without a chat template or a conversation.
     """
 
     system: str | None = None
@@ -63,10 +63,10 @@ class ChatSettings:
 
 
 class Conversation:
-    """One person's talk with a model.
+    """One person's conversation with a model.
 
     Raises:
-        DataError: the model has no chat template, and `plain` is not set; or the settings make no sense.
+        DataError: the model has no chat template and `plain` is not set, or a setting is invalid.
     """
 
     def __init__(self, speaker: Speaker, settings: ChatSettings, out: TextIO, notes: TextIO) -> None:
@@ -81,23 +81,23 @@ class Conversation:
         self._messages = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
 
     def note(self, text: str) -> None:
-        """Tell the person something that the model did not say."""
+        """Show the person a note that is not part of an answer."""
         self._notes.write(f"[{text}]\n")
         self._notes.flush()
 
     def command(self, text: str) -> bool:
-        """Do what a line that begins with `/` says; False when it says to end."""
+        """Execute a command line that begins with `/`; False if it asks to quit."""
         if text in ("/exit", "/quit"):
             return False
         if text == "/reset":
             self.reset()
             self.note("a new conversation")
         else:
-            self.note(HELP if text == "/help" else f"{text.split()[0]} is no command; these are:\n{HELP}")
+            self.note(HELP if text == "/help" else f"{text.split()[0]} is not a command; the commands are:\n{HELP}")
         return True
 
     def skip(self, why: str) -> None:
-        """Leave a question without an answer: in a pipe, an empty line in its place."""
+        """Leave a question unanswered, with an empty line in place of the answer."""
         self.note(why)
         self._out.write("\n")
         self._out.flush()
@@ -106,16 +106,16 @@ class Conversation:
         """Write the answer to one question.
 
         Args:
-            text: the question, or the text to go on from.
-            whole: write it in one piece without empty lines, instead of as it comes.
+            text: the question, or the text to continue.
+            whole: write the answer in one piece without empty lines, instead of as it is generated.
 
         Raises:
-            DataError: the question is too long, or the template refuses it; it is then no part of the conversation.
+            DataError: the question is too long, or the template refuses it; it is not added to the conversation.
         """
         messages = self._fitted(text)
         pieces: list[str] = []
         interrupted = False
-        with closing(self._answer(messages, text)) as answer:  # closing it ends the model's work, too
+        with closing(self._answer(messages, text)) as answer:  # closing it also stops the model
             try:
                 for piece in answer:
                     pieces.append(piece.translate(_UNPRINTABLE))
@@ -136,13 +136,13 @@ class Conversation:
             self._messages = [*messages, {"role": "assistant", "content": said}]
 
     def _fitted(self, text: str) -> list[Message]:
-        """The conversation with its new question, as much of it as the model can read."""
+        """The conversation with its new question, shortened to what the model can read."""
         messages = [*self._messages, {"role": "user", "content": text}]
         if self._settings.plain:
             return messages
         kept, dropped = self._speaker.fit(messages, self._settings.max_new_tokens)
         if dropped:
-            self.note(f"longer than the model can read: the first {dropped} messages are forgotten")
+            self.note(f"the conversation exceeds the model's window: the first {dropped} messages are forgotten")
         return kept
 
     def _answer(self, messages: list[Message], text: str) -> Any:
@@ -158,12 +158,12 @@ class Conversation:
 
 
 def talk(conversation: Conversation, read: Callable[[str], str], prompt: str = "> ") -> None:
-    """Talk until the person ends it.
+    """Run the conversation until the person ends it.
 
     Args:
         conversation: with a model.
-        read: gives the next line; is told what to show before it (`input` does so).
-        prompt: what to show.
+        read: returns the next line, given the prompt to show (like `input`).
+        prompt: to show before each line.
     """
     conversation.note("/help shows the commands")
     while True:
@@ -175,19 +175,19 @@ def talk(conversation: Conversation, read: Callable[[str], str], prompt: str = "
             elif text:
                 conversation.ask(text, whole=False)
         except EOFError:
-            conversation.note("the end")
+            conversation.note("end of conversation")
             return
-        except KeyboardInterrupt:  # while nothing was being answered
-            conversation.note("Ctrl-D or /exit ends")
+        except KeyboardInterrupt:  # while no answer was being generated
+            conversation.note("press Ctrl-D or type /exit to quit")
         except MinimaError as error:
             conversation.note(f"{error.what}; {error.do}")
 
 
 def answer_lines(conversation: Conversation, lines: TextIO) -> None:
-    """Answer each line of a file or a pipe, up to its end; a reader that goes away ends it, too.
+    """Answer each line of a file or a pipe until its end, or until nobody reads the output any more.
 
     Raises:
-        DataError: lines were too long, or were refused; they have no answer, and those after them have.
+        DataError: some lines were too long or were refused; these have no answer, but all others have.
     """
     number, refused = 0, list[DataError]()
     while True:
@@ -204,7 +204,9 @@ def answer_lines(conversation: Conversation, lines: TextIO) -> None:
         except BrokenPipeError:
             return
         except UnicodeDecodeError as error:
-            raise DataError(f"the input is not UTF-8 ({error})", "it cannot be read as text", "convert it") from error
+            raise DataError(
+                f"the input is not UTF-8 ({error})", "it cannot be read as text", "convert it to UTF-8"
+            ) from error
         except DataError as error:
             refused.append(DataError(f"line {number} of the input: {error.what}", error.why, error.do))
             try:
@@ -219,11 +221,15 @@ def _check(settings: ChatSettings, has_template: bool) -> None:
     if not settings.plain and not has_template:
         raise DataError(
             "this model has no chat template",
-            "it is a base model: it goes on with a text, and was not taught to answer",
-            "let it go on with what you type: --plain; or give the export of a model that instruct has trained",
+            "it is a base model: it continues a text, and was not trained to answer",
+            "use --plain to let it continue your text, or give the export of a model trained by an instruct stage",
         )
     if settings.plain and settings.system:
-        raise DataError("a system message with --plain", "without a conversation nobody would read it", "drop one")
+        raise DataError(
+            "a system message with --plain",
+            "without a conversation it would have no effect",
+            "remove one of the two",
+        )
     wrong = [
         f"{name} {value:g}"
         for name, value, lowest, highest in (
@@ -236,6 +242,6 @@ def _check(settings: ChatSettings, has_template: bool) -> None:
     if wrong:
         raise DataError(
             ", ".join(wrong),
-            "no answer can be made so",
-            "--max-new-tokens is at least 1, --temperature at least 0, --top-p above 0 and at most 1",
+            "no answer can be generated with it",
+            "--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1",
         )

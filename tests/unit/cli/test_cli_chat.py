@@ -39,7 +39,7 @@ def test_a_line_that_could_end_its_turn_is_refused(chat_folder, monkeypatch, cap
     assert cli.main(["chat", str(chat_folder), "--temperature", "0"]) == cli.USER_ERROR
     shown = capsys.readouterr()
     assert shown.out == f"{ANSWER}\n\n\n{ANSWER}\n\n"
-    assert "line 2 of the input: the user's message holds [|Assistant|]" in shown.err
+    assert "line 2 of the input: the user's message contains [|Assistant|]" in shown.err
 
 
 def test_settings_are_refused_before_anything_is_answered(chat_folder, monkeypatch, capsys):
@@ -82,7 +82,7 @@ def test_in_a_terminal(chat_folder):
         assert until("> ", 60), seen
         type_until(f"{ASKED_ZH}\n", ANSWERED_ZH)
         type_until("/help\n", "Ctrl-C  end the answer")
-        type_until("\x04", "[the end]")
+        type_until("\x04", "[end of conversation]")
         assert child.wait(timeout=30) == 0
     finally:
         child.kill()

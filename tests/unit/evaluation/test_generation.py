@@ -121,7 +121,7 @@ def test_the_oldest_exchanges_make_room_and_it_is_said(generator, caplog):
     assert generator.fit(kept) == (kept, 0)
     with caplog.at_level(logging.WARNING):
         generator.reply(messages, max_new_tokens=2)
-    assert "its first 2 messages were left out" in caplog.text
+    assert "its first 2 messages were dropped" in caplog.text
 
 
 def test_a_long_question_leaves_no_more_than_the_window(generator, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_long_question_leaves_no_more_than_the_window(generator, monkeypatch):
     generator.reply(question, temperature=99.0, seed=3)
     assert len(generator._prompt(question)) > 0.75 * WINDOW
     assert written[0].shape[1] == WINDOW
-    with pytest.raises(DataError, match=rf"the question is \d+ tokens long, and the model reads {WINDOW}"):
+    with pytest.raises(DataError, match=rf"the question is \d+ tokens long, but the model's window is {WINDOW}"):
         generator.reply([user("x" * WINDOW)])
 
 
@@ -150,7 +150,7 @@ def test_a_conversation_that_the_template_fails_on(generator, monkeypatch):
 def test_a_message_that_could_end_its_turn_is_refused(generator, text):
     for messages in ([user(text)], [{"role": "system", "content": text}, user("a")]):
         for ask in (generator.reply, generator.stream, generator.fit):
-            with pytest.raises(DataError, match=r"message holds (\[\|\w+\|\]|</s>), a word by which"):
+            with pytest.raises(DataError, match=r"message contains (\[\|\w+\|\]|</s>), with which"):
                 ask(messages)
     spelt_out = [user("a"), assistant(text), user("a")]
     assert generator.fit(spelt_out)[1] == 0, "what the model itself has spelt out does not end the conversation"

@@ -143,8 +143,8 @@ def test_temperature_of_a_question():
         (MT_BENCH, None, "cannot be read"),
         (MT_BENCH, "{nonsense", "cannot be read"),
         (MT_BENCH, "", "is empty"),
-        (MT_BENCH, '{"question_id": 1, "turns": []}', "question 1 has not a `question_id` and a list of `turns`"),
-        (MT_BENCH, '{"question_id": 1, "turns": ["a"]}\n{"turns": ["b"]}', "question 2 has not"),
+        (MT_BENCH, '{"question_id": 1, "turns": []}', "question 1 must have a `question_id` and a list of `turns`"),
+        (MT_BENCH, '{"question_id": 1, "turns": ["a"]}\n{"turns": ["b"]}', "question 2 must have"),
         (MT_BENCH, '{"question_id": 1, "turns": ["a", " "]}', "a list of `turns` of text"),
         (MT_BENCH, '{"question_id": 1, "turns": ["\\ud800"]}', "a list of `turns` of text"),
         *(
@@ -152,9 +152,13 @@ def test_temperature_of_a_question():
             for wrong in ("null", '"x"', "-1", "true", "1e999", "NaN")
         ),
         (ALPACA, '[{"instruction": "\\ud800"}]', "an `instruction` of text"),
-        (MT_BENCH, '{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}', "holds a question twice"),
-        (ALPACA, '[{"instruction": " "}]', "question 1 has not an `instruction`"),
-        (ALPACA, '["text"]', "question 1 has not"),
+        (
+            MT_BENCH,
+            '{"question_id": 1, "turns": ["a"]}\n{"question_id": 1, "turns": ["b"]}',
+            "contains a question twice",
+        ),
+        (ALPACA, '[{"instruction": " "}]', "question 1 must have an `instruction`"),
+        (ALPACA, '["text"]', "question 1 must have"),
     ],
 )
 def test_bad_questions(tmp_path, answers, text, message):
@@ -186,4 +190,4 @@ def test_a_model_that_says_nothing_is_told(tmp_path, caplog):
             return "" if messages[-1]["content"] == "And another." else super().reply(messages, **options)
 
     assert write(tmp_path, Mute())["unanswered"] == 1
-    assert "1 turns have an empty answer (the model said nothing)" in caplog.text
+    assert "1 turns have an empty answer (the model returned no text)" in caplog.text

@@ -72,7 +72,7 @@ def test_a_conversation_remembers_until_it_is_reset():
     assert echo.seen == [["be short", "one"], ["be short", "one", "2 one", "two"], ["be short", "three"]]
     assert "2 one" in text
     assert "[a new conversation]" in text
-    assert text.rstrip().endswith("[the end]")
+    assert text.rstrip().endswith("[end of conversation]")
 
 
 def test_commands():
@@ -80,14 +80,14 @@ def test_commands():
     text = person(echo, "/help", "/frobnicate now", "/exit", "never asked")
     assert not echo.seen
     assert text.count("/reset  forget") == 2
-    assert "/frobnicate is no command" in text
+    assert "/frobnicate is not a command" in text
 
 
 def test_control_c_ends_the_answer_and_what_was_said_stays():
     echo = Echo()
     text = person(echo, "please stop here", KeyboardInterrupt(), "more")
     assert "here" not in text.split("[interrupted]")[0]
-    assert "[Ctrl-D or /exit ends]" in text
+    assert "[press Ctrl-D or type /exit to quit]" in text
     assert echo.seen[1] == ["please stop here", "1 please stop", "more"]
     assert echo.closed == 2
 
@@ -132,7 +132,7 @@ def test_an_empty_answer_is_an_empty_line():
 def test_a_line_that_is_no_command_is_a_question():
     out, notes = script(Echo(), "/etc/hosts?\n/reset\n/resets\n/help\n/quit\nnever asked\n")
     assert out == "1 /etc/hosts?\n\n1 /resets\n\n"
-    assert "is no command" not in notes
+    assert "is not a command" not in notes
 
 
 def test_lines_end_with_the_input_or_by_command():
