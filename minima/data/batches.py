@@ -1,4 +1,4 @@
-"""Blocks of a store as a batch: with walls between documents and only what is to be learnt, where the store says so."""
+"""Blocks of a store as a batch, with its document boundaries and trainable tokens if the store defines them."""
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ def read_batch(
     samples: tuple[int, ...] = (),
     sequence_length: int | None = None,
 ) -> Batch:
-    """Some blocks as one micro-batch on the CPU.
+    """Read some blocks as one micro-batch on the CPU.
 
     Args:
-        store: where they lie.
+        store: holds the blocks.
         blocks: block numbers, int array [B].
-        valid: bool array [B]; False for a block of which nothing is learnt. All True when not given.
+        valid: bool array [B]; False for a block whose tokens all get no label. All True if not given.
         samples: the run's number of each sequence; see `Batch`.
-        sequence_length: tokens of each block from its start; all when not given.
+        sequence_length: use only this many tokens from the start of each block; all if not given.
     """
     length = sequence_length or store.sequence_length
     tokens_BT = torch.from_numpy(store.blocks(blocks))[:, :length].contiguous()
@@ -38,7 +38,7 @@ def read_batch(
         if num_documents == 1 and store.format != "preferences":  # plain causal attention is the same, and faster
             documents_BT = None
     batch = make_batch(tokens_BT, valid_BT, documents_BT)
-    if batch.positions_BT is not None:  # what fills up a block may be longer than any document, and than the model
+    if batch.positions_BT is not None:  # padding may be longer than any document, and than the model's positions
         batch = batch._replace(positions_BT=batch.positions_BT.clamp_max(store.longest - 1))
     numbers = tuple(int(block) for block in blocks)
     return batch._replace(num_documents=num_documents, samples=samples, blocks=numbers)

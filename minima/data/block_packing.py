@@ -1,4 +1,4 @@
-"""Conversations and pairs -> blocks: each whole in one block, what is left of it filled up."""
+"""Packing of conversations and preference pairs into blocks: each stays whole, and blocks are padded."""
 
 from bisect import bisect_left, insort
 from pathlib import Path
@@ -10,23 +10,23 @@ import numpy as np
 from minima.data.encoding import Encoded
 from minima.data.packing import StoreWriter
 
-# Units wait here to be sorted into blocks. A thousand blocks leave best fit so much choice that a larger window fills
-# no better, and of 4,096 tokens they are 20 MB.
+# Units are buffered up to this many blocks before they are packed. With a thousand blocks best fit has so much choice
+# that a larger window packs no better; with 4,096 tokens per block they take 20 MB.
 WINDOW_BLOCKS = 1024
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Best fit decreasing: the longest first, each into the fullest block that it fits in.
+    """Pack by best fit decreasing: the longest first, each into the fullest block that has room for it.
 
     Args:
         lengths: int array [n], none above `capacity`.
         capacity: of a block.
 
     Returns:
-        int64 array [n]: the number of each one's block, counted from 0.
+        int64 array [n]: the block number of each item, counted from 0.
     """
     chosen = np.empty(len(lengths), dtype=np.int64)
-    rooms: list[tuple[int, int]] = []  # what is left of each block that is not full, and its number; sorted
+    rooms: list[tuple[int, int]] = []  # free space and number of each block that is not full; sorted
     blocks = 0
     sizes = lengths.tolist()
     for unit in np.argsort(-lengths, kind="stable").tolist():
@@ -43,27 +43,27 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class PackedWriter:
-    """Writes a store whose units are never cut; used like `StoreWriter`, which does the writing.
+    """Writes a store whose units are never split; has the interface of `StoreWriter`, which does the writing.
 
-    Blocks are filled window by window, so what comes out follows from the units and their order alone. With
-    `max_blocks`, the last window takes units in their order as long as they fit.
+    Blocks are packed window by window, so the result depends only on the units and their order. With `max_blocks`, the
+    last window takes units in order as long as they fit.
 
     Args:
         folder: where the store will be.
-        settings: those of `StoreWriter`.
+        settings: as for `StoreWriter`.
 
     Attributes:
-        padding_tokens: tokens that fill up blocks.
-        beyond_tokens: tokens of units for which `max_blocks` left no room.
+        padding_tokens: number of padding tokens.
+        beyond_tokens: number of tokens in units for which `max_blocks` left no room.
     """
 
     def __init__(self, folder: Path, *, max_blocks: int | None = None, **settings: Any) -> None:
         self._store = StoreWriter(folder, **settings)
         self._length: int = settings["sequence_length"]
         self._end_token: int = settings["end_token"]
-        self._left = max_blocks  # blocks still to be written
+        self._left = max_blocks  # number of blocks still to write
         self._window: list[Encoded] = []
-        self._waiting = 0  # tokens in it
+        self._waiting = 0  # tokens in the window
         self._units = 0
         self.padding_tokens = self.beyond_tokens = 0
 
@@ -78,12 +78,12 @@ class PackedWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens taken so far."""
+        """Number of tokens taken so far."""
         return self._store.tokens + self._waiting
 
     @property
     def full(self) -> bool:
-        """Whether `max_blocks` are written, or hold no further unit."""
+        """Whether `max_blocks` blocks are written, or have no room for another unit."""
         return self._left == 0
 
     def add(self, units: Encoded) -> int:
@@ -103,7 +103,7 @@ class PackedWriter:
         return len(units.lengths)
 
     def _flush(self) -> None:
-        """Write what waits."""
+        """Pack and write the window."""
         units = Encoded.joined(self._window)
         self._window, self._waiting = [], 0
         if not len(units.lengths):
@@ -118,8 +118,8 @@ class PackedWriter:
         self._write(units, blocks_of)
 
     def _first_that_fit(self, units: Encoded, blocks: int) -> tuple[Encoded, np.ndarray]:
-        """As many units from the first on as go into so many blocks."""
-        low, high = 1, len(units.lengths)  # `low` of them fit, `high` do not
+        """As many of the first units as fit into this many blocks, and the block number of each."""
+        low, high = 1, len(units.lengths)  # `low` units fit, `high` do not
         while high - low > 1:
             middle = (low + high) // 2
             fits = best_fit(units.lengths[:middle], self._length).max() < blocks
@@ -137,7 +137,7 @@ class PackedWriter:
         filling = np.full(self._length, self._end_token, dtype=units.ids.dtype)
         unlearnt = np.zeros(self._length, dtype=np.uint8)
         ids, learnt = [], []
-        documents: list[tuple[int, int, bool]] = []  # length, bytes, whether it only fills up
+        documents: list[tuple[int, int, bool]] = []  # length, bytes, whether it is padding
         order = np.argsort(blocks_of, kind="stable")
         last_of_block = np.append(blocks_of[order][1:] != blocks_of[order][:-1], True)
         for unit, last in zip(order.tolist(), last_of_block.tolist(), strict=True):
@@ -147,7 +147,7 @@ class PackedWriter:
             learnt.append(units.learnt[span])
             documents.append((first, size, False))
             if first < length:
-                documents.append((length - first, 0, False))  # both lie in one block, so the sum is right
+                documents.append((length - first, 0, False))  # bytes count once: both answers are in the same block
             if last and (left := int(room[blocks_of[unit]])):
                 ids.append(filling[:left])
                 learnt.append(unlearnt[:left])
@@ -158,10 +158,10 @@ class PackedWriter:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Write what waits and close the store; see `StoreWriter.finish`. Adds `units` and `padding_tokens`."""
+        """Write the rest and close the store; see `StoreWriter.finish`. Adds `units` and `padding_tokens`."""
         self._flush()
         return self._store.finish() | {"units": self._units, "padding_tokens": self.padding_tokens}
 
     def publish(self) -> None:
-        """Give the finished store its name, in place of an older one."""
+        """Move the finished store to its final name, replacing an older one."""
         self._store.publish()

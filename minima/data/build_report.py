@@ -1,4 +1,4 @@
-"""What a build says of itself: its report, what it left out, and whether there is enough."""
+"""The report of a build: its numbers, what was left out, and whether there is enough data."""
 
 import logging
 from typing import Any
@@ -12,7 +12,7 @@ from minima.errors import DataError
 from minima.recipe.schema import BuildData
 
 logger = logging.getLogger("minima.data")
-_ENTROPY_BLOCKS = 4096  # read at once
+_ENTROPY_BLOCKS = 4096  # blocks read at once
 
 
 def build_report(
@@ -23,15 +23,15 @@ def build_report(
     set_aside: dict[str, Any],
     beyond_tokens: int,
 ) -> dict[str, Any]:
-    """Everything that the report says but the time and the stage's settings.
+    """The content of the report, without the time and the stage's settings.
 
     Args:
         format: of the stage.
-        streams: the sources, read.
-        labels: what they are called.
-        written: what the training store's writer finished with.
-        set_aside: the same of the held-out store.
-        beyond_tokens: tokens that `tokens` left no room for.
+        streams: the sources, after they were read.
+        labels: their names.
+        written: the counts that the training store's writer returned.
+        set_aside: the same for the held-out store.
+        beyond_tokens: number of tokens beyond the stage's `tokens`.
     """
     bytes_, characters = sum(s.bytes for s in streams), sum(s.characters for s in streams)
     tokens, learnt_tokens = sum(s.tokens for s in streams), sum(s.learnt_tokens for s in streams)
@@ -73,7 +73,7 @@ def build_report(
 def _chat_report(
     format: str, streams: list[SourceStream], written: dict[str, Any], set_aside: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the report says of conversations and pairs alone."""
+    """The part of the report that only conversations and pairs have."""
     units = "pairs" if format == "preferences" else format
     return {
         units: written["units"],
@@ -89,7 +89,7 @@ def _chat_report(
 
 
 def show_rejected(label: str, rejected: Rejected) -> None:
-    """Say what a source's records that gave no document were: a few in a large source are no reason to stop."""
+    """Warn about a source's rejected records; a few in a large source are no reason to stop."""
     for reason, count in sorted(rejected.counts.items()):
         examples = [f"{example['where']}: {example['excerpt']!r}" for example in rejected.examples[reason]]
         records = f"{count} {'record' if count == 1 else 'records'}"
@@ -99,44 +99,44 @@ def show_rejected(label: str, rejected: Rejected) -> None:
 def check_enough(
     stage: BuildData, written: dict[str, Any], set_aside: dict[str, Any], held_out_documents: int, evaluated: bool
 ) -> None:
-    """Refuse stores without a block; where nobody has asked for held-out text, there may be none.
+    """Refuse a store without blocks; an empty held-out store is only a warning if nobody asked for one.
 
     Args:
         stage: what was built.
         written: counts of the training store.
         set_aside: counts of the held-out store.
-        held_out_documents: that were chosen.
-        evaluated: whether a stage of the run evaluates on it.
+        held_out_documents: number of documents chosen as held out.
+        evaluated: whether a stage of the run evaluates on held-out text.
 
     Raises:
-        DataError: says how much there was.
+        DataError: there is not enough text; the message says how much there was.
     """
     if not written["blocks"]:
         raise DataError(
             f"the text has {written['dropped_tokens']} training tokens, less than one block of {stage.sequence_length}",
-            "there would be nothing to train on",
+            "there is nothing to train on",
             "give more text or a shorter `sequence_length`",
         )
     if stage.held_out_fraction and not set_aside["blocks"]:
         documents = written["documents"] + held_out_documents
-        few = "; documents are set aside whole, and a file of plain text is one: write its parts as lines of jsonl"
+        few = "; whole documents are held out, and a plain text file is one document: split it into lines of jsonl"
         what = (
             f"held_out_fraction {stage.held_out_fraction} chose {held_out_documents} of {documents} documents, with "
             f"{set_aside['dropped_tokens']} tokens, less than one block of {stage.sequence_length}"
         )
-        do = "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 to do without"
+        do = "raise `held_out_fraction` (or `held_out_tokens`), or set held_out_fraction to 0 for no held-out data"
         do += few if documents * stage.held_out_fraction < 1 else ""
         if not evaluated and not {"held_out_fraction", "held_out_tokens"} & stage.model_fields_set:
-            logger.warning("%s: %s, so no stage can evaluate on this data; to have some, %s", stage.name, what, do)
+            logger.warning("%s: %s, so no stage can evaluate on this data; to change that, %s", stage.name, what, do)
             return
-        raise DataError(what, "there would be nothing to evaluate on", do)
+        raise DataError(what, "there is nothing to evaluate on", do)
 
 
 def unigram_entropy(store: TokenStore) -> float | None:
-    """Entropy of a store's own token distribution, in nats a token: what a model without context can reach at best.
+    """Entropy of a store's token distribution, in nats per token: the best loss of a model without context.
 
     Returns:
-        That of the tokens to be learnt; None for a store without any.
+        The entropy over trainable tokens; None for an empty store.
     """
     if not len(store):
         return None

@@ -1,4 +1,4 @@
-"""Sources -> tokenizer, training blocks, held-out blocks and a report."""
+"""The build of a data set: sources in; a tokenizer, training blocks, held-out blocks and a report out."""
 
 import logging
 import os
@@ -55,22 +55,22 @@ def build(
 ) -> dict[str, Any]:
     """Write `tokenizer/`, `train/`, `held_out/` and `report.json` into a folder.
 
-    The result depends on the stage and its sources, not on the number of processes. All of it is written under
-    temporary names and renamed at the end; what fails before that leaves nothing.
+    The result depends on the stage and its sources, not on the number of processes. Everything is written under
+    temporary names and renamed at the end; a failure before that leaves nothing behind.
 
     Args:
         stage: what to build.
-        folder: exists; an earlier result in it is replaced.
+        folder: must exist; an earlier result in it is replaced.
         tokenizer: the folder or Hub id of a tokenizer, or how to train one.
-        parts: take from them what would be read and encoded; the result is the same to the byte.
-        evaluated: whether a stage is to evaluate on what is held out.
+        parts: take documents already encoded from these parts instead; the result is byte-identical.
+        evaluated: whether a stage will evaluate on the held-out text.
 
     Returns:
         The report's numbers, without the examples of rejected records.
 
     Raises:
         DataError: a source is missing, empty or unreadable, or there is too little text.
-        DiskFull: no space left.
+        DiskFull: there is no space left.
     """
     started = time.monotonic()
     unfinished = folder / "tokenizer.partial"
@@ -103,19 +103,19 @@ class Plan(NamedTuple):
 
     end_token: int
     vocabulary_size: int
-    make: Callable[[], Callable[[EncodingTask], Result]]  # an encoder
+    make: Callable[[], Callable[[EncodingTask], Result]]  # makes an encoder
     read: Callable[..., Iterator[str]] = read_source
     writer: type[StoreWriter] | type[PackedWriter] = StoreWriter
-    begin_token: int | None = None  # of each document of text
+    begin_token: int | None = None  # put before each document of text
 
 
 def processes_of(stage: BuildData) -> int:
-    """How many processes encode."""
+    """The number of encoding processes."""
     return stage.processes or len(os.sched_getaffinity(0))
 
 
 def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, folder: Path) -> Plan:
-    """Write the tokenizer, and say how it encodes."""
+    """Write the tokenizer, and return how documents are encoded with it."""
     if isinstance(tokenizer, TokenizerTraining):
         logger.info("training a tokenizer of %d pieces", tokenizer.vocabulary_size)
         model = train_sentencepiece(_tokenizer_texts(stage, tokenizer), tokenizer.vocabulary_size)
@@ -138,24 +138,25 @@ def make_tokenizer(stage: BuildData, tokenizer: str | Path | TokenizerTraining, 
 
 
 def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase", source: str | Path) -> int | None:
-    """The id that each document begins with; None for none. `source` is what the tokenizer was loaded from.
+    """The id that each document begins with, or None. `source` is where the tokenizer was loaded from.
 
-    A model that was trained with a begin token leans on it: attention that has nothing to look at goes there (Xiao et
-    al., "Efficient Streaming Language Models with Attention Sinks", 2023).
+    A model that was trained with a begin token depends on it: attention that has nothing relevant to attend to goes
+    there (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023).
     """
     adds, _ = ends_added(tokenizer)
     begin: int | None = tokenizer.bos_token_id
     if stage.add_bos_token and begin is None:
         raise DataError(
-            f"build_data stage {stage.name!r} sets add_bos_token; its tokenizer {stage.tokenizer} has no begin token",
-            "documents would begin as if it had not been asked for",
-            "leave add_bos_token out",
+            f"build_data stage {stage.name!r} sets add_bos_token, but its tokenizer {stage.tokenizer} has no begin "
+            "token",
+            "the setting would have no effect",
+            "omit add_bos_token",
         )
     token, asked = tokenizer.bos_token, stage.add_bos_token
     if asked is not None and asked != adds:
         how, other = ("with", "without") if asked else ("without", "with")
         logger.warning(
-            "documents begin %s %r; the tokenizer itself begins texts %s it, in the exported model, too",
+            "documents begin %s %r, but the tokenizer itself, and so the exported model, begins texts %s it",
             how,
             token,
             other,
@@ -164,8 +165,8 @@ def _begin_token(stage: BuildData, tokenizer: "PreTrainedTokenizerBase", source:
         logger.info("documents begin with %r, as the tokenizer begins a text", token)
     elif asked is None and begin is not None and is_lone(source):
         logger.warning(
-            "documents begin without %r: a tokenizer.model alone does not say that a text begins with it; set "
-            "add_bos_token: true where the model was trained so, as Llama and Mistral were",
+            "documents begin without %r: a tokenizer.model alone does not say whether texts begin with it; set "
+            "add_bos_token: true if the model was trained with it, as Llama and Mistral were",
             token,
         )
     return begin if (adds if asked is None else asked) else None
@@ -181,15 +182,15 @@ def _tokenizer_texts(stage: BuildData, training: TokenizerTraining) -> Iterator[
     unknown = set(training.sources or ()) - {source.label for source in stage.sources}
     if unknown:
         raise DataError(
-            f"the tokenizer is to be trained on {', '.join(sorted(unknown))}, which no source is called",
-            "it would be trained on other text than the recipe says",
-            f"choose among {', '.join(source.label for source in stage.sources)}",
+            f"the tokenizer is to be trained on {', '.join(sorted(unknown))}, but no source has this label",
+            "it would be trained on text other than what the recipe says",
+            f"choose from {', '.join(source.label for source in stage.sources)}",
         )
     return training_texts(chosen, HeldOut(stage.held_out_fraction, stage.seed), training.max_characters)
 
 
 def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | None, evaluated: bool) -> dict[str, Any]:
-    """Write and publish both stores; everything that the report says but the time."""
+    """Write and publish both stores; return the report without the time."""
     length = stage.sequence_length
     shape: dict[str, Any] = {
         "sequence_length": length, "vocabulary_size": plan.vocabulary_size, "end_token": plan.end_token,
@@ -232,10 +233,10 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, parts: RecordedParts | N
 
 
 class _Gathered:
-    """Hands documents on to a writer in larger pieces: the turns of a mixture cost more to add than to take.
+    """Passes documents on to a writer in larger pieces, because adding each turn of a mixture by itself is slow.
 
-    What is written is the same. Conversations, whose writer gathers them itself, and the last documents before the
-    store is full are handed on at once.
+    The result is the same. Conversations, which their writer buffers itself, and the last documents before the store is
+    full are passed on at once.
     """
 
     def __init__(self, writer: StoreWriter | PackedWriter, stage: BuildData) -> None:
@@ -262,7 +263,7 @@ class _Gathered:
 
 
 class _Progress:
-    """A log line every few seconds."""
+    """Logs a line every few seconds."""
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -274,7 +275,7 @@ class _Progress:
         self._last = now
         rate = sum(stream.bytes for stream in streams) / (now - self._started) / 1e6
         documents = sum(stream.documents for stream in streams)
-        logger.info("%.1f M tokens, %d documents, %.1f MB of text a second", tokens / 1e6, documents, rate)
+        logger.info("%.1f M tokens, %d documents, %.1f MB of text per second", tokens / 1e6, documents, rate)
 
 
 def _replace(partial: Path, final: Path) -> None:

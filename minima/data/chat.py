@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as text, what of it the assistant says, and the ids that end its turn."""
+"""Chat templates: rendering a conversation, locating the assistant's replies in it, and the ids that end them."""
 
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MINICHAT_MARKS = ("[|User|]", "[|Assistant|]")
-# Words that no template says by itself, so that they can be found in its text.
+# Words that no template contains itself, so that they can be located in the rendered text.
 PROBE: list[Turn] = [(USER, "zebra"), (ASSISTANT, "walnut"), (USER, "tundra"), (ASSISTANT, "violin")]
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -24,9 +24,9 @@ class TokenizedChat(NamedTuple):
     """One conversation.
 
     Attributes:
-        ids: its tokens: what the tokenizer's own `apply_chat_template` gives.
+        ids: its tokens, the same as from the tokenizer's own `apply_chat_template`.
         replies: for each assistant turn, its first token and one past its last, the end marker included.
-        text: what the tokens are of.
+        text: the rendered text.
     """
 
     ids: list[int]
@@ -35,11 +35,11 @@ class TokenizedChat(NamedTuple):
 
 
 class ChatTemplate(NamedTuple):
-    """A Jinja chat template and what it can name; goes to worker processes.
+    """A Jinja chat template and the special tokens it can refer to; can be sent to worker processes.
 
     Attributes:
         text: the template.
-        special_tokens: `eos_token` and its like.
+        special_tokens: `eos_token` and the like, by name.
     """
 
     text: str
@@ -47,7 +47,7 @@ class ChatTemplate(NamedTuple):
 
     @property
     def marked(self) -> bool:
-        """Whether it says itself what the assistant writes, by `{% generation %}`."""
+        """Whether the template marks the assistant's replies itself, with `{% generation %}`."""
         return _MARKED.search(self.text) is not None
 
     def render(self, turns: list[Turn], *, prompt: bool = False) -> str:
@@ -55,7 +55,7 @@ class ChatTemplate(NamedTuple):
 
         Args:
             turns: role and text of each.
-            prompt: end with what comes before an assistant's answer.
+            prompt: end with the header of an assistant's answer.
 
         Raises:
             jinja2.TemplateError: the template cannot be read, or refuses the conversation.
@@ -63,14 +63,16 @@ class ChatTemplate(NamedTuple):
         return self._render(turns, prompt=prompt)[0]
 
     def replies(self, turns: list[Turn]) -> tuple[str, list[Span]]:
-        """The text of a conversation, and in it the assistant's turns with their end markers, by characters.
+        """The text of a conversation, and the character spans of the assistant's turns with their end markers.
 
-        They are what the template marks by `{% generation %}`. Of a template without these marks, a reply begins where
-        the text of the turns before it ends, and what is written after it belongs to it, but no white space at the end.
+        These are the spans that the template marks with `{% generation %}`. If it has no such marks, a reply begins
+        where the text of the turns before it ends, and includes what the template writes after it, without trailing
+        white space.
 
         Raises:
             jinja2.TemplateError: the template cannot be read, or refuses the conversation.
-            Unfit: the text of the first turns is not how the text of all of them begins.
+            Unfit: the text of the first turns is not a prefix of the whole text, or the marked spans do not match the
+                replies one to one.
         """
         if self.marked:
             text, found = self._render(turns, spans=True)
@@ -100,21 +102,21 @@ class ChatTemplate(NamedTuple):
             )
         except TemplateError:
             raise
-        except Exception as error:  # a template is a program: it can divide by zero, or call itself for ever
+        except Exception as error:  # a template is a program: it can divide by zero, or recurse for ever
             raise TemplateError(str(error) or type(error).__name__) from error
         texts, found = rendered
         return texts[0], found[0] if spans else []
 
 
 class ChatTokenizer:
-    """Conversations -> ids, with the tokenizer of a folder and without transformers' start.
+    """Turns conversations into ids with a fast tokenizer, without the time that importing transformers takes.
 
     Args:
-        tokenizer: the fast tokenizer; names of special tokens in the template's text are these tokens.
+        tokenizer: the fast tokenizer; names of special tokens in the template's text are encoded as these tokens.
         template: the chat template.
 
     Attributes:
-        marker_ids: of the tokenizer's special and added tokens, by which a turn can end; none of white space.
+        marker_ids: ids of the special and added tokens that can end a turn, except added tokens of white space.
     """
 
     def __init__(self, tokenizer: "Tokenizer", template: ChatTemplate) -> None:
@@ -126,20 +128,20 @@ class ChatTokenizer:
         self.marker_ids = {number for number, token in added.items() if token.special or token.content.strip()}
         special = [token.content for token in added.values() if token.special]
         marks = [mark for mark in _MINICHAT_MARKS if mark in template.text]
-        marks += [added[number].content for number in self.end_ids()]  # may be added and yet not special
+        marks += [added[number].content for number in self.end_ids()]  # may be an added token that is not special
         self._forged = re.compile("|".join(re.escape(mark) for mark in sorted({*special, *marks})) or r"(?!)")
 
     def forges(self, turns: list[Turn]) -> bool:
-        """Whether a text holds the name of a special token or of a marker, by which it could open or end a turn."""
+        """Whether a text contains the name of a special token or marker, with which it could open or end a turn."""
         return self.forged(turns) is not None
 
     def forged(self, turns: list[Turn]) -> str | None:
-        """The first such name in a text; none where there is none."""
+        """The first such name in a text; None if there is none."""
         found = (self._forged.search(text) for _, text in turns)
         return next((match[0] for match in found if match is not None), None)
 
     def encode(self, conversations: list[list[Turn]]) -> list[TokenizedChat | Unfit]:
-        """Tokenize conversations; in the place of one that the template cannot take, why."""
+        """Tokenize conversations; for one that the template cannot render, the result is the reason."""
         from jinja2 import TemplateError
 
         rendered: list[tuple[str, list[Span]] | Unfit] = []
@@ -162,7 +164,7 @@ class ChatTokenizer:
         return found
 
     def end_ids(self) -> list[int]:
-        """The first special or added token that the template writes after a reply; none where it writes none."""
+        """The first special or added token that the template writes after a reply, in a list; empty if none."""
         from jinja2 import TemplateError
 
         try:
@@ -178,7 +180,7 @@ class ChatTokenizer:
 
 
 def _joined(spans: list[Span]) -> list[Span]:
-    """Spans that touch as one: a template may mark a reply and its end marker apart."""
+    """Join adjacent spans: a template may mark a reply and its end marker separately."""
     joined: list[Span] = []
     for begin, end in spans:
         if joined and joined[-1][1] == begin:
@@ -189,7 +191,7 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 def _tokens_of(spans: list[Span], offsets: list[Span]) -> list[Span]:
-    """Spans of characters as spans of tokens: all that have a character in it."""
+    """Convert spans of characters to spans of tokens, including every token that overlaps one."""
     begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     firsts = np.searchsorted(ends, [begin for begin, _ in spans], side="right").tolist()
     lasts = np.searchsorted(begins, [end for _, end in spans], side="left").tolist()
@@ -197,17 +199,17 @@ def _tokens_of(spans: list[Span], offsets: list[Span]) -> list[Span]:
 
 
 def chat_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> ChatTokenizer:
-    """The same tokenizer and template, as workers use them.
+    """The `ChatTokenizer` for a transformers tokenizer and its template.
 
     Raises:
-        DataError: the tokenizer has no `tokenizers` backend, or several templates and none by default.
+        DataError: the tokenizer has no `tokenizers` backend, or several templates and no default one.
     """
     from tokenizers import Tokenizer
 
     if not tokenizer.is_fast:
         raise DataError(
-            f"a {type(tokenizer).__name__} does not tell which characters its tokens are",
-            "so it cannot be told which tokens the assistant says",
+            f"a {type(tokenizer).__name__} does not report which characters its tokens cover",
+            "without that it is not known which tokens belong to the assistant",
             "use a tokenizer with a tokenizer.json",
         )
     backend: Any = tokenizer
@@ -215,21 +217,21 @@ def chat_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> ChatTokenizer:
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
-    """A tokenizer's chat template, and the special tokens that it can name.
+    """A tokenizer's chat template, and the special tokens that it can refer to.
 
     Raises:
-        DataError: it has several templates and none is the default, or one that is no text.
+        DataError: it has no template, several without a default, or one that is not text.
     """
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     try:
         template: Any = tokenizer.get_chat_template()
         if not isinstance(template, str):
-            raise TypeError(f"{template!r} is no text")
+            raise TypeError(f"{template!r} is not text")
         return ChatTemplate(template, names)
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"the tokenizer has no chat template that is its default: {str(error)[:200]}",
-            "a conversation has to become one text",
+            f"the tokenizer has no default chat template: {str(error)[:200]}",
+            "a template is needed to turn a conversation into text",
             "set `chat_template: minichat`, or give the path of a Jinja file",
         ) from error
 
@@ -238,7 +240,7 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that end an assistant's turn.
 
     Returns:
-        The first special or added token that the chat template writes after a reply, where it does, then the end token.
+        The first special or added token that the chat template writes after a reply, if any, then the end token.
     """
     has_template = tokenizer.chat_template is not None and tokenizer.is_fast
     ids = chat_tokenizer(tokenizer).end_ids() if has_template else []

@@ -1,4 +1,4 @@
-"""Conversations and preference pairs -> token ids and what of them is to be learnt, in a worker process."""
+"""Encoding of conversations and preference pairs into token ids and a mask of trainable tokens, in a worker process."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ _AT_ONCE = 64  # conversations given to the tokenizer in one call
 
 
 class _Unit(NamedTuple):
-    """A conversation, or a pair of them in one."""
+    """One conversation, or the two of a pair."""
 
     ids: list[int]
     learnt: np.ndarray
@@ -28,14 +28,14 @@ class _Unit(NamedTuple):
 
 
 class ChatEncoder:
-    """Encodes packed conversations or pairs; what cannot be learnt whole is cut at a turn boundary or rejected.
+    """Encodes packed conversations or pairs; those that are too long are cut at a turn boundary or rejected.
 
     Args:
         folder: holds `tokenizer.json`.
         template: the chat template.
-        vocabulary_size: decides two or four bytes an id.
-        sequence_length: no conversation and no pair is longer.
-        pairs: preference pairs are given.
+        vocabulary_size: decides between two and four bytes per id.
+        sequence_length: the maximum length of a conversation or pair in tokens.
+        pairs: the texts are preference pairs.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ChatEncoder:
         return units
 
     def _conversation(self, record: Conversation, chat: TokenizedChat) -> _Unit:
-        """A conversation, or as many exchanges of it as fit."""
+        """Encode a conversation, or as many of its exchanges as fit."""
         turns, exchanges = record.turns, len(chat.replies)
         while len(chat.ids) > self._limit:
             fitting = sum(end <= self._limit for _, end in chat.replies[:-1])
@@ -103,13 +103,13 @@ class ChatEncoder:
         replies = [text for role, text in turns if role == ASSISTANT]
         kept = [number for number in range(len(replies)) if number not in record.unlearnt]
         if not kept:
-            raise Unfit("nothing_to_learn")  # what was to be learnt has been cut off
+            raise Unfit("nothing_to_learn")  # all trainable replies have been cut off
         size = sum(len(replies[number].encode("utf-8")) for number in kept)
         cut, learnt = len(record.turns) - len(turns), _learnt(chat, [chat.replies[number] for number in kept])
         return _Unit(chat.ids, learnt, size, len(chat.text), len(chat.ids), cut, record.left_out)
 
     def _pair(self, record: Pair, chosen: TokenizedChat, rejected: TokenizedChat) -> _Unit:
-        """Both answers, each after the prompt; they fit into one block, or not at all."""
+        """Encode both answers, each after the prompt; together they must fit into one block."""
         if len(chosen.ids) + len(rejected.ids) > self._limit:
             raise Unfit("too_long")
         learnt = [_learnt(chat, chat.replies[-1:]) for chat in (chosen, rejected)]
@@ -128,7 +128,7 @@ class ChatEncoder:
 
 
 def _learnt(chat: TokenizedChat, replies: list[tuple[int, int]]) -> np.ndarray:
-    """1 for the tokens of these replies."""
+    """A mask with 1 for the tokens of these replies."""
     learnt = np.zeros(len(chat.ids), dtype=np.uint8)
     for begin, end in replies:
         learnt[begin:end] = 1

@@ -1,4 +1,4 @@
-"""Records of many layouts -> conversations of one; a source's conversations and preference pairs."""
+"""Reading a source's conversations and preference pairs, and converting records of many layouts to one."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,12 @@ from minima.recipe.data import Source
 
 
 class Conversation(NamedTuple):
-    """Turns in order: perhaps a system message, then user and assistant by turns; the last is the assistant's.
+    """Turns in order: an optional system message, then user and assistant alternating; the last is the assistant's.
 
     Attributes:
         turns: role and text, stripped.
-        left_out: turns at the end of the record that nobody answers.
-        unlearnt: replies, counted from 0, that are read but not learnt.
+        left_out: number of unanswered turns at the end of the record.
+        unlearnt: numbers of the replies, from 0, that are context only and not trained on.
     """
 
     turns: list[Turn]
@@ -40,28 +40,28 @@ class Conversation(NamedTuple):
 
     @property
     def content(self) -> str:
-        """What is hashed to choose held-out conversations: the turns alone, whatever layout they came in."""
+        """The string that is hashed to choose held-out conversations: the turns, independent of the record's layout."""
         return compact(self.turns)
 
     @property
     def documents(self) -> list[list[Turn]]:
-        """The conversation alone."""
+        """The conversation as the only document."""
         return [self.turns]
 
 
 def read_conversations(
     source: Source, rejected: Rejected, *, pairs: bool = False, share: Share | None = None
 ) -> Iterator[str]:
-    """The conversations or preference pairs of a source, packed into strings; `unpack` gives them back.
+    """Read a source's conversations or preference pairs, packed into strings that `unpack` reverses.
 
     Args:
-        source: says where and in which format; the layout is told from each record.
-        rejected: takes what is none.
+        source: gives location and format; the layout is recognised record by record.
+        rejected: collects the records that are not conversations or pairs.
         pairs: read preference pairs.
-        share: read only its records; all when not given.
+        share: read only the records of this share; all if not given.
 
     Raises:
-        DataError: the source is missing, cannot be opened, or gives not one.
+        DataError: the source is missing, cannot be opened, or has no valid record.
     """
     share = share or Share()
 
@@ -76,27 +76,28 @@ def read_conversations(
                 yield f"{compact(item[:2] if every else item)}\n{where}"
 
     what = "preference pairs" if pairs else "conversations"
-    yield from some(packed(), source, rejected, f"that its records are {what} in a layout that is known", share)
+    yield from some(packed(), source, rejected, f"that its records are {what} in a supported layout", share)
 
 
 def unpack(packed: str, *, pairs: bool = False) -> tuple[Conversation | Pair, str]:
     """A conversation or pair, and where it was read."""
-    content, where = packed.split("\n", 1)  # JSON on one line holds no line break
+    content, where = packed.split("\n", 1)  # the JSON is on one line
     fields = json.loads(content)
     return (Pair if pairs else Conversation)(*fields), where
 
 
 def conversation_of(record: Any) -> Conversation:
-    """The conversation that a record holds.
+    """The conversation in a record.
 
-    A list of turns, or a record with such a list as `messages`, `conversations`, `conversation`, `turns`, `dialog` or
-    `dialogue`. A turn is `{"User", "Assistant"}` (both of an exchange), `{"role", "content"}` (OpenAI) or `{"from",
-    "value"}` (ShareGPT). Or `{"instruction", "input", "output"}` (Alpaca), with `history` (a list of question and
-    answer) as LLaMA-Factory has it; or `{"prompt", "completion"}` (TRL), strings or turns. A `system` or
-    `system_prompt` beside them comes first. A reply with `weight: 0` (OpenAI) is read, and not learnt.
+    Supported layouts: a list of turns, or a record with such a list as `messages`, `conversations`, `conversation`,
+    `turns`, `dialog` or `dialogue`, where a turn is `{"User", "Assistant"}` (both of an exchange), `{"role",
+    "content"}` (OpenAI) or `{"from", "value"}` (ShareGPT); `{"instruction", "input", "output"}` (Alpaca), optionally
+    with `history` (a list of question and answer) as in LLaMA-Factory; `{"prompt", "completion"}` (TRL), strings or
+    turns. A `system` or `system_prompt` field beside them comes first. A reply with `weight: 0` (OpenAI) is context
+    only and not trained on.
 
     Raises:
-        Unfit: it holds none, or one whose turns are empty or out of order, or of which nothing is to be learnt.
+        Unfit: there is no conversation, its turns are empty or out of order, or nothing in it can be trained on.
     """
     turns, unlearnt = turns_in(record), unlearnt_in(record)
     if turns is None and isinstance(record, dict):

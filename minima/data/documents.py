@@ -1,4 +1,4 @@
-"""Documents on their way to the tokenizer: rejected records, held-out split, order, batches."""
+"""Documents before tokenization: rejected records, the held-out split, shuffling and batches."""
 
 import hashlib
 import random
@@ -8,35 +8,35 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-T = TypeVar("T", bound=Sized)  # a text, or what stands for one
-_EXAMPLES = 3  # of each reason are shown
+T = TypeVar("T", bound=Sized)  # a text, or a placeholder of the same length
+_EXAMPLES = 3  # shown for each reason
 _EXCERPT_CHARACTERS = 80
-# Documents wait here to be drawn at random: a source that fits is permuted as a whole, a larger one is shuffled
-# within a window. Two bytes a character for most scripts, so 128 MB at most; the sampler shuffles blocks anyway.
+# The shuffle buffer: a source that fits is permuted as a whole, a larger one is shuffled within a window. At two bytes
+# per character for most scripts this is at most 128 MB; the sampler shuffles blocks anyway.
 SHUFFLE_CHARACTERS = 1 << 26
-# One task of a worker: some 60,000 tokens, tens of milliseconds, so that starting it costs nothing beside it.
+# One task for a worker: about 60,000 tokens, or tens of milliseconds, so that the cost of starting it is negligible.
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 2048
 
 
 class Rejected:
-    """Records that gave no document, counted by reason, the first few of each kept to be shown."""
+    """Records that gave no document, counted by reason, with the first few of each kept as examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
 
     def add(self, reason: str, where: str, content: object) -> None:
-        """Count one.
+        """Count one record.
 
         Args:
             reason: `broken_json`, `not_a_record`, `missing_field`, `not_text`, `empty`, `not_utf8`, `unknown_suffix`;
-                of chats also `not_a_conversation`, `not_a_pair`, `unknown_role`, `roles_out_of_order`,
+                for chats also `not_a_conversation`, `not_a_pair`, `unknown_role`, `roles_out_of_order`,
                 `empty_user_turn`, `empty_assistant_turn`, `no_answer`, `equal_answers`, `prompts_differ`,
                 `unknown_prompt`, `forged_marker`, `too_long`, `refused_by_template`, `not_splittable`,
                 `weight_between_0_and_1`, `nothing_to_learn`.
             where: file and line, or source and row.
-            content: what was there; an excerpt of it is kept.
+            content: of the record; an excerpt of it is kept.
         """
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
@@ -44,7 +44,7 @@ class Rejected:
             examples.append({"where": where, "excerpt": _content_text(content)[:_EXCERPT_CHARACTERS]})
 
     def describe(self) -> str:
-        """All of it in one sentence."""
+        """All counts and first examples in one sentence."""
         if not self.counts:
             return "no record was found"
         return "; ".join(
@@ -58,9 +58,9 @@ class Rejected:
 
 
 def shortened(content: object) -> str:
-    """Rejected content of which `Rejected.add` keeps the same excerpt as of the whole."""
+    """Shorten rejected content so that `Rejected.add` still keeps the same excerpt as of the whole."""
     text = _content_text(content)
-    return text if len(text) <= _EXCERPT_CHARACTERS else f"{text[:_EXCERPT_CHARACTERS]}..."  # no space at its end
+    return text if len(text) <= _EXCERPT_CHARACTERS else f"{text[:_EXCERPT_CHARACTERS]}..."  # ends in no white space
 
 
 def _content_text(content: object) -> str:
@@ -75,18 +75,18 @@ def printable(text: str) -> str:
 
 
 class HeldOut(NamedTuple):
-    """Which documents are set aside: by a hash of their text, so that the same text is always on the same side.
+    """The rule for held-out documents: a hash of their text, so that equal texts always get the same decision.
 
     Attributes:
         fraction: expected share of documents.
-        seed: keys the hash (blake2b): another seed sets others aside.
+        seed: key of the hash (blake2b); another seed holds out other documents.
     """
 
     fraction: float
     seed: int
 
     def mask(self, contents: list[bytes]) -> np.ndarray:
-        """For each text, in UTF-8, whether it is held out; bool array."""
+        """Whether each text (in UTF-8) is held out, as a bool array."""
         if not self.fraction:
             return np.zeros(len(contents), dtype=bool)
         key, limit = (self.seed % 2**64).to_bytes(8, "little"), round(self.fraction * 2.0**64)
@@ -98,10 +98,10 @@ def shuffled(texts: Iterable[T], seed: str, window_characters: int = SHUFFLE_CHA
     """Texts in a seeded random order.
 
     Args:
-        texts: in any number.
+        texts: any number of them.
         seed: of the order.
-        window_characters: as much text waits to be drawn from. If all of it fits, the order is a permutation drawn
-            uniformly; else a text can come out early from anywhere but only as far ahead as the window reaches.
+        window_characters: size of the buffer to draw from. If all texts fit, the order is a uniformly random
+            permutation; otherwise a text can be drawn earlier than its place by at most the window.
     """
     order, held = random.Random(seed), 0
     waiting: list[T] = []
@@ -120,7 +120,7 @@ def shuffled(texts: Iterable[T], seed: str, window_characters: int = SHUFFLE_CHA
 
 
 def batched(texts: Iterable[T]) -> Iterator[list[T]]:
-    """Neighbouring texts in lists of about `BATCH_CHARACTERS`; cut by content alone, never by timing."""
+    """Consecutive texts in lists of about `BATCH_CHARACTERS`; divided by content alone, independent of timing."""
     batch: list[T] = []
     held = 0
     for text in texts:

@@ -1,4 +1,4 @@
-"""Texts, conversations or pairs -> token ids, over worker processes."""
+"""Encoding of texts, conversations or pairs into token ids by worker processes."""
 
 import multiprocessing
 import os
@@ -15,23 +15,23 @@ from minima.data.documents import HeldOut
 from minima.data.store import token_dtype
 from minima.errors import DataError
 
-# Documents given to the tokenizer in one call. Thousands of short ones in a call cost a third more than 64: what it
-# returns for them no longer fits the processor's caches.
+# Documents per tokenizer call. Thousands of short documents per call are a third slower than 64, because the results no
+# longer fit the CPU's caches.
 _AT_ONCE = 64
 
 
 class Encoded(NamedTuple):
-    """Documents as ids, one after the other; a text is closed by the end token, a pair of answers is one document.
+    """Concatenated ids of documents; a text ends with the end token, and a pair of answers is one document.
 
     Attributes:
         ids: unsigned int array, all documents.
-        lengths: int64 array; ids of each document, its begin and end token included.
-        sizes: int64 array; UTF-8 bytes of each document's text, or of what is to be learnt of it.
-        characters: int64 array; of each document's text.
-        learnt: uint8 array like `ids`; 1 for what is to be learnt. None for text, of which all is.
-        firsts: int64 array; of a pair, the ids of the first answer with its prompt; else all. None for text.
-        cut: int64 array; turns left out at the end of a conversation that is too long. None for text.
-        unanswered: int64 array; turns left out since nobody answers them. None for text.
+        lengths: int64 array; number of ids of each document, its begin and end token included.
+        sizes: int64 array; UTF-8 bytes of each document's text, or of its trainable part.
+        characters: int64 array; characters of each document's text.
+        learnt: uint8 array like `ids`; 1 for trainable tokens. None for text, where all are.
+        firsts: int64 array; for a pair, the number of ids of its first answer with the prompt; else all. None for text.
+        cut: int64 array; number of turns cut from the end of a conversation that is too long. None for text.
+        unanswered: int64 array; number of turns left out because they have no answer. None for text.
     """
 
     ids: np.ndarray
@@ -49,13 +49,13 @@ class Encoded(NamedTuple):
         return self._each(lambda tokens: tokens[first:last], lambda column: column[begin:end])
 
     def select(self, documents: np.ndarray) -> "Encoded":
-        """The documents where the bool array is true."""
+        """The documents for which the bool array is True."""
         tokens = np.repeat(documents, self.lengths)
         return self._each(lambda column: column[tokens], lambda column: column[documents])
 
     @classmethod
     def joined(cls, parts: "list[Encoded]") -> "Encoded":
-        """All documents of several; of none, none."""
+        """Concatenate several; an empty list gives no documents."""
         nothing = np.empty(0, dtype=np.int64)
         if not parts:
             return cls(*[nothing] * len(cls._fields))
@@ -77,8 +77,8 @@ class EncodingTask(NamedTuple):
 
     Attributes:
         texts: texts, or packed conversations or pairs.
-        held_out: which of them are set aside.
-        skip_held_out: leave those out altogether, as a second pass does.
+        held_out: the rule that says which of them are held out.
+        skip_held_out: drop those altogether, as later passes do.
     """
 
     texts: list[str]
@@ -87,12 +87,12 @@ class EncodingTask(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a batch.
+    """The result of encoding a batch.
 
     Attributes:
         documents: those that could be encoded.
-        held_out: bool array; which of them are set aside.
-        rejected: of the others reason, place and content.
+        held_out: bool array; which of these are held out.
+        rejected: reason, place and content of the others.
     """
 
     documents: Encoded
@@ -101,13 +101,13 @@ class Result(NamedTuple):
 
 
 class Encoder:
-    """Encodes with the tokenizer of a folder. Names of special tokens in a text are text: none can be forged.
+    """Encodes with the tokenizer of a folder. Names of special tokens in a text are treated as plain text.
 
     Args:
-        folder: holds `tokenizer.json`; else transformers loads what is there, which is slower.
+        folder: holds `tokenizer.json`; without it transformers loads the tokenizer, which is slower.
         end_token: the id put after each document.
-        vocabulary_size: decides two or four bytes an id.
-        begin_token: the id put before each document; none is when not given.
+        vocabulary_size: decides between two and four bytes per id.
+        begin_token: the id put before each document, if given.
     """
 
     def __init__(self, folder: Path, end_token: int, vocabulary_size: int, begin_token: int | None = None) -> None:
@@ -115,7 +115,7 @@ class Encoder:
         self._begin = [] if begin_token is None else [begin_token]
         self._encode: Callable[[list[str]], list[list[int]]]
         if (folder / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer  # without transformers, a worker starts in a tenth of the time
+            from tokenizers import Tokenizer  # without importing transformers, a worker starts in a tenth of the time
 
             fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
             fast.encode_special_tokens = True
@@ -157,12 +157,12 @@ def _lengths(items: list[Any]) -> np.ndarray:
     return np.fromiter(map(len, items), dtype=np.int64, count=len(items))
 
 
-_encode: Callable[[EncodingTask], Result] | None = None  # one for each worker process
+_encode: Callable[[EncodingTask], Result] | None = None  # one per worker process
 
 
 def _start_worker(make: Callable[[], Callable[[EncodingTask], Result]]) -> None:
     global _encode
-    os.putenv("TOKENIZERS_PARALLELISM", "false")  # there is a process for each core; threads on top only contend
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # there is one process per core; more threads would only compete
     _encode = make()
 
 
@@ -172,27 +172,27 @@ def _encode_in_worker(batch: EncodingTask) -> Result:
 
 
 class Pool(Protocol):
-    """Where encoded batches come from: worker processes, or what parts have recorded.
+    """A provider of encoded batches: worker processes, or the recorded parts of a divided build.
 
     Attributes:
-        processes: says how far batches are asked for ahead.
+        processes: determines how many batches are submitted ahead.
     """
 
     processes: int
 
     def submit(self, batch: EncodingTask) -> Any:
-        """Ask for a batch; give what comes back to `result`."""
+        """Submit a batch; pass the returned task to `result`."""
 
     def result(self, task: Any) -> Result:
-        """Wait for it."""
+        """Wait for a task's result."""
 
 
 class EncodingPool:
-    """Worker processes that encode batches; results come in the order asked for.
+    """Worker processes that encode batches; the caller collects results in the order of submission.
 
     Args:
-        make: makes an encoder, and can be sent to another process: `partial(Encoder, ...)`, say.
-        processes: workers. With one, this process encodes (and the tokenizer's own threads may help it).
+        make: makes an encoder; must be picklable, such as `partial(Encoder, ...)`.
+        processes: number of workers. With one, this process encodes itself (helped by the tokenizer's own threads).
     """
 
     def __init__(self, make: Callable[[], Callable[[EncodingTask], Result]], processes: int) -> None:
@@ -200,14 +200,14 @@ class EncodingPool:
         self._encode = self._pool = None
         if processes == 1:
             self._encode = make()
-        else:  # spawned, not forked: the tokenizer and pyarrow keep threads
+        else:  # spawned, not forked, because the tokenizer and pyarrow have threads
             self._pool = ProcessPoolExecutor(
                 processes,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
                 initargs=(make,),
             )
-            for _ in range(processes):  # they start while the first texts are being read
+            for _ in range(processes):  # start them now, while the first texts are being read
                 self._pool.submit(_encode_in_worker, EncodingTask([], HeldOut(0.0, 0)))
 
     def __enter__(self) -> Self:
@@ -220,7 +220,7 @@ class EncodingPool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, batch: EncodingTask) -> "Future[Result] | EncodingTask":
-        """Ask for texts to be encoded; give what comes back to `result`."""
+        """Submit texts to be encoded; pass the returned task to `result`."""
         if self._pool is None:
             return batch
         try:
@@ -229,7 +229,7 @@ class EncodingPool:
             raise _worker_died(self.processes) from error
 
     def result(self, task: Any) -> Result:
-        """Wait for it.
+        """Wait for a task's result.
 
         Raises:
             DataError: a worker process died.
@@ -244,8 +244,8 @@ class EncodingPool:
 
 def _worker_died(processes: int) -> DataError:
     return DataError(
-        f"one of {processes} encoding processes ended by itself",
+        f"one of {processes} encoding processes ended unexpectedly",
         "its documents would be missing",
-        "look for an out-of-memory kill in the system's log and give fewer `processes`; a script of your own that "
-        'builds data needs `if __name__ == "__main__":`, since workers import it',
+        "look for an out-of-memory kill in the system's log and use fewer `processes`; if you build data from your own "
+        'script, it needs `if __name__ == "__main__":`, because workers import it',
     )

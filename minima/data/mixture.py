@@ -12,30 +12,30 @@ from minima.data.sources import no_document, read_source
 from minima.errors import DataError
 from minima.recipe.data import Source
 
-# A source takes its turn for so many tokens, or one document if that is longer; the mixture is right to that.
+# A source's turn lasts this many tokens, or one document if that is longer; proportions are exact up to one turn.
 TURN_TOKENS = 1024
 
-# A source's texts, or packed conversations or pairs; or what stands for them where parts have recorded them.
+# Reads a source's texts, or packed conversations or pairs, or the placeholders for recorded ones.
 Reader = Callable[[Source, Rejected], Iterator[Any]]
 
 
 def read_shuffled(
     source: Source, number: int, seed: int, rejected: Rejected, passes: int = 0, read: Reader = read_source
 ) -> Iterator[Any]:
-    """The documents of the stage's n-th source in the seeded order of a pass."""
+    """The documents of the stage's `number`-th source in the seeded order of a pass."""
     return shuffled(read(source, rejected), f"{seed}:{number}:{passes}")
 
 
 def training_texts(
     sources: list[tuple[int, Source]], held_out: HeldOut, max_characters: int, rejected: Rejected | None = None
 ) -> Iterator[str]:
-    """What is not held out, in proportion to the sources' weights, until enough was given or all of it.
+    """Documents that are not held out, in proportion to the sources' weights, up to a limit.
 
     Args:
-        sources: each with its place among the stage's sources.
-        held_out: says what is; its seed orders the documents.
-        max_characters: the last document is cut there.
-        rejected: takes records that are no text.
+        sources: each with its index among the stage's sources.
+        held_out: the rule for held-out documents; its seed also determines the order.
+        max_characters: the limit; the last document is cut there.
+        rejected: collects records that are not text.
     """
     rejected = Rejected() if rejected is None else rejected
     readers = [read_shuffled(source, number, held_out.seed, rejected) for number, source in sources]
@@ -54,7 +54,7 @@ def training_texts(
 
 
 def source_labels(sources: list[Source]) -> list[str]:
-    """The sources' labels, numbered where two are the same."""
+    """The sources' labels, with a number appended to equal ones."""
     labels = [source.label for source in sources]
     return [
         label if labels.count(label) == 1 else f"{label}#{labels[:i].count(label) + 1}"
@@ -63,12 +63,12 @@ def source_labels(sources: list[Source]) -> list[str]:
 
 
 class _Batch(NamedTuple):
-    """Documents of one source in its order, those for training apart from the held-out ones between them.
+    """Documents of one source in order, with training documents separated from the held-out ones between them.
 
     Attributes:
         training: documents to train on.
         held_out: the others.
-        before: int array; for each held-out document, how many training documents of the batch come before it.
+        before: int array; for each held-out document, the number of the batch's training documents before it.
     """
 
     training: Encoded
@@ -76,7 +76,7 @@ class _Batch(NamedTuple):
     before: np.ndarray
 
     def split(self, count: int) -> tuple["_Batch", "_Batch | None"]:
-        """The first `count` training documents with the held-out ones before the last of them, and what is left."""
+        """The first `count` training documents with the held-out ones before the last of them, and the rest."""
         if count == len(self.training.lengths):
             return self, None
         aside = int(np.searchsorted(self.before, count))
@@ -86,15 +86,15 @@ class _Batch(NamedTuple):
 
 
 class SourceStream:
-    """One source, encoded ahead by the pool, pass after pass; `number` is its place among the stage's sources.
+    """One source, encoded ahead by the pool, pass after pass; `number` is its index among the stage's sources.
 
     Attributes:
         rejected: of the first pass.
-        passes: whole passes that are over.
-        tokens, learnt_tokens, documents, bytes, characters: handed out for training so far, over all passes.
-        held_out_documents: of those handed out as held-out, the ones that were kept; whoever writes them counts them.
-        cut: conversations that were too long and lost turns at their end, in the first pass.
-        unanswered: turns at the end of conversations that nobody answers and that were left out, in the first pass.
+        passes: number of completed passes.
+        tokens, learnt_tokens, documents, bytes, characters: returned for training so far, over all passes.
+        held_out_documents: returned as held out so far.
+        cut: number of conversations that were too long and lost turns at their end, in the first pass.
+        unanswered: number of unanswered turns at the end of conversations that were left out, in the first pass.
     """
 
     def __init__(self, source: Source, number: int, pool: Pool, held_out: HeldOut, read: Reader = read_source) -> None:
@@ -110,7 +110,7 @@ class SourceStream:
 
     @property
     def epochs(self) -> float | None:
-        """Passes over the training documents, the share of the last included; not known within the first pass."""
+        """Passes over the training documents, the last one in part; None during the first pass."""
         return self.tokens / self._first_pass_tokens if self.passes else None
 
     def _begin_pass(self) -> None:
@@ -127,7 +127,7 @@ class SourceStream:
             self._pending.append(self._pool.submit(EncodingTask(texts, self._held_out, skip_held_out=self.passes > 0)))
 
     def _next_batch(self) -> _Batch | None:
-        """The next documents that were encoded; None at the end of a pass."""
+        """Training and held-out documents of the next batch; None at the end of a pass."""
         self._fill()
         if not self._pending:
             return None
@@ -143,11 +143,11 @@ class SourceStream:
         return _Batch(everything.select(~held_out), everything.select(held_out), before)
 
     def take(self, limit_tokens: int | None) -> Iterator[tuple[Encoded, Encoded]]:
-        """Training documents of about `limit_tokens` (all of a batch when None), and the held-out ones between them.
+        """Training documents of about `limit_tokens` (one batch if None), and the held-out ones between them.
 
-        Held-out documents come in the source's own order: so they are mixed with other sources' as the training
-        documents are, and a source from which little is read gives few of them. Ends early, and counts a pass, when
-        the pass is over.
+        Held-out documents keep their place in the source's order, so they are mixed across sources in the same way as
+        training documents, and a source of which little is read contributes few of them. At the end of a pass it stops
+        early and counts the pass.
         """
         taken = 0
         while limit_tokens is None or taken < limit_tokens:
@@ -179,23 +179,23 @@ class SourceStream:
             raise no_document(self.source, self.rejected, "that its documents fit into a block")
         if not self.tokens:
             raise DataError(
-                f"all {self._set_aside} documents of source {self.source.label!r} are held out",
-                "nothing of it is left to train on",
-                "lower `held_out_fraction`, or give the source more documents (a file of plain text is one)",
+                f"all {self.held_out_documents} documents of source {self.source.label!r} are held out",
+                "none of it is left to train on",
+                "lower `held_out_fraction`, or give the source more documents (a plain text file is one document)",
             )
         self._begin_pass()
 
 
 def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[SourceStream, Encoded, Encoded]]:
-    """Documents of all sources: always the source that is furthest behind its weight comes next.
+    """Interleave the documents of all sources; the source that is furthest behind its weight comes next.
 
-    Without any weight, no source begins another pass before every source has ended its own. With weights, a source
-    that runs out begins again at once, so that the proportions hold.
+    If no source has a weight, none starts another pass before all have finished theirs. With weights, a source that
+    runs out starts again at once, so that the proportions hold.
 
     Args:
         streams: the sources.
-        endless: go on until the caller stops; else until each source has been read once (with weights, until the
-            one that takes longest has been).
+        endless: continue until the caller stops; else until each source has been read once (with weights, until the
+            slowest one has been).
 
     Yields:
         A source, some of its training documents, and the held-out ones between them.

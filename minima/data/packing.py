@@ -1,4 +1,4 @@
-"""Documents -> blocks: the writer of a token store."""
+"""The writer of a token store, which divides documents into blocks."""
 
 import hashlib
 import json
@@ -38,29 +38,29 @@ class HashedFile:
         return {"file": self.path.name, "bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
     def abandon(self) -> None:
-        with suppress(OSError):  # its buffer may not fit either; the folder goes away anyway
+        with suppress(OSError):  # there may be no space for its buffer either; the folder is removed anyway
             self._file.close()
 
 
 class StoreWriter:
-    """Writes a token store: appends documents, cuts blocks, rotates shards.
+    """Writes a token store: appends documents, divides them into blocks, rotates shards.
 
     Everything is written to `FOLDER.partial`, which `publish` renames; leaving the `with` block without `publish`
-    removes it. Memory: at most one shard's document starts and one block of tokens.
+    removes it. It holds at most one shard's document starts and one block of tokens in memory.
 
     Args:
         folder: where the store will be.
-        sequence_length: tokens of one block.
+        sequence_length: tokens per block.
         vocabulary_size: every id is below it.
         end_token: closes each document.
-        shard_tokens: tokens of one shard file, rounded down to whole blocks (one at least).
-        max_blocks: stop taking tokens after so many.
-        format: `text`, `conversations` or `preferences`; beside the latter two, what is learnt is written.
-        document_mask: whether readers are to keep the documents apart.
+        shard_tokens: tokens per shard file, rounded down to whole blocks (at least one).
+        max_blocks: stop taking tokens after this many blocks.
+        format: `text`, `conversations` or `preferences`; for the latter two a mask of trainable tokens is also written.
+        document_mask: whether readers should keep the documents apart.
 
     Attributes:
-        documents: documents that start in what was taken.
-        beyond_tokens: tokens that were given when the store was full.
+        documents: number of documents that start in the tokens taken.
+        beyond_tokens: number of tokens that were given when the store was full.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class StoreWriter:
         self._file: HashedFile | None = None
         self._learnt_file: HashedFile | None = None
         self._starts: list[np.ndarray] = []
-        self._held = np.empty(0, dtype=self._dtype)  # tokens of the block that is not full yet
+        self._held = np.empty(0, dtype=self._dtype)  # tokens of the unfinished block
         self._held_learnt = np.empty(0, dtype=np.uint8)
         self._flushed = 0  # tokens in all shards
         self._learnt_tokens = self._longest = 0
-        self._open = np.empty((3, 0), dtype=np.int64)  # start, end and bytes of documents that end in it or later
+        self._open = np.empty((3, 0), dtype=np.int64)  # start, end, bytes of documents that end in that block or later
         self._bytes = 0.0
         self.documents = self.beyond_tokens = 0
 
@@ -111,12 +111,12 @@ class StoreWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens taken so far, those of an unfinished block included."""
+        """Number of tokens taken so far, those of the unfinished block included."""
         return self._flushed + len(self._held)
 
     @property
     def full(self) -> bool:
-        """Whether `max_blocks` are written."""
+        """Whether `max_blocks` blocks are written."""
         return self._max_tokens is not None and self._flushed >= self._max_tokens
 
     def add(self, documents: "Encoded") -> int:
@@ -136,14 +136,14 @@ class StoreWriter:
         """Add whole documents.
 
         Args:
-            tokens: ids of the documents, one after the other, each closed by the end token already.
+            tokens: concatenated ids of the documents, each already closed by the end token.
             lengths: int array; tokens of each document, its end token included.
-            sizes: int array; UTF-8 bytes of each document's text, or of what is to be learnt of it.
-            learnt: uint8 array like `tokens`; 1 for a token to be learnt. Given for conversations and preferences.
-            filling: bool array; documents that only fill up a block, and are not counted. None are when not given.
+            sizes: int array; UTF-8 bytes of each document's text, or of its trainable part.
+            learnt: uint8 array like `tokens`; 1 for trainable tokens. For conversations and preferences only.
+            filling: bool array; marks documents that are padding and not counted. None if there is no padding.
 
         Returns:
-            How many tokens were taken: fewer than given only when the store is full.
+            The number of tokens taken, which is less than given only if the store is full.
         """
         assert (learnt is None) == (self._format == "text")
         if not len(lengths) or self.full:
@@ -171,7 +171,7 @@ class StoreWriter:
         return taken
 
     def _take(self, tokens: np.ndarray, learnt: np.ndarray | None, documents: np.ndarray) -> None:
-        """Write what fills blocks, shard by shard, and hold the rest; `learnt` begins with what is held."""
+        """Write whole blocks, shard by shard, and hold the rest; `learnt` includes the mask of the held tokens."""
         stream = np.concatenate([self._held, tokens]) if len(self._held) else tokens
         pending = documents[0, documents[0] >= self._flushed]
         whole = len(stream) // self._sequence_length * self._sequence_length
@@ -217,8 +217,8 @@ class StoreWriter:
         """Close the last shard and write the index, still under the temporary name.
 
         Returns:
-            `blocks`, `tokens`, `documents`, `bytes` of the store (and `learnt_tokens` where not all are to be learnt),
-            and `dropped_tokens`, the tail that fills no block.
+            `blocks`, `tokens`, `documents`, `bytes` of the store (and `learnt_tokens` if there is a mask of trainable
+            tokens), and `dropped_tokens`, the tail that does not fill a block.
         """
         size = self._bytes - _bytes_between(self._open, self._flushed, self.tokens)
         with disk_full_named(self.folder):
@@ -248,14 +248,14 @@ class StoreWriter:
         return {"blocks": blocks, **counts, "dropped_tokens": len(self._held)}
 
     def publish(self) -> None:
-        """Give the finished store its name, in place of an older one."""
+        """Move the finished store to its final name, replacing an older one."""
         with disk_full_named(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(self._partial, self.folder)
 
 
 def _bytes_between(documents: np.ndarray, low: int, high: int) -> float:
-    """UTF-8 bytes of the text in tokens [low, high): a document's bytes are spread evenly over its tokens."""
+    """UTF-8 bytes of the text in tokens [low, high), with a document's bytes spread evenly over its tokens."""
     starts, ends, sizes = documents
     overlap = np.clip(np.minimum(ends, high) - np.maximum(starts, low), 0, None)
     return float((sizes * (overlap / (ends - starts))).sum())

@@ -1,4 +1,4 @@
-"""One part of a divided build: its share of every source's records, read and encoded, for the merge to put in order."""
+"""One part of a divided build: reads and encodes its share of every source's records, which the merge then orders."""
 
 import logging
 import os
@@ -30,11 +30,11 @@ from minima.recipe.schema import BuildData
 
 logger = logging.getLogger("minima.data")
 _LOG_EVERY_SECONDS = 5.0
-MARGIN = 1.05  # parts of some hundred batches each differ by less
+MARGIN = 1.05  # parts of a few hundred batches each differ by less than this
 
 
 def is_recorded(folder: Path, identity: str) -> bool:
-    """Whether a part is finished and whole; one that is damaged, or was made from something else, is made again.
+    """Whether a part is finished, undamaged and made from this stage; otherwise it has to be made again.
 
     Args:
         folder: the part's.
@@ -47,7 +47,7 @@ def is_recorded(folder: Path, identity: str) -> bool:
         for file in files_of(index):
             check_file(folder, file, verify=True)
     except StoreCorrupted as error:
-        logger.warning("%s: it is made again", error.what)
+        logger.warning("%s: making it again", error.what)
         return False
     same: bool = index["identity"] == identity
     return same
@@ -58,15 +58,15 @@ def build_part(
 ) -> dict[str, Any]:
     """Encode a part's share of every source.
 
-    It is written under a temporary name, synced and renamed at the end; a part that was interrupted begins again.
-    Memory: some `part_recording.PIECE_TOKENS` and the batches under way.
+    It is written under a temporary name, synced and renamed at the end; an interrupted part starts over. It holds about
+    `recording.PIECE_TOKENS` and the batches in flight in memory.
 
     Args:
-        stage: what is built.
-        folder: of all parts; exists.
-        tokenizer: the folder or Hub id of a tokenizer, or how to train one, which each part does for itself: the same
+        stage: what to build.
+        folder: of all parts; must exist.
+        tokenizer: the folder or Hub id of a tokenizer, or how to train one. Each part trains it by itself: the same
             texts give the same tokenizer, and the merge compares them.
-        part: which.
+        part: which part.
         identity: of the stage.
 
     Returns:
@@ -74,7 +74,7 @@ def build_part(
 
     Raises:
         DataError: a source is missing or unreadable.
-        DiskFull: no space left.
+        DiskFull: there is no space left.
     """
     started = time.monotonic()
     final, unfinished = folder / part.name, folder / f"{part.name}.partial"
@@ -106,7 +106,7 @@ def build_part(
 
 
 def _encode(stage: BuildData, folder: Path, plan: Plan, part: Part) -> dict[str, list[Any]]:
-    """Write all pieces; by source, what the index says of them, and after which place no more was read."""
+    """Write all pieces; return, by source, their index entries and the place at which reading stopped, if it did."""
     rule = HeldOut(stage.held_out_fraction, stage.seed)
     found: dict[str, list[Any]] = {"sources": [], "stopped": []}
     last, tokens = time.monotonic(), 0
@@ -137,10 +137,10 @@ def _encode(stage: BuildData, folder: Path, plan: Plan, part: Part) -> dict[str,
 
 
 class _Limit:
-    """How much of a source a part has to encode, where `tokens` asks for less than all of it.
+    """How much of a source a part must encode if `tokens` limits the build.
 
-    Its share of what the mixture takes from the source at most, and of what is read ahead to be shuffled. Documents
-    of the parts differ, so a little more; what is missing in the end, the merge encodes.
+    That is the part's share of the most that the mixture can take from the source, and of what is read ahead for
+    shuffling. A margin covers differences between the parts' documents; the merge encodes what is missing in the end.
     """
 
     def __init__(self, stage: BuildData, number: int, part: Part) -> None:
@@ -150,7 +150,7 @@ class _Limit:
         if stage.tokens is not None:
             weights = [source.weight or 1.0 for source in stage.sources]
             weighted = any(source.weight is not None for source in stage.sources)
-            share = weights[number] / sum(weights) if weighted else 1.0  # else it may have to stand in for the others
+            share = weights[number] / sum(weights) if weighted else 1.0  # without weights it may have to supply it all
             self._needed = MARGIN * share * stage.tokens / (1 - stage.held_out_fraction)
         self._ahead = documents.SHUFFLE_CHARACTERS + (2 * processes_of(stage) + 3) * documents.BATCH_CHARACTERS
 

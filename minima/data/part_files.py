@@ -1,4 +1,4 @@
-"""The files of one part of a divided build: encoded documents in pieces, and an index with a checksum for each."""
+"""The files of one part of a divided build: pieces of encoded documents, and an index with their checksums."""
 
 import json
 import os
@@ -14,22 +14,22 @@ from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
 FORMAT = "minima-part-3"
-PARTS = "parts"  # the folder of all parts, inside a build_data stage's
+PARTS = "parts"  # the folder of all parts, inside that of a build_data stage
 _NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})(\.partial)?")
 
-# Columns of a piece's table, one row a document: where its ids begin in the piece, how many there are, and the other
-# numbers of `Encoded`; whether it is held out; its length before it was encoded, which decides its place in the seeded
-# order; and whether the encoder took it.
+# Columns of a piece's table, with one row per document: where its ids begin in the piece, how many there are, and the
+# other numbers of `Encoded`; whether it is held out; its length before encoding, which determines its place in the
+# seeded order; and whether the encoder accepted it.
 BEGIN, LENGTH, SIZE, CHARACTERS, FIRST, CUT, UNANSWERED, HELD_OUT, ORDER, TAKEN = range(10)
 COLUMNS = 10
 
 
 class Part(NamedTuple):
-    """One of several builds that divide a stage's records.
+    """One of several builds among which a stage's records are divided.
 
     Attributes:
         number: from 0.
-        total: how many there are.
+        total: number of parts.
     """
 
     number: int
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 def part_of(name: str) -> Part | None:
-    """The part whose folder, finished or not, has this name."""
+    """The part whose folder, finished or not, has this name; None for any other name."""
     found = _NAME.fullmatch(name)
     return Part(int(found[1]), int(found[2])) if found else None
 
@@ -55,11 +55,12 @@ class Piece(NamedTuple):
 
     Attributes:
         tokens: unsigned int array; all ids.
-        learnt: uint8 array like `tokens`; none for text.
+        learnt: uint8 array like `tokens`; None for text.
         table: int64 [documents, COLUMNS].
-        runs: int64 [runs, 3]: of neighbouring documents their file, their block and how many they are.
-        rejected: what gave no document: the run before whose n-th document it lay, n, reason, place, content.
-        refused: by its row in the table, what the encoder did not take: reason, place, content.
+        runs: int64 [runs, 3]: file, block and number of documents of each run of consecutive documents.
+        rejected: records that gave no document: run, n (the record came before the run's n-th document), reason, place
+            and content.
+        refused: documents that the encoder refused, by row in the table: reason, place, content.
     """
 
     tokens: np.ndarray
@@ -71,7 +72,7 @@ class Piece(NamedTuple):
 
 
 def write_piece(folder: Path, name: str, piece: Piece) -> dict[str, Any]:
-    """Write one; what the index says of it."""
+    """Write a piece and return its index entry."""
     arrays = {"tokens": piece.tokens, "learnt": piece.learnt, "table": piece.table, "runs": piece.runs}
     entry: dict[str, Any] = {"documents": len(piece.table), "tokens": len(piece.tokens)}
     files = {}
@@ -87,15 +88,15 @@ def write_piece(folder: Path, name: str, piece: Piece) -> dict[str, Any]:
 
 
 def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
-    """Open one; its ids stay on disk until they are asked for.
+    """Open a piece; its ids stay on disk until they are needed.
 
     Args:
         folder: the part's.
-        entry: what the index says of the piece.
+        entry: the piece's index entry.
         verify: compare checksums, not only sizes.
 
     Raises:
-        StoreCorrupted: a file is missing or damaged; names it.
+        StoreCorrupted: a file is missing or damaged; the message names it.
     """
     for file in entry["files"].values():
         check_file(folder, file, verify)
@@ -105,7 +106,7 @@ def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
         for kind, path in files.items()
         if kind != "rejected" and entry["tokens"]
     }
-    if not entry["tokens"]:  # nothing can be mapped of an empty array
+    if not entry["tokens"]:  # an empty array cannot be memory-mapped
         arrays = {kind: np.load(path, allow_pickle=False) for kind, path in files.items() if kind != "rejected"}
     notes = json.loads(files["rejected"].read_text(encoding="utf-8"))
     return Piece(
@@ -119,22 +120,22 @@ def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
 
 
 def check_file(folder: Path, file: dict[str, Any], verify: bool) -> None:
-    """Compare a file with what the index says of it.
+    """Compare a file with its index entry.
 
     Raises:
-        StoreCorrupted: it is missing, or has another size or checksum.
+        StoreCorrupted: it is missing, or its size or checksum is wrong.
     """
     path = inside(folder, file["file"])
     if not path.is_file():
         raise _damaged(path, "is missing")
     if path.stat().st_size != file["bytes"]:
-        raise _damaged(path, f"has {path.stat().st_size} bytes, {file['bytes']} were written")
+        raise _damaged(path, f"has {path.stat().st_size} bytes, but {file['bytes']} were written")
     if verify and (actual := file_sha256(path)) != file["sha256"]:
-        raise _damaged(path, f"has sha256 {actual}, {file['sha256']} was written")
+        raise _damaged(path, f"has sha256 {actual}, but {file['sha256']} was written")
 
 
 def write_index(folder: Path, content: dict[str, Any]) -> None:
-    """Write a part's index: the last of its files, with a checksum of its own."""
+    """Write a part's index, the last of its files, with a checksum of its own."""
     with (folder / INDEX).open("w", encoding="utf-8") as file:
         json.dump({"format": FORMAT, "sha256": json_sha256(content), "content": content}, file, indent=1)
         file.flush()
@@ -156,18 +157,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         right = False
     if not right:
-        raise _damaged(path, "is not what was written")
+        raise _damaged(path, "does not match its own checksum or format")
     content: dict[str, Any] = index["content"]
     return content
 
 
 def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the index says of every file."""
+    """The index entries of all files."""
     return [file for pieces in index["sources"] for piece in pieces for file in piece["files"].values()]
 
 
 def folder_sha256(folder: Path) -> str:
-    """One checksum for the files of a tokenizer's folder and their names."""
+    """A single checksum over the names and contents of the files in a tokenizer's folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return json_sha256([(str(file.relative_to(folder)), file_sha256(file)) for file in files])
 
@@ -176,6 +177,6 @@ def _damaged(path: Path, how: str) -> StoreCorrupted:
     part = part_of(path.parent.name)
     return StoreCorrupted(
         f"{path} {how}",
-        "blocks would be built from tokens that are not the text's",
-        f"run that part again (--part {part}); it makes anew what is damaged, and the other parts stay",
+        "blocks would be built from tokens that do not match the text",
+        f"run that part again (--part {part}) to replace what is damaged; the other parts are kept",
     )

@@ -1,4 +1,4 @@
-"""The merge of a divided build: what its parts have recorded, read as if it were being encoded now."""
+"""The merge of a divided build: reads the parts' recorded documents as if they were being encoded now."""
 
 import heapq
 import logging
@@ -42,7 +42,7 @@ Encode = Callable[[EncodingTask], Result]
 
 
 class RecordedDocument:
-    """Stands for a document's text; as long as it, so that it takes the same place in a seeded order."""
+    """A placeholder for a document's text, with the same length, so that it gets the same place in a seeded order."""
 
     __slots__ = ("_length", "piece", "row")
 
@@ -54,7 +54,7 @@ class RecordedDocument:
 
 
 class _Run(NamedTuple):
-    """Neighbouring documents of one block: rows of a piece, and what was rejected between them."""
+    """Consecutive documents of one block: rows of a piece, and the records rejected between them."""
 
     place: tuple[int, int]
     piece: Piece
@@ -63,28 +63,29 @@ class _Run(NamedTuple):
 
 
 def check_counts(folder: Path, count: int | None = None) -> int:
-    """How many parts the build of this folder is divided into.
+    """The number of parts that this folder's build is divided into.
 
     Args:
         folder: of all parts.
-        count: what is asked for now; told from the parts when not given.
+        count: the number requested now; derived from the existing parts if not given.
 
     Raises:
-        StageError: there are parts of several divisions, or of another than is asked for.
+        StageError: there are parts from different divisions, or from another one than requested.
+        DataError: there is no part, and no number is requested.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     counts = {part.total: str(folder / name) for name in names if (part := part_of(name)) is not None}
     if count is not None:
-        counts.setdefault(count, f"the one asked for, of {count}")
+        counts.setdefault(count, f"the requested one, of {count}")
     if len(counts) > 1:
         raise StageError(
             f"{folder} holds parts of several divisions: {', '.join(counts.values())}",
-            "each division shares the records out in its own way, so together they would miss some and double others",
-            f"remove those that are not wanted (or all of {folder}), or ask for the same number of parts",
+            "each division distributes the records differently, so together they would miss some and repeat others",
+            f"remove those that you do not want (or all of {folder}), or request the same number of parts",
         )
     if not counts:
         raise DataError(
-            f"{folder} holds no part",
+            f"{folder} holds no parts",
             "there is nothing to merge",
             "run the parts, or remove the folder to build in one process",
         )
@@ -92,26 +93,26 @@ def check_counts(folder: Path, count: int | None = None) -> int:
 
 
 class RecordedParts:
-    """All parts of a build; it is read by the mixture as a pool is, and a source's documents as a reader's.
+    """All parts of a build; for the mixture it acts as both the pool that encodes and the reader of each source.
 
     Attributes:
-        processes: how far batches are asked for ahead.
-        seconds: that the parts took, together.
+        processes: determines how many batches are submitted ahead.
+        seconds: total time that the parts took.
     """
 
     def __init__(self, folder: Path, identity: str, command: str, processes: int) -> None:
-        """Check that all parts are there, are of this stage, and have their files.
+        """Check that all parts exist, belong to this stage, and have their files.
 
         Args:
             folder: of all parts.
             identity: of the stage.
-            command: what runs a part, up to its number; for messages.
-            processes: those of a build in one go.
+            command: the command that runs a part, without its number; for messages.
+            processes: as for an undivided build.
 
         Raises:
-            DataError: parts are missing; names them and the commands.
+            DataError: parts are missing; the message names them and the command.
             StageError: a part was made from something else.
-            StoreCorrupted: a file is missing or cut off.
+            StoreCorrupted: a file is missing or truncated.
         """
         self.processes = processes
         count = check_counts(folder)
@@ -129,8 +130,8 @@ class RecordedParts:
         for part, one, index in zip(parts, self._folders, self._indices, strict=True):
             if index["identity"] != identity or index["part"] != list(part):
                 raise StageError(
-                    f"{one} was made from another recipe or other sources, or from other records than its name says",
-                    "blocks of two different builds would be mixed under one name",
+                    f"{one} was made from another recipe, from other sources, or from other records than its name says",
+                    "documents of two different builds would be mixed",
                     f"run it again ({command} {part})",
                 )
             for file in files_of(index):
@@ -152,38 +153,38 @@ class RecordedParts:
             self._pool.__exit__(kind, error, trace)
 
     def prepare(self, sha256: str, read: Reader, make: Callable[[], Encode], held_out: HeldOut) -> None:
-        """Refuse parts that were encoded by another tokenizer than the build's own, and say how it encodes.
+        """Refuse parts that were encoded with a different tokenizer, and set how to read and encode the rest.
 
         Args:
             sha256: of the tokenizer's folder.
-            read: of a source, for what the parts have left to the merge.
+            read: reads a source, for documents that the parts have left to the merge.
             make: makes an encoder.
-            held_out: says which documents are set aside.
+            held_out: the rule for held-out documents.
 
         Raises:
-            StageError: names the first such part.
+            StageError: a part has a different tokenizer; the message names the first one.
         """
         self._read, self._make, self._held_out = read, make, held_out
         for part, (folder, index) in enumerate(zip(self._folders, self._indices, strict=True)):
             if index["tokenizer"] != sha256:
                 raise StageError(
-                    f"{folder} was encoded with another tokenizer than the one that this build makes",
+                    f"{folder} was encoded with a different tokenizer than this build's",
                     "the same ids would mean different pieces",
-                    f"remove it and run it again ({self._command} {part}/{len(self._folders)}), with the same versions "
-                    "of the libraries; where they still differ, train the tokenizer in a stage of its own and name it",
+                    f"remove it and run it again ({self._command} {part}/{len(self._folders)}), with the same library "
+                    "versions; if they still differ, train the tokenizer in a separate stage and refer to that",
                 )
 
     def read(self, number: int, source: Source, rejected: Rejected) -> Iterator[RecordedDocument]:
-        """The documents of the stage's n-th source, in the order in which they would be read.
+        """The documents of the stage's `number`-th source, in the order in which an undivided build reads them.
 
         Args:
-            number: of the source.
+            number: index of the source.
             source: the source.
-            rejected: takes what gave no document.
+            rejected: collects the records that gave no document.
 
         Raises:
-            StoreCorrupted: a file is damaged; names it.
-            DataError: there is not one document.
+            StoreCorrupted: a file is damaged; the message names it.
+            DataError: there are no documents.
         """
         yield from some(
             self._documents(number, source, rejected), source, rejected, "that they hold documents", Share()
@@ -214,10 +215,10 @@ class RecordedParts:
             yield from self._more(part, number, source, tuple(index["stopped"][number]))
 
     def _more(self, part: int, number: int, source: Source, after: tuple[int, ...]) -> Iterator[_Run]:
-        """Encode what a part has left of a source."""
+        """Encode the rest of a part's share of a source."""
         assert self._make is not None
         logger.warning(
-            "source %s: part %d has encoded less than the mixture takes, so the merge encodes more", source.label, part
+            "source %s: part %d has encoded less than the mixture needs, so the merge encodes more", source.label, part
         )
         if self._pool is None:
             self._pool = EncodingPool(self._make, self.processes)
@@ -229,11 +230,11 @@ class RecordedParts:
             yield from _runs_of(waiting.piece())
 
     def submit(self, batch: EncodingTask) -> EncodingTask:
-        """A batch of recorded documents, for `result`."""
+        """Return the batch of recorded documents itself, as the task for `result`."""
         return batch
 
     def result(self, task: EncodingTask) -> Result:
-        """What encoding the batch came to."""
+        """The recorded result of encoding the batch."""
         documents: list[Any] = task.texts
         table = np.stack([document.piece.table[document.row] for document in documents])
         taken = table[:, TAKEN] > 0

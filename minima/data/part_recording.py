@@ -1,4 +1,4 @@
-"""Documents as they are read -> pieces of a part: what lies between two of its files."""
+"""Recording documents as they are read, encoding them, and collecting them into the pieces of a part."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,15 +13,15 @@ from minima.data.part_files import COLUMNS, ORDER, TAKEN, Piece
 from minima.data.share import Share
 from minima.recipe.data import Source
 
-# What waits in memory, and is one file: 64 MB at two bytes a token.
+# The tokens of one piece, which are collected in memory before they are written: 64 MB at two bytes per token.
 PIECE_TOKENS = 1 << 25
-PIECE_RECORDS = 1 << 17  # documents of a few tokens, and rejected records, take more room beside than by their ids
+PIECE_RECORDS = 1 << 17  # limit for tiny documents and rejected records, whose metadata outweighs their ids
 
-Reader = Callable[..., Iterator[str]]  # of a source, what it rejects, and a share
+Reader = Callable[..., Iterator[str]]  # called with a source, a `Rejected` and a share
 
 
 class Run(NamedTuple):
-    """Neighbouring documents of one block, and what was rejected between them: how many came before, and what."""
+    """Consecutive documents of one block, and the records rejected between them, each with the documents before it."""
 
     place: tuple[int, int]
     texts: list[str]
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 class _Noted(Rejected):
-    """Keeps each record with the place where it was read, until it is taken."""
+    """Keeps each rejected record with the place where it was read, until it is collected."""
 
     def __init__(self, share: Share) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _Noted(Rejected):
 
 
 def runs(source: Source, share: Share, read: Reader) -> Iterator[Run]:
-    """A share's documents, in runs of about a batch; none is empty."""
+    """A share's documents in non-empty runs of about one batch."""
     run, held = Run((0, 0), [], []), 0
     for place, text, record in _events(source, share, read):
         large = held >= documents.BATCH_CHARACTERS or len(run.texts) >= documents.BATCH_DOCUMENTS
@@ -61,7 +61,7 @@ def runs(source: Source, share: Share, read: Reader) -> Iterator[Run]:
 def _events(
     source: Source, share: Share, read: Reader
 ) -> Iterator[tuple[tuple[int, int], str | None, tuple[str, str, str] | None]]:
-    """In reading order: a place, and the document or the rejected record that was there."""
+    """Documents and rejected records in reading order, each with its place."""
     rejected = _Noted(share)
     for text in read(source, rejected, share=share):
         own = share.place
@@ -74,7 +74,7 @@ def _events(
 
 
 def encoded(runs: Iterator[Run], pool: EncodingPool, rule: HeldOut) -> Iterator[tuple[Run, Result]]:
-    """Each run with what it became, encoded ahead by the pool."""
+    """Each run with its encoding result; the pool works ahead."""
     pending: deque[tuple[Run, Any]] = deque()
     for run in runs:
         pending.append((run, pool.submit(EncodingTask(run.texts, rule))))
@@ -86,7 +86,7 @@ def encoded(runs: Iterator[Run], pool: EncodingPool, rule: HeldOut) -> Iterator[
 
 
 class Waiting:
-    """Encoded runs that will be one piece."""
+    """Encoded runs that are collected into one piece."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, int, int]] = []
@@ -106,7 +106,7 @@ class Waiting:
         taken = np.ones(len(run.texts), dtype=bool)
         if refused:
             for number, text in enumerate(run.texts):
-                if refused and text.partition("\n")[2] == refused[0][1]:  # packed with its place, see `unpack`
+                if refused and text.partition("\n")[2] == refused[0][1]:  # the text is packed with its place: `unpack`
                     reason, where, content = refused.popleft()
                     self._refused[self._documents + number] = reason, where, shortened(content)
                     taken[number] = False

@@ -1,31 +1,31 @@
-"""Training a SentencePiece BPE on texts."""
+"""Training of a SentencePiece BPE on texts."""
 
 import io
 from collections.abc import Iterable, Iterator
 
 from minima.errors import DataError
 
-# SentencePiece skips lines longer than 4,192 bytes by default; an address of 30,000 words is one line.
+# SentencePiece skips lines longer than 4,192 bytes by default, and a speech of 30,000 words may be a single line.
 _LINE_CHARACTERS = 1000
 
 
 def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, *, space_before: bool = True) -> bytes:
-    """A SentencePiece BPE model in the layout of Llama's.
+    """Train a SentencePiece BPE model in the layout of Llama's.
 
-    Byte fallback, identity normalisation, digits apart, a space put before the text. The same texts in the same
-    order give the same bytes. Unlike Llama's it has no pieces of several spaces: on those, the Rust twin that
-    transformers uses can merge in another order than SentencePiece does.
+    It has byte fallback, identity normalisation, separate digits, and a space put before the text. The same texts in
+    the same order give the same bytes. Unlike Llama's it has no pieces of several spaces, because there the Rust
+    implementation that transformers uses can merge in a different order than SentencePiece.
 
     Args:
-        texts: documents; lines are learnt from one by one, so no piece holds a line break.
-        vocabulary_size: pieces, three control pieces and 256 bytes included.
+        texts: documents; training is line by line, so no piece contains a line break.
+        vocabulary_size: number of pieces, including three control pieces and 256 bytes.
         space_before: whether a space is put before the text; in training, before each line.
 
     Returns:
         The content of a `tokenizer.model`.
 
     Raises:
-        DataError: the texts do not give that many pieces, or have more characters than pieces.
+        DataError: the texts give fewer pieces than that, or have more distinct characters than pieces.
     """
     import sentencepiece
 
@@ -43,7 +43,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, *, space_bef
             split_digits=True,
             add_dummy_prefix=space_before,
             allow_whitespace_only_pieces=False,
-            character_coverage=0.99995,  # Llama's; what is rarer is spelt in bytes
+            character_coverage=0.99995,  # Llama's value; rarer characters are encoded as bytes
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -57,14 +57,14 @@ def train_sentencepiece(texts: Iterable[str], vocabulary_size: int, *, space_bef
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise DataError(
             f"SentencePiece could not learn {vocabulary_size} pieces: {reason[-300:]}",
-            "too little text has too few different words, and a small vocabulary cannot hold many characters",
+            "a short text has too few different words, and a small vocabulary has no room for many characters",
             "give more text, or another `vocabulary_size`",
         ) from error
     return model.getvalue()
 
 
 def _kept_failure(texts: Iterable[str], failures: list[BaseException]) -> Iterator[str]:
-    """The texts, and what reading them raised: SentencePiece would raise an error of its own in its place."""
+    """The texts; an exception while reading them is recorded, because SentencePiece replaces it with its own."""
     try:
         yield from texts
     except BaseException as failure:
@@ -74,7 +74,7 @@ def _kept_failure(texts: Iterable[str], failures: list[BaseException]) -> Iterat
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """The texts' lines, cut at spaces where they are long."""
+    """The texts' lines, with long ones split at spaces."""
     for text in texts:
         for line in text.split("\n"):
             begin = 0

@@ -1,4 +1,4 @@
-"""Records of many layouts -> preference pairs of one."""
+"""Converting records of many layouts to preference pairs."""
 
 import re
 from typing import Any, NamedTuple
@@ -18,23 +18,23 @@ from minima.data.turns import (
     under_system,
 )
 
-_QUESTIONS = ("question", "query", "input")  # what a prompt is also called
-_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of Anthropic's HH
+_QUESTIONS = ("question", "query", "input")  # other names for a prompt
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # in Anthropic's HH
 _KNOWN = ("chosen", "rejected", "system", "system_prompt")
-# Fields that say something about a pair, and are no prompt.
+# Fields that are metadata of a pair, not a prompt.
 _LABEL = re.compile(
     r"(chosen|rejected)_.*|(.*_)?(id|source|dataset|model|category|type|language|lang|split|subset|meta|metadata)"
 )
-_UNSPACED = re.compile("[\u3000-\u9fff\uff00-\uffef]")  # characters of scripts that part no words
+_UNSPACED = re.compile("[\u3000-\u9fff\uff00-\uffef]")  # characters of scripts without spaces between words
 
 
 class Pair(NamedTuple):
-    """Two answers to one conversation, the first the better.
+    """A better and a worse answer to the same conversation.
 
     Attributes:
-        prompt: turns, the last the user's.
+        prompt: turns, ending with the user's.
         chosen: the better answer.
-        rejected: the other.
+        rejected: the worse answer.
     """
 
     prompt: list[Turn]
@@ -43,27 +43,28 @@ class Pair(NamedTuple):
 
     @property
     def content(self) -> str:
-        """What is hashed to choose held-out pairs: all answers to one prompt are on the same side."""
+        """The string that is hashed to choose held-out pairs: the prompt, so that all its answers are treated alike."""
         return compact(self.prompt)
 
     @property
     def documents(self) -> list[list[Turn]]:
-        """The prompt with the chosen and with the rejected answer."""
+        """The prompt followed by the chosen answer, and by the rejected one."""
         return [[*self.prompt, (ASSISTANT, answer)] for answer in (self.chosen, self.rejected)]
 
 
 def pair_of(record: Any) -> Pair:
-    """The preference pair that a record holds.
+    """The preference pair in a record.
 
-    `{"prompt", "chosen", "rejected"}`, each a string or turns, the answers with the prompt in front or without it; the
-    prompt may be called `question`, `query` or `input`, or be Alpaca's `instruction` or ShareGPT's `conversations`
-    (LLaMA-Factory). Or `{"chosen", "rejected"}` alone: strings of `Human:` and `Assistant:` by turns (Anthropic's HH),
-    or answers whose common beginning is the prompt (TRL). A prompt beside answers that hold theirs is the whole of it,
-    or how it begins or ends. A `system` or `system_prompt` comes first.
+    Supported layouts: `{"prompt", "chosen", "rejected"}`, each a string or turns, where the answers may or may not
+    repeat the prompt; the prompt may be called `question`, `query` or `input`, or be Alpaca's `instruction` or
+    ShareGPT's `conversations` (LLaMA-Factory). Or only `{"chosen", "rejected"}`: strings that alternate `Human:` and
+    `Assistant:` (Anthropic's HH), or answers whose common prefix is the prompt (TRL). A prompt field beside answers
+    that include their prompt must equal that prompt, or its beginning or end. A `system` or `system_prompt` comes
+    first.
 
     Raises:
-        Unfit: it holds none, its turns are empty or out of order, its two answers are equal, they answer different
-            prompts, or nothing says which of its texts they answer.
+        Unfit: there is no pair, its turns are empty or out of order, the two answers are equal or belong to different
+            prompts, or it is unclear which text is the prompt.
     """
     if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
         raise Unfit("not_a_pair")
@@ -78,10 +79,10 @@ def pair_of(record: Any) -> Pair:
     chosen, rejected = (answer_turns(answer) for answer in answers)
     if not chosen or not rejected:
         raise Unfit("empty_assistant_turn")
-    if len(chosen) > 1 or len(rejected) > 1:  # the answers hold the prompt
+    if len(chosen) > 1 or len(rejected) > 1:  # the answers include the prompt
         if chosen[:-1] != rejected[:-1]:
             raise Unfit("prompts_differ")
-        goes_on = chosen[0][0] == ASSISTANT  # for several turns
+        goes_on = chosen[0][0] == ASSISTANT  # the answers are continuations of several turns
         prompt = prompt + chosen[:-1] if goes_on else _shared_turns(prompt, chosen[:-1])
     if not _system_and_others(prompt)[1]:
         raise Unfit("empty_user_turn")
@@ -94,14 +95,14 @@ def pair_of(record: Any) -> Pair:
 
 
 def _pair_prompt(record: dict[str, Any]) -> list[Turn] | None:
-    """What stands beside the answers as their prompt; None where nothing does."""
+    """The prompt from a field beside the answers; None if there is none."""
     if record.get("prompt") is not None:
         turns = prompt_turns(_dialogue(record["prompt"]))
-        return turns[:-1] if turns and turns[-1] == (ASSISTANT, "") else turns  # "Assistant:", which the answer goes on
+        return turns[:-1] if turns and turns[-1] == (ASSISTANT, "") else turns  # drop a final "Assistant:"
     if record.get("instruction") is not None:
         return alpaca_prompt(record)
     listed = turns_in(record)
-    if listed and _system_and_others(listed)[1]:  # a column of empty lists says nothing
+    if listed and _system_and_others(listed)[1]:  # not just an empty list
         return listed
     found = [record[name] for name in _QUESTIONS if record.get(name) is not None]
     if len(found) > 1:
@@ -116,7 +117,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def _dialogue(text: Any) -> Any:
-    """The turns of a string that begins with `Human:` and goes on with `Assistant:`; anything else as it is."""
+    """The turns of a string that begins with `Human:` and later has `Assistant:`; anything else unchanged."""
     before, *parts = _SPEAKER.split(text.strip()) if isinstance(text, str) else [text]
     if before or parts[:1] != ["Human"] or "Assistant" not in parts[::2]:
         return text
@@ -124,7 +125,7 @@ def _dialogue(text: Any) -> Any:
 
 
 def _check_nothing_else(record: dict[str, Any]) -> None:
-    """Refuse a record with a text that could be the prompt: what its answers have in common is then none."""
+    """Refuse a record with another text that could be the prompt: then the answers' common prefix is not."""
     for name, value in record.items():
         says = isinstance(value, str | list | dict) and not _is_blank(value)
         if says and name not in _KNOWN and not _LABEL.fullmatch(name):
@@ -132,24 +133,24 @@ def _check_nothing_else(record: dict[str, Any]) -> None:
 
 
 def _shared_turns(prompt: list[Turn], shared: list[Turn]) -> list[Turn]:
-    """The turns in front of both answers, once the record's own prompt is seen to be part of them."""
+    """The turns before both answers, after checking that the record's own prompt is part of them."""
     system, said = _system_and_others(prompt)
     own_system, own = _system_and_others(shared)
     if system and own_system and system != own_system:
         raise Unfit("prompts_differ")
     if said not in (own[: len(said)], own[-len(said) :]):
         raise Unfit("prompts_differ")
-    return (own_system or system) + own  # a system message may stand in the prompt alone
+    return (own_system or system) + own  # the system message may be only in the record's prompt
 
 
 def _system_and_others(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
-    """The system message, if there is one, and the other turns."""
+    """Split turns into the system message, if there is one, and the rest."""
     begins = int(bool(turns) and turns[0][0] == SYSTEM)
     return turns[:begins], turns[begins:]
 
 
 def _common_beginning(chosen: str, rejected: str) -> tuple[list[Turn], list[Any]]:
-    """Prompt and answers of two strings: what they have in common, up to where a word of theirs begins."""
+    """Split two strings into a prompt, their common prefix up to the start of a word, and two answers."""
     if chosen == rejected:
         raise Unfit("equal_answers")
     shared = zip(chosen, rejected, strict=False)

@@ -1,4 +1,4 @@
-"""Records: a field of one, and those of Hugging Face datasets."""
+"""Fields of records, and the records of Hugging Face datasets."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from minima.recipe.data import Source
 
 
 def field_of(record: Any, field: str | None, where: str, rejected: Rejected) -> Iterator[tuple[str, Any]]:
-    """A record's field, or the record itself where no field is asked for, with where it lies; rejected without it."""
+    """A record's field (the whole record if `field` is None) with its place; a record without the field is rejected."""
     if field is None:
         yield where, record
     elif not isinstance(record, dict):
@@ -23,22 +23,22 @@ def field_of(record: Any, field: str | None, where: str, rejected: Rejected) -> 
 
 
 def no_column(where: str, field: str, columns: list[str]) -> DataError:
-    """What to raise for a table without the column that was asked for."""
+    """The error for a table without the requested column."""
     return DataError(
         f"{where} has no column {field!r}; it has {', '.join(columns)}",
-        "no record of it has text under that name",
+        "so none of its records has text under that name",
         "set the source's `field:` to the column that holds the text",
     )
 
 
 def read_dataset(source: Source, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
-    """A field of a share's records of a Hugging Face dataset, or the whole records.
+    """A field (or all) of each of a share's records in a Hugging Face dataset.
 
     Raises:
-        DataError: it cannot be opened or read, or has no such column.
+        DataError: the dataset cannot be opened or read, or has no such column.
     """
     assert source.hub is not None
-    # `datasets` raises errors of its own, of pyarrow, of the network and of fsspec, so any is caught
+    # `datasets` raises its own errors and those of pyarrow, the network and fsspec, so we catch everything
     try:
         dataset = _load_dataset(source)
     except Exception as error:
@@ -61,8 +61,8 @@ def _unreadable(source: Source, how: str, error: Exception) -> DataError:
     return DataError(
         f"dataset {source.hub!r} (config {source.config}, split {source.split}) {how}: {first_line(error)}",
         "its text is part of the mixture",
-        "check its name, configuration and split, and that this machine can reach the Hub; or download it and give "
-        "its folder",
+        "check its name, configuration and split, and that this machine can reach the Hub; or download it and use the "
+        "folder",
     )
 
 

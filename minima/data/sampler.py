@@ -1,9 +1,9 @@
-"""Which block is the n-th training sample: a permutation of the blocks for each epoch, computed, never stored."""
+"""Which block is the n-th training sample: a permutation of the blocks per epoch that is computed, never stored."""
 
 import numpy as np
 
-# Rounds of the Feistel network. Luby and Rackoff (1988): four make it indistinguishable from random for ideal round
-# functions; the rest is margin for the small halves (2 bits) of a small store.
+# Rounds of the Feistel network. With ideal round functions, four make it indistinguishable from random (Luby and
+# Rackoff, 1988); the rest is a margin for the small halves (2 bits) of a small store.
 _ROUNDS = 8
 
 
@@ -16,12 +16,12 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class BlockSampler:
-    """Global sample index -> block, every block exactly once per epoch, in another order each epoch.
+    """Maps a global sample index to a block: every block exactly once per epoch, in a different order each epoch.
 
-    The order follows from `num_blocks` and `seed` alone and any part of it can be asked for at once. So a run
-    resumes at any sample, on any number of ranks, with no state but the index, and memory does not grow with the
-    store. The permutation is a Feistel network over the next power of four, walked until it lands on a block
-    (Black and Rogaway, 2002: "cycle walking"), which takes fewer than four steps on average.
+    The order depends only on `num_blocks` and `seed`, and any part of it can be computed directly. So a run can resume
+    at any sample, on any number of ranks, with no state but the index, and memory does not grow with the store. The
+    permutation is a Feistel network over the next power of four, applied repeatedly until it lands on a block (Black
+    and Rogaway, 2002: "cycle walking"), which takes fewer than four steps on average.
 
     Args:
         num_blocks: blocks of the store.

@@ -1,25 +1,26 @@
-"""Which records of a source are read by one of several builds that divide it."""
+"""The share of a source's records that one part of a divided build reads."""
 
-# Neighbouring records that go to one part: some thousand, so that a part's documents lie in long runs, and few enough
-# that a file of a million lines is divided evenly among a hundred parts.
+# Consecutive records that go to the same part: about a thousand, so that a part's documents form long runs, but few
+# enough that a file of a million lines is divided evenly among a hundred parts.
 BLOCK_RECORDS = 1024
-# From so many files a part on, a part opens only its own files; with fewer, the parts would differ much in size.
+# With at least this many files per part, each part opens only its own files; with fewer, the parts' sizes would differ
+# too much.
 _FILES_A_PART = 2
 
 
 class Share:
-    """The records of one part of a source; readers ask it for each file and each record, in order.
+    """The records of a source that belong to one part; readers ask it for each file and each record, in order.
 
-    A record's owner follows from the file's place among the source's files and the record's place in its file, so no
-    part has to read what belongs to others to know its own.
+    The owner of a record depends only on the file's index among the source's files and the record's index in its file,
+    so no part has to read what belongs to others.
 
     Args:
         part: number of the part, from 0.
-        parts: how many there are; of one, everything is its own.
-        first: whose the source's first records are; another part's for each source, so that small sources do not all
-            fall to the same one.
-        whole_files: let a part own whole files where there are enough; not where only a source's beginning is wanted,
-            which may be the files of few parts.
+        parts: number of parts; with one, every record belongs to it.
+        first: the part that owns the source's first records; differs between sources, so that small sources do not all
+            go to the same part.
+        whole_files: let each part own whole files if there are enough; not suitable if only the beginning of a source
+            is needed, because its files might belong to few parts.
     """
 
     def __init__(self, part: int = 0, parts: int = 1, first: int = 0, *, whole_files: bool = True) -> None:
@@ -30,20 +31,20 @@ class Share:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left to other parts."""
+        """Whether there is only one part."""
         return self.parts == 1
 
     @property
     def place(self) -> tuple[int, int]:
-        """File and block of the record that was asked for last; over all parts, places in order are the source's."""
+        """File and block of the last record asked for; sorting by place over all parts gives the source's order."""
         return self._file, self._record // BLOCK_RECORDS
 
     def begin(self, files: int) -> None:
-        """Say how many files the source has."""
+        """Set the number of files of the source."""
         self._by_file = self._whole_files and files >= _FILES_A_PART * self.parts
 
     def open(self, file: int) -> bool:
-        """Whether a file, counted from 0, can hold records of this part."""
+        """Whether a file, counted from 0, may contain records of this part."""
         self._file, self._record = file, 0
         return self.whole or not self._by_file or file % self.parts == self._turn
 

@@ -1,4 +1,4 @@
-"""Readers: plain text, JSON, parquet, Hugging Face datasets and what minima ships -> texts, or whole records."""
+"""Readers of texts or whole records from plain text, JSON, parquet, Hugging Face datasets and minima's own assets."""
 
 import bz2
 import gzip
@@ -41,15 +41,15 @@ _UNPACK: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open,
 
 
 def read_source(source: Source, rejected: Rejected, *, share: Share | None = None) -> Iterator[str]:
-    """The texts of a source, in an order that is always the same.
+    """The texts of a source, always in the same order.
 
     Args:
-        source: says where and in which format.
-        rejected: takes what is no text: each such record is counted and left out.
-        share: read only its records; all when not given.
+        source: gives location and format.
+        rejected: counts the records that are not text, which are left out.
+        share: read only the records of this share; all if not given.
 
     Raises:
-        DataError: the source is missing, cannot be opened, or gives not one text.
+        DataError: the source is missing, cannot be opened, or has no text.
     """
     share = share or Share()
     texts = _texts(_read(source, source.field, rejected, share), rejected)
@@ -57,12 +57,12 @@ def read_source(source: Source, rejected: Rejected, *, share: Share | None = Non
 
 
 def read_records(source: Source, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
-    """The whole records of a source, each with where it lies: file and line, or source and row.
+    """The whole records of a source, each with its place: file and line, or source and row.
 
     Args:
-        source: says where and in which format; its `field` is not read.
-        rejected: takes what cannot be decoded.
-        share: whose records.
+        source: gives location and format; its `field` is ignored.
+        rejected: collects the records that cannot be decoded.
+        share: read only the records of this share.
 
     Raises:
         DataError: the source is missing or cannot be opened.
@@ -74,7 +74,7 @@ def some(items: Iterator[T], source: Source, rejected: Rejected, check: str, sha
     """The first `max_documents` of a source's items.
 
     Raises:
-        DataError: there is not one (of a share, that is no error: other parts have them).
+        DataError: there are none. A share may have none, because other parts have them.
     """
     found = False
     for item in islice(items, source.max_documents):
@@ -85,16 +85,16 @@ def some(items: Iterator[T], source: Source, rejected: Rejected, check: str, sha
 
 
 def no_document(source: Source, rejected: Rejected, check: str) -> DataError:
-    """What to raise for a source of which nothing is left."""
+    """The error for a source that has no usable document."""
     return DataError(
         f"source {source.label!r} holds no document: {rejected.describe()}",
-        "nothing could be learnt from it",
-        f"check its files, that their format is the right one, and {check}",
+        "there is nothing in it to train on",
+        f"check its files, that their format is right, and {check}",
     )
 
 
 def _read(source: Source, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
-    """What the records' field holds, or the records themselves."""
+    """The field of each record, or the records themselves if `field` is None."""
     if source.embedded is not None:
         return (record for number, record in enumerate(_embedded(source.embedded)) if share.mine(number))
     if source.hub is not None:
@@ -109,13 +109,13 @@ def _embedded(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _texts(records: Iterator[tuple[str, Any]], rejected: Rejected) -> Iterator[str]:
-    """What is text among the records' fields."""
+    """The fields that are text; the others are rejected."""
     for where, value in records:
         if not isinstance(value, str):
             rejected.add("not_text", where, value)
         elif not value.strip():
             rejected.add("empty", where, value)
-        elif not value.isascii() and not _is_unicode(value):  # JSON can spell half of a surrogate pair
+        elif not value.isascii() and not _is_unicode(value):  # JSON can contain half of a surrogate pair
             rejected.add("not_utf8", where, value)
         else:
             yield value
@@ -151,38 +151,38 @@ def _read_files(source: Source, field: str | None, rejected: Rejected, share: Sh
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(
                 f"{path} cannot be read: {error}",
-                "leaving it out without a word would train on less text than the recipe says",
-                "mend or remove the file",
+                "silently leaving it out would train on less text than the recipe says",
+                "repair or remove the file",
             ) from error
     if not known:
         raise DataError(
             f"none of {len(files)} files at {source.path!r} has a known suffix, for example {files[0].name!r}",
-            "the format is told by the suffix",
+            "the suffix determines the format",
             f"give `format:` (text, jsonl or parquet), or files that end in {', '.join(_FORMATS)} "
             f"({', '.join(_UNPACK)} too)",
         )
 
 
 def find_files(source: Source) -> list[Path]:
-    """The files of a source's `path`, in the order in which they are read; no dataset card of a folder of records.
+    """The files of a source's `path` in reading order, without the dataset card (README.md) of a folder of records.
 
     Raises:
-        DataError: there is none, or it is a folder that `datasets` has saved.
+        DataError: there are none, or the path is a folder written by `datasets`.
     """
     files = source.files()
     folder = Path(source.path or "").expanduser()
     saved = {folder / "dataset_dict.json"}, {folder / "dataset_info.json", folder / "state.json"}
     if any(names <= set(files) for names in saved):
         raise DataError(
-            f"{source.path!r} is a folder that `save_to_disk` of datasets wrote",
-            "its files are not texts or records by themselves",
-            f"read it as a data set: `hub: {source.path}` instead of `path:`",
+            f"{source.path!r} is a folder written by `save_to_disk` of datasets",
+            "its files cannot be read as texts or records",
+            f"read it as a dataset: `hub: {source.path}` instead of `path:`",
         )
     if any(_format(path) in _OF_RECORDS for path in files):
         files = [path for path in files if path != folder / "README.md"]
     if not files:
         raise DataError(
-            f"no file at {source.path!r} (looked from {Path.cwd()})",
+            f"no file at {source.path!r} (relative to {Path.cwd()})",
             "a source without text would silently change the mixture",
             "correct the path, or remove the source",
         )
@@ -212,7 +212,7 @@ def _read_text(path: Path, field: str | None, rejected: Rejected, share: Share) 
 
 
 def _read_json(path: Path, field: str | None, rejected: Rejected, share: Share) -> Iterator[tuple[str, Any]]:
-    """A file that is one array of records; any other is read as JSON lines, which bear that suffix too."""
+    """A file that is one array of records; any other is read as JSON lines, which also use that suffix."""
     with _open(path) as file:
         is_array = file.read(_SNIFF_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     records = None
@@ -262,14 +262,14 @@ def _read_parquet(path: Path, field: str | None, rejected: Rejected, share: Shar
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 rows = range(row, row + batch.num_rows)
                 row += batch.num_rows
-                if any(share.mine(number) for number in rows):  # turning others' rows into Python's objects is slow
+                if any(share.mine(number) for number in rows):  # converting rows to Python objects is slow
                     values = batch.to_pylist() if field is None else batch.column(0).to_pylist()
                     for number, value in zip(rows, values, strict=True):
                         if share.mine(number):
                             yield f"{path}:{number + 1}", value
     except pyarrow.ArrowInvalid as error:
         raise DataError(
-            f"{path} is not a whole parquet file: {error}",
-            "leaving it out without a word would train on less text than the recipe says",
+            f"{path} is not a complete parquet file: {error}",
+            "silently leaving it out would train on less text than the recipe says",
             "copy it again, or remove it",
         ) from error

@@ -15,40 +15,40 @@ FORMAT = "minima-tokens-1"
 FORMATS = ("text", "conversations", "preferences")
 INDEX = "index.json"
 STARTS_DTYPE = "<u4"  # a shard holds at most 2^32 tokens
-# A mapped file keeps a descriptor, of which a process often has 1,024, and 126e9 tokens are 470 shards of two or three
-# files each: of each kind, this share of what the process may have stays mapped.
+# A mapped file keeps a file descriptor open. Processes are often limited to 1,024 of them, and 126e9 tokens are 470
+# shards of two or three files each. So of each kind of file, only this share of the limit stays mapped.
 _MAPPED_SHARE = 1 / 16
 
 
 def token_dtype(vocabulary_size: int) -> str:
-    """Two bytes a token where every id fits, else four; little-endian."""
+    """Two bytes per token if every id fits, else four; little-endian."""
     return "<u2" if vocabulary_size <= 1 << 16 else "<u4"
 
 
 class TokenStore:
-    """Blocks of `sequence_length` tokens: one stream of documents, each closed by the end token, cut into blocks.
+    """Blocks of `sequence_length` tokens: a stream of documents, each closed by the end token, divided into blocks.
 
-    A shard is the raw tokens of whole blocks; beside it lie the positions at which its documents start, and for
-    conversations and preferences one byte a token that says whether it is to be learnt. Nothing is read before it is
-    asked for, so 126e9 tokens (252 GB at two bytes a token) open at once.
+    A shard file holds the raw tokens of whole blocks. Files beside it hold the positions at which its documents start
+    and, for conversations and preferences, one byte per token that says whether it is trainable. Nothing is read before
+    it is needed, so 126e9 tokens (252 GB at two bytes per token) open instantly.
 
-    In a store of conversations or preferences every document lies whole in one block, and what a block has left is one
-    more document, of end tokens, of which nothing is learnt. Of preferences, documents 2k and 2k + 1 of a block are
-    the chosen and the rejected answer of its k-th pair, each with the conversation that it answers.
+    In a store of conversations or preferences every document is contained in one block, and the rest of a block is
+    padding: one more document, of end tokens, that is not trained on. For preferences, documents 2k and 2k + 1 of a
+    block are the chosen and the rejected answer of its k-th pair, each with the conversation that it answers.
 
     Attributes:
-        folder: where it lies.
-        sequence_length: tokens of one block.
+        folder: where it is stored.
+        sequence_length: tokens per block.
         vocabulary_size: every id is below it.
         end_token: the id that closes a document.
-        tokens: all tokens, end tokens included.
-        num_documents: documents that start in the store; what fills up a block is not one.
-        bytes: UTF-8 bytes of the text whose tokens these are, or are to be learnt; of a document that the last block
-            cuts, its share.
+        tokens: number of tokens, end tokens included.
+        num_documents: number of documents that start in the store, without padding.
+        bytes: UTF-8 bytes of the text of these tokens, or of the trainable ones; a document that the end of the last
+            block cuts counts in proportion.
         format: `text`, `conversations` or `preferences`.
-        document_mask: whether its documents are to be kept apart.
-        longest: tokens of the longest document that attention and positions run over; a whole block without a mask.
-        learnt_tokens: tokens to be learnt; all of them in text.
+        document_mask: whether its documents should be kept apart.
+        longest: tokens of the longest document, which bounds attention and positions; without a mask, a whole block.
+        learnt_tokens: number of trainable tokens; for text, all.
     """
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
@@ -71,11 +71,11 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """The store in `folder`, after a look at every file's size (`verify` reads their content).
+        """Open the store in `folder` after checking the size of every file (`verify` checks their content).
 
         Raises:
             DataError: there is no store.
-            StoreCorrupted: a file is missing, or not of the size that was written.
+            StoreCorrupted: a file is missing or has the wrong size.
         """
         folder = Path(folder)
         try:
@@ -90,25 +90,25 @@ class TokenStore:
             raise _damaged(folder / INDEX, f"is not valid JSON ({error})") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             said = index.get("format") if isinstance(index, dict) else index
-            raise _damaged(folder / INDEX, f"says format {said!r}, expected {FORMAT!r}")
-        own = index.pop("index_sha256", None)  # those of earlier versions have none
+            raise _damaged(folder / INDEX, f"has format {said!r}, but {FORMAT!r} was expected")
+        own = index.pop("index_sha256", None)  # absent in stores of earlier versions
         if own is not None and own != json_sha256(index):
-            raise _damaged(folder / INDEX, "does not have the checksum that it says")
+            raise _damaged(folder / INDEX, "does not match its own checksum")
         try:
             store = cls(folder, index)
             files = [(file["file"], int(file["bytes"]), str(file["sha256"])) for file in store._files()]
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-            raise _damaged(folder / INDEX, f"is not whole ({type(error).__name__}: {error})") from None
+            raise _damaged(folder / INDEX, f"is incomplete ({type(error).__name__}: {error})") from None
         for name, size, _ in files:
             path = inside(folder, name)
             if not path.exists():
                 raise _damaged(path, "is missing")
             if path.stat().st_size != size:
-                raise _damaged(path, f"has {path.stat().st_size} bytes, {size} were written")
+                raise _damaged(path, f"has {path.stat().st_size} bytes, but {size} were written")
         return store
 
     def __len__(self) -> int:
-        """Blocks."""
+        """The number of blocks."""
         return int(self._first_block[-1])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class TokenStore:
         self._forget_maps()
 
     def _forget_maps(self) -> None:
-        """Begin to map files; of each kind, only the latest stay mapped."""
+        """Reset the caches of mapped files; of each kind, only the most recently used stay mapped."""
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         most = None if soft == resource.RLIM_INFINITY else max(1, int(soft * _MAPPED_SHARE))
         self._map = lru_cache(most)(self._open_shard)
@@ -128,19 +128,19 @@ class TokenStore:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all its files but the index."""
+        """Total size of all files except the index."""
         return sum(file["bytes"] for file in self._files())
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for one token to be learnt: nats a token / (ln 2 x this) are bits per byte."""
+        """UTF-8 bytes of text per trainable token: nats per token / (ln 2 x this) gives bits per byte."""
         return self.bytes / self.learnt_tokens
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
-        """Some blocks, in the order asked for.
+        """Some blocks, in the given order.
 
         Args:
-            indices: block numbers, int array [n]; one may come more than once.
+            indices: block numbers, int array [n]; may contain duplicates.
 
         Returns:
             int64 array [n, sequence_length].
@@ -151,18 +151,18 @@ class TokenStore:
         return self._gather(indices, self._map, np.int64)
 
     def learnt(self, indices: np.ndarray) -> np.ndarray | None:
-        """Which tokens of some blocks are to be learnt.
+        """Which tokens of some blocks are trainable.
 
         Args:
             indices: block numbers, int array [n].
 
         Returns:
-            bool array [n, sequence_length]; None for text, of which all are.
+            bool array [n, sequence_length]; None for text, where all are.
         """
         return None if self.format == "text" else self._gather(indices, self._map_learnt, np.bool_)
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
-        """Which document of its block each token belongs to, counted from 0; a block's start begins its first one.
+        """The document of its block that each token belongs to, counted from 0; a block's start begins its first one.
 
         Args:
             indices: block numbers, int array [n].
@@ -188,15 +188,15 @@ class TokenStore:
         return out
 
     def document_starts(self, first_block: int = 0, last_block: int | None = None) -> np.ndarray:
-        """Where documents start in a run of blocks.
+        """Where documents start in a range of blocks.
 
         Args:
             first_block: the first block.
-            last_block: one past the last; the store's end when not given.
+            last_block: one past the last; the end of the store if not given.
 
         Returns:
-            int64 positions in tokens from the store's first token, ascending. A block's own start is in it only if
-            a document begins there.
+            int64 positions in tokens from the store's first token, ascending. The start of a block is included only
+            if a document begins there.
         """
         last_block = len(self) if last_block is None else last_block
         low, high = first_block * self.sequence_length, last_block * self.sequence_length
@@ -205,7 +205,7 @@ class TokenStore:
             first = int(self._first_block[number]) * self.sequence_length
             if first < high and low < first + shard["tokens"] and shard["starts"]["bytes"]:
                 starts = self._map_starts(number)
-                # Of the list's own type: for any other, numpy would copy the whole list, for every block.
+                # In the array's own dtype: for any other, numpy would copy the whole array, for every block.
                 ends = np.array([max(0, low - first), min(high - first, shard["tokens"]) - 1], dtype=STARTS_DTYPE)
                 left, right = np.searchsorted(starts, ends[0]), np.searchsorted(starts, ends[1], side="right")
                 found.append(first + starts[left:right].astype(np.int64))
@@ -215,19 +215,19 @@ class TokenStore:
         """Read every file and compare its checksum.
 
         Args:
-            part: look at every file whose number leaves this remainder, so that ranks can share the reading.
-            parts: divisor.
+            part: check only files whose index modulo `parts` is this, so that ranks can share the reading.
+            parts: the number of ranks that share it.
 
         Raises:
-            StoreCorrupted: names the first damaged file, the expected and the actual sha256.
+            StoreCorrupted: a file is damaged; the message names the first one, its expected and its actual sha256.
         """
         for file in list(self._files())[part::parts]:
             actual = file_sha256(self.folder / file["file"])
             if actual != file["sha256"]:
-                raise _damaged(self.folder / file["file"], f"has sha256 {actual}, {file['sha256']} was written")
+                raise _damaged(self.folder / file["file"], f"has sha256 {actual}, but {file['sha256']} was written")
 
     def sha256(self) -> str:
-        """One checksum for the whole store: that of its index, which holds those of all files."""
+        """A checksum for the whole store: that of its index, which contains those of all files."""
         return file_sha256(self.folder / INDEX)
 
     def _files(self) -> list[dict[str, Any]]:
@@ -248,6 +248,6 @@ class TokenStore:
 def _damaged(path: Path, how: str) -> StoreCorrupted:
     return StoreCorrupted(
         f"{path} {how}",
-        "a model would be trained or judged on tokens that are not the text's",
-        "run the build_data stage again (remove its folder first), or copy the file again from where it was made",
+        "a model would be trained or evaluated on tokens that do not match the text",
+        "run the build_data stage again (remove its folder first), or copy the file again from its origin",
     )

@@ -1,4 +1,4 @@
-"""Which chat template a tokenizer gets, and whether conversations can be learnt in it."""
+"""The choice of a tokenizer's chat template, and the check that a model can be trained on conversations in it."""
 
 import logging
 from pathlib import Path
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("minima.data")
 MINICHAT, OWN = "minichat", "own"
 _BEGIN = "{{- bos_token -}}\n"
-_MEND = "set `chat_template: minichat`, or mend the template"
+_MEND = "set `chat_template: minichat`, or fix the template"
 
 
 def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> None:
-    """Give a tokenizer its chat template, after a look at whether conversations can be learnt in it.
+    """Set a tokenizer's chat template, and check that a model can be trained on conversations in it.
 
     Args:
-        tokenizer: is changed; saved with `save_pretrained`, the template lies beside it.
-        chosen: `minichat`, `own`, the path of a Jinja file, or None for the tokenizer's own where it has one.
+        tokenizer: is modified; `save_pretrained` writes the template beside it.
+        chosen: `minichat`, `own`, the path of a Jinja file, or None for the tokenizer's own if it has one, else
+            `minichat`.
 
     Raises:
-        DataError: there is no such template, the template refuses a plain conversation, its text cannot be split into
-            turns, leaves some of them out, learns more than the replies, or ends a reply with no token of its own.
+        DataError: there is no such template; the template refuses a plain conversation; its text cannot be split into
+            turns, omits some of them or marks more than the replies; or it does not end a reply with a special token.
     """
     own = tokenizer.chat_template is not None
     name = chosen or (OWN if own else MINICHAT)
@@ -40,31 +41,31 @@ def set_template(tokenizer: "PreTrainedTokenizerBase", chosen: str | None) -> No
     elif not own:
         raise DataError(
             "the tokenizer has no chat template of its own",
-            "a conversation has to become one text",
+            "a template is needed to turn a conversation into text",
             "set `chat_template: minichat`, or give the path of a Jinja file",
         )
     _check(chat_tokenizer(tokenizer), "its own" if name == OWN else repr(name))
 
 
 def other_format(data: Path, own: Path) -> str | None:
-    """How a store's conversations are written down in another way than a model's tokenizer does it.
+    """How a store's conversation format differs from that of a model's own tokenizer.
 
-    What the two templates write is compared, not how they are spelt: one with marks around its replies is the same.
+    The rendered texts are compared, not the templates: marks around replies, for example, make no difference.
 
     Args:
         data: folder of the tokenizer that the store was made with.
-        own: folder of the model's own.
+        own: folder of the model's own tokenizer.
 
     Returns:
-        Where the two texts part; None where they do not, and where the model's tokenizer has no template.
+        The two texts where they start to differ; None if they are equal, or if one of the tokenizers has no template.
     """
     try:
         templates = [
             None if tokenizer.chat_template is None else template_of(tokenizer)
             for tokenizer in map(load_tokenizer, (data, own))
         ]
-    except DataError as error:  # a model may have a tokenizer of a kind of its own
-        logger.warning("cannot tell whether %s and %s write conversations in one way: %s", data, own, error.what)
+    except DataError as error:  # a model may have a tokenizer of an unsupported kind
+        logger.warning("cannot tell whether %s and %s format conversations alike: %s", data, own, error.what)
         return None
     theirs, ours = templates
     if theirs is None or ours is None:
@@ -93,13 +94,13 @@ def _read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the chat template {str(path)!r} cannot be read: {error}",
-            "a conversation has to become one text",
-            f"give `{MINICHAT}`, `{OWN}` or the path of a Jinja file (looked from {Path.cwd()})",
+            "a template is needed to turn a conversation into text",
+            f"give `{MINICHAT}`, `{OWN}` or the path of a Jinja file (relative to {Path.cwd()})",
         ) from error
 
 
 def _check(chat: ChatTokenizer, name: str) -> None:
-    """Refuse a template in which plain conversations cannot be learnt."""
+    """Refuse a template that does not work for training on plain conversations."""
     from jinja2 import TemplateError
 
     try:
@@ -108,14 +109,14 @@ def _check(chat: ChatTokenizer, name: str) -> None:
     except TemplateError as error:
         raise DataError(
             f"the chat template ({name}) refuses a conversation of two exchanges: {error}",
-            "none could be learnt in it",
+            "so no conversation could be trained on with it",
             _MEND,
         ) from error
     except Unfit as error:
         raise DataError(
-            f"the chat template ({name}) writes earlier turns in another way once there are later ones, or marks more "
-            "or fewer replies than there are",
-            "so it cannot be told which of the text the assistant says",
+            f"the chat template ({name}) writes earlier turns differently once there are later ones, or marks more or "
+            "fewer replies than there are",
+            "so it is not known which part of the text is the assistant's",
             f"{_MEND} (put its replies between {{% generation %}} and {{% endgeneration %}})",
         ) from error
     ids = chat.encode_text(text)
@@ -123,21 +124,21 @@ def _check(chat: ChatTokenizer, name: str) -> None:
         asked = chat.encode_text(prompt)
         if not text.startswith(prompt) or ids[: len(asked)] != asked:
             raise DataError(
-                f"the chat template ({name}) asks for an answer with {prompt[-40:]!r}, whose tokens are not those of "
-                "the answered conversation",
-                "the model would be asked in another way than it learns",
+                f"the chat template ({name}) asks for an answer with {prompt[-40:]!r}, whose tokens differ from those "
+                "of the answered conversation",
+                "the model would be prompted in a way other than the one it was trained on",
                 _MEND,
             )
     _check_replies(chat, name, text, replies, prompts)
 
 
 def _check_replies(chat: ChatTokenizer, name: str, text: str, replies: list[Span], prompts: list[str]) -> None:
-    """Refuse a template whose replies are not an answer and one token that ends it."""
+    """Refuse a template whose replies are anything but an answer followed by a token that ends it."""
     missing = [said for _, said in PROBE if said not in text]
     if missing:
         raise DataError(
-            f"the chat template ({name}) leaves out what is said: {', '.join(missing)} of {text!r}",
-            "the model would learn to answer what it does not see",
+            f"the chat template ({name}) omits messages: {', '.join(missing)} missing from {text!r}",
+            "the model would be trained to answer messages that it does not see",
             _MEND,
         )
     (chats,) = chat.encode([PROBE])
@@ -146,24 +147,24 @@ def _check_replies(chat: ChatTokenizer, name: str, text: str, replies: list[Span
         replies, chats.replies, PROBE[1::2], prompts, strict=True
     ):
         before, found, after = text[begin:end].partition(answer)
-        # What a template marks behind the prompt is meant to be written: before an answer an empty thought, in Qwen3's.
+        # Text that a template marks after the prompt is meant to be generated: Qwen3's has an empty thought there.
         meant = chat.template.marked and begin >= len(prompt)
         if not found or (before.strip() and not meant):
             raise DataError(
                 f"the chat template ({name}) takes {text[begin:end]!r} for the reply {answer!r}",
-                "a model would learn to write what comes before its answer, or not learn the answer",
+                "a model would be trained to write what comes before its answer, or not be trained on the answer",
                 f"{_MEND}: write the assistant's header for `add_generation_prompt` too, or put replies between "
                 "{% generation %} and {% endgeneration %}",
             )
         if not after:
             raise DataError(
-                f"the chat template ({name}) has no end marker in {text!r}, or does not mark it as the reply's",
+                f"the chat template ({name}) has no end marker in {text!r}, or does not mark it as part of the reply",
                 "a model would never learn to stop",
                 _MEND,
             )
         if not chat.marker_ids.intersection(chats.ids[first:last]):
             raise DataError(
-                f"the chat template ({name}) ends a reply with {after!r}, which is no special or added token",
-                "generation stops at single tokens only, so the model would write it and go on",
+                f"the chat template ({name}) ends a reply with {after!r}, which is not a special or added token",
+                "generation stops at single tokens only, so the model would write this marker and continue",
                 f"add {after.strip()!r} to the tokenizer as a special token, or end replies with `eos_token`",
             )

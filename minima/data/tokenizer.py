@@ -1,4 +1,4 @@
-"""Tokenizers: train a SentencePiece BPE, write it for transformers, load any, check that it fits a model."""
+"""Tokenizers: writing a SentencePiece BPE for transformers, loading any, and checks against data and models."""
 
 import json
 import logging
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minima.data")
 SPACE = "\u2581"  # SentencePiece's visible space
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they do what tokenizer.json says, and no more
-# Spaces, line breaks, digits, contractions, capitals, code, an accent in two characters, other scripts.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that do exactly what tokenizer.json says
+# Spaces, line breaks, digits, contractions, capitals, code, a combining accent, other scripts.
 _PROBE = (
     "  Two  words, 12345 that's I'LL;\n\n\tx_1 = 3.5e2\re\u0301t\u00e9 \u7b2c\u4e00 \u0645 \u00bd \U0001f44d\u200b."
 )
-# The Llama layout: unknown, begin, end, then the 256 bytes, then what was learnt.
+# The Llama layout: unknown, begin, end, then the 256 bytes, then the learned pieces.
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 
 
 def write_tokenizer(model: bytes, folder: Path) -> None:
     """Write a SentencePiece BPE so that `AutoTokenizer.from_pretrained(folder)` gives the same ids.
 
-    `tokenizer.json` is the fast twin, `tokenizer.model` the model itself. No begin token is added: documents are
-    closed by the end token and have none, so a trained model has never seen it.
+    `tokenizer.json` is the fast equivalent, `tokenizer.model` the model itself. No begin token is added, because
+    documents only have an end token, so a trained model has never seen a begin token.
 
     Args:
-        model: content of a `tokenizer.model` whose pieces hold a space only in front.
-        folder: is made.
+        model: content of a `tokenizer.model` whose pieces contain a space only at the start.
+        folder: is created if needed.
     """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -45,7 +45,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
     fast = Tokenizer(BPE(vocab=vocabulary, merges=_merges(pieces, learnt), unk_token=UNKNOWN, fuse_unk=True,
                          byte_fallback=True))  # fmt: skip
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    # No piece goes across a space, so cutting there changes no id, and words can be cached: some 5 times the speed.
+    # No piece crosses a space, so splitting there changes no id but lets words be cached: about 5 times as fast.
     fast.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     fast.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -56,12 +56,12 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model)
     special: dict[str, Any] = {"bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN}
     settings = special | {
-        # the generic class takes tokenizer.json as it is; the Llama class rebuilds it with a pre-tokenizer of its own
+        # the generic class uses tokenizer.json as it is; the Llama class rebuilds it with its own pre-tokenizer
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
         "add_eos_token": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # 4.x adds token types, which a Llama refuses
+        "model_input_names": ["input_ids", "attention_mask"],  # by default 4.x adds token types, which Llama refuses
         "model_max_length": 1 << 30,
     }
     for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
@@ -69,7 +69,7 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
 
 
 def _merges(pieces: Any, learnt: list[str]) -> list[tuple[str, str]]:
-    """Pairs whose union is a piece, best score first: the order in which SentencePiece merges."""
+    """Pairs whose concatenation is a piece, best score first: the order in which SentencePiece merges."""
     known = {piece: i for i, piece in enumerate(learnt)}
     merges = []
     for piece in sorted(learnt, key=lambda piece: -pieces.get_score(pieces.piece_to_id(piece))):
@@ -80,7 +80,7 @@ def _merges(pieces: Any, learnt: list[str]) -> list[tuple[str, str]]:
 
 
 def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a folder, or on the Hub.
+    """Load the tokenizer in a folder or on the Hub.
 
     Raises:
         DataError: there is none, or it has no end token to close documents with.
@@ -89,14 +89,14 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer of {str(source)!r} has no end token",
-            "every document is closed by it; without it, documents run into each other",
+            "every document is closed by it; without it, documents would run into each other",
             "name one as `eos_token` in its tokenizer_config.json",
         )
     return tokenizer
 
 
 def is_lone(source: str | Path) -> bool:
-    """Whether a folder's tokenizer is a SentencePiece model with no file beside it that says how it is used."""
+    """Whether a folder's tokenizer is a SentencePiece model without a file that says how to use it."""
     others = ("tokenizer.json", "tokenizer_config.json", "config.json")
     return (Path(source) / "tokenizer.model").is_file() and not any((Path(source) / name).is_file() for name in others)
 
@@ -105,25 +105,26 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
     try:
-        # Of a lone tokenizer.model, AutoTokenizer makes one that puts no space before the text: other ids, no error.
+        # From a lone tokenizer.model, AutoTokenizer makes a tokenizer that puts no space before the text: wrong ids,
+        # but no error.
         tokenizer = (LlamaTokenizer if is_lone(source) else AutoTokenizer).from_pretrained(str(source))
         if _overruled(source, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
-    except Exception as error:  # of a damaged file, tokenizers raises this class itself, and transformers any other
+    except Exception as error:  # for a damaged file tokenizers raises this very class, and transformers any other
         raise DataError(
             f"no tokenizer can be loaded from {str(source)!r}: {first_line(error)}",
             "text cannot be turned into tokens without it",
-            "give a folder that holds a whole tokenizer.json or tokenizer.model, a Hub id that this machine can reach, "
-            "or `tokenizer: {vocabulary_size: N}` to train one",
+            "give a folder with an intact tokenizer.json or tokenizer.model, a Hub id that this machine can reach, or "
+            "`tokenizer: {vocabulary_size: N}` to train one",
         ) from error
     return tokenizer
 
 
 def misread_as(folder: Path) -> str | None:
-    """The class that `AutoTokenizer` takes for a model's folder against the folder's word; None where it keeps to it.
+    """The class that `AutoTokenizer` uses for a model's folder in place of the declared one; None if it does not.
 
-    For some families (qwen2) transformers 5 takes the family's own class, which splits text in its own way, whatever
-    tokenizer the model was given: other programs that load the folder would see other ids, or none for a space.
+    For some families (qwen2) transformers 5 uses the family's own class, which splits text in its own way, whatever
+    tokenizer the folder declares. Other programs that load the folder would get different ids, or none for a space.
     """
     from transformers import AutoTokenizer
 
@@ -131,13 +132,13 @@ def misread_as(folder: Path) -> str | None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         if not _overruled(folder, tokenizer) or tokenizer(_PROBE)["input_ids"] == _load(folder)(_PROBE)["input_ids"]:
             return None
-    except Exception:  # of any class, as in `_load`; who needs one that does not load refuses it by name
+    except Exception:  # any class, as in `_load`; a tokenizer that does not load is refused where it is needed
         return None
     return type(tokenizer).__name__
 
 
 def _overruled(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a folder says that its tokenizer is what its tokenizer.json says, and was given another class."""
+    """Whether a folder declares a class that follows its tokenizer.json, but was loaded with another one."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     declared = get_tokenizer_config(str(source)).get("tokenizer_class")
@@ -145,10 +146,10 @@ def _overruled(source: str | Path, tokenizer: "PreTrainedTokenizerBase") -> bool
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, folder: Path) -> None:
-    """Write a loaded tokenizer into a folder, with its SentencePiece model where its source folder has one.
+    """Write a loaded tokenizer into a folder, with its SentencePiece model if its source folder has one.
 
-    What transformers notes of how it was loaded (from where, offline or not) is left out: the folder's content follows
-    from the tokenizer alone, on a login node and in a job.
+    The keys in which transformers records how it was loaded (from where, offline or not) are removed, so that the
+    folder's content depends only on the tokenizer and is the same on a login node and in a job.
     """
     tokenizer.save_pretrained(str(folder))
     settings = folder / "tokenizer_config.json"
@@ -161,22 +162,22 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, fol
 
 
 def ends_added(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:
-    """Whether a tokenizer puts its begin token before a text, and its end token behind it, unasked."""
+    """Whether a tokenizer by default puts its begin token before a text, and its end token after it."""
     ids = tokenizer("a")["input_ids"]
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return begin is not None and ids[:1] == [begin], end is not None and ids[-1:] == [end]
 
 
 def check_same_tokens(data: Path, own: Path, model: str) -> None:
-    """Refuse data whose ids mean something else to the model: another tokenizer may have as many ids.
+    """Refuse data whose ids mean something else to the model, which equal vocabulary sizes do not rule out.
 
     Args:
         data: folder of the tokenizer that the data was made with.
-        own: folder of the model's own.
-        model: what to call the model.
+        own: folder of the model's own tokenizer.
+        model: the model's name in errors.
 
     Raises:
-        TokenizerMismatch: names the first id that differs.
+        TokenizerMismatch: the tokenizers differ; the message names the first id that does.
     """
     files = [folder / "tokenizer.json" for folder in (data, own)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
@@ -185,7 +186,7 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
     for folder in (data, own):
         try:
             vocabularies.append(_load(folder).get_vocab())
-        except DataError as error:  # the data needs ids alone; a model may have a tokenizer of a kind of its own
+        except DataError as error:  # a model may have a tokenizer of an unsupported kind, and the data has only ids
             logger.warning("cannot tell whether the data and %s have the same tokens: %s", model, error.what)
             return
     pieces = {index: piece for piece, index in vocabularies[1].items()}
@@ -193,7 +194,7 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
         if pieces.get(index) != piece:
             raise TokenizerMismatch(
                 f"id {index} is {piece!r} in the data's tokenizer {data} and {pieces.get(index)!r} in that of {model}",
-                "the model would read other words than the text has",
+                "the model would read other words than those of the text",
                 "build the data with the model's own tokenizer (`tokenizer:` of the build_data stage)",
             )
 
@@ -202,29 +203,29 @@ def count_ids(folder: Path) -> int:
     """One more than the highest id of a model's tokenizer.
 
     Raises:
-        DataError: there is none that can be loaded, or it knows no token.
+        DataError: there is no tokenizer, it cannot be loaded, or it has no tokens.
     """
     vocabulary = _load(folder).get_vocab() if any((folder / name).is_file() for name in VOCABULARY_FILES) else {}
-    if not vocabulary:  # of a config.json alone, transformers makes a tokenizer of a token or two
+    if not vocabulary:  # from a config.json alone, transformers makes a tokenizer with a token or two
         raise DataError(
             f"{folder} holds no tokenizer ({', '.join(VOCABULARY_FILES)})",
-            "nothing tells how many tokens the model has",
-            "give a folder that holds both",
+            "without it the number of the model's tokens is not known",
+            "give a folder that holds both model and tokenizer",
         )
     return int(max(vocabulary.values())) + 1
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int, tokenizer: str, model: str) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for. (More rows than ids is common padding.)
+    """Refuse a tokenizer with ids that the model has no embedding for. (More rows than ids is just padding.)
 
     Args:
         tokenizer_size: one more than the tokenizer's highest id; `len(tokenizer)`.
         model_size: rows of the model's embedding.
-        tokenizer: what to call the tokenizer in the message.
-        model: what to call the model.
+        tokenizer: the tokenizer's name in errors.
+        model: the model's name in errors.
 
     Raises:
-        TokenizerMismatch: with both sizes.
+        TokenizerMismatch: the tokenizer has more ids than the model has rows.
     """
     if tokenizer_size > model_size:
         raise TokenizerMismatch(

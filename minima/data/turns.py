@@ -1,4 +1,4 @@
-"""Turns of many layouts as turns of one: who speaks, and what."""
+"""Converting turns of many layouts to one: role and text."""
 
 import json
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 Turn = tuple[str, str]  # role and text
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-# OpenAI's names, ShareGPT's, and what its users put in their place.
+# The names of OpenAI and ShareGPT, and common variants.
 _ROLES = {
     "system": SYSTEM, "developer": SYSTEM, "user": USER, "human": USER, "prompter": USER,
     "assistant": ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
 }  # fmt: skip
-# What stands beside a reply's content and is part of what was said; without it an answer would be learnt by half.
+# Fields beside a reply's content that are part of the answer; without them a model would be trained on half of it.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _NOTHING: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {})
 _TURN_FIELDS = ("messages", "conversations", "conversation", "turns", "dialog", "dialogue")
 
 
 class Unfit(Exception):
-    """A record that is no conversation or pair: never shown, but counted by its reason."""
+    """Raised for a record that is not a usable conversation or pair; never shown, but counted by reason."""
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------
 
 
 def turns_in(record: Any) -> list[Turn] | None:
-    """The turns of a list of them, or of a record that holds such a list; None where there is none."""
+    """The turns in a list of them, or in a record with such a list; None if there is no list."""
     listed = _list_in(record)
     if listed is None:
         return None
@@ -33,7 +33,7 @@ def turns_in(record: Any) -> list[Turn] | None:
 
 
 def unlearnt_in(record: Any) -> list[int]:
-    """Which replies of a record are not to be learnt, counted from 0: those of `weight: 0` (OpenAI).
+    """The numbers, from 0, of a record's replies that are not trained on: those with `weight: 0` (OpenAI).
 
     Raises:
         Unfit: a weight is neither 0 nor 1.
@@ -102,19 +102,19 @@ def alpaca_prompt(record: dict[str, Any]) -> list[Turn]:
 
 
 def system_of(record: dict[str, Any]) -> list[Turn]:
-    """The system message that stands in a field of its own, if there is one."""
+    """The system message from a separate field, if there is one."""
     system = text_of(record.get("system")) or text_of(record.get("system_prompt"))
     return [(SYSTEM, system)] if system else []
 
 
 def under_system(record: dict[str, Any], turns: list[Turn]) -> list[Turn]:
-    """A record's turns behind its system message, unless they begin with their own."""
+    """A record's turns preceded by its system message, unless they begin with their own."""
     turns = without_empty_system(turns)
     return turns if turns and turns[0][0] == SYSTEM else system_of(record) + turns
 
 
 def prompt_turns(prompt: Any) -> list[Turn]:
-    """The turns of a prompt, which is a list of them or what the user says."""
+    """The turns of a prompt, which is a list of turns or the user's text."""
     if isinstance(prompt, list):
         return _turns_of_dicts(prompt)
     text = text_of(prompt)
@@ -122,7 +122,7 @@ def prompt_turns(prompt: Any) -> list[Turn]:
 
 
 def answer_turns(answer: Any) -> list[Turn]:
-    """An answer's turns; the prompt's may be in front."""
+    """The turns of an answer, possibly preceded by those of its prompt."""
     if isinstance(answer, dict):
         answer = [answer]
     if isinstance(answer, list):
@@ -140,7 +140,7 @@ def _role(name: Any) -> str:
 
 
 def text_of(content: Any) -> str:
-    """A turn's text, stripped; of a list of parts (OpenAI's), all of them."""
+    """A turn's text, stripped; the parts of a list (OpenAI's layout) are joined."""
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise Unfit("not_text")  # an image, say
@@ -151,21 +151,21 @@ def text_of(content: Any) -> str:
         raise Unfit("not_text")
     try:
         content.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
         raise Unfit("not_utf8") from None
     return content.strip()
 
 
 def without_empty_system(turns: list[Turn]) -> list[Turn]:
-    """Without an empty system message, which says nothing."""
+    """Remove an empty system message."""
     return [turn for turn in turns if turn != (SYSTEM, "")]
 
 
 def in_order(turns: list[Turn]) -> list[Turn]:
-    """Turns that alternate and hold something.
+    """Check that turns alternate between user and assistant and are not empty; an empty system message is removed.
 
     Raises:
-        Unfit: they do not.
+        Unfit: they do not alternate, or one is empty.
     """
     turns = without_empty_system(turns)
     begins = int(bool(turns) and turns[0][0] == SYSTEM)

@@ -1,4 +1,4 @@
-"""A tokenizer grown by another's pieces, and what that does to the length of texts."""
+"""Growing a tokenizer's vocabulary by the pieces of another, and measuring its effect on tokens per character."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ logger = logging.getLogger("minima.data")
 
 
 class Donor(Protocol):
-    """Where pieces come from; `pieces` are in their order of merging."""
+    """The tokenizer that pieces are taken from; `pieces` are in merge order."""
 
     pieces: list[str]
 
@@ -30,22 +30,22 @@ class Donor(Protocol):
 
 
 class Base(Mergeable, Protocol):
-    """The tokenizer that grows; `size` is one more than its highest id."""
+    """The tokenizer to grow; `size` is one more than its highest id."""
 
     kind: str
     folder: Path
     size: int
 
     def split(self, pieces: Iterable[str]) -> list[list[int]]:
-        """The base's own ids of each piece's text where it stands inside a line."""
+        """The base's own ids for each piece's text inside a line."""
         ...
 
     def read_donor(self, path: Path) -> Donor:
-        """The donor in a file of this kind."""
+        """Read a donor of this kind from a file."""
         ...
 
     def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> Donor:
-        """A donor of this kind that learns from texts."""
+        """Train a donor of this kind on texts."""
         ...
 
     def write(self, folder: Path, added: Sequence[str]) -> None:
@@ -58,10 +58,10 @@ class Expansion:
     """A grown tokenizer.
 
     Attributes:
-        size: rows that the model gets.
+        size: number of rows that the model gets.
         first: id of the first new piece.
         origins: for each new piece, in the order of ids, the old ids of its text.
-        metrics: what the stage reports of it.
+        metrics: the numbers that the stage reports.
     """
 
     size: int
@@ -71,10 +71,10 @@ class Expansion:
 
 
 def open_base(folder: Path) -> Base:
-    """The tokenizer in a folder, by its kind: SentencePiece where it holds a `tokenizer.model`.
+    """Open the tokenizer in a folder: SentencePiece if it holds a `tokenizer.model`, else byte-level BPE.
 
     Raises:
-        DataError: there is none, or one of another kind.
+        DataError: there is none, or it is of an unsupported kind.
     """
     base: Base = (SentencePieceVocabulary if (folder / "tokenizer.model").is_file() else ByteLevelVocabulary)(folder)
     return base
@@ -83,24 +83,23 @@ def open_base(folder: Path) -> Base:
 def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, rows: int, folder: Path) -> Expansion:
     """Choose the donor's pieces and write the grown tokenizer.
 
-    Old pieces are merged first, new ones only then. So text in which no new piece occurs has the same ids as before:
-    with a `script`, that is all text without a character of it. Without one, neighbouring old tokens of any text may
-    become one new token.
+    Old pieces are merged before new ones. So text in which no new piece occurs keeps its ids: with a `script`, that is
+    all text without a character of it. Without one, adjacent old tokens of any text may become one new token.
 
-    Rows beyond the last piece belong to no token, and no file of the tokenizer knows them: what is no piece cannot be
-    written or read by mistake, and tokens that are added later (`add_tokens`, for roles) find their rows there.
+    Rows beyond the last piece belong to no token and are in no file of the tokenizer. So they cannot be written or read
+    by mistake, and tokens that are added later (`add_tokens`, for roles) use these rows.
 
     Args:
-        stage: says what is wanted.
-        base: the tokenizer that grows.
+        stage: the settings.
+        base: the tokenizer to grow.
         donor: a tokenizer's file or a folder that holds one, or how to train one.
-        rows: of the model's embedding; those that no old id uses are given to new pieces.
-        folder: is made.
+        rows: number of rows of the model's embedding; those that no old id uses are given to new pieces.
+        folder: is created.
 
     Raises:
         DataError: a tokenizer cannot be read, no piece passes the filters, or a source holds no text.
         TokenizerMismatch: the donor is of another kind.
-        ShapeError: the size leaves no room.
+        ShapeError: the size leaves no room for new pieces.
     """
     _check_room(stage, base, rows)
     texts = _Texts(stage)
@@ -143,10 +142,10 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
 
 
 class _Texts:
-    """The texts of a stage's sources; what is held out is held out of all of them alike.
+    """The texts of a stage's sources; the same rule for held-out texts applies to all of them.
 
     Attributes:
-        rejected: records that gave no text, by what they were read for.
+        rejected: records that gave no text, by the purpose they were read for.
     """
 
     def __init__(self, stage: ExpandVocabulary) -> None:
@@ -154,7 +153,7 @@ class _Texts:
         self.rejected = {use: Rejected() for use in ("donor", "count_on", "report_on")}
 
     def for_donor(self, donor: DonorTraining) -> Iterator[str]:
-        """What a donor learns from."""
+        """The texts to train a donor on."""
         sources = list(enumerate(donor.sources))
         return training_texts(sources, self._aside, donor.max_characters, self.rejected["donor"])
 
@@ -175,7 +174,7 @@ class _Texts:
                 raise DataError(
                     f"no document of source {label!r} is held out",
                     "tokens per character are reported on held-out text",
-                    "raise `held_out_fraction`, give the source more documents, or take it out of `report_on`",
+                    "raise `held_out_fraction`, give the source more documents, or remove it from `report_on`",
                 )
         return texts
 
@@ -195,7 +194,7 @@ def _tokens_per_character(folder: Path, size: int, texts: Mapping[str, list[str]
 
 
 def _read(base: Base, path: Path) -> Donor:
-    """The donor in a file, or in a folder's `tokenizer.model` or tokenizer.json."""
+    """Read the donor from a file, or from a folder's `tokenizer.model` or tokenizer.json."""
     wants_json = isinstance(base, ByteLevelVocabulary)
     if path.is_dir():
         names = sorted(("tokenizer.model", "tokenizer.json"), key=lambda name: name.endswith("json") != wants_json)
@@ -204,16 +203,16 @@ def _read(base: Base, path: Path) -> Donor:
             raise DataError(
                 f"the donor's folder {path} holds neither tokenizer.model nor tokenizer.json",
                 "there are no pieces to take from it",
-                "give the tokenizer's file, or another folder",
+                "give a tokenizer's file, or another folder",
             )
         path = found[0]
     with path.open("rb") as file:
         is_json = file.read(1024).lstrip()[:1] == b"{"
     if is_json != wants_json:
         raise TokenizerMismatch(
-            f"donor {path} is {'a' if is_json else 'no'} JSON file, and the base is a {base.kind}",
-            "a SentencePiece BPE is read from its tokenizer.model, a byte-level BPE from its tokenizer.json; their "
-            "pieces spell text in two ways",
+            f"donor {path} is {'a' if is_json else 'not a'} JSON file, but the base is a {base.kind}",
+            "a SentencePiece BPE is read from its tokenizer.model, a byte-level BPE from its tokenizer.json; the two "
+            "kinds represent text differently",
             "give a donor of the base's kind, or train one (`donor: {vocabulary_size: N, sources: [...]}`)",
         )
     return base.read_donor(path)
@@ -223,8 +222,8 @@ def _check_room(stage: ExpandVocabulary, base: Base, rows: int) -> None:
     if stage.size is not None and (stage.size < rows or stage.size <= base.size):
         raise ShapeError(
             f"size {stage.size} for a model of {rows} rows and a tokenizer of {base.size} pieces",
-            "a vocabulary is grown here, never cut: every old token keeps its row",
-            f"choose a size of more than {max(rows, base.size)}, a multiple of {stage.multiple}, or leave it out",
+            "a vocabulary can only grow here, because every old token keeps its row",
+            f"choose a size above {max(rows, base.size)} that is a multiple of {stage.multiple}, or omit it",
         )
 
 
@@ -233,8 +232,8 @@ def _check_found(chosen: Selection, room: int) -> None:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in chosen.left_out.items() if count)
         raise DataError(
             f"no piece of the donor is added ({reasons or 'it has none'})",
-            "the model would grow by rows that mean nothing",
+            "the model would only get rows that belong to no token",
             "choose another donor, `script` or `minimum_count`",
         )
     if (missing := room - len(chosen.added)) > 0:
-        logger.warning("%d rows stay without a piece: the donor has no more that pass the filters", missing)
+        logger.warning("%d rows have no piece: no more of the donor's pieces pass the filters", missing)

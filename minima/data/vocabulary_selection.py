@@ -1,9 +1,9 @@
-"""Which pieces of a donor are added: those of a script, the most frequent first, closed under merges.
+"""Selection of the donor's pieces to add: those of a script, the most frequent first, closed under merges.
 
-Added pieces keep the donor's order of merging, after all of the base's; counts decide only which of them are there.
-So merging never depends on the cut: what makes a piece of its characters when all candidates are there is the same
-sequence of merges when only that sequence's own pieces are, since taking other pieces away takes away only merges that
-were not made. That is why a cut that keeps, with each piece, all that it is made of has no dead piece.
+Added pieces keep the donor's merge order, after all of the base's; counts only decide which pieces are included. So how
+a piece is merged does not depend on the selection: the merges that build it from its characters when all candidates are
+present are the same when only the pieces of that sequence are, because removing other pieces removes only merges that
+were not made. Hence a selection that includes, with each piece, everything it is made of has no unreachable piece.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-# Marks that no other script is written with: CJK punctuation and the full-width forms of ASCII's.
+# Punctuation that no other script uses: CJK punctuation and the full-width forms of ASCII punctuation.
 _EAST_ASIAN = (
     (0x3001, 0x3003), (0x3008, 0x3011), (0x3014, 0x301F),
     (0xFF01, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF65),
 )  # fmt: skip
-# Unicode's blocks (Blocks.txt): scripts grow within their blocks, and planes 2 and 3 are kept for Han as a whole.
+# Unicode's blocks (Blocks.txt): scripts grow within their blocks, and planes 2 and 3 are reserved for Han entirely.
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "han": (
         (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x3029), (0x3038, 0x303B), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -33,24 +33,24 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
 
 
 def has_script(script: str, first: int, last: int | None = None) -> bool:
-    """Whether a code point, or all of `first` to `last`, are of a script."""
+    """Whether a code point, or all from `first` to `last`, belong to a script."""
     last = first if last is None else last
     return any(begin <= first and last <= end for begin, end in SCRIPTS[script])
 
 
 def derive(piece: str, order: Callable[[str, str], float | None]) -> list[str] | None:
-    """All pieces that merging makes on the way from a piece's characters to the piece, its characters first.
+    """All pieces that merging makes on the way from a piece's characters to the piece, starting with the characters.
 
-    Byte-pair encoding as both libraries do it: the pair of neighbours that comes first in `order` is merged, the
-    leftmost where several do. What stands around the piece in a text changes nothing about it: a merge across its edge
-    would mean that the piece is not made there.
+    Byte-pair encoding as both libraries do it: the adjacent pair that is first in `order` is merged, the leftmost of
+    equals. The text around the piece does not matter: a merge across its edge would mean that the piece is not made
+    there.
 
     Args:
-        piece: as the vocabulary spells it.
-        order: of two neighbours; none when they make no piece.
+        piece: in the vocabulary's spelling.
+        order: rank of two adjacent pieces; None if they do not merge.
 
     Returns:
-        The piece itself comes last; None when merging ends in something else, so that no text gives the piece.
+        The pieces, ending with the piece itself; None if merging ends in something else, so that no text gives it.
     """
     symbols = list(piece)
     made = list(symbols)
@@ -69,45 +69,45 @@ def derive(piece: str, order: Callable[[str, str], float | None]) -> list[str] |
 
 
 class Mergeable(Protocol):
-    """A base vocabulary, as choosing needs to know it.
+    """The interface of a base vocabulary that the selection needs.
 
     Attributes:
-        known: its pieces, and their ids.
+        known: its pieces and their ids.
     """
 
     known: Mapping[str, int]
 
     def order(self, left: str, right: str, added: Mapping[str, int]) -> float | None:
-        """When two neighbours are merged, the first lowest; None when they make no piece.
+        """The merge rank of two adjacent pieces, lowest first; None if they do not merge.
 
         Args:
             left: the first.
             right: the second.
-            added: places of added pieces in their order of merging.
+            added: added pieces and their places in merge order.
         """
         ...
 
     def in_script(self, piece: str, script: str) -> bool:
-        """Whether only text with a character of the script holds the piece, one that is `writable`."""
+        """Whether a `writable` piece occurs only in text with a character of the script."""
         ...
 
     def writable(self, piece: str) -> bool:
-        """Whether the tokenizer leaves the piece whole until merging begins."""
+        """Whether the tokenizer's normalizer and pre-tokenizer leave the piece whole."""
         ...
 
     def stands_alone(self, piece: str) -> bool:
-        """Whether the piece is text, not a part of a character's bytes."""
+        """Whether the piece is text, not part of a character's bytes."""
         ...
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is added to a vocabulary.
+    """The pieces to add to a vocabulary.
 
     Attributes:
-        added: new pieces, in the donor's order of merging.
-        left_out: the donor's other pieces, by reason: `known` to the base, of `other_script`, `unreachable` (no text
-            gives them, or a character of theirs has no piece), `rare`, `cut` (no room).
+        added: new pieces, in the donor's merge order.
+        left_out: numbers of the donor's other pieces, by reason: `known` to the base, of `other_script`, `unreachable`
+            (no text gives them, or one of their characters has no piece), `rare`, `cut` (no room).
     """
 
     added: list[str]
@@ -125,16 +125,16 @@ def select(
 ) -> Selection:
     """Choose the pieces to add.
 
-    A piece comes with all that it is made of, however rare that is; one that there is no room for is passed over, and
-    less demanding ones after it still come in, so that the room is used to the last row.
+    A piece is added with everything it is made of, however rare. A piece that does not fit is skipped, but later ones
+    that need less room may still be added, so that the room is used to the last row.
 
     Args:
-        donor: its pieces, each once, in its order of merging.
-        base: what they are added to.
-        script: take only pieces that occur in no text without a character of this script; all when not given.
-        counts: how often a corpus holds each piece; the donor's own order decides when not given.
-        minimum_count: rarer pieces come in only to fill the room that is left.
-        room: how many pieces may be added, given how many there are that `minimum_count` lets through.
+        donor: its pieces, without duplicates, in merge order.
+        base: the vocabulary that they are added to.
+        script: use only pieces that occur in no text without a character of this script; all if not given.
+        counts: how often each piece occurs in a corpus; if not given, the donor's own order decides.
+        minimum_count: rarer pieces are added only to fill remaining room.
+        room: maps the number of pieces that pass `minimum_count` to the number that may be added.
     """
     new = [piece for piece in donor if piece not in base.known]
     writable = [piece for piece in new if base.writable(piece)]

@@ -1,4 +1,4 @@
-"""SentencePiece BPE vocabularies: read, count, and write grown, as tokenizer.model and tokenizer.json alike."""
+"""SentencePiece BPE vocabularies: reading, counting, training, and growing tokenizer.model and tokenizer.json alike."""
 
 import copy
 import json
@@ -20,31 +20,32 @@ from minima.data.tokenizer import SPACE, load_tokenizer, save_tokenizer
 from minima.data.vocabulary_selection import has_script
 from minima.errors import DataError
 
-_PROTO: Any = sentencepiece_model_pb2  # its classes are made when it is imported, so no checker knows them
+_PROTO: Any = sentencepiece_model_pb2  # its classes are created on import, so type checkers do not know them
 _KIND = _PROTO.ModelProto.SentencePiece
 
 
 def read_model(path: Path) -> Any:
-    """The SentencePiece BPE in a file, a `ModelProto`.
+    """Read a SentencePiece BPE from a file, as a `ModelProto`.
 
     Raises:
-        DataError: it is none, has no pieces of text, or a piece of it is empty, there twice or without a place.
+        DataError: it is not a SentencePiece BPE, has no text pieces, or a piece is empty, a duplicate or has no finite
+            score.
     """
     model = _PROTO.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError as error:
         raise DataError(
-            f"{path} is no SentencePiece model: {error}",
+            f"{path} is not a SentencePiece model: {error}",
             "its pieces cannot be read",
-            "give a tokenizer.model that SentencePiece wrote, or a tokenizer.json of a byte-level BPE",
+            "give a tokenizer.model written by SentencePiece, or the tokenizer.json of a byte-level BPE",
         ) from error
     if not model.pieces or model.trainer_spec.model_type != _PROTO.TrainerSpec.BPE:
         kind = _PROTO.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower() if model.pieces else "empty"
         raise DataError(
             f"{path} is a SentencePiece model of type {kind}",
             "pieces are added as merges, which only BPE has",
-            "give a SentencePiece BPE, or train a donor on text of its language (`donor: {vocabulary_size: N, ...}`)",
+            "give a SentencePiece BPE, or train a donor on text in its language (`donor: {vocabulary_size: N, ...}`)",
         )
     seen: dict[str, int] = {}
     for number, piece in enumerate(model.pieces):
@@ -52,20 +53,20 @@ def read_model(path: Path) -> Any:
             wrong = f"repeats piece {seen[piece.piece]}, {piece.piece!r}" if piece.piece else "is empty"
             raise DataError(
                 f"piece {number} of {path} {wrong}",
-                "a piece stands for one id, and an empty one for no text",
-                "repair the model, or take another",
+                "each id must belong to exactly one piece, and a piece must not be empty",
+                "repair the model, or use another",
             )
         if not math.isfinite(piece.score):
             raise DataError(
                 f"piece {number} of {path}, {piece.piece!r}, has a score of {piece.score}",
-                "scores say in which order pieces are merged, and this one has no place in it",
-                "repair the model, or take another",
+                "scores determine the order of merging, and this one has no place in it",
+                "repair the model, or use another",
             )
         seen[piece.piece] = number
     if all(piece.type != _KIND.NORMAL for piece in model.pieces):
         raise DataError(
-            f"{path} has no pieces of text, but {len(model.pieces)} of control or bytes",
-            "there is nothing that could be merged",
+            f"{path} has no text pieces, only {len(model.pieces)} control and byte pieces",
+            "there is nothing to merge",
             "give a tokenizer.model that was trained on text",
         )
     return model
@@ -75,8 +76,8 @@ class SentencePieceDonor:
     """Pieces to choose from.
 
     Attributes:
-        pieces: what merging can make, in the order in which it is merged. Not those that hold a space past their
-            front: the fast twins of many tokenizers cut there.
+        pieces: pieces that merging can make, in merge order. Without those that contain a space after their first
+            character, where the fast versions of many tokenizers split text.
     """
 
     def __init__(self, model: Any) -> None:
@@ -98,14 +99,14 @@ class SentencePieceDonor:
 class SentencePieceVocabulary:
     """The base: a `tokenizer.model`, with or without the tokenizer.json that transformers reads.
 
-    Tokens that transformers adds beyond the model's own (`<pad>`, roles) become pieces of the grown model: control ones
-    where they are special, else such that are matched whole. So both files keep the same ids.
+    Tokens that transformers adds to the model's own (`<pad>`, roles) become pieces of the grown model: control pieces
+    if they are special, else user-defined pieces, which are matched as a whole. So both files keep the same ids.
 
     Args:
         folder: of the tokenizer.
 
     Raises:
-        DataError: it is no SentencePiece BPE, transformers makes no such BPE of it, or the two have other ids.
+        DataError: it is not a SentencePiece BPE, transformers does not load it as a BPE, or the two have different ids.
     """
 
     kind = "SentencePiece BPE"
@@ -122,11 +123,11 @@ class SentencePieceVocabulary:
         self._probe = _as_it_stands(self._model)
 
     def _fill_up(self) -> None:
-        """Give the model file the tokens that only the other one has, and refuse one with other ids."""
+        """Add the tokens that only transformers knows to the model, and refuse differing ids."""
         if not isinstance(getattr(getattr(self._fast, "backend_tokenizer", None), "model", None), BPE):
             raise DataError(
                 f"transformers loads {self.folder} as {type(self._fast).__name__}, which has no list of merges",
-                "pieces are added to its merges and to the tokenizer.model alike",
+                "pieces must be added both to its merges and to the tokenizer.model",
                 "remove the tokenizer.json and tokenizer_config.json beside the tokenizer.model",
             )
         ids = {index: piece for piece, index in self._fast.get_vocab().items()}
@@ -139,10 +140,10 @@ class SentencePieceVocabulary:
         for index, piece in enumerate(self._model.pieces):
             if ids.get(index) != piece.piece:
                 raise DataError(
-                    f"id {index} is {piece.piece!r} in {self.folder}/tokenizer.model, and {ids.get(index)!r} in what "
+                    f"id {index} is {piece.piece!r} in {self.folder}/tokenizer.model, but {ids.get(index)!r} in what "
                     "transformers loads from that folder",
-                    "pieces added to both would get other ids in each",
-                    "fetch the tokenizer again, or remove the file that is not the model's",
+                    "pieces added to both would get different ids in each",
+                    "download the tokenizer again, or remove the file that does not belong to the model",
                 )
 
     def order(self, left: str, right: str, added: Mapping[str, int]) -> float | None:
@@ -155,25 +156,25 @@ class SentencePieceVocabulary:
         return any(has_script(script, ord(character)) for character in piece)
 
     def writable(self, piece: str) -> bool:
-        return self._probe.normalize(piece) == piece  # a full-width letter, say, may be read as another
+        return self._probe.normalize(piece) == piece  # normalisation may replace a full-width letter, for example
 
     def stands_alone(self, piece: str) -> bool:
         return True
 
     def split(self, pieces: Iterable[str]) -> list[list[int]]:
-        """The base's own ids of each piece's text where it stands inside a line: no space is put before it."""
+        """The base's own ids for each piece's text inside a line, that is, without a space put before it."""
         return self._probe.encode(list(pieces), num_threads=1)
 
     def read_donor(self, path: Path) -> SentencePieceDonor:
-        """The donor in a file."""
+        """Read a donor from a file."""
         return SentencePieceDonor(read_model(path))
 
     def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> SentencePieceDonor:
-        """A donor that learns from texts.
+        """Train a donor on texts.
 
-        Single characters get at most half of its pieces: Chinese text has thousands that it hardly ever uses, and a
-        small donor would have room for nothing else. Lines end at the others, which the base goes on to spell in
-        bytes. No space is put before a line, as it is before a text: no text has it there.
+        Single characters get at most half of its pieces: Chinese text has thousands of rare ones, which would leave a
+        small donor no room for anything else. Lines are split at the rarer characters, which the base continues to
+        encode as bytes. No space is put before a line (as would be before a text), because no text has one there.
         """
         kept = list(texts)
         characters: Counter[str] = Counter()
@@ -187,7 +188,7 @@ class SentencePieceVocabulary:
     def write(self, folder: Path, added: Sequence[str]) -> None:
         """Write the grown tokenizer: all of the base's files, with the new pieces in both.
 
-        Scores fall from the base's lowest by steps that float32 tells apart, so that no two are equal (the two
+        Scores decrease from the base's lowest in steps that float32 can resolve, so that no two are equal (the two
         libraries break ties differently) and no old merge comes after a new one.
         """
         save_tokenizer(self._fast, self.folder, folder)
@@ -203,7 +204,7 @@ class SentencePieceVocabulary:
         model = content["model"]
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         model["merges"] = self._with_merges(merges, added, vocabulary)
-        # Tokens that stand only in `added_tokens` would be moved behind the new pieces when the file is read.
+        # Tokens that are only in `added_tokens` would be moved after the new pieces when the file is read.
         model["vocab"] = vocabulary
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
@@ -212,8 +213,8 @@ class SentencePieceVocabulary:
     ) -> list[tuple[str, ...]]:
         """The base's merges, then all pairs that make an added piece.
 
-        SentencePiece merges whatever makes a piece. So an old piece that an added one is part of gets a merge more,
-        which comes where its own merges are.
+        SentencePiece merges any two pieces that make a third. So an old piece that contains an added one gets further
+        merges, which are inserted next to its own.
         """
         new = set(added)
         places: dict[int, list[tuple[str, ...]]] = {}
@@ -233,14 +234,14 @@ class SentencePieceVocabulary:
 
 
 def _pairs(piece: str, vocabulary: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """What two pieces make a piece, in the order that transformers' converter gives them."""
+    """The pairs of pieces that make a piece, in the order in which transformers' converter lists them."""
     cuts: Iterator[tuple[str, ...]] = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
     pairs = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
     return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
 
 
 def _as_it_stands(model: Any) -> Any:
-    """A processor that puts no space before a text and takes none away."""
+    """A processor that neither puts a space before a text nor removes any."""
     bare = copy.deepcopy(model)
     bare.normalizer_spec.add_dummy_prefix = bare.normalizer_spec.remove_extra_whitespaces = False
     return SentencePieceProcessor(model_proto=bare.SerializeToString())

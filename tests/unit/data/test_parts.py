@@ -155,7 +155,7 @@ def test_parts_of_another_tokenizer_are_refused(tmp_path, stage, jsonl, addresse
     rule = TokenizerTraining(vocabulary_size=400)
     encode(tmp_path / "parts", stage({"path": path}), rule, 2, [1])
     (tmp_path / "out").mkdir()
-    with pytest.raises(StageError, match=r"part-00001-of-00002 was encoded with another tokenizer.*\n.*\n.* 1/2"):
+    with pytest.raises(StageError, match=r"part-00001-of-00002 was encoded with a different tokenizer.*\n.*\n.* 1/2"):
         build(stage({"path": path}), tmp_path / "out", tokenizer, opened(tmp_path / "parts", stage({"path": path})))
     assert not list((tmp_path / "out").iterdir())
 
@@ -189,7 +189,7 @@ def test_parts_of_another_stage_or_division_are_refused(tmp_path, stage, jsonl, 
     encode(tmp_path / "parts", chosen, tokenizer, 3, [0])
     with pytest.raises(StageError, match=r"several divisions: .*of-00002, .*of-00003"):
         opened(tmp_path / "parts", chosen)
-    with pytest.raises(StageError, match="the one asked for, of 5"):
+    with pytest.raises(StageError, match="the requested one, of 5"):
         part_merging.check_counts(tmp_path / "parts", 5)
 
 

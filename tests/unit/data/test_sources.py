@@ -140,7 +140,7 @@ def test_a_file_that_is_not_utf8_and_one_of_unknown_kind(tmp_path):
     [
         ("a.jsonl", b"", "no document: no record was found"),
         ("a.jsonl", b'{"body": "x"}\n' * 3, "3 x missing_field, first at .*a.jsonl:1"),
-        ("a.parquet", b"PAR1 but cut", "not a whole parquet file"),
+        ("a.parquet", b"PAR1 but cut", "not a complete parquet file"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9], "cannot be read"),
@@ -177,7 +177,7 @@ def test_a_folder_that_datasets_saved_is_named_with_the_way_to_read_it(tmp_path)
     dataset.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "many"))
     for name in ("one", "many"):
-        with pytest.raises(DataError, match="`save_to_disk` of datasets wrote") as refused:
+        with pytest.raises(DataError, match="written by `save_to_disk` of datasets") as refused:
             read(path=str(tmp_path / name))
         assert f"hub: {tmp_path / name}" in refused.value.do
 

@@ -113,7 +113,7 @@ REFUSALS = {
     "last turn in another way": (
         "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else 'x' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
-        "writes earlier turns in another way",
+        "writes earlier turns differently",
     ),
     "too many marks": (
         "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
@@ -137,11 +137,11 @@ REFUSALS = {
     "an end marker of plain text": (
         "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n###\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}",
-        r"(?s)ends a reply with '\\n###', which is no special.*add '###' to the tokenizer",
+        r"(?s)ends a reply with '\\n###', which is not a special.*add '###' to the tokenizer",
     ),
     "an end marker that is not registered": (
         CHATML.replace("im_end", "end_of_turn"),
-        r"with '<\|end_of_turn\|>', which is no special",
+        r"with '<\|end_of_turn\|>', which is not a special",
     ),
     "a plain end marker before a token that is not learnt": (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}{% generation %}{{ m.content }}###"
@@ -169,12 +169,12 @@ REFUSALS = {
         "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}",
         r"takes '<A>walnut<\|im_end\|>' for the reply 'walnut'",
     ),
-    "empty": ("", "leaves out what is said: zebra, walnut, tundra, violin"),
-    "constant": ("hello<|im_end|>", "leaves out what is said"),
+    "empty": ("", "omits messages: zebra, walnut, tundra, violin"),
+    "constant": ("hello<|im_end|>", "omits messages"),
     "no questions": (
         "{% for m in messages if m.role == 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}",
-        "leaves out what is said: zebra, tundra of",
+        "omits messages: zebra, tundra missing from",
     ),
 }  # fmt: skip
 
@@ -199,13 +199,13 @@ def test_an_end_marker_may_be_added_without_being_special(chatml):
 def test_a_template_that_is_no_text_is_refused(chatml):
     for damaged in (5, {"default": 5}):
         chatml.chat_template = damaged
-        with pytest.raises(DataError, match=r"no chat template that is its default: 5 is no text"):
+        with pytest.raises(DataError, match=r"no default chat template: 5 is not text"):
             set_template(chatml, "own")
 
 
 def test_several_templates_need_a_default(chatml):
     chatml.chat_template = {"one": CHATML, "two": CHATML}
-    with pytest.raises(DataError, match="no chat template that is its default"):
+    with pytest.raises(DataError, match="no default chat template"):
         set_template(chatml, "own")
     chatml.chat_template = {"default": CHATML, "two": "{{ messages }}"}
     set_template(chatml, "own")

@@ -141,7 +141,7 @@ def test_an_index_of_an_earlier_version_has_no_checksum(store):
     assert len(TokenStore.open(store.folder)) == len(store)
     del index["sequence_length"]
     path.write_text(json.dumps(index))
-    with pytest.raises(StoreCorrupted, match=r"not whole .*sequence_length"):
+    with pytest.raises(StoreCorrupted, match=r"incomplete .*sequence_length"):
         TokenStore.open(store.folder)
 
 
@@ -149,7 +149,7 @@ def test_a_truncated_or_missing_shard_is_named(store):
     file = store.folder / "tokens-00001.bin"
     content = file.read_bytes()
     file.write_bytes(content[:-2])
-    with pytest.raises(StoreCorrupted, match=f"tokens-00001.bin has {len(content) - 2} bytes, {len(content)}"):
+    with pytest.raises(StoreCorrupted, match=f"tokens-00001.bin has {len(content) - 2} bytes, but {len(content)} were"):
         TokenStore.open(store.folder)
     file.unlink()
     with pytest.raises(StoreCorrupted, match=r"tokens-00001.bin is missing"):

@@ -159,7 +159,7 @@ def test_other_kinds_are_refused(base, tokenizer, donor, tmp_path):
 
 @pytest.mark.parametrize("text", ["[1]", "null", '"BPE"'])
 def test_json_that_is_no_tokenizer_is_refused(text):
-    with pytest.raises(DataError, match="the donor cannot be read: it is not laid out"):
+    with pytest.raises(DataError, match="the donor cannot be read: it does not have the layout"):
         read_content(text, "the donor")
 
 
@@ -170,15 +170,15 @@ def test_json_that_is_no_tokenizer_is_refused(text):
         ('"vocab": {', '"vocab": {"new": 300, ', "shares id 300"),
         ('"vocab": {', '"vocab": {"!": 1500, ', "'!' twice"),
         ('"merges": [', '"merges": [["no", "piece"], ', "cannot be read"),
-        ('"merges": [', '"merges": [5, ', "the merge 5 is not of two pieces"),
-        ('"merges": [', '"merges": [[1, 2], ', r"the merge \[1, 2\] is not of two pieces"),
-        ('"merges": [', '"merges": ["a b c", ', "the merge 'a b c' is not of two pieces"),
-        ('"merges": [', '"merges": 5, "other": [', "its `merges` are no list"),
-        ('"merges": [', '"other": [', "its `merges` are no list"),
-        ('"vocab": {', '"vocab": ["a"], "other": {', "its `vocab` has not a number for each piece"),
-        ('"vocab": {', '"other": {', "its `vocab` has not a number for each piece"),
-        ('"vocab": {', '"vocab": {"new": [1], ', "its `vocab` has not a number for each piece"),
-        ('"model": {', '"model": "BPE", "other": {', "not laid out as a tokenizer.json"),
+        ('"merges": [', '"merges": [5, ', "the merge 5 does not consist of two pieces"),
+        ('"merges": [', '"merges": [[1, 2], ', r"the merge \[1, 2\] does not consist of two pieces"),
+        ('"merges": [', '"merges": ["a b c", ', "the merge 'a b c' does not consist of two pieces"),
+        ('"merges": [', '"merges": 5, "other": [', "its `merges` are not a list"),
+        ('"merges": [', '"other": [', "its `merges` are not a list"),
+        ('"vocab": {', '"vocab": ["a"], "other": {', "its `vocab` does not map every piece to an id"),
+        ('"vocab": {', '"other": {', "its `vocab` does not map every piece to an id"),
+        ('"vocab": {', '"vocab": {"new": [1], ', "its `vocab` does not map every piece to an id"),
+        ('"model": {', '"model": "BPE", "other": {', "not have the layout of a tokenizer.json"),
     ],
 )
 def test_damaged_donors_are_refused(base, donor, tmp_path, before, after, message):

@@ -209,7 +209,7 @@ def test_a_model_that_is_no_bpe_or_is_damaged_is_refused(tokenizer, tmp_path, da
 
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model at all")
-    with pytest.raises(DataError, match="no SentencePiece model"):
+    with pytest.raises(DataError, match="not a SentencePiece model"):
         read_model(tmp_path / "tokenizer.model")
 
 
@@ -242,5 +242,5 @@ def test_a_model_that_says_nothing_of_merging_is_refused(tokenizer, tmp_path, wr
     else:
         odd.pieces[300].score = wrong
     (tmp_path / "tokenizer.model").write_bytes(odd.SerializeToString())
-    with pytest.raises(DataError, match="has no pieces of text" if wrong == "no text" else "piece 300 of .*a score of"):
+    with pytest.raises(DataError, match="has no text pieces" if wrong == "no text" else "piece 300 of .*a score of"):
         open_base(tmp_path)
