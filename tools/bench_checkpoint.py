@@ -1,14 +1,15 @@
-"""What exact resume costs a training run: checkpoints, and on a GPU `deterministic: true`, in one run of real ranks.
+"""Measures what exact resume costs a training run: checkpoints and, on a GPU, `deterministic: true`, with real ranks.
 
     python tools/bench_checkpoint.py [--ranks 2] [--width 512] [--layers 6] [--steps 24] [--every 12] [--folder DIR]
         [--sequences 2] [--sequence-tokens 128] [--precision float32]
 
-Ways: no checkpoint; written while the training waits; written beside it; DeepSpeed's own `save_checkpoint` of the same
-engine, for which the training waits (it neither syncs nor hashes what it writes); and none, with deterministic
-algorithms (a CPU's always are; it shows what asking for them costs by itself). Prints, for each, seconds of a step with
-its share of checkpoints, the share of the time that training stood still for them, and bytes a second from the snapshot
-to the complete checkpoint. The ways alternate, round after round, over the same model; ratios of one run count, since
-machines differ. The folder decides what the disk can do: give the one where runs lie.
+Variants: `none`, no checkpoint; `waiting`, written while training waits; `beside`, written in the background;
+`deepspeed`, DeepSpeed's own `save_checkpoint` of the same engine, for which training waits (it neither syncs nor hashes
+what it writes); `fixed bits`, no checkpoint but deterministic algorithms (on a CPU they always are; this shows the cost
+of the setting itself). For each it prints seconds per step including checkpoints, the share of time that training was
+stopped for them, and bytes per second from the snapshot to the complete checkpoint. The variants alternate, round after
+round, on the same model; compare ratios within one run, because machines differ. The folder determines the disk that is
+measured: give the one where your runs are stored.
 """
 
 import argparse
@@ -33,13 +34,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=default_ranks())
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--sequences", type=int, default=2, help="of each rank in a step")
+    parser.add_argument("--sequences", type=int, default=2, help="per rank and step")
     parser.add_argument("--sequence-tokens", type=int, default=128)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=24, help="of each way in each round")
+    parser.add_argument("--steps", type=int, default=24, help="per variant and round")
     parser.add_argument("--every", type=int, default=12, help="steps between checkpoints")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints go; a temporary folder")
+    parser.add_argument("--folder", type=Path, default=None, help="for the checkpoints; default: a temporary folder")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
@@ -96,7 +97,7 @@ def _rank(options: argparse.Namespace) -> None:
     theirs = options.folder / "deepspeed"
     meters, objective = Meters(student.device), LanguageModelling()
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for turn in range(options.rounds * len(WAYS) + 1):  # the first turn only warms up
+    for turn in range(options.rounds * len(WAYS) + 1):  # the first turn is a warm-up
         way, steps = WAYS[turn % len(WAYS)], options.steps if turn else 2
         torch.use_deterministic_algorithms(False)
         if way == "fixed bits":
@@ -104,7 +105,7 @@ def _rank(options: argparse.Namespace) -> None:
         distributed.barrier()
         saved: list[float] = []
         began = time.perf_counter()
-        for step in range(1, steps + 1):  # as the training loop does it
+        for step in range(1, steps + 1):  # as in the training loop
             votes = Votes(0, int(writer.writing))
             agreed = train_step(student, objective, [batch], settings.learning_rate, meters, votes).votes
             if not agreed.writing:
@@ -144,7 +145,7 @@ def _print(results: dict) -> None:
     print(f"{results['parameters']:,} parameters on {options['ranks']} ranks, a checkpoint every {options['every']} "
           f"steps, medians of {options['rounds']} rounds")  # fmt: skip
     without = statistics.median(round_["seconds"] for round_ in ways["none"])
-    print(f"{'way':<10}{'s a step':>10}{'slower by':>11}{'stood still':>13}{'MB':>9}{'s':>8}{'MB/s':>8}")
+    print(f"{'variant':<10}{'s/step':>10}{'slower by':>11}{'stopped':>13}{'MB':>9}{'s':>8}{'MB/s':>8}")
     for way, rounds in ways.items():
         seconds = statistics.median(round_["seconds"] for round_ in rounds)
         share = statistics.median(round_["share"] for round_ in rounds)

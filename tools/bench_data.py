@@ -1,10 +1,10 @@
-"""How fast build_data is, beside the tokenizer's own batch encoding of the same text on the same cores.
+"""Measures the speed of build_data against the tokenizer's own batch encoding of the same text on the same cores.
 
     python tools/bench_data.py [--megabytes 100] [--processes N] [--repeats 3] [--text sotu|poems] [--tokenizer FOLDER]
 
-Both are timed in turn, in one run. The build reads JSON lines, encodes, packs, checksums and writes, its workers'
-start included; the tokenizer's batch encoding (its own threads, `encode_batch_fast`) has the text in memory. Beside
-the wall clock, each one's processor seconds are given: on a machine with other work, only those compare.
+Both are timed alternately in one run. The build reads JSON lines, encodes, packs, checksums and writes, including the
+start of its workers; the tokenizer's batch encoding (its own threads, `encode_batch_fast`) has the text in memory.
+Besides wall-clock time it reports CPU seconds: on a machine with other load, only those are comparable.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--text", choices=TEXTS, default="sotu")
     parser.add_argument("--vocabulary-size", type=int, default=None, help="default: 2048, or 8192 for the poems")
-    parser.add_argument("--tokenizer", default=None, help="a folder with tokenizer.json instead of a new one")
+    parser.add_argument("--tokenizer", default=None, help="a folder with tokenizer.json, instead of training one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         _bench(options, Path(scratch))
 
 
 def _bench(options: argparse.Namespace, scratch: Path) -> None:
-    # here, because each worker process imports this file again
+    # imported here, because each worker process imports this file again
     from transformers import AutoTokenizer
 
     from minima.data.builder import build
@@ -66,7 +66,7 @@ def _bench(options: argparse.Namespace, scratch: Path) -> None:
         name="bench", kind="build_data", sources=[Source(path=str(corpus))], tokenizer=str(tokenizer),
         sequence_length=2048, held_out_fraction=0.0, processes=options.processes,
     )  # fmt: skip
-    AutoTokenizer.from_pretrained(str(tokenizer))  # transformers' own start, once a process, is no rate
+    AutoTokenizer.from_pretrained(str(tokenizer))  # keeps transformers' one-time start-up out of the measured rate
     megabytes = size_bytes / 1e6
     own, built = [], []
     for _ in range(options.repeats):
@@ -89,7 +89,7 @@ def _bench(options: argparse.Namespace, scratch: Path) -> None:
 
 class _Timing(NamedTuple):
     wall: float
-    processor: float  # of this process, its threads and its finished children
+    processor: float  # CPU seconds of this process, its threads and its finished children
 
     @classmethod
     def of(cls, work: Callable[[], object]) -> Self:
@@ -102,7 +102,7 @@ class _Timing(NamedTuple):
 
 
 def _encode(folder: Path, documents: list[str]) -> int:
-    """The tokenizer's own batch encoding, with all cores: texts in, lists of ids out; gives how many."""
+    """The tokenizer's own batch encoding of texts to lists of ids on all cores; returns the number of ids."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,10 +1,10 @@
-"""How fast and how large a distillation step is, beside the original's, TRL's and Liger's, in one run.
+"""Measures time and memory of a distillation step against the original's, TRL's and Liger's, in one run.
 
     python tools/bench_distil.py --profile cpu [--output benchmarks/distil-cpu.json]
 
-The same shapes and tokens for every row; each turn of a row is a fresh process group, and turns alternate (A B C, then
-C B A). `benchmarks/README.md` says what each row is and how time and memory are measured. The profiles that start with
-`gpu-` need one GPU of 80 GB.
+All rows use the same shapes and tokens; each turn of a row is a fresh process group, and turns alternate (A B C, then
+C B A). `benchmarks/README.md` says what each row is and how time and memory are measured. Profiles that start with
+`gpu-` need one GPU with 80 GB.
 """
 
 import argparse
@@ -25,21 +25,21 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="",
-        help="rows whose name contains one of these (A,B); writes nothing by default",
+        help="only rows whose name contains one of these (A,B); by default nothing is then written",
     )
-    parser.add_argument("--turns", type=_count, default=None, help="of each row, instead of the profile's number")
+    parser.add_argument("--turns", type=_count, default=None, help="turns per row, instead of the profile's number")
     parser.add_argument(
-        "--steps", type=_count, default=None, help="timed in each turn, instead of the profile's number"
+        "--steps", type=_count, default=None, help="timed steps per turn, instead of the profile's number"
     )
     parser.add_argument(
-        "--kernels", type=_count, default=0, help="of a GPU, so many that take most of a step of minima's"
+        "--kernels", type=_count, default=0, help="list this many GPU kernels that take most of minima's step"
     )
     parser.add_argument("--traces", type=Path, default=None, help="folder for traces of these steps")
     parser.add_argument(
         "--largest",
         type=_sizes,
         default={},
-        help="the largest micro-batches that fit, of a run before, which are then not searched for: NAME=N,NAME=N",
+        help="largest micro-batches that fit, from an earlier run, instead of searching for them: NAME=N,NAME=N",
     )
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/distil-PROFILE.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -51,30 +51,30 @@ def main() -> None:
         return
     if not options.profile:
         parser.error(f"--profile is one of {', '.join(SHOWN)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that no rank stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that no rank is left behind
     options.kernels = options.kernels or (20 if options.traces else 0)
     if options.kernels and PROFILES[options.profile].device != "cuda":
-        parser.error(f"--kernels and --traces look at a GPU, and the profile {options.profile} runs on CPUs")
+        parser.error(f"--kernels and --traces need a GPU, but the profile {options.profile} runs on CPUs")
     searched = [row.name for row in PROFILES[options.profile].rows if not row.micro_batch]
     if unknown := [name for name in options.largest if name not in searched]:
-        parser.error(f"--largest: {unknown} take no largest micro-batch in {options.profile}; these do: {searched}")
+        parser.error(f"--largest: {unknown} do not use a largest micro-batch in {options.profile}; only {searched} do")
     sys.exit(_bench(options))
 
 
 def _count(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a whole number of at least 1."""
     if not (text.isascii() and text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def _sizes(text: str) -> dict[str, int]:
-    """`NAME=N,NAME=N`."""
+    """Parse `NAME=N,NAME=N`."""
     found = {}
     for pair in filter(None, text.split(",")):
         name, _, size = pair.partition("=")
         if not size.isdecimal() or not int(size):
-            raise argparse.ArgumentTypeError(f"{pair!r} is no NAME=N with sequences N")
+            raise argparse.ArgumentTypeError(f"{pair!r} is not NAME=N with a number of sequences N")
         found[name] = int(size)
     return found
 
@@ -89,8 +89,8 @@ def _bench(options: argparse.Namespace) -> int:
 
     profile = PROFILES[options.profile]
     if profile.device == "cuda" and not num_accelerators():
-        print(f"The profile {profile.name} needs a GPU, and this machine shows none, so nothing was measured. "
-              "Run it where one is, or take --profile cpu.", file=sys.stderr)  # fmt: skip
+        print(f"The profile {profile.name} needs a GPU, but this machine has none, so nothing was measured. "
+              "Run it on a machine with a GPU, or use --profile cpu.", file=sys.stderr)  # fmt: skip
         return 2
     wanted = options.only.split(",")
     rows = tuple(row for row in profile.rows if any(part in row.name for part in wanted))
@@ -116,7 +116,7 @@ def _bench(options: argparse.Namespace) -> int:
         )
         try:
             run.run()
-        except (KeyboardInterrupt, SystemExit) as stopped:  # hours may have been measured
+        except (KeyboardInterrupt, SystemExit) as stopped:  # keep the results, which may have taken hours
             print(f"stopped ({stopped!r}): rows without a turn were not run", file=sys.stderr)
             interrupted = True
     found = report(run.profile, run.turns, run.ceilings)

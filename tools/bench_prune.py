@@ -1,17 +1,17 @@
-"""How good a model is after a cut: minima's scores beside torch-pruning's, one model, one text, nearly one shape.
+"""Compares models pruned by minima and by torch-pruning: the same model, the same text, almost the same shape.
 
     python tools/fetch_smollm2.py
     minima run recipes/smollm2-54m.yaml --stages corpus
-    pip install -c constraints.txt torch-pruning         # a row without it says so
+    pip install -c constraints.txt torch-pruning         # without it, its rows say so
     python tools/bench_prune.py [--steps 60] [--only minima,torch-pruning:taylor]
 
-Every way keeps two thirds of the heads, neurons and width, and all layers, and reads the same blocks. Printed are the
-held-out loss right after the cut and, with `--steps`, after so many steps of distillation from the uncut model, which
-all have the same data, order and settings; seconds of scoring and cutting; and memory beyond the loaded model. Each way
-has a process of its own. torch-pruning is used as its own example for language models does
-(`examples/LLMs/prune_llm.py`: heads whole, `GroupMagnitudeImportance` with p 2 and means), and with its gradient-based
-`GroupTaylorImportance`; it cuts no key-value heads of grouped queries, so its models are the larger ones. JSON goes to
-`--json`.
+Every method keeps two thirds of the heads, neurons and width, and all layers, and reads the same blocks. The table
+shows the held-out loss right after pruning and, with `--steps`, after that many steps of distillation from the unpruned
+model with the same data, order and settings; seconds for scoring and pruning; and memory beyond the loaded model. Each
+method runs in its own process. torch-pruning is used as in its own example for language models
+(`examples/LLMs/prune_llm.py`: whole heads, `GroupMagnitudeImportance` with p 2 and means), and with its gradient-based
+`GroupTaylorImportance`; it does not prune key-value heads of grouped queries, so its models are larger. `--json` writes
+the results to a file.
 """
 
 import argparse
@@ -51,15 +51,15 @@ LEARNING_RATE, WARMUP = 6e-4, 0.1
 
 
 def main() -> None:
-    """Run the ways one after another and print the table."""
+    """Run the methods one after another and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/models/smollm2-135m"))
     parser.add_argument(
         "--data", type=Path, default=Path("runs/smollm2-54m/corpus"), help="a build_data stage's folder"
     )
-    parser.add_argument("--blocks", type=int, default=32, help="that scores are measured on")
+    parser.add_argument("--blocks", type=int, default=32, help="number of blocks to compute scores on")
     parser.add_argument("--steps", type=int, default=0, help=f"of distillation, {BATCH} blocks each")
-    parser.add_argument("--only", default=",".join(WAYS), help="ways, separated by commas")
+    parser.add_argument("--only", default=",".join(WAYS), help="methods, separated by commas")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -114,7 +114,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _loss(model: Any, store: TokenStore) -> float:
-    """Nats a token over all blocks."""
+    """Loss in nats per token over all blocks."""
     total, count = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(store), MICRO_BATCH):
@@ -129,7 +129,7 @@ def _cross_entropy(model: Any, batch: Batch) -> Any:
 
 
 def _distil(student: Any, teacher: Any, store: TokenStore, order: Any, steps: int) -> None:
-    """Half text, half teacher, as published; cosine to a tenth after the warm-up. Products are in bfloat16."""
+    """Distil with half text, half teacher, as published; warm-up, then cosine to a tenth; products in bfloat16."""
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
         warm, done = max(1, round(WARMUP * steps)), step / steps
@@ -177,7 +177,7 @@ def _with_torch_pruning(kind: str) -> Callable[[WeightSource, Any, list[Batch]],
         import torch_pruning as tp
 
         warnings.simplefilter("ignore")
-        model.config.use_cache = False  # with a cache in the model's output its tracing does not come to an end
+        model.config.use_cache = False  # with a cache in the model's output, its tracing does not terminate
         config, heads = model.config, {}
         for layer in model.model.layers:
             attention = layer.self_attn
@@ -190,7 +190,7 @@ def _with_torch_pruning(kind: str) -> Callable[[WeightSource, Any, list[Batch]],
             score: Any = tp.importance.GroupTaylorImportance(group_reduction="mean")
         else:
             score = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
-        model.set_attn_implementation("eager")  # its tracing does not follow grouped queries through a fused kernel
+        model.set_attn_implementation("eager")  # its tracing cannot follow grouped queries through a fused kernel
         pruner = tp.pruner.BasePruner(
             model,
             example_inputs=batches[0].input_ids_BT[:1, :16],
@@ -213,7 +213,7 @@ def _with_torch_pruning(kind: str) -> Callable[[WeightSource, Any, list[Batch]],
 
 
 def _as_source(config: dict[str, Any], model: Any) -> WeightSource:
-    """A model whose modules were cut in place, with a configuration that says what they are now."""
+    """A model whose modules were pruned in place, with a matching configuration."""
     layer, head_size = model.model.layers[0], config["head_dim"]
     tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if config["tie_word_embeddings"]:

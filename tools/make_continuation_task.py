@@ -1,11 +1,11 @@
-"""Make minima/assets/tasks/continuation_{en,zh}.jsonl: which sentence, or which verse, comes next?
+"""Make minima/assets/tasks/continuation_{en,zh}.jsonl: which sentence or verse comes next?
 
     python tools/make_continuation_task.py
 
-Derived by rule from the embedded texts, so the answers need no judgement. Only documents are used that `build_data`
-sets aside at its default seed and a `held_out_fraction` of at least 0.03, as the quickstart does: a model that was
+The items are derived by rule from the embedded texts, so the answers need no judgement. They use only documents that
+`build_data` holds out with its default seed and a `held_out_fraction` of at least 0.03, as in the quickstart: a model
 trained on the rest has not seen them. The wrong choices come from the same documents, so that neither the century nor
-what was seen in training gives the answer away. The same texts give the same items.
+familiarity from training gives the answer away. The same texts give the same items.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from minima.data.documents import HeldOut
 from minima.recipe.schema import BuildData
 
 TASKS = Path(__file__).resolve().parent.parent / "minima" / "assets" / "tasks"
-ITEMS = 32  # of each language
+ITEMS = 32  # per language
 CHOICES = 4
 HELD_OUT_FRACTION = 0.03
 SEED = BuildData.model_fields["seed"].default
@@ -32,12 +32,12 @@ SENTENCE = re.compile(r"[A-Z][^.!?\n]*[.!?](?=\s)")
 
 
 class Pair(NamedTuple):
-    """Two neighbours in a text.
+    """Two consecutive pieces of a text.
 
     Attributes:
         id: of the document, and the place in it.
-        first: what is read.
-        second: what truly follows.
+        first: the context.
+        second: the true continuation.
     """
 
     id: str
@@ -46,14 +46,14 @@ class Pair(NamedTuple):
 
 
 def held_out(name: str) -> Iterator[dict[str, str]]:
-    """Records of an embedded text that training never reads."""
+    """Records of an embedded text that are held out from training."""
     records = list(read_text_asset(name))
     kept = HeldOut(HELD_OUT_FRACTION, SEED).mask([record["text"].encode("utf-8") for record in records])
     return (record for record, keep in zip(records, kept, strict=True) if keep)
 
 
 def sentences() -> list[Pair]:
-    """Neighbouring sentences of the addresses, both of a fair length and neither with a list's commas or figures."""
+    """Consecutive sentences of the addresses, of suitable length and without figures, initials or abbreviations."""
     pairs = []
     for record in held_out("sotu"):
         found = list(SENTENCE.finditer(record["text"]))
@@ -78,7 +78,7 @@ def verses() -> list[Pair]:
 
 
 def fits(text: str, bounds: tuple[int, int]) -> bool:
-    """Whether a text's length lies within the bounds."""
+    """Whether a text's length is within the bounds."""
     return bounds[0] <= len(text) <= bounds[1]
 
 
@@ -88,12 +88,12 @@ def document(pair: Pair) -> str:
 
 
 def items(pairs: list[Pair], far: int) -> list[dict[str, object]]:
-    """Questions in an order that follows from the ids: the true continuation among others of about its length.
+    """Questions in an order determined by the ids: the true continuation among others of similar length.
 
     Args:
-        pairs: all that the texts offer.
-        far: of a long document's pairs, those at least so far away serve as wrong choices; those of other documents
-            do where a document is short.
+        pairs: all pairs in the texts.
+        far: wrong choices are taken from pairs of the same document that are more than this many places away, or from
+            other documents if there are not enough of them.
     """
     made: list[dict[str, object]] = []
     for pair in spread(pairs)[:ITEMS]:
@@ -103,14 +103,14 @@ def items(pairs: list[Pair], far: int) -> list[dict[str, object]]:
         draw.shuffle(others)
         near = sorted(others, key=lambda other: abs(len(other.second) - len(pair.second)))[: 2 * CHOICES]
         wrong = [other.second for other in draw.sample(near, CHOICES - 1)]
-        answer = len(made) % CHOICES  # every place equally often
+        answer = len(made) % CHOICES  # each position equally often
         choices = [*wrong[:answer], pair.second, *wrong[answer:]]
         made.append({"id": pair.id, "context": pair.first, "choices": choices, "answer": answer})
     return made
 
 
 def spread(pairs: list[Pair]) -> list[Pair]:
-    """All pairs in a fixed random order, the first of every document before the second of any."""
+    """All pairs in a fixed pseudo-random order, the first of every document before the second of any."""
     order = sorted(pairs, key=lambda pair: hashlib.sha256(pair.id.encode()).hexdigest())
     seen: Counter[str] = Counter()
     turns = []
@@ -121,7 +121,7 @@ def spread(pairs: list[Pair]) -> list[Pair]:
 
 
 def place(pair: Pair) -> int:
-    """Where in its document a pair stands."""
+    """The place of a pair in its document."""
     return int(pair.id.rpartition(".")[2])
 
 

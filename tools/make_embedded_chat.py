@@ -3,7 +3,7 @@
     python tools/make_embedded_chat.py [--output FOLDER]
 
 Everything is drawn with one seed, so the same texts give the same examples; the bytes of the .xz files also depend on
-the version of liblzma. `minima/assets/chat/SOURCES.md` tells the rules.
+the version of liblzma. `minima/assets/chat/SOURCES.md` describes the rules.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from minima.assets import read_text_asset
 
 CHAT = Path(__file__).resolve().parent.parent / "minima" / "assets" / "chat"
 SEED = 776
-# Most of it is to fit into 128 tokens of a small vocabulary, a pair's prompt and two answers together.
+# Most examples should fit into 128 tokens of a small vocabulary, a pair's prompt and two answers together.
 EXCHANGE_CHARACTERS = {"english": 220, "chinese": 60}
-PAIR_CHARACTERS = {"english": 120, "chinese": 32}  # of the question and the right answer
-# Exchanges by rule, and preference pairs by rule, of each kind.
+PAIR_CHARACTERS = {"english": 120, "chinese": 32}  # question and correct answer together
+# Numbers of derived exchanges and preference pairs of each kind.
 EXCHANGES = {
     "continue": 520, "next_sentence": 260, "first_word": 70, "last_word": 70, "repeat": 70,
     "who": 300, "when": 100, "opening": 160,
@@ -39,7 +39,7 @@ PAIRS = {
     "continue": 200, "next_sentence": 60, "last_word": 30, "repeat": 30, "who": 110, "opening": 40,
     "next_line": 220, "poet": 80, "poem_opening": 60,
 }  # fmt: skip
-FEW = 12  # words of an opening
+FEW = 12  # number of words in an opening
 COUPLET = re.compile(r"([\u4e00-\u9fff]{4,7})，([\u4e00-\u9fff]{4,7})。")
 
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def derived(draw: random.Random) -> dict[str, list[Exchange]]:
-    """Exchanges of each kind, in a drawn order, no question twice."""
+    """Exchanges of each kind in random order, without duplicate questions."""
     found: dict[str, dict[str, Exchange]] = {}
     for exchange in itertools.chain(of_sentences(draw), of_presidents(), of_poems(draw)):
         if len(exchange.question) + len(exchange.answer) <= EXCHANGE_CHARACTERS[exchange.language]:
@@ -80,7 +80,7 @@ def derived(draw: random.Random) -> dict[str, list[Exchange]]:
 
 
 def of_sentences(draw: random.Random) -> Iterator[Exchange]:
-    """What can be asked about sentences of the addresses."""
+    """Questions about sentences of the addresses."""
     ways = ["Continue this sentence: {}", "Go on: {}", "How does this sentence end? {}", "Complete: {}"]
     follow = ["What comes after this sentence? {}", "Give the next sentence: {}"]
     for address in read_text_asset("sotu"):
@@ -102,14 +102,14 @@ def of_sentences(draw: random.Random) -> Iterator[Exchange]:
 
 
 def plain(sentence: str) -> bool:
-    """Whether a sentence is one: ASCII, begins and ends like one, no brackets of the record."""
+    """Whether a text is a simple sentence: ASCII, begins and ends like one, no brackets or quotation marks."""
     return (
         sentence.isascii() and sentence[0].isupper() and sentence[-1] == "." and not re.search(r'[()\[\]"]', sentence)
     )
 
 
 def of_presidents() -> Iterator[Exchange]:
-    """Who spoke when; a year with two addresses is left out."""
+    """Questions about who spoke when; `who` and `opening` leave out years with two addresses."""
     addresses = [(*speaker(record["id"]), record["text"]) for record in read_text_asset("sotu")]
     per_year = Counter(year for year, _, _ in addresses)
     years: dict[str, list[int]] = {}
@@ -131,14 +131,14 @@ def of_presidents() -> Iterator[Exchange]:
 
 
 def speaker(name: str) -> tuple[str, str]:
-    """Year and name of an address's id: 1790_george_washington_n."""
+    """Year and name from an address's id, such as 1790_george_washington_n."""
     year, *parts, _ = name.split("_")
     words = [part.upper() + "." if len(part) == 1 else part.capitalize() for part in parts]
     return year, " ".join(words).replace("Van Buren", "van Buren").replace("Mc Kinley", "McKinley")
 
 
 def of_poems(draw: random.Random) -> Iterator[Exchange]:
-    """Next lines, poets and first lines; a line or title of two poems is left out by `derived`'s first."""
+    """Questions about next lines, poets and first lines; for one shared by two poems, `derived` keeps the first."""
     for poem in read_text_asset("poems"):
         title, *lines = poem["text"].split("\n")
         found = [match.groups() for line in lines if (match := COUPLET.fullmatch(line))]
@@ -160,7 +160,7 @@ def of_poems(draw: random.Random) -> Iterator[Exchange]:
 def conversations(
     pool: dict[str, list[Exchange]], written: dict[str, Any], draw: random.Random
 ) -> list[dict[str, Any]]:
-    """All of them: written, by rule, and several by rule in one; some with a system message."""
+    """All conversations: written ones, derived ones, and derived ones after a greeting; some with a system message."""
     found: list[dict[str, Any]] = []
     for kind, count in EXCHANGES.items():
         for exchange in pool[kind][:count]:
@@ -189,7 +189,7 @@ def conversations(
 
 
 def written_exchanges(written: dict[str, Any]) -> Iterator[Exchange]:
-    """The written ones, every question with one of its answers."""
+    """The written exchanges, every question with one of its answers."""
     for language in ("english", "chinese"):
         for entry in written[language]:
             for number, question in enumerate(entry["ask"]):
@@ -197,12 +197,12 @@ def written_exchanges(written: dict[str, Any]) -> Iterator[Exchange]:
 
 
 def bare(question: str) -> str:
-    """The question as somebody types it who is in a hurry."""
+    """The question as typed in a hurry: lower case, without final punctuation."""
     return question.rstrip(".?!。？！").lower()
 
 
 def record(kind: str, language: str, turns: list[str]) -> dict[str, Any]:
-    """User and assistant by turns."""
+    """A record whose turns alternate between user and assistant."""
     roles = itertools.cycle(("user", "assistant"))
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     return {"rule": kind, "language": language, "messages": messages}
@@ -212,7 +212,7 @@ def record(kind: str, language: str, turns: list[str]) -> dict[str, Any]:
 
 
 def pairs(pool: dict[str, list[Exchange]], written: dict[str, Any], draw: random.Random) -> list[dict[str, Any]]:
-    """The right answer against one that a rule spoils; and the written wrong ones."""
+    """Pairs of the correct answer and one spoilt by a rule, and pairs with the written wrong answers."""
     found = []
     for kind, count in PAIRS.items():
         short = [e for e in pool[kind] if len(e.question) + len(e.answer) <= PAIR_CHARACTERS[e.language]]
@@ -236,36 +236,36 @@ def pairs(pool: dict[str, list[Exchange]], written: dict[str, Any], draw: random
 def spoilt(
     rule: str, exchange: Exchange, alike: list[Exchange], pool: dict[str, list[Exchange]], draw: random.Random
 ) -> str:
-    """A worse answer."""
+    """A worse answer, made by the given rule."""
     words = words_of(exchange)
     space = " " if exchange.language == "english" else ""
     if rule == "other":  # the answer to another question of this kind
         return draw.choice([other.answer for other in alike if other.answer != exchange.answer])
-    if rule == "repeated":  # one word, or two characters, again and again
+    if rule == "repeated":  # one word or two characters, repeated
         word = words[0] if exchange.language == "english" else "".join(words[:2])
         return space.join([word] * 6)
     if rule == "language":  # an answer in the other language
         kind = "next_line" if exchange.language == "english" else "who"
         return draw.choice(pool[kind]).answer
-    if rule == "short":  # broken off
+    if rule == "short":  # truncated
         return space.join(words[: max(1, len(words) // 3)])
-    assert rule == "disorder", rule  # its own words in another order
+    assert rule == "disorder", rule  # its own words in random order
     return space.join(draw.sample(words, len(words)))
 
 
 def words_of(exchange: Exchange) -> list[str]:
-    """An answer's words, or its characters in Chinese."""
+    """An answer's words, or for Chinese its characters."""
     return exchange.answer.split() if exchange.language == "english" else list(exchange.answer)
 
 
 def preference(rule: str, language: str, question: str, chosen: str, rejected: str) -> dict[str, Any]:
-    """One record."""
+    """The record of a preference pair."""
     prompt = [{"role": "user", "content": question}]
     return {"rule": rule, "language": language, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """One JSON record a line, compressed by xz."""
+    """Write one JSON record per line, compressed with xz."""
     lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
     content = ("\n".join(lines) + "\n").encode("utf-8")
     packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)

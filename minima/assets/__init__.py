@@ -1,4 +1,4 @@
-"""What minima ships: texts, conversations and templates. `SOURCES.md` beside them tells sources and licences."""
+"""The texts, conversations and templates shipped with minima. `SOURCES.md` beside them gives sources and licences."""
 
 import json
 import lzma
@@ -12,7 +12,7 @@ TEMPLATES = ("minichat",)
 
 
 def read_text_asset(name: str) -> Iterator[dict[str, str]]:
-    """The records of an embedded text, in their order.
+    """The records of an embedded text, in order.
 
     Args:
         name: `sotu` (233 State of the Union addresses, English) or `poems` (12,362 Tang and Song poems, Chinese).
@@ -25,10 +25,10 @@ def read_text_asset(name: str) -> Iterator[dict[str, str]]:
 
 
 def read_chat_asset(name: str) -> Iterator[dict[str, Any]]:
-    """The embedded examples of chat, in their order.
+    """The embedded chat examples, in order.
 
     Args:
-        name: `chat`, records with `messages`; or `preferences`, records with `prompt` (messages), `chosen` and
+        name: `chat` for records with `messages`, or `preferences` for records with `prompt` (messages), `chosen` and
             `rejected`.
     """
     assert name in CHATS, name

@@ -1,1 +1,1 @@
-"""What `tools/bench_distil.py` is made of: profiles, models, losses, steps, worker, memory, report."""
+"""The parts of `tools/bench_distil.py`: profiles, models, losses, steps, worker, memory, report."""

@@ -1,4 +1,4 @@
-"""Each peer's loss as one function of hidden states and heads, and as an objective of minima's own step.
+"""Each tool's loss as one function of hidden states and heads, and as an objective for minima's own step.
 
 Shapes: N tokens, D student width, E teacher width, V vocabulary.
 """
@@ -20,7 +20,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Missing(Exception):
-    """A peer cannot be measured here; says why."""
+    """A tool cannot be measured here; the message says why."""
 
 
 def original_terms(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _dense() -> Loss:
         student_NV = student_ND @ head_VD.t()
         with torch.no_grad():
             teacher_NV = teacher_NE @ teacher_head_VE.t()
-        # The stock models' loss takes the softmax for the labels in float32.
+        # The stock models' loss computes the softmax for the labels in float32.
         hard = functional.cross_entropy(student_NV.float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
         return 0.5 * hard + 0.5 * original_terms(student_NV, teacher_NV)
 
@@ -89,14 +89,14 @@ def _liger() -> Loss:
 
 
 def trl_gkd():
-    """TRL's trainer of the same forward KL.
+    """TRL's trainer that uses the same forward KL.
 
     Raises:
-        Missing: TRL is not installed, or has no such trainer any more.
+        Missing: TRL is not installed, or no longer has this trainer.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is experimental
+            warnings.simplefilter("ignore")  # the warning that it is experimental
             from trl.experimental.gkd import GKDTrainer
     except ImportError as error:
         raise Missing(f"TRL cannot be imported ({error}); install the extra `bench`") from error
@@ -107,13 +107,13 @@ def liger_jsd(hard: float, soft: float):
     """Liger's fused linear loss with a beta of 0, which is the forward KL.
 
     Raises:
-        Missing: liger-kernel is not installed, or does not load here.
+        Missing: liger-kernel is not installed, or cannot be imported here.
     """
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError as error:
         raise Missing(f"liger-kernel cannot be imported ({error}); install the extra `bench`") from error
-    # Its compiled form is its default, and what TRL turns off; on a CPU it would time the compiler.
+    # The compiled version is Liger's default, although TRL turns it off; on a CPU it would time the compiler.
     compiled = torch.cuda.is_available()
     return LigerFusedLinearJSDLoss(hard, soft, beta=0.0, ignore_index=IGNORE_INDEX, compiled=compiled)
 
@@ -128,7 +128,7 @@ LOSS_MAKERS: dict[str, Callable[[], Loss]] = {
 
 
 class OtherLoss(Distillation):
-    """minima's objective with another loss in it, and nothing else changed."""
+    """minima's objective with only the loss replaced."""
 
     def __init__(self, loss: Loss, *arguments, **options) -> None:
         super().__init__(*arguments, **options)

@@ -1,4 +1,4 @@
-"""A rank's peak memory, above what it holds before any model is built."""
+"""A rank's peak memory, relative to what it holds before any model is built."""
 
 import contextlib
 from pathlib import Path
@@ -14,13 +14,13 @@ def _resident(field: str) -> int:
 
 
 class PeakMemory:
-    """Bytes of one device.
+    """Measures the bytes in use on one device.
 
-    On a GPU the allocator's own peak of live tensors. On a CPU the kernel's high-water mark of the process's resident
-    memory, which misses no moment as a sampler would; it is set back by writing to `/proc/self/clear_refs`.
+    On a GPU it reads the allocator's own peak of live tensors. On a CPU it reads the kernel's high-water mark of the
+    process's resident memory, which unlike a sampler cannot miss a peak; writing to `/proc/self/clear_refs` resets it.
 
     Args:
-        device: where the models are. The idle process is this one at this moment.
+        device: where the models are. The idle level is the memory in use when this object is created.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,13 +28,13 @@ class PeakMemory:
         self.idle_bytes = self.current_bytes()
 
     def current_bytes(self) -> int:
-        """What is held now."""
+        """The memory in use now."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return _resident("VmRSS")
 
     def reset(self) -> None:
-        """Begin a new peak."""
+        """Start measuring a new peak."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -42,7 +42,7 @@ class PeakMemory:
                 _CLEAR.write_text("5")
 
     def peak_bytes(self) -> int:
-        """The most that was held since the last reset."""
+        """The peak since the last reset."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _resident("VmHWM")

@@ -1,4 +1,4 @@
-"""Weights, batches and engines of the rows: minima's own, and the plain DeepSpeed engines of the others."""
+"""Weights, batches and engines of the rows: minima's own, and plain DeepSpeed engines for the other tools."""
 
 import math
 from importlib.util import find_spec
@@ -27,14 +27,14 @@ from minima.stages.shipped import shipped_folder
 from .losses import Missing
 from .profiles import Profile, Row
 
-LEARNING_RATE = 1e-6  # so small that every row's model stays the one it began as
+LEARNING_RATE = 1e-6  # so small that no row's model changes noticeably
 _BLOCK = 2**20
 
 
 class TiledSource:
-    """Random weights in an instant: one block of normal numbers, over and over. A 7B model drawn afresh takes minutes.
+    """Fast random weights: one block of normal numbers, repeated. Generating all of a 7B model's would take minutes.
 
-    It draws on the CPU and repeats on the rank's device, so that no copy from the host is waited for.
+    The block is generated on the CPU and repeated on the rank's device, which avoids copies from the host.
 
     Args:
         shape: of the model.
@@ -69,7 +69,7 @@ def make_batches(profile: Profile, row: Row, device: torch.device, step: int, sh
 
     Args:
         step: counted from 0.
-        short: one sequence of few tokens each, where their number does not matter.
+        short: one short sequence per micro-batch, for when the number of tokens does not matter.
     """
     sequences, tokens = (1, min(128, profile.sequence_tokens)) if short else (row.micro_batch, profile.sequence_tokens)
     generator = torch.Generator().manual_seed(1000 * step + distributed.rank())
@@ -79,12 +79,12 @@ def make_batches(profile: Profile, row: Row, device: torch.device, step: int, sh
 
 
 def settings(profile: Profile, row: Row) -> Training:
-    """What the recipe of such a run would say.
+    """The training settings of a corresponding recipe.
 
     Raises:
-        Missing: liger-kernel, which the profile's own rows take, is not installed.
+        Missing: liger-kernel is not installed, but the profile's own rows use it.
     """
-    # Where only the loss differs the models are stock ones, and what is compiled takes no other kernels.
+    # Rows that differ only in the loss use stock models, and compiled layers use no other kernels.
     kernels = "stock" if row.group == "a" or row.what == "minima_compiled" else profile.kernels
     if kernels == "liger" and find_spec("liger_kernel") is None:
         raise Missing("liger-kernel is not installed: pip install liger-kernel")
@@ -111,13 +111,13 @@ def minima_student(profile: Profile, row: Row) -> Student:
 
 
 def minima_teacher(profile: Profile, row: Row, nvme_path: Path | None) -> FrozenHost:
-    """minima's frozen model, where the row says that it lives.
+    """minima's frozen model, placed as the row says.
 
     Args:
         nvme_path: this rank's folder for shards on NVMe.
 
     Raises:
-        Missing: shards on NVMe cannot be read here.
+        Missing: shards on NVMe cannot be used here.
     """
     training = settings(profile, row)
     if nvme_path is not None:
@@ -145,16 +145,16 @@ def minima_teacher(profile: Profile, row: Row, nvme_path: Path | None) -> Frozen
 
 
 def peer_config(profile: Profile, row: Row) -> dict[str, Any]:
-    """The DeepSpeed configuration of minima's student, buckets and all, but for what is no user's and no default's."""
+    """The DeepSpeed configuration of minima's student, including buckets, without minima's deviations from defaults."""
     training = settings(profile, row)
     config = training_config(shipped_folder("ds_configs") / training.deepspeed, training, distributed.world_size())
-    # Float32 accumulation and communication, and no timer that waits for the device, are minima's choice, no default.
+    # minima's own choices, not defaults: float32 accumulation and communication, and no timers that wait for a device.
     ours = ("data_types", "communication_data_type", "timers")
     return {key: value for key, value in config.items() if key not in ours}
 
 
 class Root(nn.Module):
-    """A model whose forward runs a function: for steps that need more than the stock forward inside the engine."""
+    """A module whose forward runs a function, for steps that need more than the stock forward inside the engine."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Root(nn.Module):
 
 
 def peer_student(profile: Profile, row: Row, *, rooted: bool = False):
-    """A trainable ZeRO-3 engine of a stock model, with the same optimiser that minima's student has."""
+    """A trainable ZeRO-3 engine for a stock model, with the same optimiser as minima's student."""
     config = peer_config(profile, row)
     model = build_sharded(TiledSource(profile.student, seed=1), config, row.precision)
     if profile.activation_checkpointing == "full":
@@ -179,6 +179,6 @@ def peer_student(profile: Profile, row: Row, *, rooted: bool = False):
 
 
 def frozen_model(profile: Profile, row: Row, config: dict[str, Any]):
-    """The teacher in ZeRO-3's shards, still without an engine."""
+    """The teacher in ZeRO-3 shards, without an engine yet."""
     model = build_sharded(TiledSource(profile.teacher, seed=2), config, row.precision)
     return model.requires_grad_(False).eval()

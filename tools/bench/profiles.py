@@ -1,4 +1,4 @@
-"""What is measured: shapes, rows and repeats of each profile. No torch here."""
+"""The shapes, rows and repetitions of each profile. No torch here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from minima.models.shape import ModelShape
 from minima.recipe.distillation import Offload, Placement
 
-# The original's 7B teacher with its grown vocabulary, and the student it was pruned to.
+# The original's 7B teacher with its expanded vocabulary, and the student it was pruned to.
 LLAMA_7B = ModelShape(
     vocabulary_size=49216, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_positions=4096
 )
@@ -20,16 +20,16 @@ class Row:
     """One line of the result.
 
     Attributes:
-        group: `a`, only the loss differs; `b`, each as shipped; `window`, what the teacher window does; `loss`, the
-            loss alone.
-        what: the loss of groups `a` and `loss`, the tool of group `b`, `minima` in group `window`.
+        group: `a`, only the loss differs; `b`, each tool as shipped; `window`, the effect of the teacher window;
+            `loss`, the loss alone.
+        what: the loss in groups `a` and `loss`, the tool in group `b`, `minima` in group `window`.
         precision: of weights and activations.
         micro_batch: sequences that one rank runs at once; 0 for the largest that fits, found by trying.
-        micro_batches: of one optimiser step on one rank.
-        placement: where minima's teacher lives.
-        offload: where its shards lie.
-        window: micro-batches that one traversal of its layers serves.
-        turns: fresh process groups that time it.
+        micro_batches: micro-batches per optimiser step and rank.
+        placement: placement of minima's teacher.
+        offload: where its shards are stored.
+        window: micro-batches per traversal of its layers.
+        turns: number of fresh process groups in which it is timed.
     """
 
     group: str
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What it is called in the result; two rows of a profile never share it."""
+        """Its name in the result, unique within a profile."""
         parts = [f"{self.group}:{self.what}"]
         if self.group == "window":
             parts += [self.placement if self.offload == "none" else self.offload, f"window {self.window}"]
@@ -53,23 +53,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes, rows and repeats.
+    """Shapes, rows and repetitions.
 
     Attributes:
         name: on the command line.
         device: `cpu` or `cuda`.
-        ranks: processes of the group that trains.
-        sequence_tokens: of each sequence.
-        loss_tokens: of the loss alone.
-        steps: timed optimiser steps of each turn.
-        loss_repeats: timed passes of the loss alone in each turn.
+        ranks: number of processes in the training process group.
+        sequence_tokens: tokens per sequence.
+        loss_tokens: tokens for the loss alone.
+        steps: timed optimiser steps per turn.
+        loss_repeats: timed passes of the loss alone per turn.
         activation_checkpointing: of every row's student.
-        kernels: of minima's own rows in group `b`, and of group `window`.
-        ceiling_width: rows and columns of the matmul that is the ceiling; 64 times its square is copied, in bytes.
+        kernels: for minima's own rows in group `b`, and for group `window`.
+        ceiling_width: rows and columns of the matmul that measures the ceiling; the copy that measures memory bandwidth
+            has 64 times its square in bytes.
         micro_batches_to_try: sequences that a row with `micro_batch` 0 tries, smallest first.
-        memory_bytes: of a GPU that has more, group `b` uses only so much: its micro-batches are the largest that fit.
-        sharing_groups: their rows share a process group in each turn, since starting takes longer than timing.
-        shared_process: all rows in one process group, one turn: the fast check of the program, not a measurement.
+        memory_bytes: limit for group `b` on a GPU that has more memory; its micro-batches are the largest that fit.
+        sharing_groups: groups whose rows share a process group in each turn, because starting takes longer than timing.
+        shared_process: run all rows in one process group, in one turn: a quick check of the program, no measurement.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Profile:
     shared_process: bool = False
 
     def flops_per_token(self) -> float:
-        """Model FLOPs of one token: the teacher's forward, the student's forward and backward, nothing recomputed."""
+        """Model FLOPs per token: the teacher's forward, the student's forward and backward, without recomputation."""
         return self.teacher.forward_flops_per_token(self.sequence_tokens) + self.student.training_flops_per_token(
             self.sequence_tokens
         )
@@ -101,37 +102,37 @@ LOSSES = ("minima", "dense", "trl", "trl_chunked", "liger")
 TOOLS = ("original", "trl", "liger")
 
 
-# Where a window saves something: between ranks, within a machine, from the host's memory, from a disk.
+# Placements where a window saves traffic: between ranks, within a machine, from host memory, from disk.
 PLACES: tuple[tuple[Placement, Offload], ...] = (
     ("zero3", "none"), ("zero3_node", "none"), ("zero3", "cpu"), ("zero3", "nvme"),
 )  # fmt: skip
 
 
 def _windows(window: int, places: Sequence[tuple[Placement, Offload]], **fields) -> tuple[Row, ...]:
-    """With and without a window, for each place."""
+    """Rows with and without a window, for each placement."""
     plain = Row("window", "minima", micro_batches=window, **fields)
     rows = (replace(plain, placement=placement, offload=offload) for placement, offload in places)
     return tuple(one for row in rows for one in (row, replace(row, window=window)))
 
 
 def _rows(precision: str, micro_batch: int, largest: int, **fields) -> tuple[Row, ...]:
-    """Groups a and b, and the loss alone.
+    """The rows of groups a and b, and of the loss alone.
 
     Args:
-        precision: of all of them.
+        precision: of all rows.
         micro_batch: of group a.
-        largest: of group b; 0 to find it by trying.
+        largest: micro-batch of group b; 0 to find it by trying.
     """
     a = [Row("a", what, precision, micro_batch, **fields) for what in LOSSES]
-    # Where every row has the same micro-batch, minima's line of group b is that of group a.
+    # If all rows have the same micro-batch, minima's row in group b would repeat that of group a.
     tools = TOOLS if largest == micro_batch else ("minima", *TOOLS)
     b = [Row("b", what, precision, largest, **fields) for what in tools]
-    # The tools last: their process groups are most of the time, and a run that is stopped keeps what it has.
+    # The tools come last: their process groups take most of the time, and a stopped run keeps what it has.
     return (*a, *(Row("loss", what, precision, turns=fields.get("turns", 2)) for what in LOSSES), *b)
 
 
 def _more_turns(turns: int, rows: tuple[Row, ...], names: tuple[str, ...]) -> tuple[Row, ...]:
-    """The same rows; those whose ratio is the headline are timed more often."""
+    """The same rows with more turns for those whose ratio is the headline."""
     return tuple(replace(row, turns=turns) if row.name in names else row for row in rows)
 
 
@@ -158,7 +159,7 @@ _CPU = Profile(
     ),
 )
 
-# Most of the same rows, in seconds: what the tests run.
+# Most of the same rows, in seconds; used by the tests.
 _TINY_SHAPE = ModelShape(
     vocabulary_size=256, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, max_positions=32
 )
@@ -225,8 +226,8 @@ _GPU_OFFLOAD = replace(
     rows=_windows(8, (PLACES[2],), micro_batch=2, precision="bfloat16"),
 )
 
-# The layers of the real pair and nothing in them: what Python, PyTorch and DeepSpeed need for a step themselves, which
-# a GPU waits for where it is longer than its own work.
+# As many layers as the real pair, but tiny ones: measures the overhead of Python, PyTorch and DeepSpeed per step, for
+# which a GPU has to wait if it exceeds the GPU's own work.
 _THIN = {
     "vocabulary_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_key_value_heads": 4,
     "head_size": 16,

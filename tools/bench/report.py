@@ -1,4 +1,4 @@
-"""The result of a run: rows, ratios and facts as JSON, and as a table for a person."""
+"""The result of a run: rows, ratios and facts as JSON, and as a readable table."""
 
 import datetime
 import importlib.metadata
@@ -35,11 +35,11 @@ DESCRIPTIONS = {
 
 
 def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[str, float]) -> dict[str, Any]:
-    """One row of the result, from what its turns found.
+    """One row of the result, from the results of its turns.
 
-    Times are pooled over the turns. The spread is half the range of the turns' medians over the median of all: how far
-    the same row differs between process groups; with one turn, half the range of its steps; None of a single time. A
-    turn that failed beside others that did not is counted in `failed_turns`.
+    Times are pooled over the turns. The spread is half the range of the turns' medians over the median of all, that is,
+    how much the same row differs between process groups; with one turn, it is half the range of its steps, and None for
+    a single time. If some turns failed and others did not, the failed ones are counted in `failed_turns`.
     """
     described = {
         "name": row.name,
@@ -64,7 +64,7 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
         "tokens_per_step": measured[0]["tokens"],
         "seconds": [round(one, 4) for one in seconds],
         "median_seconds": middle,
-        # Of rank 0: on a machine with other work these still compare, where the clock does not.
+        # CPU seconds of rank 0: comparable on a machine with other load, where wall-clock time is not.
         "median_processor_seconds": statistics.median(one for turn in measured for one in turn["processor_seconds"]),
         "spread": (max(medians) - min(medians)) / 2 / middle if len(medians) > 1 else None,
         "tokens_per_second": tokens_per_second,
@@ -86,10 +86,10 @@ def summary(row: Row, turns: Sequence[Found], profile: Profile, ceilings: dict[s
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """minima against the original, in the profile's own precision: speed as ours over theirs, and so memory.
+    """minima against the original in the profile's own precision: speed and memory, each as ours over theirs.
 
-    None where one of the two was not measured. minima as shipped is `b:minima`, or `a:minima` in a profile where that
-    is the same step.
+    None if one of the two was not measured. minima as shipped is `b:minima`, or `a:minima` in a profile where that is
+    the same step.
     """
     step = _pick(rows, _group_of_ours(rows), "minima")
     original = _pick(rows, "b", "original")
@@ -103,7 +103,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """minima's speed and memory over those of every other row with the same group and precision."""
+    """minima's speed and memory relative to every other row of the same group and precision."""
     found = []
     for row in rows:
         if row["group"] not in ("a", "b", "loss") or row["what"] == "minima":
@@ -113,7 +113,7 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         speed = _over(ours, row, "tokens_per_second")
         memory = _over(ours, row, "peak_above_idle_bytes")
         if ours is not None and speed is not None:
-            # Two medians, each uncertain by its spread; where one is a single time nothing is known of that.
+            # Two medians, each uncertain by its spread, which is not known for a single time.
             spreads = (ours["spread"], row["spread"])
             uncertain = None if None in spreads else sum(spreads)
             found.append(
@@ -140,12 +140,12 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _group_of_ours(rows: Sequence[dict[str, Any]]) -> str:
-    """Where minima as shipped stands: a row of group b that was not measured is not replaced by one of group a."""
+    """The group with minima as shipped; a row of group b that was not measured is not replaced by one of group a."""
     return "b" if any((row["group"], row["what"]) == ("b", "minima") for row in rows) else "a"
 
 
 def _pick(rows: Sequence[dict[str, Any]], group: str, what: str, precision: str | None = None) -> dict[str, Any] | None:
-    """The measured row of that name; without a precision the first one, which is the profile's own."""
+    """The row of this name if it was measured; without a precision the first one, which has the profile's own."""
     for row in rows:
         fits = (row["group"], row["what"]) == (group, what) and precision in (None, row["precision"])
         if fits:
@@ -160,7 +160,7 @@ def _over(ours: dict[str, Any] | None, theirs: dict[str, Any] | None, field: str
 
 
 def report(profile: Profile, turns: dict[str, list[Found]], ceilings: dict[str, list[float]]) -> dict[str, Any]:
-    """Everything that a run found."""
+    """All results of a run."""
     best = {name: max(rates) for name, rates in ceilings.items()}
     rows = [summary(row, turns[row.name], profile, best) for row in profile.rows]
     return {
@@ -188,7 +188,7 @@ def report(profile: Profile, turns: dict[str, list[Found]], ceilings: dict[str, 
 
 
 def environment(profile: Profile) -> dict[str, Any]:
-    """What the numbers depend on, and nothing that tells one machine from its like."""
+    """The facts that the numbers depend on, without anything that identifies an individual machine."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -222,7 +222,7 @@ def _processor() -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result for a person; Markdown, so that it can be kept."""
+    """The result as readable Markdown."""
     heads = ("row", "micro-batches", "tokens/s", "spread", "processor s", "model FLOP/s", "of ceiling")
     heads += ("peak above idle", "collectives", "from host", "loss")
     lines = [f"| {' | '.join(heads)} |", "|--" * len(heads) + "|"]
@@ -258,14 +258,14 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", f"turns that failed: {', '.join(failed)}"] if failed else []
     for row in found["rows"]:
         if "kernels" in row:
-            lines += ["", f"{row['name']}: {row['median_seconds']:.3f} s a step; of one more, under the profiler:"]
+            lines += ["", f"{row['name']}: {row['median_seconds']:.3f} s per step; one more step under the profiler:"]
             lines += [f"- {one['seconds']:.4f} s, {one['calls']} x {one['name']}" for one in row["kernels"]]
     lines += ["", "ratios: " + ", ".join(f"{name} {_shown(value)}" for name, value in found["ratios"].items())]
     return "\n".join(lines)
 
 
 def into_page(page: str, profile: str, shown: str) -> str:
-    """A Markdown page with the profile's table in its place; the page as it was where it has none."""
+    """A Markdown page with the profile's table inserted; unchanged if the page has no place for it."""
     begin, end = f"<!-- {profile} table: begin -->", f"<!-- {profile} table: end -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""Turn by turn: a fresh process group for each, in alternating order."""
+"""Running the turns: each in a fresh process group, in alternating order."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ _FAILED: Found = {"status": "failed", "reason": "its process group failed; see i
 
 
 def turn_order(rows: tuple[Row, ...]) -> list[Row]:
-    """A B C, C B A, A B C and so on: what drifts in the machine reaches every row alike."""
+    """A B C, C B A, A B C and so on, so that drift of the machine affects all rows alike."""
     order: list[Row] = []
     for turn in range(max((row.turns for row in rows), default=0)):
         due = [row for row in rows if turn < row.turns]
@@ -41,20 +41,20 @@ def start(
     traces: str = "",
     timeout: float = 1800,
 ) -> Found:
-    """Run rows in a process group of their own.
+    """Run rows in a new process group.
 
     Args:
         script: the program whose `--worker TASK` does the work.
-        ceiling: measure the ceilings, of matmuls and of memory, first.
-        alone: one process without a group, with as many threads as a rank has: for losses alone.
-        sizes: instead of timing the one row, find the largest of these micro-batches that fits.
-        num_kernels: of a GPU that are listed with the time they took in one more step.
+        ceiling: measure the ceilings of matmuls and memory first.
+        alone: one process without a process group, with as many threads as a rank; for losses alone.
+        sizes: instead of timing the row, find the largest of these micro-batches that fits.
+        num_kernels: number of GPU kernels to list with the time they took in one more step.
         traces: folder for a trace of that step.
-        timeout: seconds after which its ranks are ended.
+        timeout: seconds after which its ranks are killed.
 
     Returns:
-        `rows`, what rank 0 found of each, and `ceiling`. When a rank failed, the end of its output is on standard
-        error, and the rows that it had not ended have failed.
+        `rows`, rank 0's result for each, and `ceiling`. If a rank failed, the end of every rank's output is printed to
+        standard error, and unfinished rows are marked as failed.
     """
     ranks = 1 if alone else profile.ranks
     threads = threads_of(profile.ranks)
@@ -83,18 +83,18 @@ def start(
 
 
 def _read(scratch: Path) -> Found:
-    """What the last process group has written so far."""
+    """The results that the latest process group has written so far."""
     result = scratch / "result.json"
     return json.loads(result.read_text()) if result.is_file() else {"rows": [], "ceiling": {}}
 
 
 def threads_of(ranks: int) -> int:
-    """Threads of each rank."""
+    """The number of threads per rank."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def _wait(processes: list[subprocess.Popen], timeout: float) -> bool:
-    """Wait for all; once one has failed, or the time is over, end the others. Whether any failed."""
+    """Wait for all processes; if one fails or the time is up, kill the others. Returns whether that happened."""
     deadline = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -110,7 +110,7 @@ def _wait(processes: list[subprocess.Popen], timeout: float) -> bool:
 
 
 def process_groups(order: Sequence[Row], sharing: Collection[str]) -> list[list[Row]]:
-    """The turns that each process group runs: one, or neighbours of the same group where those share."""
+    """The turns that each process group runs: one, or consecutive ones of the same group if its rows may share."""
     found: list[list[Row]] = []
     for row in order:
         if found and row.group in sharing and row.group == found[-1][0].group and row not in found[-1]:
@@ -121,15 +121,15 @@ def process_groups(order: Sequence[Row], sharing: Collection[str]) -> list[list[
 
 
 def largest_that_fits(row: Row, sizes: Sequence[int], attempt: Callable[[Row], Found]) -> Found:
-    """The largest micro-batch that fits, by trying them from the smallest.
+    """Find the largest micro-batch that fits by trying them from the smallest.
 
     Args:
         row: with any micro-batch.
-        sizes: sequences, in rising order.
-        attempt: runs a row; its `status` is `measured` where it fits.
+        sizes: numbers of sequences in ascending order.
+        attempt: runs a row; the result's `status` is `measured` if it fits.
 
     Returns:
-        What the last try found, with `micro_batch`: the largest that fits, 0 where none does.
+        The result of the last attempt, with `micro_batch`: the largest that fits, 0 if none does.
     """
     fitting, found = 0, _FAILED
     for size in sizes:
@@ -141,15 +141,15 @@ def largest_that_fits(row: Row, sizes: Sequence[int], attempt: Callable[[Row], F
 
 
 class Run:
-    """One run of a profile: what each turn of each row found.
+    """One run of a profile, with the results of each turn of each row.
 
     Args:
         profile: what to measure.
         script: the program, for its worker processes.
         scratch: a folder for tasks and logs.
-        say: is told what happens.
-        largest: micro-batches of rows that take the largest that fits, where a run before has found them; by name.
-        num_kernels: of a GPU that are listed for each of minima's own steps.
+        say: called with progress messages.
+        largest: for rows that use the largest micro-batch that fits, sizes known from an earlier run, by name.
+        num_kernels: number of GPU kernels to list for each of minima's own steps.
         traces: folder for traces of these steps.
     """
 
@@ -171,13 +171,13 @@ class Run:
         self._num_done = 0
 
     def run(self) -> None:
-        """Measure all of it."""
+        """Measure all rows and the ceilings."""
         if self.profile.shared_process:
             self._at_once()
             return
         order = turn_order(self.profile.rows)
         groups = process_groups(order, self.profile.sharing_groups)
-        # On a CPU they have processes of their own: what they leave in a heap would be part of a row's idle process.
+        # On a CPU, ceilings get their own processes: what they leave on the heap would count as a row's idle memory.
         apart = self.profile.device != "cuda" or all(rows[0].group == "loss" for rows in groups)
         with_engines = [number for number, rows in enumerate(groups) if rows[0].group != "loss"]
         ends = [] if apart else [with_engines[0], with_engines[-1]]
@@ -189,7 +189,7 @@ class Run:
             self._ceiling()
 
     def _at_once(self) -> None:
-        """Every row in one process group, with the largest micro-batch taken for the one that fits."""
+        """Run every row in one process group, assuming that the largest micro-batch fits."""
         rows = [
             row if row.micro_batch else replace(row, micro_batch=self.profile.micro_batches_to_try[-1])
             for row in self.profile.rows
@@ -212,18 +212,18 @@ class Run:
         self.say("ceilings: " + ", ".join(shown))
 
     def _sized(self, row: Row) -> Row:
-        """The row with the largest micro-batch that fits, unless it names one; 0 where none does."""
+        """The row with the largest micro-batch that fits, unless it specifies one; 0 if none fits."""
         if row.micro_batch:
             return row
         eager = replace(row, what=row.what.removesuffix("_compiled")).name
-        if row.name not in self._largest and self._largest.get(eager):  # each size would be compiled, and needs no more
+        if row.name not in self._largest and self._largest.get(eager):  # saves compiling each; needs no more memory
             self._largest[row.name] = self._largest[eager]
         if row.name not in self._largest:
             sizes = self.profile.micro_batches_to_try
             found = self._start([row], sizes=sizes)["rows"][0]
             largest = self._largest[row.name] = found.get("micro_batch", 0)
             if largest:
-                ended = f" (the next one: {found['reason']})" if found["status"] == "failed" else ""
+                ended = f" (the next one failed: {found['reason']})" if found["status"] == "failed" else ""
                 self.say(f"{row.name}: a micro-batch of {largest} is the largest of {sizes} that fits{ended}")
             else:
                 small = {"reason": f"not even {sizes[0]} sequence fits"} if found["status"] == "out of memory" else {}
@@ -235,7 +235,7 @@ class Run:
         return start(self.script, self.profile, rows, self.scratch, alone=alone, **options)
 
     def _turn(self, rows: list[Row], num_turns: int, *, ceiling: bool) -> None:
-        """Time rows in one process group; those whose last turn failed are left out."""
+        """Time rows in one process group; rows whose last turn failed are skipped."""
         due = [row for row in rows if not self.turns[row.name] or self.turns[row.name][-1]["status"] == "measured"]
         due = [sized for row in due if (sized := self._sized(row)).micro_batch]
         if not due:
@@ -243,7 +243,7 @@ class Run:
         options = {"num_kernels": self.num_kernels, "traces": self.traces}
         try:
             found = self._start(due, ceiling=ceiling, **options)
-        except BaseException:  # told to stop: rows of this process group that had ended are kept
+        except BaseException:  # stopped: keep the finished rows of this process group
             for row, one in zip(due, _read(self.scratch)["rows"], strict=False):
                 self._keep(row, one)
             raise
@@ -255,11 +255,11 @@ class Run:
             self._keep(row, one, f"[{self._num_done}/{num_turns}] ")
 
     def _smaller(self, row: Row) -> Row:
-        """The row with the next smaller micro-batch, where it was searched for: more steps need more than two did."""
+        """The row with the next smaller micro-batch if its size was searched for: many steps may need more than two."""
         if row.name not in self._largest:
             return replace(row, micro_batch=0)
         smaller = max((size for size in self.profile.micro_batches_to_try if size < row.micro_batch), default=0)
-        self.say(f"{row.name}: {row.micro_batch} do not fit for long")
+        self.say(f"{row.name}: a micro-batch of {row.micro_batch} ran out of memory after all")
         self._largest[row.name] = smaller
         return replace(row, micro_batch=smaller)
 
@@ -270,6 +270,4 @@ class Run:
             return
         each = ", ".join(f"{seconds:.2f}" for seconds in one["seconds"])
         worked = ", ".join(f"{seconds:.2f}" for seconds in one["processor_seconds"])
-        self.say(
-            f"{place}{row.name}: {each} s (processor {worked}), {one['peak_above_idle_bytes'] / 1e9:.2f} GB above idle"
-        )
+        self.say(f"{place}{row.name}: {each} s (CPU {worked}), {one['peak_above_idle_bytes'] / 1e9:.2f} GB above idle")

@@ -1,4 +1,4 @@
-"""One optimiser step of each tool. The others' steps are rebuilt from what their documentation and code say they do."""
+"""One optimiser step of each tool. Those of the other tools are rebuilt from their documentation and code."""
 
 import tempfile
 from collections.abc import Callable
@@ -25,19 +25,19 @@ from .profiles import Profile, Row
 
 
 class Step(Protocol):
-    """What a row times."""
+    """The step that a row times."""
 
     def step(self, micro_batches: list[Batch]) -> float:
-        """One optimiser step; the mean loss that the tool itself would report."""
+        """Run one optimiser step and return the mean loss that the tool itself would report."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         ...
 
 
 class MinimaStep:
-    """minima's step, with its own loss or with another in its place."""
+    """minima's step, with its own loss or another one."""
 
     def __init__(self, profile: Profile, row: Row) -> None:
         loss = None if row.what in ("minima", "minima_compiled") else LOSS_MAKERS[row.what]()
@@ -78,11 +78,11 @@ class _TwoEngines:
 
 
 class OriginalStep(_TwoEngines):
-    """The original MiniMA's loop (arXiv 2311.07052), from its description; left out is `CUDA_LAUNCH_BLOCKING=1`.
+    """The original MiniMA's loop (arXiv 2311.07052), from its description, but without `CUDA_LAUNCH_BLOCKING=1`.
 
-    Both engines have the student's configuration. The stock forwards give dense logits of both models, and each its
-    own cross-entropy, the teacher's for nothing. The loss is divided by the accumulation steps here and by DeepSpeed
-    again, and reduced over the ranks for the log after every micro-batch.
+    Both engines have the student's configuration. The stock forwards compute dense logits for both models, and for each
+    its own cross-entropy, of which the teacher's is not used. The loss is divided by the accumulation steps here and
+    again by DeepSpeed, and reduced over the ranks for the log after every micro-batch.
     """
 
     def __init__(self, profile: Profile, row: Row) -> None:
@@ -111,14 +111,14 @@ class OriginalStep(_TwoEngines):
 
 
 class RecomputingOriginalStep(OriginalStep):
-    """The same with activation checkpointing, which its training scripts turn on whatever the memory."""
+    """The same with activation checkpointing, which its training scripts always turn on."""
 
     def __init__(self, profile: Profile, row: Row) -> None:
         super().__init__(replace(profile, activation_checkpointing="full"), row)
 
 
 class TrlStep(_TwoEngines):
-    """TRL's GKD step: its own `compute_loss` and its own teacher's engine; its Trainer's loop around is left out."""
+    """TRL's GKD step: its own `compute_loss` and its own engine for the teacher, without its Trainer's loop."""
 
     def __init__(self, profile: Profile, row: Row) -> None:
         trainer = trl_gkd()
@@ -156,8 +156,8 @@ class TrlStep(_TwoEngines):
 class LigerStep(_TwoEngines):
     """Backbones only, then Liger's fused linear loss: TRL's `use_liger_kernel` step, which TRL 1.x no longer has.
 
-    Both heads are whole while the loss runs. On a GPU Liger's fused norms, SwiGLUs and rotary embedding replace the
-    stock ones of both models. The last replaces a function of a whole module, which `close` puts back.
+    Both heads are gathered while the loss runs. On a GPU Liger's fused norms, SwiGLUs and rotary embedding replace the
+    stock ones of both models. The rotary embedding replaces a function of a whole module, which `close` restores.
     """
 
     def __init__(self, profile: Profile, row: Row) -> None:
@@ -211,9 +211,9 @@ STEPS: dict[str, Callable[[Profile, Row], Step]] = {
 
 
 def build_step(profile: Profile, row: Row) -> Step:
-    """The row's models and engines.
+    """Build the row's models and engines.
 
     Raises:
-        Missing: the peer is not installed.
+        Missing: the tool is not installed.
     """
     return STEPS[row.what](profile, row) if row.group == "b" else MinimaStep(profile, row)

@@ -1,4 +1,4 @@
-"""What runs in a process group of its own: the timed turns of rows, the losses alone, or the ceilings."""
+"""The work of one process group: the timed turns of rows, the losses alone, or the ceilings."""
 
 import contextlib
 import functools
@@ -21,12 +21,13 @@ from .running import largest_that_fits
 
 
 def work(task: dict[str, Any]) -> None:
-    """Run one task on this rank; rank 0 writes what was found. A rank of a group ends its process here.
+    """Run one task on this rank; rank 0 writes the results. A rank of a process group ends its process here.
 
     Args:
-        task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (measure it), `alone` (no group: the loss
-            alone), `sizes` (find the largest micro-batch that fits), `num_kernels` (list as many of a GPU's), `traces`
-            (their folder, or nothing), and `result`, a path. What is written, after each row, has `rows` and `ceiling`.
+        task: `profile`, `steps`, `loss_repeats`, `rows` as dicts, `ceiling` (measure it), `alone` (no process group,
+            for the loss alone), `sizes` (find the largest micro-batch that fits), `num_kernels` (GPU kernels to list),
+            `traces` (their folder, or empty), and `result`, a path. The file, written after each row, has `rows` and
+            `ceiling`.
     """
     profile = replace(PROFILES[task["profile"]], steps=task["steps"], loss_repeats=task["loss_repeats"])
     rows = [Row(**row) for row in task["rows"]]
@@ -65,14 +66,14 @@ def _write(found: dict[str, Any], path: str, main: bool) -> None:
 
 
 def _stay_within(profile: Profile) -> None:
-    """Take no more of a GPU than the profile says."""
+    """Limit the GPU memory to what the profile allows."""
     if profile.memory_bytes and profile.device == "cuda":
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, profile.memory_bytes / total))
 
 
 def _search(profile: Profile, row: Row, sizes: list[int]) -> dict[str, Any]:
-    """The largest micro-batch that fits: the same engines run two steps of each size, the smallest first."""
+    """Find the largest micro-batch that fits: the same engines run two steps of each size, the smallest first."""
     from minima.engine import distributed
 
     from .models import make_batches
@@ -88,7 +89,7 @@ def _search(profile: Profile, row: Row, sizes: list[int]) -> dict[str, Any]:
             built.step(make_batches(profile, sized, distributed.device(), step))
         return {}
 
-    # No group of several ranks searches, so none waits for one that has failed.
+    # Only profiles with a single rank search, so no rank waits for one that has failed.
     return largest_that_fits(row, sizes, lambda sized: _caught(lambda: attempt(sized)))
 
 
@@ -97,10 +98,10 @@ def _guarded(measure: Callable[[Profile, Row], dict[str, Any]], profile: Profile
 
 
 def _caught(measure: Callable[[], dict[str, Any]], may_raise: bool = False) -> dict[str, Any]:
-    """What was measured, or why it was not.
+    """The measurement, or the reason why there is none.
 
     Args:
-        may_raise: whether what is neither a missing tool nor missing memory is raised.
+        may_raise: whether errors other than a missing tool or lack of memory are raised.
     """
     from .losses import Missing
 
@@ -110,8 +111,8 @@ def _caught(measure: Callable[[], dict[str, Any]], may_raise: bool = False) -> d
         return {"status": "missing", "reason": str(missing)}
     except torch.OutOfMemoryError:
         return {"status": "out of memory"}
-    except Exception as error:  # one row that fails must not take the others' results with it
-        if may_raise:  # its ranks may wait for each other: end here, and the parent writes the row
+    except Exception as error:  # one failing row must not cost the others' results
+        if may_raise:  # the ranks may be waiting for each other: end here, and the parent records the row
             raise
         traceback.print_exc()
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
@@ -137,7 +138,7 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
     memory = PeakMemory(device)
     built = build_step(profile, row)
     try:
-        for _ in range(2 if device.type == "cuda" else 1):  # prefetching begins in the second
+        for _ in range(2 if device.type == "cuda" else 1):  # prefetching starts in the second step
             built.step(make_batches(profile, row, device, step=0))
         memory.reset()
         seconds, processor, loss = [], [], float("nan")
@@ -153,10 +154,11 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
             seconds.append(time.perf_counter() - began)
         peaks = distributed.gather_objects(memory.peak_bytes())
         idles = distributed.gather_objects(memory.idle_bytes)
-        # Counting slows a step, so it is one more; what moves are weights and gradients, however few the tokens.
+        # Counting traffic slows a step down, so it gets a step of its own; weights and gradients make up the traffic,
+        # so a few tokens suffice.
         batches = make_batches(profile, row, device, profile.steps + 1, short=True)
         moved: dict[str, Any] = {"collective_bytes": None, "host_to_device_bytes": None}
-        if row.what != "minima_compiled":  # whose code runs under no dispatch mode; it moves what `a:minima` does
+        if row.what != "minima_compiled":  # compiled code bypasses dispatch modes; its traffic is that of `a:minima`
             with (traffic := TrafficCounter()):
                 built.step(batches)
             moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
@@ -181,7 +183,7 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
 
 
 def _kernels(step: Callable[[], object], most: int, trace: Path | None) -> list[dict[str, Any]]:
-    """The GPU's kernels that one step spends most of its time in: `name`, `calls`, `seconds`."""
+    """The GPU kernels in which one step spends most of its time: `name`, `calls`, `seconds`."""
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA, kinds.CPU] if trace else [kinds.CUDA]) as profiled:
         step()
@@ -190,9 +192,9 @@ def _kernels(step: Callable[[], object], most: int, trace: Path | None) -> list[
         try:
             trace.parent.mkdir(parents=True, exist_ok=True)
             profiled.export_chrome_trace(str(trace))
-        except OSError as error:  # the row is worth more
-            print(f"no trace: {error}", file=sys.stderr)
-    # An operator of the host is said to have its kernels' time, too.
+        except OSError as error:  # a missing trace must not cost the row
+            print(f"no trace was written: {error}", file=sys.stderr)
+    # Host operators also report the time of their kernels, so count only what ran on the GPU.
     kernels = [one for one in profiled.key_averages() if one.device_type == torch.autograd.DeviceType.CUDA]
     found = sorted(kernels, key=lambda one: -one.self_device_time_total)[:most]
     return [
@@ -219,7 +221,7 @@ def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
             (num_tokens, profile.teacher.hidden_size),
             (vocabulary, profile.teacher.hidden_size),
         ]
-        # Heads of 0.1 give logits with a standard deviation of a few units, as a trained model's have.
+        # Heads scaled by 0.1 give logits with a standard deviation of a few units, like those of a trained model.
         scales = (1.0, 0.1, 1.0, 0.1)
         made = [
             torch.randn(size, generator=generator, device=device).mul_(scale).to(DTYPES[row.precision])
@@ -260,16 +262,16 @@ def _time_loss(profile: Profile, row: Row) -> dict[str, Any]:
 
 
 def _ceiling(profile: Profile) -> dict[str, float]:
-    """What the machine can do, all ranks at once: the best of a few tries, summed over the ranks.
+    """The machine's peak rates with all ranks working at once: the best of a few tries, summed over the ranks.
 
-    `float32` and `bfloat16`: FLOP/s of a square matmul. `memory`: bytes/s, read and written, of a copy that is far
-    larger than any cache; passes over dense logits go at this rate.
+    `float32` and `bfloat16`: FLOP/s of a square matmul. `memory`: bytes/s, read plus written, of a copy that is far
+    larger than any cache; this rate bounds passes over dense logits.
     """
     from minima.engine import distributed
 
     device, width, best = distributed.device(), profile.ceiling_width, {}
 
-    repeats = 20 if device.type == "cuda" else 1  # one product of a GPU is a millisecond
+    repeats = 20 if device.type == "cuda" else 1  # one product takes a GPU only a millisecond
 
     def rate(amount: float, work: Callable[[], object]) -> float:
         rates = []

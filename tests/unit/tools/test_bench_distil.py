@@ -188,11 +188,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--profile", "gpu-7b-3b", "--largest", "b:trl"], "'b:trl' is no NAME=N"),
-            (["--profile", "gpu-7b-3b", "--largest", "a:minima bfloat16=2"], "take no largest micro-batch"),
+            (["--profile", "gpu-7b-3b", "--largest", "b:trl"], "'b:trl' is not NAME=N"),
+            (["--profile", "gpu-7b-3b", "--largest", "a:minima bfloat16=2"], "do not use a largest micro-batch"),
             (["--profile", "host", "--traces", "x"], "the profile host runs on CPUs"),
-            (["--profile", "host", "--steps=0"], "no whole number from 1 on"),
-            (["--profile", "host", "--turns=-1"], "no whole number from 1 on"),
+            (["--profile", "host", "--steps=0"], "not a whole number of at least 1"),
+            (["--profile", "host", "--turns=-1"], "not a whole number of at least 1"),
         ],
     )
     def test_what_would_be_ignored_is_refused(self, arguments, said):
