@@ -1,4 +1,4 @@
-"""`minima chat`: its options, and what it does. Torch is imported once it runs."""
+"""The command `minima chat`: its options and its execution. Torch is imported only when it runs."""
 
 import argparse
 import io
@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+INTERRUPTED = 130  # a shell's exit code for a program ended by Ctrl-C
 
 
 def add_chat(commands: Any) -> None:
-    """Put `minima chat` into the command's parser.
+    """Add `minima chat` to the command's parser.
 
     Args:
-        commands: where sub-commands are added.
+        commands: the parser's sub-commands.
     """
     chat = commands.add_parser("chat", help="talk to an exported model in the terminal")
     chat.add_argument("folder", metavar="DIR", help="an export stage's folder, or any in Hugging Face's layout")
@@ -49,17 +49,17 @@ def _chat(options: argparse.Namespace) -> int:
         options.system, options.max_new_tokens, options.temperature, options.top_p, options.seed, options.plain
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have letters that the locale lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may have characters that the locale lacks
         sys.stdout.reconfigure(encoding=None if terminal else "utf-8", errors="replace")
     try:
         generator = Generator.load(Path(options.folder).expanduser(), dtype=options.dtype)
         conversation = Conversation(generator, settings, sys.stdout, sys.stdout if terminal else sys.stderr)
         if terminal:
-            import readline  # noqa: F401  (gives `input` its editing and history)
+            import readline  # noqa: F401  (gives `input` editing and history)
 
             talk(conversation, input)
         else:
-            if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale; what is not UTF-8 is refused by its line
+            if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale; invalid UTF-8 is refused line by line
                 sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
             answer_lines(conversation, sys.stdin)
     except KeyboardInterrupt:

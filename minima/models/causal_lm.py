@@ -25,14 +25,14 @@ def load_plain(source: WeightSource, dtype: torch.dtype = torch.float32) -> PreT
 
 
 def load_folder(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> PreTrainedModel:
-    """A folder's model as transformers itself loads it, on the CPU; no code of the folder runs.
+    """Load a folder's model onto the CPU with plain transformers, without executing code from the folder.
 
     Args:
         folder: in Hugging Face's layout.
-        dtype: of the weights; `auto` for as stored.
+        dtype: of the weights; `auto` keeps the stored one.
     """
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # its bar would stand in the middle of what a person reads
+    transformers_logging.disable_progress_bar()  # it would appear in the middle of our output
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
