@@ -34,8 +34,8 @@ class Source(Strict):
         field: the key that holds the text in the records of `path` or `hub`. Not used for conversations and
             preferences, whose layout is recognised from the record.
         weight: share of the training tokens, relative to the other sources' weights. If no source has a weight, every
-            token is read once. A source that runs out before its share is reached starts again, and the report
-            counts the epochs.
+            token is read once; otherwise a source without one counts as 1. A source that runs out before its share is
+            reached starts again, and the report counts the epochs.
         max_documents: read at most this many.
     """
 

@@ -14,13 +14,14 @@ _BESIDE_SCORES = ("left_out", "answers")  # what a benchmark stage's metrics hol
 class Evaluate(Stage):
     """Held-out loss, perplexity and bits per byte of models, and their agreement with a teacher.
 
-    On conversations, the loss is on the assistant's text only.
+    Bits per byte are the loss in bits divided by the text's UTF-8 bytes per token; a document's end token has no bytes,
+    but predicting it costs bits. On conversations, the loss is on the assistant's text only.
 
     Attributes:
         models: earlier stages (`student@12000` for one checkpoint), folders or Hub ids.
         teacher: the model that the others are compared with (KL and top-1 agreement); no comparison when not given.
         data: a build_data stage, whose held-out blocks are used.
-        sequences: at most this many held-out blocks; all when not given.
+        sequences: use only this many held-out blocks, the first ones; all when not given.
         micro_batch_sequences: blocks per forward pass on one rank.
         precision: dtype of weights and activations; float32 shows small differences.
         deepspeed: DeepSpeed JSON for the frozen models.

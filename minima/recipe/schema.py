@@ -41,10 +41,10 @@ class BuildData(Stage):
         document_mask: tokens attend only within their own document, in every stage that reads the blocks, and positions
             restart at each document. False is the published behaviour. Always true for conversations and preferences.
         tokens: how many training tokens to write, over all sources; when not given, every token once.
-        held_out_fraction: fraction of documents that are held out, chosen by a hash of their text. If they amount to
-            less than a block, a fraction given in the recipe is refused; with the default, nothing is held out, with a
-            warning.
-        held_out_tokens: at most this many held-out tokens are kept, in whole blocks.
+        held_out_fraction: fraction of documents that are held out, chosen by a hash of their text. Sources are mixed in
+            the held-out text as in the training text. If the held-out documents amount to less than a block, a
+            fraction given in the recipe is refused; with the default, nothing is held out, with a warning.
+        held_out_tokens: keep only this many held-out tokens, the first ones, in whole blocks.
         processes: number of worker processes; one per core when not given.
         shard_tokens: tokens per shard file, rounded down to whole blocks.
         seed: seed for the order of documents and the choice of held-out ones.

@@ -14,7 +14,8 @@ class Training(Strict):
     """Batch size, accumulation, clipping, precision, optimiser and schedule, which are set here and nowhere else.
 
     Attributes:
-        batch_sequences: sequences per optimiser step, over all ranks and micro-batches.
+        batch_sequences: sequences per optimiser step, over all ranks and micro-batches. A sequence is a block of the
+            data, which may hold several documents, conversations or pairs.
         micro_batch_sequences: sequences that one rank processes at once. If it does not divide a rank's share of the
             batch, the largest smaller divisor is used. Affects only memory and speed, not the result.
         steps: optimiser steps. Give exactly one of `steps`, `tokens` and `epochs`.
@@ -46,7 +47,7 @@ class Training(Strict):
         watchdog_seconds: end the job, naming the rank that hangs, after this long without progress in training; 0 for
             never. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
         evaluate_every_steps: steps between measurements of the held-out loss; 0 for never.
-        evaluate_sequences: held-out blocks per measurement; all when not given.
+        evaluate_sequences: held-out blocks per measurement, the first ones; all when not given.
         patience: stop early after this many held-out losses in a row that are no better than the best one, and leave
             the best one's checkpoint as the newest (later ones are removed, even if another key would keep them). A
             checkpoint is then also written at each held-out loss. No early stopping when not given.
