@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs stages in one plain process, without any launcher: one rank, for a small model or a debugger.
+# Runs stages in one plain process without a launcher: a single rank, for a small model or a debugger.
 #   launch/local.sh RECIPE [--stages a,b] [key.path=value ...]
-# MINIMA_RANKS, where it is set, has to be 1.
+# MINIMA_RANKS must be 1 if it is set.
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
-export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads sources of its own in the locale's encoding
+export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads its own source files in the locale's encoding
 
 if [ "${MINIMA_RANKS:-1}" != 1 ]; then
-  echo "launch/local.sh runs one process, not MINIMA_RANKS=$MINIMA_RANKS: take another launcher, or ranks=1" >&2
+  echo "launch/local.sh runs one process, not MINIMA_RANKS=$MINIMA_RANKS: use another launcher, or ranks=1" >&2
   exit 2
 fi
 command=(python -m minima stage "$@")

@@ -6,24 +6,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # the label that PyTorch's and transformers' cross-entropies leave out
+IGNORE_INDEX = -100  # the label that PyTorch's and transformers' cross-entropies ignore
 
 
 class Batch(NamedTuple):
-    """One micro-batch on one rank. B sequences, T tokens, E teacher width, S documents of a sequence at most.
+    """One micro-batch on one rank: B sequences, T tokens, E teacher width, S documents at most in a sequence.
 
     Attributes:
         input_ids_BT: int64.
         labels_BT: int64, already shifted: `labels_BT[b, t]` is the token that follows `input_ids_BT[b, t]`,
             or `IGNORE_INDEX` where none is to be predicted.
-        teacher_hidden_BTE: what a frozen teacher's backbone gave for `input_ids_BT`, once it has run.
-        documents_BT: int64; which document of its sequence each token belongs to, counted from 0. No token sees
-            another document. None where attention crosses documents, and where no document begins inside a sequence.
-        positions_BT: int64; each token's place in its document. None with `documents_BT`.
-        reference_BS: float32 log-probability of each document's labels under a preference's frozen reference.
-        num_documents: documents of the sequence that has most of them; 0 where they were not counted.
-        samples: the run's number of each sequence, which noise follows from; empty where nothing depends on it.
-        blocks: the store's number of each sequence's block; empty like `samples`.
+        teacher_hidden_BTE: the output of a frozen teacher's backbone for `input_ids_BT`, once it has run.
+        documents_BT: int64; index of each token's document within its sequence, from 0. No token attends to another
+            document. None if attention crosses documents, or if no document begins inside a sequence.
+        positions_BT: int64; each token's position in its document. None if `documents_BT` is None.
+        reference_BS: float32 log-probability of each document's labels under the frozen reference of preference
+            training.
+        num_documents: the largest number of documents in a sequence; 0 if they were not counted.
+        samples: index of each sequence in the run, which seeds noise; empty if nothing depends on it.
+        blocks: index in the store of each sequence's block; empty like `samples`.
     """
 
     input_ids_BT: Tensor
@@ -37,11 +38,11 @@ class Batch(NamedTuple):
     blocks: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`, copied without waiting where the memory is pinned."""
+        """The same batch on `device`; the copy is asynchronous if the memory is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU copies from while the host goes on."""
+        """The same batch in pinned memory, from which a GPU can copy asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -51,15 +52,15 @@ class Batch(NamedTuple):
 
 
 def make_batch(tokens_BT: Tensor, valid_BT: Tensor | None = None, documents_BT: Tensor | None = None) -> Batch:
-    """Inputs and next-token labels of equally long sequences.
+    """Make inputs and next-token labels from equally long sequences.
 
     The last position of a sequence predicts nothing, so a sequence of T tokens has at most T - 1 valid labels: the
-    same tokens that `transformers` counts when it is given `labels=input_ids`. With documents that holds for each of
-    them, so a packed sequence has the labels that its documents have alone.
+    same tokens that `transformers` counts when given `labels=input_ids`. With documents this holds for each of them,
+    so a packed sequence has the same labels as its documents on their own.
 
     Args:
         tokens_BT: int64 token ids.
-        valid_BT: bool; False where a token is padding or is not to be learnt. All True when it is not given.
+        valid_BT: bool; False where a token is padding or is not to be learnt. All True if omitted.
         documents_BT: int64; see `Batch`.
     """
     labels_BT = torch.full_like(tokens_BT, IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""The `minima` command. Every command imports what it needs when it runs, so help and dry runs know no torch."""
+"""The `minima` command. Each command imports what it needs when it runs, so help and dry runs never load torch."""
 
 import argparse
 import logging
@@ -36,7 +36,7 @@ _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 a mistake that the user can mend, 1 one of our own."""
+    """Run one command and return its exit code: 0 done, 2 an error that the user can fix, 1 an internal error."""
     return quietly(lambda: _main(arguments))
 
 
@@ -46,7 +46,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if any(text.startswith("-") for text in extra) or (extra and not hasattr(options, "overrides")):
         parser.error(f"unknown arguments: {' '.join(extra)}")
     if hasattr(options, "overrides"):
-        options.overrides += extra  # argparse gives up on positional arguments that follow an option
+        options.overrides += extra  # argparse does not collect positional arguments that follow an option
     try:
         return access_refused_named()(options.command)(options)
     except MinimaError as error:
@@ -186,7 +186,7 @@ def _stage(options: argparse.Namespace) -> int:
             write(str(stopped))
         return _leave(128 + stopped.signal, launch.world_size)
     except MinimaError as error:
-        if launch.rank != 0:  # rank 0 says it, unless it alone fares well: then this rank lives long enough to speak
+        if launch.rank != 0:  # usually rank 0 reports it and this rank is ended meanwhile; if not, this rank reports it
             time.sleep(_OTHER_RANK_SECONDS)
             sys.stderr.write(f"[rank {launch.rank}] ")
         show(error)
@@ -259,10 +259,10 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _leave(code: int, world_size: int) -> int:
-    """End a rank at once with this exit code, without what libraries tear down at a process's end.
+    """Exit a rank at once with this code, skipping the libraries' teardown.
 
-    After a failure that would wait for ranks that wait for this one; after a success it has been seen to crash one,
-    which the launcher would call a failed job.
+    After a failure, teardown would wait for ranks that wait for this one; after a success, it has been seen to crash
+    a rank, which the launcher would report as a failed job.
     """
     sys.stdout.flush()
     sys.stderr.flush()

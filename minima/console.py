@@ -1,4 +1,4 @@
-"""What a command writes to the person who started it, and what that person's signals and leaving do to it. No torch."""
+"""A command's terminal: output, signals (Ctrl-C, Ctrl-Z, hang-up), and readers that disappear. No torch."""
 
 import errno
 import os
@@ -16,11 +16,11 @@ from typing import Self, TextIO
 from minima.errors import LostRank, MinimaError
 
 _LOOK_SECONDS, _MOMENT_SECONDS = 0.2, 1.0
-UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that writes to a pipe which nobody reads
+UNREAD = 128 + signal.SIGPIPE  # a shell's exit code for a program that wrote to a pipe without a reader
 
 
 def write(text: str) -> None:
-    """Show a line, or several, at once; to nobody where the terminal has gone."""
+    """Print one or more lines and flush; does nothing if the terminal is gone."""
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -30,19 +30,19 @@ def write(text: str) -> None:
 
 
 def write_to_end(text: str) -> None:
-    """Like `write`, for commands that must not stop half-way: they carry on when the reader of their output is gone."""
+    """Like `write`, for commands that must not stop halfway: they continue even if nobody reads their output."""
     with outliving_readers(lambda: None):
         write(text)
 
 
 @contextmanager
 def outliving_readers(unread: Callable[[], object]) -> Iterator[None]:
-    """What is written within raises nothing where nobody reads it any more, nor does what is written later.
+    """Make writes to standard output or error succeed, inside the block and after it, even if nobody reads them.
 
-    A terminal that has gone ends nothing by itself: its SIGHUP does, unless nohup or disown kept that off.
+    A terminal that is gone does not end a run by itself: its SIGHUP does, unless nohup or disown prevent that.
 
     Args:
-        unread: is called where a pipe has lost its reader, as by `| head` or by the death of a driver.
+        unread: called if a pipe has lost its reader, as with `| head` or when a driver dies.
     """
     try:
         yield
@@ -54,16 +54,16 @@ def outliving_readers(unread: Callable[[], object]) -> Iterator[None]:
 
 
 def stop_signals() -> tuple[int, ...]:
-    """What asks a run to save and end: Ctrl-C, SIGTERM, and a terminal that closes, unless nohup ignores that."""
+    """The signals that ask a run to save and stop: SIGINT, SIGTERM, and SIGHUP unless it is ignored (nohup)."""
     hung_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
     return signal.SIGINT, signal.SIGTERM, *hung_up
 
 
 @contextmanager
 def taking_signals(stop: Callable[[int], object]) -> Iterator[None]:
-    """Have `stop` called with the number of each signal that asks for the end.
+    """Call `stop` with the number of each stop signal that arrives.
 
-    A terminal's end can send SIGHUP twice, from the system and from a shell: one after any other signal is ignored.
+    A closing terminal can send SIGHUP twice, from the system and from a shell: a SIGHUP after any signal is ignored.
     """
     came: list[int] = []
 
@@ -82,12 +82,12 @@ def taking_signals(stop: Callable[[int], object]) -> Iterator[None]:
 
 @contextmanager
 def pausing(halt: Callable[[], object], go_on: Callable[[], object]) -> Iterator[None]:
-    """At a Ctrl-Z have `halt` called, stop, and have `go_on` called once `fg` or `bg` continues this process."""
+    """On Ctrl-Z, call `halt`, suspend this process, and call `go_on` once `fg` or `bg` continues it."""
 
     def take(number: int, frame: object) -> None:
         halt()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # returns when it is continued; at once where there is no shell to do so
+        os.kill(os.getpid(), signal.SIGTSTP)  # returns when continued; at once if no shell could continue it
         signal.signal(signal.SIGTSTP, take)
         go_on()
 
@@ -101,12 +101,12 @@ def pausing(halt: Callable[[], object], go_on: Callable[[], object]) -> Iterator
 
 
 class Outlet:
-    """Standard output, written from a thread: a terminal that stands still (Ctrl-S, `| less`) holds nothing else up.
+    """Standard output, written from a thread, so that a stalled terminal (Ctrl-S, `| less`) blocks nothing else.
 
-    Leaving the context waits until all is written; after an error, or once it is left alone, for a moment only.
+    Leaving the context waits until everything is written; after an error or `leave_alone`, only for a moment.
 
     Args:
-        unread: is called where a pipe has lost its reader; see `outliving_readers`.
+        unread: called if a pipe has lost its reader; see `outliving_readers`.
     """
 
     def __init__(self, unread: Callable[[], object]) -> None:
@@ -117,17 +117,17 @@ class Outlet:
         self._thread = threading.Thread(target=self._pass_on, name="outlet", daemon=True)
 
     def write(self, chunk: bytes) -> None:
-        """Have it written after what came before.
+        """Queue a chunk for writing.
 
         Raises:
-            OSError: an earlier chunk could not be written, as to a file on a full disk.
+            OSError: an earlier chunk could not be written, for example because a disk is full.
         """
         if self._failure is not None:
             raise self._failure
         self._chunks.put(chunk)
 
     def leave_alone(self) -> None:
-        """Do not wait for the terminal any more."""
+        """Stop waiting for the terminal."""
         self._left_alone.set()
 
     def _pass_on(self) -> None:
@@ -154,59 +154,59 @@ class Outlet:
 
 
 def _write_through(chunk: bytes) -> None:
-    """Past Python's buffer, whose lock a thread that never comes back would hold at the process's end."""
+    """Write without Python's buffer: a thread that blocks for ever would hold its lock when the process ends."""
     try:
         number = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file of the system's, as in tests
+    except (OSError, ValueError):  # not a real file, as in tests
         sys.stdout.buffer.write(chunk)
         sys.stdout.flush()
         return
     while chunk:
         try:
             chunk = chunk[os.write(number, chunk) :]
-        except BlockingIOError:  # another program has set the terminal so
+        except BlockingIOError:  # another program has made the terminal non-blocking
             select.select([], [number], [])
 
 
 def show(error: MinimaError) -> None:
-    """Tell a mistake that the user can mend."""
+    """Print an error that the user can fix."""
     sys.stdout.flush()
-    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")  # running.ERROR, which the driver looks for
+    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")  # running.ERROR, which the driver searches for
     sys.stderr.flush()
 
 
 def show_own(error: Exception, rank: int) -> None:
-    """Tell an error that is no mistake of the user's."""
-    own = f"an error of minima's own, not of the recipe:\n{''.join(traceback.format_exception(error))}"
+    """Print an error that is not the user's mistake, with its traceback unless it is a lost rank."""
+    own = f"an internal error of minima, not a mistake in the recipe:\n{''.join(traceback.format_exception(error))}"
     sys.stderr.write(f"[rank {rank}] {error if isinstance(error, LostRank) else own.rstrip()}\n")
 
 
 def quietly(command: Callable[[], int]) -> int:
-    """Run a command; where its reader has gone, as `| head` does, it ends without a word.
+    """Run a command, ending silently if its reader disappears, as with `| head`.
 
     Args:
-        command: gives its exit code.
+        command: returns its exit code.
 
     Returns:
-        The exit code; `UNREAD` where nobody reads on.
+        The exit code; `UNREAD` if the reader has gone.
     """
     _lead_closed_streams_nowhere()
     try:
         try:
             code = command()
-        except SystemExit:  # argparse, after its help or a mistake
+        except SystemExit:  # argparse, after --help or a usage error
             sys.stdout.flush()
             raise
         sys.stdout.flush()
     except BrokenPipeError:
         if silenced():
             return UNREAD
-        raise  # another pipe: an error of our own
+        raise  # another pipe: a bug of ours
     return code
 
 
 def _lead_closed_streams_nowhere() -> None:
-    """A stream that was closed before the start (`>&-`) is None, and the next file to be opened takes its number."""
+    """Redirect closed standard streams (`>&-`) to /dev/null, or the next opened file would get their descriptor."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -216,7 +216,7 @@ def _lead_closed_streams_nowhere() -> None:
 
 
 def silenced() -> bool:
-    """Whether nobody reads standard output or error any more; what is still to be written there then goes nowhere."""
+    """Whether standard output or error has lost its reader; a stream that has is redirected to /dev/null."""
     gone = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
     for stream in gone:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -228,7 +228,7 @@ def silenced() -> bool:
 def _is_unread(stream: TextIO) -> bool:
     try:
         number = stream.fileno()
-    except (OSError, ValueError):  # no file of the system's, as in tests
+    except (OSError, ValueError):  # not a real file, as in tests
         return False
     ends = select.poll()
     ends.register(number, 0)

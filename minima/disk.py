@@ -1,4 +1,4 @@
-"""What the operating system refuses of files, told as what it is: a full disk, somebody else's file."""
+"""File helpers: atomic writes, and clear errors for what the operating system refuses (disk full, no permission)."""
 
 import errno
 import hashlib
@@ -17,15 +17,15 @@ from typing import Any
 from minima.errors import AccessRefused, DiskFull, MinimaError, StoreCorrupted
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of folders, on some network and FUSE file systems
-_NO_HOME = "Could not determine home directory."  # what pathlib says of ~NAME
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # for folders, on some network and FUSE file systems
+_NO_HOME = "Could not determine home directory."  # pathlib's message for ~NAME
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether an error says that space, quota or file size ran out.
+    """Whether an error means that disk space, a quota or the maximum file size was exceeded.
 
-    safetensors wraps the operating system's errors in a class of its own, with the number in its text.
+    safetensors wraps the operating system's errors in its own class, with the errno in the message.
     """
     if isinstance(error, OSError):
         return error.errno in _NO_SPACE
@@ -34,17 +34,17 @@ def is_no_space(error: BaseException) -> bool:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The file that an index or a manifest in `folder` names. Such files can come from anywhere.
+    """The path of a file named by an index or manifest in `folder`; such names are untrusted input.
 
     Raises:
-        StoreCorrupted: the name leads out of the folder.
+        StoreCorrupted: the path is outside the folder.
     """
     path = PurePosixPath(name) if isinstance(name, str) and name else None
     if path is None or path.is_absolute() or ".." in path.parts or "\0" in str(path):
         raise StoreCorrupted(
             f"an index in {folder} names the file {name!r}",
-            "what an index names lies beside it; this would read or change something else",
-            f"fetch or make {folder} again, from somebody you trust",
+            "an index may only name files in its own folder; this would read or change something else",
+            f"fetch or build {folder} again, from a source you trust",
         )
     return folder / path
 
@@ -56,23 +56,23 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(content: Any) -> str:
-    """SHA-256 of content as JSON, whatever the order of its keys. Files carry theirs, so it never changes."""
+    """SHA-256 of content as JSON, whatever the order of its keys. Files contain such hashes, so it must not change."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
+    """Write a JSON file atomically: the whole file or nothing."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
+    """Write a file atomically: the whole file or nothing, even after a power cut.
 
     Args:
-        path: its folder exists; an earlier file is replaced.
-        content: bytes, or text that becomes UTF-8.
+        path: must be in an existing folder; an existing file is replaced.
+        content: bytes, or text that is encoded as UTF-8.
     """
-    # of this process on this machine: another one may write the same file
+    # unique to this process on this machine, because another one may write the same file
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -87,7 +87,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make what a file holds last, or the names in a folder, where its file system knows of that."""
+    """Flush a file's content to disk, or a folder's entries if the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,13 +99,13 @@ def sync(path: Path) -> None:
 
 
 def copy_content(source: Path, target: Path) -> None:
-    """Copy what the files of a folder hold, and not whose they are.
+    """Copy the contents of a folder's files, without their modes and times.
 
-    Unlike `shutil.copytree` it leaves modes and times alone: the source may be read-only, and the target may have been
-    begun by somebody else, who alone may change them.
+    Unlike `shutil.copytree`: the source may be read-only, and the target may have been created by another user, who
+    alone may change its modes and times.
 
     Raises:
-        FileNotFoundError: the source is no folder.
+        FileNotFoundError: the source is not a folder.
     """
     if not source.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
@@ -118,21 +118,21 @@ def copy_content(source: Path, target: Path) -> None:
 
 @contextmanager
 def disk_full_named(folder: Path) -> Iterator[None]:
-    """Turn "no space" errors into one that says what to do.
+    """Turn "no space" errors raised inside the block into one that says what to do.
 
     Raises:
-        DiskFull: something inside ran out of space, quota or file size.
+        DiskFull: disk space, a quota or the maximum file size was exceeded.
     """
     try:
         yield
-    except MinimaError:  # named already, perhaps by one of these further in, which knows the folder better
+    except MinimaError:  # already clear, perhaps from an inner block that knows the folder better
         raise
     except Exception as error:
         if not is_no_space(error):
             raise
         raise DiskFull(
             f"no space left while writing {folder} ({error})",
-            "nothing half-finished is published, and what was finished before still is",
+            "nothing half-finished is published; what was finished before is intact",
             "free some space (the dry run says how much is needed) or give the run another output folder, then run the "
             "same command again",
         ) from error
@@ -140,11 +140,11 @@ def disk_full_named(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def access_refused_named() -> Iterator[None]:
-    """Turn "permission denied" and "read-only file system" into an error that says whose the file is.
+    """Turn "permission denied" and "read-only file system" into an error that names the file's owner.
 
     Raises:
-        AccessRefused: something inside may not read or write a file.
-        MinimaError: a path begins with the home of somebody who is not known here.
+        AccessRefused: reading or writing a file inside the block was not permitted.
+        MinimaError: a path begins with `~` or `~NAME`, and that home folder is unknown.
     """
     try:
         yield
@@ -152,10 +152,10 @@ def access_refused_named() -> Iterator[None]:
         if str(error) != _NO_HOME:
             raise
         raise MinimaError(
-            "a path begins with ~, and no home folder is known for it: either the name behind it is no user's of this "
-            "machine, or HOME is not set and this process's user has none",
-            "~NAME stands for the home folder of NAME, and ~ alone for one's own",
-            "write the path out",
+            "a path begins with ~, and the home folder it stands for is unknown: either the name after it is not a "
+            "user of this machine, or HOME is not set and this process's user has no home folder",
+            "~NAME stands for the home folder of NAME, and ~ alone for your own",
+            "write the path in full",
         ) from error
     except OSError as error:
         if error.errno not in _NO_ACCESS or error.filename is None:
@@ -163,13 +163,13 @@ def access_refused_named() -> Iterator[None]:
         raise AccessRefused(
             f"{error.filename}: {error.strerror}{_ownership(Path(os.fsdecode(error.filename)))}",
             "minima has to read or write it; nothing that was finished has changed",
-            "have its owner open it to you (`chmod -R g+rwX FOLDER` for a group's folder, and umask 002 from then on), "
+            "ask its owner for access (`chmod -R g+rwX FOLDER` for a group's folder, and umask 002 from then on), "
             "or write elsewhere with output=PATH",
         ) from error
 
 
 def _ownership(path: Path) -> str:
-    """Whose the nearest thing on the path is that can be looked at, and who asks."""
+    """The owner and mode of the path, or of its nearest accessible parent, and this process's user, as text."""
     for place in (path, *path.parents):
         try:
             facts = place.stat()
@@ -177,23 +177,23 @@ def _ownership(path: Path) -> str:
             continue
         named = "it" if place == path else str(place)
         mode = stat.filemode(facts.st_mode)
-        return f" ({named} is {_user(facts.st_uid)}'s, {mode}; this process is {_user(os.geteuid())}'s)"
+        return f" ({named} belongs to {_user(facts.st_uid)}, {mode}; this process runs as {_user(os.geteuid())})"
     return ""
 
 
 def _user(number: int) -> str:
     try:
         return pwd.getpwuid(number).pw_name
-    except KeyError:  # in a container, say
+    except KeyError:  # for example in a container
         return f"user {number}"
 
 
 @contextmanager
 def whole_or_gone(folder: Path) -> Iterator[None]:
-    """Begin without the folder, and leave none behind when writing it fails.
+    """Delete the folder before the block writes it, and again if the block fails.
 
     Raises:
-        DiskFull: no space for it.
+        DiskFull: there is no space for it.
     """
     shutil.rmtree(folder, ignore_errors=True)
     try:

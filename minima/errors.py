@@ -1,15 +1,15 @@
-"""Errors that are the user's to mend. Each says what is wrong, why it matters and what to do."""
+"""Errors that the user can fix. Each says what is wrong, why it matters and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ADVICE = "  what to do: "  # begins the last line that an error prints of itself
+ADVICE = "  what to do: "  # starts the last line of a printed error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, at most 300 characters; its class where it says nothing.
+    """The first line of an error's message, at most 300 characters; the name of its class if the message is empty.
 
-    A first line that ends with a colon goes on in the next ones.
+    If the first line ends with a colon, the following lines are joined to it.
     """
     lines = (str(error).strip() or type(error).__name__).splitlines()
     text = lines[0] if not lines[0].rstrip().endswith(":") else " ".join(" ".join(lines).split())
@@ -17,11 +17,11 @@ def first_line(error: BaseException) -> str:
 
 
 class MinimaError(ValueError):
-    """A mistake in a recipe, an input or the machine, told so that it can be mended.
+    """A problem with a recipe, an input or the machine, described so that the user can fix it.
 
     Args:
-        what: what is wrong, with the value that was seen.
-        why: why it matters, that is, what would happen if it were let through.
+        what: what is wrong, with the offending value.
+        why: why it matters, that is, what would happen otherwise.
         do: what to do about it.
     """
 
@@ -34,29 +34,29 @@ class MinimaError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to end, and it did, with nothing lost. Not a mistake: the same command goes on.
+    """The run stopped because of a signal, with nothing lost. Not a mistake: the same command resumes it.
 
     Args:
-        signal: its number; the process's exit code is 128 more.
-        where: what is saved: `stage student after step 120`.
+        signal: the signal's number; the process's exit code is 128 + this number.
+        where: what was saved, such as `stage student after step 120`.
     """
 
     def __init__(self, signal: int, where: str) -> None:
-        super().__init__(f"stopped by signal {signal}: {where} is saved, and the same command goes on from there")
+        super().__init__(f"stopped by signal {signal}: {where} is saved, and the same command resumes from there")
         self.signal, self.where = signal, where
 
 
 class LostRank(Exception):
-    """Another rank has ended in the midst of something to be done together. That one knows why; this one does not.
+    """Another rank ended during a collective operation. Only that rank knows why.
 
     Args:
-        said: what the connection's library said.
+        said: the message of the communication library.
     """
 
     def __init__(self, said: str) -> None:
         super().__init__(
             f"the connection to another rank was lost ({said}): that rank has ended, or its machine or the network "
-            "has failed; where it says why itself, that is elsewhere in the log. The same command goes on from what "
+            "has failed; if it reported a reason, that is elsewhere in the log. The same command resumes from what "
             "is saved"
         )
 
@@ -70,7 +70,7 @@ class DataError(MinimaError):
 
 
 class StoreCorrupted(MinimaError):
-    """A token store or checkpoint file whose bytes are not those that were written."""
+    """A token store or checkpoint file whose bytes differ from what was written."""
 
 
 class TokenizerMismatch(MinimaError):
@@ -78,25 +78,25 @@ class TokenizerMismatch(MinimaError):
 
 
 class VocabularyMismatch(MinimaError):
-    """Two models over different tokens where they have to be over the same."""
+    """Two models with different vocabularies where they must share one."""
 
     DO = "start the student from a pruned teacher, or give both models one tokenizer (`expand_vocabulary`)"
 
 
 class ShapeError(MinimaError):
-    """A model shape that cannot be built, or that cannot be cut from the model it should come from."""
+    """A model shape that cannot be built, or that cannot be pruned from the given model."""
 
 
 class UnsupportedFamily(MinimaError):
-    """A model family whose heads, neurons and norms are not known here."""
+    """A model family whose layout of heads, neurons and norms minima does not know."""
 
 
 class DeepSpeedConfigError(MinimaError):
-    """A DeepSpeed JSON that sets what the recipe owns, or a batch that its ranks cannot share."""
+    """A DeepSpeed JSON that sets what the recipe owns, or a batch that cannot be divided among the ranks."""
 
 
 class LauncherError(MinimaError):
-    """Rank, world size or master address that are missing, partial or impossible."""
+    """Launcher variables (rank, world size, master address) that are missing, incomplete or impossible."""
 
 
 class StageError(MinimaError):
@@ -104,11 +104,11 @@ class StageError(MinimaError):
 
 
 class CheckpointError(MinimaError):
-    """A checkpoint that is missing, incomplete or not this model's."""
+    """A checkpoint that is missing, incomplete or of another model."""
 
 
 class OutOfMemory(MinimaError):
-    """A device, or a machine, that has no memory left."""
+    """A device or a machine that has run out of memory."""
 
 
 class NotFinite(MinimaError):
@@ -116,28 +116,28 @@ class NotFinite(MinimaError):
 
 
 class RankHung(MinimaError):
-    """A rank that no longer comes further, while the others wait for it."""
+    """A rank that makes no progress while the others wait for it."""
 
 
 class DiskFull(MinimaError):
-    """No space left where a stage writes."""
+    """No space left on the disk that a stage writes to."""
 
 
 class AccessRefused(MinimaError):
-    """A file that the operating system lets nobody, or not this user, read or write."""
+    """A file that this user is not allowed to read or write."""
 
 
 class ClusterError(MinimaError):
-    """A cluster file that cannot be used, or a scheduler that refuses."""
+    """An unusable cluster file, or a refusal by the scheduler."""
 
 
 class TableError(MinimaError):
-    """A table of results, or a fit to one, that no law can be fitted to or read from."""
+    """A table of results that no law can be fitted to, or a fit that cannot be used."""
 
 
 @contextmanager
 def stage_named(name: str) -> Iterator[None]:
-    """Let what is refused inside begin with `stages.NAME`, where it does not say so itself."""
+    """Prefix errors raised inside the block with `stages.NAME`, unless they already have that prefix."""
     try:
         yield
     except MinimaError as error:

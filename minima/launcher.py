@@ -1,4 +1,4 @@
-"""Rank, world size and master address from the launcher's variables. The package's only reader of the environment."""
+"""Rank, world size and master address from the launcher's variables. The only file that reads the environment."""
 
 import getpass
 import os
@@ -29,7 +29,7 @@ from minima.nodes import (
     without_launcher,
 )
 
-DRIVER = "MINIMA_DRIVER"  # of what `minima run` starts: each driver's own value
+DRIVER = "MINIMA_DRIVER"  # set for everything `minima run` starts; unique to each start
 _GENERIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -40,12 +40,12 @@ class Launch:
     """One rank's place in its process group.
 
     Attributes:
-        rank: of this process, over all machines.
-        world_size: processes over all machines.
-        local_rank: of this process on its machine; chooses the GPU.
+        rank: of this process, across all machines.
+        world_size: processes on all machines.
+        local_rank: of this process on its machine; selects the GPU.
         local_world_size: processes on this machine.
         master_address: host of rank 0.
-        master_port: where rank 0 listens.
+        master_port: the port that rank 0 listens on.
     """
 
     rank: int = 0
@@ -57,13 +57,13 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """This process's place, as its launcher tells it.
+    """This process's place in its group, from the launcher's variables.
 
-    `RANK`, `WORLD_SIZE` and `LOCAL_RANK` together come first, then Open MPI's variables, then Slurm's inside an `srun`
-    step with more than one task, so torchrun under srun is torchrun. With none of them this is a single process.
+    `RANK`, `WORLD_SIZE` and `LOCAL_RANK` together take precedence, then Open MPI's variables, then Slurm's inside an
+    `srun` step with more than one task; so torchrun under srun counts as torchrun. Without any, it is a single process.
 
     Args:
-        environment: read instead of the process's own.
+        environment: used instead of the process's own.
 
     Raises:
         LauncherError: a set of variables is partial, not a number, or impossible.
@@ -84,7 +84,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world_size), ("LOCAL_RANK", launch.local_rank)):
         if number(environment, name, value) != value:
             raise LauncherError(
-                f"{name}={environment[name]} beside a launcher that says {value}",
+                f"{name}={environment[name]}, but the launcher says {value}",
                 "ranks that disagree about their group wait for each other for ever",
                 f"unset {name}, or set all of {', '.join(_GENERIC)}",
             )
@@ -103,7 +103,7 @@ def _launch(environment, names, local_size_name, master) -> Launch:
         shown = ", ".join(f"{name}={environment[name]}" for name in (*names, local_size_name) if name in environment)
         raise LauncherError(
             f"impossible launcher variables: {shown}",
-            "a rank lies between 0 and its group's size, on its machine and over all of them",
+            "a rank is at least 0 and less than the number of ranks, both on its machine and across all machines",
             "start the ranks through one of the launchers, or unset these variables to run one process",
         )
     address, port = environment.get("MASTER_ADDR"), number(environment, "MASTER_PORT", 0)
@@ -121,31 +121,31 @@ def _launch(environment, names, local_size_name, master) -> Launch:
 
 
 def step_master(environment: Mapping[str, str] | None = None) -> tuple[str | None, int]:
-    """Host and port of rank 0 in an `srun` step: its first node, and a port that follows from the job and the step."""
+    """Host and port of rank 0 in an `srun` step: its first node, and a port derived from the job and the step."""
     return master_of_step(os.environ if environment is None else environment)
 
 
 def slurm_job(environment: Mapping[str, str] | None = None) -> SlurmJob | None:
-    """The Slurm job that this process belongs to, or None outside of one.
+    """The Slurm job that this process belongs to, or None outside a job.
 
     Args:
-        environment: read instead of the process's own.
+        environment: used instead of the process's own.
     """
     return job_of(os.environ if environment is None else environment)
 
 
 def node_name() -> str:
-    """This machine's name: Slurm's for it inside a job, else its own."""
+    """This machine's name: Slurm's node name inside a job, otherwise its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def without_gpus() -> bool:
-    """Whether `DS_ACCELERATOR=cpu` is set: GPUs are then left alone, be they there or not."""
+    """Whether `DS_ACCELERATOR=cpu` is set: any GPUs are then left unused."""
     return os.environ.get("DS_ACCELERATOR") == "cpu"
 
 
 def num_accelerators() -> int:
-    """GPUs that this process may use, counted without torch; 0 where `DS_ACCELERATOR=cpu` is set."""
+    """The number of GPUs that this process may use, found without torch; 0 if `DS_ACCELERATOR=cpu` is set."""
     devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     if not devices or without_gpus():
         return 0
@@ -160,43 +160,43 @@ def num_accelerators() -> int:
 
 
 def default_ranks(at_most: int | None = None) -> int:
-    """One rank for each GPU; two without one, so that sharding is real.
+    """The default number of ranks: one for each GPU, or two without a GPU, so that sharding is really exercised.
 
     Args:
-        at_most: no more ranks than this.
+        at_most: an upper bound.
     """
     ranks = num_accelerators() or 2
     return ranks if at_most is None else min(ranks, at_most)
 
 
 def cleaned_environment() -> dict[str, str]:
-    """This process's environment without what any launcher told it: of a program with a launcher of its own."""
-    # UTF-8, since PyTorch reads sources of its own in the locale's encoding, and in GB18030 they are no text.
+    """This process's environment without launchers' variables, for a program with a launcher of its own."""
+    # UTF-8, because PyTorch reads its own source files in the locale's encoding, and GB18030 cannot decode them.
     defaults = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     environment = defaults | without_launcher(os.environ)
-    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch's and transformers', about each other
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch and transformers warn about each other
     environment["PATH"] = _own_programs_first(environment)
     return environment
 
 
 def submitting_environment() -> dict[str, str]:
-    """The environment of Slurm's commands, which a job inherits that one of them submits: see `nodes.without_job`."""
+    """The environment for Slurm's commands, inherited by the jobs that they submit: see `nodes.without_job`."""
     return without_job(cleaned_environment())
 
 
 def _own_programs_first(environment: Mapping[str, str]) -> str:
-    """The PATH with this Python's programs before others: two versions of ninja would build every op anew in turns."""
+    """PATH with this Python's programs first: with two versions of ninja, each would rebuild the other's ops."""
     own, path = str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)
     return path if path.split(os.pathsep)[0] == own else os.pathsep.join([own, path])
 
 
 def child_environment(ranks: int, *, by_host_file: bool = False, terminal_columns: int = 0) -> dict[str, str]:
-    """The environment of a launcher that `minima run` starts.
+    """The environment for a launcher that `minima run` starts.
 
     Args:
-        ranks: processes that the launcher starts on this machine, or on each.
-        by_host_file: where MINIMA_HOSTFILE is set it says so instead, of machines that this one knows nothing of.
-        terminal_columns: width of the terminal that the output reaches in the end; 0 when it is none.
+        ranks: processes that the launcher starts on this machine, or on each machine.
+        by_host_file: let MINIMA_HOSTFILE, if set, determine the ranks instead; nothing is known about its machines.
+        terminal_columns: width of the terminal that finally shows the output; 0 if it is not a terminal.
     """
     environment = cleaned_environment() | {DRIVER: uuid.uuid4().hex}
     if terminal_columns:
@@ -204,8 +204,8 @@ def child_environment(ranks: int, *, by_host_file: bool = False, terminal_column
     elsewhere = by_host_file and environment.get("MINIMA_HOSTFILE")
     if not elsewhere:
         environment["MINIMA_RANKS"] = str(ranks)
-        # With GPUs too, for an optimiser in the host's memory: torchrun would set 1, deepspeed nothing. One process
-        # takes what there is, and lm-eval may start others.
+        # With GPUs too, for an optimiser in host memory: torchrun would set 1, deepspeed nothing. A single process on a
+        # GPU machine keeps PyTorch's default, and lm-eval may start other processes.
         if ranks > 1 or not num_accelerators():
             environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
         if not num_accelerators():
@@ -215,9 +215,9 @@ def child_environment(ranks: int, *, by_host_file: bool = False, terminal_column
 
 
 def _keep_extensions_apart(environment: MutableMapping[str, str]) -> None:
-    """Let ops be built in this Python's environment, where no killed build of another leaves its lock.
+    """Build ops inside this Python environment, so that a killed build from another one leaves no lock here.
 
-    An environment that somebody else has made for many may not be written: then PyTorch's own folder is the user's.
+    In a shared environment that this user may not write to, PyTorch's default folder in the user's home is used.
     """
     folder = Path(sys.prefix) / "torch_extensions"
     if sys.prefix != sys.base_prefix and os.access(folder if folder.exists() else folder.parent, os.W_OK):
@@ -225,11 +225,11 @@ def _keep_extensions_apart(environment: MutableMapping[str, str]) -> None:
 
 
 def processes_of(session: int, driver: str | None) -> list[psutil.Process]:
-    """What a launcher has started on this machine, itself included.
+    """All processes of a launcher on this machine, itself included.
 
     Args:
         session: the id of the session that it was started in.
-        driver: its own MINIMA_DRIVER, which marks those that it gave other sessions, as torchrun does with its ranks.
+        driver: the launcher's MINIMA_DRIVER, which identifies processes in other sessions, such as torchrun's ranks.
     """
     found = []
     for process in psutil.process_iter(["name"]):
@@ -242,7 +242,7 @@ def processes_of(session: int, driver: str | None) -> list[psutil.Process]:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether it is a rank of some launcher, running `minima stage`, and not the launcher itself."""
+    """Whether the process is a launcher's rank that runs `minima stage`, and not the launcher itself."""
     try:
         runs_stage = {"minima", "stage"} <= set(process.cmdline())
         return runs_stage and not {"RANK", "OMPI_COMM_WORLD_RANK"}.isdisjoint(process.environ())
@@ -251,23 +251,23 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def num_cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def started_by_driver() -> bool:
-    """Whether `minima run` started this process: it then holds the run folder's lock for it."""
+    """Whether `minima run` started this process, and so holds the run folder's lock on its behalf."""
     return DRIVER in os.environ
 
 
 def terminal_columns() -> int:
-    """Width of the terminal behind the driver's pipe; 0 when there is none."""
+    """Width of the terminal behind the driver's pipe; 0 if there is none."""
     text = os.environ.get("MINIMA_TERMINAL", "")
     return int(text) if text.isdigit() else 0
 
 
 def export_launch(launch: Launch) -> None:
-    """Tell the libraries of this process where it stands: DeepSpeed and torch read the environment only."""
+    """Export the rank's place to the environment, the only place where DeepSpeed and torch look for it."""
     os.environ |= {
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
@@ -276,7 +276,7 @@ def export_launch(launch: Launch) -> None:
         "MASTER_ADDR": launch.master_address,
         "MASTER_PORT": str(launch.master_port),
     }
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits only with a fixed buffer
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     if sys.prefix != sys.base_prefix:
         os.environ["PATH"] = _own_programs_first(os.environ)
     _keep_extensions_apart(os.environ)
@@ -284,8 +284,8 @@ def export_launch(launch: Launch) -> None:
 
 
 def _keep_caches_apart(environment: MutableMapping[str, str]) -> None:
-    """Give compiled kernels a folder where this user has no name or no home: PyTorch up to 2.12 asks for the name, and
-    Triton would make a folder called `~` where it runs."""
+    """Set folders for compiled kernels if this user has no name or no home: PyTorch up to 2.12 asks for the name, and
+    Triton would create a folder called `~` in the working directory."""
     folder = f"{tempfile.gettempdir()}/minima-{os.getuid()}"
     try:
         getpass.getuser()

@@ -1,4 +1,4 @@
-"""What Slurm's and Open MPI's variables say of machines. The launcher alone reads the process's, and hands them on."""
+"""Interprets Slurm's and Open MPI's variables. It never reads the environment itself: `launcher.py` passes it in."""
 
 import os
 import re
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from minima.errors import LauncherError
 
-_PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which begins at 32,768, so no client socket sits on one
-# What launchers tell their ranks. A child that inherited one of these would take itself for a rank of its parent's
-# launcher. The allocation (SLURM_JOB_ID, SLURM_JOB_NODELIST) and settings (OMPI_MCA_btl) stay.
+_PORTS = (20_000, 30_000)  # below Linux's ephemeral range, which starts at 32,768, so no client socket uses them
+# Variables that launchers set for their ranks. A child that inherited one would believe it is a rank of its parent's
+# launcher. The allocation (SLURM_JOB_ID, SLURM_JOB_NODELIST) and settings (OMPI_MCA_btl) are kept.
 _FOREIGN = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|CROSS_RANK|CROSS_SIZE|NODE_RANK|MASTER_ADDR|MASTER_PORT"
     r"|(GROUP|ROLE)_(RANK|WORLD_SIZE|NAME)|TORCHELASTIC_.*|OMPI_COMM_WORLD_.*|OMPI_UNIVERSE_SIZE"
@@ -18,22 +18,22 @@ _FOREIGN = re.compile(
     r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|TASK_PID|STEPID|STEP_.*|SRUN_.*)|ACCELERATE_.*"
     r"|MINIMA_(RANKS|DRIVER|TERMINAL)"
 )
-# Slurm's commands read defaults of their options from these, and print other jobs or tell other processes.
+# Slurm's commands take default options from these, and would then list other jobs or signal other processes.
 _OF_A_COMMAND = re.compile(r"(SQUEUE|SCANCEL|SACCT|SINFO)_.*")
-_OF_THE_CLUSTER = re.compile(r"SLURM_(CONF|CONF_SERVER|CLUSTERS|JWT|SACK_.*)")  # not of a job
+_OF_THE_CLUSTER = re.compile(r"SLURM_(CONF|CONF_SERVER|CLUSTERS|JWT|SACK_.*)")  # settings of the cluster, not of a job
 
 _master: tuple[str, int] | None = None  # what the ranks of an mpirun have agreed on
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job of Slurm.
+    """A Slurm job.
 
     Attributes:
-        job_id: as `squeue` shows it; of an array's task with its number: `77_3`.
+        job_id: as `squeue` shows it; for a task of an array with the task's number: `77_3`.
         restarts: how often it was requeued.
         nodes: host names of the allocation, in Slurm's order.
-        nodelist: the same as Slurm writes it: `gpu[03-05]`.
+        nodelist: the same in Slurm's notation: `gpu[03-05]`.
         step: the `srun` step; None in the batch script itself.
     """
 
@@ -45,7 +45,7 @@ class SlurmJob:
 
 
 def job_of(environment: Mapping[str, str]) -> SlurmJob | None:
-    """The job that these variables tell of; None for none."""
+    """The job that these variables describe; None outside a job."""
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
         return None
@@ -61,17 +61,17 @@ def job_of(environment: Mapping[str, str]) -> SlurmJob | None:
 
 
 def master_of_step(environment: Mapping[str, str]) -> tuple[str | None, int]:
-    """Host and port of rank 0 of an `srun` step; the same on all of its ranks, and another in another step."""
+    """Host and port of rank 0 of an `srun` step: the same on all its ranks, different from other steps'."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     job = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
     return first_host(nodes), derived_port(job)
 
 
 def step_local_size(environment: Mapping[str, str], world_size: int) -> int:
-    """Tasks of an `srun` step on this node.
+    """The number of an `srun` step's tasks on this node.
 
     Raises:
-        LauncherError: the step is on several nodes, and nothing says how many tasks this one has.
+        LauncherError: the step spans several nodes, and no variable says how many tasks this one has.
     """
     counts: list[int] = []  # "4(x2),3" is four tasks on each of the first two nodes and three on the third
     told = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
@@ -82,20 +82,20 @@ def step_local_size(environment: Mapping[str, str], world_size: int) -> int:
     if 0 <= node < len(counts) and sum(counts) == world_size:
         return counts[node]
     nodes = number(environment, "SLURM_STEP_NUM_NODES", len(host_names(environment.get("SLURM_STEP_NODELIST", ""))))
-    alone = environment.get("SLURM_PROCID") == environment.get("SLURM_LOCALID")  # as on one node, or on the first
+    alone = environment.get("SLURM_PROCID") == environment.get("SLURM_LOCALID")  # true on a single or the first node
     if max(nodes, node + 1) == 1 and alone:
         return world_size
     names = ("PROCID", "LOCALID", "STEP_NUM_TASKS", "STEP_NUM_NODES", "NODEID", "STEP_TASKS_PER_NODE")
     shown = ", ".join(f"SLURM_{name}={environment.get(f'SLURM_{name}', 'missing')}" for name in names)
     raise LauncherError(
         f"impossible launcher variables: {shown}",
-        "a rank on several nodes has to know how many ranks are on its own: they share its GPUs",
-        "start the ranks with srun, and hand on all of its variables (--export=ALL)",
+        "with several nodes, a rank must know how many ranks run on its own node, since they share its GPUs",
+        "start the ranks with srun, and pass on all its variables (--export=ALL)",
     )
 
 
 def host_names(nodes: str) -> list[str]:
-    """The hosts of a Slurm node list: `gpu[03-05,9]-a,cpu1` gives `gpu03-a`, `gpu04-a`, `gpu05-a`, `gpu9-a`, `cpu1`."""
+    """The hosts of a Slurm node list: `gpu[03-05,9]-a,cpu1` is `gpu03-a`, `gpu04-a`, `gpu05-a`, `gpu9-a`, `cpu1`."""
     found: list[str] = []
     for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
         names = [""]
@@ -107,7 +107,7 @@ def host_names(nodes: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """`03-05` as `03`, `04`, `05`."""
+    """Expand a range: `03-05` becomes `03`, `04`, `05`."""
     first, dash, last = text.partition("-")
     if not dash or not (first.isdigit() and last.isdigit()):
         return [text]
@@ -115,29 +115,29 @@ def _numbers(text: str) -> list[str]:
 
 
 def first_host(nodes: str) -> str | None:
-    """The first host of a Slurm node list; None of an empty one."""
+    """The first host of a Slurm node list; None if it is empty."""
     return next(iter(host_names(nodes)), None)
 
 
 def derived_port(job: str) -> int:
-    """A port that all ranks of a job find by themselves, and that ranks of other jobs hardly share."""
+    """A port derived from the job's id: every rank computes the same one, and other jobs rarely collide with it."""
     first, last = _PORTS
     return first + sum(ord(letter) * 31**index for index, letter in enumerate(job)) % (last - first)
 
 
 def broadcast_master(own_host: str, address: str | None, own_port: int, world_size: int) -> tuple[str, int]:
-    """Rank 0's host and port on every rank of an `mpirun` over several machines. Every rank calls it.
+    """Broadcast rank 0's host and port to all ranks of an `mpirun` over several machines. Every rank calls it.
 
-    MPI is begun and ended here: a rank that ends later without having ended MPI would count as failed.
+    MPI is initialised and finalised here: a rank that exited without finalising MPI would count as failed.
 
     Args:
         own_host: this machine's name.
-        address: what rank 0 takes instead of its machine's name.
-        own_port: a free port of this machine.
-        world_size: how many ranks there are, as mpirun says.
+        address: what rank 0 announces instead of its machine's name.
+        own_port: a free port on this machine.
+        world_size: the number of ranks according to mpirun.
 
     Raises:
-        LauncherError: mpi4py is not installed, or it is built for another MPI than this mpirun's.
+        LauncherError: mpi4py is not installed, or was built for another MPI than this mpirun's.
     """
     global _master
     if _master is not None:
@@ -145,20 +145,20 @@ def broadcast_master(own_host: str, address: str | None, own_port: int, world_si
     do = "export MASTER_ADDR (host of rank 0) and MASTER_PORT (a free port there) for every rank: mpirun -x NAME"
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # a RuntimeError where there is no MPI library to load
+    except (ImportError, RuntimeError) as error:  # a RuntimeError if there is no MPI library to load
         raise LauncherError(
             f"{world_size} ranks of mpirun on several machines without MASTER_ADDR and MASTER_PORT, and mpi4py cannot "
             f"be loaded ({error})",
-            "the ranks find each other through rank 0's address, which mpi4py would tell them",
+            "the ranks find each other through rank 0's address, which mpi4py would send them",
             f"pip install mpi4py, or {do}",
         ) from error
     found: tuple[str, int] = MPI.COMM_WORLD.bcast((address or own_host, own_port), root=0)
     size = MPI.COMM_WORLD.Get_size()
-    MPI.Finalize()  # once only: MPI cannot be begun a second time
+    MPI.Finalize()  # once only: MPI cannot be initialised a second time
     if size != world_size:
         raise LauncherError(
-            f"mpirun started {world_size} ranks, and mpi4py sees {size}",
-            "mpi4py is built for another MPI than this mpirun's, so its ranks cannot find each other",
+            f"mpirun started {world_size} ranks, but mpi4py sees {size}",
+            "mpi4py was built for another MPI than this mpirun's, so its ranks cannot find each other",
             f"rebuild it with this MPI's mpicc (pip install --no-binary mpi4py mpi4py), or {do}",
         )
     _master = found
@@ -166,10 +166,10 @@ def broadcast_master(own_host: str, address: str | None, own_port: int, world_si
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """A variable as a whole number.
+    """A variable's value as an integer; `default` if it is unset or empty.
 
     Raises:
-        LauncherError: it is none.
+        LauncherError: the value is not an integer.
     """
     text = environment.get(name, "").strip()
     if not text:
@@ -178,31 +178,31 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     raise LauncherError(
         f"{name}={text!r} is not a whole number",
-        "a rank's place in its group is counted",
+        "ranks and group sizes are whole numbers",
         f"unset {name}, or start the ranks through one of the launchers",
     )
 
 
 def is_set(environment: Mapping[str, str], name: str) -> bool:
-    """Whether a variable says something; an empty one is as good as none."""
+    """Whether a variable is set and not blank."""
     return bool(environment.get(name, "").strip())
 
 
 def missing_variables(names: tuple[str, ...], environment: Mapping[str, str]) -> LauncherError:
-    """What to raise for a set of variables of which some are missing."""
+    """The error to raise when only some variables of a set are given."""
     given = [name for name in names if is_set(environment, name)]
     missing = [name for name in names if name not in given]
     empty = [name for name in missing if name in environment]
     return LauncherError(
         f"{' and '.join(f'{name}={environment[name]}' for name in given) or 'no variable'} without "
         f"{' and '.join(missing)}" + (f" ({', '.join(empty)} being empty)" if empty else ""),
-        "a rank has to know its number, its group's size and its number on its machine; a guess could hang the group",
+        "a rank must know its rank, the world size and its rank on its machine; a guess could hang the group",
         f"set {', '.join(missing)} too, or unset {', '.join([*given, *empty])}",
     )
 
 
 def free_port() -> int:
-    """A port on this machine that nothing listens on now."""
+    """A port on this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -211,7 +211,7 @@ def free_port() -> int:
 def openmpi_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str | None, int]:
     """Host and port of rank 0 among Open MPI's ranks.
 
-    Where no variable tells this job from others, the process that started its ranks does.
+    If no variable identifies the job, the process id of the mpirun that started the ranks does.
     """
     if not one_machine:
         world_size = number(environment, "OMPI_COMM_WORLD_SIZE", 1)
@@ -229,15 +229,15 @@ def slurm_master(environment: Mapping[str, str], one_machine: bool) -> tuple[str
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """These variables but what any launcher tells its ranks."""
+    """The environment without the variables that launchers set for their ranks."""
     return {name: value for name, value in environment.items() if not _FOREIGN.fullmatch(name)}
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """These variables as one of Slurm's commands wants them, and the job that it submits.
+    """The environment for Slurm's commands and the jobs they submit: without defaults of their options.
 
-    Inside a job nothing of that job is among them: another one that was told its cores, its place in an array or how it
-    binds tasks would ask for these, and send its signals to the wrong job.
+    Inside a job, that job's own variables are left out too: a new job that inherited its cores, its place in an array
+    or its task binding would request the same, and send its signals to the wrong job.
     """
     own = is_set(environment, "SLURM_JOB_ID")
     return {

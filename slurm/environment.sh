@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the jobs of slurm/ need before Python starts. Change it for your cluster; `minima submit` takes these from its
-# cluster file instead.
+# Sets up the environment of the jobs in slurm/. Change it for your cluster; `minima submit` uses its cluster file
+# instead.
 # module load cuda/12.8
 # shellcheck disable=SC1091
 source .venv/bin/activate

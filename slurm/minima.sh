@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits MiniMA-3B: one job for each stage that is not finished, each after the one before it has succeeded.
+# Submits MiniMA-3B: a job for each unfinished stage, which starts after the one before it has succeeded.
 #   slurm/minima.sh [key.path=value ...]
 # Partition and account: export SBATCH_PARTITION and SBATCH_ACCOUNT, or write them into slurm/minima/*.sbatch; modules
 # and the virtual environment: slurm/environment.sh. Submit again only when no job of an earlier submission is left.

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# The plain files name their run's folder themselves: for its logs, for what is finished, and for what was saved before a
-# job is requeued. Told another one, their stages would write where none of these look.
-#   refuse_folder ARGUMENTS...    ends with exit code 2 where one of them names the run or its folder
+# The scripts in slurm/ contain the run's folder: for its logs, for its finished stages, and to see what a job has saved
+# before it is requeued. With another folder, the stages would write where the scripts do not look.
+#   refuse_folder ARGUMENTS...    exits with code 2 if an argument sets the run's name or folder
 refuse_folder() {
   local argument
   for argument; do
     case $argument in
       output=* | name=*)
-        echo "$argument: these files name the run's folder themselves: change it there, or use \`minima submit\`" >&2
+        echo "$argument: the scripts in slurm/ have a fixed run folder: change it there, or use \`minima submit\`" >&2
         exit 2
         ;;
     esac

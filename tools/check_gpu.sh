@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, within a given time: the tests of tests/gpu, doctor and the quickstart side by side (none
-# of them measures), then the measurements one after another. Logs and JSONs go to a folder; the last lines say how each
-# step ended. A step that the time does not allow is ended, or left out, and said to be so.
+# Runs everything that needs a GPU within a given time: first tests/gpu, doctor and the quickstart at the same time
+# (none of them measures times), then the measurements one after another. Logs and JSONs go to a folder; the last lines
+# of output say how each step ended. A step that runs out of time is ended or skipped, and reported as such.
 #
 #   tools/check_gpu.sh [-s SECONDS] [-o FOLDER] [STEP...]
 #
-#   -s SECONDS   for all of them; 3600 when not given
+#   -s SECONDS   for all of them; 3600 by default
 #   -o FOLDER    default: runs/gpu
-#   STEP         tests doctor quickstart | walls step compiled offload loss checkpoints; all when none is named.
-#                Measurements run in the order in which they are named.
+#   STEP         tests doctor quickstart | walls step compiled offload loss checkpoints; all by default.
+#                Measurements run in the given order.
 set -euo pipefail
 
 seconds=3600 output=runs/gpu
@@ -21,7 +21,7 @@ while getopts s:o:h option; do
     esac
 done
 shift $((OPTIND - 1))
-[[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "-s takes whole seconds, and not '$seconds'" >&2 && exit 2; }
+[[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "-s takes whole seconds, not '$seconds'" >&2 && exit 2; }
 [[ $# -gt 0 ]] || set -- tests doctor quickstart walls step compiled offload loss checkpoints
 
 mkdir -p "$output"
@@ -32,7 +32,7 @@ python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 "$python" -c 'import sys; from minima.launcher import num_accelerators; sys.exit(not num_accelerators())' || {
-    echo "this machine shows no GPU, so every test would be skipped: run it where one is" >&2
+    echo "no GPU is visible on this machine, so every test would be skipped: run it on a machine with one" >&2
     exit 2
 }
 
@@ -51,12 +51,12 @@ command_of() { # sets `command` to what a step runs
         loss) command=("${bench[@]}" --profile gpu-7b-3b --only loss: --output "$output/loss.json") ;;
         checkpoints) command=("$python" tools/bench_checkpoint.py --width 1024 --layers 12 --sequences 4
             --sequence-tokens 2048 --precision bfloat16 --steps 40 --every 40 --rounds 2) ;;
-        *) echo "no step is called '$1': see $0 -h" >&2 && exit 2 ;;
+        *) echo "there is no step '$1': see $0 -h" >&2 && exit 2 ;;
     esac
 }
 
 started=$SECONDS
-attempt() { # runs one step for as long as the time allows, and keeps its exit code in FOLDER/STEP.code
+attempt() { # runs one step within the remaining time, and writes its exit code to FOLDER/STEP.code
     local command left=$((seconds - (SECONDS - started))) code=0
     command_of "$1"
     if ((left < 10)); then

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes, n1 and n2, on this machine: for the tests, and for trying `minima submit` without a cluster.
-#   tools/dev_cluster.sh start    start it, unless it runs already
-#   tools/dev_cluster.sh stop     end it, with everything that its jobs left
-#   tools/dev_cluster.sh env      print what a shell needs: eval "$(tools/dev_cluster.sh env)"
-# Everything lies in one folder, MINIMA_DEV_CLUSTER (/tmp/minima-dev-cluster-UID when it is not set). No system service
-# and no system file is used or changed: munge has a key and a socket of its own. As root its jobs may belong to
-# anybody; as another user, to that user alone.
+# A real Slurm with two nodes, n1 and n2, on this machine: for the tests, and to try `minima submit` without a cluster.
+#   tools/dev_cluster.sh start    start it, unless it is running
+#   tools/dev_cluster.sh stop     stop it, with everything that its jobs left behind
+#   tools/dev_cluster.sh env      print settings for a shell: eval "$(tools/dev_cluster.sh env)"
+# Everything is in one folder, MINIMA_DEV_CLUSTER (by default /tmp/minima-dev-cluster-UID). No system service and no
+# system file is used or changed: munge has its own key and socket. Started by root, it accepts jobs of any user;
+# started by another user, only that user's.
 set -euo pipefail
 
 readonly folder=${MINIMA_DEV_CLUSTER:-/tmp/minima-dev-cluster-$(id -u)}
 readonly conf=$folder/slurm.conf
 readonly nodes=(n1 n2)
 readonly start_seconds=60 stop_seconds=15
-export PATH=$PATH:/usr/sbin:/sbin  # where Debian puts the daemons; not on everybody's path
-unset "${!SLURM_@}" "${!SBATCH_@}" "${!SQUEUE_@}"  # of another cluster, or of a job
+export PATH=$PATH:/usr/sbin:/sbin  # where Debian puts the daemons; not on every user's path
+unset "${!SLURM_@}" "${!SBATCH_@}" "${!SQUEUE_@}"  # from another cluster, or from a job
 
 fail() { printf 'dev_cluster: %s\n' "$*" >&2; exit 2; }
 
@@ -29,17 +29,17 @@ need_packages() {
 need_folder() {
   [[ $folder == /* && $folder != *[$' \t\n"#,=%\\']* ]] ||
     fail "MINIMA_DEV_CLUSTER=$folder: slurm.conf needs an absolute path without spaces, quotes, or any of # , = % \\"
-  [ ${#folder} -le 80 ] || fail "$folder is longer than the 80 characters that its sockets' paths leave"
+  [ ${#folder} -le 80 ] || fail "$folder is longer than 80 characters, which leaves no room for its sockets' names"
   mkdir -p "$folder"
   [ -e "$folder/.minima-dev-cluster" ] || [ -z "$(ls -A "$folder")" ] ||
-    fail "$folder holds files of something else: set MINIMA_DEV_CLUSTER to a folder that is new or empty"
-  [ -O "$folder" ] || fail "$folder belongs to somebody else: set MINIMA_DEV_CLUSTER to a folder of your own"
-  chmod 755 "$folder" # munge wants a path that others can enter and cannot write
+    fail "$folder contains other files: set MINIMA_DEV_CLUSTER to a new or empty folder"
+  [ -O "$folder" ] || fail "$folder belongs to another user: set MINIMA_DEV_CLUSTER to a folder of your own"
+  chmod 755 "$folder" # munge requires a path that others can enter but not write to
   touch "$folder/.minima-dev-cluster"
 }
 
-# Ports below the ephemeral range, so that no client sits on one, and below those that minima derives for its ranks.
-# Each folder begins elsewhere, so that no other cluster takes the port of a node that is down for a while.
+# Ports below the ephemeral range, so that no client uses one, and below those that minima derives for its ranks.
+# The first port depends on the folder, so that no other cluster takes the port of a node that is down for a while.
 free_ports() {
   local port found=() first
   first=$(($(cksum <<<"$folder" | cut -d ' ' -f 1) % 3000 + 16817))
@@ -52,7 +52,7 @@ free_ports() {
 }
 
 write_conf() {
-  local ports host user # the ids of jobs go on from an earlier start, so that those in a run's folder name no new ones
+  local ports host user # FirstJobId below grows with time, so that new jobs do not reuse ids recorded in a run's folder
   mapfile -t ports < <(free_ports 3)
   [ ${#ports[@]} = 3 ] || exit 2
   host=$(uname -n)
@@ -76,14 +76,14 @@ SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.%n.log
 FirstJobId=$(($(date +%s) / 10 % 1000000 + 1))
 MinJobAge=3600
-# No cgroup and no systemd is needed; cgroup.conf says so to those Slurms that would look for one.
+# Neither cgroups nor systemd is needed; cgroup.conf says so to versions of Slurm that would look for them.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 MpiDefault=none
-# The nodes' names are known to Slurm alone, so rank 0 is found by address.
+# The nodes' names are known only to Slurm, so rank 0 is found by address.
 TaskProlog=$folder/task_prolog.sh
 SwitchType=switch/none
 PropagateResourceLimits=NONE
@@ -95,7 +95,7 @@ JobRequeue=1
 InactiveLimit=0
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
-# Processors are declared, not counted, so that several jobs fit on a small machine.
+# CPUs are declared, not detected, so that several jobs fit on a small machine.
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
@@ -108,7 +108,7 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF DefaultTime=60 
 CONF
   rm -f "$folder/cgroup.conf"
   if [[ $(slurmd -V) =~ ([0-9]+)[.]([0-9]+) ]] && [ "${BASH_REMATCH[1]}${BASH_REMATCH[2]}" -ge 2405 ]; then
-    echo CgroupPlugin=disabled >"$folder/cgroup.conf" # which earlier ones do not know
+    echo CgroupPlugin=disabled >"$folder/cgroup.conf" # unknown to earlier versions
   fi
   cat >"$folder/task_prolog.sh" <<'PROLOG'
 #!/bin/sh
@@ -117,7 +117,7 @@ PROLOG
   chmod 755 "$folder/task_prolog.sh"
 }
 
-# Daemons and job processes of this cluster, by what their environment says; never those of another one.
+# Daemons and job processes of this cluster, identified by their environment; never those of another cluster.
 leftovers() {
   local process environment
   for process in /proc/[0-9]*; do
@@ -148,10 +148,10 @@ start() {
   exec 9>"$folder/lock"
   flock 9
   if is_running && nodes_up; then
-    echo "dev_cluster: it runs already, in $folder"
+    echo "dev_cluster: already running, in $folder"
     return
   fi
-  end_all  # what an earlier run, killed perhaps, left behind
+  end_all  # processes left behind by an earlier run that may have been killed
   rm -rf "$folder/state" "$folder"/spool.* "$folder/munge" "$folder"/*.pid "$folder"/*.log
   (umask 022 && mkdir "$folder/state" "$folder/munge" "${nodes[@]/#/$folder/spool.}")
   (umask 077 && head -c 128 /dev/urandom >"$folder/munge/key")
@@ -159,11 +159,11 @@ start() {
   export SLURM_CONF=$conf
   munged --key-file "$folder/munge/key" --socket "$folder/munge/socket" --pid-file "$folder/munge/pid" \
     --seed-file "$folder/munge/seed" --log-file "$folder/munge/log" --num-threads 2 9>&- ||
-    fail "munged does not start: see $folder/munge/log"
-  slurmctld -c 9>&- </dev/null >"$folder/slurmctld.start.log" 2>&1 || fail "slurmctld does not start:
+    fail "munged failed to start: see $folder/munge/log"
+  slurmctld -c 9>&- </dev/null >"$folder/slurmctld.start.log" 2>&1 || fail "slurmctld failed to start:
 $(tail -n 20 "$folder/slurmctld.start.log" "$folder/slurmctld.log" 2>/dev/null)"
   for node in "${nodes[@]}"; do
-    slurmd -N "$node" 9>&- </dev/null >"$folder/slurmd.$node.start.log" 2>&1 || fail "slurmd of $node does not start:
+    slurmd -N "$node" 9>&- </dev/null >"$folder/slurmd.$node.start.log" 2>&1 || fail "slurmd of $node failed to start:
 $(tail -n 20 "$folder/slurmd.$node.start.log" "$folder/slurmd.$node.log" 2>/dev/null)"
   done
   local until=$((SECONDS + start_seconds))
@@ -194,7 +194,7 @@ end_all() {
 
 stop() {
   if [ ! -d "$folder" ]; then
-    echo "dev_cluster: it does not run"
+    echo "dev_cluster: it is not running"
     return
   fi
   need_folder
@@ -206,7 +206,7 @@ stop() {
 }
 
 show_env() {
-  [ -e "$conf" ] || fail "it does not run: tools/dev_cluster.sh start"
+  [ -e "$conf" ] || fail "it is not running: tools/dev_cluster.sh start"
   printf 'export SLURM_CONF=%q\n' "$conf"
 }
 

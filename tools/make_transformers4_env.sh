@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make an environment with the last transformers 4: the packages of .venv with three laid over them, so that torch is
-# not fetched again. Use it with PYTHONPATH=FOLDER .venv/bin/python. A folder that is there already is kept.
+# Make an environment with the last transformers 4: the packages of .venv with three of them overlaid, so that torch is
+# not downloaded again. Use it with PYTHONPATH=FOLDER .venv/bin/python. An existing folder is kept.
 #
 #   tools/make_transformers4_env.sh [FOLDER]        default: .venv/transformers4
 set -euo pipefail
@@ -8,7 +8,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$root/.venv/transformers4}
 python=${PYTHON:-$root/.venv/bin/python}
-packages=(transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2) # the last 4.x, and the newest it takes
+packages=(transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2) # the last 4.x, and the newest versions it accepts
 
 if [[ "$(cat "$folder/made-of" 2>/dev/null)" == "${packages[*]}" ]]; then
     exit 0

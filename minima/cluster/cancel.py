@@ -1,4 +1,4 @@
-"""`minima cancel`: end a run's jobs; what is running saves first. No torch."""
+"""`minima cancel`: ends a run's jobs, letting running ones save first. No torch."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ from minima.cluster.runs import open_run
 
 
 def cancel(run: str, write: Callable[[str], None]) -> int:
-    """Cancel a run's jobs: first those that wait, so that none of them starts, then those that run.
+    """Cancel a run's jobs: first the waiting ones, so that none of them starts, then the running ones.
 
-    A running job's script is told alone, tells its ranks, and cancels itself once they have saved: after a plain
-    `scancel`, Slurm kills the ranks when its KillWait (30 s by default) is over.
+    Only a running job's script gets the signal; it passes it on to its ranks, and cancels the job once they have saved.
+    After a plain `scancel`, Slurm would kill the ranks after its KillWait (30 s by default).
 
     Args:
         run: its folder, or its recipe.
-        write: takes text for a person.
+        write: receives text for the user.
 
     Returns:
         0.
@@ -29,7 +29,7 @@ def cancel(run: str, write: Callable[[str], None]) -> int:
     names = [(job.id, job.name) for job in jobs]
     waiting = dict.fromkeys(task.job for task in reversed(slurm.tasks(names)) if task.state == "PENDING")
     if waiting:
-        slurm.call(["scancel", "--state=PENDING", *waiting], "cancelling what waits")
+        slurm.call(["scancel", "--state=PENDING", *waiting], "cancelling the waiting jobs")
         for job in waiting:
             write(f"{stages[job]}: job {job} was waiting; cancelled")
     running = [task for task in slurm.tasks(names) if task.active and task.state != "COMPLETING"]
@@ -37,10 +37,10 @@ def cancel(run: str, write: Callable[[str], None]) -> int:
         job = task.job if task.index is None else f"{task.job}_{task.index}"
         if task.state == "RUNNING":
             slurm.call(["scancel", "--batch", "--signal=TERM", job], "telling a job to save and end")
-            write(f"{stages[task.job]}: job {job} saves and ends; `scancel {job}` does not wait for that")
+            write(f"{stages[task.job]}: job {job} saves and ends; a plain `scancel {job}` would not wait for that")
         elif task.job not in waiting or task.state != "PENDING":
             slurm.call(["scancel", job], "cancelling a job")
             write(f"{stages[task.job]}: job {job} ({task.state}) cancelled")
     if not waiting and not running:
-        write(f"no job of {folder} waits or runs")
+        write(f"no job of {folder} is waiting or running")
     return 0

@@ -1,4 +1,4 @@
-"""Handing scripts to Slurm one after another. No torch."""
+"""Submitting a chain of job scripts to Slurm. No torch."""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -18,25 +18,25 @@ def submit_chain(
     write: Callable[[str], None],
     order: Sequence[str] = (),
 ) -> None:
-    """Submit jobs, each after the one before it and after what is queued.
+    """Submit jobs that each depend on the one before it, and on the jobs already queued.
 
-    A job of an earlier stage has to succeed; one of a later stage only has to end, since one job at a time writes into
-    a run's folder.
+    Queued jobs of earlier stages must succeed; those of later stages only have to end, because only one job at a time
+    may write into a run's folder.
 
     Args:
         scripts: in order.
-        queued: jobs that wait or run.
-        place: where scripts and records lie.
+        queued: jobs that are waiting or running.
+        place: where scripts and records are kept.
         dry_run: print scripts and commands instead.
-        write: takes text for a person.
-        order: names of the stages, where any are queued.
+        write: receives text for the user.
+        order: names of all stages in order; needed if any jobs are queued.
     """
     left, before = list(queued), list[str]()
     for script in scripts:
         own = order.index(script.stage) if queued else 0
         earlier = [job.id for job in left if job.stage in order[:own]]
         left = [job for job in left if job.id not in earlier]
-        later = [job.id for job in left] if script is scripts[0] else []  # the others come after the first
+        later = [job.id for job in left] if script is scripts[0] else []  # the other scripts wait for the first
         before = [*earlier, *before]
         command = script.command(before, later)
         if dry_run:
@@ -54,20 +54,20 @@ def submit_chain(
 
 
 def _one_line(text: str) -> str:
-    """A text as a comment can hold it: what a dry run prints stays a script."""
+    """The text escaped to fit into a one-line comment, so that the output of a dry run is a valid script."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _submit(script: Script, command: Sequence[str], after: Sequence[str], place: Place) -> Job:
-    place.logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log; the job would fail unheard
+    place.logs.mkdir(parents=True, exist_ok=True)  # Slurm does not create log folders; the job would fail silently
     write_whole(script.path, script.text)
-    printed = slurm.call(command, f"handed the job of stage {script.stage}")
+    printed = slurm.call(command, f"submitting the job of stage {script.stage}")
     identifier = printed.strip().splitlines()[-1].split(";")[0] if printed.strip() else ""
     if not identifier.isdigit():
         raise ClusterError(
-            f"sbatch prints {printed!r}, handed the job of stage {script.stage}",
-            "without the job's id nothing can wait for it",
-            "look for it with squeue and cancel it; a wrapper of sbatch may not pass --parsable on",
+            f"sbatch printed {printed!r} when submitting the job of stage {script.stage}",
+            "without the job's id no other job can depend on it",
+            "find it with squeue and cancel it; perhaps a wrapper of sbatch does not pass --parsable on",
         )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     cells = {str(index): name for index, name in enumerate(script.cells)}

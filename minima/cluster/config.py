@@ -1,4 +1,4 @@
-"""The cluster file: where jobs go, what each stage asks for, and how a job is set up. No torch."""
+"""The cluster file: where jobs go, the resources of each stage, and how a job is set up. No torch."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage
 
 CELLS = "cells"  # the key of a grid's jobs under `stages`; no stage can have this name
-# What a #SBATCH line can hold: Slurm reads quotes, backslashes and # in it by rules of its own.
+# What a #SBATCH line can contain: Slurm has its own rules for quotes, backslashes and # there.
 _Word = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9_.,:=+/@%&|*()\[\]-]+$"),
@@ -21,27 +21,27 @@ _Word = Annotated[
 ]
 _Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\r\n\x00]*)?$")]
 _Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
-_Path = Annotated[_Line, AfterValidator(os.path.expanduser)]  # scripts quote it, so no job would
+_Path = Annotated[_Line, AfterValidator(os.path.expanduser)]  # scripts quote it, so no shell would expand it
 _Mount = Annotated[_Line, AfterValidator(lambda text: ":".join(map(os.path.expanduser, text.split(":"))))]
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _MAX_SIGNAL_SECONDS = 65535  # sbatch(1), --signal
 
 
 def _no_secrets(value: Any, info: ValidationInfo) -> Any:
-    """Runs before anything else does, which would repeat the value in its message."""
+    """Refuse secrets before any other validation, whose messages would repeat the value."""
     lines = value if isinstance(value, list) else [value]
     check_lines(str(info.field_name), [line for line in lines if isinstance(line, str)], info.field_name == "preamble")
     return value
 
 
 class Scheduling(Strict):
-    """Where a job goes; each is the option of sbatch that has its name.
+    """Where a job goes; each key is the option of sbatch with the same name.
 
     Attributes:
-        partition: of the cluster; its default when not given.
-        account: that is charged.
+        partition: of the cluster; the cluster's default if omitted.
+        account: the account to charge.
         qos: quality of service.
-        reservation: to run in.
+        reservation: the reservation to run in.
         constraint: features that the nodes must have.
         time: limit of one start of a job: minutes, `HH:MM:SS` or `D-HH:MM:SS`. A stage may take many starts.
     """
@@ -61,28 +61,28 @@ class Scheduling(Strict):
         text = str(value)
         if isinstance(value, bool) or not isinstance(value, int | str) or not _TIME.fullmatch(text):
             raise ClusterError(
-                f"the time limit {value!r} is none that Slurm reads",
-                "the scheduler would refuse the job, or end it at another time than was meant",
+                f"the time limit {value!r} is not in a format that Slurm reads",
+                "the scheduler would refuse the job, or end it at the wrong time",
                 "write minutes, HH:MM:SS or D-HH:MM:SS",
             )
         return text
 
 
 class Resources(Scheduling):
-    """What one stage asks for.
+    """The resources that one stage requests.
 
     Attributes:
-        nodes: machines; 1 when not given. Kinds that one process does always take one.
-        ranks_per_node: processes on each; one for each GPU, or 1 without, when not given.
-        gpus_per_node: GPUs on each.
-        gpu_type: of the GPUs, as the cluster calls it.
-        cpus_per_task: processor cores of each rank; also its OMP_NUM_THREADS.
-        memory: of each node, as sbatch's --mem (0 for all of it).
-        exclusive: share the nodes with no other job.
-        array: jobs that a build_data stage is shared out to; another one merges what they made.
-        array_limit: at most so many of an array's jobs at one time.
-        hub_offline: take nothing from the Hub; False by default for publish alone, which pushes to it.
-        sbatch_options: more options, each `--name=value`.
+        nodes: number of machines; default 1. Kinds that run in a single process always get one.
+        ranks_per_node: processes on each node; by default one for each GPU, or 1 without GPUs.
+        gpus_per_node: GPUs on each node.
+        gpu_type: type of the GPUs, by the cluster's name for it.
+        cpus_per_task: CPU cores of each rank; also its OMP_NUM_THREADS.
+        memory: of each node, as in sbatch's --mem (0 for all of it).
+        exclusive: do not share the nodes with other jobs.
+        array: number of jobs to divide a build_data stage into; a further job merges their results.
+        array_limit: the maximum number of an array's jobs that run at the same time.
+        hub_offline: run with HF_HUB_OFFLINE=1; by default False only for publish, which pushes to the Hub.
+        sbatch_options: further options, each `--name=value`.
     """
 
     nodes: int | None = Field(default=None, gt=0)
@@ -101,18 +101,18 @@ class Resources(Scheduling):
 
     @property
     def ranks(self) -> int:
-        """Processes over all nodes."""
+        """Processes on all nodes."""
         return (self.nodes or 1) * (self.ranks_per_node or 1)
 
 
 class Container(Strict):
-    """The image that a stage's processes run in; `python` is the image's own, with minima in it.
+    """The container that a stage's processes run in, using the image's `python`, which needs minima installed.
 
     Attributes:
-        image: a path, or a name that the runtime knows. `~` is the home of the person who submits.
+        image: a path, or a name that the runtime knows. `~` is the home of the user who submits.
         runtime: `pyxis` (srun --container-image) or `apptainer`.
-        mounts: paths that the container sees: `PATH`, or `OUTSIDE:INSIDE`. The working directory is always one.
-        options: more options: of srun for pyxis, of `apptainer exec` for apptainer.
+        mounts: paths to mount: `PATH`, or `OUTSIDE:INSIDE`. The working directory is always mounted.
+        options: further options of srun (pyxis) or of `apptainer exec` (apptainer).
     """
 
     image: _Path
@@ -124,22 +124,22 @@ class Container(Strict):
 
 
 class Cluster(Scheduling):
-    """A cluster file. What a stage gets: its name's entry, then its kind's, then `defaults`, then this level.
+    """A cluster file. A stage's name entry takes precedence, then its kind's, then `defaults`, then the top level.
 
     Attributes:
         signal_lead_seconds: how long before the time limit the ranks are told to save. Slurm may be a minute early.
-        requeue: let a job go on after the time limit, a preemption or a lost node.
-        max_requeues: fail rather than start a job again more often than this; no limit when not given.
-        preamble: shell lines before everything else, such as `module load cuda`.
-        venv: folder of a virtual environment, `~` as in an image; when neither this nor a container is given, the
-            Python that submits.
-        container: to run in.
+        requeue: requeue a job after its time limit, a preemption or a lost node, so that it resumes.
+        max_requeues: fail instead of starting a job again more often than this; unlimited if omitted.
+        preamble: shell lines to run first, such as `module load cuda`.
+        venv: folder of a virtual environment; `~` as for an image. Without this and without a container, the Python
+            that submits is used.
+        container: the container to run in.
         environment: variables of the jobs. Never a token: those are inherited from the shell that submits.
-        hub_offline: HF_HUB_OFFLINE=1, as compute nodes often have no network; see `minima fetch`.
-        working_directory: where the commands run; where `minima submit` runs when not given.
-        srun_options: more options of srun, each `--name=value`.
-        defaults: what every stage asks for.
-        stages: by the name of a stage or by kind, and `cells` for the jobs of a grid.
+        hub_offline: set HF_HUB_OFFLINE=1, as compute nodes often have no network; see `minima fetch`.
+        working_directory: where the commands run; by default where `minima submit` runs.
+        srun_options: further options of srun, each `--name=value`.
+        defaults: resources for every stage.
+        stages: resources by a stage's name or kind, and under `cells` for the jobs of a grid.
     """
 
     signal_lead_seconds: int = Field(default=300, gt=0, le=_MAX_SIGNAL_SECONDS)
@@ -165,15 +165,17 @@ class Cluster(Scheduling):
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
                 raise ClusterError(
-                    f"environment: {name!r} cannot be a variable's name",
-                    "the job's shell would not take it",
-                    "use letters, digits and _, a digit not first",
+                    f"environment: {name!r} is not a valid variable name",
+                    "the job's shell would reject it",
+                    "use letters, digits and _, not starting with a digit",
                 )
             if names_secret(str(name)):
                 raise refuse_secret("environment", str(name))
             check_lines(f"environment: {name}", [str(text)], shell=False)
             if isinstance(text, dict | list) or text is None or "\0" in str(text):
-                raise ClusterError(f"environment: {name} is {text!r}", "a variable is text", "write a text or a number")
+                raise ClusterError(
+                    f"environment: {name} is {text!r}", "a variable must be text", "write a text or a number"
+                )
         return {name: "1" if text is True else "0" if text is False else str(text) for name, text in value.items()}
 
     @model_validator(mode="after")
@@ -183,39 +185,39 @@ class Cluster(Scheduling):
             if seconds is not None and seconds <= self.signal_lead_seconds:
                 raise ClusterError(
                     f"{key}: a time limit of {seconds} s with signal_lead_seconds {self.signal_lead_seconds}",
-                    "a job would be told to save and leave as it starts, and never get anywhere",
-                    "give it more time, or lower signal_lead_seconds to what a save takes",
+                    "a job would be told to save and end right after it starts, and never make progress",
+                    "give it more time, or lower signal_lead_seconds to the duration of a save",
                 )
         return self
 
     def resources(self, stage: AnyStage) -> Resources:
-        """What a stage asks for.
+        """The resources for a stage.
 
         Raises:
-            ClusterError: an array of jobs for a stage that cannot be shared out, or several ranks for one that one
-                process does.
+            ClusterError: an array of jobs for a stage that cannot be divided, or several ranks for a stage that runs in
+                a single process.
         """
         found = self.merged(stage.kind, stage.name)
         own = {**_given_settings(self.stages.get(stage.kind)), **_given_settings(self.stages.get(stage.name))}
         if stage.kind != "build_data" and "array" in own:
             raise ClusterError(
-                f"stages: {stage.name} ({stage.kind}) asks for an array of jobs",
-                "only the data of a build_data stage can be shared out to jobs",
+                f"stages: {stage.name} ({stage.kind}) requests an array of jobs",
+                "only a build_data stage can be divided into several jobs",
                 "remove `array` there",
             )
         if not uses_ranks(stage):
             for key in ("nodes", "ranks_per_node"):
                 if own.get(key, 1) != 1:
                     raise ClusterError(
-                        f"stages: {stage.name} ({stage.kind}) asks for {key} {own[key]}",
-                        f"one process does a {stage.kind} stage, so the rest would be paid for and idle",
+                        f"stages: {stage.name} ({stage.kind}) requests {key} {own[key]}",
+                        f"a {stage.kind} stage runs in a single process, so the rest would be paid for and idle",
                         f"remove `{key}` there",
                     )
             found = found.model_copy(update={"nodes": 1, "ranks_per_node": 1})
         return found if stage.kind == "build_data" else found.model_copy(update={"array": None})
 
     def merged(self, *keys: str) -> Resources:
-        """The top level, `defaults` and the entries of some keys, each over the one before it."""
+        """Merge the top level, `defaults` and the entries of the given keys; later ones take precedence."""
         top = {name: value for name, value in _given_settings(self).items() if name in Scheduling.model_fields}
         merged = top | _given_settings(self.defaults)
         for key in keys:
@@ -232,7 +234,7 @@ def _given_settings(block: Strict | None) -> dict[str, Any]:
 
 
 def time_seconds(text: str | None) -> int | None:
-    """A time limit of Slurm in seconds; None for none. One number is minutes, two are minutes and seconds."""
+    """A Slurm time limit in seconds; None if there is none. One number means minutes, two minutes and seconds."""
     match = _TIME.fullmatch(text or "")
     if match is None:
         return None

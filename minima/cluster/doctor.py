@@ -1,4 +1,4 @@
-"""`minima doctor`: what is wrong with this machine, or with the ranks of an allocation, and what to do about it."""
+"""`minima doctor`: checks this machine, or all ranks of an allocation, and says how to fix problems."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,25 +8,25 @@ from minima.cluster.doctor_machine import Finding, check_machine, check_programs
 from minima.launcher import Launch, node_name, read_launch, slurm_job
 from minima.report.tables import text_table
 
-_SAME = ("Python", "torch", "DeepSpeed")  # what all machines have to have in the same version
+_SAME = ("Python", "torch", "DeepSpeed")  # must have the same version on all machines
 
 
 def doctor(folder: Path, write: Callable[[str], None]) -> int:
-    """Check this machine, or all ranks together under a launcher, and say what is wrong.
+    """Check this machine, or under a launcher all ranks together, and report the findings.
 
     Args:
-        folder: where runs will lie; nothing is made, so one that is not there fails.
-        write: takes the table; called on rank 0, and by a rank that cannot join the others.
+        folder: the folder for runs; it is not created, so the check fails if it is missing.
+        write: receives the table; called on rank 0, and on a rank that cannot join the others.
 
     Returns:
-        0 when nothing FAILED, on every rank the same; else 1.
+        0 if nothing FAILED, otherwise 1; the same on every rank.
 
     Raises:
-        LauncherError: the launcher's variables are partial or impossible.
+        LauncherError: the launcher's variables are incomplete or impossible.
     """
     launch = read_launch()
     programs = check_programs()
-    if any(finding.state == "FAILED" for finding in programs):  # nothing of what follows could be imported
+    if any(finding.state == "FAILED" for finding in programs):  # the modules below could not be imported
         write(_report(launch, {launch.rank: [*programs, *check_machine(folder)]}))
         return 1
     from minima.cluster import doctor_ranks
@@ -51,7 +51,7 @@ def doctor(folder: Path, write: Callable[[str], None]) -> int:
 
 
 def _report(launch: Launch, gathered: dict[int, list[Finding]], hosts: Sequence[str] = ()) -> str:
-    """The table of all checks, and what to do about those that are not ok."""
+    """The table of all checks, with advice for those that are not ok."""
     merged = _merged_findings(gathered, hosts) + _different(gathered)
     rows = [[finding.state, finding.check, text] for finding, text in merged]
     job = slurm_job()
@@ -60,7 +60,7 @@ def _report(launch: Launch, gathered: dict[int, list[Finding]], hosts: Sequence[
         where = f"one process on {node_name()}"
     elif hosts:
         where = f"{launch.world_size} ranks on {len(set(hosts))} machine{'s' if len(set(hosts)) > 1 else ''}"
-    lines = [f"minima doctor: {where}{f', job {job.job_id} of Slurm' if job else ''}", ""]
+    lines = [f"minima doctor: {where}{f', Slurm job {job.job_id}' if job else ''}", ""]
     lines.append(text_table(rows, ["", "check", "found"]))
     advice = [f"  {finding.check}: {finding.do}" for finding, _ in merged if finding.do]
     if advice:
@@ -72,7 +72,7 @@ def _report(launch: Launch, gathered: dict[int, list[Finding]], hosts: Sequence[
 
 
 def _merged_findings(gathered: dict[int, list[Finding]], hosts: Sequence[str]) -> list[tuple[Finding, str]]:
-    """Each finding once, with the ranks or machines that made it where not all did."""
+    """Each finding once, with its ranks and machines if they do not all agree."""
     checks = list(dict.fromkeys(finding.check for found in gathered.values() for finding in found))
     rows = []
     for check in checks:
@@ -88,7 +88,7 @@ def _merged_findings(gathered: dict[int, list[Finding]], hosts: Sequence[str]) -
 
 
 def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """`ranks 0, 1 on n1; rank 2 on n2`."""
+    """The ranks by machine: `ranks 0, 1 on n1; rank 2 on n2`."""
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
         by_host.setdefault(hosts[rank] if rank < len(hosts) else "", []).append(rank)
@@ -99,7 +99,7 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def _different(gathered: dict[int, list[Finding]]) -> list[tuple[Finding, str]]:
-    """What the machines have in several versions."""
+    """A FAILED finding for each program whose version differs between machines."""
     rows = []
     for check in _SAME:
         versions = {

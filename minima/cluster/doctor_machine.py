@@ -1,4 +1,4 @@
-"""What `minima doctor` finds on one machine without torch: programs, disk, locks, memory that is shared, the Hub."""
+"""The checks of `minima doctor` on one machine: programs, disk, locks, shared memory, Slurm, MPI, the Hub."""
 
 import fcntl
 import os
@@ -19,22 +19,22 @@ from minima.launcher import cleaned_environment, num_accelerators, slurm_job
 from minima.stages.manifest import look_again
 
 State = Literal["ok", "warning", "FAILED"]
-_PROGRAM_SECONDS = 20  # `scontrol` asks a controller that may be busy
+_PROGRAM_SECONDS = 20  # `scontrol` queries a controller that may be busy
 _HUB_SECONDS = 10
-_DISK_BYTES = (1 << 30, 50 << 30)  # FAILED below the first, a warning below the second: the shards of a small model
-_SHM_BYTES = 1 << 30  # containers often come with 64 MiB, which NCCL's buffers and data loaders outgrow
+_DISK_BYTES = (1 << 30, 50 << 30)  # FAILED below the first, a warning below the second: checkpoints of a small model
+_SHM_BYTES = 1 << 30  # containers often have only 64 MiB, too little for NCCL's buffers and data loaders
 _SKEW_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        check: what was looked at.
-        state: `ok`, `warning` (a run can work all the same) or `FAILED`.
-        found: what there is.
-        do: what to do about it; none when it is ok.
+        check: what was checked.
+        state: `ok`, `warning` (a run can still work) or `FAILED`.
+        found: what was found.
+        do: what to do about it; None if it is ok.
     """
 
     check: str
@@ -44,28 +44,28 @@ class Finding:
 
 
 def guarded(check: str, look: Callable[[], Finding]) -> Finding:
-    """What a check finds; a check that breaks is a finding, too."""
+    """Run a check; an exception in it becomes a FAILED finding."""
     try:
         return look()
-    except Exception as error:  # a doctor who dies tells nobody what is wrong
+    except Exception as error:  # a crashed doctor would report nothing at all
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Finding(check, "FAILED", said, "mend what this error names, then call the doctor again")
+        return Finding(check, "FAILED", said, "fix the cause of this error, then run the doctor again")
 
 
 def check_programs() -> list[Finding]:
-    """Python and what has to be installed beside it."""
+    """Check Python and the packages that minima cannot run without."""
     version = ".".join(map(str, sys.version_info[:3]))
     python = Finding("Python", "ok", f"{version}, {sys.prefix}")
     return [python, guarded("torch", _torch), guarded("DeepSpeed", lambda: _package("DeepSpeed", "deepspeed"))]
 
 
 def check_machine(folder: Path) -> list[Finding]:
-    """What belongs to the machine and not to a rank.
+    """Check everything that concerns the machine as a whole and not a single rank.
 
     Args:
-        folder: where runs will lie.
+        folder: the folder for runs.
     """
-    look_again(folder)  # it may have been made just now, on another machine
+    look_again(folder)  # it may just have been created on another machine
     disk = guarded("disk", lambda: _disk(folder))
     checks = {
         "locks": lambda: _locks(folder),
@@ -76,7 +76,7 @@ def check_machine(folder: Path) -> list[Finding]:
         "MPI": _mpi,
         "Hub": _hub,
     }
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):  # the one finding says it
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):  # the finding about the disk covers it
         del checks["locks"], checks["file times"], checks["files"]
     return [disk, *(guarded(name, look) for name, look in checks.items())]
 
@@ -89,7 +89,7 @@ def _package(check: str, name: str) -> Finding:
             check,
             "FAILED",
             "not installed",
-            "install minima with what it needs into the environment of this Python: see its README",
+            "install minima with its dependencies into this Python's environment: see its README",
         )
 
 
@@ -99,30 +99,30 @@ def _torch() -> Finding:
         return found
     import torch
 
-    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the processor alone"
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
     gpus = num_accelerators()
     text = f"{torch.__version__}, built {build}"
     if gpus and not torch.cuda.is_available():
         do = "install the build of torch for the CUDA version that nvidia-smi shows, or set DS_ACCELERATOR=cpu"
-        return Finding("torch", "FAILED", f"{text}; it cannot use the {gpus} GPUs that are here", do)
+        return Finding("torch", "FAILED", f"{text}; it cannot use the {gpus} GPUs of this machine", do)
     return Finding("torch", "ok", text)
 
 
 def _disk(folder: Path) -> Finding:
     if not folder.is_dir():
-        found = f"{folder} is {'a file' if folder.exists() else 'not there'}"
-        return Finding("disk", "FAILED", found, "make the folder (mkdir -p), or name another with --folder")
+        found = f"{folder} {'is a file' if folder.exists() else 'does not exist'}"
+        return Finding("disk", "FAILED", found, "create the folder (mkdir -p), or name another with --folder")
     if not os.access(folder, os.W_OK):
-        return Finding("disk", "FAILED", f"{folder} cannot be written", "name a folder of yours with --folder")
+        return Finding("disk", "FAILED", f"{folder} is not writable", "name a folder of yours with --folder")
     free = shutil.disk_usage(folder).free
     text = f"{_size(free)} free in {folder.resolve()}"
     state: State = "FAILED" if free < _DISK_BYTES[0] else "warning" if free < _DISK_BYTES[1] else "ok"
-    do = "free some space or take another folder; `minima run RECIPE --dry-run` says how much a run needs"
+    do = "free some space or use another folder; `minima run RECIPE --dry-run` says how much a run needs"
     return Finding("disk", state, text, None if state == "ok" else do)
 
 
 def _locks(folder: Path) -> Finding:
-    do = "take a folder on a file system with locks (Lustre: mounted with -o flock), or never start two runs in one"
+    do = "use a folder on a file system with locks (Lustre: mounted with -o flock), or never start two runs in one"
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".minima-doctor-") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,8 +132,8 @@ def _locks(folder: Path) -> Finding:
             try:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return Finding("locks", "ok", "flock keeps a second writer out")
-    return Finding("locks", "warning", f"flock in {folder} lets two writers in", do)
+                return Finding("locks", "ok", "flock blocks a second writer")
+    return Finding("locks", "warning", f"flock in {folder} does not block a second writer", do)
 
 
 def _file_times(folder: Path) -> Finding:
@@ -142,15 +142,16 @@ def _file_times(folder: Path) -> Finding:
         file.flush()
         before = time.time()
         skew = os.stat(file.name).st_mtime - before
-    text = f"the file system's clock is {abs(skew):.1f} s from this machine's"
+    text = f"the file system's clock differs from this machine's by {abs(skew):.1f} s"
     if abs(skew) > _SKEW_SECONDS:
-        return Finding("file times", "warning", text, "let both follow one clock (chrony or ntpd); file times mislead")
+        do = "synchronise both clocks (chrony or ntpd): file times are misleading"
+        return Finding("file times", "warning", text, do)
     return Finding("file times", "ok", f"within {_SKEW_SECONDS:.0f} s of this machine's clock")
 
 
 def _files(folder: Path) -> Finding:
-    """What stages rely on: files that grow, and a folder that gets its name once all is in it and is read at once."""
-    do = "take a local disk or a network file system (NFS, Lustre, GPFS); a bucket's mount can hold sources of text"
+    """Check what stages rely on: appending to a file, renaming its folder, and reading it back at once."""
+    do = "use a local disk or a network file system (NFS, Lustre, GPFS); a mounted bucket is fine for text sources only"
     place = Path(tempfile.mkdtemp(dir=folder, prefix=".minima-doctor-"))
     try:
         (place / "partial").mkdir()
@@ -160,19 +161,19 @@ def _files(folder: Path) -> Finding:
         (place / "partial").rename(place / "final")
         found = (place / "final" / "file").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        return Finding("files", "FAILED", f"writing, renaming and reading in {folder} fails: {error}", do)
+        return Finding("files", "FAILED", f"writing, renaming or reading in {folder} failed: {error}", do)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if found != "onetwo":
-        return Finding("files", "FAILED", f"a file in {folder} reads {found!r} where 'onetwo' was written", do)
-    return Finding("files", "ok", "what is written is read back, under a new name too")
+        return Finding("files", "FAILED", f"a file in {folder} reads {found!r}, but 'onetwo' was written", do)
+    return Finding("files", "ok", "written data is read back, also after a rename")
 
 
 def _shared_memory() -> Finding:
     usage = shutil.disk_usage("/dev/shm")
     text = f"{_size(usage.free)} free of {_size(usage.total)}"
     if usage.free < _SHM_BYTES:
-        do = "give it more: docker run --shm-size=8g or --ipc=host; remove what dead processes left there"
+        do = "enlarge it (docker run --shm-size=8g or --ipc=host), and remove files that dead processes left there"
         return Finding("/dev/shm", "warning", text, do)
     return Finding("/dev/shm", "ok", text)
 
@@ -181,17 +182,17 @@ def _slurm() -> Finding:
     job = slurm_job()
     if shutil.which("scontrol") is None:
         if job is None:
-            return Finding("Slurm", "ok", "not installed here")
+            return Finding("Slurm", "ok", "not installed on this machine")
         return Finding(
             "Slurm",
             "warning",
             f"job {job.job_id}, but no scontrol",
-            "a job is requeued through scontrol: put it on PATH",
+            "jobs are requeued with scontrol: put it on PATH",
         )
     code, said = _ask(["scontrol", "--version"])
     if code:
-        do = "set SLURM_CONF where it is elsewhere; without Slurm, take another launcher"
-        return Finding("Slurm", "warning", f"installed, and finds no cluster: {said}", do)
+        do = "set SLURM_CONF if its configuration is elsewhere; without Slurm, use another launcher"
+        return Finding("Slurm", "warning", f"installed, but finds no cluster: {said}", do)
     return Finding(
         "Slurm", "ok", f"{said.removeprefix('slurm ')}{f', job {job.job_id} on {job.nodelist}' if job else ''}"
     )
@@ -203,17 +204,17 @@ def _mpi() -> Finding:
     except metadata.PackageNotFoundError:
         mpi4py = None
     if shutil.which("mpirun") is None:
-        return Finding("MPI", "ok", "no mpirun here")
+        return Finding("MPI", "ok", "no mpirun on this machine")
     code, said = _ask(["mpirun", "--version"])
     if code:
         return Finding(
-            "MPI", "warning", f"mpirun does not run: {said}", "load its module again, or take another launcher"
+            "MPI", "warning", f"mpirun does not run: {said}", "load its module again, or use another launcher"
         )
     if "Open MPI" not in said:
-        return Finding("MPI", "warning", f"{said}", "launch/mpirun.sh speaks to Open MPI: load its module")
+        return Finding("MPI", "warning", f"{said}", "launch/mpirun.sh needs Open MPI: load its module")
     version = said.removeprefix("mpirun (Open MPI) ")
     if mpi4py is None:
-        do = "pip install mpi4py: ranks of several machines find each other through it under mpirun"
+        do = "pip install mpi4py: under mpirun, ranks on several machines find each other through it"
         return Finding("MPI", "warning", f"Open MPI {version} without mpi4py", do)
     return Finding("MPI", "ok", f"Open MPI {version}, mpi4py {mpi4py}")
 
@@ -223,9 +224,9 @@ def _hub() -> Finding:
 
     cache = f"cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
-        return Finding("Hub", "ok", f"HF_HUB_OFFLINE=1, so it is not asked; {cache}")
+        return Finding("Hub", "ok", f"not contacted, because HF_HUB_OFFLINE=1; {cache}")
     host = constants.ENDPOINT.rpartition("@")[2].removeprefix("https://")
-    do = "fetch what the recipe reads where there is a network (`minima fetch RECIPE`), and set HF_HUB_OFFLINE=1 here"
+    do = "run `minima fetch RECIPE` on a machine with network access, and set HF_HUB_OFFLINE=1 here"
     try:
         with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models?limit=1", timeout=_HUB_SECONDS):
             pass
@@ -240,7 +241,7 @@ def _hub() -> Finding:
 
 
 def _ask(command: list[str]) -> tuple[int, str]:
-    """A program's exit code and the first line that it says."""
+    """A program's exit code, and the first line of its output or the last line of its errors."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROGRAM_SECONDS, env=cleaned_environment(), check=False

@@ -1,4 +1,4 @@
-"""What `minima doctor` finds with torch: the devices of each rank, and what the ranks do together."""
+"""The checks of `minima doctor` that need torch: each rank's device, and operations of all ranks together."""
 
 import datetime
 import fcntl
@@ -22,44 +22,42 @@ from minima.launcher import Launch, node_name
 from minima.stages.manifest import NFS_SECONDS, look_again
 from minima.triton_driver import CURE, triton_trouble
 
-_JOIN_SECONDS = 120  # a rank that has not come by then does not come
+_JOIN_SECONDS = 120  # a rank that has not joined by then never will
 _REACH_SECONDS = 60
-_LARGE_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}  # large enough that latency does not count
+_LARGE_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}  # large enough to make latency negligible
 _SMALL_BYTES = 4 << 10
 _REPEATS = 5
-_SLOW_BYTES_PER_SECOND = (
-    1e9  # below what one GPU link or one modern network card gives: NCCL has gone through something else
-)
+_SLOW_BYTES_PER_SECOND = 1e9  # slower than any GPU link or modern network card, so NCCL must be using something else
 _SKEW_SECONDS = 2.0
 _hosts: list[str] = []
 
 
 def join(launch: Launch) -> Finding:
-    """Join the process group, within a time in which somebody still waits."""
+    """Join the process group, with a timeout short enough for a user who is waiting."""
     check = "ranks"
     at = f"{launch.master_address}:{launch.master_port}"
     if launch.rank != 0 and (refused := _unreachable(launch)):
         do = (
-            "see to it that the machines know each other's names and that no firewall is between them, or export "
-            "MASTER_ADDR with an address of rank 0's machine that the others reach"
+            "make sure that the machines can resolve each other's names and that no firewall is between them, or "
+            "export MASTER_ADDR with an address of rank 0's machine that the others can reach"
         )
-        return Finding(check, "FAILED", f"rank {launch.rank} does not reach rank 0 at {at}: {refused}", do)
+        return Finding(check, "FAILED", f"rank {launch.rank} cannot reach rank 0 at {at}: {refused}", do)
     try:
         distributed.start(launch, datetime.timedelta(seconds=_JOIN_SECONDS))
         distributed.barrier()
         _hosts[:] = distributed.gather_objects(node_name())
-    except Exception as error:  # of torch, DeepSpeed, NCCL, the network: whatever it is, it is what is wrong
-        do = "see that every rank was started and can reach rank 0; NCCL_DEBUG=INFO shows more"
+    except Exception as error:  # from torch, DeepSpeed, NCCL or the network: any error is a finding
+        do = "check that every rank was started and can reach rank 0; NCCL_DEBUG=INFO shows more"
         said = " ".join(str(error).split())[:300]
-        return Finding(check, "FAILED", f"the process group at {at} does not come up: {said}", do)
+        return Finding(check, "FAILED", f"the process group at {at} cannot be set up: {said}", do)
     counts = Counter(_hosts)
     if launch.world_size == 1:
-        return Finding(check, "ok", "one process; under a launcher all ranks are checked together")
+        return Finding(check, "ok", "one process; start under a launcher to check all ranks together")
     found = ", ".join(f"{count} on {host}" for host, count in counts.items())
     wrong = distributed.gather_objects(counts[node_name()] != launch.local_world_size)
     if any(wrong):
-        do = "the launcher counts the ranks of a machine otherwise: check its variables (LOCAL_WORLD_SIZE)"
-        return Finding(check, "warning", f"{found}; rank {wrong.index(True)} was told another number", do)
+        do = "the launcher's number of ranks per machine is wrong: check its variables (LOCAL_WORLD_SIZE)"
+        return Finding(check, "warning", f"{found}; rank {wrong.index(True)} was told a different number", do)
     return Finding(check, "ok", found)
 
 
@@ -69,7 +67,7 @@ def _unreachable(launch: Launch) -> str | None:
         try:
             with socket.create_connection((launch.master_address, launch.master_port), timeout=5):
                 return None
-        except OSError as error:  # rank 0 may be a little later
+        except OSError as error:  # rank 0 may start a little later
             said = str(error)
         time.sleep(0.2)
     return said
@@ -81,26 +79,26 @@ def hosts() -> list[str]:
 
 
 def gather(findings: list[Finding]) -> dict[int, list[Finding]]:
-    """What each rank found, by rank."""
+    """The findings of every rank, by rank."""
     return dict(enumerate(distributed.gather_objects(findings)))
 
 
 def leave(code: int) -> int:
-    """Rank 0's exit code, on every rank, once none waits for another."""
+    """Leave the process group; returns rank 0's exit code on every rank."""
     code = int(distributed.broadcast_object(code))
     distributed.stop()
     return code
 
 
 def check_device(launch: Launch) -> list[Finding]:
-    """This rank's GPU, or that there is none, and whether what is compiled at its first use can be had."""
+    """Check this rank's GPU, if any, and whether the kernels that are compiled on first use can be built."""
     findings = [guarded("GPU", lambda: _gpu(launch)), guarded("DeepSpeed's ops", _ops)]
     return findings if distributed.device().type == "cpu" else [*findings, guarded("Triton", _triton)]
 
 
 def _gpu(launch: Launch) -> Finding:
     if distributed.device().type == "cpu":
-        return Finding("GPU", "ok", f"none; on the processor with {torch.get_num_threads()} threads a rank")
+        return Finding("GPU", "ok", f"none; on the CPU with {torch.get_num_threads()} threads per rank")
     if launch.world_size == 1:
         every = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
         return Finding("GPU", "ok", "; ".join(f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in every))
@@ -108,7 +106,7 @@ def _gpu(launch: Launch) -> Finding:
     free, total = torch.cuda.mem_get_info()
     found = f"{own.name}, {total / 2**30:.0f} GiB"
     if free < 0.9 * total:
-        do = "end what else uses it (nvidia-smi), or ask for whole nodes (exclusive)"
+        do = "end other processes that use it (nvidia-smi), or request whole nodes (exclusive)"
         return Finding("GPU", "warning", f"{found}, of which {free / 2**30:.0f} GiB are free", do)
     return Finding("GPU", "ok", found)
 
@@ -121,23 +119,23 @@ def _ops() -> Finding:
     elif distributed.device().type != "cpu" and cpp_extension.CUDA_HOME is None:
         lacks = "the CUDA toolkit (CUDA_HOME)"
     if lacks is None:
-        return Finding("DeepSpeed's ops", "ok", f"{use}, which is built when it is first used")
-    return Finding("DeepSpeed's ops", "ok", f"{use}, and it could not be built here: {lacks} is missing")
+        return Finding("DeepSpeed's ops", "ok", f"{use}, which is built on first use")
+    return Finding("DeepSpeed's ops", "ok", f"{use}, which could not be built here: {lacks} is missing")
 
 
 def _triton() -> Finding:
     if (trouble := triton_trouble()) is None:
-        return Finding("Triton", "ok", "it starts kernels here")
-    found = f"it cannot start kernels, so losses and attention are slower and compile: true is refused: {trouble}"
+        return Finding("Triton", "ok", "kernels can be started")
+    found = f"kernels cannot be started, so losses and attention are slower and compile: true is refused: {trouble}"
     return Finding("Triton", "warning", found, CURE)
 
 
 def check_together(launch: Launch, folder: Path) -> list[Finding]:
-    """What needs all ranks at once; the findings are rank 0's to show. Every rank calls it."""
+    """The checks that need all ranks at once; every rank calls it, and rank 0 reports the findings."""
     if launch.world_size == 1:
         return []
     findings = [_all_reduce(), _own_gpus()]
-    # Where rank 0 has none, or may not look, the check of its disk says so; `Path.is_dir` would raise for the second.
+    # If the folder is missing or unreadable on rank 0, its disk check reports that; `Path.is_dir` could raise.
     if distributed.broadcast_object(os.path.isdir(folder)):
         findings += [_shared(folder), _locks_across(folder)]
     return [*findings, _clocks()]
@@ -146,7 +144,7 @@ def check_together(launch: Launch, folder: Path) -> list[Finding]:
 def _all_reduce() -> Finding:
     device, ranks = distributed.device(), distributed.world_size()
     kind = "cpu" if device.type == "cpu" else "gpu"
-    expected = ranks * (ranks + 1) / 2  # of rank + 1, a whole number that float32 holds
+    expected = ranks * (ranks + 1) / 2  # the sum of rank + 1 over all ranks, an integer exact in float32
     told, right, speed = [], True, 0.0
     for size in (_SMALL_BYTES, _LARGE_BYTES[kind]):
         tensor, seconds = torch.empty(size // 4, device=device), []
@@ -160,17 +158,20 @@ def _all_reduce() -> Finding:
             seconds.append(time.perf_counter() - began)
             right &= bool((tensor == expected).all())
         slowest = distributed.all_reduce_max(sorted(seconds)[len(seconds) // 2])
-        speed = 2 * (ranks - 1) / ranks * size / slowest  # what each rank sends: nccl-tests' bus bandwidth
+        speed = 2 * (ranks - 1) / ranks * size / slowest  # what each rank sends, the bus bandwidth of nccl-tests
         told.append(f"{_bytes(size)} in {slowest * 1e3:.2f} ms")
     wrong = [rank for rank, one in enumerate(distributed.gather_objects(right)) if not one]
     backend = dist.get_backend()
     if wrong:
         where = ", ".join(sorted({_hosts[rank] for rank in wrong}))
-        do = f"data is corrupted on the way to {where}: leave that out (sbatch --exclude), and tell whoever runs it"
+        do = f"data is corrupted on the way to {where}: exclude it (sbatch --exclude), and tell the administrators"
         return Finding("all-reduce", "FAILED", f"{backend}: wrong sums on rank {', '.join(map(str, wrong))}", do)
-    text = f"{backend}: right; {', '.join(told)}, {speed / 1e9:.2f} GB/s a rank"
+    text = f"{backend}: correct; {', '.join(told)}, {speed / 1e9:.2f} GB/s per rank"
     if kind == "gpu" and speed < _SLOW_BYTES_PER_SECOND:
-        do = "NCCL has found no fast way: NCCL_DEBUG=INFO says which it took (NCCL_SOCKET_IFNAME, NCCL_IB_HCA choose)"
+        do = (
+            "NCCL has found no fast connection: NCCL_DEBUG=INFO shows which it uses (choose one with "
+            "NCCL_SOCKET_IFNAME, NCCL_IB_HCA)"
+        )
         return Finding("all-reduce", "warning", text, do)
     return Finding("all-reduce", "ok", text)
 
@@ -184,15 +185,15 @@ def _own_gpus() -> Finding:
             holders.setdefault((_hosts[rank], uuid), []).append(rank)
     twice = [ranks for ranks in holders.values() if len(ranks) > 1]
     if twice:
-        do = "start one rank for each GPU: fewer ranks on a machine, or make more GPUs visible"
+        do = "start one rank for each GPU: use fewer ranks per machine, or make more GPUs visible"
         return Finding(
             "a GPU each", "FAILED", f"ranks {', '.join(map(str, twice[0]))} share one on {_hosts[twice[0][0]]}", do
         )
-    return Finding("a GPU each", "ok", "every rank has its own" if holders else "on the processor")
+    return Finding("a GPU each", "ok", "every rank has its own" if holders else "on the CPU")
 
 
 def _shared(folder: Path) -> Finding:
-    """Whether every rank reads what rank 0 writes."""
+    """Check that every rank can read what rank 0 writes."""
     token, error = str(distributed.broadcast_object(secrets.token_hex(16))), ""
     path = folder / f".minima-doctor-{token}"
     if distributed.is_main():
@@ -212,7 +213,7 @@ def _shared(folder: Path) -> Finding:
     blind = [rank for rank, (saw, _) in enumerate(waited) if not saw]
     if blind:
         where = ", ".join(f"{rank} ({_hosts[rank]})" for rank in blind)
-        do = f"put runs where every machine sees them (--folder, output=), which {folder.absolute()} is not"
+        do = f"use a folder that all machines share (--folder, output=); {folder.absolute()} is not one"
         return Finding("shared folder", "FAILED", f"rank {where} does not see what rank 0 ({_hosts[0]}) writes", do)
     return Finding("shared folder", "ok", f"all ranks see it, the last after {max(one for _, one in waited):.1f} s")
 
@@ -226,17 +227,17 @@ def _reads(path: Path, token: str) -> bool:
 
 def _remove(path: Path) -> None:
     if distributed.is_main():
-        with suppress(OSError):  # a folder that refused the file refuses this, too, and the others must not wait
+        with suppress(OSError):  # fails too if writing the file failed, but the other ranks must not be left waiting
             path.unlink()
 
 
 def _locks_across(folder: Path) -> Finding:
-    """Whether a lock of rank 0 keeps ranks of other machines out."""
+    """Check that a lock held by rank 0 blocks ranks on other machines."""
     name = str(distributed.broadcast_object(secrets.token_hex(16)))
     path, refused = folder / f".minima-doctor-{name}", True
     with ExitStack() as stack:
         own = None
-        with suppress(OSError):  # said by the check of each machine; the others still have to be met
+        with suppress(OSError):  # the machine's own check reports it; this rank must still reach the barriers
             own = stack.enter_context(path.open("ab"))
             if distributed.is_main():
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,10 +248,10 @@ def _locks_across(folder: Path) -> Finding:
     both = [rank for rank, one in enumerate(distributed.gather_objects(refused)) if not one]
     _remove(path)
     if both:
-        do = "locks hold on one machine only: see to it that no two jobs share a run's folder"
+        do = "locks work within one machine only: make sure that no two jobs share a run's folder"
         where = ", ".join(sorted({_hosts[rank] for rank in both}))
-        return Finding("locks between machines", "warning", f"rank 0's lock is not seen on {where}", do)
-    return Finding("locks between machines", "ok", "rank 0's lock keeps every other rank out")
+        return Finding("locks between machines", "warning", f"rank 0's lock has no effect on {where}", do)
+    return Finding("locks between machines", "ok", "rank 0's lock blocks every other rank")
 
 
 def _is_refused(file: Any) -> bool:
@@ -263,13 +264,13 @@ def _is_refused(file: Any) -> bool:
 
 def _clocks() -> Finding:
     skews = []
-    for _ in range(3):  # the least of three: a rank that was held up shows a skew that is none
+    for _ in range(3):  # the smallest of three, because a delayed rank looks like a skewed clock
         distributed.barrier()
         times = distributed.gather_objects(time.time())
         skews.append((max(times) - min(times), _hosts[times.index(max(times))], _hosts[times.index(min(times))]))
     skew, ahead, behind = min(skews)
     if skew > _SKEW_SECONDS:
-        do = "let all machines follow one clock (chrony or ntpd): times in logs and of files mislead"
+        do = "synchronise the clocks of all machines (chrony or ntpd): times of logs and files are misleading"
         return Finding("clocks", "warning", f"{ahead} is {skew:.1f} s ahead of {behind}", do)
     return Finding("clocks", "ok", f"within {skew:.2f} s of each other")
 

@@ -1,4 +1,4 @@
-"""Why a stage failed: what Slurm and its script said, and the last lines of the rank that failed first. No torch."""
+"""Why a stage failed, from the logs of Slurm, the job script and the rank that failed first. No torch."""
 
 import re
 from pathlib import Path
@@ -12,15 +12,15 @@ _FAILED_TASK = re.compile(r"srun: error: (\S+): tasks? (\d+)[\d,\- ]*: (.*)")
 _START = re.compile(r" job \S+: start \d+ on ")
 _OWN = re.compile(r" job \S+: (?!start )")
 _SLURM_ERROR = re.compile(r"(slurmstepd|srun|slurmd)[^ ]*: error: ")
-_ERROR = re.compile(rf"(\[rank \d+\] )?{ERROR}")  # as rank 0 tells it, or another that is alone with it
+_ERROR = re.compile(rf"(\[rank \d+\] )?{ERROR}")  # from rank 0, or with its number from another rank
 _SAVED = "exit code 143"  # a rank that saved and left after SIGTERM
 
 
 def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
-    """What a person has to read to know why a stage failed; empty when its logs do not say.
+    """The lines of the logs that tell a user why a stage failed; empty if there are none.
 
     Args:
-        run_folder: with `logs/`.
+        run_folder: contains `logs/`.
         stage: its name.
         job: id of its last job; None for a run without jobs.
     """
@@ -35,12 +35,12 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
 
 
 def cell_failure(run_folder: Path, cell: str, task: str) -> list[str]:
-    """The same for a cell of a grid, whose stages share the log of their job's script.
+    """Like `failure`, for a cell of a grid, whose stages share the log of their job's script.
 
     Args:
-        run_folder: of the grid, with `logs/` and `cells/`.
+        run_folder: of the grid; contains `logs/` and `cells/`.
         cell: its name.
-        task: of the array of jobs: `JOB_INDEX`.
+        task: the task of the job array: `JOB_INDEX`.
     """
     ranks = (run_folder / "cells" / cell / "logs").glob(f"*-{task}-rank*.log")
     newest = max(ranks, key=lambda path: path.stat().st_mtime, default=Path(f"-{task}-rank"))  # of the stage that ended
@@ -50,10 +50,10 @@ def cell_failure(run_folder: Path, cell: str, task: str) -> list[str]:
 
 
 def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
-    """What a job says of its failure.
+    """The lines of a job's logs about its failure.
 
     Args:
-        batch_log: what its script said.
+        batch_log: the log of its script.
         ranks: the path of its ranks' logs, up to `-rankN.log`.
     """
     batch = _tail(batch_log)
@@ -71,13 +71,13 @@ def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
         return [*errors, *said, f"the last lines of {name}:", *(f"  {each}" for each in lines)]
     if any("exit code" in line for line in said) or errors:
         return [*errors, *said, *(f"  {line}" for line in last_start[-_SHOWN_LINES:] if line not in said)]
-    if last_start and not any(_START.search(line) for line in last_start):  # it ended in its preamble
+    if last_start and not any(_START.search(line) for line in last_start):  # the job ended in its preamble
         return last_start[-_SHOWN_LINES:]
     return []
 
 
 def _first_failed(lines: list[str]) -> tuple[int, str] | None:
-    """Rank and line of the first failure that srun reports; one that ended with its work saved only if all did."""
+    """Rank and line of the first failure that srun reports; a rank that saved first counts only if all did."""
     matches = [match for match in map(_FAILED_TASK.search, lines) if match]
     for match in [*(match for match in matches if _SAVED not in match[3]), *matches]:
         return int(match[2]), match[0]
@@ -96,7 +96,7 @@ def _rank_lines(path: Path) -> list[str]:
 
 
 def _from_error(lines: list[str], searched: int = 4 * _SHOWN_LINES) -> list[str]:
-    """The last error that minima told, where it is among the last `searched` lines; else the last lines."""
+    """The last error that minima printed, if it is among the last `searched` lines; otherwise the last lines."""
     last = lines[-searched:]
     told = [index for index, line in enumerate(last) if _ERROR.match(line)]
     if not told:
@@ -104,11 +104,11 @@ def _from_error(lines: list[str], searched: int = 4 * _SHOWN_LINES) -> list[str]
     error = last[told[-1] :]
     advice = next((index for index, line in enumerate(error) if line.startswith(ADVICE)), len(error))
     launchers = (index for index, line in enumerate(error) if index > advice and not line.startswith("  "))
-    return error[: next(launchers, len(error))][:_SHOWN_LINES]  # launchers tell the same again, in more lines
+    return error[: next(launchers, len(error))][:_SHOWN_LINES]  # launchers repeat the error in more lines
 
 
 def _tail(path: Path) -> list[str]:
-    """The last lines of a log, each as a terminal would have left it."""
+    """The last lines of a log, each as a terminal would show it in the end."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

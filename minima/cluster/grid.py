@@ -1,4 +1,4 @@
-"""`minima submit --grid`: one recipe with many overrides, as one job array; each task runs one cell. No torch."""
+"""`minima submit --grid`: runs one recipe with many sets of overrides as a job array, a task for each. No torch."""
 
 import itertools
 import json
@@ -45,13 +45,13 @@ def submit_grid(
     write: Callable[[str], None],
     allow_code_execution: bool = False,
 ) -> int:
-    """Submit the cells of a grid whose stages are not all finished and that have no job, as one job array.
+    """Submit the unfinished cells of a grid that have no job yet, as one job array.
 
-    A cell is the whole recipe in a folder of its own, `RUN/cells/NAME`; its stages run one after another in one job,
-    with what the cluster file's `stages.cells` asks for. Arguments and result are those of `submit`.
+    A cell is the whole recipe in its own folder, `RUN/cells/NAME`; its stages run one after another in one job, with
+    the resources of the cluster file's `stages.cells`. Arguments and result are those of `submit`.
 
     Raises:
-        MinimaError: the grid's file or one of its cells is refused, or Slurm is.
+        MinimaError: the grid's file or one of its cells is invalid, or Slurm refuses.
     """
     check_values("overrides", overrides)
     recipe = load_recipe(recipe_path, overrides)
@@ -90,20 +90,21 @@ def submit_grid(
         script = _script(recipe, recipe_path, copy, missing, names, place)
         if not dry_run:
             write_whole(place.scripts / RESOLVED, resolved_yaml(recipe))
-        # Cells have folders of their own, so they wait for nothing.
+        # Each cell has its own folder, so none has to wait for another.
         submit_chain([script], [], place, dry_run, write)
         write(f"cells: {', '.join(missing)}")
     return 0
 
 
 def _queued_text(job: Job, cell: Recipe, names: Sequence[str] | None, folder: Path) -> str:
-    """That a cell's job is in the queue, and where it will not run all that is asked for, what it will."""
+    """A line saying that a cell's job is queued, and which of the requested stages it will not run."""
     asked = [stage.name for stage in cell.select(names) if not is_finished(folder / stage.name)]
-    left = [name for name in asked if job.stages and name not in job.stages]  # an early version noted none for all
+    # An early version recorded no stages when it meant all.
+    left = [name for name in asked if job.stages and name not in job.stages]
     if not left:
         return "in the queue"
     again = f"submit again once it has ended, for {', '.join(left)}"
-    return f"in the queue for {', '.join(job.stages)} alone: {again}"
+    return f"in the queue for {', '.join(job.stages)} only: {again}"
 
 
 def read_grid(path: Path) -> dict[str, list[str]]:
@@ -111,10 +112,10 @@ def read_grid(path: Path) -> dict[str, list[str]]:
 
     Args:
         path: YAML with `cells` (`name` and `overrides` of each), `axes` (values by `key.path`, all combinations), or
-            both: then every cell is combined with all of them.
+            both: then every cell is combined with all of the axes' combinations.
 
     Raises:
-        ClusterError: it cannot be read, or names no cell, or one twice.
+        ClusterError: it cannot be read, names no cell, or names one twice.
     """
     try:
         raw: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
@@ -125,7 +126,7 @@ def read_grid(path: Path) -> dict[str, list[str]]:
     unknown = [key for key in raw if key not in ("cells", "axes")] if isinstance(raw, dict) else []
     if not isinstance(raw, dict) or not raw or unknown:
         found = ", ".join(f"{key!r}{nearest(str(key), ['cells', 'axes'])}" for key in unknown) or "nothing"
-        raise ClusterError(f"the grid {path} holds {found}", "it says which cells there are", _DO)
+        raise ClusterError(f"the grid {path} contains {found}", "it says which cells there are", _DO)
     cells = _cells(path, raw["cells"]) if "cells" in raw else [("", [])]
     products = _products(path, raw["axes"]) if "axes" in raw else [("", [])]
     named: dict[str, list[str]] = {}
@@ -135,7 +136,7 @@ def read_grid(path: Path) -> dict[str, list[str]]:
             raise ClusterError(
                 f"the grid {path} has {'two cells' if name in named else 'a cell'} called {name!r}",
                 "a cell's name is its folder",
-                "give each cell a name of its own, of letters, digits, _ . - = and ,",
+                "give each cell a unique name of letters, digits, _ . - = and ,",
             )
         named[name] = [*own, *changes]
     return named
@@ -148,7 +149,7 @@ def _cells(path: Path, raw: Any) -> list[tuple[str, list[str]]]:
         if not isinstance(cell, dict) or set(cell) - {"name", "overrides"} or "name" not in cell:
             raise ClusterError(f"the grid {path} has a cell {cell!r}", "a cell has a name and overrides", _DO)
         if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
-            raise ClusterError(f"cell {cell['name']!r} has overrides {own!r}", "they are a list of texts", _DO)
+            raise ClusterError(f"cell {cell['name']!r} has overrides {own!r}", "they must be a list of strings", _DO)
         found.append((str(cell["name"]), own))
     return found
 
@@ -160,7 +161,7 @@ def _products(path: Path, raw: Any) -> list[tuple[str, list[str]]]:
     for values in itertools.product(*raw.values()):
         pairs = list(zip(raw, values, strict=True))
         parts = [f"{key.split('.')[-1]}={_short(value)}" for key, value in pairs]
-        if len({key.split(".")[-1] for key in raw}) < len(raw):  # two stages' seeds, say
+        if len({key.split(".")[-1] for key in raw}) < len(raw):  # for example two stages' seeds
             parts = [f"{key.removeprefix('stages.')}={_short(value)}" for key, value in pairs]
         changes = [
             f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()}" for key, value in pairs
@@ -174,7 +175,7 @@ def _short(value: Any) -> str:
 
 
 def _output(folder: Path) -> str:
-    return f"output={json.dumps(str(folder), ensure_ascii=False)}"  # which YAML reads back, whatever the path holds
+    return f"output={json.dumps(str(folder), ensure_ascii=False)}"  # YAML reads this back, whatever the path
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Which jobs a run has: `RUN/cluster/jobs.json`, written anew with each job that is submitted."""
+"""The record of a run's jobs: `RUN/cluster/jobs.json`, rewritten with each submitted job."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,22 +13,22 @@ FOLDER, FILE = "cluster", "jobs.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One job that was submitted.
+    """One submitted job.
 
     Attributes:
-        id: Slurm's.
-        name: Slurm's name for it.
-        stage: that it runs; `cells` for a grid.
-        role: `stage`, `parts` (an array, each task one part of the data), `merge` (of those) or `cells` (an array, each
-            task one cell of a grid).
-        ranks: processes over all nodes.
-        after: ids of the jobs that have to succeed before it.
-        submitted: when, in ISO 8601.
+        id: Slurm's job id.
+        name: Slurm's job name.
+        stage: the stage that it runs; `cells` for a grid.
+        role: `stage`, `parts` (an array, each task one part of the data), `merge` (of those parts) or `cells` (an
+            array, each task one cell of a grid).
+        ranks: processes on all nodes.
+        after: ids of the jobs that must succeed before it.
+        submitted: time of submission in ISO 8601.
         cells: names of a grid's cells by the index of their task.
-        stages: that each cell runs; all for none.
-        recipe: the copy of the recipe that it reads, inside the run's folder.
-        overrides: of that recipe, by the stage's name; of a grid, by the cell's.
-        asked: what it took from the cluster file and the flags; of a job of an earlier version nothing.
+        stages: the stages that each cell runs; empty for all.
+        recipe: path of the recipe's copy that it reads, relative to the run's folder.
+        overrides: of that recipe, by the name of the stage, or of the cell in a grid.
+        asked: its settings from the cluster file and the flags; empty for a job of an earlier version.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Job:
 
 
 def read_jobs(run_folder: Path) -> list[Job]:
-    """The jobs that were submitted for a run, oldest first; none when it was never submitted.
+    """The jobs that were submitted for a run, oldest first; empty if it was never submitted.
 
     Raises:
         ClusterError: the record cannot be read.
@@ -60,13 +60,13 @@ def read_jobs(run_folder: Path) -> list[Job]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
             f"{path} cannot be read ({error})",
-            "it says which jobs of this run wait or run; a second job for a stage would be in the first one's way",
-            "look with squeue for jobs of this run, end them with scancel, and move the file away",
+            "it records which jobs this run has; a second job for a stage would interfere with the first",
+            "find the jobs of this run with squeue, end them with scancel, and move the file away",
         ) from None
 
 
 def add_job(run_folder: Path, job: Job) -> None:
-    """Keep one more job; the file is there whole or as it was."""
+    """Add a job to the record, atomically."""
     jobs = [*read_jobs(run_folder), job]
     (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(run_folder / FOLDER / FILE, {"jobs": [asdict(each) for each in jobs]})

@@ -1,4 +1,4 @@
-"""A cluster file in, a checked `Cluster` out; every mistake named with its place."""
+"""Loads a cluster file into a validated `Cluster`; errors name the place of each mistake."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from minima.recipe.overrides import RecipeLoader, nearest
 
 
 class _Loader(RecipeLoader):
-    """A recipe's YAML, but `24:00:00` and `0123` are texts: YAML 1.1 would make 86400 and 83 of them."""
+    """A recipe's YAML, except that `24:00:00` and `0123` are strings: YAML 1.1 would read them as 86400 and 83."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -23,22 +23,24 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_cluster(path: Path) -> Cluster:
-    """The cluster file at `path`.
+    """Load the cluster file at `path`.
 
     Raises:
-        ClusterError: it is missing, broken, or says what cannot be.
+        ClusterError: it is missing, broken or invalid.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ClusterError(
             f"the cluster file {path} cannot be read ({' '.join(str(error).split())})",
-            "it says where jobs go and what they ask for",
-            "begin with a copy of slurm/cluster.example.yaml",
+            "it says where jobs go and which resources they get",
+            "start from a copy of slurm/cluster.example.yaml",
         ) from None
     if not isinstance(raw, dict):
         raise ClusterError(
-            f"{path} holds no keys and values", "it says what jobs ask for", "see slurm/cluster.example.yaml"
+            f"{path} contains no keys and values",
+            "it says which resources jobs get",
+            "see slurm/cluster.example.yaml",
         )
     try:
         return Cluster.model_validate(raw)
@@ -65,6 +67,6 @@ def _explain(path: Path, error: ValidationError) -> ClusterError:
             lines.append(f"{place}: {detail['msg'][:1].lower() + detail['msg'][1:]}, not {detail['input']!r}")
     return ClusterError(
         f"{path.name}: " + "\n    ".join(lines),
-        "jobs would not be what was meant",
-        f"mend it in {path}; docs/clusters.md lists every key, slurm/cluster.example.yaml shows most",
+        "jobs would not run as intended",
+        f"fix it in {path}; docs/clusters.md lists every key, slurm/cluster.example.yaml shows most",
     )

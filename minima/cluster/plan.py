@@ -1,4 +1,4 @@
-"""Which jobs a run needs: one for each stage that is not finished and has none. Nothing is submitted here."""
+"""Plans a run's jobs: checks, warnings, and the scripts of each stage. Submits nothing."""
 
 import typing
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ _KINDS = [
 
 
 def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) -> Place:
-    """Where a recipe's jobs work.
+    """The place where a recipe's jobs will run.
 
     Raises:
-        ClusterError: the cluster file is refused, or its working directory is not the current one.
+        ClusterError: the cluster file is invalid, or its working directory is not the current one.
     """
     cluster, here = load_cluster(cluster_path), Path.cwd()
     if cluster.working_directory is not None:
         meant = Path(cluster.working_directory)
         if not meant.is_dir() or not meant.samefile(here):
             raise ClusterError(
-                f"the cluster file's working_directory is {meant}, and this is {here}",
-                "the recipe's relative paths are looked up where a command runs, so the jobs would read other files",
+                f"the cluster file's working_directory is {meant}, but the current directory is {here}",
+                "relative paths in the recipe start from the current directory, so the jobs would read other files",
                 f"submit from there: cd {meant}",
             )
         here = meant.absolute()
@@ -43,43 +43,46 @@ def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) 
 
 
 def warn(place: Place, recipe: Recipe, write: Callable[[str], None]) -> None:
-    """Say what of a cluster file does not fit: unknown stages, a missing venv, a run folder outside the container."""
+    """Warn about mistakes in a cluster file: unknown stages, a missing venv, a run folder outside the container."""
     cluster, folder = place.cluster, place.run_folder
     known = [*_KINDS, CELLS, *(stage.name for stage in recipe.stages)]
     for key in cluster.stages:
         if key not in known:
-            write(f"warning: the cluster file's stages.{key} is neither a kind nor a stage here{nearest(key, known)}")
+            close = nearest(key, known)
+            write(f"warning: the cluster file's stages.{key} is neither a kind nor a stage of this recipe{close}")
     if cluster.container is None and cluster.venv is not None:
         activate = place.working_directory / cluster.venv / "bin" / "activate"
         if not activate.is_file():
-            write(f"warning: {activate} is not there; where the nodes see the same files, every job would end at once")
+            write(
+                f"warning: {activate} does not exist; if the nodes share this file system, every job will fail at once"
+            )
     mounts = cluster.container.mounts if cluster.container is not None else []
     seen = [str(place.working_directory), *(mount.split(":")[1] if ":" in mount else mount for mount in mounts)]
     outside = folder.is_absolute() and not any(folder.is_relative_to(path) for path in seen)
     if cluster.container is not None and outside:
         write(
             f"warning: the run's folder {folder} is neither below the working directory nor among the container's "
-            "mounts: what the jobs write there is lost with the container"
+            "mounts: what the jobs write there will be lost with the container"
         )
 
 
-_NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that compute on the host
+_NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that use no GPU
 
 
 def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:
-    """Refuse, before anything waits in a queue, what is sure to fail later.
+    """Refuse, before anything is queued, whatever is certain to fail later.
 
     Args:
         recipe: the whole run.
         recipe_path: its file.
-        stages: that will run, or whose jobs are queued.
-        place: with the resources of each.
+        stages: the stages that will run, or whose jobs are queued.
+        place: gives the resources of each.
 
     Returns:
-        What may fail later, a line each.
+        What may fail later, one line each.
 
     Raises:
-        MinimaError: see `check_stages`; or a batch cannot be shared by the ranks of its stage.
+        MinimaError: see `check_stages`; or a batch cannot be divided among the ranks of its stage.
     """
     idle = []
     for stage in stages:
@@ -91,8 +94,8 @@ def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pl
         if stage.kind in _NO_GPU and resources.gpus_per_node:
             each = f" in each of its {resources.array} jobs" if resources.array else ""
             idle.append(
-                f"stage {stage.name!r} asks for {resources.gpus_per_node} GPUs{each} and uses none; where its "
-                f"partition allows it, give the cluster file `stages: {{{stage.kind}: {{gpus_per_node: 0}}}}`"
+                f"stage {stage.name!r} requests {resources.gpus_per_node} GPUs{each} but uses none; if its partition "
+                f"allows it, set `stages: {{{stage.kind}: {{gpus_per_node: 0}}}}` in the cluster file"
             )
     alone = recipe.model_copy(update={"ranks": 1})  # the ranks of this machine do not matter
     return [*idle, *check_stages(alone, recipe_path, stages, place.run_folder, 1, elsewhere=True)]
@@ -101,14 +104,14 @@ def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pl
 def stage_scripts(
     recipe: Recipe, recipe_file: Path, overrides: Sequence[str], stage: AnyStage, place: Place
 ) -> list[Script]:
-    """The jobs of one stage: one; or an array and the job that merges what it made.
+    """The scripts of one stage's jobs: a single one, or an array and a job that merges its results.
 
     Args:
         recipe: the whole run.
-        recipe_file: that the jobs read.
+        recipe_file: the file that the jobs read.
         overrides: for every job.
-        stage: to run.
-        place: where.
+        stage: the stage to run.
+        place: where the jobs run.
     """
     resources = place.cluster.resources(stage)
     if resources.array is None:
@@ -129,7 +132,7 @@ def _script(
     lines = [work]
     if role != "parts" and stage.name == recipe.stages[-1].name:
         lines.append(summary(place, recipe, recipe_file, overrides))
-    what = {"stage": "Stage", "parts": "A part of stage", "merge": "The merging of stage"}[role]
+    what = {"stage": "Stage", "parts": "A part of stage", "merge": "The merge of stage"}[role]
     ranks = f"{resources.ranks} ranks on {resources.nodes or 1} nodes" if uses_ranks(stage) else "one process"
     made = render(
         place,
@@ -144,13 +147,13 @@ def _script(
 
 
 def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Path | None = None) -> str:
-    """The line of a script that runs a stage's command on the job's ranks, or once where one process does it.
+    """The line of a script that runs a stage's command, on the job's ranks or in a single process.
 
     Args:
-        place: where the job works.
-        stage: to run.
+        place: where the job runs.
+        stage: the stage to run.
         command: program and arguments.
-        folder: of the run, where it is not the place's: a cell's.
+        folder: the run's folder, if it is not the place's but a cell's.
     """
     function = "run_stage" if uses_ranks(stage) else "run_alone"
     return f"{function} {quoted([str(folder or place.run_folder), stage.name, *command])}"
@@ -159,16 +162,16 @@ def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Pat
 def summary(
     place: Place, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], folder: Path | None = None
 ) -> str:
-    """The line that ends a run: its table, and summary.json once every stage is finished.
+    """The line of a script that ends a run: prints its table, and writes summary.json once every stage is finished.
 
-    It runs no stage where it follows the last one, which is the one that it names.
+    It names the last stage, which is already finished when this line runs, so it runs no stage.
 
     Args:
-        place: where the job works.
+        place: where the job runs.
         recipe: the whole run.
-        recipe_file: that the jobs read.
+        recipe_file: the file that the jobs read.
         overrides: of the recipe.
-        folder: of the run, where it is not the place's: a cell's.
+        folder: the run's folder, if it is not the place's but a cell's.
     """
     command = [*python(place, place.cluster.merged("export")), "-m", "minima", "run", str(recipe_file)]
     command += ["--stages", recipe.stages[-1].name, *overrides]

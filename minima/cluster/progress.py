@@ -1,4 +1,4 @@
-"""How far a stage has come: step, loss, speed and what is left, from what its folder holds. No torch."""
+"""A stage's progress (step, loss, speed and remaining time), computed from its folder. No torch."""
 
 import json
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ _TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training stage has come; what is not known is None.
+    """The progress of a training stage; unknown values are None.
 
     Attributes:
         step: optimiser steps done, as last logged.
-        steps: in all.
-        tokens: trained on.
+        steps: total number of steps.
+        tokens: tokens trained on.
         loss: as last logged.
         tokens_per_second: as last logged.
-        seconds_left: at that speed.
+        seconds_left: remaining time at that speed.
         checkpoint_step: of the newest complete checkpoint.
     """
 
@@ -37,7 +37,7 @@ class Progress:
 
 
 def progress(recipe: Recipe, stage: AnyStage, run_folder: Path) -> Progress:
-    """How far a stage is; all unknown for one that takes no steps."""
+    """The progress of a stage; all unknown if the stage has no steps."""
     if not isinstance(stage, AnyTraining):
         return Progress()
     folder = run_folder / stage.name
@@ -51,16 +51,16 @@ def progress(recipe: Recipe, stage: AnyStage, run_folder: Path) -> Progress:
 
 
 def newest_checkpoint(stage_folder: Path) -> dict[str, Any] | None:
-    """What the newest complete checkpoint of a stage says of itself; None when there is none."""
+    """The marker of a stage's newest complete checkpoint; None if there is none."""
     checkpoints = stage_folder / "checkpoints"
     try:
         steps = complete_steps(checkpoints)
-    except PermissionError:  # somebody else's run
+    except PermissionError:  # another user's run
         return None
     for step in reversed(steps):
         try:
             marker = json.loads((step_folder(checkpoints, step) / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # removed or replaced while we look
+        except (OSError, ValueError):  # removed or replaced in the meantime
             continue
         if isinstance(marker, dict):
             return marker
@@ -68,7 +68,7 @@ def newest_checkpoint(stage_folder: Path) -> dict[str, Any] | None:
 
 
 def last_record(path: Path) -> dict[str, Any]:
-    """The last whole record of a training step."""
+    """The last complete record of a training step; empty if there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -79,7 +79,7 @@ def last_record(path: Path) -> dict[str, Any]:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except ValueError:  # being written, or cut
+        except ValueError:  # still being written, or truncated
             continue
         if isinstance(record, dict) and "loss" in record and "tokens_per_second" in record:
             return record

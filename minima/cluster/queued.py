@@ -1,4 +1,4 @@
-"""What of a run Slurm has already: which jobs may still come to their end, and whether they do what is asked now."""
+"""A run's jobs in Slurm's queue: which may still succeed, and whether they match the current recipe."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +20,15 @@ _SHOWN_LETTERS = 80
 
 
 def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) -> list[tuple[Job, slurm.Task]]:
-    """The run's jobs that wait or run, each with every one of its tasks that does; none that will never start.
+    """The run's waiting and running tasks, each with its job, without jobs that will never start.
 
     Args:
-        run_folder: with the records of jobs.
-        dry_run: do without where Slurm does not answer.
-        write: takes a warning.
+        run_folder: contains the record of jobs.
+        dry_run: return nothing, with a warning, if Slurm does not answer.
+        write: receives warnings.
 
     Raises:
-        ClusterError: Slurm does not answer, and a job might be submitted twice.
+        ClusterError: Slurm does not answer, so that a job might be submitted twice.
     """
     jobs = {job.id: job for job in read_jobs(run_folder)}
     if not jobs or (dry_run and not slurm.is_here()):
@@ -38,7 +38,7 @@ def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) 
     except ClusterError as error:
         if not dry_run:
             raise
-        write(f"warning: earlier jobs are not looked at: {error.what}")
+        write(f"warning: earlier jobs are not checked: {error.what}")
         return []
     found = [(jobs[task.job], task) for task in tasks]
     doomed = _doomed(found)
@@ -46,7 +46,7 @@ def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) 
 
 
 def _doomed(found: Sequence[tuple[Job, slurm.Task]]) -> set[str]:
-    """Ids of jobs that wait for one that has failed, or that is doomed itself: Slurm cancels them, after a while."""
+    """Ids of jobs that depend on a failed job, directly or indirectly; Slurm cancels them after a while."""
     active = {job.id for job, task in found if task.active}
     lost = {job.id for job, task in found if job.id not in active and task.state != "COMPLETED"}
     waiting = {job.id: job for job, task in found if task.state == "PENDING"}
@@ -65,24 +65,24 @@ def check_stage(
     planned: dict[str, str],
     write: Callable[[str], None],
 ) -> None:
-    """Refuse a stage whose job in the queue would not do what the recipe says now.
+    """Refuse a stage whose queued job does not match the current recipe.
 
     Args:
         job: the stage's.
-        state: Slurm's word for it.
-        recipe: as it is now.
+        state: Slurm's name for its state.
+        recipe: the current recipe.
         recipe_path: its file.
-        run_folder: with what the job reads.
-        planned: identities of unfinished stages by name, filled in as they are needed; one for all stages of a run.
-        write: takes a warning, where only what does not change the result is another.
+        run_folder: contains what the job reads.
+        planned: identities of unfinished stages by name, filled in as needed; shared by all stages of a run.
+        write: receives a warning if only values differ that do not change the result.
 
     Raises:
-        ClusterError: a value is another than the job will read.
-        StageError: the folder that the job goes on with was made from something else.
+        ClusterError: a value differs from what the job will read.
+        StageError: the folder that the job resumes from was made from other settings or inputs.
     """
     check_asked(job, job.stage, f"stage {job.stage!r}: job {job.id} ({state})", recipe, recipe_path, run_folder, write)
     folder = run_folder / job.stage
-    if not is_begun(folder) and not is_finished(folder):  # to hash the inputs of what has made nothing takes time
+    if not is_begun(folder) and not is_finished(folder):  # nothing to protect yet, and hashing inputs takes time
         return
     try:
         check_unchanged(describe(recipe, recipe.stage(job.stage), run_folder, planned), folder, recipe)
@@ -94,27 +94,27 @@ def check_stage(
 def check_asked(
     job: Job, key: str, who: str, recipe: Recipe, recipe_path: Path, run_folder: Path, write: Callable[[str], None]
 ) -> None:
-    """Refuse a stage, or a cell of a grid, for which a job in the queue reads other values than the recipe's.
+    """Refuse a stage, or a cell of a grid, whose queued job reads other values than the current recipe's.
 
     Args:
-        job: in the queue.
+        job: the queued job.
         key: name of the stage or the cell.
         who: that name and the job, for the message.
-        recipe: as it is now; a cell's.
+        recipe: the current recipe; for a cell, the cell's.
         recipe_path: its file.
-        run_folder: with what the job reads.
-        write: takes a warning, where only what does not change the result is another.
+        run_folder: contains what the job reads.
+        write: receives a warning if only values differ that do not change the result.
 
     Raises:
         ClusterError: names what has changed.
     """
-    if key not in job.overrides:  # a job of an earlier version, which did not keep them
+    if key not in job.overrides:  # a job of an earlier version, which did not record them
         return
     copy = run_folder / job.recipe
     try:
         before = load_recipe(copy, job.overrides[key])
     except MinimaError as error:
-        write(f"warning: {who} is in the queue, and what it will read cannot be looked at: {error.what}")
+        write(f"warning: {who} is in the queue, but the recipe that it will read cannot be checked: {error.what}")
         return
     names = [job.stage] if key == job.stage else job.stages
     kept = {stage.name: stage for stage in before.stages if stage.name in names}
@@ -136,18 +136,18 @@ def check_asked(
 
 
 def warn_asked(job: Job, who: str, asked: dict[str, Any], write: Callable[[str], None]) -> None:
-    """Say what a job in the queue took from the cluster file and the flags, where that is another now.
+    """Warn if settings that a queued job took from the cluster file and the flags have changed since.
 
-    The recipe alone says what is made, so it is no refusal.
+    It is not an error, because only the recipe determines the result.
 
     Args:
-        job: in the queue.
+        job: the queued job.
         who: the name of its stage or cell and the job, for the message.
-        asked: see `asked_of`; as it is now.
-        write: takes the warnings.
+        asked: the current settings; see `asked_of`.
+        write: receives the warnings.
     """
     for keys, (old, new) in _differences((), job.asked, asked) if job.asked else ():
-        write(f"warning: {who} keeps {'.'.join(keys)} {_two_values(old, new)}: it was submitted so")
+        write(f"warning: {who} keeps {'.'.join(keys)} {_two_values(old, new)}: it was submitted with that")
 
 
 def _is_free(stage: AnyStage, keys: tuple[str, ...]) -> bool:
@@ -157,7 +157,7 @@ def _is_free(stage: AnyStage, keys: tuple[str, ...]) -> bool:
 def _changes(
     before: AnyStage, before_path: Path, now: AnyStage, now_path: Path
 ) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """Keys whose values differ, with both; a DeepSpeed JSON of the same name but with other content counts, too."""
+    """Keys whose values differ, with both values; a DeepSpeed JSON whose content has changed counts too."""
     found = dict(_differences((), before.model_dump(mode="json"), now.model_dump(mode="json")))
     if not found and own_jsons(before, before_path) != own_jsons(now, now_path):
         found["deepspeed",] = ("as it was", "as the JSON is now")
@@ -165,7 +165,7 @@ def _changes(
 
 
 def _differences(keys: tuple[str, ...], old: Any, new: Any) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
-    """The innermost keys, each as its path, whose values differ."""
+    """The paths of the innermost keys whose values differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from _differences((*keys, key), old.get(key), new.get(key))
@@ -178,7 +178,7 @@ def _cancel(run_folder: Path) -> str:
 
 
 def _two_values(old: Any, new: Any) -> str:
-    """Two values, cut where they are long; not at all where they would then look the same."""
+    """Two values as text, shortened if they are long, unless they would then look the same."""
     whole = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
     short = [text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 3] + "..." for text in whole]
     return ", not ".join(whole if short[0] == short[1] else short)

@@ -1,4 +1,4 @@
-"""The recipe as it was submitted: what a job reads hours later, whatever has become of the file since. No torch."""
+"""Copies of submitted recipes: a job reads the recipe as submitted, even if its file changes later. No torch."""
 
 import hashlib
 from pathlib import Path
@@ -10,15 +10,15 @@ from minima.stages.shipped import find_deepspeed_json, shipped_folder
 
 
 def copy_recipe(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) -> Path:
-    """A copy of the recipe's file, with the DeepSpeed JSONs that lie beside it.
+    """Copy the recipe's file, with the DeepSpeed JSONs beside it.
 
-    Each content has a folder of its own, so submitting an edited recipe leaves what waiting jobs read as it is.
+    Each version has its own folder, so submitting an edited recipe does not change what waiting jobs read.
 
     Args:
-        recipe: as it was loaded.
+        recipe: as loaded.
         recipe_path: its file.
         folder: for all copies.
-        write: make the copy; otherwise only its path is given.
+        write: make the copy; otherwise only return its path.
 
     Returns:
         The copy's path.
@@ -38,7 +38,7 @@ def copy_recipe(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) ->
 
 
 def own_jsons(stage: AnyStage, recipe_path: Path) -> dict[str, bytes]:
-    """The DeepSpeed JSONs of a stage that lie beside its recipe, by their paths from there."""
+    """The contents of a stage's DeepSpeed JSONs that are beside its recipe, by their relative paths."""
     files = {}
     for name in deepspeed_jsons(stage):
         if Path(name).is_absolute() or ".." in Path(name).parts:

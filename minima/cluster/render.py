@@ -1,4 +1,4 @@
-"""A job's script and the command that submits it. Everything that anybody named is quoted, or never in a script."""
+"""Renders a job's script and the command that submits it. All user-chosen names are quoted or kept out of scripts."""
 
 import re
 import shlex
@@ -12,24 +12,24 @@ from minima.cluster.config import Cluster, Resources, Scheduling
 from minima.errors import ClusterError
 from minima.stages.shipped import shipped_folder
 
-_DIRECTIVE = re.compile(r"--[a-z-]+(=[A-Za-z0-9_.,:=+/@%&|*()\[\]-]*)?")  # what a #SBATCH line says as it stands
-# Many commands fail without a word; `minima status` shows these. A preamble may have a trap of its own instead.
+_DIRECTIVE = re.compile(r"--[a-z-]+(=[A-Za-z0-9_.,:=+/@%&|*()\[\]-]*)?")  # safe in a #SBATCH line
+# Many commands fail silently; `minima status` shows this line. A preamble may set its own trap instead.
 _LAST_WORDS = """begun=
 last_words() { [ -n "$begun" ] || echo "the job ended before its stage began, with exit code $1, at: $2"; }
 trap 'last_words $? "$BASH_COMMAND"' EXIT"""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")
-_MOUNT = re.compile(r"[,:]")  # of a list of mounts, and of a mount's two ends
+_MOUNT = re.compile(r"[,:]")  # separators in a list of mounts, and within a mount
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's jobs work.
+    """Where and how a run's jobs run.
 
     Attributes:
         cluster: the cluster file.
         working_directory: absolute; every command starts there.
-        run_folder: as the recipe says it, so relative to the working directory or absolute.
-        flags: of `minima stage`, for every job.
+        run_folder: as in the recipe, so relative to the working directory, or absolute.
+        flags: flags of `minima stage` for every job.
     """
 
     cluster: Cluster
@@ -53,17 +53,17 @@ class Script:
     """A job that can be submitted.
 
     Attributes:
-        name: Slurm's name for it.
-        stage: that it runs; `cells` for a grid.
+        name: Slurm's job name.
+        stage: the stage that it runs; `cells` for a grid.
         role: see `jobs.Job`.
-        resources: what it asks for.
+        resources: the resources that it requests.
         text: of the script.
-        options: of sbatch: all of them, since SBATCH_* variables of whoever submits would beat #SBATCH lines.
+        options: all options for sbatch's command line, since the user's SBATCH_* variables override #SBATCH lines.
         path: where the script is written.
         cells: names of a grid's cells, in the order of the array's tasks.
-        stages: that each cell runs.
+        stages: the stages that each cell runs.
         recipe: the copy of the recipe that it reads.
-        overrides: of that recipe, by the stage's name; of a grid, by the cell's.
+        overrides: of that recipe, by the name of the stage, or of the cell in a grid.
         asked: see `asked_of`.
     """
 
@@ -84,8 +84,8 @@ class Script:
         """The command that submits it.
 
         Args:
-            after: ids of jobs that have to succeed before it.
-            ended: ids of jobs that have to end before it.
+            after: ids of jobs that must succeed before it.
+            ended: ids of jobs that must end before it.
         """
         kinds = [f"{kind}:{':'.join(jobs)}" for kind, jobs in (("afterok", after), ("afterany", ended)) if jobs]
         waits = [f"--dependency={','.join(kinds)}", "--kill-on-invalid-dep=yes"] if kinds else []
@@ -93,39 +93,39 @@ class Script:
 
 
 def check_place(place: Place) -> None:
-    """Refuse folders that neither sbatch nor srun can be told.
+    """Refuse folders whose paths cannot be passed to sbatch or srun.
 
     Raises:
-        ClusterError: a path holds a control character or a backslash, or a comma or a colon where it is mounted.
+        ClusterError: a path contains a control character or a backslash, or a mounted path a comma or a colon.
     """
     if place.cluster.container is not None and _MOUNT.search(str(place.working_directory)):
         raise ClusterError(
-            f"the working directory {str(place.working_directory)!r} holds a comma or a colon",
-            "it is mounted in the container, and these two separate mounts from each other: another folder would be",
-            "submit from another folder, or from a link to this one whose name holds neither",
+            f"the working directory {str(place.working_directory)!r} contains a comma or a colon",
+            "it is mounted in the container, and these characters separate mounts: another folder would be mounted",
+            "submit from another folder, or from a link to this one whose name contains neither",
         )
     for path in (place.working_directory, place.run_folder):
         if _UNPRINTABLE.search(str(path)):
             raise ClusterError(
-                f"the folder {str(path)!r} holds a backslash or a control character",
-                "Slurm reads such characters in the names of logs by rules of its own",
-                "take another folder with output=PATH, or another working directory",
+                f"the folder {str(path)!r} contains a backslash or a control character",
+                "Slurm interprets such characters in the names of logs by its own rules",
+                "choose another folder with output=PATH, or another working directory",
             )
 
 
 def render(
     place: Place, *, name: str, stage: str, role: str, resources: Resources, work: Sequence[str], note: str
 ) -> Script:
-    """A job's script.
+    """Render a job's script.
 
     Args:
-        place: where it works.
+        place: where it runs.
         name: of the job: letters, digits, `_`, `.` and `-`.
-        stage: that it runs.
+        stage: the stage that it runs.
         role: see `jobs.Job`.
-        resources: what it asks for.
-        work: its last lines, quoted already.
-        note: one line that says what it does: of names with letters, digits, `_`, `.` and `-` alone.
+        resources: the resources that it requests.
+        work: its last lines, already quoted.
+        note: one line that says what it does; names in it have only letters, digits, `_`, `.` and `-`.
     """
     array = role in ("parts", "cells")
     log = f"{stage}-%A_%a.log" if array else f"{stage}-%j.log"
@@ -133,7 +133,7 @@ def render(
     options += [f"--chdir={place.working_directory}", f"--output={str(place.logs).replace('%', '%%')}/{log}"]
     inside = [option for option in options if _DIRECTIVE.fullmatch(option)]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in inside)]
-    # what is quoted stays what it is, a `$` too
+    # SC2016: quoted text is meant literally, including `$`
     lines += [f"# {note} Written by `minima submit`.", "# shellcheck disable=SC2016", "set -eo pipefail", ""]
     lines += [*_setup(place, resources), "set -u", ""]
     body = (shipped_folder("slurm") / "run_stage.sh").read_text(encoding="utf-8")
@@ -144,18 +144,18 @@ def render(
 
 
 def asked_of(place: Place, resources: Resources) -> dict[str, Any]:
-    """All that a job of these resources takes from the cluster file and the command's flags, by the file's keys."""
+    """All settings that a job with these resources takes from the cluster file, by its keys, and from the flags."""
     shared = place.cluster.model_dump(mode="json", exclude={"defaults", "stages"})
     return {**shared, **resources.model_dump(mode="json"), "flags": list(place.flags)}
 
 
 def quoted(arguments: Sequence[str]) -> str:
-    """Arguments as a shell reads them back."""
+    """The arguments as one string, quoted for a shell."""
     return " ".join(shlex.quote(argument) for argument in arguments)
 
 
 def python(place: Place, resources: Resources) -> list[str]:
-    """How a job's processes start Python: in the container, in the venv, or the one that submits."""
+    """The command that starts Python in a job: the container's, the venv's, or the one that submits."""
     container = place.cluster.container
     if container is None:
         return ["python" if place.cluster.venv else sys.executable]
@@ -187,7 +187,7 @@ def _constant_options(cluster: Cluster) -> list[str]:
     return [
         f"--signal=B:USR1@{cluster.signal_lead_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",
-        "--open-mode=append",  # a job that is started again goes on in its log
+        "--open-mode=append",  # a requeued job continues its log
         "--export=ALL",
     ]
 

@@ -1,4 +1,4 @@
-"""A run by its folder or its recipe, and what Slurm says of its jobs. No torch."""
+"""Opens a run by its folder or its recipe, and looks up its jobs in Slurm. No torch."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from minima.recipe.overrides import nearest
 from minima.recipe.schema import Recipe
 from minima.stages.shipped import find_recipe
 
-RESOLVED = "recipe.yaml"  # in the run's folder once a stage began, and in its `cluster/` once it was submitted
+RESOLVED = "recipe.yaml"  # in the run's folder once a stage has started, and in its `cluster/` once submitted
 
 
 def open_run(run: str) -> tuple[Recipe, Path]:
@@ -21,8 +21,8 @@ def open_run(run: str) -> tuple[Recipe, Path]:
         run: the folder, or a recipe's path or name.
 
     Raises:
-        ClusterError: the folder is none of a run.
-        MinimaError: there is no such recipe, or it is broken.
+        ClusterError: the folder is not a run's.
+        MinimaError: there is no such recipe, or it is invalid.
     """
     folder = Path(run).expanduser()
     if not folder.is_dir():
@@ -31,8 +31,8 @@ def open_run(run: str) -> tuple[Recipe, Path]:
         except RecipeError:
             beside = [str(other) for other in folder.parent.glob("*") if other.is_dir()]
             raise ClusterError(
-                f"{run!r} is neither a run's folder here nor a recipe{nearest(run, beside)}",
-                "the recipe in it says which stages there are",
+                f"{run!r} is neither a run's folder nor a recipe on this machine{nearest(run, beside)}",
+                "the recipe in a run's folder says which stages there are",
                 "give the folder of a run, such as runs/NAME, or its recipe",
             ) from None
         recipe = load_recipe(path)
@@ -40,7 +40,7 @@ def open_run(run: str) -> tuple[Recipe, Path]:
     resolved = [path for path in (folder / RESOLVED, folder / FOLDER / RESOLVED) if path.is_file()]
     if not resolved:
         raise ClusterError(
-            f"{folder} is no run's folder: it has no {RESOLVED}",
+            f"{folder} is not a run's folder: it has no {RESOLVED}",
             "the recipe says which stages there are",
             "give the folder of a run (its `output`), or its recipe",
         )
@@ -50,7 +50,7 @@ def open_run(run: str) -> tuple[Recipe, Path]:
 def newest_jobs(folder: Path) -> dict[str, list[Job]]:
     """Each stage's last submission: one job, or the array of its parts and the job that merges them.
 
-    Under `cells` are all submissions of a grid's cells, oldest first.
+    The key `cells` has all submissions of a grid's cells, oldest first.
     """
     found: dict[str, list[Job]] = {}
     for job in read_jobs(folder):
@@ -62,10 +62,10 @@ def newest_jobs(folder: Path) -> dict[str, list[Job]]:
 
 
 def look_up(jobs: list[Job]) -> dict[str, list[slurm.Task]]:
-    """What Slurm says of jobs, by their ids: from its queue, else from what it keeps of those that ended.
+    """Look up jobs in Slurm's queue, or else among its ended jobs; returns their tasks by job id.
 
     Raises:
-        ClusterError: Slurm is there and does not answer.
+        ClusterError: Slurm is installed but does not answer.
     """
     if not jobs or not slurm.is_here():
         return {}

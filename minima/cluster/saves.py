@@ -1,4 +1,4 @@
-"""Whether a stage's save fits the time that a job has for it, as far as a save was measured. No torch."""
+"""Checks whether a save, if one was measured, fits into the time that a job has for it. No torch."""
 
 import functools
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from minima.cluster.render import Place
 from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage
 
-_MARGIN = 1.5  # a save behind a busy file system takes longer than the last one did
-_STEPS = 2  # that may come before it: ranks tell each other of a signal as a step begins, and save at its end
+_MARGIN = 1.5  # a save to a busy file system may take longer than the last one
+_STEPS = 2  # steps before the save: ranks agree on a signal when a step starts, and save when it ends
 
 
 def save_warnings(stages: Sequence[AnyStage], place: Place, dry_run: bool) -> list[str]:
-    """Stages whose measured save may not end before its job does.
+    """Warnings about stages whose save, as last measured, may take longer than the job has left for it.
 
     Args:
-        stages: to be submitted.
-        place: with their cluster file.
-        dry_run: ask Slurm nothing.
+        stages: the stages to submit.
+        place: gives their cluster file.
+        dry_run: do not query Slurm.
     """
     warnings = []
     for stage in stages:
@@ -32,32 +32,32 @@ def save_warnings(stages: Sequence[AnyStage], place: Place, dry_run: bool) -> li
         took = f"its last save took {seconds:.0f} s" + (f" and two steps {steps:.0f} s" if steps >= 1 else "")
         if seconds * _MARGIN + steps > lead:
             warnings.append(
-                f"{stage.name}: {took}, and the ranks are told to save {lead} s before the time limit: set "
+                f"{stage.name}: {took}, but the ranks are told to save only {lead} s before the time limit: set "
                 f"signal_lead_seconds to {seconds * 2 + steps + 60:.0f} or more"
             )
         grace = None if dry_run else _grace_seconds(place.cluster.resources(stage).partition)
         if grace is not None and seconds * _MARGIN + steps > grace:
             warnings.append(
-                f"{stage.name}: {took}, and a preempted job of this partition has GraceTime={grace} s: what a "
-                "preemption interrupts goes back to the newest checkpoint"
+                f"{stage.name}: {took}, but a preempted job of this partition has only GraceTime={grace} s: after a "
+                "preemption, it resumes from the checkpoint before"
             )
     return warnings
 
 
 def _step_seconds(stage_folder: Path) -> float:
-    """How long a step took, as last logged; 0 where nothing was."""
+    """Seconds per step, as last logged; 0 if nothing was."""
     record = last_record(stage_folder / "metrics.jsonl")
     step, tokens, speed = record.get("step"), record.get("tokens"), record.get("tokens_per_second")
     return tokens / step / speed if step and tokens and speed else 0.0
 
 
-@functools.cache  # a grid asks for each of its cells
+@functools.cache  # a grid calls this for each of its cells
 def _grace_seconds(partition: str | None) -> int | None:
-    """GraceTime of a partition whose jobs can be preempted; None where they cannot, or Slurm does not say."""
+    """GraceTime of a partition whose jobs can be preempted; None if they cannot, or if Slurm does not say."""
     if partition is None:
         return None
     try:
-        text = slurm.call(["scontrol", "show", "partition", "--oneliner", partition], "asked for its grace time")
+        text = slurm.call(["scontrol", "show", "partition", "--oneliner", partition], "asking for its grace time")
     except ClusterError:
         return None
     fields = dict(part.split("=", 1) for part in text.split() if "=" in part)

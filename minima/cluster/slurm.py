@@ -1,4 +1,4 @@
-"""Slurm's commands: started without a shell, read without guessing."""
+"""Runs Slurm's commands without a shell, and parses their machine-readable output."""
 
 import shutil
 import subprocess
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from minima.errors import ClusterError
 from minima.launcher import submitting_environment
 
-_TIMEOUT_SECONDS = 120  # slurmctld may be busy; its own MessageTimeout is 10 s by default, and commands try again
-# Of a job that may still run: squeue(1), job state codes.
+_TIMEOUT_SECONDS = 120  # slurmctld may be busy; its own MessageTimeout is 10 s by default, and commands retry
+# States of a job that may still run: squeue(1), job state codes.
 ACTIVE = frozenset(
     {
         "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
@@ -24,11 +24,11 @@ class Task:
     """A job, or one task of a job array, as Slurm shows it.
 
     Attributes:
-        job: its id; of the array, for a task.
-        index: of the task in its array; none for a plain job.
-        state: Slurm's word for it.
+        job: its id; for a task, the array's.
+        index: of the task in its array; None for a plain job.
+        state: Slurm's name for it.
         name: of the job.
-        reason: why it waits, or why it ended.
+        reason: why it is waiting, or why it ended.
     """
 
     job: str
@@ -39,7 +39,7 @@ class Task:
 
     @property
     def active(self) -> bool:
-        """Whether it waits, runs or is about to."""
+        """Whether it is waiting, running, or about to run."""
         return self.state in ACTIVE
 
 
@@ -49,14 +49,14 @@ def is_here() -> bool:
 
 
 def call(command: Sequence[str], doing: str) -> str:
-    """Run one of Slurm's commands and give what it prints.
+    """Run one of Slurm's commands and return its output.
 
     Args:
-        command: program and arguments; no shell reads them.
-        doing: what for, as an error says it.
+        command: program and arguments, run without a shell.
+        doing: what the command is for, as a participle for error messages: `submitting a job`.
 
     Raises:
-        ClusterError: it is not installed, or refuses.
+        ClusterError: the command is not installed, fails, or does not answer.
     """
     try:
         done = subprocess.run(
@@ -70,33 +70,33 @@ def call(command: Sequence[str], doing: str) -> str:
         )
     except FileNotFoundError:
         raise ClusterError(
-            f"{command[0]} is not on this machine, {doing}",
-            "jobs are handed to Slurm by its own commands",
+            f"{command[0]} is not on this machine, needed for {doing}",
+            "jobs are submitted with Slurm's own commands",
             "run this on a login node of the cluster; --dry-run shows the scripts anywhere",
         ) from None
     except subprocess.TimeoutExpired:
         raise ClusterError(
-            f"{command[0]} does not answer within {_TIMEOUT_SECONDS} s, {doing}",
+            f"{command[0]} did not answer within {_TIMEOUT_SECONDS} s when {doing}",
             "Slurm's controller is down or overloaded",
             "try again later; `scontrol ping` says whether it is up",
         ) from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise ClusterError(
-            f"{command[0]} refuses, {doing}: {said}",
+            f"{command[0]} failed when {doing}: {said}",
             "Slurm did not do what was asked",
-            "mend what it names: most often a partition, an account or a limit in the cluster file, or a job that is "
-            "somebody else's",
+            "fix what it names: most often a partition, an account or a limit in the cluster file, or a job that "
+            "belongs to another user",
         )
     return done.stdout
 
 
 def tasks(jobs: Sequence[tuple[str, str]], ended: bool = False) -> list[Task]:
-    """What squeue knows of some jobs. One that is not in it has ended some time ago.
+    """The tasks of some jobs that squeue lists; a job that it does not list ended some time ago.
 
     Args:
-        jobs: ids and names. Another job that has got the id of an old one has another name, and is left out.
-        ended: those too that ended a short time ago.
+        jobs: ids and names. A job that reuses an old job's id has another name, and is left out.
+        ended: include those that ended a short time ago.
 
     Raises:
         ClusterError: squeue fails.
@@ -106,7 +106,7 @@ def tasks(jobs: Sequence[tuple[str, str]], ended: bool = False) -> list[Task]:
     command = ["squeue", "--noheader", "--array", f"--jobs={','.join(job for job, _ in jobs)}"]
     command += ["--format=%F|%K|%T|%j|%r", *(["--states=all"] if ended else [])]
     try:
-        text = call(command, "asked for the jobs of this run")
+        text = call(command, "listing the jobs of this run")
     except ClusterError as error:
         if _UNKNOWN in error.what:
             return []
@@ -121,7 +121,7 @@ def tasks(jobs: Sequence[tuple[str, str]], ended: bool = False) -> list[Task]:
 
 
 def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:
-    """What Slurm still knows of jobs that have left the queue: from its accounting, else from its controller.
+    """The tasks of jobs that have left the queue, from Slurm's accounting, or else from its controller.
 
     Args:
         jobs: ids and names, as for `tasks`.
@@ -132,7 +132,7 @@ def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--array"]
     command += [f"--jobs={','.join(job for job, _ in jobs)}", "--format=JobID,State,JobName"]
     try:
-        text = call(command, "asked for jobs that ended")
+        text = call(command, "listing jobs that ended")
     except ClusterError:  # no accounting on this cluster
         text = ""
     for line in text.splitlines():
@@ -149,7 +149,7 @@ def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:
 
 def _states_and_reasons(job: str, name: str) -> list[tuple[str, str]]:
     try:
-        lines = call(["scontrol", "show", "job", "--oneliner", job], "asked for a job that ended").splitlines()
+        lines = call(["scontrol", "show", "job", "--oneliner", job], "looking up a job that ended").splitlines()
     except ClusterError:
         return []
     found = []
@@ -161,9 +161,9 @@ def _states_and_reasons(job: str, name: str) -> list[tuple[str, str]]:
 
 
 def restarts(job: str) -> int:
-    """How often Slurm has started a job again; 0 when it does not say."""
+    """How often Slurm has restarted a job; 0 if it does not say."""
     try:
-        text = call(["scontrol", "show", "job", "--oneliner", job], "asked for a job's restarts")
+        text = call(["scontrol", "show", "job", "--oneliner", job], "looking up a job's restarts")
     except ClusterError:
         return 0
     counts = [part.removeprefix("Restarts=") for part in text.split() if part.startswith("Restarts=")]

@@ -1,4 +1,4 @@
-"""`minima status`: a run's stages, jobs, progress and failures. No torch; Slurm only where there is one."""
+"""`minima status`: shows a run's stages, jobs, progress and failures. Needs no torch, and no Slurm."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,14 +23,14 @@ _FAILED = ("failed", "begun")  # a stage in such a state may have left a reason
 
 
 def status(run: str, write: Callable[[str], None]) -> int:
-    """Say how a run gets on.
+    """Report the state of a run.
 
     Args:
         run: its folder, or its recipe.
-        write: takes text for a person.
+        write: receives text for the user.
 
     Returns:
-        0, or 1 when a stage has failed.
+        0, or 1 if a stage has failed.
 
     Raises:
         MinimaError: there is no such run.
@@ -40,7 +40,7 @@ def status(run: str, write: Callable[[str], None]) -> int:
     silent = None
     try:
         known = look_up([job for jobs in submitted.values() for job in jobs])
-    except ClusterError as error:  # what the folders say is true all the same
+    except ClusterError as error:  # what the folders say is still true
         known, silent = {}, error
     asked = slurm.is_here() and silent is None
     rows, reasons = [], []
@@ -51,7 +51,7 @@ def status(run: str, write: Callable[[str], None]) -> int:
         lines = _reasons(folder, stage.name, jobs) if state in _FAILED else []
         if not lines and slurm_state == _GONE:
             ids = ", ".join(job.id for job in jobs)
-            lines = [f"Slurm knows nothing of job {ids} any more, and no log says why it ended: submit again"]
+            lines = [f"Slurm no longer knows job {ids}, and no log says why it ended: submit again"]
         if lines:
             reasons.append("\n".join([f"{stage.name} failed:", *_indented(lines)]))
     cells = _cell_rows(recipe, folder, submitted.get("cells", []), known, asked)
@@ -66,13 +66,13 @@ def status(run: str, write: Callable[[str], None]) -> int:
     for reason in reasons:
         write(f"\n{reason}")
     if silent is not None:
-        write(f"\nwhat Slurm says of the jobs is missing: {silent.what}")
+        write(f"\nthe jobs' states in Slurm are missing: {silent.what}")
     write(f"\nlogs are in {folder / 'logs'}")
     return 1 if any(row[2] == "failed" for row in rows) or any(row[1] == "failed" for row in cells) else 0
 
 
 def _reasons(folder: Path, stage: str, jobs: Sequence[Job]) -> list[str]:
-    """What the first of a stage's jobs that says anything says: of an array the parts come before the merge."""
+    """The failure lines of a stage's first job that has any; an array's parts come before the merge."""
     ids: list[str | None] = [job.id for job in jobs] if jobs else [None]
     return next((lines for job in ids if (lines := failure(folder, stage, job))), [])
 
@@ -80,7 +80,7 @@ def _reasons(folder: Path, stage: str, jobs: Sequence[Job]) -> list[str]:
 def _state(
     folder: Path, jobs: Sequence[Job], known: dict[str, list[slurm.Task]], submitted: bool, asked: bool
 ) -> tuple[str, str]:
-    """A stage's state, and Slurm's words for it."""
+    """A stage's state, and its tasks' states in Slurm."""
     tasks = [task for job in jobs for task in known.get(job.id, [])]
     words = ", ".join(sorted({_words(task) for task in tasks}))
     if is_finished(folder):
@@ -99,7 +99,7 @@ def _state(
 
 
 def _end_state(tasks: Sequence[slurm.Task]) -> str:
-    """How tasks without a finished stage ended: a failed one takes those with it that wait for it."""
+    """The state of an unfinished stage whose tasks ended: `cancelled` only if all of the incomplete ones were."""
     states = [task.state for task in tasks if task.state != "COMPLETED"]
     return "cancelled" if states and all(state.startswith("CANCELLED") for state in states) else "failed"
 
@@ -142,7 +142,7 @@ def _cell_rows(
         elif task is not None and task.active:
             state = "running" if task.state in _RUNNING else "pending"
         elif job.stages and set(job.stages) <= set(done):
-            state = "begun"  # its job had no more to do
+            state = "begun"  # its job was for these stages only
         elif not asked:
             state = "submitted"
         else:

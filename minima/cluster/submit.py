@@ -1,4 +1,4 @@
-"""`minima submit`: a run as jobs of Slurm, each after the one before it; submitted again, what is missing. No torch."""
+"""`minima submit`: submits a run as a chain of Slurm jobs; submitting again adds only missing ones. No torch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -34,26 +34,26 @@ def submit(
     write: Callable[[str], None],
     allow_code_execution: bool = False,
 ) -> int:
-    """Submit a job for each stage that is not finished and has none; each waits for the one before it.
+    """Submit a job for each unfinished stage that has none yet; each waits for the one before it.
 
-    The jobs read a copy of the recipe as it is now, with these overrides.
+    The jobs read a copy of the recipe in its current state, with these overrides.
 
     Args:
         recipe_path: the recipe's file.
         overrides: `key.path=value`, for every job.
         cluster_path: the cluster file.
-        names: only these stages; all for None.
+        names: only these stages; None for all.
         grid: a file that lists cells: the whole recipe runs once for each.
-        dry_run: print scripts and commands, and submit and write nothing; needs no Slurm.
-        write: takes text for the person who waits.
-        allow_code_execution: let benchmarks execute what a model wrote; handed on to the stages.
+        dry_run: print scripts and commands, without submitting or writing anything; needs no Slurm.
+        write: receives text for the user.
+        allow_code_execution: let benchmarks execute code that a model wrote; passed on to the stages.
 
     Returns:
         0.
 
     Raises:
-        MinimaError: the run is sure to fail, or Slurm refuses; what was submitted before stays, and submitting again
-            goes on from there.
+        MinimaError: the run is certain to fail, or Slurm refuses; already submitted jobs stay, and submitting again
+            adds the missing ones.
     """
     if grid is not None:
         return submit_grid(recipe_path, overrides, cluster_path, names, grid, dry_run, write, allow_code_execution)
@@ -66,7 +66,7 @@ def submit(
     warn(place, recipe, write)
     with ExitStack() as stack:
         if not dry_run:
-            stack.enter_context(run_lock(place.scripts))  # two submissions at once would submit everything twice
+            stack.enter_context(run_lock(place.scripts))  # concurrent submissions would submit everything twice
         tasks = queued_tasks(folder, dry_run, write)
         queued = list({job.id: job for job, _ in tasks}.values())
         waiting = {job.stage for job in queued}
@@ -88,13 +88,13 @@ def submit(
         for warning in save_warnings(missing, place, dry_run):
             write(f"warning: {warning}")
         if scripts and not dry_run:
-            # `minima status` knows the stages before they begin
+            # lets `minima status` show the stages before they start
             write_whole(place.scripts / RESOLVED, resolved_yaml(recipe))
         submit_chain(scripts, queued, place, dry_run, write, [stage.name for stage in recipe.stages])
     if not scripts:
         write("nothing to submit")
     elif not dry_run:
-        write(f"`minima status {quoted([str(folder)])}` shows how they get on")
+        write(f"`minima status {quoted([str(folder)])}` shows their progress")
     return 0
 
 
@@ -105,7 +105,7 @@ def _check_queued(
     place: Place,
     write: Callable[[str], None],
 ) -> None:
-    """Refuse, or say, what jobs in the queue would do otherwise than recipe and cluster file ask for now."""
+    """Refuse or warn about queued jobs that do not match the current recipe and cluster file."""
     unfinished = {stage.name for stage in recipe.stages if not is_finished(place.run_folder / stage.name)}
     planned: dict[str, str] = {}
     for job, state in {job.stage: (job, task.state) for job, task in tasks}.values():

@@ -16,19 +16,19 @@ _SOURCE = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One number of one task.
+    """One score on one task.
 
     Attributes:
-        task: as the harness calls it.
-        metric: likewise.
-        value: as the harness gives it: a share where it is an accuracy.
+        task: the harness's name for the task.
+        metric: the harness's name for the metric.
+        value: as reported by the harness; accuracies are fractions.
         harness: its name and version.
-        stderr: of the value; none where the harness gives none.
-        shots: examples before the question.
+        stderr: standard error of the value; None if the harness gives none.
+        shots: number of examples before the question.
         version: of the task.
-        items: that were asked.
-        limited: whether there are more of them.
-        stand_in: whether they were made in place of the benchmark's own, which are not to be had.
+        items: number of items evaluated.
+        limited: whether the task has more items than that.
+        stand_in: whether the items were made as substitutes, because the benchmark's own are not available.
     """
 
     task: str
@@ -44,21 +44,21 @@ class BenchmarkScore:
 
     @property
     def mark(self) -> str:
-        """What has to be said beside the task's name; empty for a whole score."""
+        """A caveat to show beside the task's name; empty for a complete score."""
         marks = ["stand-in items"] if self.stand_in else [f"{self.items} items"] if self.limited else []
         return f" ({', '.join(marks)})" if marks else ""
 
 
 def with_benchmarks(card: str, name: str, scores: Sequence[BenchmarkScore]) -> str:
-    """A card that tells these scores in place of any that it told before; all else stays as it is, edits included.
+    """Replace the benchmark scores of a card; everything else, including edits by hand, is left unchanged.
 
-    A score on a part of its items, or on others in their place, is in the table, marked as such, and not in the
-    `model-index`, where it would be taken for a whole one.
+    A score on only some of the items, or on stand-in items, is marked in the table and left out of the `model-index`,
+    where it would be mistaken for a complete one.
 
     Args:
         card: a model card with front matter that is a YAML mapping.
         name: of the model.
-        scores: none leaves the card as it is.
+        scores: if empty, the card is returned unchanged.
     """
     if not scores:
         return card
@@ -75,7 +75,7 @@ def with_benchmarks(card: str, name: str, scores: Sequence[BenchmarkScore]) -> s
 
 
 def split(card: str) -> tuple[dict[str, Any], str]:
-    """Front matter and text of a card.
+    """Split a card into its front matter and text.
 
     Raises:
         ValueError: the front matter is not a YAML mapping.
@@ -88,7 +88,7 @@ def split(card: str) -> tuple[dict[str, Any], str]:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     if not isinstance(head, dict):
-        raise ValueError(f"it is a {type(head).__name__}, not a list of keys")
+        raise ValueError(f"it is a {type(head).__name__}, not keys with values")
     return head, card[found.end() :]
 
 
@@ -106,7 +106,7 @@ def _section(scores: Sequence[BenchmarkScore]) -> str:
     ]
     table = markdown_table(rows, ("task", "metric", "shots", "value", "standard error", "task version"))
     harness = ", ".join(dict.fromkeys(score.harness for score in scores))
-    return f"{HEADING}\n\n{table}\n\nMeasured by {harness}; other harnesses give other numbers for the same model."
+    return f"{HEADING}\n\n{table}\n\nMeasured with {harness}; other harnesses give other numbers for the same model."
 
 
 def _result(score: BenchmarkScore) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import yaml
 
 from minima.report.tables import markdown_table
 
-# Identifiers that the Hub takes as they are; any other is shown as `other` with its name, which is always valid.
+# Identifiers that the Hub accepts; any other is written as `other` with a name, which is always valid.
 HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"}
 HUB_LICENCES |= {"cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail", "unlicense"}
 HUB_LICENCES |= {"llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"}
@@ -27,27 +27,27 @@ _PLAIN = "PreTrainedTokenizerFast"
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells.
+    """The content of a model card.
 
     Attributes:
         name: of the model.
         recipe: name of the recipe that made it.
         family: `model_type` of its configuration.
-        parameters: of the model; a tied head counts once.
+        parameters: number of parameters; a tied head counts once.
         dtype: of the written weights.
-        shape: what the model is made of: a label and a count each.
-        stages: the stages it came through, the first one first: name, kind and their settings.
-        training: of those that trained it, by name, what they measured: see `TRAINING`.
+        shape: the model's parts: a label and a count each.
+        stages: the stages that made it, in order: name, kind and settings.
+        training: metrics of the training stages among them, by name; see `TRAINING`.
         data: one line for each source of text.
         scores: held-out scores by model, as the evaluate stage measured them.
         max_positions: longest sequence, in tokens.
-        licence: identifier; none when it was not given.
+        licence: identifier; None if not given.
         languages: ISO 639 codes.
         datasets: Hub ids.
-        base_model: Hub id of the model whose weights it came from; none when there is none.
-        chat: whether it was taught to hold conversations.
-        chat_template: whether the tokenizer has one; a base model may have taken it over.
-        misread_as: class that `AutoTokenizer` would take for its tokenizer in error; none where it takes the right one.
+        base_model: Hub id of the model that its weights are derived from; None if there is none.
+        chat: whether it was trained on conversations.
+        chat_template: whether the tokenizer has one; a base model may have inherited it.
+        misread_as: the class as which `AutoTokenizer` wrongly loads its tokenizer; None if it loads it correctly.
         checked: what was compared before the folder was published, one line each.
     """
 
@@ -89,7 +89,7 @@ def model_card(card: Card) -> str:
     if card.checked:
         sections.append("## Checked before it was published\n\n" + "\n".join(f"- {line}" for line in card.checked))
     sections.append(f"## Limits\n\n{_limits(card)}")
-    sections.append(f"## Licence\n\n{card.licence or 'None was stated. Ask whoever published this folder.'}")
+    sections.append(f"## Licence\n\n{card.licence or 'None was stated. Ask the publisher of this folder.'}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -104,13 +104,13 @@ def _front_matter(card: Card) -> str:
     fields |= {"language": list(card.languages)} if card.languages else {}
     fields |= {"datasets": list(card.datasets)} if card.datasets else {}
     if card.base_model:
-        # The Hub knows adapter, merge, quantized and finetune; pruned and distilled weights are of the last kind.
+        # The Hub knows adapter, merge, quantized and finetune; the last fits pruned and distilled weights best.
         fields |= {"base_model": card.base_model, "base_model_relation": "finetune"}
     return front_matter(fields)
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
-    """What the Hub reads at the head of a card."""
+    """The YAML block at the top of a card, which the Hub reads."""
     return "---\n" + yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True) + "---"
 
 
@@ -147,14 +147,15 @@ def _use(card: Card) -> str:
         )
     )
     ends = (
-        " An answer ends at the tokens that `generation_config.json` names. `minima chat .` talks to it in a terminal."
+        " An answer ends at the tokens named in `generation_config.json`. To chat with it in a terminal, run "
+        "`minima chat .`."
         if chat
-        else " It goes on with a text; it was not taught to answer."
+        else " It continues a text; it was not trained to answer."
     )
     if card.chat_template and not chat:
         ends = (
-            " It goes on with a text; no stage here taught it to answer. Its tokenizer has the chat template of the "
-            "model that it came from, by which `minima chat .` asks it."
+            " It continues a text; no stage trained it to answer. Its tokenizer still has the chat template of the "
+            "model that it was made from, which `minima chat .` uses."
         )
     if card.misread_as is not None:
         code = code.replace("AutoTokenizer", _PLAIN).replace(
@@ -162,10 +163,10 @@ def _use(card: Card) -> str:
         )
         code = code.replace('model=".")', f'model=".", tokenizer={_PLAIN}.from_pretrained("."))')
         ends += (
-            f" Its tokenizer wants `{_PLAIN}`: for this family `AutoTokenizer` takes `{card.misread_as}`, which would "
-            "give it other tokens than it was trained on."
+            f" Load its tokenizer with `{_PLAIN}`: for this family `AutoTokenizer` uses `{card.misread_as}`, which "
+            "would feed it other tokens than it was trained on."
         )
-    return f"```python\n{code}```\n\nIt loads in transformers 5 and in the last 4.x, with no code of its own.{ends}"
+    return f"```python\n{code}```\n\nIt loads in transformers 5 and the last 4.x without custom code.{ends}"
 
 
 def _stages(card: Card) -> str:
@@ -173,18 +174,18 @@ def _stages(card: Card) -> str:
     for name, kind, settings in card.stages:
         lines = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
         blocks.append(f"**{name}** ({kind})\n\n```yaml\n{lines}```")
-    return "\n\n".join([f"By the recipe `{card.recipe}`, stage by stage:", *blocks])
+    return "\n\n".join([f"With the recipe `{card.recipe}`, stage by stage:", *blocks])
 
 
 def _training(card: Card) -> str:
-    text = "Tokens count whole blocks. Losses are of held-out data: in nats per token"
+    text = "Tokens are counted in whole blocks. Losses are on held-out data, in nats per token"
     preferences = any("held_out_accuracy" in row for row in card.training.values())
     if any(kind == "instruct" for _, kind, _ in card.stages):
-        text += ", in `instruct` of the assistant's text alone"
+        text += ", in `instruct` only over the assistant's text"
     if preferences:
         text += (
-            ", in `align` in nats per pair of answers, where accuracy is the share of pairs whose better answer has "
-            "the higher reward and margin the mean difference of the two rewards"
+            ", in `align` in nats per pair of answers; accuracy is the fraction of pairs whose better answer has the "
+            "higher reward, and margin the mean difference of the two rewards"
         )
     return f"{_table(card.training, TRAINING, 'stage')}\n\n{text}."
 
@@ -197,7 +198,7 @@ def _scores(card: Card) -> str:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], first: str) -> str:
-    """One row for each name, with the columns that any of them has."""
+    """One row for each name, with the columns that at least one of them has."""
     shown = [column for column in columns if any(column in row for row in rows.values())]
     return markdown_table(
         [(name, *(row.get(column) for column in shown)) for name, row in rows.items()], (first, *shown)
@@ -206,11 +207,11 @@ def _table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], first:
 
 def _limits(card: Card) -> str:
     text = (
-        f"It was made for sequences of at most {card.max_positions:,} tokens, and knows no more than its data and the "
-        "models it came from. It can be wrong, and it can repeat what is harmful in them; nothing was done here to "
+        f"It is made for sequences of at most {card.max_positions:,} tokens, and knows no more than its data and the "
+        "models it was made from. It can be wrong, and it can repeat harmful content from them; nothing was done to "
         "prevent that."
     )
     if card.scores or card.training:
-        text += " The losses above are on text of the same origin as its training text, so they say little about other"
-        text += " text."
+        text += " The losses above are on text from the same sources as its training text, so they say little about"
+        text += " other text."
     return text

@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains: a bar on a terminal, plain lines in a log. No torch."""
+"""Progress output while a stage runs: a bar on a terminal, plain lines in a log. No torch."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ BAR_CELLS = 24
 
 
 class Progress:
-    """One line per call on a log, one line redrawn on a terminal.
+    """Prints a new line for each update in a log, and redraws a single line on a terminal.
 
     Args:
         label: the stage's name.
-        total_steps: optimiser steps of the whole stage.
+        total_steps: steps of the whole stage.
         first_step: finished steps at the (re)start.
-        columns: width of the terminal; 0 when the output is no terminal.
-        stream: where it goes; standard output when not given.
+        columns: width of the terminal; 0 if the output is not a terminal.
+        stream: the output stream; standard output by default.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Progress:
 
         Args:
             step: finished steps.
-            facts: what stands on the line, by name, already formatted.
+            facts: formatted values to show on the line, by name.
         """
         shown = "  ".join(f"{name} {value}" for name, value in facts.items())
         left = duration(self._seconds_left(step))
@@ -50,7 +50,7 @@ class Progress:
         self._drawn = True
 
     def note(self, text: str) -> None:
-        """A line of its own, that a bar does not overwrite."""
+        """Print a separate line that the bar does not overwrite."""
         self._write(("\n" if self._drawn else "") + f"{self.label}: {text}\n")
         self._drawn = False
 
@@ -65,14 +65,14 @@ class Progress:
         return (time.monotonic() - self._started) / done * (self.total_steps - step) if done else 0.0
 
     def _write(self, text: str) -> None:
-        # A driver that was killed reads no more: its ranks end as they do at a SIGTERM, with everything saved.
+        # If the driver was killed, nobody reads the output: the rank then ends as after a SIGTERM, saving everything.
         with outliving_readers(lambda: os.kill(os.getpid(), signal.SIGTERM)):
             self.stream.write(text)
             self.stream.flush()
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `12s`, `3m05s`, `2h07m` or `4d03h`."""
+    """Format seconds as `12s`, `3m05s`, `2h07m` or `4d03h`."""
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole}s"

@@ -1,4 +1,4 @@
-"""The table that ends a run."""
+"""The table at the end of a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 from minima.report.tables import text_table
 
-# Of a stage's metrics, those that its row shows; all of them are in its manifest.
+# The metrics that a stage's row shows; its manifest has all of them.
 _SHOWN = ("documents", "parameters", "tokens", "held_out_loss")
 
 
 def run_table(stages: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
-    """What each stage came to and, once the run is over, its summary.
+    """The result of each stage and, once the run is finished, its summary.
 
     Args:
         stages: `stage`, `kind`, `state`, `seconds` and `metrics` of each.
@@ -29,7 +29,7 @@ def run_table(stages: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | 
 
 def _result(metrics: Mapping[str, Any]) -> str:
     losses = [value["loss"] for value in metrics.values() if isinstance(value, Mapping) and "loss" in value]
-    if losses:  # an evaluation: one block of numbers for each model
+    if losses:  # an evaluation: a set of scores for each model
         return f"{len(losses)} models, loss {number(min(losses))} to {number(max(losses))}"
     scores = [value for value in metrics.items() if isinstance(value[1], Mapping) and "score" in value[1]]
     if scores:  # a benchmark
@@ -46,7 +46,7 @@ def _percent(found: Mapping[str, Any]) -> str:
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    """Nested names and values as rows of `outer.inner` and a readable value."""
+    """Flatten nested values into rows of `outer.inner` and a formatted value."""
     rows: list[list[str]] = []
     for key, value in block.items():
         if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ def flat(block: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
 
 
 def number(value: Any) -> str:
-    """A value for a person: thousands separated, four decimals, small numbers with an exponent."""
+    """Format a value for display: thousands separators, four decimals, an exponent for small numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if not math.isfinite(value):

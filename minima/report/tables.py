@@ -5,10 +5,10 @@ from typing import Any
 
 
 def text_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Columns of equal width under their headers: numbers to the right, all else to the left.
+    """A table with aligned columns: numbers to the right, everything else to the left.
 
     Args:
-        rows: cells; None is shown as `-`, whole numbers with thousands separators, others with four digits.
+        rows: cells; None is shown as `-`, integers with thousands separators, other numbers with four decimals.
         headers: one for each column.
     """
     cells = [[str(header) for header in headers], *([_cell(value) for value in row] for row in rows)]
@@ -19,7 +19,7 @@ def text_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """The same table in Markdown, as GitHub and the Hub show it."""
+    """The same table in Markdown, as rendered by GitHub and the Hub."""
     right = [_is_numeric([row[column] for row in rows]) for column in range(len(headers))]
     lines = [[str(header) for header in headers], ["---:" if number else "---" for number in right]]
     lines += [[_cell(value).replace("|", "\\|") for value in row] for row in rows]

@@ -9,7 +9,7 @@ from minima.stages.training import run_training
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Train the stage's model on next tokens; returns the stage's metrics."""
+    """Train the stage's model on next-token prediction; returns the stage's metrics."""
     stage = context.stage
     assert isinstance(stage, Adapt)
     return run_training(context, stage, lambda data, shape, choice: LanguageModelling())

@@ -1,4 +1,4 @@
-"""Preference optimisation: a chat model learns which of two answers is the better one."""
+"""The align stage, preference optimisation: a chat model learns which of two answers is better."""
 
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ def run(context: StageContext) -> dict[str, Any]:
     def objective(data: Path, student: ModelShape, _: Choice) -> Objective:
         if origin.tokenizer is None and student.vocabulary_size != shape.vocabulary_size:
             raise VocabularyMismatch(
-                f"the reference {origin.identity} has no tokenizer and {shape.vocabulary_size:,} rows of vocabulary, "
+                f"the reference {origin.identity} has no tokenizer and {shape.vocabulary_size:,} vocabulary rows, but "
                 f"the model has {student.vocabulary_size:,}",
-                "both say how likely the same answers are, so both must be over the same tokens",
-                "take a reference with its tokenizer, or leave `reference` out: the starting weights are one",
+                "both assign probabilities to the same answers, so both must use the same tokens",
+                "choose a reference with a tokenizer, or omit `reference` to use the starting weights",
             )
         for part in ("train", "held_out"):
             check_fit(shape, TokenStore.open(data / part), origin.identity)
@@ -91,7 +91,7 @@ def _objective(stage: Align, reference: Reference) -> Preference:
 
 
 class _References:
-    """The stage's frozen reference, for its training blocks and for its held-out blocks."""
+    """The stage's frozen reference, for the training blocks and for the held-out blocks."""
 
     train: Reference
     held_out: Reference
@@ -101,7 +101,7 @@ class _References:
         self._host: FrozenHost | None = None
 
     def open(self, data: Path) -> None:
-        """Build the frozen model, or read what it gave; every rank calls it, before the student is built."""
+        """Build the frozen model, or read its stored outputs; every rank calls it, before the student is built."""
         stage = self.stage
         if not stage.precompute_reference:
             self._host = self._build()
@@ -139,6 +139,6 @@ class _References:
         )
 
     def close(self) -> None:
-        """Give the frozen model's memory back, if it is still there."""
+        """Free the frozen model's memory, if it is still loaded."""
         if self._host is not None:
             self._host.close()

@@ -1,4 +1,4 @@
-"""The benchmark stage: the field's own harness on a model's folder, and answer files for judges."""
+"""The benchmark stage: lm-eval on a model's folder, and answer files for external judges."""
 
 import logging
 from functools import cache, partial
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Ask, store and show. Calls and answers that an earlier start finished are kept.
+    """Run the benchmarks, then store and show the scores. Results of an interrupted earlier start are reused.
 
-    Leaves `benchmark.json`, lm-eval's own results, samples and logs under `lm_eval/`, the task files with this
+    Writes `benchmark.json`, lm-eval's own results, samples and logs under `lm_eval/`, the task files with this
     machine's paths under `task_files/`, and `answers/`.
 
     Returns:
         For each task `score` (a fraction), `metric`, `filter`, `shots`, `items`, `stderr`, `version`, `limited` and
-        `stand_in`; `left_out` and `answers` where there are any.
+        `stand_in`; also `left_out` and `answers` if there are any.
 
     Raises:
-        StageError: the model, the items or lm-eval are missing, lm-eval failed, or a task would execute what the
-            model wrote without leave to do so.
-        DataError: the questions are not what their format asks for.
+        StageError: the model, the items or lm-eval are missing, lm-eval failed, or a task would execute code that the
+            model wrote, without permission to do so.
+        DataError: the questions do not match their declared format.
     """
     stage = context.stage
     assert isinstance(stage, Benchmark)
@@ -47,13 +47,13 @@ def run(context: StageContext) -> dict[str, Any]:
     asked, left_out = plan_suite(data, context.allow_code_execution) if stage.suite else ([], [])
     if stage.tasks:
         asked += plan_tasks(stage.tasks, stage.num_fewshot, context.allow_code_execution)
-    # Read before the first model is loaded: a mistake in the last of them is told at once.
+    # Read before the first model is loaded, so that a mistake in any of them is reported at once.
     questions = [read_questions(Path(answers.questions).expanduser(), answers) for answers in stage.answers]
     progress = Progress(stage.name, sum(map(len, questions)))
     if left_out:
         logger.warning(
-            "%s is left out: it executes what the model wrote. Remove %s and give `minima run` the flag "
-            "--allow-code-execution to have it, best in a container",
+            "%s is left out because it executes code that the model wrote. To include it, remove %s and give "
+            "`minima run` the flag --allow-code-execution, preferably in a container",
             ", ".join(left_out),
             context.folder,
         )
@@ -67,10 +67,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def check_model(folder: Path, stage: Benchmark) -> Path:
-    """The folder, if plain transformers can load what is in it, and it has a chat template where one is asked for.
+    """Return the folder if plain transformers can load it and it has a chat template where the stage needs one.
 
     Raises:
-        StageError: it has not.
+        StageError: it does not.
     """
     has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
@@ -83,24 +83,24 @@ def check_model(folder: Path, stage: Benchmark) -> Path:
     if (stage.chat or stage.answers) and not has_chat_template(folder):
         raise StageError(
             f"model {stage.model!r} has no chat template, and {'chat: true' if stage.chat else 'answers'} needs one",
-            "a base model goes on with a text and was not taught whose turn it is",
-            "take the model that instruct has trained, or leave it out",
+            "a base model continues a text and was not trained to take turns",
+            "use the model that an instruct stage trained, or leave that setting out",
         )
     return folder
 
 
 def existing(text: str, key: str) -> Path:
-    """A folder of the recipe.
+    """The path of a folder named in the recipe.
 
     Raises:
-        StageError: it is not there.
+        StageError: it does not exist.
     """
     path = Path(text).expanduser()
     if not path.is_dir():
         raise StageError(
-            f"{key} {text!r} is no folder",
+            f"{key} {text!r} is not a folder",
             "the benchmark would have nothing to read",
-            "mend the path" + (", or make it with `python tools/fetch_benchmarks.py`" if key == "data_folder" else ""),
+            "fix the path" + (", or make it with `python tools/fetch_benchmarks.py`" if key == "data_folder" else ""),
         )
     return path
 
@@ -112,9 +112,9 @@ def _scores(
     lm_eval_folder()
     if (misread := misread_as(model)) is not None:
         raise StageError(
-            f"model {stage.model!r}: AutoTokenizer takes {misread} for it and not what its tokenizer.json says",
-            "lm-eval loads it so, and would score it on other tokens than it was trained on",
-            "train a family whose tokenizer is free (llama, mistral), or give this one its family's own tokenizer",
+            f"model {stage.model!r}: AutoTokenizer loads its tokenizer as {misread}, contrary to its tokenizer.json",
+            "lm-eval loads it this way, and would score the model on tokens that it was not trained on",
+            "train a family whose tokenizer class is not fixed (llama, mistral), or use this family's own tokenizer",
         )
     folder.mkdir(exist_ok=True)
     own = [existing(stage.task_folder, "task_folder")] if stage.task_folder else []

@@ -1,6 +1,7 @@
-"""Text, conversations or preferences in, token blocks out. One process without ranks; it starts its own workers.
+"""The build_data stage: turns text, conversations or preferences into token blocks.
 
-A large build can be divided into parts, each a process on a machine of its own: see `encode_part`.
+It runs as one process without ranks, which starts its own workers. A large build can be divided into parts, each a
+process on its own machine: see `encode_part`.
 """
 
 import shutil
@@ -20,15 +21,15 @@ from minima.stages.manifest import STARTED, read_manifest
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write `tokenizer/`, `train/`, `held_out/` and `report.json`; where parts are there, by merging them.
+    """Write `tokenizer/`, `train/`, `held_out/` and `report.json`; if there are parts, by merging them.
 
     Returns:
         Metrics: documents, tokens, blocks, dropped and held-out tokens, rejected records by reason, tokens per
-        character, bytes per token, `unigram_entropy` of the held-out tokens in nats, seconds (those of all parts
-        included), and per source its documents, tokens, share and epochs. Of conversations and pairs also how many
-        there are (`conversations` or `pairs`, with `held_out_` in front those set aside), `learnt_tokens`,
-        `padding_tokens`, `padding_share`, `cut_conversations` (longer than a block) and `unanswered_turns` (left out at
-        a conversation's end), and the entropy is that of the tokens to be learnt.
+        character, bytes per token, `unigram_entropy` of the held-out tokens in nats, seconds (including those of all
+        parts), and for each source its documents, tokens, share and epochs. For conversations and pairs also their
+        number (`conversations` or `pairs`; the prefix `held_out_` marks those set aside), `learnt_tokens`,
+        `padding_tokens`, `padding_share`, `cut_conversations` (longer than a block) and `unanswered_turns` (dropped at
+        the end of a conversation); the entropy then covers only the tokens to be learnt.
     """
     stage = context.stage
     assert isinstance(stage, BuildData)
@@ -46,31 +47,31 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _is_evaluated(recipe: Recipe, stage: BuildData) -> bool:
-    """Whether a stage of the recipe evaluates on the data's held-out part."""
+    """Whether any stage of the recipe evaluates on the data's held-out part."""
     reading = [each for each in recipe.stages if getattr(each, "data", None) == stage.name]
     return any(isinstance(each, Evaluate) or getattr(each, "evaluate_every_steps", 0) for each in reading)
 
 
 def tidy(context: StageContext) -> None:
-    """Remove the parts, once what was merged from them is published."""
+    """Remove the parts once the merged result is published."""
     shutil.rmtree(context.folder / PARTS, ignore_errors=True)
 
 
 def encode_part(context: StageContext, part: tuple[int, int]) -> str:
-    """Encode one part, unless it is finished and whole.
+    """Encode one part, unless it is already complete.
 
     Args:
         context: of the stage; its folder has a `started.json`.
-        part: number, from 0, and how many there are.
+        part: number of the part, from 0, and the number of parts.
 
     Returns:
-        What came of it, for a person.
+        The outcome, as a line for the user.
     """
     stage, folder, one = context.stage, context.folder / PARTS, Part(*part)
     assert isinstance(stage, BuildData)
     identity = read_manifest(context.folder, STARTED)["identity"]
     if is_recorded(folder / one.name, identity):
-        return f"part {one} of stage {stage.name} was finished before"
+        return f"part {one} of stage {stage.name} was already finished"
     counts = build_part(stage, folder, _tokenizer(context, stage), one, identity)
     return (
         f"part {one} of stage {stage.name} finished in {counts['seconds']:.1f} s: {counts['documents']} documents, "
@@ -79,17 +80,17 @@ def encode_part(context: StageContext, part: tuple[int, int]) -> str:
 
 
 def lock_folder(folder: Path, part: tuple[int, int]) -> Path:
-    """Where the lock of one part lies, in a stage's folder."""
+    """The path of one part's lock in a stage's folder."""
     return folder / PARTS / "locks" / Part(*part).name
 
 
 def check_total(folder: Path, total: int) -> None:
-    """Refuse another number of parts than those that lie in a stage's folder; `StageError` names both."""
+    """Refuse a number of parts that differs from the one in the stage's folder; the `StageError` names both."""
     check_counts(folder / PARTS, total)
 
 
 def _tokenizer(context: StageContext, stage: BuildData) -> str | Path | TokenizerTraining:
-    """How to train one, the folder of an earlier stage's, or a folder or Hub id."""
+    """The tokenizer to use: how to train one, the folder of an earlier stage's tokenizer, or a folder or Hub id."""
     if isinstance(stage.tokenizer, TokenizerTraining):
         return stage.tokenizer
     if any(other.name == stage.tokenizer and isinstance(other, BuildData) for other in context.recipe.stages):
@@ -98,6 +99,6 @@ def _tokenizer(context: StageContext, stage: BuildData) -> str | Path | Tokenize
         resolved = context.model(stage.tokenizer)
         return resolved.tokenizer or resolved.folder
     path = Path(stage.tokenizer).expanduser()
-    if path.is_dir() and not any((path / name).is_file() for name in VOCABULARY_FILES):  # a stage's, by its path
+    if path.is_dir() and not any((path / name).is_file() for name in VOCABULARY_FILES):  # a stage given by path
         return next((path / inner for inner in ("tokenizer", "model") if (path / inner).is_dir()), path)
     return stage.tokenizer

@@ -1,4 +1,4 @@
-"""What a model card tells, gathered from the recipe and from the stages' manifests. No torch."""
+"""Gathers the facts of a model card from the recipe and the stages' manifests. No torch."""
 
 import logging
 import re
@@ -15,8 +15,8 @@ from minima.stages.manifest import is_finished, read_manifest
 
 logger = logging.getLogger(__name__)
 _CHECKS = {
-    "zero3": "its logits, loaded into sharded hosts, with the trained model's",
-    "transformers": "its logits, as plain transformers loads it, with the trained model's",
+    "zero3": "its logits, when loaded with ZeRO-3, against the trained model's",
+    "transformers": "its logits, when loaded by plain transformers, against the trained model's",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -28,14 +28,14 @@ def gather_card(
     chat_template: bool,
     misread_as: str | None = None,
 ) -> Card:
-    """The facts of one export.
+    """The model card of one export.
 
     Args:
         context: of the export stage.
         config: content of its config.json.
         metrics: what the export measured: parameters, dtype and the checks.
         chat_template: whether its tokenizer has one.
-        misread_as: class that `AutoTokenizer` takes for its tokenizer in error.
+        misread_as: the class as which `AutoTokenizer` wrongly loads its tokenizer.
     """
     stage = context.stage
     assert isinstance(stage, Export)
@@ -68,7 +68,7 @@ def gather_card(
         base_model=_without_folders(stage.base_model) or (root if root is not None and _on_hub(root) else None),
         chat_template=chat_template,
         misread_as=misread_as,
-        checked=["every tensor's bytes with the trained one, by SHA-256"]
+        checked=["every tensor's bytes against the trained model's, by SHA-256"]
         + [
             f"{_CHECKS[how]}: largest difference {metrics['max_logit_difference']:.2g}" for how in metrics["checked_by"]
         ],
@@ -76,9 +76,9 @@ def gather_card(
 
 
 def taught_to_chat(context: StageContext, name: str) -> bool:
-    """Whether a stage of the recipe taught a model to hold conversations.
+    """Whether a stage of the recipe trained this model, or one it was made from, on conversations.
 
-    A chat template alone does not say it: pruning keeps the tokenizer of a chat model, and not what the model knew.
+    A chat template alone does not prove it: pruning keeps a chat model's tokenizer, but not what the model knew.
     """
     return any(
         made.kind in ("instruct", "align")
@@ -88,7 +88,7 @@ def taught_to_chat(context: StageContext, name: str) -> bool:
 
 
 def _format(context: StageContext, reference: str) -> str | None:
-    """What the data is of that a stage reads: a stage of the recipe, or the folder of another one."""
+    """The format of the data that a stage reads, given as a stage of the recipe or as the folder of another run's."""
     stage = next((stage for stage in context.recipe.stages if stage.name == reference), None)
     if stage is not None:
         return getattr(stage, "format", None)
@@ -101,7 +101,7 @@ def _settings(stage: AnyStage) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """The same settings, of absolute paths the last part only: where a file lay is nobody else's business."""
+    """The settings with absolute paths reduced to their last part: a published card must not reveal local paths."""
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -110,7 +110,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def _data_stages(context: StageContext, ancestors: list[Ancestor]) -> list[BuildData | str]:
-    """What the ancestors read: stages of the recipe, or folders of others."""
+    """The data that the ancestors read: stages of the recipe, or folders of other runs."""
     by_name = {stage.name: stage for stage in context.recipe.stages}
     found: list[BuildData | str] = []
     for reference in dict.fromkeys(getattr(stage, "data", None) for stage, _ in ancestors):
@@ -139,12 +139,12 @@ def _hub_datasets(built: list[BuildData | str]) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a name is a Hub id: where it is read, a folder of that name comes first."""
+    """Whether a name refers to the Hub: an existing folder of that name takes precedence."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
 
 
 def _trained(context: StageContext, stage: AnyStage, step: int | None) -> dict[str, Any]:
-    """What a training stage measured, at its end or at the checkpoint that was taken."""
+    """The metrics of a training stage, at its end or at the checkpoint that was used."""
     folder = context.run_folder / stage.name
     metrics: dict[str, Any] = (read_manifest(folder).get("metrics") or {}) if is_finished(folder) else {}
     if step is not None and metrics.get("step") != step:
@@ -156,7 +156,7 @@ def _trained(context: StageContext, stage: AnyStage, step: int | None) -> dict[s
 
 
 def _scores(context: StageContext, name: str) -> dict[str, dict[str, Any]]:
-    """What finished evaluate stages measured of a model and of those beside it; says it where nothing was."""
+    """The scores of a model, and of those evaluated along with it, from finished evaluate stages; warns if none."""
     scores: dict[str, dict[str, Any]] = {}
     same = _same_weights(context, name)
     others: list[str] = []
@@ -177,7 +177,7 @@ def _scores(context: StageContext, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _same_weights(context: StageContext, name: str) -> set[str]:
-    """The ways in which a recipe can name these weights: a stage alone is its last step."""
+    """All names by which a recipe can refer to these weights: a stage's bare name means its last step."""
     stage, step = stage_and_step(context.recipe, name)
     if stage is None or not is_finished(context.run_folder / stage.name):
         return {name}

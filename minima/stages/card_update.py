@@ -1,4 +1,4 @@
-"""Benchmark scores that came after an export, for its model card. No torch."""
+"""Adds benchmark scores that were measured after an export to its model card. No torch."""
 
 import json
 import logging
@@ -13,15 +13,15 @@ logger = logging.getLogger(__name__)
 
 
 def updated_card(export: Path, card: str) -> str:
-    """An export's card with what the finished benchmark stages of its run measured of it.
+    """An export's card with the scores from the finished benchmark stages of its run.
 
     Args:
-        export: the export stage's folder; the benchmark stages lie beside it.
-        card: its text; may have been edited.
+        export: the export stage's folder; the benchmark stages' folders are beside it.
+        card: the card's text; may have been edited by hand.
 
     Raises:
-        ValueError: its front matter is not YAML.
-        StageError: what one of those stages stored cannot be read; names it.
+        ValueError: its front matter is not valid YAML.
+        StageError: the results of one of those stages cannot be read; names the file.
     """
     scores: list[BenchmarkScore] = []
     for folder in sorted(path for path in export.resolve().parent.iterdir() if is_finished(path)):
@@ -29,7 +29,7 @@ def updated_card(export: Path, card: str) -> str:
         if stage.get("kind") == "benchmark" and _is_of(stage, export):
             scores += benchmark_scores(folder)
     if scores:
-        logger.info("the card of %s tells %d benchmark scores", export.name, len(scores))
+        logger.info("the card of %s shows %d benchmark scores", export.name, len(scores))
     return with_benchmarks(card, export.name, scores)
 
 
@@ -40,7 +40,7 @@ def _is_of(stage: dict[str, Any], export: Path) -> bool:
 
 
 def benchmark_scores(folder: Path) -> list[BenchmarkScore]:
-    """The scores that a benchmark stage stored; none where it only wrote answers.
+    """The scores that a benchmark stage stored; empty if it only wrote answers.
 
     Raises:
         StageError: they cannot be read.
@@ -52,13 +52,13 @@ def benchmark_scores(folder: Path) -> list[BenchmarkScore]:
         found = json.loads(path.read_text(encoding="utf-8"))
         harness = " ".join(str(part) for part in found["harness"].values() if part is not None)
         return [_score(name, task, harness) for name, task in found["tasks"].items()]
-    except PermissionError:  # it is no less whole for that
+    except PermissionError:  # the file is not damaged, so the advice below would be wrong
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(
             f"{path} cannot be read: {type(error).__name__}: {error}",
-            "the model card tells the scores of the benchmark stages that are finished",
-            f"remove {folder} and run the stage again, or put the file back",
+            "the model card shows the scores of all finished benchmark stages",
+            f"remove {folder} and run the stage again, or restore the file",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What the driver refuses before anything starts."""
+"""The driver's checks before anything starts: problems that would otherwise fail hours later."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
-_TOO_LATE = "the run would end there, after everything before it"
+_TOO_LATE = "the run would fail at this stage, after running all stages before it"
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 
 
@@ -30,26 +30,27 @@ def check_stages(
     to_come: Sequence[Path] = (),
     elsewhere: bool = False,
 ) -> list[str]:
-    """Refuse, before anything starts, what is sure to fail later.
+    """Refuse, before anything starts, whatever is certain to fail later.
 
     Args:
         recipe: the whole run.
         recipe_path: its file.
-        stages: that are to run.
+        stages: the stages to run.
         folder: of the run.
-        ranks: that each stage will have.
-        to_come: folders of other runs that will have been made by then.
-        elsewhere: it runs on other machines, or later, so a folder that is not here is a warning and no mistake.
+        ranks: the number of ranks for each stage.
+        to_come: folders of other runs that will exist by then.
+        elsewhere: the run is on other machines, or later, so a folder missing here is a warning and not an error.
 
     Returns:
-        What may fail later, a line each: inputs that are not on this machine.
+        What may fail later, one line each: inputs that are not on this machine.
 
     Raises:
-        StageError: an input stage is neither finished nor among `stages`, or an input folder is not there; or a
-            finished stage is not, or will not be, what the recipe and its inputs say.
+        StageError: an input stage is neither finished nor among `stages`, or an input folder is missing; or a finished
+            stage does not, or will not, match the recipe and its inputs.
         DeepSpeedConfigError: a DeepSpeed JSON sets what the recipe owns, or cannot be used.
-        RecipeError: a DeepSpeed JSON, a launcher, a GPU or wandb is missing, or a batch cannot be shared by the ranks.
-        MinimaError: a shape, a length or a vocabulary that the dry run already knows to be impossible.
+        RecipeError: a DeepSpeed JSON, a launcher, a GPU or wandb is missing, or a batch cannot be divided among the
+            ranks.
+        MinimaError: the dry run shows a shape, a length or a vocabulary to be impossible.
     """
     previews = walk(recipe, recipe_path)
     find_launcher(recipe.launcher, recipe_path)
@@ -61,7 +62,7 @@ def check_stages(
         raise StageError(
             missing[0],
             _TOO_LATE,
-            "correct it, or bring the folder to this machine",
+            "correct it, or copy the folder to this machine",
         )
     check_run(recipe, stages, folder)
     if not elsewhere:
@@ -75,7 +76,7 @@ def check_stages(
 
 
 def _check_installed(stage: AnyStage) -> None:
-    """Refuse a stage that needs a program or a token which is not here."""
+    """Refuse a stage that needs a program or a token that is missing on this machine."""
     if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
         raise RecipeError(
             f"stages.{stage.name}: lm-eval is not installed",
@@ -108,14 +109,14 @@ def _check_ranks(recipe: Recipe, ranks: int, needed: bool) -> None:
         raise RecipeError(
             f"{ranks} ranks with the launcher 'local'",
             "it runs one plain process, so the other ranks would be silently dropped",
-            "set ranks=1, or take the deepspeed or torchrun launcher",
+            "set ranks=1, or use the deepspeed or torchrun launcher",
         )
     accelerators = num_accelerators()
     if needed and recipe.launcher in _ONE_MACHINE and accelerators and ranks > accelerators:
         raise RecipeError(
-            f"{ranks} ranks and {accelerators} GPU{'s' if accelerators > 1 else ''} on this machine",
-            "every rank takes a GPU of its own, so the others would fail as they start",
-            f"give --ranks {accelerators}, set DS_ACCELERATOR=cpu to run on the processor, or make more GPUs visible",
+            f"{ranks} ranks, but {accelerators} GPU{'s' if accelerators > 1 else ''} on this machine",
+            "every rank needs its own GPU, so the others would fail at start",
+            f"give --ranks {accelerators}, set DS_ACCELERATOR=cpu to run on the CPU, or make more GPUs visible",
         )
 
 
@@ -151,7 +152,7 @@ def _unfinished(recipe: Recipe, stage: AnyStage, folder: Path) -> list[str]:
 def _check_checkpoint(
     recipe: Recipe, reader: str, reference: Reference, read: AnyStage, run_folder: Path, chosen: bool
 ) -> None:
-    """Refuse a checkpoint that is not there, where no training that is about to run will leave it."""
+    """Refuse a checkpoint that neither exists nor will be saved by a training stage that is about to run."""
     assert reference.step is not None
     folder = run_folder / read.name
     there, finished = complete_steps(folder / "checkpoints"), is_finished(folder)
@@ -167,7 +168,7 @@ def _check_checkpoint(
 
 
 def _check_models(recipe: Recipe, left: Sequence[AnyStage], folder: Path, to_come: Sequence[Path]) -> None:
-    """Refuse models that are no folder and that the Hub does not have, each asked for once."""
+    """Refuse models that are neither a folder nor on the Hub; asks the Hub once for each."""
     asked = set()
     for stage in left:
         unread = "teacher" if isinstance(stage, Distil) and stage.frozen_model is None else None
@@ -183,7 +184,7 @@ def _check_models(recipe: Recipe, left: Sequence[AnyStage], folder: Path, to_com
 
 
 def _missing_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence[Path]) -> list[str]:
-    """What can only be a folder, and is not there, a line each; what may be a Hub id is for the Hub to say."""
+    """One line for each missing input that can only be a folder; names that may be Hub ids are left to the Hub."""
     found = []
     for stage in left:
         for reference in references(recipe, stage):
@@ -193,6 +194,6 @@ def _missing_folders(recipe: Recipe, left: Sequence[AnyStage], to_come: Sequence
             if is_path and not path.exists() and not any(path.is_relative_to(other.absolute()) for other in to_come):
                 found.append(
                     f"stages.{stage.name}.{reference.field}: {reference.text!r} is "
-                    f"{'neither a stage of this recipe nor ' if of_minima else 'not '}a folder here"
+                    f"{'neither a stage of this recipe nor ' if of_minima else 'not '}a folder on this machine"
                 )
     return found

@@ -1,4 +1,4 @@
-"""A launcher as a child process: its output to the terminal and to a log for each stage, signals passed on."""
+"""Runs a launcher as a child process: output goes to the terminal and to a log for each stage, signals to the ranks."""
 
 import os
 import re
@@ -14,21 +14,21 @@ from minima.launcher import DRIVER, is_rank, processes_of, slurm_job
 from minima.stages.run_folder import access_named
 from minima.stages.running import ERROR, HEADER
 
-# What launchers say of a rank that SIGKILL has ended: deepspeed and torchrun, whose exit code alone would not tell.
+# What deepspeed and torchrun print when SIGKILL ended a rank; their exit code alone does not reveal it.
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
 _TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
-# A stage's name alone: what a model or a file says must not choose where a log goes.
+# Accepts only a stage's name, so that text from a model or a file cannot choose the path of a log.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
 
 class Log:
-    """Splits one stream into `FOLDER/STAGE.log` files, at the lines that say which stage starts.
+    """Splits one stream into `FOLDER/STAGE.log` files, at the lines that announce the start of a stage.
 
-    Of a line that a progress bar rewrote with carriage returns, only its last state is kept.
+    If a progress bar rewrote a line with carriage returns, only its last state is kept.
 
     Attributes:
-        error: the first line of what a rank told the user, for launchers that print pages of their own after it.
-        killed: whether a launcher told of a rank that the system has killed.
+        error: the first line of the first error that a rank reported, as launchers print pages of their own after it.
+        killed: whether a launcher reported that a rank was killed by SIGKILL.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
@@ -40,10 +40,10 @@ class Log:
             self._file = self._open(stage)
 
     def _open(self, stage: str):
-        return open(self._folder / f"{stage}.log", "ab", buffering=0)  # a resumed stage goes on in its old log
+        return open(self._folder / f"{stage}.log", "ab", buffering=0)  # a resumed stage appends to its log
 
     def write(self, chunk: bytes) -> None:
-        """Take the next bytes of the stream."""
+        """Process the next bytes of the stream."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             if started := _STARTED.match(line):
@@ -64,18 +64,18 @@ class Log:
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, lock: int) -> int:
-    """Run a command to its end in a session of its own, and give its exit code.
+    """Run a command to its end in its own session, and return its exit code.
 
-    SIGINT and SIGTERM are passed on to the ranks, so that they can save; the code is then 128 plus the first one's
-    number. A terminal that goes, and a pipe that nobody reads any more, are a SIGTERM to them; the log goes on to the
-    end. The launcher between is left alone: some end their ranks half a minute after a signal, saved or not. A Ctrl-Z
-    stops whatever of it runs on this machine. A terminal that stands still holds up nothing before the command's end.
+    SIGINT and SIGTERM are passed on to the ranks, so that they can save; the exit code is then 128 + the first signal's
+    number. A terminal that closes, or a pipe that loses its reader, sends them SIGTERM; the log continues to the end.
+    The launcher gets no signal: some kill their ranks half a minute after one, whether they have saved or not. Ctrl-Z
+    suspends all the command's processes on this machine. A stalled terminal blocks nothing before the command's end.
 
     Args:
         command: what to run.
         environment: its whole environment.
-        log: gets what the terminal gets.
-        lock: descriptor of the run's lock, which the command inherits.
+        log: receives the same output as the terminal.
+        lock: file descriptor of the run's lock, which the command inherits.
     """
     child = subprocess.Popen(
         command,
@@ -88,7 +88,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     )
     driver = environment.get(DRIVER)
     received: list[int] = []
-    late: list[int] = []  # while the terminal still takes what the command, which has ended, had to say
+    late: list[int] = []  # signals after the command's end, while the terminal still prints its remaining output
 
     def stop(number: int) -> None:
         if child.returncode is None:
@@ -99,7 +99,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
             terminal.leave_alone()
 
     def unread() -> None:
-        if not received:  # a second one would end the ranks before they have saved
+        if not received:  # a second signal would end the ranks before they have saved
             stop(signal.SIGPIPE)
 
     terminal = Outlet(unread)
@@ -119,36 +119,36 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
                 log.write(chunk)
                 terminal.write(chunk)
             code = child.wait()
-            if received:  # whoever ends a run from elsewhere does not wait for its terminal
+            if received:  # a run that was stopped must not wait for its terminal
                 terminal.leave_alone()
         except BaseException:
             signal_group(child.pid, signal.SIGTERM)
             raise
-    if received or (late and not code):  # what has failed by itself has failed
+    if received or (late and not code):  # a late signal does not hide the command's own failure
         return 128 + (received or late)[0]
     return 128 - code if code < 0 else code
 
 
 def signal_ranks(session: int, number: int, driver: str | None = None) -> None:
-    """Send a signal to the ranks that a launcher has started here; to its session where there is no rank yet.
+    """Send a signal to a launcher's ranks on this machine, or to its session if there are no ranks yet.
 
     Args:
-        session: what the launcher was started in.
+        session: the id of the session that the launcher was started in.
         number: of the signal.
-        driver: what the launcher's environment has as MINIMA_DRIVER, by which ranks in other sessions are known.
+        driver: the launcher's MINIMA_DRIVER, which identifies ranks in other sessions.
     """
     processes, job = processes_of(session, driver), slurm_job()
     ranks = [process.pid for process in processes if is_rank(process)]
     if not ranks and job is not None and any(process.info["name"] == "srun" for process in processes):
-        # srun answers a signal by killing its tasks at once; scancel lets them save.
+        # srun reacts to a signal by killing its tasks at once; scancel lets them save.
         subprocess.run(["scancel", f"--signal={signal.Signals(number).name.removeprefix('SIG')}", job.job_id])
-    elif not ranks:  # a stage of one process, or a launcher that has not come so far
+    elif not ranks:  # a single-process stage, or a launcher that has not started its ranks yet
         signal_group(session, number)
     _signal(ranks, number)
 
 
 def signal_all(session: int, number: int, driver: str | None = None) -> None:
-    """Send a signal to all that a launcher has started here, itself included; the arguments are those of the ranks'."""
+    """Send a signal to a launcher and all its processes on this machine; arguments as for `signal_ranks`."""
     _signal([process.pid for process in processes_of(session, driver)], number)
 
 
@@ -161,7 +161,7 @@ def _signal(processes: Sequence[int], number: int) -> None:
 
 
 def signal_group(group: int, number: int) -> None:
-    """Send a signal to every process of a group, if it still has any."""
+    """Send a signal to every process of a group, if any are left."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""What a stage is handed: its recipe and folder, and where its inputs lie."""
+"""The context passed to a stage: its recipe, its folder, and the location of its inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class ResolvedModel:
     """A model on this machine.
 
     Attributes:
-        name: as the recipe calls it: `student`, `student@12000`, a path or a Hub id.
-        folder: what `open_weights` is given: a stage's folder or a Hugging Face folder.
-        step: the checkpoint to take; none for the newest, or where there are no checkpoints.
-        tokenizer: the folder of its tokenizer; none when it has none.
+        name: as in the recipe: `student`, `student@12000`, a path or a Hub id.
+        folder: the folder to pass to `open_weights`: a stage's or a Hugging Face folder.
+        step: the checkpoint to use; None for the newest, or if there are no checkpoints.
+        tokenizer: the folder of its tokenizer; None if it has none.
     """
 
     name: str
@@ -41,10 +41,10 @@ class StageContext:
         recipe: the whole run.
         recipe_path: the recipe's file.
         stage: the stage to run.
-        folder: the stage's own; exists.
-        run_folder: holds all stages of the run.
+        folder: the stage's own folder; exists.
+        run_folder: contains the folders of all stages of the run.
         launch: this rank's place in the process group.
-        allow_code_execution: whether the person who started the run lets code that a model wrote be executed.
+        allow_code_execution: whether the user allowed executing code that a model wrote.
     """
 
     recipe: Recipe
@@ -56,7 +56,7 @@ class StageContext:
     allow_code_execution: bool = False
 
     def data(self, reference: str) -> Path:
-        """The folder of a build_data stage, or one given by its path.
+        """The folder of a build_data stage, given by the stage's name or by path.
 
         Raises:
             StageError: the stage has not finished, or there is no such folder.
@@ -69,14 +69,14 @@ class StageContext:
             raise StageError(
                 f"data {reference!r} is neither a stage of this recipe nor a folder that build_data wrote",
                 f"stage {self.stage.name!r} would have no text to read",
-                "name a build_data stage, or give the path of its folder (it holds train/ and tokenizer/)",
+                "name a build_data stage, or give the path of its folder (which contains train/ and tokenizer/)",
             )
         return path
 
     def model(self, model: ModelInput | str) -> ResolvedModel:
-        """A stage, one of its checkpoints, a folder, or a Hub id as a folder on this machine.
+        """Resolve a stage, one of its checkpoints, a folder or a Hub id to a folder on this machine.
 
-        A Hub id is downloaded when it is not in the cache yet. `ModelInput.random` has no folder: the caller makes it.
+        A Hub id that is not in the cache is downloaded. `ModelInput.random` has no folder: the caller builds it.
 
         Raises:
             StageError: the stage has not finished, or the model cannot be found.
@@ -97,7 +97,7 @@ class StageContext:
         return ResolvedModel(text, path, None, tokenizer if tokenizer.is_dir() else None)
 
     def scores(self, reference: str) -> Path:
-        """The folder of a prune stage, or one given by its path, whose `scores.safetensors` is read.
+        """The folder with `scores.safetensors` of a prune stage, given by the stage's name or by path.
 
         Raises:
             StageError: the stage has not finished, or there are no scores.
@@ -106,23 +106,23 @@ class StageContext:
         folder = self._finished(stage) if stage is not None else Path(reference).expanduser()
         if not (folder / "scores.safetensors").is_file():
             raise StageError(
-                f"scores {reference!r} name no folder with a scores.safetensors",
+                f"scores {reference!r} is not a folder with a scores.safetensors",
                 "there would be nothing to rank heads and neurons by",
-                "name a prune stage that has run, or leave `scores` out to measure them",
+                "name a prune stage that has run, or omit `scores` to measure them",
             )
         return folder
 
     def deepspeed_json(self, name: str) -> Path:
-        """A DeepSpeed JSON beside the recipe, else the shipped one of that name."""
+        """The DeepSpeed JSON beside the recipe, or else the shipped one of that name."""
         return find_deepspeed_json(name, self.recipe_path)
 
     def _finished(self, stage: AnyStage) -> Path:
         folder = self.run_folder / stage.name
-        several = self.launch.world_size > 1  # perhaps on several machines, of which one just finished it
+        several = self.launch.world_size > 1  # another machine may just have finished it
         if not wait_finished(folder, NFS_SECONDS if several else 0):
             raise StageError(
                 f"stage {stage.name!r} has not finished in {folder}",
-                f"stage {self.stage.name!r} reads what it leaves",
+                f"stage {self.stage.name!r} reads its output",
                 f"run it first: minima run {self.recipe_path} --stages {stage.name}",
             )
         return folder
@@ -140,14 +140,14 @@ class StageContext:
 
 
 def missing_checkpoint_advice(stage: AnyStage, folder: Path, there: Sequence[int]) -> str:
-    """What to do about a checkpoint that a training stage has not left.
+    """What to do about a checkpoint that a training stage has not saved.
 
     Args:
-        stage: the one that was trained.
-        folder: its own.
+        stage: the training stage.
+        folder: its folder.
         there: steps of the checkpoints in it.
     """
     steps = f"choose among {', '.join(map(str, there))}, or " if there else ""
     if getattr(stage, "patience", None) is not None:
-        return f"{steps}take `patience` away and remove {folder} to train again: with it the best one ends as the last"
+        return f"{steps}remove `patience` and {folder} to train again: it deletes all checkpoints after the best one"
     return f"{steps}remove {folder} to train it again: the checkpoints that a recipe names are kept"

@@ -1,4 +1,4 @@
-"""Short hashes of what lies outside of the run: files, model folders and sources of text. No torch."""
+"""Short hashes of a run's external inputs: files, model folders and text sources. No torch."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from typing import Any
 from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.recipe.data import Source, files_below
 
-# A file counts by its size, its ends and samples of its inside: some 3 MiB are read of a file of any size. A model
-# that was trained further differs everywhere; a change of a few bytes inside of a large file can go unseen.
+# A file's hash covers its size, both ends and samples in between, so at most some 3 MiB are read. A model that was
+# trained further differs everywhere; a change of a few bytes in the middle of a large file can go unnoticed.
 _EDGE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def digest(content: Any) -> str:
-    """Hash of anything that JSON can spell; the order of keys does not count."""
+    """Hash of any JSON-serialisable content; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -36,11 +36,11 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Hash of the files of a model, of blocks or of anything else, by name and content; of one file, where it is one.
+    """Hash of a folder's files by name and content, be it a model, a token store or anything else; also of a file.
 
-    Those that lie directly in the folder count, and what is read of a folder that a stage wrote: `model/`,
-    `tokenizer/`, the newest complete checkpoint (its marker has the checksum of each of its files), and the index of
-    each store of blocks (it has those of all its files).
+    It covers the files directly in the folder and what other stages read from a stage's folder: `model/`,
+    `tokenizer/`, the newest complete checkpoint (through its marker, which has the checksum of each file), and each
+    token store (through its index, which has the checksums of all its files).
     """
     if not folder.is_dir():
         return file_digest(folder)
@@ -52,7 +52,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """Hash of the files that are read of a source; of the recipe's words for a data set of the Hub."""
+    """Hash of a source's files; for a data set on the Hub, of its settings in the recipe."""
     if source.path is not None:
         return _files_digest(source.files())
     if source.hub is not None and (folder := Path(source.hub).expanduser()).is_dir():
@@ -61,7 +61,7 @@ def source_digest(source: Source) -> str:
 
 
 def former_source_digest(source: Source) -> str | None:
-    """The hash of a pattern's files as earlier versions took it, hidden ones too; None where they took none."""
+    """The hash of a glob pattern as earlier versions computed it, including hidden files; None if not applicable."""
     if source.path is None or (path := Path(source.path).expanduser()).exists():
         return None
     files = [file for file in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if file.is_file()]
@@ -74,6 +74,6 @@ def is_gone(source: Source) -> bool:
 
 
 def _files_digest(paths: Iterable[Path], base: Path | None = None) -> str:
-    """Hash of files by content and name: their names alone, or their paths from a base."""
+    """Hash of files by content and name: the bare file name, or the path relative to `base` if given."""
     named = {file: file.name if base is None else str(file.relative_to(base)) for file in paths if file.is_file()}
     return digest([(named[file], file_digest(file)) for file in sorted(named)])

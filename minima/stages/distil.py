@@ -1,4 +1,4 @@
-"""Distillation: a student learns from text and from a frozen teacher."""
+"""The distil stage: a student learns from text and from a frozen teacher."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's student; returns the stage's metrics."""
     stage = context.stage
     assert isinstance(stage, Distil)
-    if not stage.soft_weight:  # the teacher would run for nothing
+    if not stage.soft_weight:  # the teacher's output would not be used
 
         def alone(data: Path, student: ModelShape, _: Choice) -> Objective:
             check_template(context, data, stage.model, refuse=False)
@@ -44,7 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
         check_tokens(data, teacher.tokenizer, teacher.identity)
         check_template(context, data, stage.teacher, refuse=True)
-        check_template(context, data, stage.model, refuse=False)  # it may be taught the teacher's format
+        check_template(context, data, stage.model, refuse=False)  # the student may be learning the teacher's format
         hosts.append(_host(context, stage, teacher.source, choice, TokenStore.open(data / "train").document_mask))
         return Distillation(
             hosts[0],
@@ -71,9 +71,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _teacher_facts(context: StageContext, teacher: ModelInput, identity: str) -> dict[str, Any]:
-    """What checkpoints say of the teacher: its name; its hash, as `started.json` has it; its commit on the Hub.
+    """What checkpoints record about the teacher: its name, its hash from `started.json`, and its commit on the Hub.
 
-    On rank 0, whose facts are taken; another node may not see these files yet. Random weights have a name alone.
+    Other ranks return the name only: rank 0's facts are recorded, and another node may not see these files yet. Random
+    weights have only a name.
     """
     facts = {"teacher": identity}
     if teacher.source is None or context.launch.rank:
@@ -87,13 +88,13 @@ def _teacher_facts(context: StageContext, teacher: ModelInput, identity: str) ->
 
 
 def _host(context: StageContext, stage: Distil, source: WeightSource, choice: Choice, documents: bool) -> FrozenHost:
-    """The teacher where the memory plan puts it."""
+    """Build the teacher with the placement that the memory plan chose."""
     assert choice.placement is not None
     precision = stage.teacher.precision or stage.precision
     nvme = None
     if choice.offload == "nvme":
         assert stage.teacher.nvme_path is not None, "refused by the recipe"
-        own = digest(str(context.folder.absolute()))[:12]  # a folder of this stage's own: DeepSpeed empties it
+        own = digest(str(context.folder.absolute()))[:12]  # a folder for this stage alone, because DeepSpeed empties it
         nvme = Path(stage.teacher.nvme_path).expanduser() / f"minima-{own}"
     config = frozen_config(
         context.deepspeed_json(stage.teacher.deepspeed or Teacher.shipped_json(choice.placement, choice.offload)),

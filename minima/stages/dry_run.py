@@ -1,4 +1,4 @@
-"""The dry run: shapes, tokens and steps of every stage, from the recipe and what lies on this machine. No torch."""
+"""The dry run: shapes, tokens and steps of every stage, from the recipe and the files on this machine. No torch."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -49,12 +49,12 @@ _LEAVES = {
     "evaluate": "evaluation.json",
     "export": "a model that plain transformers loads",
     "benchmark": "benchmark.json and answer files",
-    "publish": "what was pushed, in manifest.json",
+    "publish": "a record of the push, in manifest.json",
 }
 
 
 class Walk(KnownInputs):
-    """Walks the stages in order and remembers what each would leave for the later ones."""
+    """Walks the stages in order and remembers what each would provide for the later ones."""
 
     def stage(self, stage: AnyStage) -> StagePreview:
         own = self.folder / stage.name
@@ -62,7 +62,7 @@ class Walk(KnownInputs):
         if (own / FINISHED).is_file() or (own / STARTED).is_file():
             state = "finished" if is_finished(own) else "half-finished"
         preview = StagePreview(stage.name, stage.kind, state, writes=f"{own}: {_LEAVES[stage.kind]}")
-        with suppress(StageError):  # a manifest that cannot be read stops who needs it, not every command
+        with suppress(StageError):  # an unreadable manifest is an error only for commands that need it
             if changed := changed_settings(stage, own):
                 again = f"remove {own} to make it again{made_from(self.recipe, stage.name, self.folder)}"
                 preview.notes.append(f"it would be refused: {'; '.join(changed)}; {again}")
@@ -85,13 +85,13 @@ class Walk(KnownInputs):
         elif isinstance(stage, AnyTraining):
             self._training(stage, preview)
         elif isinstance(stage, Evaluate):
-            self._check_held_out(stage, "evaluates", "let the stage read other data, or leave it out")
+            self._check_held_out(stage, "evaluates", "let the stage read other data, or remove the stage")
         elif isinstance(stage, Export):
             self._export(stage, preview)
         elif isinstance(stage, Benchmark):
             self._benchmark(stage, preview)
         elif isinstance(stage, Publish):
-            preview.facts.append(("to", f"{stage.repo}, {'private' if stage.private else 'public'} when it is new"))
+            preview.facts.append(("to", f"{stage.repo}, {'private' if stage.private else 'public'} if it is new"))
         return preview
 
     def _sources(self, stage: AnyStage, preview: StagePreview) -> None:
@@ -111,9 +111,9 @@ class Walk(KnownInputs):
         total = stage.tokens or blocks * stage.sequence_length
         left = total - blocks * stage.sequence_length
         line = f"{total:,} in {blocks:,} blocks of {stage.sequence_length:,}"
-        preview.facts.append(("tokens", line + (f"; {left:,} left over are less than a block" if left else "")))
+        preview.facts.append(("tokens", line + (f"; the last {left:,} do not fill a block" if left else "")))
         tokens = blocks * stage.sequence_length + (stage.held_out_tokens or 0)
-        learnt_bytes = stage.format != "text"  # one more for each token of chat: whether it is to be learnt
+        learnt_bytes = stage.format != "text"  # chat needs one more byte per token: whether it is to be learnt
         preview.facts.append(("disk", size_text(tokens * (self.token_bytes(stage) + learnt_bytes))))
 
     def _export(self, stage: Export, preview: StagePreview) -> None:
@@ -132,14 +132,14 @@ class Walk(KnownInputs):
             if grown is None and stage.size is not None:
                 grown = shape.model_copy(update={"vocabulary_size": stage.size})
         if grown is None:
-            preview.notes.append("the grown vocabulary's size is known once the stage has run")
+            preview.notes.append("the extended vocabulary's size is unknown until the stage has run")
             return
         self.shapes[stage.name] = grown
         preview.facts.append(("to", describe_shape(grown)))
         preview.facts.append(("disk", _model_size(grown, None)))
 
     def _benchmark(self, stage: Benchmark, preview: StagePreview) -> None:
-        suite = ["the paper's six (humaneval with --allow-code-execution alone)"] if stage.suite else []
+        suite = ["the paper's six (humaneval only with --allow-code-execution)"] if stage.suite else []
         tasks = [*suite, *stage.tasks, *(answers.format for answers in stage.answers)]
         preview.facts.append(("tasks", ", ".join(tasks) + (f", {stage.limit:,} items each" if stage.limit else "")))
         for folder in (stage.data_folder, stage.task_folder, *(answers.questions for answers in stage.answers)):
@@ -147,7 +147,7 @@ class Walk(KnownInputs):
                 preview.missing.append(f"{folder} is not on this machine")
         own = None if stage.task_folder is None else Path(stage.task_folder).expanduser()
         for task, known in unknown_tasks(stage.tasks, own).items() if stage.tasks else ():
-            preview.missing.append(f"no task file here tells of {task!r}{nearest(task, known)}")
+            preview.missing.append(f"no task file on this machine defines {task!r}{nearest(task, known)}")
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
         shape = self.shape(stage.model)
@@ -158,13 +158,13 @@ class Walk(KnownInputs):
         else:
             pruned = self.made(stage.name)
         if pruned is None:
-            preview.notes.append("the model's shape is not known here, so neither is the pruned one's")
+            preview.notes.append("the model's shape is unknown on this machine, and so is the pruned one's")
             return
         self.shapes[stage.name] = pruned
         preview.facts.append(("to", describe_shape(pruned)))
         if shape is not None:
-            widest = "at most " if stage.selection == "global" else ""  # padded to the widest layer, which is not known
-            share = f"{widest}{pruned.parameters / shape.parameters:.4f} of the parameters stay"
+            widest = "at most " if stage.selection == "global" else ""  # padded to the widest layer, which is unknown
+            share = f"{widest}{pruned.parameters / shape.parameters:.4f} of the parameters are kept"
             preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
         preview.facts.append(("disk", _model_size(pruned, None)))
         if stage.score == "gradient" and stage.scores is None:
@@ -181,7 +181,9 @@ class Walk(KnownInputs):
             preview.notes += [note] if note is not None else []
             shape, teacher = with_shared_rows(shape, teacher)
         if shape is None:
-            preview.notes.append("the model's config.json is not on this machine, and no `shape:` says what it is")
+            preview.notes.append(
+                "the model's config.json is not on this machine, and the recipe has no `shape:` for it"
+            )
         else:
             self.shapes[stage.name] = shape
             preview.facts.append(("student" if isinstance(stage, Distil) else "model", describe_shape(shape)))
@@ -199,15 +201,15 @@ class Walk(KnownInputs):
             what = "blocks" if longest == length else "documents"
             raise RecipeError(
                 f"stages.{stage.name}: {what} of {longest:,} tokens for a model of {shape.max_positions:,} positions",
-                "it has no positions for the rest of them",
-                f"build the data with sequence_length of at most {shape.max_positions:,}",
+                "it has no positions for the rest of the tokens",
+                f"build the data with a sequence_length of at most {shape.max_positions:,}",
             )
         named = named_steps(self.recipe, stage.name)
         disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None, named) if shape else None
         if disk is not None:
             preview.facts.append(("disk", f"{size_text(disk)} of checkpoints, at most"))
         if plan is None:
-            preview.notes.append("tokens and steps follow once the data is built")
+            preview.notes.append("tokens and steps are unknown until the data is built")
             return
         preview.facts += training_facts(plan, self.ranks, stage.micro_batch_on(self.ranks))
         if shape is None or (frozen is not None and teacher is None):
@@ -216,7 +218,7 @@ class Walk(KnownInputs):
             self._memory(stage, preview, shape, teacher, plan.sequence_length)
         if isinstance(stage, Align) and stage.precompute_reference:
             flops = training_flops(plan, shape, teacher, blocks or 0)
-            late = "" if blocks is not None else "; the reference runs once over the data, which is not built yet"
+            late = "" if blocks is not None else "; plus one pass of the reference over the data, once it is built"
             preview.facts.append(("FLOPs", flops_text(flops) + late))
             return
         preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
@@ -244,10 +246,10 @@ class Walk(KnownInputs):
 
 
 def walk(recipe: Recipe, recipe_path: Path) -> list[StagePreview]:
-    """What can be known of every stage without running it.
+    """Preview every stage, without running any.
 
     Raises:
-        MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
+        MinimaError: the recipe asks for an impossible shape, length or batch; names the stage.
     """
     previews, state = [], Walk(recipe, recipe_path)
     for stage in recipe.stages:
@@ -260,12 +262,12 @@ def dry_run_text(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> s
     """The text of `minima run --dry-run`.
 
     Args:
-        recipe: the whole run; stages that are not shown are still walked for their shapes.
+        recipe: the whole run; stages that are not shown are still walked, for their shapes.
         recipe_path: its file.
-        stages: those to show.
+        stages: the stages to show.
 
     Raises:
-        StageError: the run's folder belongs to another recipe, or cannot be one.
+        StageError: the run's folder belongs to another recipe, or cannot be used as one.
         MinimaError: as `walk` does.
     """
     check_run_folder(recipe.folder, recipe.name, [stage.name for stage in recipe.stages])
@@ -275,7 +277,7 @@ def dry_run_text(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> s
 
 
 def _model_size(shape: ModelShape, dtype: str | None) -> str:
-    """Size of a model's file; where the dtype is that of the weights it is made from, no more than float32."""
+    """Size of a model's file as text; without a given dtype, an upper bound for float32."""
     if dtype is None:
         return f"{size_text(4 * shape.parameters)} at most"
     return f"{size_text((4 if dtype == 'float32' else 2) * shape.parameters)} in {dtype}"

@@ -1,4 +1,4 @@
-"""The evaluate stage: models one after another on the same held-out blocks, each compared with one teacher."""
+"""The evaluate stage: scores models in turn on the same held-out blocks, comparing each with one teacher."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from minima.stages.context import StageContext
 from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
 from minima.stages.vocabularies import shared_rows
 
-_WITHOUT = "leave `teacher` out (loss and bits per byte need none), or compare models with one tokenizer"
+_WITHOUT = "omit `teacher` (loss and bits per byte need none), or compare models that share a tokenizer"
 COLUMNS = ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "top1_agreement")
 
 
@@ -29,12 +29,12 @@ def run(context: StageContext) -> dict[str, Any]:
     """Score every model of the stage; every rank calls it.
 
     Returns:
-        For each model, by the name that the recipe gives it: `parameters`, `loss` (nats per predicted token),
-        `perplexity`, `bits_per_byte`, `tokens` and, with a teacher, `kl` and `top1_agreement`.
+        For each model, by its name in the recipe: `parameters`, `loss` (nats per predicted token), `perplexity`,
+        `bits_per_byte`, `tokens` and, with a teacher, `kl` and `top1_agreement`.
 
     Raises:
-        StageError: a model or the data is not there.
-        VocabularyMismatch: a model and the teacher are over different tokens.
+        StageError: a model or the data is missing.
+        VocabularyMismatch: a model and the teacher have different vocabularies.
     """
     stage = context.stage
     assert isinstance(stage, Evaluate)
@@ -56,7 +56,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 )
             scores[name] = {"parameters": count_parameters(model.source)} | held_out.as_dict()
             if distributed.is_main():
-                progress.note(f"{name}: held-out loss {held_out.loss:.4f} nats a token")
+                progress.note(f"{name}: held-out loss {held_out.loss:.4f} nats per token")
     if distributed.is_main():
         write_json(context.folder / "evaluation.json", {"data": str(store.folder), "models": scores})
         progress.note(f"on {store.folder}\n{table(scores)}")
@@ -64,13 +64,13 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
-    """The models and their scores as text, one line for each."""
+    """The scores as a text table, one line for each model."""
     rows = [(name, *(score.get(column) for column in COLUMNS)) for name, score in scores.items()]
     return text_table(rows, ("model", *COLUMNS))
 
 
 def count_parameters(source: WeightSource) -> int:
-    """Parameters of a model; a tied head counts once."""
+    """The number of a model's parameters; a tied head counts once."""
     return sum(math.prod(source.shape(name)) for name in source.names())
 
 
@@ -88,7 +88,7 @@ def _build(context: StageContext, stage: Evaluate, name: str, store: TokenStore)
 
 @contextmanager
 def _teacher(context: StageContext, stage: Evaluate, store: TokenStore) -> Iterator[tuple[Origin, FrozenHost] | None]:
-    """The one teacher of the whole stage, closed at its end."""
+    """The teacher, shared by all models of the stage and closed at its end."""
     teacher = None if stage.teacher is None else _build(context, stage, stage.teacher, store)
     try:
         yield teacher
@@ -101,7 +101,7 @@ def _teacher(context: StageContext, stage: Evaluate, store: TokenStore) -> Itera
 def _host(
     context: StageContext, stage: Evaluate, name: str, teacher: tuple[Origin, FrozenHost] | None, store: TokenStore
 ) -> Iterator[tuple[Origin, FrozenHost]]:
-    """One model, closed before the next is built; the teacher is not built twice."""
+    """One model, closed before the next is built; the teacher itself is not built a second time."""
     if teacher is not None and name == stage.teacher:
         yield teacher
         return

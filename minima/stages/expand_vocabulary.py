@@ -1,4 +1,4 @@
-"""Grow a model's vocabulary: another tokenizer's pieces into its own, rows for them into its embedding and head."""
+"""The expand_vocabulary stage: adds another tokenizer's pieces to a model's, with rows in its embedding and head."""
 
 import logging
 import shutil
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Leave `model/` (Hugging Face layout, with the grown tokenizer) and `report.json`.
+    """Write `model/` (Hugging Face layout, with the grown tokenizer) and `report.json`.
 
-    The weights pass through one tensor at a time. Rows that the model has beyond its tokenizer's ids are its padding:
-    they go to new pieces first.
+    Only one tensor is in memory at a time. Rows beyond the tokenizer's ids are the model's padding; new pieces use
+    these first.
 
     Returns:
         `vocabulary_before` and `vocabulary` (rows), `pieces_before`, `pieces`, `pieces_added`, `reserved` (rows without
-        a piece), `left_out` of the donor's pieces by reason, `tokens_per_character` (for each source of `report_on`
-        `before` and `after`), `parameters_before` and `parameters`.
+        a piece), `left_out` (the donor's rejected pieces by reason), `tokens_per_character` (`before` and `after` for
+        each source of `report_on`), `parameters_before` and `parameters`.
 
     Raises:
         DataError: a tokenizer or a text cannot be read, or no piece passes the filters.
         TokenizerMismatch: base and donor, or model and base, do not belong together.
-        ShapeError: the size leaves no room.
-        DiskFull: no space for the model; nothing of it is left.
+        ShapeError: the requested size leaves no room for new pieces.
+        DiskFull: there is no space for the model; what was written of it is removed.
     """
     stage = context.stage
     assert isinstance(stage, ExpandVocabulary)
@@ -67,20 +67,20 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _base(context: StageContext, stage: ExpandVocabulary, origin: Origin) -> Path:
-    """The folder of the tokenizer that grows."""
+    """The folder of the tokenizer to be extended."""
     if stage.tokenizer is not None:
         return _tokenizer(context, stage.tokenizer)
     if origin.tokenizer is None:
         raise TokenizerMismatch(
             f"{origin.identity} has no tokenizer",
             "there is nothing to add pieces to",
-            "name the stage or the folder of the model's tokenizer (`tokenizer:`)",
+            "name the stage or the folder of the model's tokenizer with `tokenizer:`",
         )
     return origin.tokenizer
 
 
 def _tokenizer(context: StageContext, text: str) -> Path:
-    """Where a tokenizer lies: an earlier stage's, a file, a folder, or the Hub's without weights."""
+    """The path of a tokenizer: an earlier stage's, a file, a folder, or a download from the Hub without weights."""
     stage, _ = stage_and_step(context.recipe, text)
     path = Path(text).expanduser()
     if isinstance(stage, BuildData):
@@ -88,10 +88,10 @@ def _tokenizer(context: StageContext, text: str) -> Path:
     if stage is not None or path.is_dir():
         resolved = context.model(text)
         return resolved.tokenizer or resolved.folder
-    if path.suffix in (".model", ".json") and not path.is_file():  # no Hub id is meant
+    if path.suffix in (".model", ".json") and not path.is_file():  # a file name, not a Hub id
         raise DataError(
             f"there is no file {text!r}",
             f"stage {context.stage.name!r} reads a tokenizer's pieces from it",
-            "give the path of a tokenizer.model or a tokenizer.json, a folder that holds one, or a Hub id",
+            "give the path of a tokenizer.model or a tokenizer.json, a folder that contains one, or a Hub id",
         )
     return path if path.is_file() else snapshot(text, None, context.run_folder, keep=True, weights=False)

@@ -33,7 +33,7 @@ from minima.stages.evaluate import count_parameters
 from minima.stages.generation_settings import generation_settings
 from minima.stages.host_memory import host_memory_bytes
 
-_HOST_SHARE = 0.5  # plain transformers is asked, too, where the model takes at most this share of the host's memory
+_HOST_SHARE = 0.5  # plain transformers loads the model too, if it needs at most this share of the host's memory
 logger = logging.getLogger(__name__)
 
 
@@ -45,9 +45,9 @@ def run(context: StageContext) -> dict[str, Any]:
         were made) and `checked_by`.
 
     Raises:
-        CheckpointError: the written folder is not the trained model; it stays in `model.partial`.
-        DiskFull: no space is left; what was published before still is.
-        NotFinite: a tensor is not finite in the dtype that is written; names it.
+        CheckpointError: the written folder differs from the trained model; it stays in `model.partial`.
+        DiskFull: no space is left; what was published before is intact.
+        NotFinite: a tensor is not finite in the output dtype; names it.
     """
     stage = context.stage
     assert isinstance(stage, Export)
@@ -64,13 +64,13 @@ def run(context: StageContext) -> dict[str, Any]:
         misread = misread_as(partial) if model.tokenizer is not None else None
         if misread is not None:
             logger.warning(
-                "%s: AutoTokenizer takes %s for a %s and not what its tokenizer.json says, so plain programs give "
-                "it other tokens; the model card names the class to load it with (PreTrainedTokenizerFast)",
+                "%s: AutoTokenizer uses %s for a %s, contrary to its tokenizer.json, so other programs would feed "
+                "it the wrong tokens; the model card names the class to load it with (PreTrainedTokenizerFast)",
                 stage.name, misread, source.config["model_type"],
             )  # fmt: skip
         card = gather_card(context, source.config, metrics, has_chat_template(partial), misread)
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)  # from a start that ended between the rename and the manifest
+        shutil.rmtree(final, ignore_errors=True)  # left by a start that ended between the rename and the manifest
         partial.rename(final)
         logger.info("exported %s parameters to %s", f"{metrics['parameters']:,}", final)
         return metrics
@@ -79,14 +79,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def trained_dtype(context: StageContext, source: WeightSource) -> str:
-    """The precision that the stage trained in, or the stored dtype of a model that was not trained here."""
+    """The precision of the stage that trained the model, or the stored dtype of a model not trained in this run."""
     assert isinstance(context.stage, Export)
     precision = trained_precision(context.recipe, context.stage.model)
     return precision or str(source.read(source.names()[-1]).dtype).removeprefix("torch.")
 
 
 class Cast:
-    """A source whose values were rounded to the dtype that is written."""
+    """A weight source that rounds its values to the output dtype."""
 
     def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
         self.config, self._source, self._dtype = source.config, source, dtype
@@ -131,7 +131,7 @@ def _write(
             write_json(partial / "generation_config.json", generation)
             if model.tokenizer is not None:
                 copy_tokenizer(model.tokenizer, partial)
-    except (DiskFull, NotFinite):  # half a model is worth nothing, and a full disk is wanted for something else
+    except (DiskFull, NotFinite):  # half a model is useless and would keep a full disk full
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -140,16 +140,15 @@ def _not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> NotFinite:
     short = str(dtype).removeprefix("torch.")
     if torch.isfinite(tensor).all():
         return NotFinite(
-            f"tensor {name} holds values up to {tensor.abs().max().item():.4g}, and {short} ends at "
+            f"tensor {name} has values up to {tensor.abs().max().item():.4g}, but the maximum of {short} is "
             f"{torch.finfo(dtype).max:.5g}",
-            "they would be written as infinite, and the model would predict nothing",
+            "they would be written as infinity, and the model would be useless",
             "set `dtype: float32`" if short == "bfloat16" else "set `dtype: bfloat16` or `dtype: float32`",
         )
     return NotFinite(
-        f"tensor {name} holds values that are infinite or no numbers",
-        "the model predicts nothing",
-        "look at its training metrics for the step at which they went wrong, and export an earlier checkpoint: "
-        "`model: STAGE@STEP`",
+        f"tensor {name} has values that are infinite or NaN",
+        "the model is useless",
+        "find the step at which its training metrics went wrong, and export an earlier checkpoint: `model: STAGE@STEP`",
     )
 
 
@@ -158,30 +157,31 @@ def check_hashes(trained: dict[str, str], written: dict[str, str], folder: Path)
 
     Args:
         trained: SHA-256 by name, of the source's tensors in the written dtype.
-        written: what `write_folder` said it wrote.
-        folder: what it wrote.
+        written: the same as returned by `write_folder`.
+        folder: the folder that it wrote.
 
     Raises:
-        CheckpointError: a tensor is missing or has other bytes; names it.
+        CheckpointError: a tensor is missing or its bytes differ; names it.
     """
     reloaded = FolderSource(folder)
     for name in sorted({*trained, *written, *reloaded.names()}):
         found = tensor_sha256(reloaded.read(name)) if name in reloaded.names() else None
         if not trained.get(name) == written.get(name) == found:
             raise CheckpointError(
-                f"tensor {name} in {folder} is not the trained one (SHA-256 {found}, trained {trained.get(name)})",
-                "the folder would be another model, so it is not published",
+                f"tensor {name} in {folder} differs from the trained one (SHA-256 {found}, trained "
+                f"{trained.get(name)})",
+                "the folder is not the trained model, so it is not published",
                 "check the disk, then run the same command again",
             )
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Put the tokenizer's files beside the weights, in words that other readers understand too.
+    """Copy the tokenizer's files beside the weights, with explicit settings for other programs.
 
-    transformers 5 does not write whether a text gets a begin or an end token: it reads that from `tokenizer.json`.
-    transformers 4 takes a Llama's tokenizer for one that adds the first, and so does llama.cpp each SentencePiece
-    model; a model that never saw it there would. So it is said outright. Without a token for padding, several texts
-    could not be read at once: a Llama's tokenizer, which has none, gets its unknown one.
+    transformers 5 does not write whether begin and end tokens are added: it reads that from `tokenizer.json`.
+    transformers 4 assumes that a Llama tokenizer adds a begin token, and llama.cpp assumes it for any SentencePiece
+    model, even if the model was trained without one; hence the explicit settings. Without a padding token, texts could
+    not be batched: a Llama tokenizer, which has none, gets its unknown token.
     """
     for pattern in TOKENIZER_FILES:
         for path in tokenizer.glob(pattern):
@@ -192,9 +192,9 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
         config = tokenizer_with_4x_names(json.loads(settings.read_text(encoding="utf-8")))
         unknown = config.get("unk_token")
         if not config.get("pad_token") and unknown and unknown != config.get("eos_token"):
-            config["pad_token"] = unknown  # not the end token: who fine-tunes would leave it out with the padding
+            config["pad_token"] = unknown  # not the end token: fine-tuning would mask it along with the padding
         if (folder / "tokenizer.model").is_file() or str(config.get("tokenizer_class")).startswith("Llama"):
-            with suppress(DataError):  # one that does not load is copied as it is; who needs it refuses it by name
+            with suppress(DataError):  # one that does not load is copied as it is, and refused by name where needed
                 begin, end = ends_added(load_tokenizer(folder))
                 config |= {"add_bos_token": begin, "add_eos_token": end}
         write_json(settings, config)
@@ -203,11 +203,11 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
 def _compare_logits(
     context: StageContext, stage: Export, source: WeightSource, partial: Path, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Largest logit difference by how the folder was loaded."""
+    """Largest logit difference between the written folder and the trained model, for each way of loading it."""
     parameters = count_parameters(source)
-    # One rank decides: hosts of different dtypes on different nodes would wait for each other for ever.
+    # One rank decides for all: with different dtypes on different nodes they would wait for each other for ever.
     fits, exact = distributed.broadcast_object((fits_host(parameters), fits_devices(parameters)))
-    # Float32 shows the smallest mistake; where the model is large, its own dtype has to do.
+    # Float32 reveals the smallest difference; a large model is compared in its own dtype.
     precision = "float32" if exact or dtype == torch.float16 else str(dtype).removeprefix("torch.")
     batch = probe_batch(source.config)
     config = frozen_config(context.deepspeed_json(stage.deepspeed), precision=precision)
@@ -221,7 +221,7 @@ def _compare_logits(
 
     def compare() -> dict[str, float]:
         differences = {"zero3": check_same_logits(logits[0], logits[1], "the ZeRO-3 host")}
-        if fits and precision == "float32":  # rounding of its own would be taken for a difference
+        if fits and precision == "float32":  # its different rounding would look like a difference
             plain = plain_logits(partial, batch, DTYPES[precision])
             differences["transformers"] = check_same_logits(logits[0], plain, "plain transformers")
         return differences
@@ -230,12 +230,12 @@ def _compare_logits(
 
 
 def fits_host(parameters: int) -> bool:
-    """Whether plain transformers may load so many float32 parameters into half of this host's memory."""
+    """Whether this many float32 parameters, loaded by plain transformers, fit into half of this host's memory."""
     return parameters * 4 <= _HOST_SHARE * host_memory_bytes()
 
 
 def fits_devices(parameters: int) -> bool:
-    """Whether the hosts' shards may be float32: half of what all ranks have on their devices, or of this host."""
+    """Whether this many float32 parameters fit into half of all ranks' device memory (on CPU: of this host's)."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return fits_host(parameters)

@@ -1,4 +1,4 @@
-"""Which blocks each rank trains on at each step: a function of the step alone, so a resumed run replays nothing."""
+"""Which blocks each rank trains on at each step: a function of the step alone, so a resumed run repeats no data."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from minima.data.store import TokenStore
 
 
 class Feed:
-    """A step's micro-batches on one rank.
+    """Provides the micro-batches of each step on one rank.
 
-    Global sample `i` is a sampled block. Step `s` holds samples `s * batch` to `(s + 1) * batch - 1`; each rank takes
-    a contiguous part of them. Samples from `total_sequences` on are fully masked, so that no rank does less in the
-    last step.
+    Global sample `i` is a sampled block. Step `s` consists of samples `s * batch` to `(s + 1) * batch - 1`; each rank
+    takes a contiguous part of them. Samples from `total_sequences` on are fully masked, so that all ranks do the same
+    work in the last step.
 
     Args:
         store: training blocks.
@@ -23,7 +23,7 @@ class Feed:
         micro_batch_sequences: sequences of one micro-batch.
         total_sequences: sequences of the whole stage.
         rank: of this process.
-        world_size: ranks; `batch_sequences` divides by `world_size * micro_batch_sequences`.
+        world_size: number of ranks; `world_size * micro_batch_sequences` divides `batch_sequences`.
         device: where the batches go.
     """
 
@@ -47,7 +47,7 @@ class Feed:
         self.device = device
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of step `step`, the first being 0."""
+        """This rank's micro-batches of step `step`, counted from 0."""
         first = step * self.batch_sequences + self.rank * self.share
         samples = np.arange(first, first + self.share)
         blocks = self.sampler.indices(first, first + self.share)

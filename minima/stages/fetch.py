@@ -1,4 +1,4 @@
-"""`minima fetch`: what a recipe reads from the Hub, downloaded where there is a network, for jobs that have none."""
+"""`minima fetch`: downloads what a recipe reads from the Hub, on a machine with network access, for jobs without."""
 
 import subprocess
 import sys
@@ -17,9 +17,9 @@ from minima.recipe.schema import AnyStage, Benchmark, BuildData, ModelInput, Pub
 from minima.stages.hub import snapshot
 from minima.stages.run_folder import check_run_folder, claim_run_folder, has_recipe
 
-FETCHED, THERE, LOCAL, MISSING, LEFT = "fetched", "was there", "on this machine", "MISSING", "NOT FETCHED"
-NOTE = "left out"  # no job misses it
-# In a process of its own, as lm-eval always is: it makes the tasks, and so downloads what they read.
+FETCHED, THERE, LOCAL, MISSING, LEFT = "fetched", "already there", "on this machine", "MISSING", "NOT FETCHED"
+NOTE = "left out"  # no job needs it
+# Runs in its own process, as lm-eval always does. Creating the tasks downloads the data that they read.
 _LM_EVAL = """
 import sys
 from lm_eval.tasks import TaskManager
@@ -30,12 +30,12 @@ TaskManager(include_path=[folder for folder in folders if folder]).load(names)
 
 @dataclass(frozen=True)
 class Got:
-    """What came of one input.
+    """The outcome for one input.
 
     Attributes:
         what: the input: `model org/name`.
-        state: one of the words above.
-        more: size, place, or what to do.
+        state: one of the constants above.
+        more: size, location, or what to do.
     """
 
     what: str
@@ -46,21 +46,21 @@ class Got:
 def fetch(
     recipe_path: Path, overrides: Sequence[str], names: Sequence[str] | None, write: Callable[[str], None]
 ) -> int:
-    """Download models, tokenizers, data sets and benchmarks of a recipe into the Hub's cache on this machine.
+    """Download a recipe's models, tokenizers, data sets and benchmarks into the Hub's cache on this machine.
 
-    The commit of each model is kept in the run's folder, as a run keeps it, so that jobs take that one.
+    The commit of each model is recorded in the run's folder, as in a run, so that jobs use the same one.
 
     Args:
         recipe_path: the recipe's file.
         overrides: `key.path=value`.
-        names: only what these stages read; all for None.
-        write: takes a line for each input.
+        names: only what these stages read; None for all.
+        write: receives a line for each input.
 
     Returns:
-        0 when jobs find all of it without a network, else 1.
+        0 if jobs will find everything without a network, otherwise 1.
 
     Raises:
-        MinimaError: the recipe cannot be read, a model or a data set cannot be had, or the disk is full.
+        MinimaError: the recipe cannot be read, a model or a data set cannot be downloaded, or the disk is full.
     """
     from huggingface_hub import constants
 
@@ -68,7 +68,7 @@ def fetch(
         raise StageError(
             "HF_HUB_OFFLINE=1 is set here",
             "nothing would be downloaded",
-            "call it where there is a network: env -u HF_HUB_OFFLINE minima fetch ...",
+            "run it on a machine with network access: env -u HF_HUB_OFFLINE minima fetch ...",
         )
     recipe = load_recipe(recipe_path, overrides)
     cache, left, counts = Path(constants.HF_HUB_CACHE), 0, dict.fromkeys((FETCHED, THERE, LOCAL), 0)
@@ -82,9 +82,9 @@ def fetch(
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     write(f"{told}; the cache is {cache}")
     if left:
-        write(f"{left} of what the recipe reads {'is' if left == 1 else 'are'} not there for a job without a network")
+        write(f"{left} input{'s are' if left > 1 else ' is'} missing for a job without a network")
         return 1
-    write("jobs may run with HF_HUB_OFFLINE=1, where they see this cache")
+    write("jobs that can read this cache may run with HF_HUB_OFFLINE=1")
     return 0
 
 
@@ -98,7 +98,7 @@ def _inputs(recipe: Recipe, stage: AnyStage, cache: Path) -> Iterator[Got]:
     if isinstance(stage, Benchmark):
         yield from _benchmark(stage)
     if isinstance(stage, Publish):
-        yield Got(f"repository {stage.repo}", NOTE, "it pushes to the Hub: run this stage where there is a network")
+        yield Got(f"repository {stage.repo}", NOTE, "this stage pushes to the Hub: run it with network access")
 
 
 def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Path) -> Got:
@@ -107,10 +107,10 @@ def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Pat
     if path.exists():
         return Got(what, LOCAL)
     if reference.what in ("data", "scores") or isinstance(stage, Publish):
-        return Got(what, MISSING, "it is not on the Hub but a folder: mend its path, or make it")
+        return Got(what, MISSING, "it can only be a folder, not a Hub id: fix its path, or make the folder")
     folder = recipe.folder
     names = [each.name for each in recipe.stages]
-    if has_recipe(folder):  # a run may be at work in it, whose recipe is not ours to write
+    if has_recipe(folder):  # a run may be using the folder, so its recipe must not be overwritten
         check_run_folder(folder, recipe.name, names)
     else:
         claim_run_folder(folder, recipe.name, names, resolved_yaml(recipe))
@@ -135,16 +135,16 @@ def _source(source: Source, field: str | None, cache: Path) -> Got:
     if source.path is not None:
         files = source.files()
         if not files:
-            return Got(f"files {source.path}", MISSING, "mend the path, or put them there")
+            return Got(f"files {source.path}", MISSING, "fix the path, or put files there")
         return Got(f"files {source.path}", LOCAL, f"{len(files):,} files")
     assert source.hub is not None
     what = f"data set {source.hub} ({', '.join(part for part in (source.config, source.split) if part)})"
     if Path(source.hub).expanduser().is_dir():
         return Got(what, LOCAL)
     if source.streaming:
-        return Got(what, LEFT, "it is streamed while it is read: set streaming: false, or give its jobs a network")
+        return Got(what, LEFT, "it is streamed, not downloaded: set streaming: false, or give its jobs network access")
     before = _files(cache, "datasets", source.hub)
-    next(read_dataset(source, field, Rejected(), Share()), None)  # it is there as a whole before its first row is
+    next(read_dataset(source, field, Rejected(), Share()), None)  # reading the first row downloads the whole data set
     return _got(what, before, _files(cache, "datasets", source.hub))
 
 
@@ -163,7 +163,7 @@ def _benchmark(stage: Benchmark) -> Iterator[Got]:
         asked, left_out = plan_suite(data, allow_code_execution=False)
         if left_out and data is None:
             yield Got(
-                f"benchmark {', '.join(left_out)}", NOTE, "it executes programs: a run without leave for that has none"
+                f"benchmark {', '.join(left_out)}", NOTE, "it executes programs, which a run needs permission for"
             )
     if stage.tasks:
         asked += plan_tasks(stage.tasks, stage.num_fewshot, allow_code_execution=True)
@@ -186,11 +186,11 @@ def _benchmark(stage: Benchmark) -> Iterator[Got]:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         yield Got(what, LEFT, f"lm-eval: {said[:300]}")
     else:
-        yield Got(what, FETCHED, "what lm-eval reads of them")
+        yield Got(what, FETCHED, "the data that lm-eval reads")
 
 
 def _files(cache: Path, kind: str, name: str) -> dict[str, int]:
-    """What the Hub's cache holds of a repository: bytes by the name of the file."""
+    """A repository's files in the Hub's cache: size in bytes by file name."""
     folder = cache / f"{kind}--{name.replace('/', '--')}" / "blobs"
     return {path.name: path.stat().st_size for path in folder.glob("*") if path.suffix != ".incomplete"}
 

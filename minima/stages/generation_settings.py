@@ -1,25 +1,25 @@
-"""The `generation_config.json` of an export: which tokens end a text, and how to sample unless told otherwise."""
+"""The `generation_config.json` of an export: which tokens end a text, and the default sampling settings."""
 
 from pathlib import Path
 from typing import Any
 
 from minima.models.layout import has_chat_template
 
-# Of a chat model; a base model takes the likeliest token. 0.7 is what the paper's chat model is asked with.
+# For a chat model; a base model decodes greedily. 0.7 is the temperature that the paper's chat model is used with.
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
 def generation_settings(config: dict[str, Any], tokenizer: Path | None, *, chat: bool) -> dict[str, Any]:
     """Content of a `generation_config.json`.
 
-    Every token that may end a text is named: the configuration's end token, the tokenizer's, and those that end an
-    assistant's turn in the chat template. Padding is named here, where `generate` looks for it, and not in the
-    `config.json`: there it would keep `nn.Embedding` from ever training that token's row.
+    It lists every token that may end a text: the configuration's end token, the tokenizer's, and those that end an
+    assistant's turn in the chat template. The padding token is set here, where `generate` looks for it, and not in
+    `config.json`, where it would keep `nn.Embedding` from ever training that token's row.
 
     Args:
         config: content of the model's config.json.
-        tokenizer: folder of its tokenizer; none when it has none.
-        chat: whether the model was taught to hold conversations; it samples then, if it has a chat template.
+        tokenizer: folder of its tokenizer; None if it has none.
+        chat: whether the model was trained on conversations; if it also has a chat template, it samples by default.
     """
     begin, ends, padding, template = config.get("bos_token_id"), _listed(config.get("eos_token_id")), None, False
     if tokenizer is not None and any(tokenizer.glob("tokenizer*")):

@@ -1,4 +1,4 @@
-"""Models from the Hub: a run takes the same commit of each from its first stage to its last. No torch."""
+"""Models from the Hub: a run uses the same commit of each from its first stage to its last. No torch."""
 
 import json
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ _PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, weights: bool = True) -> Path:
-    """A Hub model as a folder on this machine, downloaded where it is not in the cache.
+    """The folder of a Hub model on this machine, downloaded if it is not in the cache.
 
-    A branch moves: the commit that a run saw first is kept in its folder, and later stages and starts take that one,
-    so that no run is taken up again with another teacher.
+    Branches move, so the commit that a run saw first is recorded in its folder and used by later stages and starts: a
+    run is never resumed with another teacher.
 
     Args:
         name: Hub id.
-        revision: branch, tag or commit; the default branch when not given.
-        run_folder: keeps the commits.
-        keep: whether this process writes them: rank 0 does.
-        weights: whether its weights are wanted, too; a tokenizer needs none.
+        revision: branch, tag or commit; None for the default branch.
+        run_folder: where the commits are recorded.
+        keep: whether this process records them; only rank 0 does.
+        weights: whether to include the weights; a tokenizer needs none.
 
     Raises:
-        StageError: there is no such model, or no way to it.
+        StageError: there is no such model, or the Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -37,22 +37,22 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
         patterns = [*_PATTERNS, *(["*.safetensors"] if weights else [])]
         folder = Path(snapshot_download(name, revision=commits.get(key, revision), allow_patterns=patterns))
     if keep and key not in commits:
-        # The cache calls a snapshot's folder by its commit. Another part may have added its own meanwhile.
+        # The cache names a snapshot's folder after its commit. Another part may have recorded others meanwhile.
         write_json(path, {key: folder.name} | _commits(run_folder))
     return folder
 
 
 def check_there(name: str, revision: str | None, run_folder: Path, field: str) -> None:
-    """Ask the Hub whether there is such a model, where its configuration is not in the cache; nothing is downloaded.
+    """Check that a model's configuration is in the cache or on the Hub; nothing is downloaded.
 
     Args:
         name: Hub id.
-        revision: branch, tag or commit, as the recipe has it.
-        run_folder: keeps the commits.
-        field: where the recipe names it: `stages.student.teacher`.
+        revision: branch, tag or commit, as in the recipe.
+        run_folder: where the commits are recorded.
+        field: the recipe's field that names it: `stages.student.teacher`.
 
     Raises:
-        StageError: there is none, or no way to it.
+        StageError: there is no such model, or the Hub cannot be reached.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
@@ -65,7 +65,7 @@ def check_there(name: str, revision: str | None, run_folder: Path, field: str) -
                 get_hf_file_metadata(url)
             except (HfHubHTTPError, OSError):
                 raise
-            except Exception as error:  # of the library by which this version of the Hub's client reaches it
+            except Exception as error:  # from the HTTP library of this version of huggingface_hub
                 raise ConnectionError(str(error) or type(error).__name__) from error
 
 
@@ -77,19 +77,20 @@ def _refusal_named(what: str, lacking: str = "there are no weights to start from
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise StageError(
-            f"{what} is neither a stage, nor a folder here, nor to be had from the Hub ({first_line(error)})",
+            f"{what} was not found: it is not a stage of this recipe, not a folder on this machine, and the Hub did "
+            f"not provide it ({first_line(error)})",
             lacking,
-            "check the name, give the path of a folder, or download it where there is a network",
+            "check the name, give the path of a folder, or download it on a machine with network access",
         ) from error
 
 
 def kept_commit(name: str, revision: str | None, run_folder: Path) -> str | None:
-    """The commit of a Hub model that a run took; None where it has taken none.
+    """The commit of a Hub model that a run has recorded; None if it has recorded none.
 
     Args:
         name: Hub id.
-        revision: branch, tag or commit, as the recipe has it.
-        run_folder: keeps the commits.
+        revision: branch, tag or commit, as in the recipe.
+        run_folder: where the commits are recorded.
     """
     return _commits(run_folder).get(_key(name, revision))
 

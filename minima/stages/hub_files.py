@@ -1,4 +1,4 @@
-"""Which files of a model folder go to the Hub, after a look at whether they are whole. No DeepSpeed."""
+"""Selects the files of a model folder to push to the Hub, and checks that they are complete. No DeepSpeed."""
 
 import fnmatch
 import json
@@ -34,10 +34,10 @@ _BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
 def locate(folder: Path) -> tuple[Path, Path | None]:
-    """The model's folder, and the export stage that it belongs to; none for a folder from elsewhere.
+    """The model's folder, and the folder of its export stage; None if no stage of minima wrote it.
 
     Raises:
-        StageError: there is no such folder, or it is a stage of another kind, or one that is not finished.
+        StageError: there is no such folder, or it belongs to another kind of stage or to an unfinished one.
     """
     if not folder.is_dir():
         raise StageError(
@@ -52,14 +52,14 @@ def locate(folder: Path) -> tuple[Path, Path | None]:
     if not is_finished(stage):
         raise StageError(
             f"{stage} has no {FINISHED}: it is not finished",
-            "what it holds need not be whole, and was not checked",
-            "run its recipe again; `minima run` takes up what is left",
+            "its content may be incomplete, and was not checked",
+            "run its recipe again; `minima run` resumes what is left",
         )
     kind = read_manifest(stage).get("stage", {}).get("kind")
     if kind != "export":
         raise StageError(
             f"{stage} is a stage of kind {kind}",
-            "only an export was compared with what was trained, and has a model card",
+            "only an export has been compared with the trained model, and has a model card",
             "add an export stage to the recipe, and push its folder",
         )
     return model, stage
@@ -70,7 +70,7 @@ def check_files(model: Path) -> tuple[list[str], list[str]]:
 
     Raises:
         CheckpointError: a weight is missing or cannot be read.
-        StageError: a file that a model has to have is missing.
+        StageError: a file that every model needs is missing.
     """
     found = sorted(path.name for path in model.iterdir())
     files = [name for name in found if matches(name, (*PUSHED_MODEL_FILES, *_BESIDE)) and (model / name).is_file()]
@@ -79,9 +79,9 @@ def check_files(model: Path) -> tuple[list[str], list[str]]:
         raise StageError(
             f"{model} has no {' and no '.join(missing)}",
             "nobody could load it, or know what it is",
-            "push what an export stage wrote, or write the missing file",
+            "push the output of an export stage, or add the missing file",
         )
-    FolderSource(model)  # opens every file of weights
+    FolderSource(model)  # opens every weight file
     index = model / "model.safetensors.index.json"
     if index.is_file():
         used = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -90,14 +90,14 @@ def check_files(model: Path) -> tuple[list[str], list[str]]:
 
 
 def current_card(path: Path, stage: Path | None) -> str:
-    """The card to push: with the benchmark scores that have come since the export.
+    """The model card to push, with the benchmark scores that were measured since the export.
 
     Args:
         path: of the README.md.
-        stage: the export stage's folder; none for a folder from elsewhere, whose card stays as it is.
+        stage: the export stage's folder; None for other folders, whose card is left unchanged.
 
     Raises:
-        StageError: its front matter, or what a benchmark stage beside it stored, cannot be read.
+        StageError: its front matter, or the results of a benchmark stage beside it, cannot be read.
     """
     try:
         card = path.read_text(encoding="utf-8")
@@ -106,11 +106,11 @@ def current_card(path: Path, stage: Path | None) -> str:
         raise StageError(
             f"the front matter of {path} cannot be read ({error})",
             "the Hub reads licence, language and base model there",
-            "mend what stands between its first two lines of ---",
+            "fix the text between its first two lines of ---",
         ) from error
     return card if stage is None else updated_card(stage, card)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a file's name is one of these."""
+    """Whether a file's name matches one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

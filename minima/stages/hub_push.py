@@ -1,8 +1,8 @@
 """Push an exported folder to the Hub: only the files of a model, checked first, in one commit. No DeepSpeed.
 
-A new repository is private. The token is huggingface_hub's own business (`HF_TOKEN`, or `hf auth login`); it is never
-shown. The same files again make no commit. What an earlier push left there and this model no longer has (the files of
-another number of shards, say) goes in the same commit; files that are not a model's stay.
+A new repository is private. huggingface_hub handles the token (`HF_TOKEN`, or `hf auth login`), which is never shown.
+Pushing the same files again makes no commit. Model files of an earlier push that this model no longer has (for example
+from another number of shards) are removed in the same commit; other files stay.
 """
 
 import re
@@ -25,16 +25,16 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did.
+    """The result of a push.
 
     Attributes:
         url: of the repository.
-        commit: that the branch stands at now.
-        changed: False where the Hub had the same files already, and no commit was made.
-        private: whether the repository is.
-        files: that the repository has from this folder.
+        commit: the branch's current commit.
+        changed: False if the Hub already had the same files, so that no commit was made.
+        private: whether the repository is private.
+        files: names of the pushed files.
         removed: files of an earlier push that this model does not have.
-        left_out: what lies in the folder and is no part of a model.
+        left_out: files in the folder that are not part of a model.
     """
 
     url: str
@@ -46,10 +46,10 @@ class Pushed:
     left_out: list[str]
 
     def lines(self) -> list[str]:
-        """What a person is told."""
+        """The lines to show to the user."""
         done = f"pushed {len(self.files)} files" if self.changed else "nothing to push: the Hub has the same files"
-        found = [f"left out, as no part of a model: {', '.join(self.left_out)}"] if self.left_out else []
-        found += [f"removed, as this model does not have it: {', '.join(self.removed)}"] if self.removed else []
+        found = [f"left out, not part of a model: {', '.join(self.left_out)}"] if self.left_out else []
+        found += [f"removed, not part of this model: {', '.join(self.removed)}"] if self.removed else []
         who = "private" if self.private else "public"
         return [*found, f"{done}; {self.url} ({who}) is at commit {self.commit}"]
 
@@ -63,21 +63,21 @@ def publish(
     message: str | None = None,
     endpoint: str | None = None,
 ) -> Pushed:
-    """Check an exported folder, bring its card up to date, and push it.
+    """Check an exported folder, update its card, and push it.
 
     Args:
         folder: an export stage's, or its `model/`, or any model folder that has a README.md.
         repo: `organisation/name`.
-        private: whether a new repository is private; one that exists stays as it is.
-        revision: branch; made where it is not there; the default branch when not given.
+        private: whether a new repository is private; an existing one is left as it is.
+        revision: branch, created if missing; None for the default branch.
         message: of the commit.
-        endpoint: of the Hub; huggingface_hub's own when not given.
+        endpoint: of the Hub; None for huggingface_hub's default.
 
     Raises:
         CheckpointError: the weights cannot be read.
-        StoreCorrupted: they are not what the export stage wrote.
-        StageError: the folder is not a finished export, or the Hub does not take it. No file is pushed then; a
-            repository that was made for it stays, and the message says so.
+        StoreCorrupted: they differ from what the export stage wrote.
+        StageError: the folder is not a finished export, or the Hub refuses it. No file is pushed then; a repository
+            created for it stays, and the message says so.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -99,7 +99,7 @@ def publish(
         there = [sibling.rfilename for sibling in before.siblings or []]
         removed = [name for name in there if matches(name, PUSHED_MODEL_FILES) and name not in content]
         added = [CommitOperationAdd(name, file) for name, file in content.items()]
-        # A .gitignore in the repository would make the library leave out what it names, without a word.
+        # Otherwise the library would silently skip files named by a .gitignore in the repository.
         api.preupload_lfs_files(repo, added, revision=revision, gitignore_content="", free_memory=False)
         operations: list[Any] = [*added, *(CommitOperationDelete(name) for name in removed)]
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
@@ -108,49 +108,49 @@ def publish(
 
 
 def _token_for(repo: str, revision: str | None) -> str:
-    """The user's token, once the repository's name can be one."""
+    """The user's token for the Hub, after a check of the repository's name."""
     from huggingface_hub import get_token
 
     if not _REPO.fullmatch(repo):
         raise StageError(
-            f"{repo!r} is no name of a repository", "the Hub needs to know whose it is", "write organisation/name"
+            f"{repo!r} is not a repository name", "the Hub needs to know who owns it", "write organisation/name"
         )
     with _refusals(repo, revision, None):
         token = get_token()
     if token is None:
         raise StageError(
             "there is no token for the Hub",
-            "it takes files from known users only",
+            "it accepts files only from users who are logged in",
             "log in with `hf auth login`, or set HF_TOKEN",
         )
     return token
 
 
 def _repository(api: "HfApi", repo: str, private: bool) -> tuple[str, bool]:
-    """The repository's address, and whether this call has made it."""
+    """The repository's URL, and whether this call created it."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return str(api.create_repo(repo, private=private, repo_type="model")), True
-    except HfHubHTTPError:  # it is there, or may not be made; asked again, the library tells these two apart
+    except HfHubHTTPError:  # it exists, or may not be created; a second call with exist_ok distinguishes the two
         return str(api.create_repo(repo, private=private, exist_ok=True, repo_type="model")), False
 
 
 @contextmanager
 def _refusals(repo: str, revision: str | None, token: str | None, created: bool = False) -> Iterator[None]:
-    """What the Hub, or the way to it, answers, told so that it can be mended, and without the token.
+    """Turn errors of the Hub or the network into a `StageError` that says what to do and does not show the token.
 
     Args:
-        repo: that was asked for.
-        revision: likewise.
-        token: that is not to be shown.
-        created: whether the repository is a new one, which stays there without the files.
+        repo: the repository of the request.
+        revision: the branch of the request.
+        token: the secret to hide.
+        created: whether the repository was newly created, and so stays there without the files.
     """
     try:
         yield
     except MinimaError:
         raise
-    except Exception as error:  # the libraries below (HTTP, LFS, Xet) have classes of their own, and may quote headers
+    except Exception as error:  # the libraries below (HTTP, LFS, Xet) have their own classes, and may quote headers
         status = getattr(getattr(error, "response", None), "status_code", None)
         text = str(error) if token is None else str(error).replace(token, "***")
         what, why, do = _told(status, " ".join(text.split())[:400], repo, revision, type(error).__name__)
@@ -163,7 +163,7 @@ def _told(status: int | None, text: str, repo: str, revision: str | None, kind: 
     where = repo if revision is None else f"{repo}, branch {revision}"
     if status == 401:
         return (
-            f"the Hub does not know the token that was given for {where} ({text})",
+            f"the Hub does not recognise the token used for {where} ({text})",
             "nothing was pushed",
             "log in again with `hf auth login`, or set HF_TOKEN to a token that is still valid",
         )
@@ -171,13 +171,13 @@ def _told(status: int | None, text: str, repo: str, revision: str | None, kind: 
         return (
             f"the Hub does not let this token write to {where} ({text})",
             "nothing was pushed",
-            f"take a token with write permission, of a member of {repo.partition('/')[0]}; or push to another name",
+            f"use a token with write permission from a member of {repo.partition('/')[0]}, or push to another name",
         )
     if status == 404:
         return (
             f"the Hub has no model repository {where} that this token may see ({text})",
-            "nothing was pushed; the name may be taken by a dataset or a Space, or by somebody's private model",
-            "choose another name, or a token of its owner",
+            "nothing was pushed; the name may be taken by a dataset or a Space, or by another user's private model",
+            "choose another name, or use a token of its owner",
         )
     if status is not None:
         return (
@@ -187,6 +187,6 @@ def _told(status: int | None, text: str, repo: str, revision: str | None, kind: 
         )
     return (
         f"{where} could not be pushed: {kind}: {text}",
-        "files reach a branch in one commit at the end, so the branch is as it was",
-        "check the network (is HF_HUB_OFFLINE set?) and run the same command again; what was sent is not sent twice",
+        "files reach a branch in a single commit at the end, so the branch is unchanged",
+        "check the network (is HF_HUB_OFFLINE set?) and run the same command again; no file is uploaded twice",
     )

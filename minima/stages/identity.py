@@ -1,4 +1,4 @@
-"""What a stage is made from, as one hash; and the refusal to go on where that has changed. No torch."""
+"""The identity of a stage: one hash of its settings and inputs, and the refusal to reuse a changed stage. No torch."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ from minima.recipe.schema import AnyStage, Recipe
 from minima.stages.digests import digest, folder_digest, former_source_digest, is_gone, source_digest
 from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, read_manifest
 
-# Keys that change how a stage is logged, saved or cut into pieces, but not what it computes. They may change between
-# two starts of a stage. `micro_batch_sequences` of a prune stage is not one: its score depends on it.
+# Keys that change how a stage is logged, saved or split up, but not what it computes. They may change between two
+# starts of a stage. `micro_batch_sequences` of a prune stage is not one: its score depends on it.
 FREE_KEYS = frozenset(
     {
         "log_every_steps",
@@ -38,28 +38,27 @@ FREE_KEYS = frozenset(
     }
 )
 
-_DECIDING = frozenset({"evaluate_every_steps", "evaluate_sequences"})  # with patience, when a run ends
+_DECIDING = frozenset({"evaluate_every_steps", "evaluate_sequences"})  # with patience, they decide when a run ends
 
-# Identities leave out what has its default value, so that a key that a later version adds does not make finished
-# stages look changed. Whoever changes the value or the meaning of a default raises this number.
+# Identities omit default values, so that a key added by a later version does not make finished stages look changed.
+# Raise this number when the value or the meaning of a default changes.
 _DEFAULTS = 1
 
 
 def describe(
     recipe: Recipe, stage: AnyStage, run_folder: Path, planned: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """What `started.json` says: the resolved stage, its inputs' hashes, and the identity that follows from both.
+    """The content of `started.json`: the resolved stage, its inputs' hashes, and the identity derived from both.
 
     Args:
         recipe: the whole run.
         stage: the one to describe.
-        run_folder: where the earlier stages lie.
-        planned: identities that unfinished stages will have, by name; filled in as they are needed. An identity
-            follows from the recipe and the inputs alone, so no stage has to run for it. Without this, an input that
-            is not finished is an error.
+        run_folder: contains the earlier stages.
+        planned: identities that unfinished stages will have, by name; filled in as needed. An identity depends only on
+            the recipe and the inputs, so no stage has to run for it. If None, an unfinished input is an error.
 
     Raises:
-        StageError: an input stage is not finished, and nothing is planned.
+        StageError: an input stage is not finished, and `planned` is None.
     """
     resolved = stage.model_dump(mode="json")
     inputs = input_hashes(recipe, stage, run_folder, planned)
@@ -75,8 +74,8 @@ def input_hashes(
 ) -> dict[str, str]:
     """A short hash of every input, by the field that names it.
 
-    A stage counts by its identity; a file by its size, its ends and samples of its inside, and a folder by its files;
-    a Hub id by its name and revision, since nothing is downloaded.
+    For a stage, the hash is its identity. Files and folders are hashed as in `digests`. A Hub id is hashed by name and
+    revision, because nothing is downloaded here.
     """
     hashes = {}
     for reference in references(recipe, stage):
@@ -95,7 +94,7 @@ def input_hashes(
     built = read_manifest(own).get("inputs", {}) if is_finished(own) else {}
     for field, source in sources(stage):
         key = f"{field} ({source.label})"
-        # Text that was put away once its blocks were built, or that stayed on another machine, has not changed.
+        # Text that was removed after its blocks were built, or stayed on another machine, counts as unchanged.
         same = key in built and (is_gone(source) or built[key] == former_source_digest(source))
         hashes[key] = built[key] if same else source_digest(source)
     files = [(field, getattr(stage, field, None)) for field in ("chat_template", "task_folder", "data_folder")]
@@ -111,7 +110,7 @@ def _stage_identity(recipe: Recipe, reference: Reference, run_folder: Path, plan
     folder = run_folder / reference.stage
     if is_finished(folder):
         return read_manifest(folder).get("identity", "unknown")
-    if reference.step is not None and (planned is None or is_begun(folder)):  # a checkpoint of what is half-finished
+    if reference.step is not None and (planned is None or is_begun(folder)):  # a checkpoint of a half-finished stage
         return read_manifest(folder, STARTED).get("identity", "unknown")
     if planned is None:
         return read_manifest(folder).get("identity", "unknown")
@@ -122,19 +121,19 @@ def _stage_identity(recipe: Recipe, reference: Reference, run_folder: Path, plan
 
 
 def check_unchanged(description: dict[str, Any], folder: Path, recipe: Recipe) -> None:
-    """Refuse to skip or resume a folder that was made from something else.
+    """Refuse to skip or resume a folder that was made from other settings or inputs.
 
     Args:
         description: what the recipe asks for now, from `describe`.
         folder: the stage's folder; may be missing or empty.
-        recipe: the whole run, so that the refusal can tell which later stages read this one.
+        recipe: the whole run, so that the error can name the later stages that read this one.
 
     Raises:
-        StageError: the stage or one of its inputs has changed since the folder was begun.
+        StageError: the stage or one of its inputs has changed since the folder was started.
     """
     name = FINISHED if is_finished(folder) else STARTED
     if name == STARTED and not is_begun(folder):
-        return  # nothing was made yet: a mistake that is mended after a first try finds no obstacle
+        return  # nothing was produced yet, so a recipe that was corrected after a failed first try may start
     before = read_manifest(folder, name)
     if before.get("identity") == description["identity"]:
         return
@@ -149,7 +148,7 @@ def check_unchanged(description: dict[str, Any], folder: Path, recipe: Recipe) -
         for text in differences(_without_place(old.get(key)), _without_place(new.get(key)), key)
         if key not in free
     ]
-    changed = changed or [  # only where the stage itself is the same: a changed field changes the inputs with it
+    changed = changed or [  # only if the stage's own settings are the same, since a changed field changes inputs too
         f"its input {key} has changed"
         for key in dict.fromkeys([*before.get("inputs", {}), *description["inputs"]])
         if before.get("inputs", {}).get(key) != description["inputs"].get(key)
@@ -157,30 +156,30 @@ def check_unchanged(description: dict[str, Any], folder: Path, recipe: Recipe) -
     before_micro, now_micro = old.get("micro_batch_sequences"), new.get("micro_batch_sequences")
     if not changed and before_micro != now_micro:
         changed = [f"micro_batch_sequences is {now_micro} and was {before_micro}"]
-    changed = changed or ["it was made by a version of minima that tells its inputs in another way"]
+    changed = changed or ["it was made by a version of minima that hashes inputs differently"]
     raise _refusal(recipe, new["name"], folder, state, changed)
 
 
 def _refusal(recipe: Recipe, name: str, folder: Path, state: str, changed: list[str]) -> StageError:
     return StageError(
         f"stage {name!r} is {state} in {folder}, but {'; '.join(changed)}",
-        "going on would mix results of two different runs under one name",
-        f"remove {folder} to make it again{made_from(recipe, name, folder.parent)}, undo the change, or take another "
+        "continuing would mix the results of two different runs under one name",
+        f"remove {folder} to make it again{made_from(recipe, name, folder.parent)}, undo the change, or choose another "
         "output folder with output=PATH",
     )
 
 
 def made_from(recipe: Recipe, name: str, run_folder: Path) -> str:
-    """What a refusal adds where later stages were made from a stage: they have to go with it."""
+    """Text for an error message that names the later stages made from a stage, which must be removed with it."""
     folders = [run_folder / later for later in readers(recipe, name)]
     made = [folder.name for folder in folders if is_begun(folder) or is_finished(folder)]
     return f" (with what was made from it: {', '.join(made)})" if made else ""
 
 
 def changed_settings(stage: AnyStage, folder: Path) -> list[str]:
-    """How a stage's settings differ from those that its folder was begun with, a line each.
+    """How a stage's settings differ from those that its folder was started with, one line each.
 
-    Inputs are not looked at: they may lie on another machine, or be gone.
+    Inputs are not compared: they may be on another machine, or deleted.
     """
     finished = is_finished(folder)
     if not finished and not is_begun(folder):
@@ -190,7 +189,7 @@ def changed_settings(stage: AnyStage, folder: Path) -> list[str]:
         return differences(before.get("kind"), stage.kind, "kind")
     try:
         made = type(stage).model_validate(before)
-    except ValueError:  # a key that another version of minima had, or a folder that is no stage's
+    except ValueError:  # a key of another version of minima, or not a stage's folder
         return []
     return differences(_settings(made), _settings(stage))
 
@@ -201,7 +200,7 @@ def _settings(stage: AnyStage) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """What differs between two values, part by part: `sources.0.max_documents is 601 and was 600`."""
+    """The differences between two values, part by part: `sources.0.max_documents is 601 and was 600`."""
     parts: Iterable[Any] = ()
     if isinstance(before, dict) and isinstance(now, dict):
         parts = ((part, before.get(part), now.get(part)) for part in dict.fromkeys([*before, *now]))
@@ -218,17 +217,17 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def check_read(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> None:
-    """Refuse stages that the chosen ones read, at first or second hand, and that were made with other settings.
+    """Refuse stages that the selected ones read, directly or indirectly, if they were made with other settings.
 
-    What is made from them would be told to come from what the recipe says now.
+    Otherwise, what is made from them would be recorded as coming from the current recipe.
 
     Args:
         recipe: the whole run.
-        stages: the chosen ones.
-        run_folder: where they lie.
+        stages: the selected stages.
+        run_folder: contains the stages' folders.
 
     Raises:
-        StageError: names the first one and what has changed.
+        StageError: names the first such stage and what has changed.
     """
     for name, changed in read_and_changed(recipe, stages, run_folder).items():
         folder = run_folder / name
@@ -236,7 +235,7 @@ def check_read(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> 
 
 
 def read_and_changed(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> dict[str, list[str]]:
-    """What has changed of the stages that the chosen ones read and that are not chosen themselves, by name."""
+    """By name, the changes in stages that the selected ones read and that are not selected themselves."""
     chosen = {stage.name for stage in stages}
     read = set(chosen)
     for stage in reversed(recipe.stages):  # a stage reads earlier ones
@@ -248,17 +247,17 @@ def read_and_changed(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Pat
 
 
 def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> None:
-    """Refuse stages that no longer are what the recipe and their inputs say, or will not be once `stages` have run.
+    """Refuse stages that do not match the recipe and their inputs, or will not match them once `stages` have run.
 
-    A finished stage whose input is about to be made again stays as it is where the new input will be the same.
+    A finished stage whose input is about to be made again is accepted if the new input will be the same.
 
     Args:
         recipe: the whole run.
-        stages: those that are about to run, or to be skipped as finished.
-        run_folder: where they lie.
+        stages: those about to run, or to be skipped as finished.
+        run_folder: contains the stages' folders.
 
     Raises:
-        StageError: names the first one and what has changed.
+        StageError: names the first such stage and what has changed.
     """
     chosen = {stage.name for stage in stages}
     remade = {name for name in chosen if not is_finished(run_folder / name)}
@@ -272,12 +271,12 @@ def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> N
 
 
 def _without_place(value: Any) -> Any:
-    """A stage's value without where a teacher lives: that may change between two starts."""
+    """A stage's setting without the keys for a teacher's placement, which may change between two starts."""
     return {key: inner for key, inner in value.items() if key not in PLACING} if isinstance(value, dict) else value
 
 
 def free_keys(stage: AnyStage) -> frozenset[str]:
-    """Keys of a stage that its identity leaves out: they may change between two starts. PLACING are a teacher's."""
+    """Keys that a stage's identity omits, as they may change between two starts; `PLACING` has those of a teacher."""
     if stage.kind == "prune":
         return FREE_KEYS
     ends_early = getattr(stage, "patience", None) is not None  # then the held-out losses decide what is trained

@@ -1,4 +1,4 @@
-"""Instruction tuning: conversations in, a model that answers out."""
+"""The instruct stage: tunes a model on conversations."""
 
 from pathlib import Path
 from typing import Any

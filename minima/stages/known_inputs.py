@@ -1,4 +1,4 @@
-"""What is known of a recipe's inputs on this machine from configurations and manifests alone. No torch."""
+"""What this machine's configurations and manifests tell about a recipe's inputs. No torch."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,12 @@ from minima.stages.shipped import find_deepspeed_json
 
 
 def planned_ranks(recipe: Recipe) -> int:
-    """Ranks that `minima run` gives a stage on this machine."""
+    """The number of ranks that `minima run` starts for a stage on this machine."""
     return recipe.ranks or (1 if recipe.launcher == "local" else default_ranks(recipe.max_ranks))
 
 
 class KnownInputs:
-    """Shapes, lengths and blocks of a recipe's stages, as far as they are known; remembers shapes and steps."""
+    """Shapes, lengths and blocks of a recipe's stages, as far as they are known; stores shapes and steps."""
 
     def __init__(self, recipe: Recipe, recipe_path: Path) -> None:
         self.recipe, self.recipe_path, self.folder = recipe, recipe_path, recipe.folder
@@ -37,10 +37,10 @@ class KnownInputs:
         self.steps: dict[str, int] = {}
 
     def reads(self, reference: Reference, preview: StagePreview) -> str:
-        """One input as a line; notes on the preview what is missing.
+        """Describe one input in a line; adds to the preview's notes what is missing.
 
         Raises:
-            RecipeError: it is nowhere and looks like a stage's name; or it is a step that its stage never saves.
+            RecipeError: the input does not exist and looks like a misspelt stage, or is a step that is never saved.
         """
         if reference.stage is not None:
             self._check_step(reference, preview)
@@ -62,8 +62,8 @@ class KnownInputs:
         trained, last = self.recipe.stage(reference.stage), self.steps.get(reference.stage)
         assert isinstance(trained, AnyTraining), "refused by the recipe"
         if trained.patience is not None:
-            preview.notes.append(f"{reference.text} is there only if {reference.stage}'s best step is no earlier one")
-        if reference.step in complete_steps(self.folder / reference.stage / "checkpoints"):  # a signal may have left it
+            preview.notes.append(f"{reference.text} will exist only if {reference.stage}'s best step is not earlier")
+        if reference.step in complete_steps(self.folder / reference.stage / "checkpoints"):  # saved after a signal
             return
         periods = [trained.checkpoint_every_steps]
         periods += [trained.evaluate_every_steps] if trained.patience is not None else []
@@ -83,32 +83,33 @@ class KnownInputs:
 
     def _refuse_misspelt(self, reference: Reference, stage: str) -> None:
         own = [each.name for each in self.recipe.stages if each.name != stage]
-        hub = reference.what in ("model", "tokenizer", "exported")  # old names there have no owner: gpt2, distilgpt2
+        hub = reference.what in ("model", "tokenizer", "exported")  # old Hub ids have no owner: gpt2, distilgpt2
         close = nearest(reference.text.partition("@")[0], own, 0.85 if hub and "@" not in reference.text else 0.6)
         if close and "/" not in reference.text and not is_finished(self.folder / stage):
             raise RecipeError(
-                f"stages.{stage}.{reference.field}: {reference.text!r} is no stage and no folder here{close}",
-                "it would be looked for on the Hub, after everything before it has run",
-                f"write the stage's name, or a folder as ./{reference.text}, or the whole OWNER/NAME of a Hub id",
+                f"stages.{stage}.{reference.field}: {reference.text!r} is neither a stage of this recipe nor a folder "
+                f"on this machine{close}",
+                "it would be looked up on the Hub, after all the stages before it have run",
+                f"write the stage's name, or a folder as ./{reference.text}, or the full OWNER/NAME of a Hub id",
             )
 
     def token_bytes(self, stage: BuildData) -> int:
-        """Bytes of one token: its vocabulary's, or the 2 that most have where that is not known here."""
+        """Bytes per token for the stage's vocabulary, or 2, the most common, if the vocabulary is unknown."""
         if isinstance(stage.tokenizer, TokenizerTraining):
             return _bytes_of_a_token(stage.tokenizer.vocabulary_size)
         if (data := self.data_stage(stage.tokenizer)) is not None:
             return self.token_bytes(data)
         try:
             shape = self.shape(ModelInput(source=stage.tokenizer))
-        except MinimaError:  # a tokenizer's folder need not hold a model that is known here
+        except MinimaError:  # a tokenizer's folder need not contain a supported model
             shape = None
         return _bytes_of_a_token(shape.vocabulary_size if shape is not None else 0)
 
     def shape(self, model: ModelInput) -> ModelShape | None:
-        """A model's shape; None where nothing on this machine tells it. One `shape:` of a source does for all stages.
+        """A model's shape; None if it is unknown. A source's `shape:` in one stage applies to all stages.
 
         Raises:
-            ShapeError: its `config.json` is here, and says otherwise than the recipe's `shape:`.
+            ShapeError: the model's `config.json` is on this machine and contradicts the recipe's `shape:`.
         """
         found = model.random or self._shape_here(model)
         if found is not None and model.random is None:
@@ -127,12 +128,12 @@ class KnownInputs:
         return ModelShape.from_folder(config.parent) if config else None
 
     def made(self, name: str) -> ModelShape | None:
-        """The shape of the model that a finished stage left; None where it left none, or is not finished."""
+        """The shape of the model that a finished stage wrote; None if it wrote none, or is not finished."""
         folder = self.folder / name
         return _shape_in(folder) if is_finished(folder) else None
 
     def data_stage(self, reference: str) -> BuildData | None:
-        """The build_data stage of that name, or the one that wrote that folder."""
+        """The build_data stage of that name, or the one that wrote that folder; None if there is none."""
         if reference in {stage.name for stage in self.recipe.stages}:
             found = self.recipe.stage(reference)
             return found if isinstance(found, BuildData) else None
@@ -141,11 +142,11 @@ class KnownInputs:
             return None
         try:
             return BuildData.model_validate(read_manifest(folder).get("stage"))
-        except ValidationError:  # another kind of stage, or one of another version: the stage that reads it says so
+        except ValidationError:  # another kind of stage, or of another version: the stage that reads it reports it
             return None
 
     def sharding(self, name: str) -> Sharding:
-        """The sizes in the DeepSpeed JSON of that name.
+        """How the DeepSpeed JSON of that name shards a model.
 
         Raises:
             RecipeError: there is none, or it cannot be read.
@@ -153,12 +154,12 @@ class KnownInputs:
         return read_sharding(find_deepspeed_json(name, self.recipe_path))
 
     def length(self, reference: str | None) -> int | None:
-        """Tokens of a block of that data."""
+        """The number of tokens in a block of that data; None if unknown."""
         data = self.data_stage(reference) if reference is not None else None
         return data.sequence_length if data else None
 
     def blocks(self, reference: str) -> int | None:
-        """Training blocks of that data; None until it is built, where no budget says it."""
+        """The number of that data's training blocks; None until it is built, unless it has a token budget."""
         data, folder = self.data_stage(reference), self._data_folder(reference)
         if data is None:
             return None
@@ -169,7 +170,7 @@ class KnownInputs:
         return data.tokens // data.sequence_length if data.tokens is not None else None
 
     def training_plan(self, stage: AnyTraining) -> TrainingPlan | None:
-        """Steps and tokens of a training stage, remembered; None until its data is built, where nothing else tells.
+        """Steps and tokens of a training stage, whose steps are stored; None if unknown until its data is built.
 
         Raises:
             RecipeError: it would train on less than one sequence.
@@ -182,18 +183,18 @@ class KnownInputs:
         return plan
 
     def longest(self, reference: str) -> int | None:
-        """Tokens that a model needs positions for; None where only the built data tells: of chat, no block is one."""
+        """The number of positions that a model needs; None if unknown, as for chat until its data is built."""
         data = self.data_stage(reference)
         if data is None or data.format == "text":
             return data.sequence_length if data else None
         folder = self._data_folder(reference)
         if not is_finished(folder):
             return None
-        from minima.data.store import TokenStore  # it needs numpy, which is slow to import
+        from minima.data.store import TokenStore  # imports numpy, which is slow
 
         try:
             return TokenStore.open(folder / "train").longest
-        except MinimaError:  # damaged, or put away: the stage that reads it says so
+        except MinimaError:  # damaged or deleted: the stage that reads it reports it
             return None
 
     def _data_folder(self, reference: str) -> Path:
@@ -206,12 +207,12 @@ def _bytes_of_a_token(vocabulary_size: int) -> int:
 
 
 def _shape_in(folder: Path) -> ModelShape | None:
-    """Shape of the model in a stage's or a Hugging Face folder, in the order in which weights are looked for."""
+    """Shape of the model in a stage's or a Hugging Face folder, searched in the same order as weights are."""
     checkpoints = folder / "checkpoints"
-    for step in complete_steps(checkpoints):  # of a stage, all are of one model
+    for step in complete_steps(checkpoints):  # all checkpoints of a stage have the same shape
         try:
             facts = json.loads((step_folder(checkpoints, step) / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # whoever reads the checkpoint says so
+        except (OSError, ValueError):  # reported when the checkpoint is read
             continue
         if isinstance(facts, dict) and isinstance(facts.get("config"), dict):
             return ModelShape.from_config(facts["config"])
@@ -220,7 +221,7 @@ def _shape_in(folder: Path) -> ModelShape | None:
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:
-    """The `config.json` of a Hub id where the Hub's cache on this machine has it; nothing is downloaded."""
+    """The `config.json` of a Hub id in the local cache; None if it is not there. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -1,4 +1,4 @@
-"""Whether data and models have the same tokens, as far as it is known before any of them is made. No torch."""
+"""Checks that data and models have the same tokens, as far as that is known before any is made. No torch."""
 
 import json
 from pathlib import Path
@@ -12,16 +12,16 @@ from minima.recipe.schema import AnyStage, AnyTraining, BuildData, Distil, Expan
 from minima.stages.known_inputs import cached_config
 from minima.stages.manifest import is_finished
 
-_MOST_PADDING = 1024  # rows; of the families that are known, members of one tokenizer differ by 384 at most (Pythia)
+_MOST_PADDING = 1024  # rows; in the known families, models with the same tokenizer differ by at most 384 (Pythia)
 
 
 class _Origin(NamedTuple):
     """Where a tokenizer comes from.
 
     Attributes:
-        stage: that trains or grows it.
-        trained: how many ids the stage trains; 0 for a grown one.
-        outside: what is no stage of the recipe.
+        stage: the stage that trains or extends it.
+        trained: the number of ids that the stage trains; 0 for an extended tokenizer.
+        outside: a path or Hub id outside the recipe.
         revision: of a Hub id.
     """
 
@@ -32,9 +32,10 @@ class _Origin(NamedTuple):
 
 
 def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
-    """Refuse data whose tokenizer is known not to be that of a model that reads it: building it could take days.
+    """Refuse data whose tokenizer is known to differ from that of a model that reads it: building it could take days.
 
-    What cannot be told here, since a tokenizer is not on this machine or is no tokenizer.json, is left to the stage.
+    If this cannot be decided here, because a tokenizer is not on this machine or has no tokenizer.json, the stage
+    itself checks it.
 
     Args:
         recipe: the whole run.
@@ -42,8 +43,8 @@ def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
         folder: of the run.
 
     Raises:
-        TokenizerMismatch: the recipe trains a tokenizer of another size than the model's own; or an id stands for
-            something else in the two, which is named.
+        TokenizerMismatch: the recipe trains a tokenizer of another size than the model's own, or an id stands for
+            different pieces in the two; names both.
     """
     data = getattr(stage, "data", None)
     if data is None or is_finished(folder / stage.name):
@@ -56,10 +57,10 @@ def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
 
 
 def check_trained_tokenizer(recipe: Recipe, stage: str, reference: str, shape: ModelShape, who: str = "model") -> None:
-    """Refuse data of a tokenizer that the recipe trains with more ids than a model of the stage has rows.
+    """Refuse data whose tokenizer, trained by the recipe, has more ids than the stage's model has rows.
 
     Raises:
-        TokenizerMismatch: with both sizes.
+        TokenizerMismatch: names both sizes.
     """
     own = {each.name: each for each in recipe.stages if isinstance(each, BuildData)}
     data = own.get(reference)  # data of another run names stages of that run's recipe
@@ -69,7 +70,7 @@ def check_trained_tokenizer(recipe: Recipe, stage: str, reference: str, shape: M
     if size <= shape.vocabulary_size:
         return
     raise TokenizerMismatch(
-        f"stages.{stage}: the data {reference!r} has a tokenizer of {size:,} ids, its {who} "
+        f"stages.{stage}: the tokenizer of the data {reference!r} has {size:,} ids, but the {who} has "
         f"{shape.vocabulary_size:,} embedding rows",
         f"an id of {shape.vocabulary_size:,} or more would be looked up outside the embedding",
         f"give the tokenizer of the build_data stage and the {who} the same vocabulary_size",
@@ -77,11 +78,11 @@ def check_trained_tokenizer(recipe: Recipe, stage: str, reference: str, shape: M
 
 
 def check_rows(recipe: Recipe, stage: Distil, student: ModelShape, teacher: ModelShape) -> str | None:
-    """What the stage does about a vocabulary with more rows than the other; None where there is nothing to do.
+    """A note on how the stage treats vocabularies with different numbers of rows; None if they are the same.
 
     Raises:
-        VocabularyMismatch: those rows are of tokens, as far as that is known here: random weights and grown
-            vocabularies have no others.
+        VocabularyMismatch: the additional rows are known to belong to tokens: random weights and extended vocabularies
+            have no padding.
     """
     sizes = {"student": student.vocabulary_size, "teacher": teacher.vocabulary_size}
     longer = max(sizes, key=lambda who: sizes[who])
@@ -95,20 +96,22 @@ def check_rows(recipe: Recipe, stage: Distil, student: ModelShape, teacher: Mode
         first = getattr(made[0].stage, "model", None) if made else model
         config = cached_config(root, first.revision if isinstance(first, ModelInput) else None)
         pieces = _pieces(config.parent if config else Path(root).expanduser())
-        ids = 1 + max(pieces) if pieces else None  # the stage itself asks the tokenizer
+        ids = 1 + max(pieces) if pieces else None  # if unknown, the stage itself will load the tokenizer and check
     if ids is not None and ids > fewest:
         raise VocabularyMismatch(
             f"stages.{stage.name}: a student with vocabulary {sizes['student']:,} and a teacher with "
-            f"{sizes['teacher']:,}, and {ids:,} tokens in the {longer}'s",
+            f"{sizes['teacher']:,}; the {longer}'s has {ids:,} tokens",
             "the loss compares the two models' probabilities of the same tokens",
             VocabularyMismatch.DO,
         )
-    note = f"the {longer}'s last {most - fewest:,} rows of vocabulary will be left out: they must be of no token"
-    return note + (", and so many hardly are" if most - fewest > _MOST_PADDING else "")
+    note = f"the {longer}'s last {most - fewest:,} vocabulary rows will be ignored, which is right only for padding"
+    if most - fewest <= _MOST_PADDING:
+        return note
+    return f"{note}; {most - fewest:,} is unusually many for padding, so check that the tokenizers match"
 
 
 def with_shared_rows(student: ModelShape, teacher: ModelShape) -> tuple[ModelShape, ModelShape]:
-    """Both with as many rows of vocabulary as the shorter one has, as `distil` takes them."""
+    """Both shapes with the smaller number of vocabulary rows, as `distil` uses them."""
     same = {"vocabulary_size": min(student.vocabulary_size, teacher.vocabulary_size)}
     return student.model_copy(update=same), teacher.model_copy(update=same)
 
@@ -124,24 +127,24 @@ def _check(recipe: Recipe, stage: str, data: str, model: ModelInput | str, run_f
     pieces = {} if folder is None else _pieces(folder)
     if ours.trained and not pieces and known and 1 + max(known) != ours.trained:
         raise TokenizerMismatch(
-            f"stages.{stage}: {ours.stage!r} trains a tokenizer of {ours.trained:,} ids for its data, and "
-            f"{theirs.outside} has one of its own, of {1 + max(known):,}",
-            "the model would read other words than the text has",
-            f"give the build_data stage `tokenizer: {theirs.outside}`, and add what it lacks by an expand_vocabulary "
+            f"stages.{stage}: {ours.stage!r} trains a tokenizer of {ours.trained:,} ids for its data, but "
+            f"{theirs.outside} has its own, of {1 + max(known):,}",
+            "the model would misread the text",
+            f"give the build_data stage `tokenizer: {theirs.outside}`, and add missing pieces in an expand_vocabulary "
             "stage",
         )
     for number, piece in sorted(pieces.items()):
         if known.get(number, piece) != piece:
             raise TokenizerMismatch(
-                f"stages.{stage}: id {number} is {piece!r} in the data's tokenizer {ours.outside or folder} and "
+                f"stages.{stage}: id {number} is {piece!r} in the data's tokenizer {ours.outside or folder}, but "
                 f"{known[number]!r} in that of {theirs.outside}",
-                "the model would read other words than the text has",
+                "the model would misread the text",
                 f"give the build_data stage the model's own tokenizer (`tokenizer: {theirs.outside}`)",
             )
 
 
 def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Origin:
-    """Follow models and data back to the tokenizer that they came with."""
+    """Trace a model or data back to the origin of its tokenizer."""
     revision = model.revision if isinstance(model, ModelInput) else None
     while True:
         stage, _ = stage_and_step(recipe, reference)
@@ -152,14 +155,14 @@ def _origin(recipe: Recipe, reference: str, model: ModelInput | str = "") -> _Or
         source = stage.tokenizer if isinstance(stage, BuildData) else getattr(stage, "model", None)
         if isinstance(source, ModelInput):
             revision = source.revision
-            source = source.source or getattr(stage, "data", None)  # random weights go with their data
+            source = source.source or getattr(stage, "data", None)  # random weights use their data's tokenizer
         if not isinstance(source, str):
             return _Origin(stage.name, getattr(source, "vocabulary_size", 0))
         reference = source
 
 
 def _folder(origin: _Origin) -> Path | None:
-    """Where a tokenizer from outside lies on this machine."""
+    """The folder on this machine of a tokenizer from outside the recipe; None if it is not here."""
     path = Path(origin.outside).expanduser()
     config = None if path.is_dir() else cached_config(origin.outside, origin.revision)
     places = [config.parent] if config else [path, path / "tokenizer", path / "model"]
@@ -167,7 +170,7 @@ def _folder(origin: _Origin) -> Path | None:
 
 
 def _pieces(folder: Path) -> dict[int, str]:
-    """What each id stands for by a tokenizer.json; nothing where there is none, or not of that form."""
+    """The piece of each id in a tokenizer.json; empty if the file is missing or has another format."""
     try:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         pieces = tokenizer["model"]["vocab"]

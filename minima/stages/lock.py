@@ -1,4 +1,4 @@
-"""One writer per run folder: a file lock that the kernel frees when its holder dies, and that names the holder."""
+"""One writer per run folder: a file lock that the kernel releases when its holder dies, and that names the holder."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from minima.launcher import slurm_job
 from minima.stages.run_folder import access_named
 
 _POLL_SECONDS = 0.2
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks: Lustre mounted with noflock
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # no locks, as on Lustre mounted with noflock
 logger = logging.getLogger("minima.lock")
 
 
@@ -24,23 +24,24 @@ logger = logging.getLogger("minima.lock")
 def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
     """Hold the lock of a run folder.
 
-    The kernel frees it when the last process that holds it ends, however it ends, so a dead holder's lock is simply
-    taken over. Launchers inherit it from the driver: while they live, no second run starts beside them.
+    The kernel releases it when the last process that holds it ends, however it ends, so a dead holder's lock can be
+    taken at once. Launchers inherit it from the driver: while they live, no second run starts beside them.
 
     Args:
-        folder: the run's; made if it is missing.
-        wait_seconds: for another holder to leave. The server of a network file system keeps a lost machine's locks for
-            a while, so a job that was requeued after a node failure finds its own earlier life there.
+        folder: the run's; created if missing.
+        wait_seconds: how long to wait for another holder. The server of a network file system keeps a lost machine's
+            locks for a while, so a job that was requeued after a node failure finds its own earlier lock.
 
     Yields:
-        The file descriptor to hand to a launcher (`pass_fds`).
+        The file descriptor to pass to a launcher (`pass_fds`).
 
     Raises:
-        StageError: another run holds it; the message names host, process and start time. Or the folder cannot be made.
+        StageError: another run holds it (the message names host, process and start time), or the folder cannot be
+            created.
     """
     with access_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # whoever may write here could have put a link in its place, and the holder writes into it
+        try:  # the lock's holder writes into it, and another user of the folder could have replaced it by a link
             descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             if error.errno != errno.ELOOP:
@@ -60,8 +61,8 @@ def run_lock(folder: Path, wait_seconds: float = 0.0) -> Iterator[int]:
         try:
             yield descriptor
         finally:
-            with suppress(OSError):  # on a disk that is full, or has gone, what is under way says so
-                os.ftruncate(descriptor, 0)  # nobody is named by a lock that nobody holds
+            with suppress(OSError):  # if the disk is full or gone, the error under way says so
+                os.ftruncate(descriptor, 0)  # a lock that nobody holds must name nobody
     finally:
         os.close(descriptor)
 
@@ -76,13 +77,13 @@ def _take(descriptor: int, folder: Path, wait_seconds: float) -> None:
                 raise StageError(
                     f"{folder} is in use by {_holder(descriptor)}",
                     "two runs in one folder would overwrite each other's stages",
-                    "wait for it, end it (or the ranks that it left behind), or take another folder with output=PATH",
+                    "wait for it, end it (or the ranks that it left behind), or use another folder with output=PATH",
                 ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             return logger.warning(
-                "%s: this file system keeps no locks, so a second run here would not be refused", folder
+                "%s: this file system does not support locks, so a second run here would not be refused", folder
             )
         time.sleep(_POLL_SECONDS)
 
@@ -93,4 +94,4 @@ def _holder(descriptor: int) -> str:
         job = f" (Slurm job {holder['job']})" if "job" in holder else ""
         return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
     except (json.JSONDecodeError, KeyError, TypeError):
-        return "another run that has not said which"
+        return "another run that has not identified itself"

@@ -1,4 +1,4 @@
-"""What is no error of a stage's own: no memory left, and another rank that has ended; said as what it is. No torch."""
+"""Recognises failures that are not the stage's fault (out of memory, a lost rank), and says so. No torch."""
 
 import re
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from minima.errors import LostRank, OutOfMemory
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
 
-# What PyTorch's allocators, CUDA, NCCL and cuBLAS say of memory, in errors of several types.
+# Out-of-memory messages of PyTorch's allocators, CUDA, NCCL and cuBLAS, in errors of several types.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
-_NOT_MEMORY = "static tls block"  # a library that was loaded too late
-# What gloo, NCCL and PyTorch's key-value store say where whoever was at the other end is there no more.
+_NOT_MEMORY = "static tls block"  # "cannot allocate memory" because a library was loaded too late
+# Messages of gloo, NCCL and PyTorch's key-value store when the peer is gone.
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -20,25 +20,25 @@ _LOST = (
     "connection was likely closed",
 )
 IMPORTANCE_IN_LESS = (
-    "give more ranks, or a `deepspeed:` JSON of your own with less stage3_max_live_parameters and "
-    "stage3_prefetch_bucket_size; less micro_batch_sequences or sequence_length help, too, but the score depends on "
+    "use more ranks, or your own `deepspeed:` JSON with lower stage3_max_live_parameters and "
+    "stage3_prefetch_bucket_size; lower micro_batch_sequences or sequence_length also help, but the score depends on "
     "them"
 )
-_GLOO = r"^\[\S+:\d+\] "  # a place in its source
-_ADVICE_BEGINS = ("If reserved but unallocated", "See documentation")  # PyTorch's own, which follows the figures
+_GLOO = r"^\[\S+:\d+\] "  # gloo's source location at the start of a message
+_ADVICE_BEGINS = ("If reserved but unallocated", "See documentation")  # start of PyTorch's advice after the figures
 
 
 @contextmanager
 def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
-    """Around a stage.
+    """Wrap a stage to translate errors of the machine.
 
     Args:
-        stage: that runs.
-        ranks: that it runs on; one alone loses none.
+        stage: the stage inside the block.
+        ranks: how many ranks it runs on; a single one cannot lose another.
 
     Raises:
-        OutOfMemory: what ran in it found no memory left.
-        LostRank: another rank has ended, so that nothing came of what was to be done together.
+        OutOfMemory: the stage ran out of memory.
+        LostRank: another rank has ended, so that a collective operation failed.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
         if _is_out_of_memory(error, said):
             raise OutOfMemory(
                 f"stages.{stage.name}: {_figures(error)}",
-                "the stage needs more memory than there is; what it has saved stays, and it goes on from there",
+                "the stage needs more memory than there is; what it has saved is kept, and it resumes from there",
                 _ways_out(stage),
             ) from error
         if ranks > 1 and _is_of_ranks(error, said) and any(text in said for text in _LOST):
@@ -63,13 +63,13 @@ def _is_out_of_memory(error: BaseException, said: str) -> bool:
 
 
 def _is_of_ranks(error: BaseException, said: str) -> bool:
-    """Whether it came from what connects ranks, and not, say, from a download."""
+    """Whether the error came from the communication between ranks, and not, for example, from a download."""
     of_torch = type(error).__name__.startswith("Dist") or "nccl" in said or re.match(_GLOO, str(error)) is not None
     return isinstance(error, RuntimeError) and of_torch
 
 
 def _first_line(error: BaseException) -> str:
-    """Without the place in gloo's source that it begins with, and gloo's advice."""
+    """The error's first line without gloo's source location at its start and gloo's advice at its end."""
     line = next(iter(str(error).splitlines()), "")
     return re.sub(_GLOO, "", line).partition("This is typically")[0].rstrip(" .")
 
@@ -86,16 +86,16 @@ def _ways_out(stage: AnyStage) -> str:
         return IMPORTANCE_IN_LESS
     if not isinstance(stage, AnyTraining):
         fewer = next((key for key in ("micro_batch_sequences", "batch_size", "processes") if hasattr(stage, key)), "")
-        more = "take more ranks" if uses_ranks(stage) else "take a machine with more memory"
+        more = "use more ranks" if uses_ranks(stage) else "use a machine with more memory"
         return f"lower {fewer}, or {more}" if fewer else more
     ways = []
     if stage.micro_batch_sequences > 1:
-        ways.append("lower micro_batch_sequences, which leaves the batch as it is")
+        ways.append("lower micro_batch_sequences, which does not change the batch size")
     if stage.activation_checkpointing != "full":
-        taken = " (unless `auto` has taken that)" if stage.activation_checkpointing == "auto" else ""
+        taken = " (unless `auto` has chosen that)" if stage.activation_checkpointing == "auto" else ""
         ways.append(f"set activation_checkpointing: full{taken}")
     if stage.deepspeed != "student_zero3_offload.json":
-        ways.append("keep the optimiser in the hosts' memory with deepspeed: student_zero3_offload.json")
+        ways.append("keep the optimiser in host memory with deepspeed: student_zero3_offload.json")
     if isinstance(stage, Distil) and stage.teacher.offload == "none":
-        ways.append("keep the teacher there with teacher.placement: zero3_node and teacher.offload: cpu")
-    return ", ".join([*ways, "or take more ranks"]) + "; `minima plan` says what fits on which GPUs"
+        ways.append("keep the teacher in host memory with teacher.placement: zero3_node and teacher.offload: cpu")
+    return ", ".join([*ways, "or use more ranks"]) + "; `minima plan` says what fits on which GPUs"

@@ -1,4 +1,4 @@
-"""What a stage folder promises: `started.json` before the work, `manifest.json` as the last thing written."""
+"""A stage folder's state: `started.json` is written before the work, `manifest.json` after everything else."""
 
 import json
 import os
@@ -15,29 +15,29 @@ from minima.errors import StageError
 
 FINISHED, STARTED = "manifest.json", "started.json"
 _VERSIONS = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
-# NFS keeps "no such file" for as long as a folder's attributes, by default 60 s at most (nfs(5), acdirmax).
+# NFS caches "no such file" for as long as a folder's attributes, by default 60 s at most (nfs(5), acdirmax).
 NFS_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the stage of this folder has published its manifest."""
+    """Whether the stage in this folder has published its manifest."""
     return (folder / FINISHED).is_file()
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a stage has left something beside its `started.json`; hidden files are half-written and do not count."""
+    """Whether a stage has written anything besides its `started.json`; hidden files are incomplete and do not count."""
     return (folder / STARTED).is_file() and any(
         not path.name.startswith(".") and path.name != STARTED for path in folder.iterdir()
     )
 
 
 def wait_finished(folder: Path, seconds: float) -> bool:
-    """Whether a stage that another machine may have finished is so, or gets so within some seconds.
+    """Whether a stage is finished; waits up to `seconds` for another machine's result to become visible here.
 
     Args:
         folder: the stage's.
-        seconds: to wait; 0 looks once.
+        seconds: how long to wait; 0 checks once.
     """
     until = time.monotonic() + seconds
     while True:
@@ -50,9 +50,9 @@ def wait_finished(folder: Path, seconds: float) -> bool:
 
 
 def look_again(folder: Path) -> None:
-    """List a folder and what holds it: on NFS that ends a remembered "no such file"."""
+    """List a folder and its parent, which clears a cached "no such file" on NFS."""
     for path in (folder.parent, folder):
-        with suppress(OSError):  # not there, or not ours to list: what is asked for next says so
+        with suppress(OSError):  # missing or not readable: the next access reports it
             os.listdir(path)
 
 
@@ -65,7 +65,7 @@ def read_manifest(folder: Path, name: str = FINISHED) -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, no object")
+            raise ValueError(f"it contains a {type(content).__name__}, not an object")
         return content
     except (FileNotFoundError, NotADirectoryError):
         raise _not_made(folder, name) from None
@@ -74,31 +74,31 @@ def read_manifest(folder: Path, name: str = FINISHED) -> dict[str, Any]:
 
 
 def _not_made(folder: Path, name: str) -> StageError:
-    keeps = f"; it goes on from what {folder} holds" if folder.is_dir() else ""
+    keeps = f"; it resumes from what {folder} contains" if folder.is_dir() else ""
     return StageError(
-        f"stage {folder.name!r} is not {'finished' if name == FINISHED else 'begun'}: {folder / name} is not there",
-        "what reads the stage would start without it",
+        f"stage {folder.name!r} is not {'finished' if name == FINISHED else 'started'}: {folder / name} is missing",
+        "whatever reads the stage would start without its input",
         f"run it first (minima run RECIPE --stages {folder.name}){keeps}",
     )
 
 
 def _unreadable(folder: Path, name: str, error: OSError | ValueError) -> StageError:
-    do = f"remove this one file and run the stage again: it goes on from what else {folder} holds"
+    do = f"remove this one file and run the stage again: it resumes from the rest of {folder}"
     if isinstance(error, OSError):
-        do = "see to it that you may read it and that its disk answers"
-    elif name == STARTED:  # without it nobody knows whether what lies there is what the recipe asks for
+        do = "make sure that you have permission to read it and that its disk responds"
+    elif name == STARTED:  # without it, nobody can tell whether the folder is what the recipe asks for
         saved = ", and the checkpoints in it are lost" if (folder / "checkpoints").is_dir() else ""
-        do = f"put a copy of it back; or remove the folder {folder}: the stage begins again{saved}"
+        do = f"restore it from a copy, or remove the folder {folder}: the stage then starts again{saved}"
     return StageError(
-        f"{folder / name} cannot be read ({error})", "it says what the folder holds and what it was made from", do
+        f"{folder / name} cannot be read ({error})", "it says what the folder contains and what it was made from", do
     )
 
 
 def write_started(folder: Path, description: dict[str, Any]) -> None:
-    """Say what is being made here, before the first byte of it. Keeps the time and the work of earlier starts.
+    """Record what is about to be made in the folder. Keeps the first start's time and the duration of earlier starts.
 
-    `earlier_seconds` sums what earlier starts worked, each from its beginning to the last file that it left: a start
-    that was killed could not say more, and what it did after that was lost and is done again.
+    `earlier_seconds` is the total work of earlier starts, each counted from its beginning to its last written file: a
+    start that was killed cannot report more, and what it did after that file is lost and done again.
     """
     now = time.time()
     content = description | {"versions": versions(), "started": _now(), "began": now, "earlier_seconds": 0.0}
@@ -112,14 +112,14 @@ def write_started(folder: Path, description: dict[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, metrics: dict[str, Any], seconds: float) -> None:
-    """Publish a stage: the last thing that is written into its folder.
+    """Publish a stage by writing the last file of its folder.
 
-    Its `seconds` are of work over all starts: see `write_started` for those that ended early.
+    The manifest's `seconds` cover the work of all starts: see `write_started` for those that ended early.
 
     Args:
         folder: the stage's folder, with its `started.json`.
         metrics: what the stage measured.
-        seconds: of work since the stage was last started.
+        seconds: duration of work since the stage was last started.
     """
     started = read_manifest(folder, STARTED)
     seconds = round(started.get("earlier_seconds", 0.0) + seconds, 3)
@@ -130,7 +130,7 @@ def write_manifest(folder: Path, metrics: dict[str, Any], seconds: float) -> Non
 
 
 def versions() -> dict[str, str]:
-    """Versions of minima and of what its results depend on, without importing any of it."""
+    """Versions of minima and of the packages that its results depend on, found without importing them."""
     found = {"minima": minima.__version__}
     for name in _VERSIONS:
         try:
@@ -141,7 +141,7 @@ def versions() -> dict[str, str]:
 
 
 def _last_write(folder: Path, default: float) -> float:
-    """When the newest file below a stage's folder was written, beside its `started.json`."""
+    """Modification time of the newest file in a stage's folder, other than its `started.json`."""
     files = (path for path in folder.rglob("*") if path.name != STARTED and path.is_file())
     return max((path.stat().st_mtime for path in files), default=default)
 

@@ -1,4 +1,4 @@
-"""What a stage will need on the machine that it runs on, and what `auto` stands for: before anything is built."""
+"""Resolves `auto` settings and checks a stage's memory need on the actual machine, before anything is built."""
 
 import logging
 from typing import Any
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def these_devices() -> Devices:
-    """What this process group runs on, by its smallest node; every rank calls it, and all get the same."""
+    """The devices of this process group, described by its smallest node; every rank calls it and gets the same."""
     nodes = distributed.node_ranks()
     mine = next(len(ranks) for ranks in nodes if distributed.rank() in ranks)
     device, host = distributed.device(), host_memory_bytes()
@@ -45,14 +45,14 @@ def plan_memory(
     sequence_length: int,
     teacher_shape: ModelShape | None,
 ) -> Choice:
-    """Where the frozen model lives and what the student recomputes; rank 0 logs it where there was something to choose.
+    """Choose the frozen model's placement and what the student recomputes; rank 0 logs it if there was a choice.
 
     Args:
         context: of the stage.
         stage: its settings.
         student: shape of the trained model.
         sequence_length: tokens of one block.
-        teacher_shape: of the frozen model, where one runs beside the student.
+        teacher_shape: of the frozen model, if one runs beside the student.
 
     Raises:
         RecipeError: `auto` finds nothing that fits.
@@ -71,14 +71,14 @@ def plan_memory(
 
 
 def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence_length: int) -> None:
-    """Rank 0 logs what measuring importance takes on each rank, with a warning where it does not seem to fit.
+    """Log the memory that measuring importance takes on each rank, with a warning if it does not seem to fit.
 
-    Every rank calls it.
+    Every rank calls it; rank 0 logs.
 
     Args:
         context: of the stage.
         stage: its settings.
-        shape: of the model that is measured.
+        shape: of the model to measure.
         sequence_length: tokens of one block.
     """
     devices = these_devices()
@@ -94,7 +94,7 @@ def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence
         f"{name} {size_text(size)}" for name, size in ({"weights": weights} | dict(memory.passing)).items() if size
     ]
     logger.info(
-        "%s: importance takes %s of the %s that are usable of a rank's device: %s",
+        "%s: importance takes %s of the %s usable on each rank's device: %s",
         stage.name, size_text(needed), size_text(usable), ", ".join(parts),
     )  # fmt: skip
     if needed > usable:
@@ -102,7 +102,7 @@ def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence
 
 
 def choice_metrics(choice: Choice) -> dict[str, Any]:
-    """What a stage's metrics say of it."""
+    """The choice as entries for the stage's metrics."""
     taken: dict[str, Any] = {"activation_checkpointing": choice.activation_checkpointing}
     if choice.placement is not None:
         taken |= {

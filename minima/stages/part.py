@@ -1,4 +1,4 @@
-"""What `minima stage --part I/N` does: one part of a build_data stage, beside other parts that run at the same time."""
+"""`minima stage --part I/N`: encodes one part of a build_data stage, while other parts may run at the same time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,23 +16,23 @@ from minima.stages.manifest import STARTED, is_begun, is_finished, read_manifest
 from minima.stages.run_folder import check_run_folder, claim_run_folder
 from minima.stages.running import HEADER
 
-# Parts that start together take the run folder's lock one after the other, each for as long as it takes to look
-# whether the folder is theirs.
+# Parts that start together take the run folder's lock in turn, each only while it checks that the folder belongs to
+# this run.
 _LOCK_SECONDS = 60.0
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """The number and the total of `I/N`.
+    """Parse `I/N` into the part's number and the total.
 
     Raises:
-        RecipeError: it is none, or I is not below N.
+        RecipeError: the text is not of this form, or I is not below N.
     """
     number, slash, total = text.partition("/")
     if not (slash and number.isascii() and number.isdigit() and total.isascii() and total.isdigit()):
         raise RecipeError(
             f"--part {text!r} is not I/N",
-            "it says which of how many parts to encode",
-            "give the part's number, counted from 0, and how many parts there are: --part 3/16",
+            "it says which part to encode, and how many parts there are",
+            "give the part's number, counted from 0, and the number of parts: --part 3/16",
         )
     if not int(number) < int(total):
         raise RecipeError(
@@ -47,19 +47,19 @@ def parse_part(text: str) -> tuple[int, int]:
 def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, part: str, launch: Launch, write) -> None:
     """Encode one part of a build_data stage into the stage's `parts/`; `minima stage` without `--part` merges them.
 
-    The run folder's lock is held only while the part looks at it, so that parts can run at the same time, and none
-    beside a run in that folder. Each part has a lock of its own.
+    The run folder's lock is held only while the folder is checked, so that parts can run at the same time, but none
+    starts during a run in that folder. Each part has its own lock.
 
     Args:
         recipe: the whole run.
         recipe_path: its file.
-        names: of the stage; the recipe's only build_data stage when not given.
+        names: of the stage; None for the recipe's only build_data stage.
         part: `I/N`.
-        launch: this process's place, alone.
-        write: takes one line of text for a person.
+        launch: this process's place; it must be alone.
+        write: receives lines of text for the user.
 
     Raises:
-        MinimaError: the part cannot be encoded; nothing of other parts is touched.
+        MinimaError: the part cannot be encoded; other parts are not touched.
     """
     number, total = parse_part(part)
     stages = recipe.select(names)
@@ -69,7 +69,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
         chosen = ", ".join(f"{stage.name} ({stage.kind})" for stage in stages) or "none"
         raise RecipeError(
             f"--part {part} with the stages {chosen}",
-            "one stage of kind build_data is divided at a time",
+            "exactly one stage, of kind build_data, can be divided at a time",
             "name it: --stages NAME",
         )
     if launch.world_size > 1:
@@ -87,7 +87,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
             check_run_folder(run_folder, recipe.name, stage_names)
             check_unchanged(description, folder, recipe)
             if is_finished(folder):
-                write(f"stage {stage.name} was finished before")
+                write(f"stage {stage.name} was already finished")
                 return
             claim_run_folder(run_folder, recipe.name, stage_names, resolved_yaml(recipe))
             _begin(folder, description, total)
@@ -100,7 +100,7 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
 
 
 def _begin(folder: Path, description: dict[str, Any], total: int) -> None:
-    """Say what is being made, once for all parts, and refuse another number of them."""
+    """Record what is being made, once for all parts, and refuse a different number of parts."""
     from minima.stages import build_data
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,5 +109,5 @@ def _begin(folder: Path, description: dict[str, Any], total: int) -> None:
     if not (same and is_begun(folder)):
         write_started(folder, description)
     started = read_manifest(folder, STARTED)
-    if started.pop("began", None) is not None:  # parts count their own seconds; between them the folder waits
+    if started.pop("began", None) is not None:  # parts measure their own time; idle time between them must not count
         write_json(folder / STARTED, started)

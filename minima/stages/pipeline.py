@@ -1,4 +1,4 @@
-"""The driver behind `minima run`: which stages are left, in which process groups, and what they came to. No torch."""
+"""The driver behind `minima run`: runs unfinished stages in process groups and reports their outcome. No torch."""
 
 import shutil
 import signal
@@ -24,18 +24,15 @@ from minima.stages.run_folder import check_run_folder, claim_run_folder
 from minima.stages.shipped import find_launcher
 from minima.stages.summary import stage_rows, write_summary
 
-SHORT_KINDS = (
-    "prune",
-    "evaluate",
-    "export",
-)  # neighbours of these kinds share a process group: starting one costs 10 s
+# Neighbours of these kinds share a process group, because starting one costs 10 s.
+SHORT_KINDS = ("prune", "evaluate", "export")
 BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE
 KILLED = 128 + signal.SIGKILL
 _WANT_OF_MEMORY = (
-    ": a process was killed, as the system does when the machine has no memory left; smaller micro-batches need less, "
-    "and on more machines each holds a smaller part of the models"
+    ": a process was killed, as the system does when the machine runs out of memory; smaller micro-batches need less, "
+    "and with more machines each holds a smaller part of the models"
 )
-# Exit codes of what a signal has ended, or the leaving of the one who read its output.
+# Exit codes of a process group that was ended by a signal, or by losing the reader of its output.
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 ALLOW_CODE_EXECUTION = "--allow-code-execution"
 
@@ -47,20 +44,21 @@ def run(
     write: Callable[[str], None],
     allow_code_execution: bool = False,
 ) -> int:
-    """Run what is left of a recipe: each unfinished stage in a process group of its own, in order.
+    """Run the unfinished stages of a recipe in order, each in its own process group (short neighbours share one).
 
     Args:
         recipe_path: the recipe's file.
-        overrides: `key.path=value`; handed on to the ranks.
-        names: only these stages; all for None.
-        write: takes text for the person who waits.
-        allow_code_execution: let a benchmark execute what a model wrote; handed on to the stages.
+        overrides: `key.path=value`; passed on to the ranks.
+        names: only these stages; None for all.
+        write: receives text for the user.
+        allow_code_execution: let a benchmark execute code that a model wrote; passed on to the stages.
 
     Returns:
         0, or the exit code of the first process group that failed.
 
     Raises:
-        MinimaError: the run cannot start, and nothing was changed; or its end is refused, and every stage is kept.
+        MinimaError: the run cannot start, and nothing was changed; or an input changed meanwhile, and every stage is
+            kept.
     """
     _refuse_inside_ranks()
     recipe = load_recipe(recipe_path, overrides)
@@ -77,15 +75,15 @@ def run(
         left = [stage for stage in stages if not is_finished(folder / stage.name)]
         done = [stage.name for stage in stages if stage not in left]
         if done:
-            write(f"finished before: {', '.join(done)}")
+            write(f"already finished: {', '.join(done)}")
         for line in lacking(folder, done, allow_code_execution):
             write(f"warning: {line}")
         for group in (groups := group_stages(left)):
             code = _run_group(recipe, recipe_path, overrides, group, ranks, lock, write)
             if code in STOPPED and all(is_finished(folder / stage.name) for stage in group):
-                if group is groups[-1]:  # it came too late to end anything
+                if group is groups[-1]:  # the signal came too late to stop anything
                     break
-                write(f"a signal came as stage {group[-1].name} ended; the same command goes on after it")
+                write(f"a signal came as stage {group[-1].name} ended; the same command resumes after it")
             if code:
                 return code
         if all(is_finished(folder / stage.name) for stage in recipe.stages):
@@ -93,7 +91,7 @@ def run(
         summary = write_summary(recipe, folder)
     write(run_table(stage_rows(recipe, folder), summary))
     if summary is not None:
-        state = "every stage was finished before" if not left else "every stage is finished"
+        state = "every stage was already finished" if not left else "every stage is finished"
         write(f"all done: {state}; {folder / 'summary.json'}")
     else:
         later = [stage.name for stage in recipe.stages if not is_finished(folder / stage.name)]
@@ -102,7 +100,7 @@ def run(
 
 
 def lacking(run_folder: Path, finished: Sequence[str], allow_code_execution: bool) -> list[str]:
-    """What finished stages do not have, or do not have any more, a line each."""
+    """What finished stages lack, because it was deleted or left out, one line each."""
     found = []
     for name in finished:
         folder = run_folder / name
@@ -113,19 +111,19 @@ def lacking(run_folder: Path, finished: Sequence[str], allow_code_execution: boo
             continue
         if gone:
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-            found.append(f"stage {name} is finished, and {folder / gone[0]}{more} is not there any more")
+            found.append(f"stage {name} is finished, but {folder / gone[0]}{more} no longer exists")
         manifest = read_manifest(folder) if allow_code_execution else {}
         left_out = manifest.get("metrics", {}).get("left_out", [])
         if left_out and manifest.get("stage", {}).get("kind") == "benchmark":
             found.append(
-                f"{ALLOW_CODE_EXECUTION} changes nothing of stage {name}, which was finished without "
-                f"{', '.join(left_out)}: remove {folder} to have it"
+                f"{ALLOW_CODE_EXECUTION} does not change stage {name}, which was finished without "
+                f"{', '.join(left_out)}: remove {folder} to run it again"
             )
     return found
 
 
 def group_stages(stages: Sequence[AnyStage]) -> list[list[AnyStage]]:
-    """Stages in order, neighbouring short ones together."""
+    """Group stages in order: neighbouring short ones together, all others alone."""
     groups: list[list[AnyStage]] = []
     for stage in stages:
         short = stage.kind in SHORT_KINDS
@@ -167,7 +165,7 @@ def _run_group(
         if code in STOPPED and not left:
             return code
         if code in STOPPED and not log.error:
-            write(f"stage {name} was ended by a signal; the same command goes on from what it has saved ({log_file})")
+            write(f"stage {name} was ended by a signal; the same command resumes from what it has saved ({log_file})")
             return code
         reason = f": {log.error}" if log.error else _WANT_OF_MEMORY if log.killed or code == KILLED else ""
         write(f"stage {name} failed with exit code {code}{reason}\nits log is {log_file}")
@@ -179,6 +177,6 @@ def _refuse_inside_ranks() -> None:
     if launch.world_size > 1:
         raise LauncherError(
             f"minima run inside rank {launch.rank} of {launch.world_size}",
-            "it starts the ranks itself, so every rank would start a whole run",
+            "it starts ranks itself, so every rank would start a whole run",
             "call `minima run` once, without a launcher; or `minima stage` under this launcher",
         )

@@ -1,4 +1,4 @@
-"""`minima plan`: a recipe, and the GPUs that it is planned for. No torch."""
+"""`minima plan`: plans a recipe for given GPUs. No torch."""
 
 import json
 import math
@@ -20,19 +20,19 @@ from minima.stages.shipped import find_recipe, shipped_folder
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the command line asks to plan for; None for what it does not say.
+    """The options of `minima plan`; None for those that are not given.
 
     Attributes:
-        gpus: of the whole run; the recipe's ranks when not given.
-        gpu: a name of `planning.hardware.GPUS`, or a YAML file.
-        gpus_per_node: of one machine; what the GPU's vendor builds, or 8, when not given.
+        gpus: number of GPUs of the whole run; None for the recipe's ranks.
+        gpu: a name in `planning.hardware.GPUS`, or a YAML file.
+        gpus_per_node: GPUs of one machine; None for the vendor's usual number, or 8.
         price: of one GPU-hour.
-        efficiency: share of the peak that a step executes; measured, or assumed, when not given.
+        efficiency: fraction of the peak that a step achieves; if None, measured or assumed.
         host_memory: bytes of one machine.
         benchmarks: a folder of results of `tools/bench_distil.py`.
-        gpu_memory: bytes of one GPU, instead of what is published.
-        gpu_flops: FLOP/s in bfloat16, likewise.
-        network_bandwidth: bytes/s of one GPU to other machines, likewise.
+        gpu_memory: bytes of one GPU, instead of the published value.
+        gpu_flops: FLOP/s in bfloat16, instead of the published value.
+        network_bandwidth: bytes/s from one GPU to other machines, instead of the published value.
     """
 
     gpus: int | None = None
@@ -48,15 +48,15 @@ class PlanOptions:
 
 
 def gpus_for(recipe: Recipe, recipe_path: Path, options: PlanOptions) -> PlannedGpus:
-    """What the command line asks to plan for.
+    """The GPUs that the command line asks to plan for.
 
     Args:
-        recipe: the run; says how many ranks where `options.gpus` does not.
+        recipe: the run; gives the number of ranks if `options.gpus` is None.
         recipe_path: its file.
         options: of the command line.
 
     Raises:
-        RecipeError: no such GPU, no GPUs, or a number that cannot be.
+        RecipeError: there is no such GPU, no GPU at all, or a number is impossible.
     """
     _check(options)
     kind = None
@@ -85,18 +85,20 @@ def gpus_for(recipe: Recipe, recipe_path: Path, options: PlanOptions) -> Planned
 
 
 def _check(options: PlanOptions) -> None:
-    """Refuse what would not be used, and numbers that cannot be."""
+    """Refuse options that would have no effect, and impossible numbers."""
     of_a_kind = ("gpu_memory", "gpu_flops", "network_bandwidth", "price", "efficiency")
     given = ["--" + name.replace("_", "-") for name in of_a_kind if getattr(options, name) is not None]
     if options.gpu is None and given:
         raise RecipeError(
             f"{', '.join(given)} without --gpu",
-            "no time is computed for GPUs of no kind, so it would not be used",
+            "without a kind of GPU no time is computed, so it would have no effect",
             "add --gpu with a name or a YAML file",
         )
     efficiency, memory = options.efficiency, options.host_memory
     if efficiency is not None and not 0 < efficiency <= 1:
-        raise RecipeError(f"--efficiency {efficiency:g}", "it is a share of the peak", "give a number above 0, up to 1")
+        raise RecipeError(
+            f"--efficiency {efficiency:g}", "it is a fraction of the peak", "give a number above 0, up to 1"
+        )
     if memory is not None and not 1 <= memory < math.inf:
         raise RecipeError(f"--host-memory {memory:g}", "it is the memory of one machine", "give a number of bytes")
 
@@ -104,14 +106,14 @@ def _check(options: PlanOptions) -> None:
 def plan_command(
     name: str, overrides: list[str], options: PlanOptions, stages: Sequence[str] | None = None, as_json: bool = False
 ) -> str:
-    """What `minima plan` prints.
+    """The output of `minima plan`.
 
     Args:
         name: of the recipe, or its path.
         overrides: of the recipe.
         options: what to plan for.
-        stages: those to show and to add up; all when not given.
-        as_json: all numbers, for programs.
+        stages: the stages to show and to add up; None for all.
+        as_json: return all numbers as JSON instead of text.
 
     Raises:
         MinimaError: as `plan_run` and `gpus_for` do.

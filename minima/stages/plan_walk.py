@@ -1,4 +1,4 @@
-"""What each stage of a recipe needs on GPUs that need not be there, by the walk of the dry run. No torch."""
+"""What each stage of a recipe needs on given GPUs, which need not exist; extends the dry run's walk. No torch."""
 
 from pathlib import Path
 
@@ -33,18 +33,18 @@ from minima.stages.shipped import check_deepspeed_json
 
 
 class _Planner(Walk):
-    """The dry run's walk over the stages, with the GPUs that the run is planned for."""
+    """The dry run's walk over the stages, for the GPUs that the run is planned for."""
 
     def __init__(self, recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> None:
         super().__init__(recipe, recipe_path)
         self.ranks, self.gpus = gpus.count, gpus
-        self.unknown: dict[str, str] = {}  # what a stage's model goes back to where its shape is not known
-        self.told: set[str] = set()  # what has been said how to make known
+        self.unknown: dict[str, str] = {}  # by stage: the root of its model, if that root's shape is unknown
+        self.told: set[str] = set()  # roots for which a note has said what to do
 
     def plan(self, stage: AnyStage) -> StagePlan:
         for name in deepspeed_jsons(stage):
             check_deepspeed_json(stage, name, self.recipe_path)
-        self.stage(stage)  # checks it, and remembers its shape
+        self.stage(stage)  # checks the stage and stores its shape
         plan = StagePlan(
             stage.name, stage.kind, idle=isinstance(stage, BuildData | ExpandVocabulary | Export | Publish)
         )
@@ -66,20 +66,20 @@ class _Planner(Walk):
                 size = 2 if isinstance(stage, Export) and stage.dtype not in (None, "float32") else 4
                 plan.parameters, plan.disk = shape.parameters, {"model": size * shape.parameters}
             elif before is not None:
-                plan.notes.append("the grown vocabulary's size is known once it has run, or with `size:`")
+                plan.notes.append("the extended vocabulary's size is unknown until the stage has run; or set `size:`")
                 self.unknown[stage.name] = stage.name
         elif isinstance(stage, Benchmark):
-            plan.notes.append("its time is that of generating answers, whose lengths are not known")
+            plan.notes.append("its time depends on the lengths of the generated answers, which are unknown")
         return plan
 
     def _known(self, name: str, model: ModelInput, plan: StagePlan, key: str = "") -> ModelShape | None:
-        """The model's shape; None, with a note that says what to add, where nothing tells it.
+        """The model's shape; None, with a note that says what to do, if it is unknown.
 
         Args:
             name: of the stage.
-            model: that it reads.
-            plan: of the stage, for the note.
-            key: of the recipe, where it takes a `shape:`.
+            model: the model that it reads.
+            plan: of the stage; receives the note.
+            key: the recipe's key for this model, if it accepts a `shape:`.
         """
         shape = self.shape(model)
         if shape is not None:
@@ -88,13 +88,14 @@ class _Planner(Walk):
         made_by, _ = stage_and_step(self.recipe, source)
         root = source if made_by is None else self.unknown.get(made_by.name, source)
         self.unknown[name] = root
-        note = f"the model {root} is not known here, so this stage is not counted whole"
+        note = f"the shape of {root} is unknown on this machine, so this stage is not fully counted"
         if root not in self.told and root == source:
             self.told.add(root)
             add = (
-                f"write `{key}: {{source: {root}, shape: {{...}}}}` in stages.{name}, with what its config.json says, "
+                f"write `{key}: {{source: {root}, shape: {{...}}}}` in stages.{name}, with the values of its "
+                "config.json, "
             )
-            note += f": {add + 'or ' if key else ''}run `minima fetch {self.recipe_path}` where it is on the Hub"
+            note += f": {add + 'or ' if key else ''}run `minima fetch {self.recipe_path}` if it is on the Hub"
         if not any(root in other for other in plan.notes):
             plan.notes.append(note)
         return None
@@ -102,7 +103,7 @@ class _Planner(Walk):
     def _data(self, stage: BuildData, plan: StagePlan) -> None:
         blocks = self.blocks(stage.name)
         if blocks is None:
-            plan.notes.append("its tokens are known once it is built, or with `tokens:`")
+            plan.notes.append("its tokens are unknown until it is built; or set `tokens:`")
             return
         plan.tokens = blocks * stage.sequence_length
         tokens = plan.tokens + (stage.held_out_tokens or 0)
@@ -124,7 +125,7 @@ class _Planner(Walk):
             facts = dict(training_facts(training, self.ranks, stage.micro_batch_on(self.ranks)))
             plan.batch = facts["batch"].replace("ranks", "GPUs")
         else:
-            plan.notes.append(f"its tokens and steps are known once {stage.data} is built")
+            plan.notes.append(f"its tokens and steps are unknown until {stage.data} is built")
         if other is not None:
             plan.frozen_parameters = other.parameters
         if shape is None:
@@ -140,7 +141,7 @@ class _Planner(Walk):
         if training is not None:
             plan.flops = training_flops(training, shape, other, (blocks or 0) if once else None)
         if once:
-            plan.notes.append("its reference's one pass over the data is in the FLOPs, not in the time")
+            plan.notes.append("the reference's single pass over the data counts in the FLOPs, not in the time")
             plan.flops_per_token, other = model_flops_per_token(shape, None, length), None
         place(plan, trained_stage(stage, shape, other, length, self.sharding), self.gpus)
 
@@ -154,7 +155,7 @@ class _Planner(Walk):
             return
         plan.frozen_parameters, plan.tokens = shape.parameters, stage.sequences * length
         forward = shape.forward_flops_per_token(length)
-        # No weight has a gradient, so the backward pass is one forward pass's work; layers run forward once more in it.
+        # Weights get no gradients, so backward costs as much as forward; recomputing the layers costs another forward.
         plan.flops_per_token, plan.executed_flops_per_token = 2 * forward, 3 * forward
         plan.flops = 2 * forward * plan.tokens
         work = Work(stage.micro_batch_sequences, length)
@@ -171,7 +172,7 @@ class _Planner(Walk):
         kept = data.held_out_tokens // data.sequence_length if data and data.held_out_tokens else None
         sequences = [count for count in (stage.sequences, kept) if count is not None]
         if not sequences or length is None:
-            plan.notes.append("how much it reads is known once its data is built, or with `sequences:`")
+            plan.notes.append("how much it reads is unknown until its data is built; or set `sequences:`")
             return
         plan.tokens = min(sequences) * length
         found = {name: shape for name, shape in known.items() if shape is not None}
@@ -197,7 +198,7 @@ def plan_run(recipe: Recipe, recipe_path: Path, gpus: PlannedGpus) -> list[Stage
     """The plan of every stage.
 
     Raises:
-        MinimaError: the recipe asks for a shape, a length or a batch that cannot be; the stage is named.
+        MinimaError: the recipe asks for an impossible shape, length or batch; names the stage.
     """
     planner, plans = _Planner(recipe, recipe_path, gpus), []
     for stage in recipe.stages:

@@ -1,4 +1,4 @@
-"""The prune stage: measure what matters, choose what stays, write the smaller model."""
+"""The prune stage: measures importance, selects what to keep, writes the smaller model."""
 
 import logging
 import time
@@ -37,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Cut the stage's model down to its target; every rank calls it, rank 0 writes.
+    """Prune the stage's model to its target shape; every rank calls it, rank 0 writes.
 
-    Leaves `model/` (Hugging Face layout, with the model's tokenizer) and `scores.safetensors`.
+    Writes `model/` (Hugging Face layout, with the model's tokenizer) and `scores.safetensors`.
 
     Returns:
-        Parameters before and after, the sparsity reached, counts and indices of what stays, and seconds of scoring.
+        Parameters before and after, the sparsity reached, counts and indices of what is kept, and seconds of scoring.
 
     Raises:
-        ShapeError: the target cannot be cut from the model; said before any data is read.
-        UnsupportedFamily: the model's parts are not known.
+        ShapeError: the target cannot be pruned from the model; raised before any data is read.
+        UnsupportedFamily: the model's structure is not known.
         StageError: an input is missing, or reused scores are of another kind or model.
-        DiskFull: no space for the model; nothing of it is left.
+        DiskFull: there is no space for the model; what was written of it is removed.
     """
     stage = context.stage
     assert isinstance(stage, Prune)
@@ -59,7 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     check_norm_compensation(shape, stage.norm_compensation)
     check_depth(source.config, plan.student.num_layers)
     for name in source.names():
-        family_of(shape.family).locate(name)  # raises for a tensor that could not be cut
+        family_of(shape.family).locate(name)  # raises for a tensor that could not be pruned
 
     started = time.monotonic()
     scores = _scores(context, stage, origin, shape)
@@ -92,9 +92,9 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelShape) -> Scores | None:
-    """Scores on rank 0, saved before anything is cut; those of an earlier start of this stage, where it left any."""
+    """The scores, on rank 0, saved before anything is pruned; those of an earlier start of this stage are reused."""
     path, source = context.folder / SCORES, origin.source
-    if distributed.broadcast_object(path.is_file()):  # settings and inputs are the same, or the start was refused
+    if distributed.broadcast_object(path.is_file()):  # of the same settings and inputs, or this start would be refused
         return Scores.load(path, kind=stage.score, model=model_identity(source)) if distributed.is_main() else None
     scores = _new_scores(context, stage, origin, shape)
     if distributed.is_main():
@@ -106,11 +106,11 @@ def _scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelSha
 
 
 def _new_scores(context: StageContext, stage: Prune, origin: Origin, shape: ModelShape) -> Scores | None:
-    fields = type(stage).model_fields  # a finished run's recipe writes its defaults out: those count as not given
+    fields = type(stage).model_fields  # a run's saved recipe spells out the defaults, so these count as not given
     measuring = ("sequences", "micro_batch_sequences", "sequence_length", "precision", "deepspeed")
     unused = [name for name in measuring if getattr(stage, name) != fields[name].default]
     if unused and (stage.scores is not None or stage.score != "gradient"):
-        logger.warning("%s: %s not used: no data is read for its scores", stage.name, ", ".join(sorted(unused)))
+        logger.warning("%s: %s not used: its scores need no data", stage.name, ", ".join(sorted(unused)))
     if stage.score == "gradient" and stage.scores is None:
         return _measure(context, stage, origin, shape)
     if not distributed.is_main():
@@ -136,13 +136,13 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
     if length > store.sequence_length:
         raise ShapeError(
             f"sequence_length {length} from blocks of {store.sequence_length} tokens",
-            "a block can be cut shorter, not made longer",
-            f"choose at most {store.sequence_length}, or leave it out",
+            "a block can be shortened, but not lengthened",
+            f"choose at most {store.sequence_length}, or omit it",
         )
     check_tokens(data, origin.tokenizer, origin.identity)
     if stage.sequences > len(store) and distributed.is_main():
         logger.warning(
-            "%s: %d sequences are asked for, and %s has %d: they are read again",
+            "%s: %d sequences are requested, but %s has only %d, so some are read more than once",
             stage.name, stage.sequences, store.folder, len(store),
         )  # fmt: skip
     log_scoring(context, stage, shape, length)
@@ -179,12 +179,12 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
 
 
 def _shown(stage: Prune, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same micro-batches, with a line for the person who waits, about ten in all."""
+    """Pass the micro-batches through, reporting progress about ten times."""
     turns = -(-stage.sequences // (stage.micro_batch_sequences * distributed.world_size()))
     progress = Progress(stage.name, turns, columns=terminal_columns())
     for turn, batch in enumerate(micro_batches):
         if turn and turn % max(1, turns // 10) == 0 and distributed.is_main():
-            progress.update(turn, {"importance of": f"{turn * stage.micro_batch_sequences:,} sequences a rank"})
+            progress.update(turn, {"importance of": f"{turn * stage.micro_batch_sequences:,} sequences per rank"})
         yield batch
     if distributed.is_main():
         progress.close()
@@ -201,10 +201,10 @@ def batches(
     world_size: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """One rank's micro-batches of the first `sequences` sampled blocks, the last one filled up with masked blocks.
+    """One rank's micro-batches of the first `sequences` sampled blocks, the last one padded with masked blocks.
 
     Micro-batch `j` goes to rank `j % world_size`, so the same micro-batches are measured on any number of ranks. All
-    ranks get as many, since ZeRO-3 has them work in step; one beyond the last has no valid label.
+    ranks get the same number, because ZeRO-3 needs them to work in step; surplus ones have no valid label.
     """
     sampler = BlockSampler(len(store), seed)
     micro_batches = -(-sequences // micro_batch_sequences)

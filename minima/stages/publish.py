@@ -1,4 +1,4 @@
-"""The publish stage: an exported model to the Hub, with the benchmark scores that have come since on its card."""
+"""The publish stage: pushes an exported model to the Hub, its card updated with later benchmark scores."""
 
 import logging
 from dataclasses import asdict
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Push the model; the same files again make no commit.
+    """Push the model; pushing the same files again makes no commit.
 
     Returns:
-        `url`, `commit`, `changed`, `files`, `removed` and `left_out`, as `Pushed` has them.
+        The fields of `Pushed`: `url`, `commit`, `changed`, `private`, `files`, `removed` and `left_out`.
 
     Raises:
-        StageError: it is not a finished export, or the Hub does not take it.
+        StageError: it is not a finished export, or the Hub refuses it.
     """
     stage = context.stage
     assert isinstance(stage, Publish)

@@ -1,4 +1,4 @@
-"""Where a training stage goes on: the newest complete checkpoint whose bytes are those that were written."""
+"""Resuming a training stage from the newest checkpoint that is complete and undamaged."""
 
 import logging
 from functools import partial
@@ -16,19 +16,19 @@ logger = logging.getLogger("minima.resume")
 
 
 def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint into a student that has just been built; every rank calls it.
+    """Load the newest undamaged checkpoint into a newly built student; every rank calls it.
 
-    A damaged one is named, set aside as `step-N.damaged`, and passed over.
+    A damaged one is reported, renamed to `step-N.damaged`, and skipped.
 
     Args:
-        student: gets weights, optimiser and random states.
+        student: receives weights, optimiser and random states.
         checkpoints: the stage's folder of checkpoints.
 
     Returns:
-        What its marker says; None where no checkpoint was ever complete.
+        The content of its marker; None if no checkpoint was ever complete.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole; also where an earlier start has set them aside.
+        CheckpointError: there are checkpoints, but none is usable, including any that an earlier start renamed.
     """
     passed_over: list[str] = []
     while True:
@@ -39,18 +39,18 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
         checkpoint = step_folder(checkpoints, newest)
         try:
             return load_shards(student, checkpoint)
-        except StoreCorrupted as error:  # all ranks have met it
+        except StoreCorrupted as error:  # raised on all ranks
             passed_over.append(error.what)
             with distributed.refused_together(partial(_cannot_set_aside, checkpoint, error.what)):
                 if distributed.is_main():
                     aside = set_aside(checkpoint)
-                    logger.warning("%s; it is passed over and kept as %s", error.what, aside)
+                    logger.warning("%s; it is skipped and kept as %s", error.what, aside)
     if left := distributed.broadcast_object(_not_whole(checkpoints) if distributed.is_main() else []):
         raise CheckpointError(
-            f"no checkpoint in {checkpoints} is whole: {'; '.join(passed_over or left)}",
+            f"no checkpoint in {checkpoints} is usable: {'; '.join(passed_over or left)}",
             "the run would silently start again from its first step",
             f"copy an undamaged checkpoint back as {checkpoints}/step-NNNNNNNN (its step, in eight digits), or remove "
-            f"{checkpoints}, and all that is left in it, to train again from the first step",
+            f"{checkpoints} and everything in it to train again from the first step",
         )
     return None
 
@@ -58,11 +58,11 @@ def load_newest(student: Student, checkpoints: Path) -> dict[str, Any] | None:
 def _cannot_set_aside(checkpoint: Path, damage: str, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"{damage}, and {checkpoint} cannot be renamed: {error}",
-        "the run would go on from the checkpoint before it, and every later start would read this one first",
-        "let this user write there, or remove it by hand, and run again",
+        "the run would resume from the checkpoint before it, and every later start would read this one first",
+        "give this user write permission there, or remove it by hand, and run again",
     )
 
 
 def _not_whole(checkpoints: Path) -> list[str]:
-    """What is left of checkpoints that were complete once; a save that was cut short never was."""
+    """Remains of checkpoints that were once complete; interrupted saves (`.partial`) do not count."""
     return sorted(path.name for path in checkpoints.glob("step-*") if path.suffix != ".partial")

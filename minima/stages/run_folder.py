@@ -1,4 +1,4 @@
-"""A run's folder belongs to one recipe."""
+"""Access to a run's folder, which belongs to one recipe."""
 
 import errno
 import os
@@ -12,15 +12,15 @@ import yaml
 from minima.disk import disk_full_named, write_whole
 from minima.errors import StageError
 
-_OWN = ("lock", "logs", "cluster", "cells")  # what may lie in a folder before its recipe does
+_OWN = ("lock", "logs", "cluster", "cells")  # may exist in a folder before its recipe does
 
 
 @contextmanager
 def access_named(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses of a run's folder into an error that says what to do.
+    """Turn the operating system's errors about a run's folder into one that says what to do.
 
     Raises:
-        StageError: the folder, or a file in it, cannot be made, looked at or written.
+        StageError: the folder, or a file in it, cannot be created, read or written.
         DiskFull: there is no space for it.
     """
     try:
@@ -30,13 +30,13 @@ def access_named(folder: Path) -> Iterator[None]:
         raise StageError(
             f"the folder {folder} cannot be used ({error})",
             "a run keeps its lock, its logs and its stages in its folder",
-            "see to it that every folder on that path is one, and that you may write there; or take another with "
+            "make sure that every part of that path is a folder and that you may write there, or choose another with "
             "output=PATH",
         ) from error
 
 
 def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: str) -> None:
-    """Make the folder and keep the resolved recipe in it as `recipe.yaml`.
+    """Create the folder and save the resolved recipe in it as `recipe.yaml`.
 
     Args:
         folder: the run's.
@@ -45,7 +45,7 @@ def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: s
         resolved: the recipe's YAML with all defaults.
 
     Raises:
-        StageError: the folder belongs to another recipe, or holds something else.
+        StageError: the folder belongs to another recipe, or contains something else.
     """
     check_run_folder(folder, name, stages)
     with access_named(folder):
@@ -54,7 +54,7 @@ def claim_run_folder(folder: Path, name: str, stages: Sequence[str], resolved: s
 
 
 def has_recipe(folder: Path) -> bool:
-    """Whether a run has begun in a folder."""
+    """Whether a run has been started in a folder."""
     return (folder / "recipe.yaml").is_file()
 
 
@@ -64,9 +64,9 @@ def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:
     A recipe may gain and lose stages; another name, or no stage in common, makes it another recipe.
 
     Raises:
-        StageError: the folder belongs to another recipe, holds something else, or cannot be looked at.
+        StageError: the folder belongs to another recipe, contains something else, or cannot be read.
     """
-    do = f"take another folder with output=PATH, or move {folder} away"
+    do = f"choose another folder with output=PATH, or move {folder} away"
     with access_named(folder):
         if folder.exists() and not folder.is_dir():
             raise StageError(f"the output {folder} is a file", "a run's stages are folders inside its folder", do)
@@ -74,17 +74,17 @@ def check_run_folder(folder: Path, name: str, stages: Sequence[str]) -> None:
             if parent.exists() and not parent.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
         held = set(os.listdir(folder)) if folder.is_dir() else set()
-        if all(name in _OWN or name.startswith(".recipe.yaml") for name in held):  # the second of a write that failed
+        if all(name in _OWN or name.startswith(".recipe.yaml") for name in held):  # the latter: from a failed write
             return
         path = folder / "recipe.yaml"
         text = path.read_bytes() if path.is_file() else b""
     try:
         kept: Any = yaml.safe_load(text.decode("utf-8"))
         other, other_stages = kept["name"], [str(stage["name"]) for stage in kept["stages"]]
-    except (ValueError, yaml.YAMLError, KeyError, TypeError):  # bytes that are no UTF-8 are a ValueError
+    except (ValueError, yaml.YAMLError, KeyError, TypeError):  # bytes that are not UTF-8 raise a ValueError
         raise StageError(
-            f"the output folder {folder} holds files but no recipe.yaml of a run",
-            "a run writes into its folder, and nothing of yours may be lost",
+            f"the output folder {folder} contains files, but no recipe.yaml of a run",
+            "a run writes into its folder, and could overwrite files of yours",
             do,
         ) from None
     if other != name or not set(other_stages) & set(stages):

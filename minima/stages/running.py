@@ -1,4 +1,4 @@
-"""What every rank does: run stages one after another in one process group, and publish each."""
+"""What every rank does: runs stages one after another in one process group, and publishes each."""
 
 import importlib
 import sys
@@ -30,18 +30,18 @@ from minima.stages.manifest import (
 )
 from minima.stages.run_folder import access_named, check_run_folder, claim_run_folder
 
-HEADER = "== stage "  # begins the line that rank 0 prints as it starts a stage; the driver cuts its logs there
-ERROR = "minima: "  # begins the line that tells a user's mistake
+HEADER = "== stage "  # starts the line that rank 0 prints when it starts a stage; the driver splits its logs there
+ERROR = "minima: "  # starts the line that reports a user's mistake
 # A file server keeps the locks of a machine that it has lost, by default for 90 s (Linux nfsd, nfsv4leasetime).
 _REQUEUED_SECONDS = 120.0
-_POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
+_POLL_SECONDS = 0.5  # how often other ranks check a stage that rank 0 runs alone
 
 
 @access_refused_named()
 def run_stage_command(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:
-    """What `minima stage` does on each rank: `run_stages` under the run folder's lock, unless the driver holds it."""
+    """Run `minima stage` on one rank: `run_stages` under the run folder's lock, unless the driver holds it already."""
     stages = recipe.select(names)
     folder = recipe.folder
     with disk_full_named(folder), ExitStack() as stack:
@@ -69,23 +69,23 @@ def run_stages(
         recipe_path: its file.
         stages: in the recipe's order.
         launch: this rank's place.
-        write: takes one line of text for a person; called on rank 0 only.
-        allow_code_execution: let a benchmark execute what a model wrote.
-        keep_group: leave the process group standing, for another run in this process.
+        write: receives a line of text for the user; called on rank 0 only.
+        allow_code_execution: let a benchmark execute code that a model wrote.
+        keep_group: keep the process group for another run in this process.
 
     Raises:
-        MinimaError: a stage cannot run; nothing that was finished is touched.
+        MinimaError: a stage cannot run; finished stages are not touched.
     """
     run_folder = recipe.folder
     for stage in stages:
         if isinstance(stage, AnyTraining) and not is_finished(run_folder / stage.name):
-            check_batch(stage.name, stage, launch.world_size)  # started by hand, no driver has seen to it
+            check_batch(stage.name, stage, launch.world_size)  # without a driver, nothing has checked it yet
     planned: dict[str, str] = {}
     for stage in stages:
         folder = run_folder / stage.name
         if launch.world_size > 1:
             look_again(folder)  # ranks of two machines have to agree on what is finished
-        if launch.rank == 0 and is_finished(folder):  # another node need not have what an earlier stage read
+        if launch.rank == 0 and is_finished(folder):  # other nodes may lack an earlier stage's inputs
             check_unchanged(describe(recipe, stage, run_folder, planned), folder, recipe)
     if launch.rank == 0:
         check_read(recipe, stages, run_folder)
@@ -107,7 +107,7 @@ def run_stages(
         else:
             _wait(folder)
     if group_started and not keep_group:
-        distributed.stop()  # after an error nothing is torn down: that would wait for ranks that wait for this one
+        distributed.stop()  # not after an error, since teardown would wait for ranks that wait for this one
 
 
 def _run(module, context: StageContext, write) -> None:
@@ -131,14 +131,14 @@ def _run(module, context: StageContext, write) -> None:
         distributed.barrier()
         if not wait_finished(folder, NFS_SECONDS):  # the next stage reads this manifest on every rank
             raise StageError(
-                f"rank {context.launch.rank} does not see {folder} finished, which rank 0 has published",
-                "it would not find what the next stage reads",
-                "put the run's folder where every machine sees it (output=PATH)",
+                f"rank {context.launch.rank} does not see the manifest in {folder}, which rank 0 has published",
+                "the next stage would not find its input there",
+                "use a folder that all machines share (output=PATH)",
             )
 
 
 def _begin(context: StageContext, write) -> None:
-    """Check the folder and begin it, on rank 0 alone; what that refuses, every rank raises."""
+    """Check and start the stage's folder on rank 0; if rank 0 refuses it, every rank raises the error."""
     refusal: MinimaError | None = None
     if context.launch.rank == 0:
         try:
@@ -161,8 +161,8 @@ def _begin(context: StageContext, write) -> None:
 
 @contextmanager
 def _alone(stage: AnyStage) -> Iterator[None]:
-    """Around a stage that one process does: the other ranks of a group, if there is one, wait for its folder."""
-    if uses_ranks(stage) or "torch.distributed" not in sys.modules:  # no group is there, and build_data needs no torch
+    """Wrap a stage that runs in a single process: in a process group, the other ranks wait for its folder."""
+    if uses_ranks(stage) or "torch.distributed" not in sys.modules:  # no group then; build_data must not import torch
         yield
         return
     from minima.engine import distributed

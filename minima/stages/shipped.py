@@ -1,4 +1,4 @@
-"""Where recipes, DeepSpeed JSONs and launchers are found: beside the recipe, in the clone, in the wheel."""
+"""Finds recipes, DeepSpeed JSONs and launchers: beside the recipe, in the clone, or in the wheel."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def shipped_folder(kind: str) -> Path:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by its path, or by the bare name of one that minima ships.
+    """Find a recipe by its path, or by the name of one that minima ships.
 
     Raises:
         RecipeError: there is no such file and no such shipped recipe.
@@ -33,14 +33,14 @@ def find_recipe(name: str) -> Path:
             return candidate
     shipped = sorted(file.stem for file in folder.glob("*.yaml"))
     raise RecipeError(
-        f"there is no recipe {name!r} here{nearest(name, shipped)}",
-        "a run is what its recipe says",
+        f"there is no recipe {name!r} on this machine{nearest(name, shipped)}",
+        "the recipe defines the run",
         f"give the path of a YAML file, or the name of a shipped recipe: {', '.join(shipped) or 'none found'}",
     )
 
 
 def find_deepspeed_json(name: str, recipe_path: Path) -> Path:
-    """A DeepSpeed JSON: a path, a file beside the recipe (also in its `ds_configs/`), or one that minima ships.
+    """Find a DeepSpeed JSON: a path, a file beside the recipe or in `ds_configs/` there, or one that minima ships.
 
     Raises:
         RecipeError: there is none of that name.
@@ -53,13 +53,13 @@ def find_deepspeed_json(name: str, recipe_path: Path) -> Path:
     known = ", ".join(sorted(file.name for file in shipped.glob("*.json")))
     raise RecipeError(
         f"there is no DeepSpeed JSON {name!r} beside {recipe_path} or among the shipped ones",
-        "it says how the model is sharded over the ranks",
-        f"write it beside the recipe, or choose a shipped one: {known or 'none found'}",
+        "it defines how the model is sharded across the ranks",
+        f"put it beside the recipe, or choose a shipped one: {known or 'none found'}",
     )
 
 
 def check_deepspeed_json(stage: AnyStage, name: str, recipe_path: Path) -> None:
-    """Refuse a DeepSpeed JSON with which a stage that names it could not run.
+    """Refuse a DeepSpeed JSON that the stage naming it could not run with.
 
     Raises:
         RecipeError: there is none of that name.
@@ -73,7 +73,7 @@ def check_deepspeed_json(stage: AnyStage, name: str, recipe_path: Path) -> None:
 
 
 def find_launcher(name: str, recipe_path: Path) -> Path:
-    """The shell file `launch/NAME.sh` beside the recipe, or the one that minima ships.
+    """Find the shell file `launch/NAME.sh` beside the recipe, or the one that minima ships.
 
     Raises:
         RecipeError: there is none of that name.

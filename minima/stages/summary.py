@@ -1,4 +1,4 @@
-"""What a run came to: `summary.json` from the stages' manifests, as the recipe's `summary` block asks."""
+"""A run's results: `summary.json` from the stages' manifests, as defined by the recipe's `summary` block."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from minima.stages.manifest import STARTED, is_finished, read_manifest
 
 
 def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
-    """Write `summary.json` once every stage is finished, and give its content; None before that.
+    """Write `summary.json` once every stage is finished, and return its content; None before that.
 
-    Beside what the recipe asks for it holds `tokens` (that the weights of all training stages were trained on: where
-    `patience` left an earlier checkpoint, those up to it, without the steps after it), `seconds` (of all stages' work
-    over all their starts, without starting processes) and `export` (path of each export stage's model).
+    Besides what the recipe asks for, it contains `tokens` (trained on by all training stages; if `patience` chose an
+    earlier checkpoint, only those up to it), `seconds` (work of all stages over all their starts, excluding process
+    startup) and `export` (path of each export stage's model).
 
     Raises:
-        RecipeError: the recipe asks for a metric that its stage did not measure, or to average what is no number.
+        RecipeError: the recipe asks for a metric that its stage did not measure, or to average something that is not a
+            number.
     """
     if not all(is_finished(folder / stage.name) for stage in recipe.stages):
         return None
@@ -36,7 +37,7 @@ def write_summary(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
 
 
 def stage_rows(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """One row for each stage: name, kind, state, and what its manifest says."""
+    """One row for each stage: name, kind, state, and the seconds and metrics from its manifest."""
     rows = []
     for stage in recipe.stages:
         own = folder / stage.name
@@ -63,7 +64,7 @@ def _mean(numbers: list[Any], names: list[str], where: str) -> float:
         if not isinstance(number, int | float):
             text = repr(number)
             raise RecipeError(
-                f"summary.{where}: {name!r} is no number but {text if len(text) <= 80 else text[:77] + '...'}",
+                f"summary.{where}: {name!r} is not a number but {text if len(text) <= 80 else text[:77] + '...'}",
                 "a list is averaged, and summary.json is not written without its mean",
                 f"name it alone ({where}: {name}), or name numbers; finished stages are not run again",
             )
@@ -74,11 +75,11 @@ def _look_up(block: Any, path: str, whole: str, where: str) -> Any:
     if not path:
         return block
     keys = sorted(block, key=len, reverse=True) if isinstance(block, dict) else []
-    for key in keys:  # a key may hold a point (a stage's name, a path), so the longest that fits is meant
+    for key in keys:  # a key may contain a dot (a stage's name, a path), so the longest match wins
         if path == key or path.startswith(f"{key}."):
             return _look_up(block[key], path[len(key) + 1 :], whole, where)
     raise RecipeError(
         f"summary.{where}: {whole!r} was not measured ({path!r} is not among {', '.join(keys) or 'any metrics'})",
         "summary.json would lack what the recipe asks for",
-        "mend the recipe's summary block and run again; finished stages are not run again",
+        "fix the recipe's summary block and run again; finished stages are not run again",
     )

@@ -1,4 +1,4 @@
-"""The one assembly of a training run: data, student, objective, loop. Training stages differ in two of them."""
+"""Assembles a training run from data, student, objective and loop; training stages differ in data and objective."""
 
 import random
 from collections.abc import Callable
@@ -50,19 +50,19 @@ def run_training(
     teacher_shape: ModelShape | None = None,
     origin: Origin | None = None,
 ) -> dict[str, Any]:
-    """Train a stage's model, or go on from its newest checkpoint.
+    """Train a stage's model, or resume from its newest checkpoint.
 
     Args:
         context: of the stage.
         stage: a training stage.
-        make_objective: gives the objective, from the data stage's folder, the student's shape and the memory plan; a
+        make_objective: builds the objective from the data stage's folder, the student's shape and the memory plan; a
             teacher's engine is built in it, before the student's.
-        identities: what checkpoints say of frozen models.
-        formats: of data that the objective can learn from.
-        measure: gives at least `held_out_loss`; every rank calls it.
-        counted: what the objective's `count` counts, as the metrics call it.
-        teacher_shape: of the frozen model that runs beside the student.
-        origin: the weights to start from; those that the stage names when not given.
+        identities: facts about frozen models to record in checkpoints.
+        formats: data formats that the objective can learn from.
+        measure: returns at least `held_out_loss`; every rank calls it.
+        counted: the metrics' name for what the objective's `count` counts.
+        teacher_shape: of the frozen model that runs beside the student, if any.
+        origin: the weights to start from; None for those that the stage names.
 
     Returns:
         The stage's metrics.
@@ -119,10 +119,10 @@ def run_training(
     try:
         run.start(first_step, total_steps)
         ended = run.ended is not None or run.catch_up(first_step, total_steps)
-        distributed.barrier()  # opening logs may take rank 0 longer than a collective of DeepSpeed's waits
+        distributed.barrier()  # opening logs may take rank 0 longer than the timeout of DeepSpeed's collectives
         if not ended:
             with run.watchdog:
-                stop = StopRequest().listen()  # until here a signal ends the process at once: nothing would be lost
+                stop = StopRequest().listen()  # before this, a signal ends the process at once, and nothing is lost
                 train(student, objective, batches, schedule, run.events(), first_step, stop=stop, watchdog=run.watchdog)
         run.settle()
         return run.metrics() | choice_metrics(choice)
@@ -134,10 +134,10 @@ def run_training(
 def _checked_steps(
     stage: AnyTraining, shape: ModelShape, store: TokenStore, held_out: TokenStore, origin: Origin
 ) -> int:
-    """The optimiser steps of a stage, whose model can read its data.
+    """Check that the model fits its data, and return the stage's number of optimiser steps.
 
     Raises:
-        MinimaError: it cannot, there is nothing to evaluate on, or less than one sequence to train on.
+        MinimaError: it does not fit, there is nothing to evaluate on, or less than one sequence to train on.
     """
     check_fit(shape, store, origin.identity)
     if stage.evaluate_every_steps and len(held_out):
@@ -145,13 +145,13 @@ def _checked_steps(
     elif stage.evaluate_every_steps:
         raise DataError(
             f"stage {stage.name!r} evaluates every {stage.evaluate_every_steps} steps, but {held_out.folder} is empty",
-            "there is no text that it was not trained on",
+            "there is no text left that it was not trained on",
             "raise held_out_fraction of the build_data stage, or set evaluate_every_steps: 0",
         )
     if not (steps := stage.total_steps(store.sequence_length, len(store))):
         raise RecipeError(
             f"stage {stage.name!r} has less than one sequence to train on",
-            "no step would be made",
+            "it would make no step",
             f"give it at least {store.sequence_length} tokens",
         )
     return steps

@@ -1,4 +1,4 @@
-"""What happens around the training loop: checkpoints, held-out losses, metrics and the line that a person sees."""
+"""What happens around the training loop: checkpoints, held-out losses, metrics and progress lines."""
 
 import json
 import resource
@@ -29,20 +29,20 @@ from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.resume import load_newest
 
-ENDED = "ended.json"  # where a run with patience has ended
-PARTS = ("loss", "hard", "soft", "kl", "accuracy", "margin")  # of a training record, what the progress line shows
+ENDED = "ended.json"  # records the end of a run with patience
+PARTS = ("loss", "hard", "soft", "kl", "accuracy", "margin")  # values of a training record that the progress line shows
 Measure = Callable[[StudentView, TokenStore, int | None, int], dict[str, float]]
 
 
 def held_out_loss(
     view: StudentView, store: TokenStore, sequences: int | None, micro_batch_sequences: int
 ) -> dict[str, float]:
-    """Loss and perplexity of the student as it is; every rank calls it.
+    """Loss and perplexity of the student in its current state; every rank calls it.
 
     Args:
         view: of the student.
         store: held-out blocks.
-        sequences: at most this many of them.
+        sequences: use at most this many of them.
         micro_batch_sequences: blocks of one forward pass on one rank.
     """
     scores = evaluate(view, store, sequences=sequences, micro_batch_sequences=micro_batch_sequences, name="the student")
@@ -50,7 +50,7 @@ def held_out_loss(
 
 
 class TrainingRun:
-    """One training stage around its loop."""
+    """The state of one training stage around its loop."""
 
     def __init__(
         self,
@@ -79,13 +79,13 @@ class TrainingRun:
         named = named_steps(context.recipe, stage.name)
         self.writer = CheckpointWriter(self.checkpoints, stage.keep_checkpoints, stage.keep_every_steps, named)
         self.watchdog = Watchdog(stage.watchdog_seconds)
-        self.step = self.total = 0  # finished steps, and what is counted in them
-        self.ended: dict[str, Any] | None = None  # what an earlier start left when it ended the run
+        self.step = self.total = 0  # finished steps, and the tokens or pairs counted in them
+        self.ended: dict[str, Any] | None = None  # content of ENDED, if an earlier start finished training
 
     def resume(self) -> int:
-        """Load the newest complete checkpoint, if there is one; returns the finished steps."""
+        """Load the newest complete checkpoint, if there is one; returns the number of finished steps."""
         facts = load_newest(self.student, self.checkpoints)
-        # Another node's view may be older: rank 0's is taken.
+        # Another node's view of the folder may be older, so rank 0's is used.
         self.ended = distributed.broadcast_object(self._read_end() if distributed.is_main() else None)
         if facts is None:
             return 0
@@ -93,21 +93,21 @@ class TrainingRun:
         if "counted" not in facts:
             raise CheckpointError(
                 f"{checkpoint} was written by an earlier version of minima",
-                "it does not say what was counted before it, so the run's numbers would be wrong",
-                f"remove {self.context.folder} to train the stage again; the checkpoint can still be read by others",
+                "it does not record the counts up to it, so the run's numbers would be wrong",
+                f"remove {self.context.folder} to train the stage again; other stages can still read the checkpoint",
             )
         self.step, self.total = facts["step"], facts["counted"]
         self.patience.restore(facts["patience"])
         return facts["step"]
 
     def _read_end(self) -> dict[str, Any] | None:
-        """How an earlier start ended the run; forgotten where the checkpoint that it chose is no longer there."""
+        """The record of an earlier start that finished training; deleted if the checkpoint it chose is gone."""
         path = self.context.folder / ENDED
         try:
             ended = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:  # cut off by a power failure
+        except ValueError:  # truncated by a power failure
             ended = {}
         if ended.get("best_step") in complete_steps(self.checkpoints):
             return ended
@@ -115,7 +115,7 @@ class TrainingRun:
         return None
 
     def start(self, first_step: int, total_steps: int) -> None:
-        """Open the metrics and the progress line."""
+        """Open the metrics log and the progress line."""
         accelerator = get_accelerator()
         if accelerator.device_name() != "cpu":
             accelerator.reset_peak_memory_stats()
@@ -144,7 +144,7 @@ class TrainingRun:
         )
 
     def events(self) -> Events:
-        """What the loop calls."""
+        """The callbacks and periods for the training loop."""
         stage = self.stage
         return Events(
             log=self.write,
@@ -159,7 +159,7 @@ class TrainingRun:
         )
 
     def write(self, step: int, record: dict[str, float]) -> None:
-        """One record of training metrics."""
+        """Write one record of training metrics."""
         steps, seconds = int(record.pop("steps")), record.pop("seconds")
         self.step, self.total = step, self.total + int(record.pop("tokens"))
         tokens = self._seen(step)["tokens"] - self._seen(step - steps)["tokens"]
@@ -181,7 +181,7 @@ class TrainingRun:
             self.progress.update(step, facts | {"tokens/s": f"{speed:,.0f}"})
 
     def evaluate(self, step: int) -> bool:
-        """Held-out loss of the student as it is; whether the run is to end here."""
+        """Evaluate the student on held-out blocks; returns whether the run should end here."""
         stage = self.stage
         with self.student.measured(lambda: self.watchdog.mark(f"step {step}: evaluating")) as view:
             found = self.measure(view, self.held_out, stage.evaluate_sequences, stage.micro_batch_sequences)
@@ -198,9 +198,9 @@ class TrainingRun:
         return self.patience.spent
 
     def catch_up(self, step: int, total_steps: int) -> bool:
-        """What an earlier start knew when it ended after `step` steps; whether the run is to end here.
+        """Restore the evaluations of an earlier start that ended after `step` steps; returns whether to end here.
 
-        If it ended between checkpoint and evaluation, that evaluation is made.
+        If it ended between a checkpoint and its evaluation, that evaluation is done now.
         """
         every = self.stage.evaluate_every_steps
         if not step or not every:
@@ -214,29 +214,30 @@ class TrainingRun:
             return self.patience.spent
         if last is None or last["step"] != step:
             return self.evaluate(step)
-        self.patience.add(step, last["held_out_loss"])  # the checkpoint was written before it was known
+        self.patience.add(step, last["held_out_loss"])  # the checkpoint was written before this loss was known
         return self.patience.spent
 
     def settle(self) -> None:
-        """With patience, leave the best checkpoint as the newest, so that whoever reads the stage takes it."""
+        """With patience, drop checkpoints after the best one, because readers of the stage use the newest."""
         best = self.patience.best_step if self.ended is None else self.ended["best_step"]
         if self.stage.patience is None or best is None:
             return
         with distributed.refused_together(), disk_full_named(self.context.folder):
-            if self.ended is None and distributed.is_main():  # before anything is dropped: a start after a kill here
-                ended = {"step": self.step, "best_step": best, "metrics": self.metrics()}  # does not train it again
+            # Recorded before anything is dropped, so that a start after a kill here does not train those steps again.
+            if self.ended is None and distributed.is_main():
+                ended = {"step": self.step, "best_step": best, "metrics": self.metrics()}
                 write_json(self.context.folder / ENDED, ended)
         drop_after(self.checkpoints, best)
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` updates."""
+        """Start writing a checkpoint after `step` updates."""
         facts = {
             "step": step,
             "optimizer_steps": step,
             **self._seen(step),
             "counted": self.total,
             "patience": self.patience.state(),
-            "record": self.last,  # of this step: a log line comes before each checkpoint
+            "record": self.last,  # of this step, as a log line precedes each checkpoint
             "ranks": distributed.world_size(),
             "config": self.student.config,
             "shapes": shapes(self.student),
@@ -247,13 +248,13 @@ class TrainingRun:
         self.writer.begin(step, lambda: snapshot_shards(self.student), facts, spare)
 
     def _seen(self, step: int) -> dict[str, int]:
-        """Sequences and tokens after `step` steps; those that fill up the last step are none."""
+        """Sequences and tokens after `step` steps, without the masked ones that pad the last step."""
         length = self.store.sequence_length
         sequences = min(step * self.stage.batch_sequences, self.stage.total_sequences(length, len(self.store)))
         return {"sequences": sequences, "tokens": sequences * length}
 
     def metrics(self) -> dict[str, Any]:
-        """What the manifest says."""
+        """The stage's metrics for the manifest."""
         if self.ended is not None:
             return self.ended["metrics"]
         records = read_records(self.context.folder / "metrics.jsonl")
@@ -263,7 +264,7 @@ class TrainingRun:
             last = read_marker(step_folder(self.checkpoints, best))["record"]
             made = [record for record in records if record["step"] == best and "held_out_loss" in record]
             evaluated = made[-1] if made else {"held_out_loss": self.patience.best}
-        elif not last:  # every step was done before this start
+        elif not last:  # all steps were done in earlier starts
             last = next((record for record in reversed(records) if "loss" in record), last)
         kept = ("step", "sequences", "tokens", self.counted, "loss", *PARTS, "tokens_per_second", "memory_bytes")
         final = {name: last[name] for name in kept if name in last}
@@ -271,7 +272,7 @@ class TrainingRun:
         return {"parameters": self.shape.parameters, **final, **found}
 
     def close(self) -> None:
-        """Flush what is open."""
+        """Close the metrics log and the progress line."""
         if self.log is not None:
             self.log.close()
         if self.progress is not None:
@@ -279,7 +280,7 @@ class TrainingRun:
 
 
 def _peak_memory_bytes() -> int:
-    """This rank's peak: the accelerator's, on a CPU the process's."""
+    """This rank's peak memory: of the accelerator, or of the process on a CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,6 +1,6 @@
-"""Two models over the same tokens whose embeddings have different numbers of rows: the rows that are padding.
+"""Matching two models with the same tokens but different numbers of vocabulary rows, the rest being padding.
 
-Large members of some families have more of it than small ones (Qwen2.5: 152,064 rows at 7B, 151,936 at 3B, for the
+In some families, large models have more padding than small ones (Qwen2.5: 152,064 rows at 7B, 151,936 at 3B, for the
 same 151,665 tokens).
 """
 
@@ -16,17 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 def shared_rows(model: Origin, teacher: Origin, do: str = VocabularyMismatch.DO) -> int:
-    """Rows of the shorter vocabulary, where those that the other has beyond them belong to no token.
+    """The number of vocabulary rows that two models share: the smaller one, if the other's further rows are padding.
 
     Every rank calls it.
 
     Args:
-        model: with or without a tokenizer; without one, each of its rows counts as a token's.
-        teacher: that it is compared with, likewise.
-        do: what to do about a refusal.
+        model: with or without a tokenizer; without one, each of its rows counts as a token.
+        teacher: the model that it is compared with, likewise.
+        do: advice for the error message.
 
     Raises:
-        VocabularyMismatch: the longer one has tokens that the other has no row for, or nothing tells.
+        VocabularyMismatch: the larger vocabulary has tokens that the other has no row for, or this cannot be
+            determined.
     """
     shorter, longer = sorted((model, teacher), key=_rows)
     fewest, most = _rows(shorter), _rows(longer)
@@ -35,14 +36,14 @@ def shared_rows(model: Origin, teacher: Origin, do: str = VocabularyMismatch.DO)
     ids, trouble = distributed.broadcast_object(_tokens(longer) if distributed.is_main() else None)
     if trouble or ids > fewest:
         raise VocabularyMismatch(
-            f"{longer.identity} has {f'{ids:,} tokens in ' if not trouble else ''}{most:,} rows of vocabulary, "
+            f"{longer.identity} has {f'{ids:,} tokens in ' if not trouble else ''}{most:,} vocabulary rows, but "
             f"{shorter.identity} has {fewest:,}{f' ({trouble})' if trouble else ''}",
-            "their predictions are compared token by token, so both must be over the same tokens",
+            "their predictions are compared token by token, so both must have the same tokens",
             do,
         )
     if distributed.is_main():
         logger.info(
-            "%s: the last %d of its %d rows of vocabulary are left out; they belong to no token",
+            "%s: the last %d of its %d vocabulary rows are ignored; they belong to no token",
             longer.identity, most - fewest, most,
         )  # fmt: skip
     return fewest
@@ -53,7 +54,7 @@ def _rows(model: Origin) -> int:
 
 
 def _tokens(model: Origin) -> tuple[int, str]:
-    """How many tokens a model has, or why that cannot be told."""
+    """The number of a model's tokens, or the reason why it cannot be determined."""
     if model.tokenizer is None:
         return _rows(model), ""
     try:
@@ -63,7 +64,7 @@ def _tokens(model: Origin) -> tuple[int, str]:
 
 
 def cut(model: Origin, rows: int) -> Origin:
-    """The same model with that many rows of vocabulary."""
+    """The same model with only the first `rows` vocabulary rows."""
     if _rows(model) == rows:
         return model
     return Origin(CutSource(model.source, rows), model.identity, model.tokenizer)

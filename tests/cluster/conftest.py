@@ -33,5 +33,5 @@ def slurm(root: Path) -> Iterator[Slurm]:
     try:
         yield Slurm(Path(printed.stdout), path)
     finally:
-        if "runs already" not in started.stdout:
+        if "already running" not in started.stdout:
             subprocess.run([tool, "stop"], check=True, timeout=120)

@@ -25,7 +25,7 @@ def call(root, *arguments, folder=None):
 def test_a_second_start_says_that_it_runs_and_changes_nothing(slurm, root):
     before = slurm.conf.read_text()
     again = call(root, "start")
-    assert again.returncode == 0 and "runs already" in again.stdout and slurm.conf.read_text() == before
+    assert again.returncode == 0 and "already running" in again.stdout and slurm.conf.read_text() == before
 
 
 def test_both_nodes_run_a_task_of_one_job(slurm):

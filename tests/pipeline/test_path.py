@@ -162,7 +162,7 @@ def test_ended_in_the_middle_it_says_so(place):
 
 
 def test_taken_up_again_it_equals_the_undisturbed_run_to_the_bit(place):
-    assert "finished before: corpus, teacher, pruned, pruned_smaller" in place.second_output
+    assert "already finished: corpus, teacher, pruned, pruned_smaller" in place.second_output
     assert "student: resuming after step" in place.second_output
     resumed, undisturbed = (
         place.run_folder / name / "checkpoints/step-00000080" for name in ("student", "undisturbed")
@@ -239,7 +239,7 @@ def test_rows_of_no_token_change_nothing(place):
     tensors |= {name: torch.cat([old, torch.full((8, old.shape[1]), 0.1)]) for name, old in rows.items()}
     write_folder(padded, source.config | {"vocab_size": 328}, tensors.items())
     output = place.run(recipe="padded.yaml")
-    assert output.count("more_rows: the last 8 of its 328 rows of vocabulary are left out") == 3
+    assert output.count("more_rows: the last 8 of its 328 vocabulary rows are ignored") == 3
 
     losses, with_padded = ([record["loss"] for record in place.records(name, "padded")] for name in ("own", "padded"))
     assert len(losses) == 3 and losses == with_padded

@@ -72,12 +72,12 @@ def test_a_refusal_says_whose_the_file_is_and_who_asks(tmp_path, monkeypatch, nu
     monkeypatch.setattr("minima.disk.os.geteuid", lambda: 2**31 - 5)  # of no name, as in a container
     with pytest.raises(AccessRefused) as said, access_refused_named():
         refused(number, str(tmp_path / "weights"))
-    assert said.value.what.startswith(f"{tmp_path}/weights: {os.strerror(number)} (it is ")
-    assert said.value.what.endswith("'s, -rw-------; this process is user 2147483643's)")
+    assert said.value.what.startswith(f"{tmp_path}/weights: {os.strerror(number)} (it belongs to ")
+    assert said.value.what.endswith(", -rw-------; this process runs as user 2147483643)")
 
 
 def test_where_nothing_is_to_be_seen_the_folder_above_is_named(tmp_path):
-    with pytest.raises(AccessRefused, match=f"denied \\({tmp_path} is "), access_refused_named():
+    with pytest.raises(AccessRefused, match=f"denied \\({tmp_path} belongs to "), access_refused_named():
         refused(errno.EACCES, os.fsencode(tmp_path / "gone" / "weights"))
 
 
@@ -132,7 +132,7 @@ def test_a_folder_that_is_not_there_is_not_copied_as_an_empty_one(tmp_path):
 
 
 def test_the_home_of_somebody_who_is_not_here():
-    with pytest.raises(MinimaError, match="no home folder is known"), access_refused_named():
+    with pytest.raises(MinimaError, match="the home folder it stands for is unknown"), access_refused_named():
         Path("~nobody-of-this-name/x").expanduser()
     with pytest.raises(RuntimeError, match="another"), access_refused_named():
         raise RuntimeError("another")

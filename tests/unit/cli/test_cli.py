@@ -112,7 +112,7 @@ def test_another_rank_leaves_the_word_to_rank_0_first(monkeypatch, capsys):
     ("error", "told"),
     [
         (LostRank("Connection closed by peer"), r"^\[rank 0\] the connection to another rank was lost.*is saved\n$"),
-        (RuntimeError("oh"), r"(?s)^\[rank 0\] an error of minima's own.*Traceback.*RuntimeError: oh\n$"),
+        (RuntimeError("oh"), r"(?s)^\[rank 0\] an internal error of minima.*Traceback.*RuntimeError: oh\n$"),
     ],
 )
 def test_a_rank_that_has_lost_another_says_no_more_than_that(monkeypatch, capsys, error, told):

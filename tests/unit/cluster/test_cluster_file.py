@@ -56,9 +56,9 @@ def test_one_process_is_given_one_rank_whatever_the_defaults_say(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stages: {build_data: {nodes: 2}}", "one process does a build_data stage"),
-        ("stages: {corpus: {ranks_per_node: 2}}", "one process does a build_data stage"),
-        ("stages: {base: {array: 4}}", "only the data of a build_data stage"),
+        ("stages: {build_data: {nodes: 2}}", "a build_data stage runs in a single process"),
+        ("stages: {corpus: {ranks_per_node: 2}}", "a build_data stage runs in a single process"),
+        ("stages: {base: {array: 4}}", "only a build_data stage can be divided"),
     ],
 )
 def test_resources_that_nothing_would_use(tmp_path, text, message):
@@ -77,14 +77,14 @@ def test_resources_that_nothing_would_use(tmp_path, text, message):
         ("partition: gpu\npartition: cpu", "given twice"),
         ("- a", "no keys and values"),
         ("time: soon", "time limit 'soon'"),
-        ("time: 4\nsignal_lead_seconds: 300", "told to save and leave as it starts"),
+        ("time: 4\nsignal_lead_seconds: 300", "told to save and end right after it starts"),
         ("time: 60\nstages: {base: {time: 5}}", "base: a time limit of 300 s"),
         ("partition: 'gpu --wrap=x'", "partition"),
         ('account: "a\\nb"', "account"),
         ("defaults: {memory: '1 G'}", "memory"),
         ("defaults: {sbatch_options: ['-p x']}", "sbatch_options"),
-        ("environment: {'A B': 1}", "cannot be a variable's name"),
-        ("environment: {A: [1]}", "a variable is text"),
+        ("environment: {'A B': 1}", "is not a valid variable name"),
+        ("environment: {A: [1]}", "a variable must be text"),
         ("defaults: {nodes: 0}", "nodes"),
     ],
 )

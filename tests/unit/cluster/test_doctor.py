@@ -52,13 +52,15 @@ def test_a_sound_machine(tmp_path):
     assert [name for name, finding in checks.items() if finding.state == "FAILED"] == []
     assert checks["locks"].state == checks["file times"].state == checks["files"].state == checks["Hub"].state == "ok"
     assert "HF_HUB_OFFLINE=1" in checks["Hub"].found
-    assert checks["Slurm"].found == "not installed here" and checks["MPI"].found == "no mpirun here"
+    assert (
+        checks["Slurm"].found == "not installed on this machine" and checks["MPI"].found == "no mpirun on this machine"
+    )
     assert list(tmp_path.iterdir()) == [], "the doctor leaves nothing behind"
 
 
 def test_a_folder_that_is_not_there_is_one_finding(tmp_path):
     (tmp_path / "file").touch()
-    for name, how in (("none", "none is not there"), ("file", "file is a file")):
+    for name, how in (("none", "none does not exist"), ("file", "file is a file")):
         checks = found(tmp_path / name)
         assert checks["disk"].state == "FAILED" and checks["disk"].found.endswith(how)
         assert "mkdir" in checks["disk"].do and "--folder" in checks["disk"].do
@@ -73,7 +75,7 @@ def test_a_misspelt_folder_fails_and_is_not_made(tmp_path, monkeypatch):
     doctor_ranks.distributed.own.rank = 0
     said: list[str] = []
     assert doctor.doctor(tmp_path / "rnus", said.append) == 1
-    assert "rnus is not there" in said[0] and "1 FAILED" in said[0]
+    assert "rnus does not exist" in said[0] and "1 FAILED" in said[0]
     assert list(tmp_path.iterdir()) == []
     assert doctor.doctor(tmp_path, said.append) == 0, said
 
@@ -109,7 +111,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert found(tmp_path)["locks"].state == "warning"
     monkeypatch.setattr(doctor_machine.fcntl, "flock", lambda file, operation: None)
     finding = found(tmp_path)["locks"]
-    assert finding.state == "warning" and "lets two writers in" in finding.found
+    assert finding.state == "warning" and "does not block a second writer" in finding.found
 
 
 def test_a_file_system_with_another_clock(tmp_path, monkeypatch):
@@ -237,7 +239,7 @@ def test_machines_with_other_versions_fail():
 def test_a_rank_that_cannot_reach_rank_0_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor_ranks, "_REACH_SECONDS", 0.3)
     finding = doctor_ranks.join(Launch(1, 2, 0, 1, "127.0.0.1", free_port()))
-    assert finding.state == "FAILED" and "rank 1 does not reach rank 0 at 127.0.0.1:" in finding.found
+    assert finding.state == "FAILED" and "rank 1 cannot reach rank 0 at 127.0.0.1:" in finding.found
     assert "refused" in finding.found and "MASTER_ADDR" in finding.do
     finding = doctor_ranks.join(Launch(1, 2, 0, 1, "no-such-host.invalid", 1))
     assert finding.state == "FAILED" and "no-such-host.invalid" in finding.found
@@ -246,7 +248,7 @@ def test_a_rank_that_cannot_reach_rank_0_says_so(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     said: list[str] = []
     assert doctor.doctor(tmp_path, said.append) == 1
-    assert "rank 1 of 2" in said[0] and "does not reach" in said[0]
+    assert "rank 1 of 2" in said[0] and "cannot reach" in said[0]
 
 
 def test_a_machine_without_torch_is_told_and_not_started(monkeypatch, tmp_path):
@@ -256,14 +258,14 @@ def test_a_machine_without_torch_is_told_and_not_started(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor_machine.metadata, "version", version)
     said: list[str] = []
     assert doctor.doctor(tmp_path, said.append) == 1
-    assert "torch" in said[0] and "not installed" in said[0] and "install minima with what it needs" in said[0]
+    assert "torch" in said[0] and "not installed" in said[0] and "install minima with its dependencies" in said[0]
 
 
 @pytest.mark.parametrize(
     ("device", "toolkit", "libaio", "said"),
     [
-        ("cpu", None, True, "built when it is first used"),
-        ("cuda", "/usr/local/cuda", True, "built when it is first used"),
+        ("cpu", None, True, "built on first use"),
+        ("cuda", "/usr/local/cuda", True, "built on first use"),
         ("cuda", None, True, "the CUDA toolkit (CUDA_HOME) is missing"),
         ("cuda", "/usr/local/cuda", False, "libaio-dev"),
     ],
@@ -360,7 +362,7 @@ def test_a_folder_that_only_one_machine_has(group, tmp_path):
     finding = group(doctor_ranks._shared, *folders)
     assert finding.state == "FAILED" and finding.found == "rank 1 (n2) does not see what rank 0 (n1) writes"
     finding = group(doctor_ranks._locks_across, *folders)
-    assert finding.state == "warning" and finding.found == "rank 0's lock is not seen on n2"
+    assert finding.state == "warning" and finding.found == "rank 0's lock has no effect on n2"
     finding = group(doctor_ranks._shared, tmp_path / "none", tmp_path)
     assert finding.state == "FAILED" and "rank 0 cannot write" in finding.found
 

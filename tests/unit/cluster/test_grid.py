@@ -52,13 +52,13 @@ def test_cells_and_axes(project):
     ("grid", "message"),
     [
         ({"cell": []}, "did you mean 'cells'"),
-        ({}, "holds nothing"),
+        ({}, "contains nothing"),
         ({"cells": []}, "has a cell None"),
         ({"cells": [{"name": "a"}, {"name": "a"}]}, "two cells called 'a'"),
         ({"cells": [{"name": "../a"}]}, "a cell called '../a'"),
         ({"cells": [{"name": "$(x)"}]}, "a cell called"),
         ({"cells": [{"name": "a", "override": []}]}, "a cell has a name and overrides"),
-        ({"cells": [{"name": "a", "overrides": "x=1"}]}, "a list of texts"),
+        ({"cells": [{"name": "a", "overrides": "x=1"}]}, "a list of strings"),
         ({"axes": {"stages.base.seed": []}}, "a key.path with a list of values"),
         ({"axes": {"stages.base.seed": 3}}, "a key.path with a list of values"),
     ],
@@ -134,7 +134,7 @@ def test_a_change_of_the_cluster_file_for_an_array_in_the_queue_is_told_once(slu
     finish(RUN / "cells" / "a", "corpus", "base", "out")
     assert "warning" not in send()
     Path("cluster.yaml").write_text(yaml.safe_dump({"time": "01:00:00", "stages": {"cells": {"memory": "9G"}}}))
-    assert send().count('warning: job 101 keeps memory null, not "9G": it was submitted so') == 1
+    assert send().count('warning: job 101 keeps memory null, not "9G": it was submitted with that') == 1
 
 
 def test_a_cell_whose_job_in_the_queue_runs_some_stages_alone(slurm, project):
@@ -142,8 +142,8 @@ def test_a_cell_whose_job_in_the_queue_runs_some_stages_alone(slurm, project):
     send(names=["corpus"])
     slurm.answer(squeue="101|0|RUNNING|test.cells|None\n101|1|PENDING|test.cells|Resources")
     said = send()
-    assert "a: in the queue for corpus alone: submit again once it has ended, for base, out" in said
-    assert "b: in the queue for corpus alone" in said and "nothing to submit" in said
+    assert "a: in the queue for corpus only: submit again once it has ended, for base, out" in said
+    assert "b: in the queue for corpus only" in said and "nothing to submit" in said
     assert "alone" not in send(names=["corpus"])
     finish(RUN / "cells" / "a", "base", "out")
     assert "a: in the queue\n" in send()

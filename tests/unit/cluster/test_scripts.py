@@ -201,7 +201,7 @@ def test_a_run_folder_that_no_container_sees_is_told(slurm, project, mounts, tol
     (project / "cluster.yaml").write_text(yaml.safe_dump({"container": {"image": "a.sqsh", "mounts": mounts}}))
     for output, outside in (("/scratch/x/run", told), ("runs/a", False), (f"{project}/b", False)):
         said = dry_run(project / "recipe.yaml", project / "cluster.yaml", [f"output={output}"])
-        assert ("is lost with the container" in said) == outside
+        assert ("will be lost with the container" in said) == outside
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])

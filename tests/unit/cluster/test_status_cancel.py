@@ -175,7 +175,7 @@ def test_what_left_the_queue_is_asked_of_the_accounting(slurm, project):
     code, text = show()
     assert code == 1 and row(text, "corpus")[2:5] == ["failed", "101", "OUT_OF_MEMORY"]
     assert row(text, "base")[4] == "gone"
-    assert "base failed:\n  Slurm knows nothing of job 102 any more, and no log says why it ended: submit again" in text
+    assert "base failed:\n  Slurm no longer knows job 102, and no log says why it ended: submit again" in text
 
 
 def test_without_slurm(project, monkeypatch, tmp_path):
@@ -212,10 +212,12 @@ def test_a_log_cannot_command_the_terminal(slurm, project):
 
 
 def test_no_run(slurm, project, tmp_path):
-    with pytest.raises(ClusterError, match=r"no run's folder"):
+    with pytest.raises(ClusterError, match=r"is not a run.s folder"):
         show(str(tmp_path))
     send()
-    with pytest.raises(ClusterError, match=r"neither a run's folder here nor a recipe; did you mean 'runs/test'"):
+    with pytest.raises(
+        ClusterError, match=r"neither a run's folder nor a recipe on this machine; did you mean 'runs/test'"
+    ):
         show("runs/tset")
 
 
@@ -240,7 +242,7 @@ def test_nothing_to_cancel(slurm, project):
     send()
     said: list[str] = []
     cancel(str(RUN), said.append)
-    assert said == [f"no job of {RUN} waits or runs"] and not slurm.calls("scancel")
+    assert said == [f"no job of {RUN} is waiting or running"] and not slurm.calls("scancel")
 
 
 def test_a_slurm_that_does_not_answer_takes_nothing_from_what_the_folders_say(slurm, project):
@@ -262,4 +264,4 @@ def test_a_slurm_that_does_not_answer_takes_nothing_from_what_the_folders_say(sl
         "step",
         "30",
     ]
-    assert "what Slurm says of the jobs is missing: squeue refuses" in text and "Unable to contact" in text
+    assert "the jobs' states in Slurm are missing: squeue failed when listing" in text and "Unable to contact" in text

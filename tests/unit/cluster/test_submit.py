@@ -187,7 +187,7 @@ def test_a_change_of_the_cluster_file_for_a_job_in_the_queue_is_told(slurm, proj
     cluster["preamble"] = ["module load cuda"]
     Path("cluster.yaml").write_text(yaml.safe_dump(cluster))
     said = send()
-    assert "stage 'base': job 102 (PENDING) keeps cpus_per_task 3, not 4: it was submitted so" in said
+    assert "stage 'base': job 102 (PENDING) keeps cpus_per_task 3, not 4: it was submitted with that" in said
     assert said.count("cpus_per_task") == 1 and said.count('keeps preamble [], not ["module load cuda"]') == 3
     assert "keeps flags" in send_with_code()
     assert len(slurm.calls("sbatch")) == 3
@@ -425,15 +425,15 @@ def test_another_working_directory(slurm, project, tmp_path):
 
 def test_an_entry_for_no_stage(slurm, project):
     Path("cluster.yaml").write_text(yaml.safe_dump({"stages": {"bas": {"nodes": 2}}}))
-    assert "stages.bas is neither a kind nor a stage here; did you mean 'base'?" in send()
+    assert "stages.bas is neither a kind nor a stage of this recipe; did you mean 'base'?" in send()
 
 
 def test_a_virtual_environment_that_is_not_here(slurm, project):
     Path("cluster.yaml").write_text(yaml.safe_dump({"venv": "env"}))
-    assert f"warning: {project / 'env' / 'bin' / 'activate'} is not there" in send()
+    assert f"warning: {project / 'env' / 'bin' / 'activate'} does not exist" in send()
     (project / "env" / "bin").mkdir(parents=True)
     (project / "env" / "bin" / "activate").touch()
-    assert "activate is not there" not in send()
+    assert "activate does not exist" not in send()
 
 
 def test_two_submissions_at_once(slurm, project):
@@ -465,7 +465,7 @@ def test_gpus_that_a_stage_does_not_use_are_told(slurm, project):
     cluster = {"time": "01:00:00", "defaults": {"gpus_per_node": 8}}
     Path("cluster.yaml").write_text(yaml.safe_dump(cluster | {"stages": {"build_data": {"array": 4}}}))
     said = send()
-    assert "stage 'corpus' asks for 8 GPUs in each of its 4 jobs and uses none" in said
+    assert "stage 'corpus' requests 8 GPUs in each of its 4 jobs but uses none" in said
     assert "stage 'base' asks" not in said
     Path("cluster.yaml").write_text(yaml.safe_dump(cluster | {"stages": {"build_data": {"gpus_per_node": 0}}}))
     assert "uses none" not in send(dry_run=True)

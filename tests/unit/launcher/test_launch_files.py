@@ -140,7 +140,7 @@ def test_srun_takes_its_ranks_from_the_job(start, variables, where):
 
 @pytest.mark.parametrize("ranks", [{}, {"MINIMA_RANKS": "two"}, {"MINIMA_RANKS": "0"}])
 def test_srun_without_a_number_of_ranks_is_refused(start, ranks):
-    assert "how many ranks" in start("srun", **JOB, **ranks)
+    assert "the number of ranks per node is unknown" in start("srun", **JOB, **ranks)
 
 
 def test_srun_logs_cores_and_leftovers(start):
@@ -236,7 +236,7 @@ def test_deepspeed_reaches_machines_through_open_mpi(start, hosts):
 
 def test_deepspeed_reaches_machines_through_slurm(start, hosts):
     chosen = {"MINIMA_HOSTFILE": str(hosts), "MINIMA_DEEPSPEED_LAUNCHER": "slurm"}
-    assert "inside a job" in start("deepspeed", **chosen)
+    assert "inside a Slurm job" in start("deepspeed", **chosen)
     argv = start("deepspeed", **chosen, SLURM_JOB_ID="7", MINIMA_DEEPSPEED_LAUNCHER_ARGS="--label")["argv"]
     assert "--launcher_args=--kill-on-bad-exit=1 --label" in argv
     assert "--module" not in argv and Path(argv[-3]).name == "minima", "its srun starts a file"
@@ -245,7 +245,7 @@ def test_deepspeed_reaches_machines_through_slurm(start, hosts):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"MINIMA_DEEPSPEED_LAUNCHER": "mpich"}, "none of pdsh, openmpi and slurm"),
+        ({"MINIMA_DEEPSPEED_LAUNCHER": "mpich"}, "must be pdsh, openmpi or slurm"),
         ({"MINIMA_RANKS": "4"}, "MINIMA_RANKS=4"),
         ({"MINIMA_HOSTFILE": "/no/such"}, "cannot be read"),
         ({"MINIMA_HOSTFILE": ""}, "without MINIMA_HOSTFILE"),

@@ -293,5 +293,5 @@ def test_deepspeed_gets_the_gpus_that_are_visible(tmp_path, root, visible, ranks
 def test_each_leftover_that_disagrees_is_refused(wrong):
     """Two of the three are no launcher's set: the rank is mpirun's, and every process would write its own."""
     assert read_launch(OPENMPI | {"RANK": "1"}).rank == 1
-    with pytest.raises(LauncherError, match="beside a launcher that says 1"):
+    with pytest.raises(LauncherError, match="but the launcher says 1"):
         read_launch(OPENMPI | wrong)

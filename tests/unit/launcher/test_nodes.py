@@ -137,7 +137,7 @@ def test_without_mpi4py(mpi, monkeypatch):
 
 def test_an_mpi4py_of_another_mpi_is_refused(mpi):
     mpi.size = 1
-    with pytest.raises(LauncherError, match="started 2 ranks, and mpi4py sees 1"):
+    with pytest.raises(LauncherError, match="started 2 ranks, but mpi4py sees 1"):
         read_launch(rank(1))
 
 

@@ -106,7 +106,7 @@ def test_a_dry_run_divides_each_models_own_tokens(tmp_path):
 def test_a_finished_run_of_another_grid_is_refused(tmp_path, place):
     finished(place[2])
     path = tmp_path / "tiny.yaml"
-    with pytest.raises(ValueError, match=r"holds files but no recipe.yaml|is finished in"):
+    with pytest.raises(ValueError, match=r"contains files, but no recipe.yaml|is finished in"):
         run_study(path, [], lambda text: None, dry_run=True)
 
 

@@ -57,7 +57,7 @@ def test_rows_that_a_distillation_leaves_out_are_not_counted(planned, longer):
     same = {who: {"source": who, "shape": SMALL} for who in ("model", "teacher")}
     padded = {"source": longer, "shape": SMALL | {"vocabulary_size": SMALL["vocabulary_size"] + 640}}
     wanted, found = (planned(stages(**models), gpus=2)[0]["s"] for models in (same, same | {longer: padded}))
-    assert any("last 640 rows" in note for note in found.notes)
+    assert any("last 640 vocabulary rows" in note for note in found.notes)
     assert found.parameters == wanted.parameters and found.frozen_parameters == wanted.frozen_parameters
     assert found.flops == wanted.flops and found.disk == wanted.disk
     assert [one.peak_bytes for one in found.placed] == [one.peak_bytes for one in wanted.placed]

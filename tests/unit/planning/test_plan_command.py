@@ -66,7 +66,7 @@ def test_an_unknown_model_is_named_with_what_to_add(planned):
     own[2]["model"] = "p"
     own.append({"name": "q", "kind": "evaluate", "models": ["p", "s"], "data": "c", "sequences": 4})
     plans, _ = planned(own, gpus=2, gpu="h100")
-    assert "some-org/Big-9B is not known here" in plans["p"].notes[0]
+    assert "the shape of some-org/Big-9B is unknown on this machine" in plans["p"].notes[0]
     assert "model: {source: some-org/Big-9B, shape: {...}}` in stages.p" in plans["p"].notes[0]
     for name in ("s", "q"):
         assert len(plans[name].notes) == 1 and "some-org/Big-9B" in plans[name].notes[0]

@@ -189,7 +189,7 @@ def test_shapes_come_from_a_config_json(show, tmp_path):
     text = show()
     shape = ModelShape.from_config(CONFIG)
     assert text.count(f"{shape.parameters:,} parameters") == 3, "model of t, before pruning in p, and exported e"
-    assert "156 blocks of 64; 16 left over" in text
+    assert "156 blocks of 64; the last 16 do not fill a block" in text
     with pytest.raises(RecipeError, match=r"stages\.t: blocks of 128 tokens for a model of 64"):
         show("stages.c.sequence_length=128")
     with pytest.raises(ShapeError, match=r"stages\.p: .*num_heads 8"):
@@ -222,7 +222,7 @@ def test_a_broken_config_json_is_named(show, tmp_path, content, error):
 def test_data_of_another_kind_of_stage_is_left_to_its_reader(show, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"stage": {"name": "other", "kind": "prune"}}')
-    assert "tokens and steps follow once the data is built" in show("stages.t.data=other")
+    assert "tokens and steps are unknown until the data is built" in show("stages.t.data=other")
 
 
 def test_what_evaluates_needs_held_out_text(show):

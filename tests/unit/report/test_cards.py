@@ -75,7 +75,7 @@ def test_a_template_alone_makes_no_chat_model():
     text = model_card(replace(CARD, chat_template=True))
     assert "llama causal language model" in text
     assert "pipeline(" not in text
-    assert "no stage here taught it to answer" in text
+    assert "no stage trained it to answer" in text
     assert "chat template" in text
     assert "chat template" not in model_card(CARD)
 
@@ -112,4 +112,4 @@ def test_a_tokenizer_that_would_be_misread_is_loaded_by_its_class(chat):
     code = text.split("```python\n")[1].split("```")[0]
     assert "PreTrainedTokenizerFast.from_pretrained(" in code and "AutoTokenizer" not in code
     compile(code, "card", "exec")
-    assert "`AutoTokenizer` takes `Qwen2Tokenizer`" in text
+    assert "`AutoTokenizer` uses `Qwen2Tokenizer`" in text

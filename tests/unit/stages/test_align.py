@@ -43,7 +43,7 @@ def test_text_is_no_preference(tmp_path):
         with StoreWriter(tmp_path / "data" / name, sequence_length=4, vocabulary_size=9, end_token=0) as writer:
             writer.finish()
             writer.publish()
-    with pytest.raises(DataError, match=r"(?s)holds text.*align.*format: preferences"):
+    with pytest.raises(DataError, match=r"(?s)contains text.*align.*format: preferences"):
         run(tmp_path)
 
 
@@ -51,10 +51,10 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     for name in ("train", "held_out"):
         write_pairs(tmp_path / "data" / name, 2)
     other = SHAPE.model_copy(update={"vocabulary_size": VOCABULARY + 3})
-    with pytest.raises(VocabularyMismatch, match=r"(?s)no tokenizer and 64 rows .* 61\n.*leave `reference` out"):
+    with pytest.raises(VocabularyMismatch, match=r"(?s)no tokenizer and 64 vocabulary rows.* 61\n.*omit `reference`"):
         run(tmp_path, reference={"random": other.model_dump()})
     short = SHAPE.model_copy(update={"max_positions": 4})
-    with pytest.raises(ShapeError, match="made for 4 positions"):
+    with pytest.raises(ShapeError, match="which has 4 positions"):
         run(tmp_path, reference={"random": short.model_dump()})
 
 

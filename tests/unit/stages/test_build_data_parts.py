@@ -119,7 +119,7 @@ def test_a_finished_part_is_skipped_and_a_damaged_one_made_again(recipe, tmp_pat
     assert [stage(recipe, "--part", f"{number}/2") for number in (0, 1)] == [0, 0]
     capsys.readouterr()
     assert stage(recipe, "--part", "1/2") == 0
-    assert "part 1/2 of stage corpus was finished before" in capsys.readouterr().out
+    assert "part 1/2 of stage corpus was already finished" in capsys.readouterr().out
     damaged = sorted((tmp_path / "out" / "corpus" / "parts" / "part-00001-of-00002").glob("*.tokens.npy"))[0]
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -134,7 +134,7 @@ def test_a_finished_part_is_skipped_and_a_damaged_one_made_again(recipe, tmp_pat
     assert stage(recipe) == 0
     assert contents(tmp_path / "out" / "corpus") == undivided
     assert stage(recipe, "--part", "0/2") == 0
-    assert "stage corpus was finished before" in capsys.readouterr().out
+    assert "stage corpus was already finished" in capsys.readouterr().out
     assert not (tmp_path / "out" / "corpus" / "parts").exists()
 
 

@@ -39,7 +39,7 @@ def test_a_push_without_a_token(tmp_path, monkeypatch):
         check(publish, tmp_path)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
     check(publish, tmp_path)
-    with pytest.raises(StageError, match="'some/model' is neither a stage of this recipe nor a folder here"):
+    with pytest.raises(StageError, match="'some/model' is neither a stage of this recipe nor a folder on this machine"):
         check(PUBLISH, tmp_path)  # what is on the Hub is there already
 
 
@@ -87,7 +87,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         ("model", "./base"),
         ("teacher", "/no/base"),
     ):
-        with pytest.raises(StageError, match=rf"stages.student.{field}: '{text}' is .*a folder here"):
+        with pytest.raises(StageError, match=rf"stages.student.{field}: '{text}' is .*a folder on this machine"):
             check(DISTIL | {"data": str(tmp_path), field: text}, tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_a_step_after_the_best_one_is_not_had_by_training_again(tmp_path):
     reference = next(found for found in references(recipe, recipe.stage("quality")) if found.step == 4)
     with pytest.raises(StageError) as error:
         checks._check_checkpoint(recipe, "quality", reference, recipe.stage("student"), tmp_path, True)
-    assert "take `patience` away" in error.value.do and "are kept" not in error.value.do
+    assert "remove `patience`" in error.value.do and "are kept" not in error.value.do
 
 
 def test_a_finished_stage_no_longer_needs_the_checkpoint_that_it_read(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_what_is_nowhere_is_refused(context, tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(StageError, match=r"model 'org/nothing' is neither .*no network"):
+    with pytest.raises(StageError, match=r"model 'org/nothing' was not found: .*no network"):
         context.model("org/nothing")
     with pytest.raises(StageError, match="neither a stage of this recipe nor a folder"):
         context.data(str(tmp_path))

@@ -105,7 +105,7 @@ def test_a_precomputed_reference_runs_once_over_the_blocks(show, built):
 def test_a_precomputed_reference_of_data_that_is_not_built_is_named(show):
     stage = training("align", steps=5, precompute_reference=True)
     shown = show(data_stage("preferences"), stage)[0]["FLOPs"]
-    assert shown == flops_text(flops(stage, 0, 0)) + "; the reference runs once over the data, which is not built yet"
+    assert shown == flops_text(flops(stage, 0, 0)) + "; plus one pass of the reference over the data, once it is built"
     budget = show(data_stage("preferences", tokens=9 * LENGTH), stage)[0]["FLOPs"]
     assert budget == flops_text(flops(stage, 9, 9))
 
@@ -119,7 +119,7 @@ def test_a_learnt_byte_for_each_token_of_chat_is_counted(show, format, size):
 @pytest.mark.parametrize("longest", [128, 129])
 def test_conversations_fit_where_the_stage_says_that_they_fit(show, built, tmp_path, kind, format, longest):
     stage = training(kind, model={"random": SMALL | {"max_positions": 128}})
-    assert "tokens and steps follow once the data is built" in show(data_stage(format), stage)[1]
+    assert "tokens and steps are unknown until the data is built" in show(data_stage(format), stage)[1]
     data = built("out/c", 7, longest=longest, format=format)
     store = TokenStore.open(tmp_path / "out/c/train")
     shape = ModelShape(**SMALL, max_positions=128)
@@ -143,7 +143,7 @@ def test_a_teacher_that_does_not_run_may_have_any_vocabulary(show, rows):
     """Of random weights every row is a token's."""
     teacher, own = ({"random": SMALL | {"vocabulary_size": size}} for size in (rows, 64))
     stage = training("distil", steps=3, model=own, teacher=teacher)
-    with pytest.raises(VocabularyMismatch, match=f"student with vocabulary 64 and a teacher with {rows}, and "):
+    with pytest.raises(VocabularyMismatch, match=f"student with vocabulary 64 and a teacher with {rows}; "):
         show(data_stage(), stage)
     facts, _ = show(data_stage(), stage | {"soft_weight": 0})
     assert "teacher" not in facts
@@ -159,7 +159,7 @@ def test_padding_of_one_vocabulary_is_left_out_and_said(show, longer, rows):
     student, teacher = ({"source": "b", "shape": SMALL | {"vocabulary_size": size}} for size in rows)
     stage = training("distil", steps=3, model=student, teacher=teacher)
     facts, notes = show(data_stage(), stage)
-    assert f"the {longer}'s last 32 rows of vocabulary will be left out: they must be of no token" in notes
+    assert f"the {longer}'s last 32 vocabulary rows will be ignored, which is right only for padding" in notes
     same = training("distil", steps=3, model=teacher | {"shape": SMALL}, teacher=teacher | {"shape": SMALL})
     assert facts["FLOPs"] == show(data_stage(), same)[0]["FLOPs"]
 
@@ -168,7 +168,10 @@ def test_so_many_rows_are_told_to_be_no_padding(show):
     rows = {"student": 1024, "teacher": 3000}
     models = {who: {"source": f"o/{who}", "shape": SMALL | {"vocabulary_size": size}} for who, size in rows.items()}
     stage = training("distil", steps=1, model=models["student"], teacher=models["teacher"])
-    assert any("last 1,976 rows" in note and "so many hardly are" in note for note in show(data_stage(), stage)[1])
+    assert any(
+        "last 1,976 vocabulary rows" in note and "1,976 is unusually many" in note
+        for note in show(data_stage(), stage)[1]
+    )
 
 
 def test_a_shape_that_a_config_on_this_machine_contradicts_is_refused(show, left):
@@ -208,7 +211,7 @@ def test_pieces_that_the_recipe_adds_are_no_padding(show):
     grown = {"name": "g", "kind": "expand_vocabulary", "model": base, "tokenizer": "b", "donor": "d", "size": 128}
     taught = training("adapt", name="taught", model="g", steps=3)
     stage = training("distil", steps=3, model=base, teacher="taught")
-    with pytest.raises(VocabularyMismatch, match="a teacher with 128, and 128 tokens in the teacher's"):
+    with pytest.raises(VocabularyMismatch, match="a teacher with 128; the teacher's has 128 tokens"):
         show(data_stage(), grown, taught, stage)
     show(data_stage(), grown, taught, stage | {"model": "g"})
 
@@ -224,9 +227,9 @@ def test_a_tokenizer_that_is_here_is_asked(show, tmp_path, ids):
     (tmp_path / "big" / "config.json").write_text(json.dumps(shape.to_config()))
     stage = training("distil", steps=3, teacher="big")
     if ids == 64:
-        assert "32 rows of vocabulary will be left out" in " ".join(show(data_stage(), stage)[1])
+        assert "32 vocabulary rows will be ignored" in " ".join(show(data_stage(), stage)[1])
         return
-    with pytest.raises(VocabularyMismatch, match="a teacher with 96, and 65 tokens in the teacher's"):
+    with pytest.raises(VocabularyMismatch, match="a teacher with 96; the teacher's has 65 tokens"):
         show(data_stage(), stage)
 
 
@@ -234,7 +237,7 @@ def test_a_reference_may_have_more_rows_and_not_fewer_than_the_data_has_ids(show
     text, data = data_stage(name="b", tokenizer={"vocabulary_size": 300}), data_stage("preferences", tokenizer="b")
     stage = training("align", steps=3, model={"random": SMALL | {"vocabulary_size": 300}})
     show(text, data, stage | {"reference": {"source": "r", "shape": SMALL | {"vocabulary_size": 400}}})
-    with pytest.raises(TokenizerMismatch, match="a tokenizer of 300 ids, its reference 299"):
+    with pytest.raises(TokenizerMismatch, match="has 300 ids, but the reference has 299"):
         show(text, data, stage | {"reference": {"source": "r", "shape": SMALL | {"vocabulary_size": 299}}})
 
 
@@ -252,12 +255,12 @@ EXPAND = {"name": "g", "kind": "expand_vocabulary", "model": "base", "tokenizer"
 
 def test_a_finished_stage_tells_the_grown_vocabulary(show, left):
     later = training("adapt", model="g", steps=3)
-    assert "the grown vocabulary's size is known once the stage has run" in show(EXPAND)[1]
+    assert "the extended vocabulary's size is unknown until the stage has run" in show(EXPAND)[1]
     assert any("config.json is not on this machine" in note for note in show(data_stage(), EXPAND, later)[1])
     left("out/g", GROWN)
     facts, notes = show(EXPAND)
     assert "vocabulary 128" in facts["to"]
-    assert not any("known once" in note for note in notes)
+    assert not any("unknown until" in note for note in notes)
     facts, _ = show(data_stage(), EXPAND, later)
     assert "vocabulary 128" in facts["model"]
     assert "FLOPs" in facts
@@ -326,7 +329,7 @@ def test_a_broken_store_is_left_to_its_reader(show, built, tmp_path):
 def test_a_misspelt_stage_is_not_taken_for_a_hub_id(show, field, text, meant):
     base = training("adapt", name="base", data="corpus", steps=2)
     later = training("adapt", model="base", data="corpus", steps=2) | {field: text}
-    with pytest.raises(RecipeError, match=f"stages.t.{field}: '{text}' is no stage .* did you mean '{meant}'"):
+    with pytest.raises(RecipeError, match=f"stages.t.{field}: '{text}' is neither a stage .* did you mean '{meant}'"):
         show(data_stage(name="corpus"), base, later)
     _, notes = show(data_stage(name="corpus"), base, training("adapt", model="owner/bas", data="corpus", steps=2))
     assert notes[0].startswith("owner/bas (model) is not on this machine")
@@ -381,7 +384,7 @@ def test_a_step_that_a_stage_never_saves(show, step, changes, but):
             show(*stages)
         return
     _, notes = show(*stages)
-    note = f"base@{step} is there only if base's best step is no earlier one"
+    note = f"base@{step} will exist only if base's best step is not earlier"
     assert (note in notes) == ("patience" in changes)
 
 
@@ -442,7 +445,7 @@ def test_an_output_that_a_run_would_refuse(tmp_path):
 def test_a_trained_tokenizer_larger_than_the_model(show):
     model = {"random": SMALL | {"vocabulary_size": 300}}
     show(data_stage(tokenizer={"vocabulary_size": 300}), training("adapt", steps=2, model=model))
-    with pytest.raises(TokenizerMismatch, match="a tokenizer of 301 ids, its model 300 embedding rows"):
+    with pytest.raises(TokenizerMismatch, match="has 301 ids, but the model has 300 embedding rows"):
         show(data_stage(tokenizer={"vocabulary_size": 301}), training("adapt", steps=2, model=model))
 
 
@@ -475,7 +478,7 @@ def test_a_tokenizer_that_is_trained_for_a_model_with_its_own_is_refused(show, t
     """Before anything is built: a corpus of a large run takes days."""
     tokenizer_folder(tmp_path / "own", "</s>", "a", "b")
     trained = data_stage(tokenizer={"vocabulary_size": 300})
-    size = r"'c' trains a tokenizer of 300 ids for its data, and own has one of its own, of 3"
+    size = r"'c' trains a tokenizer of 300 ids for its data, but own has its own, of 3"
     with pytest.raises(TokenizerMismatch, match=f"stages.t: {size}"):
         show(trained, training("adapt", steps=2, model="own"))
     prune = {"name": "p", "kind": "prune", "model": "own", "data": "c", "target": {"hidden_size": 4}}
@@ -515,7 +518,7 @@ def test_an_id_that_stands_for_something_else_is_refused(show, tmp_path, read):
         tokenizer_folder(tmp_path / name, "</s>", "a", last)
     models = {"model": "one", "teacher": "one"}
     show(data_stage(tokenizer="same"), training("distil", steps=2, **models))
-    with pytest.raises(TokenizerMismatch, match="id 2 is 'b' in the data's tokenizer same and 'c' in that of other"):
+    with pytest.raises(TokenizerMismatch, match="id 2 is 'b' in the data's tokenizer same, but 'c' in that of other"):
         show(data_stage(tokenizer="same"), training("distil", steps=2, **(models | {read: "other"})))
 
 
@@ -547,7 +550,7 @@ def test_a_task_that_no_file_tells_of_is_told_beforehand(show, tmp_path):
     right = ["mine", "mmlu_clinical_knowledge", "piqa", "mmlu", "stand_in_bbh", "mmlu_*", "own/mine.yaml"]
     assert not any("task file" in note for note in show(benchmark | {"tasks": right})[1])
     notes = show(benchmark | {"tasks": [*right, "hellaswg"]})[1]
-    assert "no task file here tells of 'hellaswg'; did you mean 'hellaswag'?" in notes
+    assert "no task file on this machine defines 'hellaswg'; did you mean 'hellaswag'?" in notes
 
 
 def test_a_chat_template_that_is_not_there_is_told_beforehand(show, tmp_path):

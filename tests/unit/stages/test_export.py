@@ -100,8 +100,8 @@ def context(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "value", "told"),
     [
-        ("float16", 1e6, r"holds values up to 1e\+06, and float16 ends at 65504.*bfloat16"),
-        ("float32", float("nan"), "holds values that are infinite or no numbers.*STAGE@STEP"),
+        ("float16", 1e6, r"has values up to 1e\+06, but the maximum of float16 is 65504.*bfloat16"),
+        ("float32", float("nan"), "has values that are infinite or NaN.*STAGE@STEP"),
     ],
 )
 def test_what_is_not_finite_is_named_and_nothing_of_it_stays(context, dtype, value, told):
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_plain_programs_would_misread_is_told(context, caplog):
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
     export_stage.run(context)
     exported = context.folder / "model"
-    assert "AutoTokenizer takes Qwen2Tokenizer for a qwen2" in caplog.text
+    assert "AutoTokenizer uses Qwen2Tokenizer for a qwen2" in caplog.text
     assert "PreTrainedTokenizerFast.from_pretrained(folder)" in (exported / "README.md").read_text()
     assert PreTrainedTokenizerFast.from_pretrained(exported)("state")["input_ids"] == [2]
 

@@ -36,7 +36,7 @@ def test_a_run_stays_with_the_commit_that_it_saw_first(hub, tmp_path):
 
 
 def test_a_model_that_is_not_to_be_had_is_named(hub, tmp_path):
-    with pytest.raises(StageError, match=r"'no/such' is neither .* \(no connection\)"):
+    with pytest.raises(StageError, match=r"'no/such' was not found: .* \(no connection\)"):
         snapshot("no/such", None, tmp_path, keep=True)
 
 
@@ -57,7 +57,7 @@ def test_a_mistyped_model_is_found_before_anything_runs(monkeypatch, tmp_path):
     check_there("org/cached", None, tmp_path, "stages.a.model")
     check_there("org/model", "v2", tmp_path, "stages.a.model")
     assert asked == ["org/model/resolve/v2/config.json"]
-    with pytest.raises(StageError, match=r"stages.a.model: 'no/such' is neither .* \(no connection\)"):
+    with pytest.raises(StageError, match=r"stages.a.model: 'no/such' was not found: .* \(no connection\)"):
         check_there("no/such", None, tmp_path, "stages.a.model")
     monkeypatch.undo()
     with pytest.raises(StageError, match="three/part/name"):

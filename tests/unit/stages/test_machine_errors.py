@@ -71,7 +71,7 @@ def test_pytorchs_own_advice_is_left_out_for_the_stages():
                 "kind": "adapt", "micro_batch_sequences": 1, "activation_checkpointing": "full",
                 "deepspeed": "student_zero3_offload.json", **TRAINING,
             },
-            ["take more ranks", "minima plan"],
+            ["use more ranks", "minima plan"],
             ["micro_batch_sequences", "activation_checkpointing", "offload"],
         ),
         ({"kind": "prune", "model": "base", "data": "text", "target": {"sparsity": 50}}, ["max_live_parameters"], []),

@@ -31,7 +31,7 @@ def test_a_torn_manifest_is_refused_with_its_path(tmp_path, content):
 
 def test_a_stage_that_was_interrupted_is_to_be_run_and_not_removed(tmp_path):
     folder = tmp_path / "teacher"
-    for name, state in (("manifest.json", "finished"), (STARTED, "begun")):
+    for name, state in (("manifest.json", "finished"), (STARTED, "started")):
         with pytest.raises(StageError, match=f"stage 'teacher' is not {state}") as refused:
             read_manifest(folder, name)
         assert refused.value.do == "run it first (minima run RECIPE --stages teacher)"
@@ -39,15 +39,15 @@ def test_a_stage_that_was_interrupted_is_to_be_run_and_not_removed(tmp_path):
     write_started(folder, DESCRIPTION)
     with pytest.raises(StageError, match="stage 'teacher' is not finished") as refused:
         read_manifest(folder)
-    assert refused.value.do.endswith(f"; it goes on from what {folder} holds") and "remove" not in str(refused.value)
+    assert refused.value.do.endswith(f"; it resumes from what {folder} contains") and "remove" not in str(refused.value)
 
 
 def test_who_is_told_to_remove_a_folder_hears_of_its_checkpoints(tmp_path):
     (tmp_path / STARTED).write_text("{")
-    with pytest.raises(StageError, match=r"remove the folder .*: the stage begins again$"):
+    with pytest.raises(StageError, match=r"remove the folder .*: the stage then starts again$"):
         read_manifest(tmp_path, STARTED)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(StageError, match=r"put a copy of it back; .*, and the checkpoints in it are lost$"):
+    with pytest.raises(StageError, match=r"restore it from a copy, .*, and the checkpoints in it are lost$"):
         read_manifest(tmp_path, STARTED)
 
 

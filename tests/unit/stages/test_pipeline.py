@@ -102,8 +102,8 @@ def test_what_finished_stages_lack_is_told(tmp_path):
     assert pipeline.lacking(tmp_path, ["out", "bench"], False) == []
     (tmp_path / "out" / "model" / "b.safetensors").unlink()
     gone, unused = pipeline.lacking(tmp_path, ["out", "expanded", "bench"], True)
-    assert gone.startswith("stage out is finished") and gone.endswith("out/model/b.safetensors is not there any more")
-    assert "--allow-code-execution changes nothing of stage bench" in unused and "humaneval" in unused
+    assert gone.startswith("stage out is finished") and gone.endswith("out/model/b.safetensors no longer exists")
+    assert "--allow-code-execution does not change stage bench" in unused and "humaneval" in unused
     (tmp_path / "out" / "checksums.json").write_text('{"format": "minima-checksums-1", "files": 3}')
     assert "checksums.json" in pipeline.lacking(tmp_path, ["out"], False)[0], "told, and no reason to end"
 
@@ -135,8 +135,8 @@ def test_a_whole_run(run, tmp_path, capfdbinary):
     assert b"progress 1\rprogress 2" in capfdbinary.readouterr().out, "a terminal gets every byte"
     code, said = run()
     assert code == 0
-    assert "finished before: teacher, pruned, pruned.2, student, quality, out" in said
-    assert "all done: every stage was finished before" in said
+    assert "already finished: teacher, pruned, pruned.2, student, quality, out" in said
+    assert "all done: every stage was already finished" in said
     assert len(calls(tmp_path)) == 4, "nothing was started again"
 
 
@@ -244,7 +244,7 @@ def test_a_full_disk_is_named_where_the_driver_writes(run, tmp_path, monkeypatch
 
 def test_ranks_need_a_gpu_each_where_there_are_gpus(run, monkeypatch):
     monkeypatch.setattr(checks, "num_accelerators", lambda: 1)
-    with pytest.raises(RecipeError, match=r"2 ranks and 1 GPU on this machine\n.*\n.*--ranks 1.*DS_ACCELERATOR=cpu"):
+    with pytest.raises(RecipeError, match=r"2 ranks, but 1 GPU on this machine\n.*\n.*--ranks 1.*DS_ACCELERATOR=cpu"):
         run()
     monkeypatch.setattr(checks, "num_accelerators", lambda: 2)
     assert run()[0] == 0
@@ -308,7 +308,9 @@ def test_what_a_write_that_failed_has_left_is_no_other_run(tmp_path):
 def test_a_folder_whose_recipe_cannot_be_read_is_refused(run, tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.yaml").write_bytes(content)
-    with pytest.raises(StageError, match=r"the output folder out holds files but no recipe\.yaml|of another recipe"):
+    with pytest.raises(
+        StageError, match=r"the output folder out contains files, but no recipe\.yaml|of another recipe"
+    ):
         run()
 
 
@@ -387,7 +389,7 @@ def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
     output, _ = driver.communicate(timeout=20)
     assert driver.returncode == 128 + number
     assert time.monotonic() - began < 10, "the child slept 60 s, had it not been told"
-    assert b"stage teacher was ended by a signal; the same command goes on" in output
+    assert b"stage teacher was ended by a signal; the same command resumes" in output
     (tmp_path / "wait-teacher").unlink()
     assert run(names=["teacher"])[0] == 0, "the lock is free and the stage goes on"
 
@@ -404,7 +406,7 @@ def test_a_signal_that_comes_as_a_stage_ends_still_ends_the_run(run, tmp_path, m
         patch.setattr(pipeline, "run_child", told_late)
         code, said = run()
         assert (code, calls(tmp_path)) == (143, ["teacher 2"])
-        assert "a signal came as stage teacher ended; the same command goes on after it" in said
+        assert "a signal came as stage teacher ended; the same command resumes after it" in said
         assert run(names=["pruned", "pruned.2"])[0] == 0, "nothing was left to end"
     assert run()[0] == 0
 

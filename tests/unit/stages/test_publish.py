@@ -159,8 +159,8 @@ def test_what_is_no_whole_score_is_no_result_for_the_hub(hub, export, task, mark
     [
         ("/api/repos/create", 403, "does not let this token write"),
         ("/api/models/org/chat/preupload", 403, "does not let this token write"),
-        ("/api/models/org/chat/commit", 403, "write permission, of a member of org"),
-        ("/api/models/org/chat", 401, "does not know the token"),
+        ("/api/models/org/chat/commit", 403, "write permission from a member of org"),
+        ("/api/models/org/chat", 401, "does not recognise the token"),
         ("/api/models/org/chat/commit", 412, "status 412"),
     ],
 )
@@ -196,7 +196,7 @@ def test_a_name_that_is_no_model_of_theirs_is_told(hub, export):
 
 def test_a_token_that_the_hub_does_not_know(hub, export, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(StageError, match="does not know the token") as error:
+    with pytest.raises(StageError, match="does not recognise the token") as error:
         publish(export, "org/chat", endpoint=hub.url)
     assert "hf_other" not in str(error.value)
 
@@ -256,7 +256,7 @@ def test_a_folder_that_is_not_whole_is_refused_before_the_hub_is_asked(hub, expo
 
 @pytest.mark.parametrize("repo", ["chat", "org/chat/x", "org/", "-x/y", "org/ch at"])
 def test_names_that_the_hub_cannot_have(hub, export, repo):
-    with pytest.raises(StageError, match="no name of a repository"):
+    with pytest.raises(StageError, match="is not a repository name"):
         publish(export, repo, endpoint=hub.url)
     assert not hub.requests
 

@@ -104,7 +104,7 @@ def test_where_all_are_damaged_the_run_does_not_start_again(tmp_path):
         resume.load_newest(None, tmp_path)
     with pytest.raises(CheckpointError, match=r"step-00000005\.damaged; step-00000010\.damaged") as refused:
         resume.load_newest(None, tmp_path)  # nor does the next start
-    assert f"remove {tmp_path}, and all that is left in it, to train again from the first step" in refused.value.do
+    assert f"remove {tmp_path} and everything in it to train again from the first step" in refused.value.do
     write(tmp_path, 5)  # a copy is brought back
     assert resume.load_newest(None, tmp_path)["step"] == 5
 
@@ -112,7 +112,7 @@ def test_where_all_are_damaged_the_run_does_not_start_again(tmp_path):
 def test_a_checkpoint_without_its_marker_is_no_reason_to_start_again(tmp_path):
     write(tmp_path, 5)
     (step_folder(tmp_path, 5) / "checkpoint.json").unlink()
-    with pytest.raises(CheckpointError, match="whole: step-00000005\n"):
+    with pytest.raises(CheckpointError, match="usable: step-00000005\n"):
         resume.load_newest(None, tmp_path)
 
 

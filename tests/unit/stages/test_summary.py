@@ -45,5 +45,5 @@ def test_what_is_no_number_is_not_averaged(tmp_path, name):
 
     assert summary(["c.loss", "c.other"]) == 3.0
     assert summary(f"c.{name}") == METRICS[name]
-    with pytest.raises(RecipeError, match=rf"summary\.a: 'c\.{name}' is no number"):
+    with pytest.raises(RecipeError, match=rf"summary\.a: 'c\.{name}' is not a number"):
         summary(["c.loss", f"c.{name}"])

@@ -41,15 +41,15 @@ def test_rows_of_no_token_are_left_out(model, sizes, caplog):
     for before, after in zip((student, teacher), kept, strict=True):
         longer = before.source.config["vocab_size"] == 24
         assert (after is before) is not longer
-        assert (f"{before.identity}: the last 4 of its 24 rows" in caplog.text) is longer
+        assert (f"{before.identity}: the last 4 of its 24 vocabulary rows" in caplog.text) is longer
 
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        (((20, 18), (24, 21)), "teacher has 21 tokens in 24 rows of vocabulary, student has 20"),
-        (((24, 24), (20, 18)), "student has 24 tokens in 24 rows"),
-        (((24, None), (20, 18)), "student has 24 tokens in 24 rows"),
+        (((20, 18), (24, 21)), "teacher has 21 tokens in 24 vocabulary rows, but student has 20"),
+        (((24, 24), (20, 18)), "student has 24 tokens in 24 vocabulary rows"),
+        (((24, None), (20, 18)), "student has 24 tokens in 24 vocabulary rows"),
     ],
 )
 def test_rows_of_tokens_are_not(model, sizes, words):
@@ -60,7 +60,9 @@ def test_rows_of_tokens_are_not(model, sizes, words):
 def test_nor_are_rows_that_nothing_tells_of(model):
     teacher = model(24, 18, "teacher")
     (teacher.tokenizer / "tokenizer.json").write_text("{")
-    with pytest.raises(VocabularyMismatch, match=r"(?s)teacher has 24 rows .* 20 \(no tokenizer can.*do it so"):
+    with pytest.raises(
+        VocabularyMismatch, match=r"(?s)teacher has 24 vocabulary rows.* 20 \(no tokenizer can.*do it so"
+    ):
         shared_rows(model(20, 18, "student"), teacher, "do it so")
     (teacher.tokenizer / "tokenizer.json").unlink()  # of what is left, transformers would make one without words
     with pytest.raises(VocabularyMismatch, match=r"student has 20 \(\S+ holds no tokenizer"):

@@ -44,7 +44,11 @@ def test_all_well_is_exit_code_0(check):
 
 @pytest.mark.parametrize(
     ("arguments", "no_gpu", "told"),
-    [(["tests"], 1, "no GPU"), (["nonsense"], 0, "'nonsense'"), (["-s", "1.5", "tests"], 0, "whole seconds")],
+    [
+        (["tests"], 1, "no GPU is visible"),
+        (["nonsense"], 0, "'nonsense'"),
+        (["-s", "1.5", "tests"], 0, "whole seconds"),
+    ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_runs(check, tmp_path, arguments, no_gpu, told):
     done = check(*arguments, no_gpu=no_gpu)
