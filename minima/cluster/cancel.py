@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from minima.cluster import slurm
 from minima.cluster.jobs import read_jobs
+from minima.cluster.queued import lost_jobs
 from minima.cluster.runs import open_run
 
 
@@ -24,7 +25,7 @@ def cancel(run: str, write: Callable[[str], None]) -> int:
         MinimaError: there is no such run, or Slurm refuses.
     """
     _, folder = open_run(run)
-    jobs = read_jobs(folder)
+    jobs = [*read_jobs(folder), *lost_jobs(folder)]
     stages = {job.id: job.stage for job in jobs}
     names = [(job.id, job.name) for job in jobs]
     waiting = dict.fromkeys(task.job for task in reversed(slurm.tasks(names)) if task.state == "PENDING")

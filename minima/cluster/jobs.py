@@ -1,7 +1,8 @@
 """Which jobs a run has: `RUN/cluster/jobs.json`, written anew with each job that is submitted."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Job:
         recipe: the copy of the recipe that it reads, inside the run's folder.
         overrides: of that recipe, by the stage's name; of a grid, by the cell's.
         asked: what it took from the cluster file and the flags; of a job of an earlier version nothing.
+        cancelled: when `minima cancel` ended it, in ISO 8601; it may still be saving. Empty for one that was not.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Job:
     recipe: str = ""
     overrides: dict[str, list[str]] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+    cancelled: str = ""
 
 
 def read_jobs(run_folder: Path) -> list[Job]:
@@ -51,13 +54,45 @@ def read_jobs(run_folder: Path) -> list[Job]:
     Raises:
         ClusterError: the record cannot be read.
     """
+    return _read(run_folder)[0]
+
+
+def read_submission(run_folder: Path) -> tuple[Job, Path] | None:
+    """The job, without an id, that was being submitted when sbatch failed or `minima submit` ended, and its script.
+
+    Raises:
+        ClusterError: the record cannot be read.
+    """
+    return _read(run_folder)[1]
+
+
+def begin_submission(run_folder: Path, job: Job, script: Path) -> None:
+    """Record a job before it goes to sbatch, whose answer may be lost. `add_job` ends this."""
+    _write(run_folder, read_jobs(run_folder), {"script": str(script), "job": asdict(job)})
+
+
+def add_job(run_folder: Path, job: Job) -> None:
+    """Keep one more job; the file is there whole or as it was."""
+    _write(run_folder, [*read_jobs(run_folder), job])
+
+
+def note_cancelled(run_folder: Path, ids: Collection[str], when: str) -> None:
+    """Record that jobs were cancelled, so that nothing counts on them though they may still be saving."""
+    jobs, submission = _read(run_folder)
+    kept = {"script": str(submission[1]), "job": asdict(submission[0])} if submission else None
+    _write(run_folder, [replace(job, cancelled=when) if job.id in ids else job for job in jobs], kept)
+
+
+def _read(run_folder: Path) -> tuple[list[Job], tuple[Job, Path] | None]:
     path = run_folder / FOLDER / FILE
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [Job(**entry) for entry in content["jobs"]]
+        begun = content.get("submitting")
+        submission = (Job(**begun["job"]), Path(begun["script"])) if begun else None
+        return [Job(**entry) for entry in content["jobs"]], submission
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [], None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ClusterError(
             f"{path} cannot be read ({error})",
             "it says which jobs of this run wait or run; a second job for a stage would be in the first one's way",
@@ -65,8 +100,7 @@ def read_jobs(run_folder: Path) -> list[Job]:
         ) from None
 
 
-def add_job(run_folder: Path, job: Job) -> None:
-    """Keep one more job; the file is there whole or as it was."""
-    jobs = [*read_jobs(run_folder), job]
+def _write(run_folder: Path, jobs: list[Job], submitting: dict[str, Any] | None = None) -> None:
     (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(run_folder / FOLDER / FILE, {"jobs": [asdict(each) for each in jobs]})
+    content: dict[str, Any] = {"jobs": [asdict(job) for job in jobs]}
+    write_json(run_folder / FOLDER / FILE, content | ({"submitting": submitting} if submitting else {}))
