@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from minima.cluster import slurm
 from minima.cluster.jobs import Job, add_job, begin_submission
-from minima.cluster.queued import adopt_lost
+from minima.cluster.queued import adopt_lost, ending_jobs
 from minima.cluster.render import Place, Script, quoted
 from minima.disk import write_whole
 from minima.errors import ClusterError
@@ -22,8 +22,8 @@ def submit_chain(
 ) -> None:
     """Submit jobs, each after the one before it and after what is queued.
 
-    A job of an earlier stage has to succeed; one of a later stage only has to end, since one job at a time writes into
-    a run's folder.
+    A job of an earlier stage has to succeed; one of a later stage, or a cancelled one that still saves, only has to
+    end, since one job at a time writes into a run's folder.
 
     Args:
         scripts: in order.
@@ -34,11 +34,12 @@ def submit_chain(
         order: names of the stages, where any are queued.
     """
     left, before = list(queued), list[str]()
+    ending = ending_jobs(place.run_folder, dry_run) if scripts else []
     for script in scripts:
         own = order.index(script.stage) if queued else 0
         earlier = [job.id for job in left if job.stage in order[:own]]
         left = [job for job in left if job.id not in earlier]
-        later = [job.id for job in left] if script is scripts[0] else []  # the others come after the first
+        later = [*(job.id for job in left), *ending] if script is scripts[0] else []  # the others come after the first
         before = [*earlier, *before]
         command = script.command(before, later)
         if dry_run:

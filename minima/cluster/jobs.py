@@ -1,7 +1,7 @@
 """Which jobs a run has: `RUN/cluster/jobs.json`, written anew with each job that is submitted."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,19 @@ def add_job(run_folder: Path, job: Job) -> None:
     _write(run_folder, [*read_jobs(run_folder), job])
 
 
-def note_cancelled(run_folder: Path, ids: Collection[str], when: str) -> None:
-    """Record that jobs were cancelled, so that nothing counts on them though they may still be saving."""
+def note_cancelled(run_folder: Path, cancelled: Sequence[Job], when: str) -> None:
+    """Record that jobs were cancelled, so that nothing counts on them though they may still be saving.
+
+    Args:
+        run_folder: of the run.
+        cancelled: the jobs; one that is not recorded yet is now.
+        when: in ISO 8601.
+    """
     jobs, submission = _read(run_folder)
-    kept = {"script": str(submission[1]), "job": asdict(submission[0])} if submission else None
-    _write(run_folder, [replace(job, cancelled=when) if job.id in ids else job for job in jobs], kept)
+    marked = {job.id: replace(job, cancelled=when) for job in cancelled}
+    known = {job.id: marked.get(job.id, job) for job in jobs}
+    begun = {"script": str(submission[1]), "job": asdict(submission[0])} if submission else None
+    _write(run_folder, list((known | marked).values()), begun)
 
 
 def _read(run_folder: Path) -> tuple[list[Job], tuple[Job, Path] | None]:

@@ -45,7 +45,28 @@ def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) 
         return []
     found = [(jobs[task.job], task) for task in tasks]
     doomed = _doomed(found)
+    for job in {job.id: job for job, task in found if task.active and job.cancelled}.values():
+        write(f"{job.stage}: job {job.id} was cancelled and has not ended yet; what is submitted now waits for its end")
     return [(job, task) for job, task in found if task.active and job.id not in doomed]
+
+
+def ending_jobs(run_folder: Path, dry_run: bool) -> list[str]:
+    """Ids of jobs that were cancelled and have not ended: they may still save, so what is submitted waits for them.
+
+    Args:
+        run_folder: with the records of jobs.
+        dry_run: do without where Slurm does not answer.
+
+    Raises:
+        ClusterError: Slurm does not answer.
+    """
+    cancelled = [(job.id, job.name) for job in read_jobs(run_folder) if job.cancelled]
+    try:
+        return list(dict.fromkeys(task.job for task in slurm.tasks(cancelled) if task.active))
+    except ClusterError:
+        if not dry_run:
+            raise
+        return []
 
 
 def lost_jobs(run_folder: Path) -> list[Job]:
@@ -75,11 +96,13 @@ def adopt_lost(run_folder: Path, write: Callable[[str], None]) -> list[Job]:
 
 
 def _doomed(found: Sequence[tuple[Job, slurm.Task]]) -> set[str]:
-    """Ids of jobs that wait for one that has failed, or that is doomed itself: Slurm cancels them, after a while."""
+    """Ids of jobs that were cancelled, or wait for one that has failed or is doomed: Slurm ends them, after a while."""
     active = {job.id for job, task in found if task.active}
     lost = {job.id for job, task in found if job.id not in active and task.state != "COMPLETED"}
     waiting = {job.id: job for job, task in found if task.state == "PENDING"}
-    doomed = {job.id for job, task in found if task.active and task.reason == "DependencyNeverSatisfied"}
+    doomed = {
+        job.id for job, task in found if task.active and (job.cancelled or task.reason == "DependencyNeverSatisfied")
+    }
     while more := {name for name, job in waiting.items() if (lost | doomed) & set(job.after)} - doomed:
         doomed |= more
     return doomed

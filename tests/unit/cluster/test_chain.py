@@ -1,4 +1,4 @@
-"""A chain of jobs whose submission is cut short: sbatch's answer is lost, or `minima submit` is killed."""
+"""A chain whose submission is cut short (sbatch's answer is lost, `minima submit` is killed), or that was cancelled."""
 
 import json
 import os
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minima.cluster import cancel as cluster_cancel
 from minima.cluster.cancel import cancel
 from minima.cluster.jobs import read_jobs
 from minima.cluster.status import status
 from minima.errors import ClusterError
+from minima.stages.lock import run_lock
+from tests.unit.cluster.conftest import finish
+from tests.unit.cluster.test_status_cancel import send_cells
 from tests.unit.cluster.test_submit import RUN, answer_queue, send
 
 OWN_JOBS = f"squeue --noheader --user={os.getuid()}"
@@ -51,9 +55,8 @@ def test_a_job_that_cannot_be_looked_up_is_recorded_by_the_next_submission(slurm
     assert "corpus: job 101 is in the queue" in send()
     assert [Path(call[-1]).stem for call in slurm.calls("sbatch")] == ["corpus", "base", "out"]
     assert "--dependency=afterok:101" in slurm.calls("sbatch")[1]
-    with pytest.raises(ClusterError, match="steps 100, not 7"):  # what was lost is known as what it was submitted with
-        answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency")
-        send("stages.base.steps=7")
+    with pytest.raises(ClusterError, match="sequence_length 32, not 16"):  # the record says what the lost job reads
+        send("stages.corpus.sequence_length=16")
 
 
 def test_a_job_that_slurm_never_got_is_submitted_again(slurm, project):
@@ -68,8 +71,8 @@ def test_a_submission_that_was_killed_before_it_recorded_a_job(slurm, project, m
     def killed(*given):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("minima.cluster.chain.add_job", killed)
+    monkeypatch.setattr("minima.cluster.chain.add_job", killed)
+    with pytest.raises(KeyboardInterrupt):
         send()
     answer_own(slurm, f"101 RUNNING test.corpus {script(project, 'corpus')}")
     answer_queue(slurm, "101 RUNNING corpus None")
@@ -91,8 +94,68 @@ def test_the_comments_of_jobs_are_the_cluster_files(slurm, project):
 def test_the_record_of_an_earlier_version(slurm, project):
     send()
     content = json.loads(JOBS_FILE.read_text())
+    assert "submitting" not in content
     for job in content["jobs"]:
         del job["cancelled"]
     JOBS_FILE.write_text(json.dumps(content))
     answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency", "103 PENDING out Dependency")
     assert "nothing to submit" in send()
+
+
+def end(slurm) -> str:
+    said: list[str] = []
+    cancel(str(RUN), said.append)
+    return "\n".join(said)
+
+
+def test_what_is_submitted_after_a_cancel_waits_for_the_job_that_still_saves(slurm, project):
+    send()
+    finish(RUN, "corpus")
+    queue = ["101 COMPLETED corpus None", "102 RUNNING base None"]
+    answer_queue(slurm, *queue, "103 PENDING out Dependency")
+    end(slurm)
+    assert [bool(job.cancelled) for job in read_jobs(RUN)] == [False, True, True]
+    answer_queue(slurm, *queue, "103 CANCELLED out None")
+    said = send()
+    assert "base: job 102 was cancelled and has not ended yet" in said and "in the queue" not in said
+    first, second = slurm.calls("sbatch")[3:]
+    assert "--dependency=afterany:102" in first and "--dependency=afterok:104" in second
+    answer_queue(slurm, *queue, "104 PENDING base Dependency", "105 PENDING out Dependency")
+    assert "nothing to submit" in send()
+    assert len(slurm.calls("sbatch")) == 5
+
+
+def test_a_stage_that_ended_well_before_the_signal_of_a_cancel_dooms_nothing(slurm, project):
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None")
+    end(slurm)
+    finish(RUN, "corpus")
+    answer_queue(slurm, "101 COMPLETED corpus None", "102 RUNNING base None", "103 PENDING out Dependency")
+    assert "nothing to submit" in send()
+
+
+def test_a_changed_recipe_can_be_submitted_once_the_jobs_are_cancelled(slurm, project):
+    send()
+    answer_queue(slurm, "101 RUNNING corpus None", "102 PENDING base Dependency", "103 PENDING out Dependency")
+    end(slurm)
+    answer_queue(slurm, "101 RUNNING corpus None")
+    send("stages.base.steps=7")
+    assert "--dependency=afterany:101" in slurm.calls("sbatch")[3]
+
+
+def test_cells_wait_for_cancelled_ones_in_the_same_folders(slurm, project):
+    send_cells("a", "b")
+    slurm.answer(squeue="101|0|RUNNING|test.cells|None\n101|1|COMPLETED|test.cells|None")
+    end(slurm)
+    send_cells("a", "b")
+    assert "--dependency=afterany:101" in slurm.calls("sbatch")[1]
+
+
+def test_a_cancel_that_cannot_be_recorded_says_so(slurm, project, monkeypatch):
+    monkeypatch.setattr(cluster_cancel, "_SUBMISSION_SECONDS", 0.0)
+    send()
+    answer_queue(slurm, "102 RUNNING base None")
+    with run_lock(RUN / "cluster"):
+        said = end(slurm)
+    assert slurm.calls("scancel") == [["--batch", "--signal=TERM", "102"]]
+    assert "warning: runs/test/cluster is in use by" in said and "submit again only once they have ended" in said
