@@ -16,6 +16,7 @@ from minima.stages.running import ERROR, HEADER
 
 # What launchers say of a rank that SIGKILL has ended: deepspeed and torchrun, whose exit code alone would not tell.
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
+_STOPPED = re.compile(rb"stopped by signal (\d+): ")  # `errors.Stopped`, as rank 0 tells it
 _TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
 # A stage's name alone: what a model or a file says must not choose where a log goes.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
@@ -29,12 +30,14 @@ class Log:
     Attributes:
         error: the first line of what a rank told the user, for launchers that print pages of their own after it.
         killed: whether a launcher told of a rank that the system has killed.
+        stopped: the signal after which rank 0 has saved and ended; None for none. Launchers have codes of their own.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._folder, self._rest = folder, b""
         self.error: str | None = None
         self.killed = False
+        self.stopped: int | None = None
         with access_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open(stage)
@@ -51,6 +54,8 @@ class Log:
                 self._file = self._open(started[1].decode())
             if (told := _TOLD.match(line)) and self.error is None:
                 self.error = b"".join(filter(None, told.groups())).decode(errors="replace")
+            if stopped := _STOPPED.match(line):
+                self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
             self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
 
@@ -67,9 +72,10 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     """Run a command to its end in a session of its own, and give its exit code.
 
     SIGINT and SIGTERM are passed on to the ranks, so that they can save; the code is then 128 plus the first one's
-    number. A terminal that goes, and a pipe that nobody reads any more, are a SIGTERM to them; the log goes on to the
-    end. The launcher between is left alone: some end their ranks half a minute after a signal, saved or not. A Ctrl-Z
-    stops whatever of it runs on this machine. A terminal that stands still holds up nothing before the command's end.
+    number, as it is where a rank alone got one. A terminal that goes, and a pipe that nobody reads any more, are a
+    SIGTERM to them; the log goes on to the end. The launcher between is left alone: some end their ranks half a minute
+    after a signal, saved or not. A Ctrl-Z stops whatever of it runs on this machine. A terminal that stands still holds
+    up nothing before the command's end.
 
     Args:
         command: what to run.
@@ -126,6 +132,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
             raise
     if received or (late and not code):  # what has failed by itself has failed
         return 128 + (received or late)[0]
+    if code and log.stopped and not log.error:  # a signal to a rank alone: torchrun's code is 1
+        return 128 + log.stopped
     return 128 - code if code < 0 else code
 
 

@@ -32,8 +32,8 @@ SHORT_KINDS = (
 BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE
 KILLED = 128 + signal.SIGKILL
 _WANT_OF_MEMORY = (
-    ": a process was killed, as the system does when the machine has no memory left; smaller micro-batches need less, "
-    "and on more machines each holds a smaller part of the models"
+    ": a process was killed (SIGKILL); if nobody did that by hand, the machine has probably run out of memory: smaller "
+    "micro-batches need less, and on more machines each holds a smaller part of the models"
 )
 # Exit codes of what a signal has ended, or the leaving of the one who read its output.
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
