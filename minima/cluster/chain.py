@@ -116,8 +116,8 @@ def _submitted_anyway(error: ClusterError, job: Job, place: Place, write: Callab
         raise ClusterError(
             error.what,
             f"the job may have been submitted all the same, and that cannot be checked now: {silent.what}",
-            f"look for {job.name} with `squeue --me`; once squeue answers, submit again: if the job is there, it is "
-            "recorded and not submitted twice",
+            f"look for it with `squeue --name={job.name}`; once squeue answers, submit again: if the job is there, it "
+            "is recorded and not submitted twice",
         ) from None
     if not found:
         raise error

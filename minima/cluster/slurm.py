@@ -123,16 +123,16 @@ def tasks(jobs: Sequence[tuple[str, str]], ended: bool = False) -> list[Task]:
 
 
 def jobs_of_script(script: Path, name: str) -> list[str]:
-    """Ids of the user's jobs that wait or run with this script, oldest first.
+    """Ids of the jobs that wait or run with this script, whoever submitted them, oldest first.
 
     Args:
         script: absolute.
-        name: of the jobs.
+        name: of the jobs: letters, digits, `_`, `.` and `-`.
 
     Raises:
         ClusterError: squeue fails.
     """
-    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F|%T|%j|%o"]
+    command = ["squeue", "--noheader", f"--name={name}", "--format=%F|%T|%j|%o"]
     rows = [line.strip().split("|", 3) for line in call(command, f"asked for jobs of {script}").splitlines()]
     own = [row for row in rows if len(row) == 4 and row[1] in ACTIVE and row[2] == name]
     return sorted({row[0] for row in own if os.path.realpath(row[3]) == os.path.realpath(script)}, key=int)

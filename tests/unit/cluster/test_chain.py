@@ -1,7 +1,6 @@
 """A chain whose submission is cut short (sbatch's answer is lost, `minima submit` is killed), or that was cancelled."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,17 @@ from tests.unit.cluster.conftest import finish
 from tests.unit.cluster.test_status_cancel import send_cells
 from tests.unit.cluster.test_submit import RUN, answer_queue, send
 
-OWN_JOBS = f"squeue --noheader --user={os.getuid()}"
 JOBS_FILE = RUN / "cluster" / "jobs.json"
 
 
-def answer_own(slurm, *jobs: str) -> None:
-    """What squeue shows of the user's jobs: `ID STATE NAME SCRIPT` of each."""
-    slurm.answer(**{OWN_JOBS: "\n".join(job.replace(" ", "|", 3) for job in jobs)})
+def named(stage: str) -> str:
+    return f"squeue --noheader --name=test.{stage}"
+
+
+def answer_named(slurm, stage: str, *jobs: str) -> None:
+    """What squeue shows of the jobs of that name: `ID STATE SCRIPT` of each."""
+    rows = [job.split(" ", 2) for job in jobs]
+    slurm.answer(**{named(stage): "\n".join(f"{job}|{state}|test.{stage}|{path}" for job, state, path in rows)})
 
 
 def script(project: Path, stage: str) -> Path:
@@ -32,9 +35,8 @@ def script(project: Path, stage: str) -> Path:
 
 def test_a_job_that_slurm_has_though_sbatch_failed_is_part_of_the_chain(slurm, project):
     slurm.answer(sbatch="--lost 2")
-    answer_own(slurm, f"7 RUNNING test.base {project / 'runs/other/cluster/base.sbatch'}",
-               f"9 RUNNING test.out {script(project, 'base')}",
-               f"102 PENDING test.base {script(project, 'base')}")  # fmt: skip
+    answer_named(slurm, "base", f"7 RUNNING {project / 'runs/other/cluster/base.sbatch'}",
+                 f"9 FAILED {script(project, 'base')}", f"102 PENDING {script(project, 'base')}")  # fmt: skip
     said = send()
     assert [(job.id, job.stage) for job in read_jobs(RUN)] == [("101", "corpus"), ("102", "base"), ("103", "out")]
     assert "--dependency=afterok:102" in slurm.calls("sbatch")[2]
@@ -43,14 +45,16 @@ def test_a_job_that_slurm_has_though_sbatch_failed_is_part_of_the_chain(slurm, p
 
 
 def test_a_job_that_cannot_be_looked_up_is_recorded_by_the_next_submission(slurm, project):
-    slurm.answer(sbatch="--lost 1", **{OWN_JOBS: "error Unable to contact slurm controller"})
-    with pytest.raises(ClusterError, match=r"(?s)Socket timed out.*may have been submitted.*Unable to contact.*--me"):
+    slurm.answer(sbatch="--lost 1", **{named("corpus"): "error Unable to contact slurm controller"})
+    with pytest.raises(
+        ClusterError, match=r"(?s)Socket timed out.*may have been submitted.*Unable to contact.*--name=test.corpus"
+    ):
         send()
     assert read_jobs(RUN) == []
     with pytest.raises(ClusterError, match="Unable to contact"):
         send()
     assert len(slurm.calls("sbatch")) == 1, "a second job would find the folder in use"
-    answer_own(slurm, f"101 RUNNING test.corpus {script(project, 'corpus')}")
+    answer_named(slurm, "corpus", f"101 RUNNING {script(project, 'corpus')}")
     answer_queue(slurm, "101 RUNNING corpus None")
     assert "corpus: job 101 is in the queue" in send()
     assert [Path(call[-1]).stem for call in slurm.calls("sbatch")] == ["corpus", "base", "out"]
@@ -74,7 +78,7 @@ def test_a_submission_that_was_killed_before_it_recorded_a_job(slurm, project, m
     monkeypatch.setattr("minima.cluster.chain.add_job", killed)
     with pytest.raises(KeyboardInterrupt):
         send()
-    answer_own(slurm, f"101 RUNNING test.corpus {script(project, 'corpus')}")
+    answer_named(slurm, "corpus", f"101 RUNNING {script(project, 'corpus')}")
     answer_queue(slurm, "101 RUNNING corpus None")
     said: list[str] = []
     status(str(RUN), said.append)
