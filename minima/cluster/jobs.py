@@ -1,7 +1,8 @@
 """The record of a run's jobs: `RUN/cluster/jobs.json`, rewritten with each submitted job."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Job:
         recipe: path of the recipe's copy that it reads, relative to the run's folder.
         overrides: of that recipe, by the name of the stage, or of the cell in a grid.
         asked: its settings from the cluster file and the flags; empty for a job of an earlier version.
+        cancelled: time at which `minima cancel` ended it, in ISO 8601; it may still be saving. Empty otherwise.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Job:
     recipe: str = ""
     overrides: dict[str, list[str]] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+    cancelled: str = ""
 
 
 def read_jobs(run_folder: Path) -> list[Job]:
@@ -51,13 +54,53 @@ def read_jobs(run_folder: Path) -> list[Job]:
     Raises:
         ClusterError: the record cannot be read.
     """
+    return _read(run_folder)[0]
+
+
+def read_submission(run_folder: Path) -> tuple[Job, Path] | None:
+    """The job, without an id, that was being submitted when sbatch failed or `minima submit` ended, and its script.
+
+    Raises:
+        ClusterError: the record cannot be read.
+    """
+    return _read(run_folder)[1]
+
+
+def begin_submission(run_folder: Path, job: Job, script: Path) -> None:
+    """Record a job before it goes to sbatch, whose answer may be lost. `add_job` ends this."""
+    _write(run_folder, read_jobs(run_folder), {"script": str(script), "job": asdict(job)})
+
+
+def add_job(run_folder: Path, job: Job) -> None:
+    """Keep one more job; the file is there whole or as it was."""
+    _write(run_folder, [*read_jobs(run_folder), job])
+
+
+def note_cancelled(run_folder: Path, cancelled: Sequence[Job], when: str) -> None:
+    """Record that jobs were cancelled, so that nothing counts on them though they may still be saving.
+
+    Args:
+        run_folder: of the run.
+        cancelled: the jobs; one that is not recorded yet is now.
+        when: in ISO 8601.
+    """
+    jobs, submission = _read(run_folder)
+    marked = {job.id: replace(job, cancelled=when) for job in cancelled}
+    known = {job.id: marked.get(job.id, job) for job in jobs}
+    begun = {"script": str(submission[1]), "job": asdict(submission[0])} if submission else None
+    _write(run_folder, list((known | marked).values()), begun)
+
+
+def _read(run_folder: Path) -> tuple[list[Job], tuple[Job, Path] | None]:
     path = run_folder / FOLDER / FILE
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return [Job(**entry) for entry in content["jobs"]]
+        begun = content.get("submitting")
+        submission = (Job(**begun["job"]), Path(begun["script"])) if begun else None
+        return [Job(**entry) for entry in content["jobs"]], submission
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [], None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ClusterError(
             f"{path} cannot be read ({error})",
             "it records which jobs this run has; a second job for a stage would interfere with the first",
@@ -65,8 +108,7 @@ def read_jobs(run_folder: Path) -> list[Job]:
         ) from None
 
 
-def add_job(run_folder: Path, job: Job) -> None:
-    """Add a job to the record, atomically."""
-    jobs = [*read_jobs(run_folder), job]
+def _write(run_folder: Path, jobs: list[Job], submitting: dict[str, Any] | None = None) -> None:
     (run_folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(run_folder / FOLDER / FILE, {"jobs": [asdict(each) for each in jobs]})
+    content: dict[str, Any] = {"jobs": [asdict(job) for job in jobs]}
+    write_json(run_folder / FOLDER / FILE, content | ({"submitting": submitting} if submitting else {}))

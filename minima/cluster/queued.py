@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minima.cluster import slurm
-from minima.cluster.jobs import Job, read_jobs
+from minima.cluster.jobs import Job, add_job, read_jobs, read_submission
 from minima.cluster.recipe_copy import own_jsons
 from minima.cluster.render import quoted
 from minima.errors import ClusterError, MinimaError, StageError
@@ -30,6 +31,8 @@ def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) 
     Raises:
         ClusterError: Slurm does not answer, so that a job might be submitted twice.
     """
+    if not dry_run:
+        adopt_lost(run_folder, write)
     jobs = {job.id: job for job in read_jobs(run_folder)}
     if not jobs or (dry_run and not slurm.is_here()):
         return []
@@ -42,15 +45,64 @@ def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) 
         return []
     found = [(jobs[task.job], task) for task in tasks]
     doomed = _doomed(found)
+    for job in {job.id: job for job, task in found if task.active and job.cancelled}.values():
+        write(f"{job.stage}: job {job.id} was cancelled and has not ended yet; what is submitted now waits for its end")
     return [(job, task) for job, task in found if task.active and job.id not in doomed]
 
 
+def ending_jobs(run_folder: Path, dry_run: bool) -> list[str]:
+    """Ids of jobs that were cancelled and have not ended: they may still save, so what is submitted waits for them.
+
+    Args:
+        run_folder: with the records of jobs.
+        dry_run: do without where Slurm does not answer.
+
+    Raises:
+        ClusterError: Slurm does not answer.
+    """
+    cancelled = [(job.id, job.name) for job in read_jobs(run_folder) if job.cancelled]
+    try:
+        return list(dict.fromkeys(task.job for task in slurm.tasks(cancelled) if task.active))
+    except ClusterError:
+        if not dry_run:
+            raise
+        return []
+
+
+def lost_jobs(run_folder: Path) -> list[Job]:
+    """Jobs in the queue that no record names: Slurm took them, but its answer was lost or nobody lived to record it.
+
+    They are known by their script, whose path belongs to one stage of one run; comments can be switched off or used for
+    something else, and an sbatch that failed tells no id.
+
+    Raises:
+        ClusterError: squeue does not answer.
+    """
+    submission = read_submission(run_folder)
+    if submission is None:
+        return []
+    job, script = submission
+    recorded = {other.id for other in read_jobs(run_folder)}
+    return [replace(job, id=found) for found in slurm.jobs_of_script(script, job.name) if found not in recorded]
+
+
+def adopt_lost(run_folder: Path, write: Callable[[str], None]) -> list[Job]:
+    """Record the jobs that `lost_jobs` finds, and return them."""
+    found = lost_jobs(run_folder)
+    for job in found:
+        add_job(run_folder, job)
+        write(f"{job.stage}: job {job.id} was submitted, although sbatch did not get to say so")
+    return found
+
+
 def _doomed(found: Sequence[tuple[Job, slurm.Task]]) -> set[str]:
-    """Ids of jobs that depend on a failed job, directly or indirectly; Slurm cancels them after a while."""
+    """Ids of jobs that were cancelled, or that depend on a failed or doomed job; Slurm ends them after a while."""
     active = {job.id for job, task in found if task.active}
     lost = {job.id for job, task in found if job.id not in active and task.state != "COMPLETED"}
     waiting = {job.id: job for job, task in found if task.state == "PENDING"}
-    doomed = {job.id for job, task in found if task.active and task.reason == "DependencyNeverSatisfied"}
+    doomed = {
+        job.id for job, task in found if task.active and (job.cancelled or task.reason == "DependencyNeverSatisfied")
+    }
     while more := {name for name, job in waiting.items() if (lost | doomed) & set(job.after)} - doomed:
         doomed |= more
     return doomed

@@ -1,6 +1,7 @@
 """Opens a run by its folder or its recipe, and looks up its jobs in Slurm. No torch."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from minima.cluster import slurm
@@ -47,13 +48,17 @@ def open_run(run: str) -> tuple[Recipe, Path]:
     return load_recipe(max(resolved, key=os.path.getmtime)), folder
 
 
-def newest_jobs(folder: Path) -> dict[str, list[Job]]:
+def newest_jobs(folder: Path, lost: Sequence[Job] = ()) -> dict[str, list[Job]]:
     """Each stage's last submission: one job, or the array of its parts and the job that merges them.
 
     The key `cells` has all submissions of a grid's cells, oldest first.
+
+    Args:
+        folder: the run's folder.
+        lost: jobs that are not recorded there; see `queued.lost_jobs`.
     """
     found: dict[str, list[Job]] = {}
-    for job in read_jobs(folder):
+    for job in [*read_jobs(folder), *lost]:
         if job.role in ("merge", "cells") and found.get(job.stage):
             found[job.stage].append(job)
         else:

@@ -1,9 +1,11 @@
 """Runs Slurm's commands without a shell, and parses their machine-readable output."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minima.errors import ClusterError
 from minima.launcher import submitting_environment
@@ -118,6 +120,22 @@ def tasks(jobs: Sequence[tuple[str, str]], ended: bool = False) -> list[Task]:
             index = int(fields[1]) if fields[1].isdigit() else None
             found.append(Task(fields[0], index, fields[2].split()[0], fields[3], fields[4]))
     return found
+
+
+def jobs_of_script(script: Path, name: str) -> list[str]:
+    """Ids of the jobs that wait or run with this script, whoever submitted them, oldest first.
+
+    Args:
+        script: absolute.
+        name: of the jobs: letters, digits, `_`, `.` and `-`.
+
+    Raises:
+        ClusterError: squeue fails.
+    """
+    command = ["squeue", "--noheader", f"--name={name}", "--format=%F|%T|%j|%o"]
+    rows = [line.strip().split("|", 3) for line in call(command, f"asked for jobs of {script}").splitlines()]
+    own = [row for row in rows if len(row) == 4 and row[1] in ACTIVE and row[2] == name]
+    return sorted({row[0] for row in own if os.path.realpath(row[3]) == os.path.realpath(script)}, key=int)
 
 
 def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:

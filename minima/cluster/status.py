@@ -8,6 +8,7 @@ from minima.cluster import slurm
 from minima.cluster.failure import cell_failure, failure
 from minima.cluster.jobs import Job
 from minima.cluster.progress import progress
+from minima.cluster.queued import lost_jobs
 from minima.cluster.runs import look_up, newest_jobs, open_run
 from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage, Recipe
@@ -39,6 +40,8 @@ def status(run: str, write: Callable[[str], None]) -> int:
     submitted = newest_jobs(folder)
     silent = None
     try:
+        if slurm.is_here():
+            submitted = newest_jobs(folder, lost_jobs(folder))
         known = look_up([job for jobs in submitted.values() for job in jobs])
     except ClusterError as error:  # what the folders say is still true
         known, silent = {}, error

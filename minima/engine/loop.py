@@ -59,10 +59,12 @@ class Votes(NamedTuple):
     Attributes:
         stop: 1 if this rank has been asked to end.
         writing: 1 if this rank's last checkpoint is not on disk yet.
+        interrupt: 1 if SIGINT asked this rank to end; the exit code of every rank says so.
     """
 
     stop: int = 0
     writing: int = 0
+    interrupt: int = 0
 
 
 _NO_VOTES = Votes()
@@ -107,7 +109,7 @@ def train(
         watchdog.mark(f"step {done}: reading its blocks")
         learning_rate = schedule.learning_rate(step)
         facts = objective.begin(step, schedule.total_steps)
-        votes = Votes(int(stop.requested), int(events.writing()))
+        votes = Votes(int(stop.requested), int(events.writing()), int(stop.signal == signal.SIGINT))
         result = train_step(student, objective, batches.step(step), learning_rate, meters, votes, watchdog.mark)
         norm, agreed = result.norm, result.votes
         watchdog.mark(f"step {done}: done")
@@ -134,7 +136,8 @@ def train(
         if last or agreed.stop or evaluating:  # a long evaluation may be interrupted: no step is lost
             events.settle()
         if agreed.stop:
-            raise Stopped(stop.signal or signal.SIGTERM, f"step {done} of {schedule.total_steps}")
+            others = signal.SIGINT if agreed.interrupt else signal.SIGTERM
+            raise Stopped(stop.signal or others, f"step {done} of {schedule.total_steps}")
         if evaluating and events.evaluate(done):
             return
 

@@ -16,6 +16,7 @@ from minima.stages.running import ERROR, HEADER
 
 # What deepspeed and torchrun print when SIGKILL ended a rank; their exit code alone does not reveal it.
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
+_STOPPED = re.compile(rb"stopped by signal (\d+): ")  # `errors.Stopped`, as rank 0 prints it
 _TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
 # Accepts only a stage's name, so that text from a model or a file cannot choose the path of a log.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
@@ -29,12 +30,14 @@ class Log:
     Attributes:
         error: the first line of the first error that a rank reported, as launchers print pages of their own after it.
         killed: whether a launcher reported that a rank was killed by SIGKILL.
+        stopped: the signal after which rank 0 saved and ended; None otherwise. Launchers have exit codes of their own.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._folder, self._rest = folder, b""
         self.error: str | None = None
         self.killed = False
+        self.stopped: int | None = None
         with access_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open(stage)
@@ -51,6 +54,8 @@ class Log:
                 self._file = self._open(started[1].decode())
             if (told := _TOLD.match(line)) and self.error is None:
                 self.error = b"".join(filter(None, told.groups())).decode(errors="replace")
+            if stopped := _STOPPED.match(line):
+                self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
             self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
 
@@ -67,9 +72,10 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     """Run a command to its end in its own session, and return its exit code.
 
     SIGINT and SIGTERM are passed on to the ranks, so that they can save; the exit code is then 128 + the first signal's
-    number. A terminal that closes, or a pipe that loses its reader, sends them SIGTERM; the log continues to the end.
-    The launcher gets no signal: some kill their ranks half a minute after one, whether they have saved or not. Ctrl-Z
-    suspends all the command's processes on this machine. A stalled terminal blocks nothing before the command's end.
+    number, also if only a rank received one. A terminal that closes, or a pipe that loses its reader, sends them
+    SIGTERM; the log continues to the end. The launcher gets no signal: some kill their ranks half a minute after one,
+    whether they have saved or not. Ctrl-Z suspends all the command's processes on this machine. A stalled terminal
+    blocks nothing before the command's end.
 
     Args:
         command: what to run.
@@ -126,6 +132,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
             raise
     if received or (late and not code):  # a late signal does not hide the command's own failure
         return 128 + (received or late)[0]
+    if code and log.stopped and not log.error:  # a signal to a rank alone: torchrun's code is 1
+        return 128 + log.stopped
     return 128 - code if code < 0 else code
 
 

@@ -29,8 +29,8 @@ SHORT_KINDS = ("prune", "evaluate", "export")
 BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE
 KILLED = 128 + signal.SIGKILL
 _WANT_OF_MEMORY = (
-    ": a process was killed, as the system does when the machine runs out of memory; smaller micro-batches need less, "
-    "and with more machines each holds a smaller part of the models"
+    ": a process was killed (SIGKILL); if nobody did that by hand, the machine has probably run out of memory: smaller "
+    "micro-batches need less, and with more machines each holds a smaller part of the models"
 )
 # Exit codes of a process group that was ended by a signal, or by losing the reader of its output.
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))

@@ -28,6 +28,8 @@ if name == "sbatch":
     number = sum('"sbatch"' in line for line in (folder / "calls.jsonl").read_text().splitlines())
     if "--fail" in answer and number >= int(answer.split()[1]):
         sys.exit("sbatch: error: invalid partition specified")
+    if "--lost" in answer and number == int(answer.split()[1]):
+        sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     print(100 + number)
 elif name == "srun":
     if answer.startswith("wait"):  # as ranks that save and leave once they are told

@@ -105,6 +105,17 @@ def test_a_run_that_is_asked_to_end_saves_its_step_first():
     assert run.told == ["settle", "log 1", "save 1", "settle"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_says_which_signal_another_rank_got(monkeypatch, number):
+    other = torch.tensor([3, 1, 0, int(number == signal.SIGINT)])
+    monkeypatch.setattr("minima.engine.loop.all_reduce_sum", lambda tensor: tensor + other)
+    run = Run()
+    run.stop = SimpleNamespace(requested=False, signal=0)
+    with pytest.raises(Stopped) as caught:
+        run.train()
+    assert caught.value.signal == number
+
+
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_ends_the_run_once_the_last_checkpoint_is_complete(norm):
     run = Run(norms={3: norm}, save_every=2, evaluate_every=0)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError
+from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError, Stopped
 from minima.models.checksums import write_checksums
 from minima.recipe.loading import load_recipe
 from minima.stages import checks, pipeline
@@ -187,10 +187,23 @@ def test_a_rank_that_the_system_has_killed_is_told_so(run, tmp_path, monkeypatch
     (tmp_path / "kill-pruned").write_text(text)
     found, said = run()
     assert found == code
-    assert f"stage pruned failed with exit code {code}: a process was killed, as the system does when" in said
+    assert (
+        f"stage pruned failed with exit code {code}: a process was killed (SIGKILL); if nobody did that by hand" in said
+    )
     (tmp_path / "kill-pruned").write_text("nothing of the kind")
     monkeypatch.setenv("EXIT_CODE", "1")
     assert "failed with exit code 1\nits log is" in run()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_rank_alone_is_no_failure_whatever_the_launchers_code(run, tmp_path, monkeypatch, number):
+    monkeypatch.setenv("EXIT_CODE", "1")
+    torchrun = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+    (tmp_path / "kill-pruned").write_text(f"{Stopped(number, 'step 22 of 60')}\n{torchrun}: minima FAILED")
+    code, said = run()
+    assert code == 128 + number
+    assert "stage pruned was ended by a signal; the same command resumes from what it has saved" in said
+    assert "failed" not in said
 
 
 def test_chosen_stages_need_their_inputs(run, tmp_path):
