@@ -20,6 +20,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of folders, on some network and FUSE file systems
 _NO_HOME = "Could not determine home directory."  # what pathlib says of ~NAME
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A bad sector, or a block whose checksum the file system finds wrong (ext4 and XFS: EBADMSG, EUCLEAN).
+_UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 
 
 def is_no_space(error: BaseException) -> bool:
@@ -31,6 +33,22 @@ def is_no_space(error: BaseException) -> bool:
         return error.errno in _NO_SPACE
     number = re.search(r"os error (\d+)", str(error))
     return number is not None and int(number[1]) in _NO_SPACE
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error says that the disk cannot return the bytes that it was given."""
+    return error.errno in _UNREADABLE
+
+
+@contextmanager
+def file_named(path: Path) -> Iterator[None]:
+    """Add the path to an OSError from an open file; the system names a file only when opening or renaming it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def inside(folder: Path, name: Any) -> Path:
@@ -51,7 +69,7 @@ def inside(folder: Path, name: Any) -> Path:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with file_named(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

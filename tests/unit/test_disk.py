@@ -1,6 +1,7 @@
 """Names in indexes and manifests stay in their folder; what the operating system refuses is told as what it is."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from minima.data.store import TokenStore
-from minima.disk import access_refused_named, copy_content, inside, json_sha256, sync, write_json
+from minima.disk import (
+    access_refused_named,
+    copy_content,
+    file_named,
+    file_sha256,
+    inside,
+    json_sha256,
+    sync,
+    write_json,
+)
 from minima.engine.checkpoint.store import verify_checkpoint
 from minima.errors import AccessRefused, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER
@@ -155,3 +165,13 @@ def test_the_checksum_that_files_carry_of_their_json_stays_what_it_is():
     content = {"b": [1, 2.5, None, True], "a": {"é": "\n", "c": "x"}}
     assert json_sha256(content) == "660e7ae3e244d38d290b0d258057ab066685e50afcd15df591f9df8dbb89ded8"
     assert json_sha256({"a": {"c": "x", "é": "\n"}, "b": [1, 2.5, None, True]}) == json_sha256(content)
+
+
+def test_a_read_that_fails_says_of_which_file(tmp_path, monkeypatch):
+    """The system names a file only at its opening."""
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: refused(errno.EIO, None))
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/a'"):
+        file_sha256(tmp_path / "a")
+    with pytest.raises(OSError, match=r"^not the system's$"), file_named(tmp_path):
+        raise OSError("not the system's")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minima.data import store as hashes
 from minima.data.packing import HashedFile, StoreWriter
 from minima.data.store import TokenStore
 from minima.errors import DataError, DiskFull, StoreCorrupted
@@ -110,6 +111,21 @@ def test_a_flipped_byte_is_found_and_named(store):
         assert caught.value.what.count("sha256") == 1
         file.write_bytes(content)
     TokenStore.open(store.folder).verify()
+
+
+def test_a_file_that_the_disk_cannot_read_is_named(store, monkeypatch):
+    bad = sorted(store.folder.glob("*.bin"))[-1]
+
+    def refuse(path, number):
+        raise OSError(number, os.strerror(number), str(path))
+
+    digest = hashes.file_sha256
+    for number, kind in ((errno.EIO, StoreCorrupted), (errno.ESTALE, OSError)):
+        monkeypatch.setattr(
+            hashes, "file_sha256", lambda path, number=number: refuse(path, number) if path == bad else digest(path)
+        )
+        with pytest.raises(kind, match=f"{bad.name}.*{os.strerror(number)}|{os.strerror(number)}.*{bad.name}"):
+            store.verify()
 
 
 @pytest.mark.slow
