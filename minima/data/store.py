@@ -80,12 +80,16 @@ class TokenStore:
         folder = Path(folder)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{folder} holds no token store: {INDEX} is missing",
                 "a store is complete only once its index is written",
                 "give the folder of a finished build_data stage, or run that stage again",
             ) from None
+        except OSError as error:
+            if not isinstance(error, IsADirectoryError) and not is_unreadable(error):
+                raise
+            raise _damaged(folder / INDEX, f"cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise _damaged(folder / INDEX, f"is not valid JSON ({error})") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:

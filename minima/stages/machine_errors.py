@@ -1,10 +1,11 @@
-"""What is no error of a stage's own: no memory left, and another rank that has ended; said as what it is. No torch."""
+"""What is no error of a stage's own: no memory left, a refused file, another rank that has ended. No torch."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minima.errors import LostRank, OutOfMemory
+from minima.disk import is_refused_file, refused_file_advice
+from minima.errors import FileFailed, LostRank, OutOfMemory
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
 
@@ -38,6 +39,7 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
 
     Raises:
         OutOfMemory: what ran in it found no memory left.
+        FileFailed: the operating system refused a file, for another reason than space or permission.
         LostRank: another rank has ended, so that nothing came of what was to be done together.
     """
     try:
@@ -49,6 +51,12 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
                 f"stages.{stage.name}: {_figures(error)}",
                 "the stage needs more memory than there is; what it has saved stays, and it goes on from there",
                 _ways_out(stage),
+            ) from error
+        if is_refused_file(error):
+            raise FileFailed(
+                f"stages.{stage.name}: {error}",
+                "the operating system refused a file that the stage reads or writes; what the stage has saved stays",
+                f"{refused_file_advice(error)}, then run the same command again: it goes on from what is saved",
             ) from error
         if ranks > 1 and _is_of_ranks(error, said) and any(text in said for text in _LOST):
             raise LostRank(_first_line(error)) from error

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, disk_full_named, write_json
+from minima.disk import disk_full_named, file_errors_named, write_json
 from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
 from minima.recipe.loading import resolved_yaml
@@ -43,7 +43,7 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(number), int(total)
 
 
-@access_refused_named()
+@file_errors_named()
 def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, part: str, launch: Launch, write) -> None:
     """Encode one part of a build_data stage into the stage's `parts/`; `minima stage` without `--part` merges them.
 

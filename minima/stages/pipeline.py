@@ -158,6 +158,8 @@ def _run_group(
         command = [sys.executable, "-m", "minima", "stage", *arguments]
     with Log(folder / "logs", group[0].name) as log:
         code = run_child(command, environment, log, lock)
+    if log.lacks:
+        write(f"warning: the logs in {folder / 'logs'} lack lines, for they could not be written: {log.lacks}")
     left = [stage for stage in group if not is_finished(folder / stage.name)]
     if code == 0 and left:
         code = 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from minima.disk import access_refused_named, disk_full_named
+from minima.disk import disk_full_named, file_errors_named
 from minima.errors import MinimaError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.models.checksums import write_checksums
@@ -37,7 +37,7 @@ _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # between two looks at a stage that rank 0 runs alone
 
 
-@access_refused_named()
+@file_errors_named()
 def run_stage_command(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from minima.data.store import TokenStore
 from minima.disk import (
     access_refused_named,
     copy_content,
+    file_errors_named,
     file_named,
     file_sha256,
     inside,
@@ -20,7 +22,7 @@ from minima.disk import (
     write_json,
 )
 from minima.engine.checkpoint.store import verify_checkpoint
-from minima.errors import AccessRefused, MinimaError, StoreCorrupted
+from minima.errors import AccessRefused, FileFailed, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource
@@ -95,6 +97,40 @@ def test_where_nothing_is_to_be_seen_the_folder_above_is_named(tmp_path):
 def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)), access_refused_named():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "do"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "dmesg"),
+        (OSError(errno.ESTALE, "Stale file handle"), "put back"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "runs/a"), "put back"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a", None, "b"), "move away"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "dmesg"),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), "dmesg"),
+    ],
+)
+def test_what_else_the_system_refuses_of_a_file_is_named(error, do):
+    with pytest.raises(FileFailed) as said, file_errors_named():
+        raise error
+    assert said.value.what == str(error) and do in said.value.do
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "full", "a"), OSError),
+        (OSError(errno.ECONNREFUSED, "a server's"), OSError),
+        (OSError("a library's own words"), OSError),
+        (TypeError("ours"), TypeError),
+        (StoreCorrupted("a (os error 5)", "b", "c"), StoreCorrupted),
+        (OSError(errno.EACCES, "Permission denied", "a"), AccessRefused),
+    ],
+)
+def test_no_other_error_is_called_a_files(error, kind):
+    with pytest.raises(kind) as said, file_errors_named():
+        raise error
+    assert not isinstance(said.value, FileFailed)
 
 
 def test_a_read_only_folder_is_copied_as_one_that_can_be_written(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from minima.disk import access_refused_named, file_sha256, inside, is_unreadable, json_sha256
 from minima.engine import distributed
-from minima.errors import CheckpointError, StoreCorrupted
+from minima.errors import CheckpointError, FileFailed, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
 
 FORMAT = "minima-checkpoint-1"
@@ -154,7 +154,7 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
 
     Raises:
         StoreCorrupted: a file is missing, its bytes have changed, or the disk cannot read it; names the file.
-        CheckpointError: a file cannot be read now, but may be intact; names the file.
+        FileFailed: a file cannot be read now, but may be intact; names the file.
         PermissionError: a file may not be read.
     """
     hashes = read_marker(checkpoint)["sha256"]
@@ -167,7 +167,7 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
         except OSError as error:
             if is_unreadable(error):
                 raise _damaged(checkpoint, path, str(error.strerror)) from error
-            raise CheckpointError(
+            raise FileFailed(
                 f"{path} cannot be read: {error.strerror or error}",
                 "its checkpoint may be intact, so it is neither skipped nor set aside",
                 "check the file system that it is on, then run the same command again",

@@ -175,8 +175,16 @@ def test_a_truncated_or_missing_shard_is_named(store):
 def test_an_unusable_index_is_named(store, tmp_path):
     with pytest.raises(DataError, match=r"index.json is missing"):
         TokenStore.open(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"index.json is missing"):
+        TokenStore.open(tmp_path / "file")
     index = store.folder / "index.json"
     content = index.read_text()
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(StoreCorrupted, match=r"index.json cannot be read: Is a directory"):
+        TokenStore.open(store.folder)
+    index.rmdir()
     index.write_text(content[:40])
     with pytest.raises(StoreCorrupted, match=r"index.json is not valid JSON"):
         TokenStore.open(store.folder)

@@ -1,5 +1,7 @@
 """Metrics survive restarts: one file, one run id, no record of an update that was lost."""
 
+import errno
+import os
 import sys
 
 import pytest
@@ -77,6 +79,25 @@ def test_weights_and_biases_without_a_key_or_a_network_is_refused_with_the_way_o
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
     with pytest.raises(RecipeError, match=r"(?s)cannot be started: No API key configured\.\n.*WANDB_MODE=offline"):
         MetricsLog(tmp_path, 0, wandb_project="minima", name="quickstart/student")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe0123"])
+def test_a_damaged_run_id_is_made_anew(tmp_path, content):
+    (tmp_path / "run_id").write_bytes(content)
+    log = MetricsLog(tmp_path, 0)
+    log.close()
+    assert len(log.run_id) == 32 and (tmp_path / "run_id").read_text() == log.run_id
+
+
+def test_a_disk_that_takes_no_record_is_told_with_the_file(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path, 0)
+
+    def refuse(_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=f"'{tmp_path}/metrics.jsonl'"):
+        log.write({"step": 1})
 
 
 def test_what_a_power_cut_left_is_no_reason_not_to_go_on(tmp_path):

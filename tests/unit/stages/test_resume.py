@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from minima.engine.checkpoint import store
 from minima.engine.checkpoint.store import read_marker, verify_together
-from minima.errors import AccessRefused, CheckpointError, StoreCorrupted
+from minima.errors import AccessRefused, CheckpointError, FileFailed, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
 from minima.stages import resume
 from tests.checkpoints import write_checkpoint
@@ -100,7 +100,7 @@ def test_one_whose_file_server_has_gone_stays_and_is_named(tmp_path, monkeypatch
     write(tmp_path, 5, 10)
     bad = step_folder(tmp_path, 10) / "weights"
     unreadable(monkeypatch, bad, errno.ESTALE)
-    with pytest.raises(CheckpointError, match=f"{bad} cannot be read: {os.strerror(errno.ESTALE)}"):
+    with pytest.raises(FileFailed, match=f"{bad} cannot be read: {os.strerror(errno.ESTALE)}"):
         resume.load_newest(None, tmp_path)
     assert complete_steps(tmp_path) == [5, 10]
 
