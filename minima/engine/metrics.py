@@ -41,9 +41,13 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.run_id = _run_id(folder / "run_id")
         kept = [record for record in read_records(self.path) if record["step"] <= first_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.rename(self.path)
+        last = max((record["step"] for record in kept), default=0)
+        if last < first_step:  # a checkpoint is written after the record of its step
+            logger.warning(
+                "%s: the records of steps %d to %d are lost; the training itself is not, and goes on after step %d",
+                self.path, last + 1, first_step, first_step,
+            )  # fmt: skip
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
         if tensorboard:
