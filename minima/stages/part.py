@@ -7,7 +7,6 @@ from typing import Any
 from minima.disk import disk_full_named, file_errors_named, write_json
 from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
-from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import BuildData, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_unchanged, describe
@@ -83,13 +82,12 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
     with disk_full_named(folder):
         description = describe(recipe, stage, run_folder)
         with run_lock(run_folder, _LOCK_SECONDS):
-            stage_names = [one.name for one in recipe.stages]
-            check_run_folder(run_folder, recipe.name, stage_names)
+            check_run_folder(run_folder, recipe)
             check_unchanged(description, folder, recipe)
             if is_finished(folder):
                 write(f"stage {stage.name} was finished before")
                 return
-            claim_run_folder(run_folder, recipe.name, stage_names, resolved_yaml(recipe))
+            claim_run_folder(run_folder, recipe)
             _begin(folder, description, total)
         from minima.stages import build_data
 

@@ -81,7 +81,7 @@ def test_a_file_that_may_not_be_read_is_a_users_mistake(monkeypatch, capsys, tmp
     ("command", "work"),
     [
         (["status", "x"], "minima.cluster.status.status"),
-        (["stage", "quickstart"], "minima.stages.running.select"),
+        (["stage", "quickstart"], "minima.stages.running.check_run_folder"),
     ],
 )
 def test_a_file_that_a_disk_fails_to_give_is_named_and_may_be_a_nodes_fault(
