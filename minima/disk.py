@@ -119,7 +119,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     # of this process on this machine: another one may write the same file
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with file_named(path), temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -134,7 +134,8 @@ def sync(path: Path) -> None:
     """Make what a file holds last, or the names in a folder, where its file system knows of that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with file_named(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC or not path.is_dir():
             raise

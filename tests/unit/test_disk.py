@@ -209,5 +209,9 @@ def test_a_read_that_fails_says_of_which_file(tmp_path, monkeypatch):
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: refused(errno.EIO, None))
     with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/a'"):
         file_sha256(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", lambda _: refused(errno.EIO, None))
+    for work in (sync, lambda path: write_json(path, {})):
+        with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/a'"):
+            work(tmp_path / "a")
     with pytest.raises(OSError, match=r"^not the system's$"), file_named(tmp_path):
         raise OSError("not the system's")
