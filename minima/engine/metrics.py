@@ -44,7 +44,7 @@ class MetricsLog:
         last = max((record["step"] for record in kept), default=0)
         if last < first_step:  # a checkpoint is written after the record of its step
             logger.warning(
-                "%s: the records of steps %d to %d are lost; the training itself is not, and goes on after step %d",
+                "%s: the records of steps %d to %d are lost; the training itself continues after step %d",
                 self.path, last + 1, first_step, first_step,
             )  # fmt: skip
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -81,7 +81,8 @@ class MetricsLog:
         with file_named(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-            os.fsync(self._file.fileno())  # the checkpoint that follows is synced, too, and must not outlive its records
+            # The checkpoint that follows is synced, too, and must not outlive its records.
+            os.fsync(self._file.fileno())
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         if self._tensorboard is not None:
             with file_named(self.path.with_name("tensorboard")):

@@ -56,7 +56,7 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
             raise FileFailed(
                 f"stages.{stage.name}: {error}",
                 "the operating system refused a file that the stage reads or writes; what the stage has saved stays",
-                f"{refused_file_advice(error)}, then run the same command again: it goes on from what is saved",
+                f"{refused_file_advice(error)}, then run the same command again: it continues from what is saved",
             ) from error
         if ranks > 1 and _is_of_ranks(error, said) and any(text in said for text in _LOST):
             raise LostRank(_first_line(error)) from error

@@ -159,7 +159,7 @@ def _run_group(
     with Log(folder / "logs", group[0].name) as log:
         code = run_child(command, environment, log, lock)
     if log.lacks:
-        write(f"warning: the logs in {folder / 'logs'} lack lines, for they could not be written: {log.lacks}")
+        write(f"warning: the logs in {folder / 'logs'} lack lines that could not be written: {log.lacks}")
     left = [stage for stage in group if not is_finished(folder / stage.name)]
     if code == 0 and left:
         code = 1

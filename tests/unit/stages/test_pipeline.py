@@ -246,7 +246,7 @@ def test_a_log_that_cannot_be_written_is_told_and_ends_nothing(run, tmp_path):
     (tmp_path / "out" / "logs" / "out.log").mkdir(parents=True)
     code, said = run()
     assert code == 0 and "all done" in said
-    assert "warning: the logs in out/logs lack lines, for they could not be written: " in said and "out.log" in said
+    assert "warning: the logs in out/logs lack lines that could not be written: " in said and "out.log" in said
 
 
 def test_ranks_need_a_gpu_each_where_there_are_gpus(run, monkeypatch):
