@@ -10,8 +10,8 @@ from pathlib import Path
 
 import minima
 from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_to_end
-from minima.disk import access_refused_named
-from minima.errors import MinimaError, Stopped
+from minima.disk import file_errors_named
+from minima.errors import FileFailed, MinimaError, Stopped
 from minima.evaluation.chat_command import add_chat
 from minima.law.command import add_law
 
@@ -36,7 +36,7 @@ _OTHER_RANK_SECONDS = 3.0  # launchers end the other ranks about a second after 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 an error that the user can fix, 1 an internal error."""
+    """Run one command and return its exit code: 0 done, 2 a user error, 1 an internal or file error."""
     return quietly(lambda: _main(arguments))
 
 
@@ -48,10 +48,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     if hasattr(options, "overrides"):
         options.overrides += extra  # argparse does not collect positional arguments that follow an option
     try:
-        return access_refused_named()(options.command)(options)
+        return file_errors_named()(options.command)(options)
     except MinimaError as error:
         show(error)
-        return USER_ERROR
+        return _refused(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,7 +190,7 @@ def _stage(options: argparse.Namespace) -> int:
             time.sleep(_OTHER_RANK_SECONDS)
             sys.stderr.write(f"[rank {launch.rank}] ")
         show(error)
-        return _leave(USER_ERROR, launch.world_size)
+        return _leave(_refused(error), launch.world_size)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and silenced():
             return _leave(UNREAD, launch.world_size)
@@ -256,6 +256,11 @@ def _publish(options: argparse.Namespace) -> int:
     )
     write("\n".join(pushed.lines()))
     return 0
+
+
+def _refused(error: MinimaError) -> int:
+    """The exit code of an error; after a 2 a job's script would not ask Slurm whether a node was lost."""
+    return OWN_ERROR if isinstance(error, FileFailed) else USER_ERROR
 
 
 def _leave(code: int, world_size: int) -> int:

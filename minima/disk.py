@@ -14,12 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minima.errors import AccessRefused, DiskFull, MinimaError, StoreCorrupted
+from minima.errors import AccessRefused, DiskFull, FileFailed, MinimaError, StoreCorrupted
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # for folders, on some network and FUSE file systems
 _NO_HOME = "Could not determine home directory."  # pathlib's message for ~NAME
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A bad sector, or a block whose checksum the file system finds wrong (ext4 and XFS: EBADMSG, EUCLEAN).
+_UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+_MOVED = (errno.ENOENT, errno.ESTALE)
+_OTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP)
+_OF_FILES = (*_UNREADABLE, *_MOVED, *_OTHER_KIND, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO)
 
 
 def is_no_space(error: BaseException) -> bool:
@@ -27,10 +32,49 @@ def is_no_space(error: BaseException) -> bool:
 
     safetensors wraps the operating system's errors in its own class, with the errno in the message.
     """
+    return _number(error) in _NO_SPACE
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number for an error; libraries in Rust have it in their text."""
     if isinstance(error, OSError):
-        return error.errno in _NO_SPACE
+        return error.errno
     number = re.search(r"os error (\d+)", str(error))
-    return number is not None and int(number[1]) in _NO_SPACE
+    return None if number is None else int(number[1])
+
+
+def is_refused_file(error: BaseException) -> bool:
+    """Whether the operating system refused a file for another reason than space or permission."""
+    number = _number(error)
+    if isinstance(error, MinimaError) or number is None or number in _NO_SPACE or number in _NO_ACCESS:
+        return False
+    return number in _OF_FILES or (isinstance(error, OSError) and error.filename is not None)
+
+
+def refused_file_advice(error: BaseException) -> str:
+    """What to do about an error for which `is_refused_file` holds."""
+    number = _number(error)
+    if number in _MOVED:
+        return "put back what was moved or removed, or mount its file system again"
+    if number in _OTHER_KIND:
+        return "move away what lies there: a file is in a folder's place, or a folder in a file's"
+    return "check the disk or the file server that it is on (`dmesg` may say more)"
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error says that the disk cannot return the bytes that it was given."""
+    return error.errno in _UNREADABLE
+
+
+@contextmanager
+def file_named(path: Path) -> Iterator[None]:
+    """Add the path to an OSError from an open file; the system names a file only when opening or renaming it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def inside(folder: Path, name: Any) -> Path:
@@ -51,7 +95,7 @@ def inside(folder: Path, name: Any) -> Path:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with file_named(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -75,7 +119,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     # unique to this process on this machine, because another one may write the same file
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with file_named(path), temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -90,7 +134,8 @@ def sync(path: Path) -> None:
     """Flush a file's content to disk, or a folder's entries if the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with file_named(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC or not path.is_dir():
             raise
@@ -165,6 +210,28 @@ def access_refused_named() -> Iterator[None]:
             "minima has to read or write it; nothing that was finished has changed",
             "ask its owner for access (`chmod -R g+rwX FOLDER` for a group's folder, and umask 002 from then on), "
             "or write elsewhere with output=PATH",
+        ) from error
+
+
+@contextmanager
+def file_errors_named() -> Iterator[None]:
+    """Turn whatever the operating system refuses of a file, except for space, into an error that names it.
+
+    Raises:
+        FileFailed: something inside could not use a file.
+        AccessRefused: it may not.
+        MinimaError: see `access_refused_named`.
+    """
+    try:
+        with access_refused_named():
+            yield
+    except Exception as error:
+        if not is_refused_file(error):
+            raise
+        raise FileFailed(
+            str(error),
+            "minima has to read or write it; nothing that was finished has changed",
+            f"{refused_file_advice(error)}, then run the same command again",
         ) from error
 
 

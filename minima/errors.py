@@ -103,6 +103,10 @@ class StageError(MinimaError):
     """A stage folder that belongs to another recipe, or an input that is missing or has changed."""
 
 
+class FileFailed(StageError):
+    """A file that a disk or a file server failed to read or write, or that was moved; perhaps the fault of a node."""
+
+
 class CheckpointError(MinimaError):
     """A checkpoint that is missing, incomplete or of another model."""
 

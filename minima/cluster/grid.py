@@ -181,7 +181,7 @@ def _output(folder: Path) -> str:
 def _check(
     cell: Recipe, recipe_path: Path, names: Sequence[str] | None, place: Place, folder: Path, dry_run: bool
 ) -> list[str]:
-    check_run_folder(folder, cell.name, [stage.name for stage in cell.stages])
+    check_run_folder(folder, cell)
     cluster = place.cluster.model_copy(update={"stages": {}, "defaults": place.cluster.merged(CELLS)})
     own, stages = Place(cluster, place.working_directory, folder), cell.select(names)
     saves = save_warnings([stage for stage in stages if not is_finished(folder / stage.name)], own, dry_run)

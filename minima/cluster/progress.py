@@ -1,6 +1,7 @@
 """A stage's progress (step, loss, speed and remaining time), computed from its folder. No torch."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from minima.planning.arithmetic import plan_training
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.known_inputs import KnownInputs
 
+_SHOWN = (("step", None), ("loss", None), ("tokens_per_second", None), ("tokens", 0))  # a number, or the default
 _TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 
 
@@ -81,9 +83,13 @@ def last_record(path: Path) -> dict[str, Any]:
             record = json.loads(line)
         except ValueError:  # still being written, or truncated
             continue
-        if isinstance(record, dict) and "loss" in record and "tokens_per_second" in record:
+        if isinstance(record, dict) and all(_is_number(record.get(name, other)) for name, other in _SHOWN):
             return record
     return {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _steps(recipe: Recipe, stage: AnyTraining, run_folder: Path) -> int | None:

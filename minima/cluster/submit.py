@@ -62,7 +62,7 @@ def submit(
     stages = recipe.select(names)
     place = make_place(recipe, cluster_path, (ALLOW_CODE_EXECUTION,) if allow_code_execution else ())
     folder = place.run_folder
-    check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
+    check_run_folder(folder, recipe)
     warn(place, recipe, write)
     with ExitStack() as stack:
         if not dry_run:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import file_sha256, inside, json_sha256
+from minima.disk import file_sha256, inside, is_unreadable, json_sha256
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
@@ -80,12 +80,16 @@ class TokenStore:
         folder = Path(folder)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{folder} holds no token store: {INDEX} is missing",
                 "a store is complete only once its index is written",
                 "give the folder of a finished build_data stage, or run that stage again",
             ) from None
+        except OSError as error:
+            if not isinstance(error, IsADirectoryError) and not is_unreadable(error):
+                raise
+            raise _damaged(folder / INDEX, f"cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise _damaged(folder / INDEX, f"is not valid JSON ({error})") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -219,10 +223,16 @@ class TokenStore:
             parts: the number of ranks that share it.
 
         Raises:
-            StoreCorrupted: a file is damaged; the message names the first one, its expected and its actual sha256.
+            StoreCorrupted: a file is damaged, or the disk cannot read it; the message names the first one, with its
+                expected and its actual sha256 or the disk's error.
         """
         for file in list(self._files())[part::parts]:
-            actual = file_sha256(self.folder / file["file"])
+            try:
+                actual = file_sha256(self.folder / file["file"])
+            except OSError as error:
+                if not is_unreadable(error):
+                    raise
+                raise _damaged(self.folder / file["file"], f"cannot be read: {error.strerror}") from error
             if actual != file["sha256"]:
                 raise _damaged(self.folder / file["file"], f"has sha256 {actual}, but {file['sha256']} was written")
 

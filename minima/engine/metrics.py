@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from minima.disk import file_named, write_whole
 from minima.errors import RecipeError, first_line
 
 logger = logging.getLogger("minima.metrics")
@@ -40,9 +41,13 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.run_id = _run_id(folder / "run_id")
         kept = [record for record in read_records(self.path) if record["step"] <= first_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.rename(self.path)
+        last = max((record["step"] for record in kept), default=0)
+        if last < first_step:  # a checkpoint is written after the record of its step
+            logger.warning(
+                "%s: the records of steps %d to %d are lost; the training itself continues after step %d",
+                self.path, last + 1, first_step, first_step,
+            )  # fmt: skip
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
         if tensorboard:
@@ -73,13 +78,16 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record: a `step` and numbers."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # the checkpoint that follows is synced, too, and must not outlive its records
+        with file_named(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            # The checkpoint that follows is synced, too, and must not outlive its records.
+            os.fsync(self._file.fileno())
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+            with file_named(self.path.with_name("tensorboard")):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
@@ -94,15 +102,25 @@ class MetricsLog:
 
 def _run_id(path: Path) -> str:
     """The stage's run id, the same for all its restarts."""
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex, encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        kept = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        kept = ""
+    except UnicodeDecodeError:
+        logger.warning("%s is damaged: the stage continues under a new id, so Weights & Biases starts a new run", path)
+        kept = ""
+    if not kept:
+        kept = uuid.uuid4().hex
+        write_whole(path, kept)
+    return kept
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the records of a `metrics.jsonl`; lines that a killed run or a power cut has damaged are skipped."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    with file_named(path):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:

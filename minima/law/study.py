@@ -63,7 +63,7 @@ def study(
         return 0
     folders = [unit.folder for unit in units]
     for unit in units:
-        check_run_folder(unit.folder, unit.recipe.name, [stage.name for stage in unit.recipe.stages])
+        check_run_folder(unit.folder, unit.recipe)
         check_stages(unit.recipe, path, unit.recipe.stages, unit.folder, 1, to_come=folders)
     if dry_run:
         write(_plan(own, units))

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +32,7 @@ class Log:
         error: the first line of the first error that a rank reported, as launchers print pages of their own after it.
         killed: whether a launcher reported that a rank was killed by SIGKILL.
         stopped: the signal after which rank 0 saved and ended; None otherwise. Launchers have exit codes of their own.
+        lacks: why lines are missing from a log, without which the stage runs on; None if none are.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
@@ -38,6 +40,7 @@ class Log:
         self.error: str | None = None
         self.killed = False
         self.stopped: int | None = None
+        self.lacks: str | None = None
         with access_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._open(stage)
@@ -45,27 +48,43 @@ class Log:
     def _open(self, stage: str):
         return open(self._folder / f"{stage}.log", "ab", buffering=0)  # a resumed stage appends to its log
 
+    def _change(self, stage: str) -> None:
+        with suppress(OSError):
+            self._file.close()
+        try:
+            self._folder.mkdir(exist_ok=True)  # somebody may have removed it
+            self._file = self._open(stage)
+        except OSError as error:
+            self.lacks = self.lacks or str(error)
+            self._file = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
+
+    def _put(self, line: bytes) -> None:
+        try:
+            self._file.write(line)
+        except OSError as error:
+            self.lacks = self.lacks or str(error)
+
     def write(self, chunk: bytes) -> None:
         """Process the next bytes of the stream."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             if started := _STARTED.match(line):
-                self._file.close()
-                self._file = self._open(started[1].decode())
+                self._change(started[1].decode())
             if (told := _TOLD.match(line)) and self.error is None:
                 self.error = b"".join(filter(None, told.groups())).decode(errors="replace")
             if stopped := _STOPPED.match(line):
                 self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
-            self._file.write(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+            self._put(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._rest:
-            self._file.write(self._rest + b"\n")
-        self._file.close()
+            self._put(self._rest + b"\n")
+        with suppress(OSError):
+            self._file.close()
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, lock: int) -> int:

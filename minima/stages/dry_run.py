@@ -270,7 +270,7 @@ def dry_run_text(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> s
         StageError: the run's folder belongs to another recipe, or cannot be used as one.
         MinimaError: as `walk` does.
     """
-    check_run_folder(recipe.folder, recipe.name, [stage.name for stage in recipe.stages])
+    check_run_folder(recipe.folder, recipe)
     shown, previews = {stage.name for stage in stages}, walk(recipe, recipe_path)
     refused = read_and_changed(recipe, stages, recipe.folder)
     return render(resolved_yaml(recipe), [found for found in previews if found.name in shown | refused.keys()])

@@ -11,7 +11,7 @@ from minima.disk import disk_full_named
 from minima.errors import StageError
 from minima.launcher import cleaned_environment
 from minima.recipe.data import Source
-from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.loading import load_recipe
 from minima.recipe.references import Reference, references, sources
 from minima.recipe.schema import AnyStage, Benchmark, BuildData, ModelInput, Publish, Recipe
 from minima.stages.hub import snapshot
@@ -109,11 +109,10 @@ def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Pat
     if reference.what in ("data", "scores") or isinstance(stage, Publish):
         return Got(what, MISSING, "it can only be a folder, not a Hub id: fix its path, or make the folder")
     folder = recipe.folder
-    names = [each.name for each in recipe.stages]
     if has_recipe(folder):  # a run may be using the folder, so its recipe must not be overwritten
-        check_run_folder(folder, recipe.name, names)
+        check_run_folder(folder, recipe)
     else:
-        claim_run_folder(folder, recipe.name, names, resolved_yaml(recipe))
+        claim_run_folder(folder, recipe)
     before = _files(cache, "models", reference.text)
     revision = _revision(stage, reference)
     found = snapshot(reference.text, revision, folder, keep=True, weights=reference.what != "tokenizer")

@@ -1,10 +1,11 @@
-"""Recognises failures that are not the stage's fault (out of memory, a lost rank), and says so. No torch."""
+"""Recognises failures that are not the stage's fault (out of memory, a refused file, a lost rank). No torch."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minima.errors import LostRank, OutOfMemory
+from minima.disk import is_refused_file, refused_file_advice
+from minima.errors import FileFailed, LostRank, OutOfMemory
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune
 
@@ -38,6 +39,7 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
 
     Raises:
         OutOfMemory: the stage ran out of memory.
+        FileFailed: the operating system refused a file, for another reason than space or permission.
         LostRank: another rank has ended, so that a collective operation failed.
     """
     try:
@@ -49,6 +51,12 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
                 f"stages.{stage.name}: {_figures(error)}",
                 "the stage needs more memory than there is; what it has saved is kept, and it resumes from there",
                 _ways_out(stage),
+            ) from error
+        if is_refused_file(error):
+            raise FileFailed(
+                f"stages.{stage.name}: {error}",
+                "the operating system refused a file that the stage reads or writes; what the stage has saved stays",
+                f"{refused_file_advice(error)}, then run the same command again: it continues from what is saved",
             ) from error
         if ranks > 1 and _is_of_ranks(error, said) and any(text in said for text in _LOST):
             raise LostRank(_first_line(error)) from error

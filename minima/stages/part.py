@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, disk_full_named, write_json
+from minima.disk import disk_full_named, file_errors_named, write_json
 from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
-from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import BuildData, Recipe
 from minima.stages.context import StageContext
 from minima.stages.identity import check_unchanged, describe
@@ -43,7 +42,7 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(number), int(total)
 
 
-@access_refused_named()
+@file_errors_named()
 def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, part: str, launch: Launch, write) -> None:
     """Encode one part of a build_data stage into the stage's `parts/`; `minima stage` without `--part` merges them.
 
@@ -83,13 +82,12 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
     with disk_full_named(folder):
         description = describe(recipe, stage, run_folder)
         with run_lock(run_folder, _LOCK_SECONDS):
-            stage_names = [one.name for one in recipe.stages]
-            check_run_folder(run_folder, recipe.name, stage_names)
+            check_run_folder(run_folder, recipe)
             check_unchanged(description, folder, recipe)
             if is_finished(folder):
                 write(f"stage {stage.name} was already finished")
                 return
-            claim_run_folder(run_folder, recipe.name, stage_names, resolved_yaml(recipe))
+            claim_run_folder(run_folder, recipe)
             _begin(folder, description, total)
         from minima.stages import build_data
 

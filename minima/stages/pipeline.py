@@ -10,7 +10,7 @@ from minima.disk import disk_full_named
 from minima.errors import LauncherError, StoreCorrupted
 from minima.launcher import child_environment, read_launch
 from minima.models.checksums import missing_files
-from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.loading import load_recipe
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, Recipe
 from minima.report.run_table import run_table
@@ -65,13 +65,13 @@ def run(
     stages = recipe.select(names)
     folder = recipe.folder
     ranks = planned_ranks(recipe)
-    check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
+    check_run_folder(folder, recipe)
     for line in check_stages(recipe, recipe_path, stages, folder, ranks):
         write(f"warning: {line}")
     if allow_code_execution:
         overrides = [*overrides, ALLOW_CODE_EXECUTION]
     with disk_full_named(folder), run_lock(folder) as lock:
-        claim_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
+        claim_run_folder(folder, recipe)
         left = [stage for stage in stages if not is_finished(folder / stage.name)]
         done = [stage.name for stage in stages if stage not in left]
         if done:
@@ -156,6 +156,8 @@ def _run_group(
         command = [sys.executable, "-m", "minima", "stage", *arguments]
     with Log(folder / "logs", group[0].name) as log:
         code = run_child(command, environment, log, lock)
+    if log.lacks:
+        write(f"warning: the logs in {folder / 'logs'} lack lines that could not be written: {log.lacks}")
     left = [stage for stage in group if not is_finished(folder / stage.name)]
     if code == 0 and left:
         code = 1

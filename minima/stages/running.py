@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from minima.disk import access_refused_named, disk_full_named
+from minima.disk import disk_full_named, file_errors_named
 from minima.errors import MinimaError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.models.checksums import write_checksums
 from minima.planning.arithmetic import check_batch
-from minima.recipe.loading import resolved_yaml
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
 from minima.stages.context import StageContext
@@ -37,7 +36,7 @@ _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # how often other ranks check a stage that rank 0 runs alone
 
 
-@access_refused_named()
+@file_errors_named()
 def run_stage_command(
     recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, launch: Launch, write, allow_code_execution: bool
 ) -> None:
@@ -46,7 +45,7 @@ def run_stage_command(
     folder = recipe.folder
     with disk_full_named(folder), ExitStack() as stack:
         if launch.rank == 0:
-            check_run_folder(folder, recipe.name, [stage.name for stage in recipe.stages])
+            check_run_folder(folder, recipe)
             if not started_by_driver():
                 job = slurm_job()
                 stack.enter_context(run_lock(folder, _REQUEUED_SECONDS if job and job.restarts else 0.0))
@@ -89,7 +88,7 @@ def run_stages(
             check_unchanged(describe(recipe, stage, run_folder, planned), folder, recipe)
     if launch.rank == 0:
         check_read(recipe, stages, run_folder)
-        claim_run_folder(run_folder, recipe.name, [stage.name for stage in recipe.stages], resolved_yaml(recipe))
+        claim_run_folder(run_folder, recipe)
     group_started = False
     for stage in [stage for stage in stages if not is_finished(run_folder / stage.name)]:
         folder = run_folder / stage.name

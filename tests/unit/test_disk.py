@@ -1,16 +1,28 @@
 """Names in indexes and manifests stay in their folder; what the operating system refuses is told as what it is."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from minima.data.store import TokenStore
-from minima.disk import access_refused_named, copy_content, inside, json_sha256, sync, write_json
+from minima.disk import (
+    access_refused_named,
+    copy_content,
+    file_errors_named,
+    file_named,
+    file_sha256,
+    inside,
+    json_sha256,
+    sync,
+    write_json,
+)
 from minima.engine.checkpoint.store import verify_checkpoint
-from minima.errors import AccessRefused, MinimaError, StoreCorrupted
+from minima.errors import AccessRefused, FileFailed, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource
@@ -87,6 +99,40 @@ def test_other_errors_stay_what_they_are(error):
         raise error
 
 
+@pytest.mark.parametrize(
+    ("error", "do"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "dmesg"),
+        (OSError(errno.ESTALE, "Stale file handle"), "put back"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "runs/a"), "put back"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a", None, "b"), "move away"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "dmesg"),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), "dmesg"),
+    ],
+)
+def test_what_else_the_system_refuses_of_a_file_is_named(error, do):
+    with pytest.raises(FileFailed) as said, file_errors_named():
+        raise error
+    assert said.value.what == str(error) and do in said.value.do
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "full", "a"), OSError),
+        (OSError(errno.ECONNREFUSED, "a server's"), OSError),
+        (OSError("a library's own words"), OSError),
+        (TypeError("ours"), TypeError),
+        (StoreCorrupted("a (os error 5)", "b", "c"), StoreCorrupted),
+        (OSError(errno.EACCES, "Permission denied", "a"), AccessRefused),
+    ],
+)
+def test_no_other_error_is_called_a_files(error, kind):
+    with pytest.raises(kind) as said, file_errors_named():
+        raise error
+    assert not isinstance(said.value, FileFailed)
+
+
 def test_a_read_only_folder_is_copied_as_one_that_can_be_written(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "inside").mkdir(parents=True)
@@ -155,3 +201,17 @@ def test_the_checksum_that_files_carry_of_their_json_stays_what_it_is():
     content = {"b": [1, 2.5, None, True], "a": {"é": "\n", "c": "x"}}
     assert json_sha256(content) == "660e7ae3e244d38d290b0d258057ab066685e50afcd15df591f9df8dbb89ded8"
     assert json_sha256({"a": {"c": "x", "é": "\n"}, "b": [1, 2.5, None, True]}) == json_sha256(content)
+
+
+def test_a_read_that_fails_says_of_which_file(tmp_path, monkeypatch):
+    """The system names a file only at its opening."""
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: refused(errno.EIO, None))
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/a'"):
+        file_sha256(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", lambda _: refused(errno.EIO, None))
+    for work in (sync, lambda path: write_json(path, {})):
+        with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/a'"):
+            work(tmp_path / "a")
+    with pytest.raises(OSError, match=r"^not the system's$"), file_named(tmp_path):
+        raise OSError("not the system's")

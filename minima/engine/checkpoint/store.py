@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, file_sha256, inside, json_sha256
+from minima.disk import access_refused_named, file_sha256, inside, is_unreadable, json_sha256
 from minima.engine import distributed
-from minima.errors import CheckpointError, StoreCorrupted
+from minima.errors import CheckpointError, FileFailed, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
 
 FORMAT = "minima-checkpoint-1"
@@ -22,7 +22,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another format.
-        StoreCorrupted: the marker exists but is damaged.
+        StoreCorrupted: the marker exists but is damaged, or the disk cannot read it.
         PermissionError: the marker may not be read.
     """
     try:
@@ -42,13 +42,14 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
         ) from error
     except PermissionError:  # unreadable is not incomplete
         raise
-    except IsADirectoryError as error:
-        raise StoreCorrupted(
-            f"{checkpoint / MARKER} is a folder",
-            "it lists the checkpoint's files and their checksums",
-            f"remove {checkpoint} to continue from the checkpoint before it",
-        ) from error
     except OSError as error:
+        if isinstance(error, IsADirectoryError) or is_unreadable(error):
+            how = "is a folder" if isinstance(error, IsADirectoryError) else f"is damaged: {error.strerror}"
+            raise StoreCorrupted(
+                f"{checkpoint / MARKER} {how}",
+                "it lists the checkpoint's files and their checksums",
+                f"remove {checkpoint} to continue from the checkpoint before it",
+            ) from error
         raise CheckpointError(
             f"{checkpoint} is not a complete checkpoint: {error}",
             "its marker is written last, so some of its files may be missing",
@@ -152,15 +153,32 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
         files: names of the files to check; all if not given.
 
     Raises:
-        StoreCorrupted: a file is missing or its bytes have changed; names the file.
+        StoreCorrupted: a file is missing, its bytes have changed, or the disk cannot read it; names the file.
+        FileFailed: a file cannot be read now, but may be intact; names the file.
+        PermissionError: a file may not be read.
     """
     hashes = read_marker(checkpoint)["sha256"]
     for name in hashes if files is None else files:
         path = inside(checkpoint, name)
-        found = file_sha256(path) if path.is_file() else "no file"
+        try:
+            found = file_sha256(path) if path.is_file() else "no file"
+        except PermissionError:
+            raise
+        except OSError as error:
+            if is_unreadable(error):
+                raise _damaged(checkpoint, path, str(error.strerror)) from error
+            raise FileFailed(
+                f"{path} cannot be read: {error.strerror or error}",
+                "its checkpoint may be intact, so it is neither skipped nor set aside",
+                "check the file system that it is on, then run the same command again",
+            ) from error
         if found != hashes[name]:
-            raise StoreCorrupted(
-                f"{path} is damaged: SHA-256 {found} instead of {hashes[name]}",
-                "training would continue from wrong numbers",
-                f"remove {checkpoint} to continue from the checkpoint before it",
-            )
+            raise _damaged(checkpoint, path, f"SHA-256 {found} instead of {hashes[name]}")
+
+
+def _damaged(checkpoint: Path, path: Path, how: str) -> StoreCorrupted:
+    return StoreCorrupted(
+        f"{path} is damaged: {how}",
+        "training would continue from wrong numbers",
+        f"remove {checkpoint} to continue from the checkpoint before it",
+    )

@@ -77,6 +77,28 @@ def test_a_file_that_may_not_be_read_is_a_users_mistake(monkeypatch, capsys, tmp
     assert f"AccessRefused: {tmp_path}/a: Permission denied (" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (["status", "x"], "minima.cluster.status.status"),
+        (["stage", "quickstart"], "minima.stages.running.check_run_folder"),
+    ],
+)
+def test_a_file_that_a_disk_fails_to_give_is_named_and_may_be_a_nodes_fault(
+    monkeypatch, capsys, tmp_path, command, work
+):
+    """A job's script asks Slurm for lost nodes after a code 1, and not after a 2."""
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "a"))
+
+    monkeypatch.setattr(work, refuse)
+    assert cli.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"minima: FileFailed: [Errno 5] Input/output error: '{tmp_path}/a'")
+    assert "Traceback" not in error
+
+
 def test_our_own_mistake_keeps_its_traceback_and_code_1(monkeypatch, capsys):
     def broken(*given):
         raise KeyError("ours")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from minima.cluster.cancel import cancel
+from minima.cluster.progress import last_record
 from minima.cluster.status import status
 from minima.cluster.submit import submit
 from minima.errors import ClusterError
@@ -45,6 +46,15 @@ def train(step: int = 40) -> None:
     record = {"step": step, "loss": 2.5, "tokens": step * 256, "tokens_per_second": 128.0}
     lines = [json.dumps(record), json.dumps({"step": step, "held_out_loss": 2.75}), '{"step": 4']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("name", ["step", "tokens", "tokens_per_second", "loss"])
+@pytest.mark.parametrize("value", ["x", None, float("nan"), [1]])
+def test_a_record_that_holds_no_number_is_passed_over(tmp_path, name, value):
+    record = {"step": 40, "loss": 2.5, "tokens": 256, "tokens_per_second": 128.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"step": 41, name: value}) + "\n")
+    assert last_record(path) == record
 
 
 def test_every_state(slurm, project):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minima.data import store as hashes
 from minima.data.packing import HashedFile, StoreWriter
 from minima.data.store import TokenStore
 from minima.errors import DataError, DiskFull, StoreCorrupted
@@ -112,6 +113,21 @@ def test_a_flipped_byte_is_found_and_named(store):
     TokenStore.open(store.folder).verify()
 
 
+def test_a_file_that_the_disk_cannot_read_is_named(store, monkeypatch):
+    bad = sorted(store.folder.glob("*.bin"))[-1]
+
+    def refuse(path, number):
+        raise OSError(number, os.strerror(number), str(path))
+
+    digest = hashes.file_sha256
+    for number, kind in ((errno.EIO, StoreCorrupted), (errno.ESTALE, OSError)):
+        monkeypatch.setattr(
+            hashes, "file_sha256", lambda path, number=number: refuse(path, number) if path == bad else digest(path)
+        )
+        with pytest.raises(kind, match=f"{bad.name}.*{os.strerror(number)}|{os.strerror(number)}.*{bad.name}"):
+            store.verify()
+
+
 @pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_the_index_is_found(store):
     path = store.folder / "index.json"
@@ -159,8 +175,16 @@ def test_a_truncated_or_missing_shard_is_named(store):
 def test_an_unusable_index_is_named(store, tmp_path):
     with pytest.raises(DataError, match=r"index.json is missing"):
         TokenStore.open(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"index.json is missing"):
+        TokenStore.open(tmp_path / "file")
     index = store.folder / "index.json"
     content = index.read_text()
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(StoreCorrupted, match=r"index.json cannot be read: Is a directory"):
+        TokenStore.open(store.folder)
+    index.rmdir()
     index.write_text(content[:40])
     with pytest.raises(StoreCorrupted, match=r"index.json is not valid JSON"):
         TokenStore.open(store.folder)

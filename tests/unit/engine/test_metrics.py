@@ -1,6 +1,9 @@
 """Metrics survive restarts: one file, one run id, no record of an update that was lost."""
 
+import errno
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,30 @@ def test_a_restart_keeps_what_stands_and_drops_what_was_lost(tmp_path):
         {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5},
     ]  # fmt: skip
     assert first.run_id == second.run_id and len(first.run_id) == 32
+
+
+@pytest.mark.parametrize(("left", "lost"), [(None, "1 to 55"), ("", "1 to 55"), ('{"step": 50}\n', "51 to 55")])
+def test_a_history_that_was_lost_is_told(tmp_path, caplog, left, lost):
+    if left is not None:
+        (tmp_path / "metrics.jsonl").write_text(left)
+    MetricsLog(tmp_path, 55).close()
+    assert f"{tmp_path}/metrics.jsonl: the records of steps {lost} are lost" in caplog.text
+
+
+@pytest.mark.parametrize("first_step", [0, 3, 4])
+def test_a_whole_history_is_no_reason_to_warn(tmp_path, caplog, first_step):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 5)))
+    MetricsLog(tmp_path, first_step).close()
+    assert not caplog.text and len(read_records(tmp_path / "metrics.jsonl")) == first_step
+
+
+def test_what_a_start_rewrites_is_on_disk_before_it_replaces_the_history(tmp_path, monkeypatch):
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: order.append("sync") or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda old, new: order.append(Path(new).name) or replace(old, new))
+    MetricsLog(tmp_path, 0).close()
+    assert order == ["sync", "run_id", "sync", "metrics.jsonl"]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -77,6 +104,25 @@ def test_weights_and_biases_without_a_key_or_a_network_is_refused_with_the_way_o
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
     with pytest.raises(RecipeError, match=r"(?s)cannot be started: No API key configured\.\n.*WANDB_MODE=offline"):
         MetricsLog(tmp_path, 0, wandb_project="minima", name="quickstart/student")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe0123"])
+def test_a_damaged_run_id_is_made_anew(tmp_path, content):
+    (tmp_path / "run_id").write_bytes(content)
+    log = MetricsLog(tmp_path, 0)
+    log.close()
+    assert len(log.run_id) == 32 and (tmp_path / "run_id").read_text() == log.run_id
+
+
+def test_a_disk_that_takes_no_record_is_told_with_the_file(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path, 0)
+
+    def refuse(_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=f"'{tmp_path}/metrics.jsonl'"):
+        log.write({"step": 1})
 
 
 def test_what_a_power_cut_left_is_no_reason_not_to_go_on(tmp_path):

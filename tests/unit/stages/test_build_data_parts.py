@@ -16,7 +16,7 @@ from minima import cli
 from minima.assets import read_text_asset
 from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
-from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.loading import load_recipe
 from minima.stages import build_data, part
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished, read_manifest
@@ -153,7 +153,7 @@ def test_parts_of_another_recipe_or_division_are_refused(recipe, tmp_path, capsy
 def test_no_two_of_the_same_part_and_none_beside_a_run(recipe, tmp_path, capsys):
     folder = tmp_path / "out" / "corpus"
     loaded = load_recipe(recipe)
-    claim_run_folder(tmp_path / "out", loaded.name, ["corpus", "other"], resolved_yaml(loaded))
+    claim_run_folder(tmp_path / "out", loaded)
     with run_lock(build_data.lock_folder(folder, (0, 2))):
         assert stage(recipe, "--part", "0/2") == cli.USER_ERROR
         assert f"is in use by process {os.getpid()}" in capsys.readouterr().err

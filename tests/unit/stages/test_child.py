@@ -4,6 +4,7 @@ And what becomes of a run whose terminal goes, or whose output nobody reads any 
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from minima import console
-from minima.stages.child import signal_ranks
+from minima.stages.child import Log, signal_ranks
 
 # Starts a program as `minima run` does; tells a file its exit code. In a session of its own its output is its terminal.
 DRIVER = """
@@ -98,14 +99,19 @@ def test_ranks_of_srun_are_told_by_slurm_since_srun_would_kill_them(tmp_path, mo
 
 
 def driver(
-    tmp_path: Path, output: int, body: str, hang_up: str = "--default-signal=HUP", shell: bool = False
+    tmp_path: Path,
+    output: int,
+    body: str,
+    hang_up: str = "--default-signal=HUP",
+    shell: bool = False,
+    program: str = DRIVER,
 ) -> subprocess.Popen:
     """Runs until the stage's first step, under nohup or not whatever these tests run under.
 
     With `shell` as the job of a shell that could continue it, else in a session of its own.
     """
     child = subprocess.Popen(
-        ["env", hang_up, sys.executable, "-c", DRIVER, body], cwd=tmp_path, stdin=output, stdout=output, stderr=output,
+        ["env", hang_up, sys.executable, "-c", program, body], cwd=tmp_path, stdin=output, stdout=output, stderr=output,
         start_new_session=not shell, process_group=0 if shell else None,
     )  # fmt: skip
     os.close(output)
@@ -233,13 +239,36 @@ def test_a_signal_after_the_end_waits_for_no_terminal(tmp_path, code, told):
     os.close(ours)
 
 
-def test_a_log_that_cannot_be_written_ends_the_stage_whatever_the_terminal_does(tmp_path):
+def test_a_stage_outlives_its_log(tmp_path):
+    """Its folder is removed while it runs, or something else lies in a log's place."""
+    with Log(tmp_path / "logs", "first") as log:
+        log.write(b"one\n")
+        shutil.rmtree(tmp_path / "logs")
+        log.write(b"two\n== stage second (kind)\nthree\n")
+        assert (tmp_path / "logs" / "second.log").read_text() == "== stage second (kind)\nthree\n" and not log.lacks
+        (tmp_path / "logs" / "third.log").mkdir()
+        log.write(b"== stage third (kind)\nfour\n== stage fourth (kind)\n")
+        assert log.lacks and "third.log" in log.lacks
+        shutil.rmtree(tmp_path / "logs")
+        tmp_path.rename(tmp_path.with_name("elsewhere"))
+        log.write(b"== stage fifth (kind)\nminima: told\nsix")
+    assert log.error == "told" and not tmp_path.exists(), "no second run folder with nothing but logs in it"
+    tmp_path.with_name("elsewhere").rename(tmp_path)
+
+
+def test_a_log_on_a_full_disk_ends_no_stage(tmp_path):
+    (tmp_path / "stage.log").symlink_to("/dev/full")
+    with Log(tmp_path, "stage") as log:
+        log.write(b"one\n")
+    assert log.lacks and "No space" in log.lacks
+
+
+def test_a_failure_of_the_driver_ends_the_stage_whatever_the_terminal_does(tmp_path):
     ours, theirs = os.pipe()
-    (tmp_path / "logs" / "next.log").mkdir(parents=True)
+    broken = "Log._change = lambda *_: 1 / 0\nwith Log"
     body = LOUD.replace("raise", "print('== stage next (x)', flush=True)\nimport time\ntime.sleep(100)\nraise") % 0
-    child = driver(
-        tmp_path, theirs, body.replace("for", "import time\nprint('step 0', flush=True)\ntime.sleep(1)\nfor", 1)
-    )
+    body = body.replace("for", "import time\nprint('step 0', flush=True)\ntime.sleep(1)\nfor", 1)
+    child = driver(tmp_path, theirs, body, program=DRIVER.replace("with Log", broken))
     (stage,) = psutil.Process(child.pid).children()
     wait_until(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
     os.close(ours)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minima.errors import LostRank, OutOfMemory
+from minima.errors import FileFailed, LostRank, OutOfMemory
 from minima.recipe.schema import Recipe
 from minima.stages.machine_errors import machine_errors_named
 
@@ -104,6 +104,16 @@ def test_a_rank_that_loses_another_says_so(said):
     assert str(caught.value).startswith(f"the connection to another rank was lost ({told}): ")
 
 
+def test_a_refused_file_is_told_with_its_stage(tmp_path):
+    with pytest.raises(FileFailed) as caught, machine_errors_named(stage(kind="export", model="base")):
+        (tmp_path / "gone" / "scores.partial").write_text("")
+    path = tmp_path / "gone" / "scores.partial"
+    assert caught.value.what == f"stages.x: [Errno 2] No such file or directory: '{path}'"
+    for error in (OSError(5, "Input/output error"), Exception("Is a directory (os error 21)")):
+        with pytest.raises(FileFailed, match=r"^stages\.x: "), machine_errors_named(stage(kind="export", model="base")):
+            raise error
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     "error",
@@ -111,6 +121,9 @@ def test_a_rank_that_loses_another_says_so(said):
         RuntimeError("CAS service error: Connection reset by peer (os error 104)"),  # a download
         RuntimeError("shapes do not fit"),
         ValueError("out of memory"),
+        OSError(28, "No space left on device", "a"),
+        PermissionError(13, "Permission denied", "a"),
+        TypeError("ours"),
         OSError("libgomp.so: cannot allocate memory in static TLS block"),
     ],
 )

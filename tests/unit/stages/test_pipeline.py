@@ -12,7 +12,7 @@ import pytest
 
 from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError, Stopped
 from minima.models.checksums import write_checksums
-from minima.recipe.loading import load_recipe
+from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import checks, pipeline
 from minima.stages.child import Log
 from minima.stages.manifest import write_manifest, write_started
@@ -255,6 +255,13 @@ def test_a_full_disk_is_named_where_the_driver_writes(run, tmp_path, monkeypatch
     assert run()[0] == 0
 
 
+def test_a_log_that_cannot_be_written_is_told_and_ends_nothing(run, tmp_path):
+    (tmp_path / "out" / "logs" / "out.log").mkdir(parents=True)
+    code, said = run()
+    assert code == 0 and "all done" in said
+    assert "warning: the logs in out/logs lack lines that could not be written: " in said and "out.log" in said
+
+
 def test_ranks_need_a_gpu_each_where_there_are_gpus(run, monkeypatch):
     monkeypatch.setattr(checks, "num_accelerators", lambda: 1)
     with pytest.raises(RecipeError, match=r"2 ranks, but 1 GPU on this machine\n.*\n.*--ranks 1.*DS_ACCELERATOR=cpu"):
@@ -311,10 +318,35 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\xff"])
+def test_a_run_that_has_lost_its_recipe_goes_on(run, tmp_path, caplog, content):
+    assert run(names=["teacher", "pruned"])[0] == 0
+    path = tmp_path / "out" / "recipe.yaml"
+    kept = path.read_bytes()
+    shutil.rmtree(tmp_path / "out" / "teacher")  # one that is left is enough
+    (tmp_path / "out" / "pruned" / "manifest.json").rename(tmp_path / "out" / "pruned" / "left")  # and it is unfinished
+    path.unlink() if content is None else path.write_bytes(content)
+    code, said = run()
+    assert (code, path.read_bytes()) == (0, kept) and "all done" in said
+    assert "recipe.yaml was lost or damaged and is written again: stage pruned in that folder was made" in caplog.text
+
+
+def test_a_run_of_another_recipe_that_has_lost_its_own_is_refused(run, tmp_path):
+    assert run(names=["teacher"])[0] == 0
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    with pytest.raises(StageError, match=r"no recipe\.yaml of a run(.*\n)+.*copy the run's recipe to out/recipe\.yaml"):
+        run("stages.teacher.steps=5")
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+    shutil.copy(tmp_path / "tiny.yaml", tmp_path / "out" / "recipe.yaml")
+    assert run()[0] == 0
+
+
 def test_what_a_write_that_failed_has_left_is_no_other_run(tmp_path):
-    (tmp_path / ".recipe.yaml.4711").write_text("name: ti")
-    claim_run_folder(tmp_path, "tiny", ["corpus"], "name: tiny")
-    assert (tmp_path / "recipe.yaml").read_text() == "name: tiny"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".recipe.yaml.4711").write_text("name: ti")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    claim_run_folder(tmp_path / "out", recipe := load_recipe(tmp_path / "tiny.yaml", []))
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == resolved_yaml(recipe)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", b"[]", b"name: tiny", b"name: tiny\nstages: [{name: [a]}]"])

@@ -1,6 +1,7 @@
 """The newest whole checkpoint is taken; damaged ones are named, kept aside, and never silently all passed over."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from minima.engine.checkpoint import store
 from minima.engine.checkpoint.store import read_marker, verify_together
-from minima.errors import AccessRefused, CheckpointError, StoreCorrupted
+from minima.errors import AccessRefused, CheckpointError, FileFailed, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
 from minima.stages import resume
 from tests.checkpoints import write_checkpoint
@@ -43,6 +44,26 @@ def damage(folder, step):
     (step_folder(folder, step) / "weights").write_bytes(b"?")
 
 
+def unreadable(monkeypatch, bad, number):
+    """Opening works and reading fails, so the system names no file."""
+    opened, digest = {}, hashlib.file_digest
+    path_open, read_text = Path.open, Path.read_text
+
+    def refuse():
+        raise OSError(number, os.strerror(number))
+
+    def note(path, *how, **more):
+        file = path_open(path, *how, **more)
+        opened[file.fileno()] = path
+        return file
+
+    monkeypatch.setattr(Path, "open", note)
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: refuse() if path == bad else read_text(path, **how))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: refuse() if opened[file.fileno()] == bad else digest(file, name)
+    )
+
+
 def test_the_newest_whole_one(tmp_path, caplog):
     write(tmp_path, 5, 10, 15)
     damage(tmp_path, 15)
@@ -60,6 +81,26 @@ def test_one_that_may_not_be_read_is_not_set_aside(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "file_sha256", refuse)
     with pytest.raises(AccessRefused, match="step-00000010/weights: Permission denied"):
+        resume.load_newest(None, tmp_path)
+    assert complete_steps(tmp_path) == [5, 10]
+
+
+@pytest.mark.parametrize("name", ["weights", "checkpoint.json"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG])
+def test_one_that_the_disk_cannot_read_is_set_aside(tmp_path, monkeypatch, caplog, name, number):
+    write(tmp_path, 5, 10)
+    bad = step_folder(tmp_path, 10) / name
+    unreadable(monkeypatch, bad, number)
+    assert resume.load_newest(None, tmp_path)["step"] == 5
+    assert f"{bad} is damaged: {os.strerror(number)}" in caplog.text
+    assert (tmp_path / "step-00000010.damaged").is_dir()
+
+
+def test_one_whose_file_server_has_gone_stays_and_is_named(tmp_path, monkeypatch):
+    write(tmp_path, 5, 10)
+    bad = step_folder(tmp_path, 10) / "weights"
+    unreadable(monkeypatch, bad, errno.ESTALE)
+    with pytest.raises(FileFailed, match=f"{bad} cannot be read: {os.strerror(errno.ESTALE)}"):
         resume.load_newest(None, tmp_path)
     assert complete_steps(tmp_path) == [5, 10]
 
