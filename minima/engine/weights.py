@@ -6,7 +6,7 @@ from minima.disk import access_refused_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import verify_together
-from minima.errors import CheckpointError
+from minima.errors import CheckpointError, StoreCorrupted
 from minima.models import checksums
 from minima.models.layout import complete_steps, step_folder
 from minima.models.weights import FolderSource, WeightSource
@@ -19,7 +19,8 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
 
     Args:
         folder: of a training stage (with `checkpoints/`) or a stage that leaves a `model/`, or a Hugging Face folder.
-        step: the checkpoint after this many updates; by default the newest complete one.
+        step: the checkpoint after this many updates. By default, a finished stage's result (the last step or, with
+            patience, the best one), and otherwise the newest complete checkpoint.
 
     Raises:
         CheckpointError: there is no such checkpoint, or no weights at all.
@@ -27,8 +28,12 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
     """
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir():
+        with distributed.refused_together(), access_refused_named():
+            result = checksums.result_step(folder) if step is None else None
         # Rank 0's view for all ranks: another node may see an older state of the folder.
-        steps = distributed.broadcast_object(complete_steps(checkpoints))
+        steps, result = distributed.broadcast_object((complete_steps(checkpoints), result))
+        if result is not None:
+            return _result(folder, result, steps)
         if not steps or (step is not None and step not in steps):
             raise CheckpointError(
                 f"no complete checkpoint {'' if step is None else f'after step {step} '}in {checkpoints}",
@@ -50,11 +55,28 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
             "only a training stage keeps checkpoints by step",
             "remove `@STEP`",
         )
-    _verify_together(folder)
+    _verify_together(folder, checksums.WEIGHTS)
     return FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
 
 
-def _verify_together(folder: Path) -> None:
-    """Check a stage's model files, each rank its share; an error that one rank finds is raised on all."""
+def _result(folder: Path, step: int, steps: list[int]) -> WeightSource:
+    """Open the checkpoint that is a finished training stage's result, and no other."""
+    checkpoint = step_folder(folder / "checkpoints", step)
+    why = f"it is the result of the finished stage {folder.name}; the checkpoint of another step is another model"
+    others = [f"{folder.name}@{other}" for other in steps if other != step]
+    named = f"name one that exists ({', '.join(others)}), or " if others else ""
+    do = f"restore it, or {named}remove {folder} and everything made from it, to train it again"
+    if step not in steps:
+        raise CheckpointError(f"{checkpoint} no longer exists", why, do)
+    try:
+        _verify_together(folder, checksums.RESULT)
+        verify_together(checkpoint, prefix=WEIGHTS)
+    except StoreCorrupted as error:
+        raise StoreCorrupted(error.what, why, do) from None
+    return CheckpointSource(checkpoint)
+
+
+def _verify_together(folder: Path, prefix: str) -> None:
+    """Check the files of a stage, each rank its share; an error that one rank finds is raised on all."""
     with distributed.refused_together(), access_refused_named():
-        checksums.verify_files(folder, checksums.WEIGHTS, *distributed.share())
+        checksums.verify_files(folder, prefix, *distributed.share())

@@ -121,7 +121,7 @@ def _run(module, context: StageContext, write) -> None:
         distributed.barrier()
     if main:
         seconds = time.monotonic() - began
-        write_checksums(folder)
+        write_checksums(folder, editable=context.stage.kind == "export")
         write_manifest(folder, metrics, seconds)
         if hasattr(module, "tidy"):
             module.tidy(context)

@@ -104,6 +104,13 @@ def test_what_finished_stages_lack_is_told(tmp_path):
     gone, unused = pipeline.lacking(tmp_path, ["out", "expanded", "bench"], True)
     assert gone.startswith("stage out is finished") and gone.endswith("out/model/b.safetensors no longer exists")
     assert "--allow-code-execution does not change stage bench" in unused and "humaneval" in unused
+    (tmp_path / "bench" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "bench" / "checkpoints" / "step-00000004" / "checkpoint.json").write_text("{}")
+    write_checksums(tmp_path / "bench")
+    assert pipeline.lacking(tmp_path, ["bench"], False) == []
+    shutil.rmtree(tmp_path / "bench" / "checkpoints")
+    (purged,) = pipeline.lacking(tmp_path, ["bench"], False)
+    assert purged.endswith("bench/checkpoints/step-00000004/checkpoint.json no longer exists")
     (tmp_path / "out" / "checksums.json").write_text('{"format": "minima-checksums-1", "files": 3}')
     assert "checksums.json" in pipeline.lacking(tmp_path, ["out"], False)[0], "told, and no reason to end"
 

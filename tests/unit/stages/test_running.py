@@ -9,8 +9,9 @@ import types
 import pytest
 
 from minima.disk import write_json
-from minima.errors import AccessRefused, DataError, DiskFull, OutOfMemory, StageError
+from minima.errors import AccessRefused, DataError, DiskFull, OutOfMemory, StageError, StoreCorrupted
 from minima.launcher import Launch
+from minima.models.checksums import verify_tokenizer
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import running
 from minima.stages.manifest import is_finished, read_manifest
@@ -65,6 +66,20 @@ def test_stages_run_in_order_and_publish(recipe, kind, tmp_path):
     assert (tmp_path / "out" / "recipe.yaml").is_file()
     assert go(recipe, tmp_path) == []
     assert len(kind.ran) == 2, "finished stages are skipped"
+
+
+def test_what_a_stage_leaves_gets_checksums(recipe, kind, tmp_path):
+    def run(context):
+        (context.folder / "tokenizer").mkdir()
+        (context.folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        return {}
+
+    kind.run = run
+    go(recipe, tmp_path, ["a"])
+    verify_tokenizer(tmp_path / "out" / "a")
+    (tmp_path / "out" / "a" / "tokenizer" / "tokenizer.json").write_text("[]")
+    with pytest.raises(StoreCorrupted):
+        verify_tokenizer(tmp_path / "out" / "a")
 
 
 def test_a_failed_stage_publishes_nothing_and_resumes(recipe, kind, tmp_path):
