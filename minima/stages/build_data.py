@@ -13,6 +13,7 @@ from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import PARTS, Part
 from minima.data.part_merging import RecordedParts, check_counts
 from minima.disk import write_json
+from minima.models.checksums import verify_tokenizer
 from minima.models.layout import VOCABULARY_FILES
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData, Evaluate, Recipe
@@ -100,5 +101,6 @@ def _tokenizer(context: StageContext, stage: BuildData) -> str | Path | Tokenize
         return resolved.tokenizer or resolved.folder
     path = Path(stage.tokenizer).expanduser()
     if path.is_dir() and not any((path / name).is_file() for name in VOCABULARY_FILES):  # a stage given by path
+        verify_tokenizer(path)
         return next((path / inner for inner in ("tokenizer", "model") if (path / inner).is_dir()), path)
     return stage.tokenizer

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minima.errors import StageError
 from minima.launcher import Launch
+from minima.models.checksums import verify_tokenizer
 from minima.models.layout import VOCABULARY_FILES, complete_steps
 from minima.recipe.references import STEPPED, stage_and_step
 from minima.recipe.schema import AnyStage, ModelInput, Recipe
@@ -60,17 +61,17 @@ class StageContext:
 
         Raises:
             StageError: the stage has not finished, or there is no such folder.
+            StoreCorrupted: its tokenizer is missing or changed.
         """
         stage, _ = stage_and_step(self.recipe, reference)
-        if stage is not None:
-            return self._finished(stage)
-        path = Path(reference).expanduser()
-        if not (path / "train").is_dir():
+        path = Path(reference).expanduser() if stage is None else self._finished(stage)
+        if stage is None and not (path / "train").is_dir():
             raise StageError(
                 f"data {reference!r} is neither a stage of this recipe nor a folder that build_data wrote",
                 f"stage {self.stage.name!r} would have no text to read",
                 "name a build_data stage, or give the path of its folder (which contains train/ and tokenizer/)",
             )
+        verify_tokenizer(path)
         return path
 
     def model(self, model: ModelInput | str) -> ResolvedModel:
@@ -80,18 +81,21 @@ class StageContext:
 
         Raises:
             StageError: the stage has not finished, or the model cannot be found.
+            StoreCorrupted: its tokenizer is missing or changed.
         """
         text = model if isinstance(model, str) else model.source
         assert text is not None, "random weights have no folder"
         stage, step = stage_and_step(self.recipe, text)
         if stage is not None:
             folder = self._checkpoint(stage, step) if step is not None else self._finished(stage)
+            verify_tokenizer(folder)
             tokenizer = folder / ("tokenizer" if stage.kind in STEPPED else "model")
             return ResolvedModel(text, folder, step, tokenizer if tokenizer.is_dir() else None)
         path = Path(text).expanduser()
         if not path.is_dir():
             revision = None if isinstance(model, str) else model.revision
             path = snapshot(text, revision, self.run_folder, keep=self.launch.rank == 0)
+        verify_tokenizer(path)
         has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
         tokenizer = path if has_tokenizer else path / "tokenizer"
         return ResolvedModel(text, path, None, tokenizer if tokenizer.is_dir() else None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minima.errors import StageError
+from minima.models.checksums import missing_files
 from minima.models.layout import model_folder
 from minima.models.weights import FolderSource
 from minima.report.benchmark_card import split
@@ -63,6 +64,22 @@ def locate(folder: Path) -> tuple[Path, Path | None]:
             "add an export stage to the recipe, and push its folder",
         )
     return model, stage
+
+
+def check_nothing_lost(stage: Path, model: Path) -> None:
+    """Refuse an export that has lost a file: without its tokenizer.json, say, it may still load, with other tokens.
+
+    Raises:
+        StageError: names the files.
+        StoreCorrupted: what the stage says of its files cannot be read.
+    """
+    if gone := missing_files(stage):
+        raise StageError(
+            f"{', '.join(str(stage / name) for name in gone)} {'is' if len(gone) == 1 else 'are'} not there any more",
+            "the model could not be loaded, or would be another one with other tokens",
+            f"put back what is missing, or remove {stage} to export the model again; if you removed it on purpose, "
+            f"push a copy of {model} that lies outside of the run",
+        )
 
 
 def check_files(model: Path) -> tuple[list[str], list[str]]:

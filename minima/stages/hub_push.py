@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import minima
 from minima.errors import MinimaError, StageError
 from minima.models.checksums import WEIGHTS, verify_files
-from minima.stages.hub_files import PUSHED_MODEL_FILES, check_files, current_card, locate, matches
+from minima.stages.hub_files import PUSHED_MODEL_FILES, check_files, check_nothing_lost, current_card, locate, matches
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,14 +76,15 @@ def publish(
     Raises:
         CheckpointError: the weights cannot be read.
         StoreCorrupted: they differ from what the export stage wrote.
-        StageError: the folder is not a finished export, or the Hub refuses it. No file is pushed then; a repository
-            created for it stays, and the message says so.
+        StageError: the folder is not a finished export, a file of it no longer exists, or the Hub refuses it. No file
+            is pushed then; a repository created for it stays, and the message says so.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     model, stage = locate(folder)
     if stage is not None:
         verify_files(stage, WEIGHTS)
+        check_nothing_lost(stage, model)
     files, left_out = check_files(model)
     content: dict[str, Path | bytes] = {name: model / name for name in files}
     content["README.md"] = current_card(model / "README.md", stage).encode("utf-8")

@@ -80,6 +80,24 @@ def open_store(folder: Path) -> TokenStore:
     return store
 
 
+def check_has_tokenizer(data: Path) -> None:
+    """Refuse data without its tokenizer, which a trained model is kept with; every rank calls it.
+
+    Args:
+        data: a build_data stage's folder.
+
+    Raises:
+        DataError: names the folder that is missing.
+    """
+    with distributed.refused_together():
+        if distributed.share()[0] == 0 and not (data / "tokenizer").is_dir():
+            raise DataError(
+                f"there is no folder {data / 'tokenizer'}",
+                "a trained model keeps the tokenizer of its data, and is worth nothing without it",
+                "put the folder back, or build the data again",
+            )
+
+
 def check_tokens(data: Path, own: Path | None, model: str) -> None:
     """Refuse data that was built with another tokenizer than the model's own; every rank calls it.
 

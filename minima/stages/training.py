@@ -30,6 +30,7 @@ from minima.stages.origin import (
     Origin,
     check_fit,
     check_format,
+    check_has_tokenizer,
     check_tokens,
     open_origin,
     open_store,
@@ -72,6 +73,7 @@ def run_training(
     check_format(store, stage.kind, formats)
     origin = origin or open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
+    check_has_tokenizer(data)
     check_tokens(data, origin.tokenizer, origin.identity)
     total_steps = _checked_steps(stage, shape, store, held_out, origin)
     if distributed.is_main():

@@ -35,6 +35,7 @@ def run(tmp_path, **changes):
     stages = [stage_of(data=str(tmp_path / "data"), **changes)]
     recipe = Recipe.model_validate({"name": "pairs", "stages": stages})
     path = tmp_path / "recipe.yaml"
+    (tmp_path / "data" / "tokenizer").mkdir(parents=True, exist_ok=True)
     return align.run(StageContext(recipe, path, recipe.stages[0], tmp_path / "own", tmp_path, Launch()))
 
 

@@ -1,11 +1,13 @@
 """Where a stage's inputs lie."""
 
 import dataclasses
+import shutil
 
 import pytest
 
-from minima.errors import RecipeError, StageError
+from minima.errors import RecipeError, StageError, StoreCorrupted
 from minima.launcher import Launch
+from minima.models.checksums import write_checksums
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import BuildData
 from minima.stages import build_data
@@ -129,3 +131,36 @@ def test_the_tokenizer_of_a_stage_that_is_given_by_its_path(context, tmp_path):
     (tmp_path / "corpus" / "tokenizer.json").touch()
     own = build.model_copy(update={"tokenizer": str(tmp_path / "corpus")})
     assert build_data._tokenizer(context, own) == str(tmp_path / "corpus"), "a folder with files of its own"
+
+
+@pytest.mark.parametrize("name", ["corpus", "teacher", "pruned"])
+def test_a_finished_stages_tokenizer_is_compared_before_it_is_used(context, tmp_path, name):
+    for each, place in (("corpus", "tokenizer"), ("teacher", "tokenizer"), ("pruned", "model")):
+        (tmp_path / each / place).mkdir(parents=True)
+        (tmp_path / each / place / "tokenizer.json").write_text("{}")
+        (tmp_path / each / place / "chat_template.jinja").write_text("{}")
+        write_checksums(tmp_path / each)
+        finish(tmp_path / each)
+    (tmp_path / "corpus" / "train").mkdir()
+    use = context.data if name == "corpus" else context.model
+    folder = tmp_path / name / ("model" if name == "pruned" else "tokenizer")
+    assert use(name) and use(str(tmp_path / name))
+    (folder / "chat_template.jinja").write_text("another")
+    for text in (name, str(tmp_path / name)):
+        with pytest.raises(StoreCorrupted, match=r"chat_template\.jinja has 7 bytes, 2 were written"):
+            use(text)
+    shutil.rmtree(folder)
+    for text in (name, str(tmp_path / name)):
+        with pytest.raises(StoreCorrupted, match=r"chat_template\.jinja is missing"):
+            use(text)
+
+
+def test_the_tokenizer_of_another_runs_stage_is_compared_where_data_is_built_with_it(context, tmp_path):
+    (tmp_path / "other" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "other" / "tokenizer" / "tokenizer.json").write_text("{}")
+    write_checksums(tmp_path / "other")
+    stage = context.recipe.stage("corpus").model_copy(update={"tokenizer": str(tmp_path / "other")})
+    assert build_data._tokenizer(context, stage) == tmp_path / "other" / "tokenizer"
+    (tmp_path / "other" / "tokenizer" / "tokenizer.json").write_text("[]")
+    with pytest.raises(StoreCorrupted, match=r"tokenizer\.json is damaged"):
+        build_data._tokenizer(context, stage)

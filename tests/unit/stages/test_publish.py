@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from minima import cli
 from minima.errors import CheckpointError, StageError
 from minima.launcher import Launch
+from minima.models.checksums import write_checksums
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, write_folder
 from minima.recipe.schema import Recipe
@@ -98,6 +99,18 @@ def test_the_same_again_makes_no_commit_and_says_so(hub, export):
     assert len(hub.repos["org/chat"].commits) == 1
     assert (again.changed, again.commit) == (False, first.commit)
     assert "the Hub has the same files" in again.lines()[-1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_an_export_that_has_lost_a_file_is_not_pushed_and_an_edited_one_is(hub, export, name):
+    (export / "model" / "tokenizer.model").write_text("with it alone, the tokens would be others")
+    write_checksums(export, editable=True)
+    (export / "model" / name).unlink()
+    with pytest.raises(StageError, match=f"model/{name} is not there any more"):
+        publish(export, "org/chat", endpoint=hub.url)
+    assert not hub.repos
+    (export / "model" / name).write_text('{"edited": 1}')
+    assert publish(export, "org/chat", endpoint=hub.url).changed
 
 
 def test_a_branch_is_made_and_the_rest_of_the_repository_left_alone(hub, export):

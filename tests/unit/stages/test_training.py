@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from minima.engine.schedule import Schedule
+from minima.errors import DataError
 from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.models.weights import MemorySource
@@ -70,6 +71,10 @@ def test_schedule_and_feed_are_the_recipes(tmp_path, monkeypatch, settings, step
         monkeypatch.setattr(training, name, stand_in)
     monkeypatch.setattr(StageContext, "data", lambda *_: tmp_path)
     monkeypatch.setattr(StageContext, "deepspeed_json", lambda *_: tmp_path)
+    with pytest.raises(DataError, match=f"no folder {tmp_path}/tokenizer"):
+        training.run_training(context, recipe.stages[0], lambda *_: None)
+    assert not seen.students, "told before an engine is built"
+    (tmp_path / "tokenizer").mkdir()
     training.run_training(context, recipe.stages[0], lambda *_: None)
     identity, schedule, first_step = seen.trained
     assert schedule == Schedule(steps, 3e-4, warmup, "linear", 0.2)
