@@ -5,13 +5,14 @@ import os
 import sys
 import threading
 import types
+from contextlib import nullcontext
 
 import pytest
 
 from minima.disk import write_json
 from minima.errors import AccessRefused, DataError, DiskFull, OutOfMemory, StageError, StoreCorrupted
 from minima.launcher import Launch
-from minima.models.checksums import verify_tokenizer
+from minima.models.checksums import missing_files, verify_tokenizer
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.stages import running
 from minima.stages.manifest import is_finished, read_manifest
@@ -68,18 +69,27 @@ def test_stages_run_in_order_and_publish(recipe, kind, tmp_path):
     assert len(kind.ran) == 2, "finished stages are skipped"
 
 
-def test_what_a_stage_leaves_gets_checksums(recipe, kind, tmp_path):
+@pytest.mark.parametrize(("name", "edited"), [("a", "refused"), ("c", "taken")])
+def test_what_a_stage_leaves_gets_checksums_and_an_export_may_be_edited(
+    recipe, kind, tmp_path, monkeypatch, name, edited
+):
     def run(context):
-        (context.folder / "tokenizer").mkdir()
-        (context.folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        (context.folder / "model").mkdir()
+        (context.folder / "model" / "tokenizer.json").write_text("{}")
         return {}
 
     kind.run = run
-    go(recipe, tmp_path, ["a"])
-    verify_tokenizer(tmp_path / "out" / "a")
-    (tmp_path / "out" / "a" / "tokenizer" / "tokenizer.json").write_text("[]")
-    with pytest.raises(StoreCorrupted):
-        verify_tokenizer(tmp_path / "out" / "a")
+    monkeypatch.setitem(sys.modules, "minima.stages.export", kind)
+    monkeypatch.setattr(running, "uses_ranks", lambda stage: False)
+    (tmp_path / "x.yaml").write_text(RECIPE + "  - {name: c, kind: export, model: base}\n")
+    go(load_recipe(tmp_path / "x.yaml"), tmp_path, [name])
+    folder = tmp_path / "out" / name
+    verify_tokenizer(folder)
+    (folder / "model" / "tokenizer.json").write_text("[]")
+    with pytest.raises(StoreCorrupted) if edited == "refused" else nullcontext():
+        verify_tokenizer(folder)
+    (folder / "model" / "tokenizer.json").unlink()
+    assert missing_files(folder) == ["model/tokenizer.json"]
 
 
 def test_a_failed_stage_publishes_nothing_and_resumes(recipe, kind, tmp_path):
