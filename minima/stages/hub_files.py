@@ -67,7 +67,7 @@ def locate(folder: Path) -> tuple[Path, Path | None]:
 
 
 def check_nothing_lost(stage: Path, model: Path) -> None:
-    """Refuse an export that has lost a file: without its tokenizer.json, say, it may still load, with other tokens.
+    """Refuse an export that has lost a file. Without its tokenizer.json, for example, it may load with other tokens.
 
     Raises:
         StageError: names the files.
@@ -75,10 +75,10 @@ def check_nothing_lost(stage: Path, model: Path) -> None:
     """
     if gone := missing_files(stage):
         raise StageError(
-            f"{', '.join(str(stage / name) for name in gone)} {'is' if len(gone) == 1 else 'are'} not there any more",
-            "the model could not be loaded, or would be another one with other tokens",
-            f"put back what is missing, or remove {stage} to export the model again; if you removed it on purpose, "
-            f"push a copy of {model} that lies outside of the run",
+            f"{', '.join(str(stage / name) for name in gone)} no longer exist{'s' if len(gone) == 1 else ''}",
+            "without it, nobody could load the model, or it would read other tokens",
+            f"restore it, or remove {stage} to export the model again; if you removed it on purpose, push a copy of "
+            f"{model} that is outside the run",
         )
 
 

@@ -81,7 +81,7 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def check_has_tokenizer(data: Path) -> None:
-    """Refuse data without its tokenizer, which a trained model is kept with; every rank calls it.
+    """Refuse data that has lost its tokenizer, because a trained model is stored with it; every rank calls it.
 
     Args:
         data: a build_data stage's folder.
@@ -93,8 +93,8 @@ def check_has_tokenizer(data: Path) -> None:
         if distributed.share()[0] == 0 and not (data / "tokenizer").is_dir():
             raise DataError(
                 f"there is no folder {data / 'tokenizer'}",
-                "a trained model keeps the tokenizer of its data, and is worth nothing without it",
-                "put the folder back, or build the data again",
+                "a training stage stores the tokenizer of its data with the model, which nobody can use without one",
+                "restore the folder, or build the data again",
             )
 
 

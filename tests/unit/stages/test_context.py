@@ -147,7 +147,7 @@ def test_a_finished_stages_tokenizer_is_compared_before_it_is_used(context, tmp_
     assert use(name) and use(str(tmp_path / name))
     (folder / "chat_template.jinja").write_text("another")
     for text in (name, str(tmp_path / name)):
-        with pytest.raises(StoreCorrupted, match=r"chat_template\.jinja has 7 bytes, 2 were written"):
+        with pytest.raises(StoreCorrupted, match=r"chat_template\.jinja has 7 bytes, but 2 were written"):
             use(text)
     shutil.rmtree(folder)
     for text in (name, str(tmp_path / name)):

@@ -106,7 +106,7 @@ def test_an_export_that_has_lost_a_file_is_not_pushed_and_an_edited_one_is(hub, 
     (export / "model" / "tokenizer.model").write_text("with it alone, the tokens would be others")
     write_checksums(export, editable=True)
     (export / "model" / name).unlink()
-    with pytest.raises(StageError, match=f"model/{name} is not there any more"):
+    with pytest.raises(StageError, match=f"model/{name} no longer exists"):
         publish(export, "org/chat", endpoint=hub.url)
     assert not hub.repos
     (export / "model" / name).write_text('{"edited": 1}')
