@@ -90,7 +90,7 @@ def check_has_tokenizer(data: Path) -> None:
         DataError: names the folder that is missing.
     """
     with distributed.refused_together():
-        if distributed.share()[0] == 0 and not (data / "tokenizer").is_dir():
+        if distributed.is_main() and not (data / "tokenizer").is_dir():
             raise DataError(
                 f"there is no folder {data / 'tokenizer'}",
                 "a training stage stores the tokenizer of its data with the model, which nobody can use without one",
