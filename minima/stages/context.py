@@ -96,9 +96,10 @@ class StageContext:
             revision = None if isinstance(model, str) else model.revision
             path = snapshot(text, revision, self.run_folder, keep=self.launch.rank == 0)
         verify_tokenizer(path)
-        has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-        tokenizer = path if has_tokenizer else path / "tokenizer"
-        return ResolvedModel(text, path, None, tokenizer if tokenizer.is_dir() else None)
+        # A model's folder, or that of a stage of another run, which keeps its tokenizer in one of the other two.
+        places = (path, path / "tokenizer", path / "model")
+        found = (place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES))
+        return ResolvedModel(text, path, None, next(found, None))
 
     def scores(self, reference: str) -> Path:
         """The folder with `scores.safetensors` of a prune stage, given by the stage's name or by path.

@@ -133,6 +133,17 @@ def test_the_tokenizer_of_a_stage_that_is_given_by_its_path(context, tmp_path):
     assert build_data._tokenizer(context, own) == str(tmp_path / "corpus"), "a folder with files of its own"
 
 
+@pytest.mark.parametrize("inner", ["", "tokenizer", "model"])
+def test_a_stage_of_another_run_keeps_its_tokenizer(context, tmp_path, inner):
+    """A prune stage and an export have it beside their weights; an export of theirs would have none."""
+    other = tmp_path / "other"
+    (other / "model").mkdir(parents=True)
+    assert context.model(str(other)).tokenizer is None
+    (other / inner).mkdir(exist_ok=True)
+    (other / inner / "tokenizer.json").touch()
+    assert context.model(str(other)).tokenizer == other / inner
+
+
 @pytest.mark.parametrize("name", ["corpus", "teacher", "pruned"])
 def test_a_finished_stages_tokenizer_is_compared_before_it_is_used(context, tmp_path, name):
     for each, place in (("corpus", "tokenizer"), ("teacher", "tokenizer"), ("pruned", "model")):
