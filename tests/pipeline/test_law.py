@@ -66,7 +66,7 @@ def place(tmp_path_factory):
 
 def test_a_signal_ends_it_with_a_table_of_what_is_finished(place):
     assert place.first_code == 128 + signal.SIGTERM, place.first_output[-3000:]
-    assert "the same command goes on" in place.first_output
+    assert "the same command continues" in place.first_output
     assert 12 <= len(place.rows_when_ended) < CELLS
 
 
