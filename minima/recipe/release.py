@@ -21,7 +21,8 @@ class Evaluate(Stage):
         models: earlier stages (`student@12000` for one checkpoint), folders or Hub ids.
         teacher: the model that the others are compared with (KL and top-1 agreement); no comparison when not given.
         data: a build_data stage, whose held-out blocks are used.
-        sequences: use only this many held-out blocks, the first ones; all when not given.
+        sequences: use only this many held-out blocks, the first ones; all when not given. See `held_out_tokens` for
+            what the first ones hold.
         micro_batch_sequences: blocks per forward pass on one rank.
         precision: dtype of weights and activations; float32 shows small differences.
         deepspeed: DeepSpeed JSON for the frozen models.

@@ -47,7 +47,8 @@ class Training(Strict):
         watchdog_seconds: end the job, naming the rank that hangs, after this long without progress in training; 0 for
             never. The default leaves room for a first step that compiles and reads its blocks from a slow disk.
         evaluate_every_steps: steps between measurements of the held-out loss; 0 for never.
-        evaluate_sequences: held-out blocks per measurement, the first ones; all when not given.
+        evaluate_sequences: held-out blocks per measurement, the first ones; all when not given. See `held_out_tokens`
+            for what the first ones hold.
         patience: stop early after this many held-out losses in a row that are no better than the best one, and leave
             the best one's checkpoint as the newest (later ones are removed, even if another key would keep them). A
             checkpoint is then also written at each held-out loss. No early stopping when not given.
