@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
     stage = commands.add_parser("stage", help="run stages in this process: what each rank does under any launcher")
     stage.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    stage.add_argument("overrides", nargs="*", metavar="NAME|key.path=value", help="stages (A,B) and overrides")
+    names = "NAME|key.path=value"
+    stage.add_argument("overrides", nargs="*", default=[], metavar=names, help="stages (A,B) and overrides")
     stage.add_argument("--stages", metavar="A,B", help="only these; all that are not finished when not given")
     _may_execute(stage)
     stage.add_argument("--part", metavar="I/N", help="encode only the I-th of N parts (from 0) of a build_data stage")
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _takes_recipe(command: argparse.ArgumentParser, stages: str = "only these; all when not given") -> None:
     command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the recipe")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change the recipe")
     command.add_argument("--stages", metavar="A,B", help=stages)
 
 

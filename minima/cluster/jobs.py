@@ -72,7 +72,7 @@ def begin_submission(run_folder: Path, job: Job, script: Path) -> None:
 
 
 def add_job(run_folder: Path, job: Job) -> None:
-    """Keep one more job; the file is there whole or as it was."""
+    """Add a job to the record, atomically."""
     _write(run_folder, [*read_jobs(run_folder), job])
 
 

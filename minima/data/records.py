@@ -72,7 +72,10 @@ def _load_dataset(source: Source) -> Any:
     assert source.hub is not None
     folder = Path(source.hub).expanduser()
     if (folder / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(folder))[source.split]
+        splits = datasets.load_from_disk(str(folder))
+        if source.split not in splits:
+            raise ValueError(f"it has no split {source.split!r} but {', '.join(map(str, splits))}")
+        saved = splits[source.split]
         return saved.to_iterable_dataset() if source.streaming else saved
     if (folder / "state.json").is_file():
         saved = datasets.load_from_disk(str(folder))

@@ -22,7 +22,7 @@ def add_law(commands: argparse._SubParsersAction, write: Write) -> None:
 
     study = parts.add_parser("study", help="train a grid of teachers and students, and make its table")
     study.add_argument("recipe", help="a study's YAML file, or the name of a shipped one: law-small")
-    study.add_argument("overrides", nargs="*", metavar="key.path=value", help="change the study")
+    study.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change the study")
     study.add_argument("--workers", type=int, metavar="N", help="parallel processes; default: one per GPU or core")
     study.add_argument("--dry-run", action="store_true", help="show the grid and its cost; run nothing")
     study.add_argument("--collect", action="store_true", help="run nothing; write the table of finished runs")

@@ -225,6 +225,9 @@ def _problem(detail: Any) -> str:
         return f"kind {tag!r} is not known{nearest(tag, kinds)} (kinds are {', '.join(kinds)})"
     if detail["type"] == "missing":
         return "is missing"
+    if detail["type"] == "string_pattern_mismatch":
+        rule = "letters, digits, '_', '.' and '-', the first one a letter or a digit"
+        return f"must be {'OWNER/NAME, each of ' if '/' in detail['ctx']['pattern'] else ''}{rule}, not {value!r}"
     inner = detail.get("ctx", {}).get("error")
     if isinstance(inner, MinimaError):
         return f"{inner.what} ({inner.why}; {inner.do})"

@@ -88,6 +88,13 @@ def test_datasets(tmp_path, streaming, kind):
         read(hub=str(folder), streaming=streaming, field="body")
 
 
+def test_a_saved_dictionary_names_its_splits(tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": dataset, "validation": dataset}).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(DataError, match="no split 'test' but train, validation"):
+        read(hub=str(tmp_path / "set"), split="test")
+
+
 def test_home_folders_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for folder in ("text", "set"):
