@@ -44,8 +44,9 @@ class BuildData(Stage):
         held_out_fraction: fraction of documents that are held out, chosen by a hash of their text. Sources are mixed in
             the held-out text as in the training text. If the held-out documents amount to less than a block, a
             fraction given in the recipe is refused; with the default, nothing is held out, with a warning.
-        held_out_tokens: keep only this many held-out tokens, the first ones, in whole blocks. If no source has a weight,
-            sources take turns of equal size, so the first tokens hold more of the small sources than the whole does.
+        held_out_tokens: keep only this many held-out tokens, the first ones, in whole blocks. If no source has a
+            weight, sources take turns of equal size, so small sources have a larger share of the first tokens than of
+            all.
         processes: number of worker processes; one per core when not given.
         shard_tokens: tokens per shard file, rounded down to whole blocks.
         seed: seed for the order of documents and the choice of held-out ones.

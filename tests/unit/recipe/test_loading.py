@@ -303,7 +303,7 @@ def test_stages_and_models_of_the_summary_may_hold_points(load, recipe, model, s
 
 
 def test_a_name_that_cannot_be_a_folders_is_told_in_words(load, recipe):
-    with pytest.raises(RecipeError, match="name: must be letters, digits, '_', '.' and '-', .* not 'my run'"):
+    with pytest.raises(RecipeError, match=r"name: must be letters, digits, '_', '\.' and '-', .* not 'my run'"):
         load(recipe, "name=my run")
 
 
