@@ -26,7 +26,7 @@ if [ -n "${MINIMA_NODES:-}" ]; then
 elif [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ] || [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
   nodes=$SLURM_STEP_NUM_NODES node=${SLURM_NODEID:-}
   [ "${SLURM_STEP_NUM_TASKS:-}" = "$nodes" ] || fail "srun has started ${SLURM_STEP_NUM_TASKS:-?} tasks on $nodes" \
-    "nodes, but each would start all ranks of its node: give srun --ntasks-per-node=1"
+    "nodes, and each of them would start all ranks of its node: give srun --ntasks-per-node=1"
   master=$(python -c 'from minima.launcher import step_master; print(*step_master())')
   address=${MASTER_ADDR:-${master% *}} port=${MASTER_PORT:-${master#* }}
 fi

@@ -77,7 +77,7 @@ def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
 
 
 def _first_failed(lines: list[str]) -> tuple[int, str] | None:
-    """Rank and line of the first failure that srun reports; a rank that saved first counts only if all did."""
+    """Rank and line of the first failure that srun reports; ranks that ended with a save count only if all did."""
     matches = [match for match in map(_FAILED_TASK.search, lines) if match]
     for match in [*(match for match in matches if _SAVED not in match[3]), *matches]:
         return int(match[2]), match[0]

@@ -38,8 +38,8 @@ def save_warnings(stages: Sequence[AnyStage], place: Place, dry_run: bool) -> li
         grace = None if dry_run else _grace_seconds(place.cluster.resources(stage).partition)
         if grace is not None and seconds * _MARGIN + steps > grace:
             warnings.append(
-                f"{stage.name}: {took}, but a preempted job of this partition has only GraceTime={grace} s: after a "
-                "preemption, it resumes from the checkpoint before"
+                f"{stage.name}: {took}, but a preempted job of this partition has only GraceTime={grace} s: if that "
+                "cuts off its save, it resumes from the newest complete checkpoint"
             )
     return warnings
 

@@ -133,7 +133,7 @@ def jobs_of_script(script: Path, name: str) -> list[str]:
         ClusterError: squeue fails.
     """
     command = ["squeue", "--noheader", f"--name={name}", "--format=%F|%T|%j|%o"]
-    rows = [line.strip().split("|", 3) for line in call(command, f"asked for jobs of {script}").splitlines()]
+    rows = [line.strip().split("|", 3) for line in call(command, f"listing the jobs of {script}").splitlines()]
     own = [row for row in rows if len(row) == 4 and row[1] in ACTIVE and row[2] == name]
     return sorted({row[0] for row in own if os.path.realpath(row[3]) == os.path.realpath(script)}, key=int)
 

@@ -1,4 +1,4 @@
-"""`minima status`: shows a run's stages, jobs, progress and failures. Needs no torch, and no Slurm."""
+"""`minima status`: shows a run's stages, jobs, progress and failures. No torch; Slurm only where there is one."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

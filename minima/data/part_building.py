@@ -59,7 +59,7 @@ def build_part(
     """Encode a part's share of every source.
 
     It is written under a temporary name, synced and renamed at the end; an interrupted part starts over. It holds about
-    `recording.PIECE_TOKENS` and the batches in flight in memory.
+    `part_recording.PIECE_TOKENS` and the batches in flight in memory.
 
     Args:
         stage: what to build.

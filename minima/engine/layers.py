@@ -34,7 +34,7 @@ def prepare_layers(
         backend: backend of `torch.compile`.
 
     Raises:
-        RecipeError: the kernels cannot run here.
+        RecipeError: liger's kernels, or compiled layers, cannot run here.
         UnsupportedFamily: the model has nothing that liger-kernel could replace.
     """
     assert not (compiled and kernels == "liger"), "the recipe refuses the two together"

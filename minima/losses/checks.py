@@ -1,4 +1,7 @@
-"""Argument checks for the losses. For tensors on a GPU, only shapes and dtypes are checked, to avoid a device sync."""
+"""Argument checks for the losses: plain numbers, shapes and dtypes, and on a CPU the values of tensors.
+
+On a GPU, looking at values would wait for the device.
+"""
 
 from numbers import Integral, Real
 from typing import Any

@@ -102,7 +102,7 @@ def frozen(plan: StagePlan, models: list[Memory], precision: str, gpus: PlannedG
 def _unknown(names: tuple[str, ...], gpus: PlannedGpus) -> str:
     assert gpus.kind is not None
     flags = ", ".join("--" + name.replace("_", "-") for name in names)
-    return f"its time is not known: nothing is published for {gpus.kind.name} on {flags}; give a value"
+    return f"its time is not known: no value of {flags} is published for {gpus.kind.name}; give one"
 
 
 def _anywhere(stage: TrainedStage) -> TrainedStage:

@@ -24,7 +24,7 @@ class Training(Strict):
         learning_rate: the peak learning rate.
         warmup_steps: steps of linear warm-up, instead of `warmup_fraction`.
         warmup_fraction: linear warm-up as a fraction of all steps; 1 % as published.
-        schedule: how the learning rate decays from its peak.
+        schedule: of the learning rate, from its peak to the end of the run.
         final_learning_rate_fraction: where `cosine` and `linear` end, as a fraction of the peak.
         weight_decay: AdamW's weight decay; on matrices only, not on norms and biases.
         betas: AdamW's betas.
@@ -105,7 +105,7 @@ class Training(Strict):
                 f"batch_sequences {self.batch_sequences} is not a multiple of "
                 f"micro_batch_sequences {self.micro_batch_sequences}",
                 "a step is made of whole micro-batches",
-                "change one of them so that it is one",
+                "make batch_sequences a multiple of micro_batch_sequences",
             )
         if self.compile and self.kernels == "liger":
             raise RecipeError(

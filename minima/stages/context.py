@@ -154,5 +154,7 @@ def missing_checkpoint_advice(stage: AnyStage, folder: Path, there: Sequence[int
     """
     steps = f"choose among {', '.join(map(str, there))}, or " if there else ""
     if getattr(stage, "patience", None) is not None:
-        return f"{steps}remove `patience` and {folder} to train again: it deletes all checkpoints after the best one"
+        return (
+            f"{steps}remove `patience`, which deletes all checkpoints after the best one, and {folder} to train again"
+        )
     return f"{steps}remove {folder} to train it again: the checkpoints that a recipe names are kept"

@@ -1,4 +1,4 @@
-"""Which blocks each rank trains on at each step: a function of the step alone, so a resumed run repeats no data."""
+"""Which blocks each rank trains on at each step: a function of the step alone, so resuming reads no earlier ones."""
 
 import numpy as np
 import torch

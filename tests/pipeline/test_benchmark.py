@@ -238,7 +238,7 @@ def test_refusals_before_anything_starts(run, tmp_path):
         benchmark.run(context(tmp_path, recipe(tmp_path, **base), allow=False))
     with pytest.raises(StageError, match="--allow-code-execution"):
         benchmark.run(context(folder, recipe(folder, tasks=["humaneval"]), allow=False))
-    with pytest.raises(StageError, match="data_folder '/nowhere' is no folder"):
+    with pytest.raises(StageError, match="data_folder '/nowhere' is not a folder"):
         benchmark.run(context(folder, recipe(folder, suite="minima", data_folder="/nowhere"), allow=False))
     plain = tmp_path / "plain" / "model"
     write_model(plain)
@@ -248,5 +248,5 @@ def test_refusals_before_anything_starts(run, tmp_path):
         benchmark.run(context(plain.parent, recipe(plain.parent, chat=True, **base), allow=False))
     config = plain / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "qwen2"}))
-    with pytest.raises(StageError, match="AutoTokenizer takes Qwen2Tokenizer for it"):
+    with pytest.raises(StageError, match="AutoTokenizer loads its tokenizer as Qwen2Tokenizer"):
         benchmark.run(context(plain.parent, recipe(plain.parent, **base), allow=False))
