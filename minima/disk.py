@@ -8,6 +8,8 @@ import platform
 import pwd
 import re
 import shutil
+import socket
+import ssl
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,11 +22,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # for folders, on some network and FUSE file systems
 _NO_HOME = "Could not determine home directory."  # pathlib's message for ~NAME
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
-# A bad sector, or a block whose checksum the file system finds wrong (ext4 and XFS: EBADMSG, EUCLEAN).
-_UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+_DAMAGED = (errno.EBADMSG, errno.EUCLEAN)  # ext4 and XFS, of a block whose checksum is wrong
+# A disk or a file server that fails, for this file or for this node alone, for now or for good.
+_FAILING = (*_DAMAGED, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO)
 _MOVED = (errno.ENOENT, errno.ESTALE)
 _OTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP)
-_OF_FILES = (*_UNREADABLE, *_MOVED, *_OTHER_KIND, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO)
+_OF_FILES = (*_FAILING, *_MOVED, *_OTHER_KIND)
 
 
 def is_no_space(error: BaseException) -> bool:
@@ -45,10 +48,12 @@ def _number(error: BaseException) -> int | None:
 
 def is_refused_file(error: BaseException) -> bool:
     """Whether the operating system refused a file for another reason than space or permission."""
-    number = _number(error)
-    if isinstance(error, MinimaError) or number is None or number in _NO_SPACE or number in _NO_ACCESS:
+    if isinstance(error, MinimaError | ssl.SSLError | socket.herror):  # the last two have numbers of their own
         return False
-    return number in _OF_FILES or (isinstance(error, OSError) and error.filename is not None)
+    name = error.filename if isinstance(error, OSError) else None
+    if isinstance(name, str) and os.sep not in name and _number(error) == errno.ENOENT:
+        return False  # a program that is not installed
+    return _number(error) in _OF_FILES
 
 
 def refused_file_advice(error: BaseException) -> str:
@@ -61,9 +66,14 @@ def refused_file_advice(error: BaseException) -> str:
     return "check the disk or the file server that it is on (`dmesg` may say more)"
 
 
-def is_unreadable(error: OSError) -> bool:
-    """Whether an error says that the disk cannot return the bytes that it was given."""
-    return error.errno in _UNREADABLE
+def is_damage(error: OSError) -> bool:
+    """Whether an error says that a file's bytes are no longer what was written."""
+    return error.errno in _DAMAGED
+
+
+def is_failing(error: BaseException) -> bool:
+    """Whether an error is that of a disk or a file server, which another node or a later start may not have."""
+    return isinstance(error, OSError) and error.errno in _FAILING
 
 
 @contextmanager

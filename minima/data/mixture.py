@@ -92,7 +92,7 @@ class SourceStream:
         rejected: of the first pass.
         passes: number of completed passes.
         tokens, learnt_tokens, documents, bytes, characters: returned for training so far, over all passes.
-        held_out_documents: returned as held out so far.
+        held_out_documents: documents returned as held out that were kept; whoever writes them counts them.
         cut: number of conversations that were too long and lost turns at their end, in the first pass.
         unanswered: number of unanswered turns at the end of conversations that were left out, in the first pass.
     """
@@ -179,7 +179,7 @@ class SourceStream:
             raise no_document(self.source, self.rejected, "that its documents fit into a block")
         if not self.tokens:
             raise DataError(
-                f"all {self.held_out_documents} documents of source {self.source.label!r} are held out",
+                f"all {self._set_aside} documents of source {self.source.label!r} are held out",
                 "none of it is left to train on",
                 "lower `held_out_fraction`, or give the source more documents (a plain text file is one document)",
             )

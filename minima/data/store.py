@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import file_sha256, inside, is_unreadable, json_sha256
+from minima.disk import file_sha256, inside, is_damage, json_sha256
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
@@ -87,7 +87,7 @@ class TokenStore:
                 "give the folder of a finished build_data stage, or run that stage again",
             ) from None
         except OSError as error:
-            if not isinstance(error, IsADirectoryError) and not is_unreadable(error):
+            if not isinstance(error, IsADirectoryError) and not is_damage(error):
                 raise
             raise _damaged(folder / INDEX, f"cannot be read: {error.strerror}") from error
         except ValueError as error:
@@ -230,7 +230,7 @@ class TokenStore:
             try:
                 actual = file_sha256(self.folder / file["file"])
             except OSError as error:
-                if not is_unreadable(error):
+                if not is_damage(error):
                     raise
                 raise _damaged(self.folder / file["file"], f"cannot be read: {error.strerror}") from error
             if actual != file["sha256"]:

@@ -153,9 +153,10 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str | Path, fol
     """
     tokenizer.save_pretrained(str(folder))
     settings = folder / "tokenizer_config.json"
-    config = json.loads(settings.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in config.items() if name not in LOADING_KEYS}
-    settings.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    if settings.is_file():
+        config = json.loads(settings.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in config.items() if name not in LOADING_KEYS}
+        settings.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     model = Path(source) / "tokenizer.model"
     if model.is_file():
         shutil.copyfile(model, folder / "tokenizer.model")

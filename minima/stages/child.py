@@ -18,6 +18,7 @@ from minima.stages.running import ERROR, HEADER
 # What deepspeed and torchrun print when SIGKILL ended a rank; their exit code alone does not reveal it.
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
 _STOPPED = re.compile(rb"stopped by signal (\d+): ")  # `errors.Stopped`, as rank 0 prints it
+_CRASHED = re.compile(rb"\[rank \d+\] an internal error of minima")  # `console.show_own`
 _TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
 # Accepts only a stage's name, so that text from a model or a file cannot choose the path of a log.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
@@ -31,6 +32,7 @@ class Log:
     Attributes:
         error: the first line of the first error that a rank reported, as launchers print pages of their own after it.
         killed: whether a launcher reported that a rank was killed by SIGKILL.
+        crashed: whether a rank reported an internal error.
         stopped: the signal after which rank 0 saved and ended; None otherwise. Launchers have exit codes of their own.
         lacks: why lines are missing from a log, without which the stage runs on; None if none are.
     """
@@ -38,7 +40,7 @@ class Log:
     def __init__(self, folder: Path, stage: str) -> None:
         self._folder, self._rest = folder, b""
         self.error: str | None = None
-        self.killed = False
+        self.killed = self.crashed = False
         self.stopped: int | None = None
         self.lacks: str | None = None
         with access_named(folder):
@@ -72,6 +74,7 @@ class Log:
                 self._change(started[1].decode())
             if (told := _TOLD.match(line)) and self.error is None:
                 self.error = b"".join(filter(None, told.groups())).decode(errors="replace")
+            self.crashed |= _CRASHED.match(line) is not None
             if stopped := _STOPPED.match(line):
                 self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
@@ -151,7 +154,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
             raise
     if received or (late and not code):  # a late signal does not hide the command's own failure
         return 128 + (received or late)[0]
-    if code and log.stopped and not log.error:  # a signal to a rank alone: torchrun's code is 1
+    if code and log.stopped and not (log.error or log.crashed):  # a signal to a rank alone: torchrun's code is 1
         return 128 + log.stopped
     return 128 - code if code < 0 else code
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import minima
-from minima.disk import write_json
-from minima.errors import StageError
+from minima.disk import is_failing, write_json
+from minima.errors import FileFailed, StageError
 
 FINISHED, STARTED = "manifest.json", "started.json"
 _VERSIONS = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
@@ -89,7 +89,7 @@ def _unreadable(folder: Path, name: str, error: OSError | ValueError) -> StageEr
     elif name == STARTED:  # without it, nobody can tell whether the folder is what the recipe asks for
         saved = ", and the checkpoints in it are lost" if (folder / "checkpoints").is_dir() else ""
         do = f"restore it from a copy, or remove the folder {folder}: the stage then starts again{saved}"
-    return StageError(
+    return (FileFailed if is_failing(error) else StageError)(
         f"{folder / name} cannot be read ({error})", "it says what the folder contains and what it was made from", do
     )
 

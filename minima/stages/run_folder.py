@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from minima.disk import disk_full_named, write_whole
-from minima.errors import MinimaError, StageError
+from minima.disk import disk_full_named, is_failing, write_whole
+from minima.errors import FileFailed, MinimaError, StageError
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.schema import Recipe
 from minima.stages.identity import describe
@@ -33,7 +33,7 @@ def access_named(folder: Path) -> Iterator[None]:
         with disk_full_named(folder):
             yield
     except OSError as error:
-        raise StageError(
+        raise (FileFailed if is_failing(error) else StageError)(
             f"the folder {folder} cannot be used ({error})",
             "a run keeps its lock, its logs and its stages in its folder",
             "make sure that every part of that path is a folder and that you may write there, or choose another with "

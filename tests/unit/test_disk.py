@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import socket
+import ssl
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,6 @@ def test_other_errors_stay_what_they_are(error):
         (OSError(errno.ESTALE, "Stale file handle"), "put back"),
         (FileNotFoundError(errno.ENOENT, "No such file", "runs/a"), "put back"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a", None, "b"), "move away"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "dmesg"),
         (SafetensorError("I/O error: Input/output error (os error 5)"), "dmesg"),
     ],
 )
@@ -122,6 +123,9 @@ def test_what_else_the_system_refuses_of_a_file_is_named(error, do):
         (OSError(errno.ENOSPC, "full", "a"), OSError),
         (OSError(errno.ECONNREFUSED, "a server's"), OSError),
         (OSError("a library's own words"), OSError),
+        (FileNotFoundError(errno.ENOENT, "No such file", "ninja"), OSError),
+        (ssl.SSLSyscallError(5, "EOF occurred in violation of protocol"), OSError),
+        (socket.herror(2, "Host name lookup failure"), OSError),
         (TypeError("ours"), TypeError),
         (StoreCorrupted("a (os error 5)", "b", "c"), StoreCorrupted),
         (OSError(errno.EACCES, "Permission denied", "a"), AccessRefused),

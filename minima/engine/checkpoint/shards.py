@@ -44,8 +44,8 @@ class CheckpointSource:
         CheckpointError: there is no complete checkpoint there.
     """
 
-    def __init__(self, checkpoint: Path, kind: str = WEIGHTS) -> None:
-        self.facts = read_marker(checkpoint)
+    def __init__(self, checkpoint: Path, kind: str = WEIGHTS, facts: dict[str, Any] | None = None) -> None:
+        self.facts = read_marker(checkpoint) if facts is None else facts
         self.config: dict[str, Any] = self.facts["config"]
         self.folder, self.kind = checkpoint, kind
         self._shapes = {name: tuple(shape) for name, shape in self.facts["shapes"].items()}
@@ -123,8 +123,7 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
         CheckpointError: it holds a model of another shape.
         StoreCorrupted: a file is missing or damaged; on every rank, before anything in the student has changed.
     """
-    verify_together(checkpoint)
-    facts = read_marker(checkpoint)
+    facts = verify_together(checkpoint)  # read once: a rank that failed to read it later would fail alone
     if facts["shapes"] != shapes(student):
         raise CheckpointError(
             f"{checkpoint} holds a model of another shape",
@@ -133,7 +132,7 @@ def load_shards(student: Student, checkpoint: Path) -> dict[str, Any]:
         )
     optimizer = student.engine.optimizer
     _make_moments(optimizer, facts["optimizer_steps"])
-    sources = {kind: CheckpointSource(checkpoint, kind) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}
+    sources = {kind: CheckpointSource(checkpoint, kind, facts) for kind in (WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS)}
     for name, parameter in sharded_parameters(student.model):
         safe_set_local_fp32_param(parameter, read_shard(parameter, sources[WEIGHTS], name))
         for kind in (FIRST_MOMENTS, SECOND_MOMENTS):

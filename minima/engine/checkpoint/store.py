@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, file_sha256, inside, is_unreadable, json_sha256
+from minima.disk import access_refused_named, file_sha256, inside, is_damage, json_sha256
 from minima.engine import distributed
 from minima.errors import CheckpointError, FileFailed, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of
@@ -22,7 +22,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another format.
-        StoreCorrupted: the marker exists but is damaged, or the disk cannot read it.
+        StoreCorrupted: the marker exists but is damaged.
+        FileFailed: the marker cannot be read now, but may be intact.
         PermissionError: the marker may not be read.
     """
     try:
@@ -43,13 +44,15 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     except PermissionError:  # unreadable is not incomplete
         raise
     except OSError as error:
-        if isinstance(error, IsADirectoryError) or is_unreadable(error):
+        if isinstance(error, IsADirectoryError) or is_damage(error):
             how = "is a folder" if isinstance(error, IsADirectoryError) else f"is damaged: {error.strerror}"
             raise StoreCorrupted(
                 f"{checkpoint / MARKER} {how}",
                 "it lists the checkpoint's files and their checksums",
                 f"remove {checkpoint} to continue from the checkpoint before it",
             ) from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise _unread(checkpoint, checkpoint / MARKER, error) from error
         raise CheckpointError(
             f"{checkpoint} is not a complete checkpoint: {error}",
             "its marker is written last, so some of its files may be missing",
@@ -132,8 +135,11 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def verify_together(checkpoint: Path, prefix: str = "") -> None:
+def verify_together(checkpoint: Path, prefix: str = "") -> dict[str, Any]:
     """Compare the files whose names begin with `prefix` with their checksums; the ranks share the reading.
+
+    Returns:
+        The content of the marker.
 
     Raises:
         StoreCorrupted: on every rank, if one of them found a file missing or changed; names the file.
@@ -141,8 +147,10 @@ def verify_together(checkpoint: Path, prefix: str = "") -> None:
     """
     rank, ranks = distributed.share()
     with distributed.refused_together(), access_refused_named():
-        files = sorted(name for name in read_marker(checkpoint)["sha256"] if name.startswith(prefix))
+        facts = read_marker(checkpoint)
+        files = sorted(name for name in facts["sha256"] if name.startswith(prefix))
         verify_checkpoint(checkpoint, files[rank::ranks])
+    return facts
 
 
 def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
@@ -153,7 +161,7 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
         files: names of the files to check; all if not given.
 
     Raises:
-        StoreCorrupted: a file is missing, its bytes have changed, or the disk cannot read it; names the file.
+        StoreCorrupted: a file is missing, or its bytes have changed; names the file.
         FileFailed: a file cannot be read now, but may be intact; names the file.
         PermissionError: a file may not be read.
     """
@@ -165,15 +173,20 @@ def verify_checkpoint(checkpoint: Path, files: list[str] | None = None) -> None:
         except PermissionError:
             raise
         except OSError as error:
-            if is_unreadable(error):
+            if is_damage(error):
                 raise _damaged(checkpoint, path, str(error.strerror)) from error
-            raise FileFailed(
-                f"{path} cannot be read: {error.strerror or error}",
-                "its checkpoint may be intact, so it is neither skipped nor set aside",
-                "check the file system that it is on, then run the same command again",
-            ) from error
+            raise _unread(checkpoint, path, error) from error
         if found != hashes[name]:
             raise _damaged(checkpoint, path, f"SHA-256 {found} instead of {hashes[name]}")
+
+
+def _unread(checkpoint: Path, path: Path, error: OSError) -> FileFailed:
+    return FileFailed(
+        f"{path} cannot be read: {error.strerror or error}",
+        "its checkpoint may be intact, and readable from another node, so it is neither skipped nor set aside",
+        "check the file system that it is on, then run the same command again; if the file stays unreadable, remove "
+        f"{checkpoint} to continue from the checkpoint before it",
+    )
 
 
 def _damaged(checkpoint: Path, path: Path, how: str) -> StoreCorrupted:

@@ -120,7 +120,7 @@ def test_a_file_that_the_disk_cannot_read_is_named(store, monkeypatch):
         raise OSError(number, os.strerror(number), str(path))
 
     digest = hashes.file_sha256
-    for number, kind in ((errno.EIO, StoreCorrupted), (errno.ESTALE, OSError)):
+    for number, kind in ((errno.EBADMSG, StoreCorrupted), (errno.EIO, OSError), (errno.ESTALE, OSError)):
         monkeypatch.setattr(
             hashes, "file_sha256", lambda path, number=number: refuse(path, number) if path == bad else digest(path)
         )

@@ -213,6 +213,14 @@ def test_a_signal_to_a_rank_alone_is_no_failure_whatever_the_launchers_code(run,
     assert "failed" not in said
 
 
+def test_an_internal_error_beside_a_signal_is_not_hidden(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXIT_CODE", "1")
+    crash = "[rank 1] an internal error of minima, not a mistake in the recipe:"
+    (tmp_path / "kill-pruned").write_text(f"{Stopped(signal.SIGTERM, 'step 22 of 60')}\n{crash}")
+    code, said = run()
+    assert code == 1 and "failed with exit code 1" in said
+
+
 def test_chosen_stages_need_their_inputs(run, tmp_path):
     with pytest.raises(StageError, match="'student' reads 'pruned', which is not finished"):
         run(names=["student"])

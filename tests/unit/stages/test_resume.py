@@ -86,8 +86,8 @@ def test_one_that_may_not_be_read_is_not_set_aside(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["weights", "checkpoint.json"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG])
-def test_one_that_the_disk_cannot_read_is_set_aside(tmp_path, monkeypatch, caplog, name, number):
+@pytest.mark.parametrize("number", [errno.EUCLEAN, errno.EBADMSG])
+def test_one_that_the_file_system_calls_damaged_is_set_aside(tmp_path, monkeypatch, caplog, name, number):
     write(tmp_path, 5, 10)
     bad = step_folder(tmp_path, 10) / name
     unreadable(monkeypatch, bad, number)
@@ -96,12 +96,16 @@ def test_one_that_the_disk_cannot_read_is_set_aside(tmp_path, monkeypatch, caplo
     assert (tmp_path / "step-00000010.damaged").is_dir()
 
 
-def test_one_whose_file_server_has_gone_stays_and_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["weights", "checkpoint.json"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_one_whose_disk_or_file_server_fails_stays_and_is_named(tmp_path, monkeypatch, name, number):
+    """Perhaps on this node alone: renaming it, and the one before it, would lose all of them."""
     write(tmp_path, 5, 10)
-    bad = step_folder(tmp_path, 10) / "weights"
-    unreadable(monkeypatch, bad, errno.ESTALE)
-    with pytest.raises(FileFailed, match=f"{bad} cannot be read: {os.strerror(errno.ESTALE)}"):
+    bad = step_folder(tmp_path, 10) / name
+    unreadable(monkeypatch, bad, number)
+    with pytest.raises(FileFailed, match=f"{bad} cannot be read: {os.strerror(number)}") as refused:
         resume.load_newest(None, tmp_path)
+    assert f"remove {step_folder(tmp_path, 10)} to continue from the checkpoint before it" in refused.value.do
     assert complete_steps(tmp_path) == [5, 10]
 
 
