@@ -94,5 +94,5 @@ def test_a_folder_that_cannot_hold_shards_is_refused_on_every_rank(two_ranks):
     for name, why in {"file": "Not a directory", "none": "No such file", "occupied": "rank1"}.items():
         first, second = found[name]
         assert first == second and "its shards cannot be written to" in first and why in first
-        assert "set nvme_path to a folder" in first
+        assert "set nvme_path to a writable folder" in first
     assert found["left"] == ["rank1"], "what was there, and nothing of ours"
