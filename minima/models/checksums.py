@@ -58,9 +58,8 @@ def missing_files(folder: Path) -> list[str]:
     """
     names = list(_read(folder))
     for marker in [name for name in names if name.startswith(RESULT)]:
-        with suppress(
-            OSError, ValueError, KeyError, TypeError, AttributeError
-        ):  # whoever reads the checkpoint reports what is wrong
+        # whoever reads the checkpoint reports what is wrong with it
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             shards = json.loads(inside(folder, marker).read_text(encoding="utf-8"))["sha256"]
             names += [str(PurePosixPath(marker).with_name(name)) for name in shards if name.startswith(_SHARDS)]
     return [name for name in names if not inside(folder, name).is_file()]

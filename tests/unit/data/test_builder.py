@@ -259,6 +259,16 @@ def test_too_little_text_is_said_and_nothing_is_left(tmp_path, stage, jsonl, add
     assert not list(tmp_path.iterdir())
 
 
+def test_a_source_that_is_all_held_out_tells_how_many_though_none_of_them_were_kept(
+    tmp_path, stage, jsonl, addresses, tokenizer
+):
+    rule = HeldOut(0.9, stage({"path": "x"}).seed)
+    lone = next(text for text in addresses[300:] if rule.mask([text.encode()])[0])
+    sources = [{"path": jsonl(addresses[:300])}, {"name": "lone", "path": jsonl([lone])}]
+    with pytest.raises(DataError, match="all 1 documents of source 'lone' are held out"):
+        build(stage(*sources, held_out_fraction=0.9, held_out_tokens=64), tmp_path, tokenizer)
+
+
 def test_few_documents_are_built_where_nobody_asked_for_held_out_text(tmp_path, jsonl, addresses, tokenizer, caplog):
     few = BuildData(name="c", kind="build_data", sources=[{"path": str(jsonl(addresses[:10]))}], tokenizer="t",
                     sequence_length=64)  # fmt: skip

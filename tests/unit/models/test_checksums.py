@@ -181,6 +181,8 @@ def test_what_a_purge_has_taken_of_a_result_is_told(tmp_path, opened):
     assert missing_files(student) == ["checkpoints/step-00000060/weights-00000-of-00001.safetensors"]
     with pytest.raises(StoreCorrupted, match=r"(?s)weights-00000-of-00001\.safetensors is damaged.*to train it again"):
         opened(student)
+    (last / MARKER).write_text('{"sha256": [1]}')
+    assert missing_files(student) == [], "what a damaged marker says is its reader's to refuse"
     shutil.rmtree(student / "checkpoints")
     assert missing_files(student) == ["checkpoints/step-00000060/checkpoint.json"]
 

@@ -1,12 +1,13 @@
 """What a stage folder says of itself, and when it can be seen."""
 
+import errno
 import os
 import time
 
 import pytest
 import yaml
 
-from minima.errors import StageError
+from minima.errors import FileFailed, StageError
 from minima.stages import manifest
 from minima.stages.manifest import (
     STARTED,
@@ -17,6 +18,7 @@ from minima.stages.manifest import (
     write_manifest,
     write_started,
 )
+from minima.stages.run_folder import access_named
 
 DESCRIPTION = {"stage": {"name": "a"}, "inputs": {}, "identity": "x"}
 
@@ -58,7 +60,21 @@ def test_a_manifest_on_a_disk_that_does_not_answer_is_no_reason_to_remove_anythi
     monkeypatch.setattr(manifest.Path, "read_text", read_text)
     with pytest.raises(StageError, match=r"cannot be read \(.*Permission denied") as refused:
         read_manifest(tmp_path)
-    assert "remove" not in refused.value.do
+    assert "remove" not in refused.value.do and not isinstance(refused.value, FileFailed)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_no_mistake_of_the_users(tmp_path, monkeypatch, number):
+    """A job's script asks Slurm about a lost node only after an exit code that is not the user's."""
+
+    def refuse(path, encoding="utf-8"):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with pytest.raises(FileFailed, match="cannot be used"), access_named(tmp_path):
+        refuse(tmp_path)
+    monkeypatch.setattr(manifest.Path, "read_text", refuse)
+    with pytest.raises(FileFailed, match="cannot be read"):
+        read_manifest(tmp_path)
 
 
 def test_json_is_there_whole_or_not_at_all(tmp_path):
