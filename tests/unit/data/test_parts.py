@@ -121,6 +121,7 @@ def test_files_of_every_kind_and_what_they_reject(tmp_path, stage, jsonl, addres
     assert report["sources"]["limited"]["documents"] + report["sources"]["limited"]["held_out_documents"] == 57
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("embedded", "length", "tokens"), [("chat", 72, 200_000), ("preferences", 128, None), ("preferences", 128, 100_000)]
 )

@@ -75,6 +75,7 @@ def test_selective_keeps_products_and_attention_and_full_keeps_nothing(family, d
         assert all(found[what][name].equal(gradient) for name, gradient in found["none"].items()), what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_layers_are_one_graph_with_the_same_gradients(family):
     torch._dynamo.reset()

@@ -60,6 +60,7 @@ def test_activations_are_those_that_autograd_saves(family, checkpointing, precis
     assert planned == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_selective_keeps_products_and_attention(family, precision):
