@@ -9,18 +9,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from minima.cluster.secret import check_lines, names_secret, refuse_secret
 from minima.errors import ClusterError
 from minima.recipe.base import Strict
+from minima.recipe.problems import LINE, SLURM_OPTION, SLURM_WORD
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage
 
 CELLS = "cells"  # the key of a grid's jobs under `stages`; no stage can have this name
-# What a #SBATCH line can contain: Slurm has its own rules for quotes, backslashes and # there.
 _Word = Annotated[
     str,
-    Field(pattern=r"^[A-Za-z0-9_.,:=+/@%&|*()\[\]-]+$"),
+    Field(pattern=SLURM_WORD),
     BeforeValidator(lambda value: str(value) if type(value) is int else value),  # `memory: 0`, `account: 4711`
 ]
-_Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\r\n\x00]*)?$")]
-_Line = Annotated[str, Field(pattern=r"^[^\r\n\x00]*$")]
+_Option = Annotated[str, Field(pattern=SLURM_OPTION)]
+_Line = Annotated[str, Field(pattern=LINE)]
 _Path = Annotated[_Line, AfterValidator(os.path.expanduser)]  # scripts quote it, so no shell would expand it
 _Mount = Annotated[_Line, AfterValidator(lambda text: ":".join(map(os.path.expanduser, text.split(":"))))]
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")

@@ -6,9 +6,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from minima.cluster.config import Cluster, Container, Resources
+from minima.cluster.config import Cluster
 from minima.errors import ClusterError
-from minima.recipe.overrides import RecipeLoader, nearest
+from minima.recipe.overrides import RecipeLoader
+from minima.recipe.problems import problem
 
 
 class _Loader(RecipeLoader):
@@ -56,15 +57,8 @@ def _explain(path: Path, error: ValidationError) -> ClusterError:
             if error.error_count() == 1:
                 return ClusterError(f"{path.name}: {inner.what}", inner.why, inner.do)
             lines.append(f"{inner.what} ({inner.do})")
-        elif detail["type"] == "extra_forbidden":
-            first = detail["loc"][0]
-            block = Resources if first in ("defaults", "stages") else Container if first == "container" else Cluster
-            block = Cluster if len(detail["loc"]) == 1 else block
-            known = sorted(block.model_fields)
-            close = nearest(str(detail["loc"][-1]), known) or "; known are " + ", ".join(known)
-            lines.append(f"{place}: no such key{close}")
         else:
-            lines.append(f"{place}: {detail['msg'][:1].lower() + detail['msg'][1:]}, not {detail['input']!r}")
+            lines.append(f"{place}: {problem(detail, Cluster)}")
     return ClusterError(
         f"{path.name}: " + "\n    ".join(lines),
         "jobs would not run as intended",

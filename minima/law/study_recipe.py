@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from minima.errors import MinimaError, RecipeError, ShapeError
 from minima.models.shape import ModelShape
@@ -12,12 +12,13 @@ from minima.pruning.target import plan_target
 from minima.recipe.base import Strict
 from minima.recipe.loading import read_yaml
 from minima.recipe.overrides import apply_override, nearest
+from minima.recipe.problems import CELL_NAME, NAME, problem
 from minima.recipe.pruning import PruneTarget
 
 Initialisation = Literal["pruned_from_teacher", "pruned_from_fixed", "random", "direct"]
 PRUNED = ("pruned_from_teacher", "pruned_from_fixed")
 ENOUGH_TOKENS = 10  # per parameter of a student without embeddings: a smaller budget is warned about
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]  # `-` joins the names of a cell
+_Name = Annotated[str, Field(pattern=CELL_NAME)]
 _DO = "change the study's file; recipes/law-small.yaml is a small one that runs"
 
 
@@ -48,7 +49,7 @@ class Study(Strict):
         evaluation: keys of an evaluate stage: how many held-out sequences.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=NAME)
     output: str | None = None
     workers: int | None = Field(default=None, gt=0)
     units_per_job: int = Field(default=4, gt=0)
@@ -110,7 +111,7 @@ class Study(Strict):
         try:
             return ModelShape(**(self.shape | {key: value for key, value in own.items() if key != "training"}))
         except ValidationError as error:
-            raise RecipeError(f"{place}: {_problems(error)}", "no such model can be built", _DO) from None
+            raise RecipeError(f"{place}: {_problems(error, ModelShape)}", "no such model can be built", _DO) from None
 
     def _check_vocabularies(self) -> None:
         tokenizer = self.corpus.get("tokenizer")
@@ -234,7 +235,9 @@ def load_study(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Study
         for cause in causes:
             if isinstance(cause, MinimaError):
                 raise type(cause)(f"{path.name}: {cause.what}", cause.why, cause.do) from None
-        raise RecipeError(f"{path.name}: {_problems(error)}", "the study would not be what was meant", _DO) from None
+        raise RecipeError(
+            f"{path.name}: {_problems(error, Study)}", "the study would not be what was meant", _DO
+        ) from None
 
 
 def warnings(study: Study) -> list[str]:
@@ -270,17 +273,12 @@ def resolved_yaml(study: Study) -> str:
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _problems(error: ValidationError) -> str:
+def _problems(error: ValidationError, root: type[BaseModel]) -> str:
     found = []
     for detail in error.errors():
-        place = ".".join(str(part) for part in detail["loc"])
-        key = str(detail["loc"][-1]) if detail["loc"] else ""
-        if detail["type"] == "extra_forbidden":
-            known = [*Study.model_fields] if len(detail["loc"]) == 1 else []
-            known += [*ModelShape.model_fields]
-            found.append(f"{place}: no such key{nearest(key, known)}")
-        elif isinstance(cause := detail.get("ctx", {}).get("error"), MinimaError):
+        if isinstance(cause := detail.get("ctx", {}).get("error"), MinimaError):
             found.append(cause.what)
         else:
-            found.append(f"{place}: {detail['msg'].removeprefix('Value error, ')}")
+            place = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+            found.append(f"{place}: {problem(detail, root)}")
     return "; ".join(found)

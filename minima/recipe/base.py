@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minima.errors import RecipeError, ShapeError
 from minima.models.shape import ModelShape
+from minima.recipe.problems import NAME
 
 # Fields that identify a model; and those that also enter counts, but that a `shape:` often omits: only reported.
 _IDENTIFYING = ("family", "vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -106,5 +107,5 @@ class Stage(Strict):
         kind: the kind of stage.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=NAME)
     kind: str

@@ -1,56 +1,22 @@
 """Load a recipe file and its overrides into a checked `Recipe`; every mistake is named with its place."""
 
 import itertools
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from minima.errors import MinimaError, RecipeError
-from minima.recipe.overrides import RecipeLoader, apply_override, nearest
+from minima.recipe.overrides import RecipeLoader, apply_override
+from minima.recipe.problems import problem
 from minima.recipe.references import check_references
 from minima.recipe.schema import Recipe
 from minima.recipe.secret import secret_place
 
 _OF_A_STUDY = {"teachers", "students"}
 _MOST_VALUES = 1_000_000  # the quickstart has some five hundred
-_WANTED = {  # by the start of pydantic's error type
-    "int_": "must be a whole number",
-    "float_": "must be a number",
-    "bool_": "must be true or false",
-    "string_type": "must be text",
-    "list_type": "must be a list",
-    "dict_type": "must be a block of keys",
-    "model_type": "must be a block of keys",
-}
-_ELSEWHERE = {  # our names, and those that other trainers and configurations use for the same thing
-    "activation_checkpointing": "gradient_checkpointing recompute",
-    "batch_sequences": "batch_size train_batch_size global_batch_size",
-    "checkpoint_every_steps": "save_steps save_interval",
-    "compile": "torch_compile",
-    "data": "dataset datasets train_dataset",
-    "epochs": "num_train_epochs num_epochs",
-    "evaluate_every_steps": "eval_steps eval_interval",
-    "gradient_clip": "max_grad_norm grad_clip gradient_clipping",
-    "keep_checkpoints": "save_total_limit",
-    "learning_rate": "lr peak_lr",
-    "log_every_steps": "logging_steps log_interval",
-    "max_positions": "max_position_embeddings",
-    "micro_batch_sequences": "per_device_train_batch_size micro_batch_size",
-    "model": "model_name_or_path",
-    "num_heads": "num_attention_heads n_head",
-    "num_layers": "num_hidden_layers n_layer",
-    "precision": "bf16 dtype torch_dtype",
-    "schedule": "lr_scheduler_type lr_scheduler",
-    "sequence_length": "seq_len seq_length max_length max_seq_length block_size",
-    "steps": "max_steps num_steps train_iters",
-    "teacher": "teacher_model_name_or_path teacher_model",
-    "vocabulary_size": "vocab_size",
-    "warmup_fraction": "warmup_ratio",
-}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -177,7 +143,7 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> MinimaE
     if len(details) == 1 and own:
         place = _place(raw, details[0])
         return type(own[0])(f"{path.name}{': ' + place if place else ''}: {own[0].what}", own[0].why, own[0].do)
-    lines = [f"{_place(raw, detail) or 'recipe'}: {_problem(detail)}" for detail in details]
+    lines = [f"{_place(raw, detail) or 'recipe'}: {problem(detail, Recipe)}" for detail in details]
     types = {detail["type"] for detail in details}
     why = "a run is defined by its recipe alone, so nothing is guessed"
     if "extra_forbidden" in types:
@@ -209,33 +175,6 @@ def _other_branch(detail: Any, details: list[Any]) -> bool:
     return any(map(of_another_block, details))
 
 
-def _problem(detail: Any) -> str:
-    value = detail["input"]
-    if detail["type"] == "extra_forbidden":
-        key = str(detail["loc"][-1])
-        known = _known_names(detail["loc"][:-1])
-        meant = [name for name, others in _ELSEWHERE.items() if key in others.split() and name in known]
-        close = f"; did you mean {meant[0]!r}?" if meant else nearest(key, known)
-        return f"no such key{close or '; known keys are ' + ', '.join(known)}"
-    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        tag = detail["ctx"].get("tag")
-        kinds = [kind.strip(" '") for kind in detail["ctx"].get("expected_tags", "").split(",") if kind.strip()]
-        if tag is None:
-            return "the stage has no kind"
-        return f"kind {tag!r} is not known{nearest(tag, kinds)} (kinds are {', '.join(kinds)})"
-    if detail["type"] == "missing":
-        return "is missing"
-    if detail["type"] == "string_pattern_mismatch":
-        rule = "letters, digits, '_', '.' and '-', the first one a letter or a digit"
-        return f"must be {'OWNER/NAME, each of ' if '/' in detail['ctx']['pattern'] else ''}{rule}, not {value!r}"
-    inner = detail.get("ctx", {}).get("error")
-    if isinstance(inner, MinimaError):
-        return f"{inner.what} ({inner.why}; {inner.do})"
-    wanted = next((text for start, text in _WANTED.items() if detail["type"].startswith(start)), None)
-    message = wanted or detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-    return f"{message[:1].lower() + message[1:]}, not {value!r}" if len(repr(value)) < 80 else message
-
-
 def _place(raw: dict[str, Any], detail: Any) -> str:
     """A pydantic location in the user's terms: stages by name, without union tags and class names."""
     location: Sequence[str | int] = detail["loc"]
@@ -253,29 +192,3 @@ def _place(raw: dict[str, Any], detail: Any) -> str:
         elif last and detail["type"] == "missing" and isinstance(block, dict):
             parts.append(str(part))
     return ".".join(parts)
-
-
-def _known_names(location: Sequence[str | int]) -> list[str]:
-    """The fields of the block at a pydantic location."""
-    blocks: list[type[BaseModel]] = [Recipe]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        holders = [block for block in blocks if part in block.model_fields]
-        tagged = [block for block in blocks if _kind(block) == part or block.__name__ == part]
-        if tagged:
-            blocks = tagged
-        elif holders:
-            blocks = [inner for block in holders for inner in _models(block.model_fields[part].annotation)]
-    return sorted({name for block in blocks for name in block.model_fields})
-
-
-def _kind(block: type[BaseModel]) -> str | None:
-    field = block.model_fields.get("kind")
-    return (typing.get_args(field.annotation) or (None,))[0] if field else None
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in typing.get_args(annotation) for model in _models(inner)]

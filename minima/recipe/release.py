@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from minima.errors import RecipeError
 from minima.recipe.base import Stage, Strict
+from minima.recipe.problems import REPOSITORY
 
 SUITE_NAMES = ("mmlu", "ceval", "drop", "humaneval", "bbh", "gsm8k")
 _BESIDE_SCORES = ("left_out", "answers")  # what a benchmark stage's metrics hold besides scores
@@ -173,7 +174,7 @@ class Publish(Stage):
 
     kind: Literal["publish"]
     model: str
-    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    repo: str = Field(pattern=REPOSITORY)
     private: bool = True
     revision: str | None = None
     message: str | None = None

@@ -12,6 +12,7 @@ from minima.recipe.chat import Align, Instruct
 from minima.recipe.data import Source, TokenizerTraining
 from minima.recipe.distillation import Distil
 from minima.recipe.overrides import nearest
+from minima.recipe.problems import NAME
 from minima.recipe.pruning import Prune
 from minima.recipe.release import Benchmark, Evaluate, Export, Publish
 from minima.recipe.training import Training
@@ -176,9 +177,9 @@ class Recipe(Strict):
             `STAGE.metric.path`, or a list of them to average.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=NAME)
     output: str | None = None
-    launcher: str = Field(default="deepspeed", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    launcher: str = Field(default="deepspeed", pattern=NAME)
     ranks: int | None = Field(default=None, gt=0)
     max_ranks: int | None = Field(default=None, gt=0)
     stages: list[AnyStage] = Field(min_length=1)

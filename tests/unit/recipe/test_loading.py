@@ -9,7 +9,8 @@ import yaml
 
 from minima.errors import RecipeError, ShapeError
 from minima.models.shape import ModelShape
-from minima.recipe.loading import _ELSEWHERE, load_recipe, resolved_yaml
+from minima.recipe.loading import load_recipe, resolved_yaml
+from minima.recipe.problems import _ELSEWHERE
 from minima.recipe.references import references, unread
 from minima.recipe.schema import AnyStage, Recipe
 
