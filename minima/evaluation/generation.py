@@ -178,7 +178,7 @@ class Generator:
         while (tokens := len(self._prompt(head + rest))) > room:
             later = [index for index, message in enumerate(rest) if index and message["role"] == "user"]
             if not later:
-                self._check_room(tokens, "the question")
+                self._check_room(tokens, "the system message with the question" if head else "the question")
                 break
             rest = rest[later[0] :]
         kept = head + rest

@@ -133,6 +133,8 @@ def test_a_long_question_leaves_no_more_than_the_window(generator, monkeypatch):
     assert written[0].shape[1] == WINDOW
     with pytest.raises(DataError, match=rf"the question is \d+ tokens long, but the model's window is {WINDOW}"):
         generator.reply([user("x" * WINDOW)])
+    with pytest.raises(DataError, match=r"the system message with the question is \d+ tokens long"):
+        generator.reply([{"role": "system", "content": "s" * WINDOW}, user(QUESTION)])
 
 
 def test_a_conversation_that_the_template_refuses(generator):
