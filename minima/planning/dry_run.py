@@ -1,5 +1,6 @@
 """The text of a dry run: what each stage reads, writes and costs."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from minima.planning.arithmetic import TrainingPlan
@@ -19,6 +20,7 @@ class StagePreview:
         memory: lines of a memory table.
         notes: what is not known yet, and why.
         missing: inputs that are not on this machine.
+        refused: why the run would stop at this stage.
     """
 
     name: str
@@ -30,6 +32,7 @@ class StagePreview:
     memory: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -> list[tuple[str, str]]:
@@ -59,5 +62,17 @@ def render(recipe_yaml: str, previews: list[StagePreview]) -> str:
         lines.append(f"  {'writes':<10} {preview.writes}")
         lines += [f"  {label:<10} {text}" for label, text in preview.facts]
         lines += [f"  {'' if number else 'memory':<10} {text}" for number, text in enumerate(preview.memory)]
-        lines += [f"  {'note':<10} {text}" for text in [*preview.missing, *preview.notes]]
-    return "\n".join(lines)
+        lines += [f"  {'note':<10} {text}" for text in [*preview.missing, *preview.refused, *preview.notes]]
+    return "\n".join([*lines, "", *_in_short(previews)])
+
+
+def _in_short(previews: list[StagePreview]) -> list[str]:
+    """The last lines: how many stages are in which state, and what stands in the way of the others."""
+    states = Counter(preview.state for preview in previews)
+    lines = ["# in short", "stages: " + ", ".join(f"{n} {state}" for state, n in states.items())]
+    to_run = [preview for preview in previews if preview.state != "finished"]
+    refused = [f"  {preview.name}: {text}" for preview in previews for text in preview.refused]
+    missing = [f"  {preview.name}: {text}" for preview in to_run for text in preview.missing]
+    lines += ["the run would be refused", *refused] if refused else []
+    lines += ["missing here", *missing] if missing else []
+    return lines

@@ -65,15 +65,15 @@ class Walk(KnownInputs):
         with suppress(StageError):  # an unreadable manifest is an error only for commands that need it
             if changed := changed_settings(stage, own):
                 again = f"remove {own} to make it again{made_from(self.recipe, stage.name, self.folder)}"
-                preview.notes.append(f"it would be refused: {'; '.join(changed)}; {again}")
+                preview.refused.append(f"{'; '.join(changed)}; {again}")
         preview.notes += [f"not used: {setting}" for setting in unread(self.recipe, stage)]
         for reference in references(self.recipe, stage):
             preview.reads.append(self.reads(reference, preview))
-        for name in deepspeed_jsons(stage):
+        for name in deepspeed_jsons(stage) if state != "finished" else ():
             try:
                 check_deepspeed_json(stage, name, self.recipe_path)
             except MinimaError as error:
-                preview.notes.append(error.what)
+                preview.refused.append(error.what)
         check_known_tokens(self.recipe, stage, self.folder)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):

@@ -10,6 +10,7 @@ from minima.errors import MinimaError, RecipeError, ShapeError, StageError, Toke
 from minima.models.layout import MARKER, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
+from minima.planning.dry_run import render
 from minima.planning.units import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Align, BuildData, Recipe
@@ -48,7 +49,7 @@ def show(tmp_path, monkeypatch):
         path = tmp_path / "x.yaml"
         path.write_text(yaml.safe_dump({"name": "x", "output": "out", "ranks": 1, "stages": list(stages)}))
         last = walk(load_recipe(path), path)[-1]
-        return dict(last.facts), [*last.missing, *last.notes]
+        return dict(last.facts), [*last.missing, *last.refused, *last.notes]
 
     return show
 
@@ -451,9 +452,30 @@ def test_a_trained_tokenizer_larger_than_the_model(show):
 
 def test_a_finished_stage_that_run_would_refuse_is_told(show, built):
     data = built("out/c", 7)
-    assert not any("refused" in note for note in show(data)[1])
-    notes = show(data | {"held_out_fraction": 0.25})[1]
-    assert any("it would be refused: held_out_fraction is 0.25 and was 0.005; remove out/c" in note for note in notes)
+    why = "held_out_fraction is 0.25 and was 0.005; remove out/c to make it again"
+    assert why not in show(data)[1]
+    assert why in show(data | {"held_out_fraction": 0.25})[1]
+
+
+def test_the_last_lines_say_what_stands_in_the_way(built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = built("out/c", 7)
+    raw = {"name": "x", "output": "out", "ranks": 1}
+
+    def last_lines(*stages):
+        recipe = Recipe.model_validate(raw | {"stages": stages})
+        return render("", walk(recipe, tmp_path / "x.yaml")).partition("# in short\n")[2].splitlines()
+
+    assert last_lines(data) == ["stages: 1 finished"]
+    later = {"name": "later", "kind": "evaluate", "models": ["here", "gone"], "data": "c"}
+    (tmp_path / "here").mkdir()
+    assert last_lines(data | {"held_out_fraction": 0.25}, later) == [
+        "stages: 1 finished, 1 not begun",
+        "the run would be refused",
+        "  c: held_out_fraction is 0.25 and was 0.005; remove out/c to make it again",
+        "missing here",
+        "  later: gone (models.1) is not on this machine",
+    ]
 
 
 def test_a_manifest_that_cannot_be_read_stops_no_other_stage(show, built, tmp_path):
@@ -462,7 +484,7 @@ def test_a_manifest_that_cannot_be_read_stops_no_other_stage(show, built, tmp_pa
     (tmp_path / "out" / "later" / "started.json").write_text("{")
     (tmp_path / "out" / "later" / "metrics.jsonl").touch()
     later = {"name": "later", "kind": "evaluate", "models": [str(tmp_path)], "data": "c"}
-    assert not any("refused" in note for note in show(data, later)[1])
+    assert not any("remove" in note for note in show(data, later)[1])
 
 
 def tokenizer_folder(path, *pieces):
