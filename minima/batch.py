@@ -10,32 +10,24 @@ IGNORE_INDEX = -100  # the label that PyTorch's and transformers' cross-entropie
 
 
 class Batch(NamedTuple):
-    """One micro-batch on one rank: B sequences, T tokens, E teacher width, S documents at most in a sequence.
+    """One micro-batch on one rank: B sequences, T tokens, E teacher width, S documents at most in a sequence."""
 
-    Attributes:
-        input_ids_BT: int64.
-        labels_BT: int64, already shifted: `labels_BT[b, t]` is the token that follows `input_ids_BT[b, t]`,
-            or `IGNORE_INDEX` where none is to be predicted.
-        teacher_hidden_BTE: the output of a frozen teacher's backbone for `input_ids_BT`, once it has run.
-        documents_BT: int64; index of each token's document within its sequence, from 0. No token attends to another
-            document. None if attention crosses documents, or if no document begins inside a sequence.
-        positions_BT: int64; each token's position in its document. None if `documents_BT` is None.
-        reference_BS: float32 log-probability of each document's labels under the frozen reference of preference
-            training.
-        num_documents: the largest number of documents in a sequence; 0 if they were not counted.
-        samples: index of each sequence in the run, which seeds noise; empty if nothing depends on it.
-        blocks: index in the store of each sequence's block; empty like `samples`.
-    """
-
-    input_ids_BT: Tensor
+    input_ids_BT: Tensor  # int64
+    # int64, already shifted: `labels_BT[b, t]` is the token that follows `input_ids_BT[b, t]`, or `IGNORE_INDEX` where
+    # none is to be predicted
     labels_BT: Tensor
+    # the output of a frozen teacher's backbone for `input_ids_BT`, once it has run
     teacher_hidden_BTE: Tensor | None = None
+    # int64; index of each token's document within its sequence, from 0. No token attends to another document. None if
+    # attention crosses documents, or if no document begins inside a sequence
     documents_BT: Tensor | None = None
-    positions_BT: Tensor | None = None
+    positions_BT: Tensor | None = None  # int64; each token's position in its document. None if `documents_BT` is None
+    # float32 log-probability of each document's labels under the frozen reference of preference training
     reference_BS: Tensor | None = None
-    num_documents: int = 0
+    num_documents: int = 0  # the largest number of documents in a sequence; 0 if they were not counted
+    # index of each sequence in the run, which seeds noise; empty if nothing depends on it
     samples: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()  # index in the store of each sequence's block; empty like `samples`
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the copy is asynchronous if the memory is pinned."""

@@ -37,23 +37,14 @@ _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 @dataclass(frozen=True)
 class Launch:
-    """One rank's place in its process group.
+    """One rank's place in its process group."""
 
-    Attributes:
-        rank: of this process, across all machines.
-        world_size: processes on all machines.
-        local_rank: of this process on its machine; selects the GPU.
-        local_world_size: processes on this machine.
-        master_address: host of rank 0.
-        master_port: the port that rank 0 listens on.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    master_address: str = "127.0.0.1"
-    master_port: int = 0
+    rank: int = 0  # of this process, across all machines
+    world_size: int = 1  # processes on all machines
+    local_rank: int = 0  # of this process on its machine; selects the GPU
+    local_world_size: int = 1  # processes on this machine
+    master_address: str = "127.0.0.1"  # host of rank 0
+    master_port: int = 0  # the port that rank 0 listens on
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:

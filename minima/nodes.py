@@ -27,21 +27,13 @@ _master: tuple[str, int] | None = None  # what the ranks of an mpirun have agree
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A Slurm job.
+    """A Slurm job."""
 
-    Attributes:
-        job_id: as `squeue` shows it; for a task of an array with the task's number: `77_3`.
-        restarts: how often it was requeued.
-        nodes: host names of the allocation, in Slurm's order.
-        nodelist: the same in Slurm's notation: `gpu[03-05]`.
-        step: the `srun` step; None in the batch script itself.
-    """
-
-    job_id: str
-    restarts: int
-    nodes: tuple[str, ...]
-    nodelist: str
-    step: str | None
+    job_id: str  # as `squeue` shows it; for a task of an array with the task's number: `77_3`
+    restarts: int  # how often it was requeued
+    nodes: tuple[str, ...]  # host names of the allocation, in Slurm's order
+    nodelist: str  # the same in Slurm's notation: `gpu[03-05]`
+    step: str | None  # the `srun` step; None in the batch script itself
 
 
 def job_of(environment: Mapping[str, str]) -> SlurmJob | None:

@@ -28,19 +28,12 @@ _SKEW_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
-
-    Attributes:
-        check: what was checked.
-        state: `ok`, `warning` (a run can still work) or `FAILED`.
-        found: what was found.
-        do: what to do about it; None if it is ok.
-    """
+    """The result of one check."""
 
     check: str
-    state: State
+    state: State  # `ok`, `warning` (a run can still work) or `FAILED`
     found: str
-    do: str | None = None
+    do: str | None = None  # what to do about it; None if it is ok
 
 
 def guarded(check: str, look: Callable[[], Finding]) -> Finding:

@@ -14,38 +14,25 @@ FOLDER, FILE = "cluster", "jobs.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One submitted job.
-
-    Attributes:
-        id: Slurm's job id.
-        name: Slurm's job name.
-        stage: the stage that it runs; `cells` for a grid.
-        role: `stage`, `parts` (an array, each task one part of the data), `merge` (of those parts) or `cells` (an
-            array, each task one cell of a grid).
-        ranks: processes on all nodes.
-        after: ids of the jobs that must succeed before it.
-        submitted: time of submission in ISO 8601.
-        cells: names of a grid's cells by the index of their task.
-        stages: the stages that each cell runs; empty for all.
-        recipe: path of the recipe's copy that it reads, relative to the run's folder.
-        overrides: of that recipe, by the name of the stage, or of the cell in a grid.
-        asked: its settings from the cluster file and the flags; empty for a job of an earlier version.
-        cancelled: time at which `minima cancel` ended it, in ISO 8601; it may still be saving. Empty otherwise.
-    """
+    """One submitted job."""
 
     id: str
     name: str
-    stage: str
+    stage: str  # the stage that it runs; `cells` for a grid
+    # `stage`, `parts` (an array, each task one part of the data), `merge` (of those parts) or `cells` (an array, each
+    # task one cell of a grid)
     role: str
-    ranks: int
-    after: list[str] = field(default_factory=list)
-    submitted: str = ""
-    cells: dict[str, str] = field(default_factory=dict)
-    stages: list[str] = field(default_factory=list)
-    recipe: str = ""
+    ranks: int  # processes on all nodes
+    after: list[str] = field(default_factory=list)  # ids of the jobs that must succeed before it
+    submitted: str = ""  # time of submission in ISO 8601
+    cells: dict[str, str] = field(default_factory=dict)  # names of a grid's cells by the index of their task
+    stages: list[str] = field(default_factory=list)  # the stages that each cell runs; empty for all
+    recipe: str = ""  # path of the recipe's copy that it reads, relative to the run's folder
+    # of that recipe, by the name of the stage, or of the cell in a grid
     overrides: dict[str, list[str]] = field(default_factory=dict)
+    # its settings from the cluster file and the flags; empty for a job of an earlier version
     asked: dict[str, Any] = field(default_factory=dict)
-    cancelled: str = ""
+    cancelled: str = ""  # time at which `minima cancel` ended it, in ISO 8601; it may still be saving. Empty otherwise
 
 
 def read_jobs(run_folder: Path) -> list[Job]:

@@ -17,25 +17,15 @@ _TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a training stage; unknown values are None.
+    """The progress of a training stage; unknown values are None."""
 
-    Attributes:
-        step: optimiser steps done, as last logged.
-        steps: total number of steps.
-        tokens: tokens trained on.
-        loss: as last logged.
-        tokens_per_second: as last logged.
-        seconds_left: remaining time at that speed.
-        checkpoint_step: of the newest complete checkpoint.
-    """
-
-    step: int | None = None
-    steps: int | None = None
+    step: int | None = None  # optimiser steps done, as last logged
+    steps: int | None = None  # total number of steps
     tokens: int | None = None
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    seconds_left: float | None = None
-    checkpoint_step: int | None = None
+    loss: float | None = None  # as last logged
+    tokens_per_second: float | None = None  # as last logged
+    seconds_left: float | None = None  # remaining time at that speed
+    checkpoint_step: int | None = None  # of the newest complete checkpoint
 
 
 def progress(recipe: Recipe, stage: AnyStage, run_folder: Path) -> Progress:

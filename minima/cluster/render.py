@@ -23,19 +23,12 @@ _MOUNT = re.compile(r"[,:]")  # separators in a list of mounts, and within a mou
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a run's jobs run.
-
-    Attributes:
-        cluster: the cluster file.
-        working_directory: absolute; every command starts there.
-        run_folder: as in the recipe, so relative to the working directory, or absolute.
-        flags: flags of `minima stage` for every job.
-    """
+    """Where and how a run's jobs run."""
 
     cluster: Cluster
-    working_directory: Path
-    run_folder: Path
-    flags: tuple[str, ...] = ()
+    working_directory: Path  # absolute; every command starts there
+    run_folder: Path  # as in the recipe, so relative to the working directory, or absolute
+    flags: tuple[str, ...] = ()  # flags of `minima stage` for every job
 
     @property
     def logs(self) -> Path:
@@ -50,35 +43,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Script:
-    """A job that can be submitted.
-
-    Attributes:
-        name: Slurm's job name.
-        stage: the stage that it runs; `cells` for a grid.
-        role: see `jobs.Job`.
-        resources: the resources that it requests.
-        text: of the script.
-        options: all options for sbatch's command line, since the user's SBATCH_* variables override #SBATCH lines.
-        path: where the script is written.
-        cells: names of a grid's cells, in the order of the array's tasks.
-        stages: the stages that each cell runs.
-        recipe: the copy of the recipe that it reads.
-        overrides: of that recipe, by the name of the stage, or of the cell in a grid.
-        asked: see `asked_of`.
-    """
+    """A job that can be submitted."""
 
     name: str
-    stage: str
-    role: str
-    resources: Resources
-    text: str
+    stage: str  # the stage that it runs; `cells` for a grid
+    role: str  # see `jobs.Job`
+    resources: Resources  # the resources that it requests
+    text: str  # of the script
+    # all options for sbatch's command line, since the user's SBATCH_* variables override #SBATCH lines
     options: tuple[str, ...]
-    path: Path
-    cells: tuple[str, ...] = ()
-    stages: tuple[str, ...] = ()
-    recipe: Path = Path()
+    path: Path  # where the script is written
+    cells: tuple[str, ...] = ()  # names of a grid's cells, in the order of the array's tasks
+    stages: tuple[str, ...] = ()  # the stages that each cell runs
+    recipe: Path = Path()  # the copy of the recipe that it reads
+    # of that recipe, by the name of the stage, or of the cell in a grid
     overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)  # see `asked_of`
 
     def command(self, after: Sequence[str], ended: Sequence[str] = ()) -> list[str]:
         """The command that submits it.

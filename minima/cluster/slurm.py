@@ -23,21 +23,13 @@ _UNKNOWN = "Invalid job id"
 
 @dataclass(frozen=True)
 class Task:
-    """A job, or one task of a job array, as Slurm shows it.
+    """A job, or one task of a job array, as Slurm shows it."""
 
-    Attributes:
-        job: its id; for a task, the array's.
-        index: of the task in its array; None for a plain job.
-        state: Slurm's name for it.
-        name: of the job.
-        reason: why it is waiting, or why it ended.
-    """
-
-    job: str
-    index: int | None
-    state: str
-    name: str
-    reason: str = ""
+    job: str  # its id; for a task, the array's
+    index: int | None  # of the task in its array; None for a plain job
+    state: str  # Slurm's name for it
+    name: str  # of the job
+    reason: str = ""  # why it is waiting, or why it ended
 
     @property
     def active(self) -> bool:

@@ -21,29 +21,18 @@ Span = tuple[int, int]
 
 
 class TokenizedChat(NamedTuple):
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        ids: its tokens, the same as from the tokenizer's own `apply_chat_template`.
-        replies: for each assistant turn, its first token and one past its last, the end marker included.
-        text: the rendered text.
-    """
-
-    ids: list[int]
-    replies: list[Span]
+    ids: list[int]  # its tokens, the same as from the tokenizer's own `apply_chat_template`
+    replies: list[Span]  # for each assistant turn, its first token and one past its last, the end marker included
     text: str
 
 
 class ChatTemplate(NamedTuple):
-    """A Jinja chat template and the special tokens it can refer to; can be sent to worker processes.
-
-    Attributes:
-        text: the template.
-        special_tokens: `eos_token` and the like, by name.
-    """
+    """A Jinja chat template and the special tokens it can refer to; can be sent to worker processes."""
 
     text: str
-    special_tokens: dict[str, str]
+    special_tokens: dict[str, str]  # `eos_token` and the like, by name
 
     @property
     def marked(self) -> bool:

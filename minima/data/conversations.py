@@ -26,17 +26,11 @@ from minima.recipe.data import Source
 
 
 class Conversation(NamedTuple):
-    """Turns in order: an optional system message, then user and assistant alternating; the last is the assistant's.
+    """Turns in order: an optional system message, then user and assistant alternating; the last is the assistant's."""
 
-    Attributes:
-        turns: role and text, stripped.
-        left_out: number of unanswered turns at the end of the record.
-        unlearnt: numbers of the replies, from 0, that are context only and not trained on.
-    """
-
-    turns: list[Turn]
-    left_out: int = 0
-    unlearnt: Sequence[int] = ()
+    turns: list[Turn]  # role and text, stripped
+    left_out: int = 0  # number of unanswered turns at the end of the record
+    unlearnt: Sequence[int] = ()  # numbers of the replies, from 0, that are context only and not trained on
 
     @property
     def content(self) -> str:

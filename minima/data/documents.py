@@ -75,15 +75,10 @@ def printable(text: str) -> str:
 
 
 class HeldOut(NamedTuple):
-    """The rule for held-out documents: a hash of their text, so that equal texts always get the same decision.
+    """The rule for held-out documents: a hash of their text, so that equal texts always get the same decision."""
 
-    Attributes:
-        fraction: expected share of documents.
-        seed: key of the hash (blake2b); another seed holds out other documents.
-    """
-
-    fraction: float
-    seed: int
+    fraction: float  # expected share of documents
+    seed: int  # key of the hash (blake2b); another seed holds out other documents
 
     def mask(self, contents: list[bytes]) -> np.ndarray:
         """Whether each text (in UTF-8) is held out, as a bool array."""

@@ -21,26 +21,18 @@ _AT_ONCE = 64
 
 
 class Encoded(NamedTuple):
-    """Concatenated ids of documents; a text ends with the end token, and a pair of answers is one document.
+    """Concatenated ids of documents; a text ends with the end token, and a pair of answers is one document."""
 
-    Attributes:
-        ids: unsigned int array, all documents.
-        lengths: int64 array; number of ids of each document, its begin and end token included.
-        sizes: int64 array; UTF-8 bytes of each document's text, or of its trainable part.
-        characters: int64 array; characters of each document's text.
-        learnt: uint8 array like `ids`; 1 for trainable tokens. None for text, where all are.
-        firsts: int64 array; for a pair, the number of ids of its first answer with the prompt; else all. None for text.
-        cut: int64 array; number of turns cut from the end of a conversation that is too long. None for text.
-        unanswered: int64 array; number of turns left out because they have no answer. None for text.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    sizes: np.ndarray
-    characters: np.ndarray
-    learnt: np.ndarray | None = None
+    ids: np.ndarray  # unsigned int array, all documents
+    lengths: np.ndarray  # int64 array; number of ids of each document, its begin and end token included
+    sizes: np.ndarray  # int64 array; UTF-8 bytes of each document's text, or of its trainable part
+    characters: np.ndarray  # int64 array; characters of each document's text
+    learnt: np.ndarray | None = None  # uint8 array like `ids`; 1 for trainable tokens. None for text, where all are
+    # int64 array; for a pair, the number of ids of its first answer with the prompt; else all. None for text
     firsts: np.ndarray | None = None
+    # int64 array; number of turns cut from the end of a conversation that is too long. None for text
     cut: np.ndarray | None = None
+    # int64 array; number of turns left out because they have no answer. None for text
     unanswered: np.ndarray | None = None
 
     def part(self, begin: int, end: int) -> "Encoded":
@@ -73,31 +65,19 @@ class Encoded(NamedTuple):
 
 
 class EncodingTask(NamedTuple):
-    """One task: documents, and what to do about held-out ones.
+    """One task: documents, and what to do about held-out ones."""
 
-    Attributes:
-        texts: texts, or packed conversations or pairs.
-        held_out: the rule that says which of them are held out.
-        skip_held_out: drop those altogether, as later passes do.
-    """
-
-    texts: list[str]
-    held_out: HeldOut
-    skip_held_out: bool = False
+    texts: list[str]  # texts, or packed conversations or pairs
+    held_out: HeldOut  # the rule that says which of them are held out
+    skip_held_out: bool = False  # drop those altogether, as later passes do
 
 
 class Result(NamedTuple):
-    """The result of encoding a batch.
+    """The result of encoding a batch."""
 
-    Attributes:
-        documents: those that could be encoded.
-        held_out: bool array; which of these are held out.
-        rejected: reason, place and content of the others.
-    """
-
-    documents: Encoded
-    held_out: np.ndarray
-    rejected: list[tuple[str, str, str]]
+    documents: Encoded  # those that could be encoded
+    held_out: np.ndarray  # bool array; which of these are held out
+    rejected: list[tuple[str, str, str]]  # reason, place and content of the others
 
 
 class Encoder:

@@ -63,17 +63,11 @@ def source_labels(sources: list[Source]) -> list[str]:
 
 
 class _Batch(NamedTuple):
-    """Documents of one source in order, with training documents separated from the held-out ones between them.
+    """Documents of one source in order, with training documents separated from the held-out ones between them."""
 
-    Attributes:
-        training: documents to train on.
-        held_out: the others.
-        before: int array; for each held-out document, the number of the batch's training documents before it.
-    """
-
-    training: Encoded
-    held_out: Encoded
-    before: np.ndarray
+    training: Encoded  # documents to train on
+    held_out: Encoded  # the others
+    before: np.ndarray  # int array; for each held-out document, the number of the batch's training documents before it
 
     def split(self, count: int) -> tuple["_Batch", "_Batch | None"]:
         """The first `count` training documents with the held-out ones before the last of them, and the rest."""

@@ -25,14 +25,9 @@ COLUMNS = 10
 
 
 class Part(NamedTuple):
-    """One of several builds among which a stage's records are divided.
+    """One of several builds among which a stage's records are divided."""
 
-    Attributes:
-        number: from 0.
-        total: number of parts.
-    """
-
-    number: int
+    number: int  # from 0
     total: int
 
     @property
@@ -51,23 +46,15 @@ def part_of(name: str) -> Part | None:
 
 
 class Piece(NamedTuple):
-    """Documents in the order of their source.
+    """Documents in the order of their source."""
 
-    Attributes:
-        tokens: unsigned int array; all ids.
-        learnt: uint8 array like `tokens`; None for text.
-        table: int64 [documents, COLUMNS].
-        runs: int64 [runs, 3]: file, block and number of documents of each run of consecutive documents.
-        rejected: records that gave no document: run, n (the record came before the run's n-th document), reason, place
-            and content.
-        refused: documents that the encoder refused, by row in the table: reason, place, content.
-    """
-
-    tokens: np.ndarray
-    learnt: np.ndarray | None
-    table: np.ndarray
-    runs: np.ndarray
+    tokens: np.ndarray  # unsigned int array; all ids
+    learnt: np.ndarray | None  # uint8 array like `tokens`; None for text
+    table: np.ndarray  # int64 [documents, COLUMNS]
+    runs: np.ndarray  # int64 [runs, 3]: file, block and number of documents of each run of consecutive documents
+    # records that gave no document: run, n (the record came before the run's n-th document), reason, place and content
     rejected: list[tuple[int, int, str, str, str]]
+    # documents that the encoder refused, by row in the table: reason, place, content
     refused: dict[int, tuple[str, str, str]]
 
 

@@ -29,15 +29,9 @@ _UNSPACED = re.compile("[\u3000-\u9fff\uff00-\uffef]")  # characters of scripts 
 
 
 class Pair(NamedTuple):
-    """A better and a worse answer to the same conversation.
+    """A better and a worse answer to the same conversation."""
 
-    Attributes:
-        prompt: turns, ending with the user's.
-        chosen: the better answer.
-        rejected: the worse answer.
-    """
-
-    prompt: list[Turn]
+    prompt: list[Turn]  # turns, ending with the user's
     chosen: str
     rejected: str
 

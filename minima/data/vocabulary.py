@@ -55,19 +55,12 @@ class Base(Mergeable, Protocol):
 
 @dataclass(frozen=True)
 class Expansion:
-    """A grown tokenizer.
+    """A grown tokenizer."""
 
-    Attributes:
-        size: number of rows that the model gets.
-        first: id of the first new piece.
-        origins: for each new piece, in the order of ids, the old ids of its text.
-        metrics: the numbers that the stage reports.
-    """
-
-    size: int
-    first: int
-    origins: list[list[int]]
-    metrics: dict[str, Any]
+    size: int  # number of rows that the model gets
+    first: int  # id of the first new piece
+    origins: list[list[int]]  # for each new piece, in the order of ids, the old ids of its text
+    metrics: dict[str, Any]  # the numbers that the stage reports
 
 
 def open_base(folder: Path) -> Base:

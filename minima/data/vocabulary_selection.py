@@ -102,15 +102,11 @@ class Mergeable(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """The pieces to add to a vocabulary.
+    """The pieces to add to a vocabulary."""
 
-    Attributes:
-        added: new pieces, in the donor's merge order.
-        left_out: numbers of the donor's other pieces, by reason: `known` to the base, of `other_script`, `unreachable`
-            (no text gives them, or one of their characters has no piece), `rare`, `cut` (no room).
-    """
-
-    added: list[str]
+    added: list[str]  # new pieces, in the donor's merge order
+    # numbers of the donor's other pieces, by reason: `known` to the base, of `other_script`, `unreachable` (no text
+    # gives them, or one of their characters has no piece), `rare`, `cut` (no room)
     left_out: dict[str, int]
 
 

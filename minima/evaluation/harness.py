@@ -36,42 +36,26 @@ _CODE_TASKS = ("humaneval", "local_humaneval", "mbpp")  # the most common ones; 
 
 @dataclass(frozen=True)
 class Call:
-    """One run of lm-eval.
+    """One run of lm-eval."""
 
-    Attributes:
-        name: of the folder for its results.
-        tasks: names of tasks or groups.
-        shots: few-shot examples per item; each task's own number if not given.
-    """
-
-    name: str
-    tasks: tuple[str, ...]
-    shots: int | None = None
+    name: str  # of the folder for its results
+    tasks: tuple[str, ...]  # names of tasks or groups
+    shots: int | None = None  # few-shot examples per item; each task's own number if not given
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all calls of a stage share.
+    """Settings that all calls of a stage share."""
 
-    Attributes:
-        model: a folder that plain transformers loads.
-        dtype: of the weights; as stored if not given.
-        batch_size: sequences per forward pass.
-        limit: maximum number of items per task.
-        chat: apply the tokenizer's chat template.
-        seed: of the few-shot examples and of sampling.
-        task_folders: of task files; later ones take precedence over earlier ones, and all over lm-eval's own.
-        allow_code_execution: let tasks execute what the model wrote.
-    """
-
-    model: Path
-    dtype: str | None = None
-    batch_size: int = 8
-    limit: int | None = None
-    chat: bool = False
-    seed: int = 1234
+    model: Path  # a folder that plain transformers loads
+    dtype: str | None = None  # of the weights; as stored if not given
+    batch_size: int = 8  # sequences per forward pass
+    limit: int | None = None  # maximum number of items per task
+    chat: bool = False  # apply the tokenizer's chat template
+    seed: int = 1234  # of the few-shot examples and of sampling
+    # of task files; later ones take precedence over earlier ones, and all over lm-eval's own
     task_folders: tuple[Path, ...] = ()
-    allow_code_execution: bool = False
+    allow_code_execution: bool = False  # let tasks execute what the model wrote
 
 
 def lm_eval_folder() -> Path:

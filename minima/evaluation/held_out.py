@@ -37,27 +37,20 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A model's scores on held-out blocks.
+    """A model's scores on held-out blocks."""
 
-    Attributes:
-        loss: nats per predicted token.
-        perplexity: exp(loss).
-        bits_per_byte: loss / (ln 2 x bytes per token), which is comparable across tokenizers. Bytes are those of the
-            text in UTF-8 (for conversations, of the replies), averaged over all trainable tokens of the store; the few
-            that are never predicted are assumed to cost as much as the rest. End tokens have no bytes, but predicting
-            them costs bits, rightly so: where a text ends is part of it.
-        tokens: number of predicted tokens. The first token of each block is given, not predicted; if documents are kept
-            apart, so is the first of each document.
-        kl: mean KL(teacher || model) per predicted token, in nats; None without a teacher.
-        top1_agreement: share of predicted tokens for which model and teacher agree on the most likely token; None
-            without a teacher.
-    """
-
-    loss: float
-    perplexity: float
+    loss: float  # nats per predicted token
+    perplexity: float  # exp(loss)
+    # loss / (ln 2 x bytes per token), which is comparable across tokenizers. Bytes are those of the text in UTF-8 (for
+    # conversations, of the replies), averaged over all trainable tokens of the store; the few that are never predicted
+    # are assumed to cost as much as the rest. End tokens have no bytes, but predicting them costs bits, rightly so:
+    # where a text ends is part of it
     bits_per_byte: float
+    # number of predicted tokens. The first token of each block is given, not predicted; if documents are kept apart, so
+    # is the first of each document
     tokens: int
-    kl: float | None = None
+    kl: float | None = None  # mean KL(teacher || model) per predicted token, in nats; None without a teacher
+    # share of predicted tokens for which model and teacher agree on the most likely token; None without a teacher
     top1_agreement: float | None = None
 
     def as_dict(self) -> dict[str, float]:

@@ -17,22 +17,13 @@ from minima.evaluation.held_out import Host, check_store, held_out_batch, rank_b
 
 @dataclass(frozen=True)
 class HeldOutPreference:
-    """A model's mean scores on held-out pairs.
+    """A model's mean scores on held-out pairs."""
 
-    Attributes:
-        loss: of the training objective.
-        accuracy: share of pairs whose chosen answer has the higher reward; 0 if the model equals its reference.
-        margin: reward of the chosen answer minus that of the rejected one.
-        chosen_reward: beta times the log-ratio of model to reference for the chosen answer.
-        rejected_reward: the same for the rejected answer.
-        pairs: number of pairs.
-    """
-
-    loss: float
-    accuracy: float
-    margin: float
-    chosen_reward: float
-    rejected_reward: float
+    loss: float  # of the training objective
+    accuracy: float  # share of pairs whose chosen answer has the higher reward; 0 if the model equals its reference
+    margin: float  # reward of the chosen answer minus that of the rejected one
+    chosen_reward: float  # beta times the log-ratio of model to reference for the chosen answer
+    rejected_reward: float  # the same for the rejected answer
     pairs: int
 
     def as_dict(self) -> dict[str, float]:

@@ -21,36 +21,21 @@ from minima.report.tables import text_table
 
 @dataclass(frozen=True)
 class Entry:
-    """One benchmark of the suite.
+    """One benchmark of the suite."""
 
-    Attributes:
-        name: in the results.
-        hub: the task that reads from the Hub.
-        local: the task that reads from this machine.
-        shots: few-shot examples per item.
-        metric: of lm-eval's result, with its filter; the one to compare with the paper's number.
-        local_metric: the local task's metric, if it has a different name.
-        files: what the local task reads, relative to the data folder.
-        full: number of items in the whole benchmark; if a data folder holds fewer, its score is marked.
-        stand_in: the local items are hand-made because the real ones are not available, so the score is not one of the
-            benchmark.
-        executes: whether the task executes what the model wrote.
-        paper: percent, for `PAPER_MODELS` (README of GeneZC/MiniMA).
-        paper_harness: the harness that gave these numbers.
-    """
-
-    name: str
-    hub: str
-    local: str
-    shots: int
-    metric: str
-    paper: tuple[float, float]
-    paper_harness: str
-    local_metric: str | None = None
-    files: tuple[str, ...] = ()
-    full: int = 0
+    name: str  # in the results
+    hub: str  # the task that reads from the Hub
+    local: str  # the task that reads from this machine
+    shots: int  # few-shot examples per item
+    metric: str  # of lm-eval's result, with its filter; the one to compare with the paper's number
+    paper: tuple[float, float]  # percent, for `PAPER_MODELS` (README of GeneZC/MiniMA)
+    paper_harness: str  # the harness that gave these numbers
+    local_metric: str | None = None  # the local task's metric, if it has a different name
+    files: tuple[str, ...] = ()  # what the local task reads, relative to the data folder
+    full: int = 0  # number of items in the whole benchmark; if a data folder holds fewer, its score is marked
+    # the local items are hand-made because the real ones are not available, so the score is not one of the benchmark
     stand_in: bool = False
-    executes: bool = False
+    executes: bool = False  # whether the task executes what the model wrote
 
 
 PAPER_MODELS = ("MiniMA-3B", "MiniChat-3B")
@@ -79,23 +64,14 @@ FETCH = "tools/fetch_benchmarks.py"
 
 @dataclass(frozen=True)
 class Asked:
-    """One line of the results: a task, its name here, and its entry in the suite, if any.
+    """One line of the results: a task, its name here, and its entry in the suite, if any."""
 
-    Attributes:
-        name: in the stage's metrics.
-        task: lm-eval's name.
-        call: the lm-eval run that includes it.
-        metric: to show; the task's first one if not given.
-        entry: of the suite, if the task belongs to it.
-        stand_in: whether hand-made items replace those of the benchmark.
-    """
-
-    name: str
-    task: str
-    call: Call
-    metric: str | None = None
-    entry: Entry | None = None
-    stand_in: bool = False
+    name: str  # in the stage's metrics
+    task: str  # lm-eval's name
+    call: Call  # the lm-eval run that includes it
+    metric: str | None = None  # to show; the task's first one if not given
+    entry: Entry | None = None  # of the suite, if the task belongs to it
+    stand_in: bool = False  # whether hand-made items replace those of the benchmark
 
 
 def plan_suite(data_folder: Path | None, allow_code_execution: bool) -> tuple[list[Asked], list[str]]:

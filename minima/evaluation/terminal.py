@@ -43,23 +43,14 @@ class Speaker(Protocol):
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Options from the command line.
+    """Options from the command line."""
 
-    Attributes:
-        system: message that opens the conversation; none if not given.
-        max_new_tokens: of one answer.
-        temperature: if not given, as the model's folder suggests; 0 always takes the likeliest token.
-        top_p: if not given, as the model's folder suggests.
-        seed: of the sampling; if not given, a different one each time.
-        plain: let the model continue each text, without a chat template or a conversation.
-    """
-
-    system: str | None = None
-    max_new_tokens: int = 512
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    plain: bool = False
+    system: str | None = None  # message that opens the conversation; none if not given
+    max_new_tokens: int = 512  # of one answer
+    temperature: float | None = None  # if not given, as the model's folder suggests; 0 always takes the likeliest token
+    top_p: float | None = None  # if not given, as the model's folder suggests
+    seed: int | None = None  # of the sampling; if not given, a different one each time
+    plain: bool = False  # let the model continue each text, without a chat template or a conversation
 
 
 class Conversation:

@@ -7,63 +7,43 @@ from minima.law.interpolate import Interval
 
 @dataclass(frozen=True)
 class Cost:
-    """What a teacher costs for a student.
+    """What a teacher costs for a student."""
 
-    Attributes:
-        teacher: its parameters.
-        ratio: teacher size over student size.
-        sparsity_percent: percent of the teacher's parameters that pruning it to the student removes.
-        width_percent: percent of heads, neurons and width that this removes of each, since it cuts both dimensions of
-            a matrix.
-        flops_per_token: FLOPs per token of the distillation.
-        flops: FLOPs of the whole distillation; None without a token budget.
-    """
-
-    teacher: float
-    ratio: float
-    sparsity_percent: float
+    teacher: float  # its parameters
+    ratio: float  # teacher size over student size
+    sparsity_percent: float  # percent of the teacher's parameters that pruning it to the student removes
+    # percent of heads, neurons and width that this removes of each, since it cuts both dimensions of a matrix
     width_percent: int
-    flops_per_token: float
-    flops: float | None
+    flops_per_token: float  # FLOPs per token of the distillation
+    flops: float | None  # FLOPs of the whole distillation; None without a token budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer of one law.
-
-    Attributes:
-        law: its name.
-        teacher: size of the best teacher, in parameters, among those asked for if there are any; None if the law has no
-            answer.
-        teacher_interval: interval of the law's own best teacher: the hull of the one over seeds and the one from the
-            scatter of the students around their line; None if not known.
-        ideal: the law's own best teacher, whatever was asked for; None if it has none.
-        loss: expected loss of the student under `teacher`, nats per token; None without a token budget, a teacher, or a
-            law that predicts it.
-        loss_interval: its interval, from the relative error of the law that predicts it.
-        loss_law: the law that predicts it. A line says nothing about losses: for the published line, the published
-            scaling law does; for a fitted line, the scaling law that was fitted to the same runs, if there is one.
-        flat: teachers between which the loss is within 0.01 nats of the lowest; None without losses.
-        cost: cost of using `teacher`.
-        losses: losses under each teacher asked for, in their order.
-        measured: the range in which the law was measured.
-        notes: warnings about this answer.
-        alone: expected loss of the same student on the same tokens without a teacher, from random weights; None if the
-            law does not predict it.
-    """
+    """The answer of one law."""
 
     law: str
+    # size of the best teacher, in parameters, among those asked for if there are any; None if the law has no answer
     teacher: float | None = None
+    # interval of the law's own best teacher: the hull of the one over seeds and the one from the scatter of the
+    # students around their line; None if not known
     teacher_interval: Interval | None = None
-    ideal: float | None = None
+    ideal: float | None = None  # the law's own best teacher, whatever was asked for; None if it has none
+    # expected loss of the student under `teacher`, nats per token; None without a token budget, a teacher, or a law
+    # that predicts it
     loss: float | None = None
-    loss_interval: Interval | None = None
+    loss_interval: Interval | None = None  # its interval, from the relative error of the law that predicts it
+    # the law that predicts it. A line says nothing about losses: for the published line, the published scaling law
+    # does; for a fitted line, the scaling law that was fitted to the same runs, if there is one
     loss_law: str = ""
+    # teachers between which the loss is within 0.01 nats of the lowest; None without losses
     flat: tuple[float, float] | None = None
-    cost: Cost | None = None
-    losses: tuple[float, ...] = ()
-    measured: str
-    notes: tuple[str, ...] = ()
+    cost: Cost | None = None  # cost of using `teacher`
+    losses: tuple[float, ...] = ()  # losses under each teacher asked for, in their order
+    measured: str  # the range in which the law was measured
+    notes: tuple[str, ...] = ()  # warnings about this answer
+    # expected loss of the same student on the same tokens without a teacher, from random weights; None if the law does
+    # not predict it
     alone: float | None = None
 
 

@@ -20,37 +20,21 @@ _COLUMN = {"non_embedding": "non_embedding_parameters", "all": "parameters"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row that can be fitted, with sizes of the requested kind.
+    """A row that can be fitted, with sizes of the requested kind."""
 
-    Attributes:
-        number: number of the row in its table, from 1.
-        study: as in the table.
-        family: as in the table.
-        initialisation: as in the table.
-        student: name of the student.
-        student_size: its parameters.
-        teacher: name of the teacher; empty for `direct`.
-        teacher_size: its parameters; 0 for `direct`.
-        tokens: tokens that the student was trained on.
-        epochs: tokens / unique tokens; None if the table does not say.
-        seed: seed of the run.
-        loss: held-out loss, nats per token.
-        teacher_loss: the teacher's held-out loss, nats per token; None if the table does not say.
-    """
-
-    number: int
-    study: str
-    family: str
-    initialisation: str
+    number: int  # number of the row in its table, from 1
+    study: str  # as in the table
+    family: str  # as in the table
+    initialisation: str  # as in the table
     student: str
-    student_size: int
-    teacher: str
-    teacher_size: int
-    tokens: int
-    epochs: float | None
+    student_size: int  # its parameters
+    teacher: str  # name of the teacher; empty for `direct`
+    teacher_size: int  # its parameters; 0 for `direct`
+    tokens: int  # tokens that the student was trained on
+    epochs: float | None  # tokens / unique tokens; None if the table does not say
     seed: int
-    loss: float
-    teacher_loss: float | None
+    loss: float  # held-out loss, nats per token
+    teacher_loss: float | None  # the teacher's held-out loss, nats per token; None if the table does not say
 
 
 @dataclass(frozen=True)

@@ -19,45 +19,27 @@ Budget = Literal["tokens", "ratio"]
 
 @dataclass(frozen=True)
 class Condition:
-    """What the students of one line have in common.
+    """What the students of one line have in common."""
 
-    Attributes:
-        study: as in the table.
-        family: as in the table.
-        initialisation: how the students start.
-        budget: training tokens, or tokens per parameter of the student to two digits (`ratio`).
-        epochs: how often a token was seen, to two digits; None if the table does not say.
-    """
-
-    study: str
-    family: str
-    initialisation: str
-    budget: float
-    epochs: float | None
+    study: str  # as in the table
+    family: str  # as in the table
+    initialisation: str  # how the students start
+    budget: float  # training tokens, or tokens per parameter of the student to two digits (`ratio`)
+    epochs: float | None  # how often a token was seen, to two digits; None if the table does not say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One student under one condition.
+    """One student under one condition."""
 
-    Attributes:
-        condition: what it shares with other students.
-        student: its name.
-        size: its parameters.
-        tokens: tokens that it was trained on.
-        teachers: names, from the smallest to the largest.
-        sizes: parameters of the teachers.
-        losses: for each teacher, the held-out loss by seed, nats per token.
-        direct: the loss by seed of the same student on the same tokens without a teacher; empty if there is none.
-    """
-
-    condition: Condition
+    condition: Condition  # what it shares with other students
     student: str
-    size: int
-    tokens: int
-    teachers: tuple[str, ...]
-    sizes: tuple[int, ...]
-    losses: tuple[dict[int, float], ...]
+    size: int  # its parameters
+    tokens: int  # tokens that it was trained on
+    teachers: tuple[str, ...]  # names, from the smallest to the largest
+    sizes: tuple[int, ...]  # parameters of the teachers
+    losses: tuple[dict[int, float], ...]  # for each teacher, the held-out loss by seed, nats per token
+    # the loss by seed of the same student on the same tokens without a teacher; empty if there is none
     direct: dict[int, float]
 
     @property
@@ -82,20 +64,13 @@ class Effects:
 
     If a teacher lacks a seed, plain means would mix that seed's common effect into the difference between two teachers;
     the additive model does not.
-
-    Attributes:
-        means_T: mean loss under each teacher over the seeds of the curve, nats per token.
-        rests: residual of each run, by index of its teacher and by seed.
-        freedom: degrees of freedom of the residuals; 0 if there are none.
-        explained: by how much the teachers' part reduces the sum of squared residuals.
-        paired: whether the seeds' common part was taken out, which needs runs that connect all teachers and seeds.
     """
 
-    means_T: np.ndarray
-    rests: dict[tuple[int, int], float]
-    freedom: int
-    paired: bool
-    explained: float
+    means_T: np.ndarray  # mean loss under each teacher over the seeds of the curve, nats per token
+    rests: dict[tuple[int, int], float]  # residual of each run, by index of its teacher and by seed
+    freedom: int  # degrees of freedom of the residuals; 0 if there are none
+    paired: bool  # whether the seeds' common part was taken out, which needs runs that connect all teachers and seeds
+    explained: float  # by how much the teachers' part reduces the sum of squared residuals
 
 
 def _effects(losses: Sequence[dict[int, float]], seeds: Sequence[int]) -> Effects:

@@ -36,23 +36,14 @@ class ConditionFit:
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """The distillation scaling law on the runs of one initialisation.
+    """The distillation scaling law on the runs of one initialisation."""
 
-    Attributes:
-        study: as in the table.
-        family: as in the table.
-        initialisation: the students' initialisation.
-        supervised: fit to the direct runs of the study and family.
-        distilled: fit to the runs of this initialisation.
-        published_error: median relative error of the published coefficients on the same runs.
-    """
-
-    study: str
-    family: str
-    initialisation: str
-    supervised: Fitted
-    distilled: Fitted
-    published_error: float | None
+    study: str  # as in the table
+    family: str  # as in the table
+    initialisation: str  # the students' initialisation
+    supervised: Fitted  # fit to the direct runs of the study and family
+    distilled: Fitted  # fit to the runs of this initialisation
+    published_error: float | None  # median relative error of the published coefficients on the same runs
 
     @property
     def law(self) -> ScalingLaw | None:
@@ -65,37 +56,21 @@ class ScalingFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What was found in a table.
-
-    Attributes:
-        format: format of this JSON.
-        table: the file's name.
-        sha256: SHA-256 of its bytes.
-        num_rows: rows in it.
-        num_runs: rows that were fitted.
-        sizes: which parameters count as size.
-        budget: when two token budgets count as the same.
-        seed: seed of the draws.
-        num_draws: draws over seeds.
-        excluded: rows that were left out, with reasons.
-        notes: what the table lacks.
-        conditions: the law of capacity gap.
-        scaling: the distillation scaling law.
-    """
+    """What was found in a table."""
 
     format: str
     table: str
-    sha256: str
-    num_rows: int
-    num_runs: int
-    sizes: Sizes
-    budget: Budget
+    sha256: str  # SHA-256 of its bytes
+    num_rows: int  # rows in it
+    num_runs: int  # rows that were fitted
+    sizes: Sizes  # which parameters count as size
+    budget: Budget  # when two token budgets count as the same
     seed: int
-    num_draws: int
-    excluded: tuple[Excluded, ...]
-    notes: tuple[str, ...]
-    conditions: tuple[ConditionFit, ...]
-    scaling: tuple[ScalingFit, ...]
+    num_draws: int  # draws over seeds
+    excluded: tuple[Excluded, ...]  # rows that were left out, with reasons
+    notes: tuple[str, ...]  # what the table lacks
+    conditions: tuple[ConditionFit, ...]  # the law of capacity gap
+    scaling: tuple[ScalingFit, ...]  # the distillation scaling law
 
 
 _ADAPTER = TypeAdapter(Fit)

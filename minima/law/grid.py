@@ -26,42 +26,25 @@ CORPUS, TEACHER, SCORES, PRUNED_STUDENT, STUDENT, QUALITY = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One student run of the grid.
+    """One student run of the grid."""
 
-    Attributes:
-        student: name of its shape.
-        teacher: name of its teacher's shape; None for `direct`.
-        initialisation: what it starts from.
-        tokens: tokens that it is trained on.
-        seed: seed of its run and of its teacher's training.
-    """
-
-    student: str
-    teacher: str | None
-    initialisation: Initialisation
-    tokens: int
-    seed: int
+    student: str  # name of its shape
+    teacher: str | None  # name of its teacher's shape; None for `direct`
+    initialisation: Initialisation  # what it starts from
+    tokens: int  # tokens that it is trained on
+    seed: int  # seed of its run and of its teacher's training
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One ordinary run of a study.
+    """One ordinary run of a study."""
 
-    Attributes:
-        name: `data/corpus`, `teachers/NAME-seedN` or `cells/...`: its folder inside the study's.
-        recipe: its stages.
-        needs: names of the units that it reads.
-        flops: FLOPs of its training; 0 for the data. Cheap runs come first.
-        cell: the cell, if it is one.
-        teacher: name and seed, if it is a teacher.
-    """
-
-    name: str
-    recipe: Recipe
-    needs: tuple[str, ...] = ()
-    flops: float = 0.0
-    cell: Cell | None = None
-    teacher: tuple[str, int] | None = None
+    name: str  # `data/corpus`, `teachers/NAME-seedN` or `cells/...`: its folder inside the study's
+    recipe: Recipe  # its stages
+    needs: tuple[str, ...] = ()  # names of the units that it reads
+    flops: float = 0.0  # FLOPs of its training; 0 for the data. Cheap runs come first
+    cell: Cell | None = None  # the cell, if it is one
+    teacher: tuple[str, int] | None = None  # name and seed, if it is a teacher
 
     @property
     def level(self) -> str:

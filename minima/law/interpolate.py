@@ -25,60 +25,41 @@ Interval = tuple[float | None, float | None]  # None for an end that lies beyond
 
 @dataclass(frozen=True)
 class Minimum:
-    """The best teacher of one student under one condition.
-
-    Attributes:
-        student: its name.
-        student_size: its parameters.
-        tokens: tokens of its training.
-        status: `minimum`, `not bracketed`, `too few teachers`, or `within the noise`: the teachers differ no more than
-            seeds do, so that the lowest of them is a matter of chance.
-        reason: why there is no minimum; empty if there is one.
-        teacher_size: parameters of the best teacher, interpolated; None without a minimum.
-        teacher_interval: its interval over seeds; None with one seed or without a minimum.
-        loss: loss at the minimum, nats per token.
-        loss_interval: its interval over seeds, among the draws that have a minimum.
-        bracketed_share: share of the draws that have a minimum; None with one seed.
-        grid_best: name of the teacher with the lowest mean loss.
-        used: names of the teachers that the parabola is fitted to.
-        rises: how much higher than the minimum the smallest and the largest teacher of the grid are, nats per token.
-        misfit_p: probability of missing the means by this much if the parabola were right (F test against the seed
-            noise); None with three points or one seed.
-        noise: the seed noise.
-        flat_p: probability of means this different if all teachers were equally good (F test against the seed noise);
-            None with one seed.
-    """
+    """The best teacher of one student under one condition."""
 
     student: str
-    student_size: int
-    tokens: int
+    student_size: int  # its parameters
+    tokens: int  # tokens of its training
+    # `minimum`, `not bracketed`, `too few teachers`, or `within the noise`: the teachers differ no more than seeds do,
+    # so that the lowest of them is a matter of chance
     status: str
-    reason: str
-    grid_best: str
-    used: tuple[str, ...]
-    noise: Noise
-    teacher_size: float | None = None
-    teacher_interval: Interval | None = None
-    loss: float | None = None
-    loss_interval: Interval | None = None
-    bracketed_share: float | None = None
+    reason: str  # why there is no minimum; empty if there is one
+    grid_best: str  # name of the teacher with the lowest mean loss
+    used: tuple[str, ...]  # names of the teachers that the parabola is fitted to
+    noise: Noise  # the seed noise
+    teacher_size: float | None = None  # parameters of the best teacher, interpolated; None without a minimum
+    teacher_interval: Interval | None = None  # its interval over seeds; None with one seed or without a minimum
+    loss: float | None = None  # loss at the minimum, nats per token
+    loss_interval: Interval | None = None  # its interval over seeds, among the draws that have a minimum
+    bracketed_share: float | None = None  # share of the draws that have a minimum; None with one seed
+    # how much higher than the minimum the smallest and the largest teacher of the grid are, nats per token
     rises: tuple[float, float] | None = None
+    # probability of missing the means by this much if the parabola were right (F test against the seed noise); None
+    # with three points or one seed
     misfit_p: float | None = None
+    # probability of means this different if all teachers were equally good (F test against the seed noise); None with
+    # one seed
     flat_p: float | None = None
 
 
 @dataclass(frozen=True)
 class Lowest:
-    """Lowest points of several curves over the same teachers.
+    """Lowest points of several curves over the same teachers."""
 
-    Attributes:
-        log_size_B: natural logarithm of the best teacher's parameters; -inf or inf if it lies beyond the smallest or
-            the largest teacher.
-        loss_B: loss there; nan if it lies beyond.
-    """
-
+    # natural logarithm of the best teacher's parameters; -inf or inf if it lies beyond the smallest or the largest
+    # teacher
     log_size_B: np.ndarray
-    loss_B: np.ndarray
+    loss_B: np.ndarray  # loss there; nan if it lies beyond
 
 
 def window(best: int, num_teachers: int) -> slice:

@@ -27,71 +27,45 @@ REJECTED = 0.025  # for each of two tests, so at most 5 % for both together
 
 @dataclass(frozen=True)
 class LineFit:
-    """One least-squares line, with the same weight for each student.
+    """One least-squares line, with the same weight for each student."""
 
-    Attributes:
-        slope: a.
-        intercept: b, millions of parameters; 0 without an intercept.
-        slope_interval: over seeds; None with one seed.
-        intercept_interval: over seeds; None with one seed or without an intercept.
-        slope_scatter_interval: from the scatter of the students around the line (Student's t).
-        intercept_scatter_interval: the same for b; None without an intercept.
-        r2: 1 - residual / total sum of squares around the mean, with and without an intercept; it can be negative.
-    """
-
-    slope: float
-    intercept: float
-    slope_interval: Interval | None
-    intercept_interval: Interval | None
-    slope_scatter_interval: Interval | None
-    intercept_scatter_interval: Interval | None
+    slope: float  # a
+    intercept: float  # b, millions of parameters; 0 without an intercept
+    slope_interval: Interval | None  # over seeds; None with one seed
+    intercept_interval: Interval | None  # over seeds; None with one seed or without an intercept
+    slope_scatter_interval: Interval | None  # from the scatter of the students around the line (Student's t)
+    intercept_scatter_interval: Interval | None  # the same for b; None without an intercept
+    # 1 - residual / total sum of squares around the mean, with and without an intercept; it can be negative
     r2: float | None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the paper's line agrees with the fitted one.
+    """How the paper's line agrees with the fitted one."""
 
-    Attributes:
-        test: what was tested, in words.
-        seeds_p: share of the draws that are at least as far from the fit as the paper's line is (distance in the draws'
-            own covariance); None without draws or noise.
-        scatter_p: p of the F test that the paper's line fits the minima as well as the best line does.
-        rejected: whether one of the two is below 0.025; None if neither could be computed.
-    """
-
-    test: str
+    test: str  # what was tested, in words
+    # share of the draws that are at least as far from the fit as the paper's line is (distance in the draws' own
+    # covariance); None without draws or noise
     seeds_p: float | None
-    scatter_p: float | None
-    rejected: bool | None
+    scatter_p: float | None  # p of the F test that the paper's line fits the minima as well as the best line does
+    rejected: bool | None  # whether one of the two is below 0.025; None if neither could be computed
 
 
 @dataclass(frozen=True)
 class Line:
-    """The law under one condition.
+    """The law under one condition."""
 
-    Attributes:
-        students: names of the students that the line is fitted to.
-        left_out: names of the others, with the reason.
-        fitted: False if fewer than three students are bracketed; then the fields below are None.
-        student_range: smallest and largest of the fitted students, parameters.
-        with_intercept: T* = a S + b.
-        without_intercept: T* = a S.
-        used_share: share of the draws in which at least three students have a minimum. Below 0.95 there are no
-            intervals over seeds: the remaining draws would be a biased selection.
-        agreement: agreement with the paper's line.
-        draws: pairs (a, b) over seeds, at most 400 of them.
-    """
-
-    students: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
-    fitted: bool
-    student_range: tuple[float, float] | None = None
-    with_intercept: LineFit | None = None
-    without_intercept: LineFit | None = None
+    students: tuple[str, ...]  # names of the students that the line is fitted to
+    left_out: tuple[tuple[str, str], ...]  # names of the others, with the reason
+    fitted: bool  # False if fewer than three students are bracketed; then the fields below are None
+    student_range: tuple[float, float] | None = None  # smallest and largest of the fitted students, parameters
+    with_intercept: LineFit | None = None  # T* = a S + b
+    without_intercept: LineFit | None = None  # T* = a S
+    # share of the draws in which at least three students have a minimum. Below 0.95 there are no intervals over seeds:
+    # the remaining draws would be a biased selection
     used_share: float | None = None
-    agreement: Agreement | None = None
-    draws: tuple[tuple[float, float], ...] = ()
+    agreement: Agreement | None = None  # agreement with the paper's line
+    draws: tuple[tuple[float, float], ...] = ()  # pairs (a, b) over seeds, at most 400 of them
 
 
 def paper_teacher(student_size: float) -> float:

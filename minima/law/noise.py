@@ -23,16 +23,11 @@ from minima.law.curves import Curve
 
 @dataclass(frozen=True)
 class Noise:
-    """What the seeds say about the noise of one curve.
+    """What the seeds say about the noise of one curve."""
 
-    Attributes:
-        paired: whether the seeds' common effect was taken out.
-        freedom: degrees of freedom of the residuals; 0 if every teacher has one run.
-        deviation: standard deviation of one run around its teacher's mean, nats per token; None without freedom.
-    """
-
-    paired: bool
-    freedom: int
+    paired: bool  # whether the seeds' common effect was taken out
+    freedom: int  # degrees of freedom of the residuals; 0 if every teacher has one run
+    # standard deviation of one run around its teacher's mean, nats per token; None without freedom
     deviation: float | None
 
 

@@ -41,30 +41,18 @@ FEWEST_SUPERVISED, FEWEST_DISTILLED = len(SUPERVISED_NAMES) + 1, len(DISTILLED_N
 
 @dataclass(frozen=True)
 class Fitted:
-    """How one of the laws fits a table.
+    """How one of the laws fits a table."""
 
-    Attributes:
-        fitted: False if the table has too little data, or the law does not fit it.
-        reason: why it was not fitted, or what its coefficients cannot distinguish; empty otherwise.
-        coefficients: `Supervised` or `Distilled`; None if it was not fitted.
-        num_runs: number of runs that were used.
-        num_cells: number of different combinations of size, tokens and teacher among them.
-        median_error: median of |predicted / measured - 1| over the runs.
-        largest_error: the 95 % quantile of the same, or the largest with fewer than 20 runs.
-        student_range: smallest and largest student, parameters.
-        token_range: smallest and largest training, tokens.
-        teacher_loss_range: lowest and highest teacher loss, nats per token; None for the supervised law.
-    """
-
-    fitted: bool
-    reason: str
-    coefficients: Supervised | Distilled | None = None
-    num_runs: int = 0
-    num_cells: int = 0
-    median_error: float | None = None
-    largest_error: float | None = None
-    student_range: tuple[float, float] | None = None
-    token_range: tuple[float, float] | None = None
+    fitted: bool  # False if the table has too little data, or the law does not fit it
+    reason: str  # why it was not fitted, or what its coefficients cannot distinguish; empty otherwise
+    coefficients: Supervised | Distilled | None = None  # `Supervised` or `Distilled`; None if it was not fitted
+    num_runs: int = 0  # number of runs that were used
+    num_cells: int = 0  # number of different combinations of size, tokens and teacher among them
+    median_error: float | None = None  # median of |predicted / measured - 1| over the runs
+    largest_error: float | None = None  # the 95 % quantile of the same, or the largest with fewer than 20 runs
+    student_range: tuple[float, float] | None = None  # smallest and largest student, parameters
+    token_range: tuple[float, float] | None = None  # smallest and largest training, tokens
+    # lowest and highest teacher loss, nats per token; None for the supervised law
     teacher_loss_range: tuple[float, float] | None = None
 
 

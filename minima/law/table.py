@@ -21,55 +21,30 @@ DIRECT = "direct"
 
 @dataclass(frozen=True)
 class Row:
-    """One finished student run.
+    """One finished student run."""
 
-    Attributes:
-        study: name of the study; rows of different studies are never fitted together.
-        family: what its models have in common: architecture, tokenizer, held-out text.
-        vocabulary_size: entries of the tokenizer; losses per token are only comparable within one vocabulary.
-        student: name of the student's shape, the same in all its runs.
-        student_parameters: all parameters, embeddings included; a tied head counts once.
-        student_non_embedding_parameters: those of the layers and the final norm.
-        teacher: name of the teacher's shape; empty for `direct`.
-        teacher_parameters: the teacher's, counted like the student's; None for `direct`.
-        teacher_non_embedding_parameters: the teacher's, counted like the student's; None for `direct`.
-        initialisation: `pruned_from_teacher`, `pruned_from_fixed`, `random`, or `direct`: the hard loss alone.
-        tokens: tokens that the student was trained on, repetitions included.
-        unique_tokens: number of different ones among them.
-        epochs: tokens / unique_tokens.
-        seed: seed of the student's run and of its teacher's training.
-        student_loss: held-out cross-entropy of the student, nats per token.
-        student_bits_per_byte: the same loss, bits per byte of the text.
-        teacher_loss: held-out cross-entropy of the teacher, nats per token.
-        teacher_bits_per_byte: the same loss, bits per byte of the text.
-        kl: KL(teacher || student) on the held-out text, nats per token.
-        flops: FLOPs of the student's run, including the teacher's forward passes.
-        teacher_flops: FLOPs of training the teacher.
-        seconds: duration of the student's run.
-    """
-
-    study: str
-    family: str
-    vocabulary_size: int | None
-    student: str
-    student_parameters: int | None
-    student_non_embedding_parameters: int | None
-    teacher: str
-    teacher_parameters: int | None
-    teacher_non_embedding_parameters: int | None
-    initialisation: str
-    tokens: int | None
-    unique_tokens: int | None
-    epochs: float | None
-    seed: int | None
-    student_loss: float | None
-    student_bits_per_byte: float | None = None
-    teacher_loss: float | None = None
-    teacher_bits_per_byte: float | None = None
-    kl: float | None = None
-    flops: float | None = None
-    teacher_flops: float | None = None
-    seconds: float | None = None
+    study: str  # name of the study; rows of different studies are never fitted together
+    family: str  # what its models have in common: architecture, tokenizer, held-out text
+    vocabulary_size: int | None  # entries of the tokenizer; losses per token are only comparable within one vocabulary
+    student: str  # name of the student's shape, the same in all its runs
+    student_parameters: int | None  # all parameters, embeddings included; a tied head counts once
+    student_non_embedding_parameters: int | None  # those of the layers and the final norm
+    teacher: str  # name of the teacher's shape; empty for `direct`
+    teacher_parameters: int | None  # the teacher's, counted like the student's; None for `direct`
+    teacher_non_embedding_parameters: int | None  # the teacher's, counted like the student's; None for `direct`
+    initialisation: str  # `pruned_from_teacher`, `pruned_from_fixed`, `random`, or `direct`: the hard loss alone
+    tokens: int | None  # tokens that the student was trained on, repetitions included
+    unique_tokens: int | None  # number of different ones among them
+    epochs: float | None  # tokens / unique_tokens
+    seed: int | None  # seed of the student's run and of its teacher's training
+    student_loss: float | None  # held-out cross-entropy of the student, nats per token
+    student_bits_per_byte: float | None = None  # the same loss, bits per byte of the text
+    teacher_loss: float | None = None  # held-out cross-entropy of the teacher, nats per token
+    teacher_bits_per_byte: float | None = None  # the same loss, bits per byte of the text
+    kl: float | None = None  # KL(teacher || student) on the held-out text, nats per token
+    flops: float | None = None  # FLOPs of the student's run, including the teacher's forward passes
+    teacher_flops: float | None = None  # FLOPs of training the teacher
+    seconds: float | None = None  # duration of the student's run
 
     def describe(self) -> str:
         """Which run this is, for a message."""

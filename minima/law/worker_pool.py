@@ -24,26 +24,16 @@ logger = logging.getLogger("minima.study")
 
 @dataclass
 class Tally:
-    """The progress of a study.
+    """The progress of a study."""
 
-    Attributes:
-        done: names of finished runs.
-        running: names of runs that a worker is making.
-        failed: why a run failed, by its name.
-        made: number of runs finished since the driver started.
-        startup_seconds: time of all workers from their start until their first run could begin (Python, torch,
-            DeepSpeed).
-        worker_seconds: time of all workers from their start to their end, or until now.
-        stopped: number of the signal that asked for the end; 0 for none.
-    """
-
-    done: set[str] = field(default_factory=set)
-    running: set[str] = field(default_factory=set)
-    failed: dict[str, str] = field(default_factory=dict)
-    made: int = 0
+    done: set[str] = field(default_factory=set)  # names of finished runs
+    running: set[str] = field(default_factory=set)  # names of runs that a worker is making
+    failed: dict[str, str] = field(default_factory=dict)  # why a run failed, by its name
+    made: int = 0  # number of runs finished since the driver started
+    # time of all workers from their start until their first run could begin (Python, torch, DeepSpeed)
     startup_seconds: float = 0.0
-    worker_seconds: float = 0.0
-    stopped: int = 0
+    worker_seconds: float = 0.0  # time of all workers from their start to their end, or until now
+    stopped: int = 0  # number of the signal that asked for the end; 0 for none
 
     def startup_line(self) -> str:
         """A line about the share of the workers' time that went into starting them."""

@@ -25,36 +25,22 @@ H, Q, K, N = Part.HIDDEN, Part.QUERY, Part.KEY_VALUE, Part.NEURON
 
 @dataclass(frozen=True)
 class Family:
-    """One family's stock modules and tensors, by name.
+    """One family's stock modules and tensors, by name."""
 
-    Attributes:
-        name: the `model_type`.
-        layers: path of the list of decoder layers.
-        embeddings: paths of the modules whose outputs sum to the first hidden states.
-        final_norm: path of the norm after the last layer.
-        attention_output: inside a layer, the linear module that takes all heads.
-        mlp_output: inside a layer, the linear module that takes all neurons.
-        norms: inside a layer, the norms over the width.
-        rms: whether those norms are RMSNorms (no mean, no bias).
-        query_key_norms: whether queries and keys are normalised head by head, with the model's norm epsilon.
-        config_names: the config's names for layers, width, query heads, neurons and norm epsilon, and, if it has them,
-            for key-value heads and head size.
-        outer: axes of the tensors outside the layers.
-        inner: axes of the tensors of one layer.
-    """
-
-    name: str
-    layers: str
-    embeddings: tuple[str, ...]
-    final_norm: str
-    attention_output: str
-    mlp_output: str
-    norms: tuple[str, ...]
-    rms: bool
-    query_key_norms: bool
+    name: str  # the `model_type`
+    layers: str  # path of the list of decoder layers
+    embeddings: tuple[str, ...]  # paths of the modules whose outputs sum to the first hidden states
+    final_norm: str  # path of the norm after the last layer
+    attention_output: str  # inside a layer, the linear module that takes all heads
+    mlp_output: str  # inside a layer, the linear module that takes all neurons
+    norms: tuple[str, ...]  # inside a layer, the norms over the width
+    rms: bool  # whether those norms are RMSNorms (no mean, no bias)
+    query_key_norms: bool  # whether queries and keys are normalised head by head, with the model's norm epsilon
+    # the config's names for layers, width, query heads, neurons and norm epsilon, and, if it has them, for key-value
+    # heads and head size
     config_names: dict[str, str]
-    outer: dict[str, Axes]
-    inner: dict[str, Axes]
+    outer: dict[str, Axes]  # axes of the tensors outside the layers
+    inner: dict[str, Axes]  # axes of the tensors of one layer
 
     def locate(self, name: str) -> tuple[int | None, str, Axes]:
         """The layer of a tensor (None outside the layers), its name within the layer, and what its axes index.

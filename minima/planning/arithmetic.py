@@ -13,25 +13,15 @@ CHECKPOINT_BYTES = 12  # per parameter: the master weight and both of Adam's mom
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The size of a training stage.
+    """The size of a training stage."""
 
-    Attributes:
-        steps: optimiser steps.
-        sequences: whole sequences that are trained on, over all steps.
-        sequence_length: tokens per sequence.
-        batch_sequences: sequences per step.
-        last_step_sequences: whole sequences in the last step; the rest of it is filled with fully masked ones.
-        leftover_tokens: tokens that the recipe asks for beyond the last whole block.
-        warmup_steps: steps of linear warm-up.
-    """
-
-    steps: int
-    sequences: int
-    sequence_length: int
-    batch_sequences: int
-    last_step_sequences: int
-    leftover_tokens: int
-    warmup_steps: int
+    steps: int  # optimiser steps
+    sequences: int  # whole sequences that are trained on, over all steps
+    sequence_length: int  # tokens per sequence
+    batch_sequences: int  # sequences per step
+    last_step_sequences: int  # whole sequences in the last step; the rest of it is filled with fully masked ones
+    leftover_tokens: int  # tokens that the recipe asks for beyond the last whole block
+    warmup_steps: int  # steps of linear warm-up
 
     @property
     def tokens(self) -> int:

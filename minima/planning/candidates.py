@@ -28,21 +28,14 @@ LARGEST_WINDOW = 8  # micro-batches: traffic is then an eighth, and a wider wind
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices that a stage runs on. Totals, never free memory: every rank and every start must choose alike.
-
-    Attributes:
-        ranks: ranks in the process group.
-        ranks_per_node: how many of them are on one machine.
-        device_bytes: memory of one rank's device; on a CPU, the machine's divided by its ranks. None if not known.
-        host_bytes: memory of one machine; None if not known.
-        host_is_device: whether both are the same memory, as on a CPU.
-    """
+    """The devices that a stage runs on. Totals, never free memory: every rank and every start must choose alike."""
 
     ranks: int
-    ranks_per_node: int
+    ranks_per_node: int  # how many of them are on one machine
+    # memory of one rank's device; on a CPU, the machine's divided by its ranks. None if not known
     device_bytes: int | None = None
-    host_bytes: int | None = None
-    host_is_device: bool = False
+    host_bytes: int | None = None  # memory of one machine; None if not known
+    host_is_device: bool = False  # whether both are the same memory, as on a CPU
 
     @property
     def usable_bytes(self) -> int | None:
@@ -52,32 +45,20 @@ class Devices:
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate.
+    """One candidate."""
 
-    Attributes:
-        placement: the teacher's; None if there is no teacher.
-        offload: where its shards lie.
-        group: number of ranks that share one copy of it.
-        window: micro-batches that one traversal of it serves.
-        checkpointing: the student's.
-        student: the student's bytes on one rank.
-        teacher: the teacher's bytes on one rank.
-        peak_bytes: on the device. The teacher's temporary memory is freed before the student needs its own, so only
-            the larger of the two counts.
-        host_bytes: bytes of one machine's memory, for all of its ranks.
-        refused: why it does not fit; empty if it does, or if the devices are not known.
-    """
-
-    placement: Placement | None
-    offload: Offload
-    group: int
-    window: int
-    checkpointing: Checkpointing
-    student: Memory
-    teacher: Memory
+    placement: Placement | None  # the teacher's; None if there is no teacher
+    offload: Offload  # where its shards lie
+    group: int  # number of ranks that share one copy of it
+    window: int  # micro-batches that one traversal of it serves
+    checkpointing: Checkpointing  # the student's
+    student: Memory  # the student's bytes on one rank
+    teacher: Memory  # the teacher's bytes on one rank
+    # on the device. The teacher's temporary memory is freed before the student needs its own, so only the larger of the
+    # two counts
     peak_bytes: int = 0
-    host_bytes: int = 0
-    refused: str = ""
+    host_bytes: int = 0  # bytes of one machine's memory, for all of its ranks
+    refused: str = ""  # why it does not fit; empty if it does, or if the devices are not known
 
     @property
     def name(self) -> str:
@@ -92,27 +73,16 @@ def shipped(placement: Placement, offload: Offload) -> Sharding:
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """A training stage as the plan sees it.
-
-    Attributes:
-        name: the stage's name.
-        training: its settings.
-        student: shape of the trained model.
-        sequence_length: tokens per block.
-        sharding: sizes in the student's DeepSpeed JSON.
-        teacher: the recipe's; None if the stage has no frozen model.
-        teacher_shape: its shape.
-        teacher_sharding: sizes in its DeepSpeed JSON, by placement and offload.
-    """
+    """A training stage as the plan sees it."""
 
     name: str
-    training: Training
-    student: ModelShape
-    sequence_length: int
-    sharding: Sharding
-    teacher: Teacher | None = None
-    teacher_shape: ModelShape | None = None
-    teacher_sharding: TeacherSharding = shipped
+    training: Training  # its settings
+    student: ModelShape  # shape of the trained model
+    sequence_length: int  # tokens per block
+    sharding: Sharding  # sizes in the student's DeepSpeed JSON
+    teacher: Teacher | None = None  # the recipe's; None if the stage has no frozen model
+    teacher_shape: ModelShape | None = None  # its shape
+    teacher_sharding: TeacherSharding = shipped  # sizes in its DeepSpeed JSON, by placement and offload
 
     @property
     def levels(self) -> tuple[Checkpointing, ...]:

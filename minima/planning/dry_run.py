@@ -8,31 +8,19 @@ from minima.planning.arithmetic import TrainingPlan
 
 @dataclass
 class StagePreview:
-    """What a dry run says about one stage.
-
-    Attributes:
-        name: the stage's name.
-        kind: its kind.
-        state: `finished`, `half-finished`, `not begun`.
-        reads: its inputs, each with what is known about it.
-        writes: its folder and what it leaves there.
-        facts: pairs of a short label and a line: shapes, tokens, steps, FLOPs.
-        memory: lines of a memory table.
-        notes: what is not known yet, and why.
-        missing: inputs that are not on this machine.
-        refused: why the run would stop at this stage.
-    """
+    """What a dry run says about one stage."""
 
     name: str
     kind: str
-    state: str
-    reads: list[str] = field(default_factory=list)
-    writes: str = ""
+    state: str  # `finished`, `half-finished`, `not begun`
+    reads: list[str] = field(default_factory=list)  # its inputs, each with what is known about it
+    writes: str = ""  # its folder and what it leaves there
+    # pairs of a short label and a line: shapes, tokens, steps, FLOPs
     facts: list[tuple[str, str]] = field(default_factory=list)
-    memory: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)  # lines of a memory table
+    notes: list[str] = field(default_factory=list)  # what is not known yet, and why
+    missing: list[str] = field(default_factory=list)  # inputs that are not on this machine
+    refused: list[str] = field(default_factory=list)  # why the run would stop at this stage
 
 
 def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -> list[tuple[str, str]]:

@@ -25,19 +25,12 @@ from minima.recipe.distillation import Offload, Placement
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by part.
+    """Bytes of one rank, by part."""
 
-    Attributes:
-        device: on the rank's device, permanently.
-        passing: on the device temporarily, at the peak within a step.
-        host: in host memory.
-        disk: in files.
-    """
-
-    device: Mapping[str, int] = field(default_factory=dict)
-    passing: Mapping[str, int] = field(default_factory=dict)
-    host: Mapping[str, int] = field(default_factory=dict)
-    disk: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, int] = field(default_factory=dict)  # on the rank's device, permanently
+    passing: Mapping[str, int] = field(default_factory=dict)  # on the device temporarily, at the peak within a step
+    host: Mapping[str, int] = field(default_factory=dict)  # in host memory
+    disk: Mapping[str, int] = field(default_factory=dict)  # in files
 
     @property
     def resident_bytes(self) -> int:
@@ -62,19 +55,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank processes at once.
+    """What one rank processes at once."""
 
-    Attributes:
-        micro_batch_sequences: sequences per micro-batch.
-        sequence_length: tokens per sequence.
-        chunk_tokens: tokens whose logits are in memory at a time.
-        accumulation: micro-batches per step on one rank.
-    """
-
-    micro_batch_sequences: int
-    sequence_length: int
-    chunk_tokens: int = 1024
-    accumulation: int = 1
+    micro_batch_sequences: int  # sequences per micro-batch
+    sequence_length: int  # tokens per sequence
+    chunk_tokens: int = 1024  # tokens whose logits are in memory at a time
+    accumulation: int = 1  # micro-batches per step on one rank
 
     @property
     def tokens(self) -> int:

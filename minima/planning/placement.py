@@ -17,29 +17,16 @@ _UNITS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why.
+    """What was chosen, and why."""
 
-    Attributes:
-        placement: where the teacher's weights live; None if there is no teacher.
-        offload: where its shards lie.
-        activation_checkpointing: what the student's backward pass recomputes.
-        window_micro_batches: micro-batches that one traversal of the teacher serves.
-        tensor_parallel_ranks: ranks that one copy is split over; None for other placements.
-        reason: a sentence for each candidate that was passed over; empty if the first one was chosen.
-        warning: what the recipe asks for but does not seem to fit or is impossible; empty otherwise.
-        rows: all candidates at the chosen checkpointing.
-        chosen: the candidate that was chosen.
-        devices: the devices that it was chosen for.
-    """
-
-    placement: Placement | None
-    offload: Offload
-    activation_checkpointing: Checkpointing
-    window_micro_batches: int
-    tensor_parallel_ranks: int | None
-    reason: str
-    warning: str
-    rows: tuple[Row, ...]
+    placement: Placement | None  # where the teacher's weights live; None if there is no teacher
+    offload: Offload  # where its shards lie
+    activation_checkpointing: Checkpointing  # what the student's backward pass recomputes
+    window_micro_batches: int  # micro-batches that one traversal of the teacher serves
+    tensor_parallel_ranks: int | None  # ranks that one copy is split over; None for other placements
+    reason: str  # a sentence for each candidate that was passed over; empty if the first one was chosen
+    warning: str  # what the recipe asks for but does not seem to fit or is impossible; empty otherwise
+    rows: tuple[Row, ...]  # all candidates at the chosen checkpointing
     chosen: Row
     devices: Devices
 

@@ -16,23 +16,14 @@ PARTS = ("weights", "gradients", "optimiser", "activations", "teacher", "heads",
 
 @dataclass(frozen=True)
 class PlannedGpus:
-    """The GPUs that a run is planned for.
+    """The GPUs that a run is planned for."""
 
-    Attributes:
-        count: number of GPUs, which is the number of ranks.
-        per_node: GPUs in one machine.
-        kind: kind of GPU; None if not given, and then there are no times.
-        efficiency: the share of their peak that a step reaches.
-        price: price of one GPU-hour, in any currency; None if not given, and then there are no costs.
-        host_bytes: memory of one machine; None if not known.
-    """
-
-    count: int
-    per_node: int
-    kind: Gpu | None = None
-    efficiency: Efficiency = field(default_factory=Efficiency)
-    price: float | None = None
-    host_bytes: int | None = None
+    count: int  # number of GPUs, which is the number of ranks
+    per_node: int  # GPUs in one machine
+    kind: Gpu | None = None  # kind of GPU; None if not given, and then there are no times
+    efficiency: Efficiency = field(default_factory=Efficiency)  # the share of their peak that a step reaches
+    price: float | None = None  # price of one GPU-hour, in any currency; None if not given, and then there are no costs
+    host_bytes: int | None = None  # memory of one machine; None if not known
 
     def __post_init__(self) -> None:
         for flag, given in (("gpus", self.count), ("gpus-per-node", self.per_node)):
@@ -61,96 +52,56 @@ class PlannedGpus:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage, or a whole run, costs.
+    """What a stage, or a whole run, costs."""
 
-    Attributes:
-        hours: wall-clock hours.
-        gpu_hours: hours times GPUs.
-        price: price of all GPU-hours; None if no price is given.
-    """
-
-    hours: float
-    gpu_hours: float
-    price: float | None
+    hours: float  # wall-clock hours
+    gpu_hours: float  # hours times GPUs
+    price: float | None  # price of all GPU-hours; None if no price is given
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One possible place of the teacher.
+    """One possible place of the teacher."""
 
-    Attributes:
-        name: placement and offload; `no teacher` if there is none.
-        parts: bytes on one rank's device at the moment of the peak, by part; they add up to the peak.
-        peak_bytes: bytes on one rank's device.
-        host_bytes: bytes of one machine's memory.
-        refused: why it does not fit; empty if it does, or if the GPU is not known.
-        window: micro-batches that one traversal of the teacher serves.
-        largest_micro_batch: sequences of the largest micro-batch that fits, by activation_checkpointing; 0 if none
-            does. Empty if the GPU is not known.
-        traffic: traffic of one rank in one step.
-        time: time of one step; None if the GPU is not known.
-        tokens_per_second: over all ranks; None if the time is not known.
-        unknown: fields of the GPU that the time depends on and that are not known.
-    """
-
-    name: str
-    parts: Mapping[str, int]
-    peak_bytes: int
-    host_bytes: int
-    refused: str
-    window: int
+    name: str  # placement and offload; `no teacher` if there is none
+    parts: Mapping[str, int]  # bytes on one rank's device at the moment of the peak, by part; they add up to the peak
+    peak_bytes: int  # bytes on one rank's device
+    host_bytes: int  # bytes of one machine's memory
+    refused: str  # why it does not fit; empty if it does, or if the GPU is not known
+    window: int  # micro-batches that one traversal of the teacher serves
+    # sequences of the largest micro-batch that fits, by activation_checkpointing; 0 if none does. Empty if the GPU is
+    # not known
     largest_micro_batch: Mapping[str, int]
-    traffic: Traffic
-    time: StepTime | None = None
-    tokens_per_second: float | None = None
-    unknown: tuple[str, ...] = ()
+    traffic: Traffic  # traffic of one rank in one step
+    time: StepTime | None = None  # time of one step; None if the GPU is not known
+    tokens_per_second: float | None = None  # over all ranks; None if the time is not known
+    unknown: tuple[str, ...] = ()  # fields of the GPU that the time depends on and that are not known
 
 
 @dataclass
 class StagePlan:
-    """The plan of one stage. What is not known is None or empty, and a note says so.
-
-    Attributes:
-        name: the stage's name.
-        kind: its kind.
-        parameters: parameters of its model.
-        frozen_parameters: parameters of the teacher or the reference.
-        tokens: tokens that it reads, over all passes.
-        steps: optimiser steps.
-        batch: how a step is divided, in words.
-        flops_per_token: FLOPs that its models need.
-        executed_flops_per_token: the same with recomputation.
-        flops: FLOPs of the whole stage, without recomputation.
-        checkpointing: the `activation_checkpointing` that is planned for.
-        placed: each possible place of the teacher.
-        taken: name of the one that the stage would choose; empty if none fits or the GPU is not known.
-        cost: cost with that choice.
-        idle: whether it spends no GPU time.
-        too_large: whether it is known not to fit, so that it has no time.
-        memory: bytes of one rank by part, for a stage that trains nothing.
-        disk: bytes by what they are: `data`, `model`, `checkpoints` (at most, at one time), `one checkpoint`.
-        notes: what is not known, does not fit, or is left out.
-    """
+    """The plan of one stage. What is not known is None or empty, and a note says so."""
 
     name: str
     kind: str
-    parameters: int | None = None
-    frozen_parameters: int | None = None
-    tokens: int | None = None
-    steps: int | None = None
-    batch: str = ""
-    flops_per_token: float | None = None
-    executed_flops_per_token: float | None = None
-    flops: float | None = None
-    checkpointing: str = ""
-    placed: list[Placed] = field(default_factory=list)
-    taken: str = ""
-    cost: Cost | None = None
-    idle: bool = False
-    too_large: bool = False
-    memory: dict[str, int] = field(default_factory=dict)
+    parameters: int | None = None  # parameters of its model
+    frozen_parameters: int | None = None  # parameters of the teacher or the reference
+    tokens: int | None = None  # tokens that it reads, over all passes
+    steps: int | None = None  # optimiser steps
+    batch: str = ""  # how a step is divided, in words
+    flops_per_token: float | None = None  # FLOPs that its models need
+    executed_flops_per_token: float | None = None  # the same with recomputation
+    flops: float | None = None  # FLOPs of the whole stage, without recomputation
+    checkpointing: str = ""  # the `activation_checkpointing` that is planned for
+    placed: list[Placed] = field(default_factory=list)  # each possible place of the teacher
+    taken: str = ""  # name of the one that the stage would choose; empty if none fits or the GPU is not known
+    cost: Cost | None = None  # cost with that choice
+    idle: bool = False  # whether it spends no GPU time
+    too_large: bool = False  # whether it is known not to fit, so that it has no time
+    memory: dict[str, int] = field(default_factory=dict)  # bytes of one rank by part, for a stage that trains nothing
+    # bytes by what they are: `data`, `model`, `checkpoints` (at most, at one time), `one checkpoint`
     disk: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is not known, does not fit, or is left out
 
     @property
     def chosen(self) -> Placed | None:
@@ -166,17 +117,11 @@ def cost_of(seconds: float, gpus: PlannedGpus) -> Cost:
 
 @dataclass(frozen=True)
 class Untimed:
-    """Names of the stages that have no time, by reason.
+    """Names of the stages that have no time, by reason."""
 
-    Attributes:
-        idle: they spend no GPU time, so a total is complete without them.
-        unknown: their time is not known.
-        too_large: they do not fit.
-    """
-
-    idle: tuple[str, ...]
-    unknown: tuple[str, ...]
-    too_large: tuple[str, ...]
+    idle: tuple[str, ...]  # they spend no GPU time, so a total is complete without them
+    unknown: tuple[str, ...]  # their time is not known
+    too_large: tuple[str, ...]  # they do not fit
 
 
 def untimed(plans: list[StagePlan]) -> Untimed:

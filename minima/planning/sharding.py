@@ -14,35 +14,24 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Sharding:
-    """The sizes that a DeepSpeed JSON sets; the defaults are those of DeepSpeed 0.19 (`runtime/zero/config.py`).
+    """The sizes that a DeepSpeed JSON sets; the defaults are those of DeepSpeed 0.19 (`runtime/zero/config.py`)."""
 
-    Attributes:
-        reduce_bucket_elements: gradients that are reduced together; a float32 buffer of this size always exists.
-        prefetch_elements: weights that are gathered ahead of the layer that runs.
-        persistence_elements: tensors of at most this many elements stay whole on every rank.
-        live_elements: limit of gathered weights up to which the next ones are prefetched. What the backward pass needs
-            again is then not released, so a trained model holds that many whole weights.
-        reuse_elements: a gathered weight that is needed again within this many elements is kept until then. 0 for a
-            trained model unless the JSON sets it (`deepspeed_config.training_config`).
-        sub_group_elements: shard elements that one call of the optimiser updates.
-        offload_optimizer: whether master weights, moments and gradients lie in host memory.
-        offload_weights: where shards of the weights lie: `none`, `cpu` or `nvme`.
-        pinned: whether the host memory that holds them is page-locked.
-        nvme_buffers: buffers in host memory through which weights on NVMe travel.
-        nvme_buffer_elements: size of one of them.
-    """
-
+    # gradients that are reduced together; a float32 buffer of this size always exists
     reduce_bucket_elements: int = 500_000_000
-    prefetch_elements: int = 50_000_000
-    persistence_elements: int = 100_000
+    prefetch_elements: int = 50_000_000  # weights that are gathered ahead of the layer that runs
+    persistence_elements: int = 100_000  # tensors of at most this many elements stay whole on every rank
+    # limit of gathered weights up to which the next ones are prefetched. What the backward pass needs again is then not
+    # released, so a trained model holds that many whole weights
     live_elements: int = 1_000_000_000
+    # a gathered weight that is needed again within this many elements is kept until then. 0 for a trained model unless
+    # the JSON sets it (`deepspeed_config.training_config`)
     reuse_elements: int = 1_000_000_000
-    sub_group_elements: int = 1_000_000_000
-    offload_optimizer: bool = False
-    offload_weights: str = "none"
-    pinned: bool = False
-    nvme_buffers: int = 5
-    nvme_buffer_elements: int = 100_000_000
+    sub_group_elements: int = 1_000_000_000  # shard elements that one call of the optimiser updates
+    offload_optimizer: bool = False  # whether master weights, moments and gradients lie in host memory
+    offload_weights: str = "none"  # where shards of the weights lie: `none`, `cpu` or `nvme`
+    pinned: bool = False  # whether the host memory that holds them is page-locked
+    nvme_buffers: int = 5  # buffers in host memory through which weights on NVMe travel
+    nvme_buffer_elements: int = 100_000_000  # size of one of them
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Sharding":

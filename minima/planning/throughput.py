@@ -23,19 +23,12 @@ UPDATE_BYTES = 4 * 4 + 3 * 4 + 2
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The share of a GPU's peak that a step reaches.
+    """The share of a GPU's peak that a step reaches."""
 
-    Attributes:
-        fraction: share of `Gpu.peak_flops`, in bfloat16; recomputed FLOPs count.
-        reason: where it comes from.
-        measured: whether it comes from a benchmark.
-        against_assumed: the measured speed, relative to that of the same run at the assumed fraction.
-    """
-
-    fraction: float = ASSUMED_FRACTION
-    reason: str = ASSUMED_REASON
+    fraction: float = ASSUMED_FRACTION  # share of `Gpu.peak_flops`, in bfloat16; recomputed FLOPs count
+    reason: str = ASSUMED_REASON  # where it comes from
     measured: bool = False
-    against_assumed: float | None = None
+    against_assumed: float | None = None  # the measured speed, relative to that of the same run at the assumed fraction
 
     def rate(self, gpu: Gpu, precision: str) -> float | None:
         """FLOP/s of one GPU; None if its speed in this precision is not known.
@@ -50,19 +43,12 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step.
+    """Seconds of one optimiser step."""
 
-    Attributes:
-        compute: FLOPs, with recomputation.
-        update: the optimiser's pass over its shard.
-        transfer: collectives.
-        host: copies between host memory and the device.
-    """
-
-    compute: float
-    update: float
-    transfer: float
-    host: float
+    compute: float  # FLOPs, with recomputation
+    update: float  # the optimiser's pass over its shard
+    transfer: float  # collectives
+    host: float  # copies between host memory and the device
 
     @property
     def seconds(self) -> float:

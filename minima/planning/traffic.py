@@ -14,22 +14,15 @@ from minima.recipe.distillation import Offload, Placement
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes per rank in one optimiser step.
+    """Bytes per rank in one optimiser step."""
 
-    Attributes:
-        received: from all other ranks.
-        between_nodes: the part of `received` that comes from another node; only one rank of a node receives it, and
-            this is the average over the node's ranks.
-        from_host: copied from host memory to the device.
-        to_host: copied from the device to host memory.
-        from_disk: read from files into host memory.
-    """
-
-    received: float = 0.0
+    received: float = 0.0  # from all other ranks
+    # the part of `received` that comes from another node; only one rank of a node receives it, and this is the average
+    # over the node's ranks
     between_nodes: float = 0.0
-    from_host: float = 0.0
-    to_host: float = 0.0
-    from_disk: float = 0.0
+    from_host: float = 0.0  # copied from host memory to the device
+    to_host: float = 0.0  # copied from the device to host memory
+    from_disk: float = 0.0  # read from files into host memory
 
     @property
     def within_node(self) -> float:

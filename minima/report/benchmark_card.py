@@ -16,31 +16,18 @@ _SOURCE = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One score on one task.
+    """One score on one task."""
 
-    Attributes:
-        task: the harness's name for the task.
-        metric: the harness's name for the metric.
-        value: as reported by the harness; accuracies are fractions.
-        harness: its name and version.
-        stderr: standard error of the value; None if the harness gives none.
-        shots: number of examples before the question.
-        version: of the task.
-        items: number of items evaluated.
-        limited: whether the task has more items than that.
-        stand_in: whether the items were made as substitutes, because the benchmark's own are not available.
-    """
-
-    task: str
-    metric: str
-    value: float
-    harness: str
-    stderr: float | None = None
-    shots: str | None = None
-    version: str | None = None
-    items: int | None = None
-    limited: bool = False
-    stand_in: bool = False
+    task: str  # the harness's name for the task
+    metric: str  # the harness's name for the metric
+    value: float  # as reported by the harness; accuracies are fractions
+    harness: str  # its name and version
+    stderr: float | None = None  # standard error of the value; None if the harness gives none
+    shots: str | None = None  # number of examples before the question
+    version: str | None = None  # of the task
+    items: int | None = None  # number of items evaluated
+    limited: bool = False  # whether the task has more items than that
+    stand_in: bool = False  # whether the items were made as substitutes, because the benchmark's own are not available
 
     @property
     def mark(self) -> str:

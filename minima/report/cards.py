@@ -27,48 +27,28 @@ _PLAIN = "PreTrainedTokenizerFast"
 
 @dataclass(frozen=True)
 class Card:
-    """The content of a model card.
+    """The content of a model card."""
 
-    Attributes:
-        name: of the model.
-        recipe: name of the recipe that made it.
-        family: `model_type` of its configuration.
-        parameters: number of parameters; a tied head counts once.
-        dtype: of the written weights.
-        shape: the model's parts: a label and a count each.
-        stages: the stages that made it, in order: name, kind and settings.
-        training: metrics of the training stages among them, by name; see `TRAINING`.
-        data: one line for each source of text.
-        scores: held-out scores by model, as the evaluate stage measured them.
-        max_positions: longest sequence, in tokens.
-        licence: identifier; None if not given.
-        languages: ISO 639 codes.
-        datasets: Hub ids.
-        base_model: Hub id of the model that its weights are derived from; None if there is none.
-        chat: whether it was trained on conversations.
-        chat_template: whether the tokenizer has one; a base model may have inherited it.
-        misread_as: the class as which `AutoTokenizer` wrongly loads its tokenizer; None if it loads it correctly.
-        checked: what was compared before the folder was published, one line each.
-    """
-
-    name: str
+    name: str  # of the model
     recipe: str
-    family: str
-    parameters: int
-    dtype: str
-    shape: Mapping[str, int]
-    stages: Sequence[tuple[str, str, Mapping[str, Any]]]
-    training: Mapping[str, Mapping[str, Any]]
-    data: Sequence[str]
-    scores: Mapping[str, Mapping[str, Any]]
-    max_positions: int
-    licence: str | None = None
-    languages: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    base_model: str | None = None
-    chat: bool = False
-    chat_template: bool = False
+    family: str  # `model_type` of its configuration
+    parameters: int  # number of parameters; a tied head counts once
+    dtype: str  # of the written weights
+    shape: Mapping[str, int]  # the model's parts: a label and a count each
+    stages: Sequence[tuple[str, str, Mapping[str, Any]]]  # the stages that made it, in order: name, kind and settings
+    training: Mapping[str, Mapping[str, Any]]  # metrics of the training stages among them, by name; see `TRAINING`
+    data: Sequence[str]  # one line for each source of text
+    scores: Mapping[str, Mapping[str, Any]]  # held-out scores by model, as the evaluate stage measured them
+    max_positions: int  # longest sequence, in tokens
+    licence: str | None = None  # identifier; None if not given
+    languages: Sequence[str] = ()  # ISO 639 codes
+    datasets: Sequence[str] = ()  # Hub ids
+    base_model: str | None = None  # Hub id of the model that its weights are derived from; None if there is none
+    chat: bool = False  # whether it was trained on conversations
+    chat_template: bool = False  # whether the tokenizer has one; a base model may have inherited it
+    # the class as which `AutoTokenizer` wrongly loads its tokenizer; None if it loads it correctly
     misread_as: str | None = None
+    # what was compared before the folder was published, one line each
     checked: Sequence[str] = field(default_factory=tuple)
 
 

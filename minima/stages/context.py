@@ -19,42 +19,25 @@ _TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model on this machine.
+    """A model on this machine."""
 
-    Attributes:
-        name: as in the recipe: `student`, `student@12000`, a path or a Hub id.
-        folder: the folder to pass to `open_weights`: a stage's or a Hugging Face folder.
-        step: the checkpoint to use; None for the newest, or if there are no checkpoints.
-        tokenizer: the folder of its tokenizer; None if it has none.
-    """
-
-    name: str
-    folder: Path
-    step: int | None
-    tokenizer: Path | None
+    name: str  # as in the recipe: `student`, `student@12000`, a path or a Hub id
+    folder: Path  # the folder to pass to `open_weights`: a stage's or a Hugging Face folder
+    step: int | None  # the checkpoint to use; None for the newest, or if there are no checkpoints
+    tokenizer: Path | None  # the folder of its tokenizer; None if it has none
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """One stage about to run on this rank.
-
-    Attributes:
-        recipe: the whole run.
-        recipe_path: the recipe's file.
-        stage: the stage to run.
-        folder: the stage's own folder; exists.
-        run_folder: contains the folders of all stages of the run.
-        launch: this rank's place in the process group.
-        allow_code_execution: whether the user allowed executing code that a model wrote.
-    """
+    """One stage about to run on this rank."""
 
     recipe: Recipe
     recipe_path: Path
     stage: AnyStage
-    folder: Path
-    run_folder: Path
-    launch: Launch
-    allow_code_execution: bool = False
+    folder: Path  # the stage's own folder; exists
+    run_folder: Path  # contains the folders of all stages of the run
+    launch: Launch  # this rank's place in the process group
+    allow_code_execution: bool = False  # whether the user allowed executing code that a model wrote
 
     def data(self, reference: str) -> Path:
         """The folder of a build_data stage, given by the stage's name or by path.

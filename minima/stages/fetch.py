@@ -30,17 +30,11 @@ TaskManager(include_path=[folder for folder in folders if folder]).load(names)
 
 @dataclass(frozen=True)
 class Got:
-    """The outcome for one input.
+    """The outcome for one input."""
 
-    Attributes:
-        what: the input: `model org/name`.
-        state: one of the constants above.
-        more: size, location, or what to do.
-    """
-
-    what: str
-    state: str
-    more: str = ""
+    what: str  # the input: `model org/name`
+    state: str  # one of the constants above
+    more: str = ""  # size, location, or what to do
 
 
 def fetch(

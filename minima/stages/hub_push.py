@@ -25,25 +25,15 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Pushed:
-    """The result of a push.
+    """The result of a push."""
 
-    Attributes:
-        url: of the repository.
-        commit: the branch's current commit.
-        changed: False if the Hub already had the same files, so that no commit was made.
-        private: whether the repository is private.
-        files: names of the pushed files.
-        removed: files of an earlier push that this model does not have.
-        left_out: files in the folder that are not part of a model.
-    """
-
-    url: str
-    commit: str
-    changed: bool
-    private: bool
-    files: list[str]
-    removed: list[str]
-    left_out: list[str]
+    url: str  # of the repository
+    commit: str  # the branch's current commit
+    changed: bool  # False if the Hub already had the same files, so that no commit was made
+    private: bool  # whether the repository is private
+    files: list[str]  # names of the pushed files
+    removed: list[str]  # files of an earlier push that this model does not have
+    left_out: list[str]  # files in the folder that are not part of a model
 
     def lines(self) -> list[str]:
         """The lines to show to the user."""

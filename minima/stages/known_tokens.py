@@ -16,19 +16,12 @@ _MOST_PADDING = 1024  # rows; in the known families, models with the same tokeni
 
 
 class _Origin(NamedTuple):
-    """Where a tokenizer comes from.
+    """Where a tokenizer comes from."""
 
-    Attributes:
-        stage: the stage that trains or extends it.
-        trained: the number of ids that the stage trains; 0 for an extended tokenizer.
-        outside: a path or Hub id outside the recipe.
-        revision: of a Hub id.
-    """
-
-    stage: str | None
-    trained: int = 0
-    outside: str = ""
-    revision: str | None = None
+    stage: str | None  # the stage that trains or extends it
+    trained: int = 0  # the number of ids that the stage trains; 0 for an extended tokenizer
+    outside: str = ""  # a path or Hub id outside the recipe
+    revision: str | None = None  # of a Hub id
 
 
 def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:

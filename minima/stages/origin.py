@@ -25,17 +25,11 @@ LEARNABLE = ("text", "conversations")  # data formats with a loss for each token
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that a stage starts from.
+    """A model that a stage starts from."""
 
-    Attributes:
-        source: its weights.
-        identity: its name in checkpoints and cards.
-        tokenizer: folder of its tokenizer; None if it has none.
-    """
-
-    source: WeightSource
-    identity: str
-    tokenizer: Path | None
+    source: WeightSource  # its weights
+    identity: str  # its name in checkpoints and cards
+    tokenizer: Path | None  # folder of its tokenizer; None if it has none
 
 
 def open_origin(context: StageContext, model: ModelInput, seed: int = 0) -> Origin:

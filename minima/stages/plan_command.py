@@ -20,31 +20,18 @@ from minima.stages.shipped import find_recipe, shipped_folder
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of `minima plan`; None for those that are not given.
+    """The options of `minima plan`; None for those that are not given."""
 
-    Attributes:
-        gpus: number of GPUs of the whole run; None for the recipe's ranks.
-        gpu: a name in `planning.hardware.GPUS`, or a YAML file.
-        gpus_per_node: GPUs of one machine; None for the vendor's usual number, or 8.
-        price: of one GPU-hour.
-        efficiency: fraction of the peak that a step achieves; if None, measured or assumed.
-        host_memory: bytes of one machine.
-        benchmarks: a folder of results of `tools/bench_distil.py`.
-        gpu_memory: bytes of one GPU, instead of the published value.
-        gpu_flops: FLOP/s in bfloat16, instead of the published value.
-        network_bandwidth: bytes/s from one GPU to other machines, instead of the published value.
-    """
-
-    gpus: int | None = None
-    gpu: str | None = None
-    gpus_per_node: int | None = None
-    price: float | None = None
-    efficiency: float | None = None
-    host_memory: float | None = None
-    benchmarks: Path | None = None
-    gpu_memory: float | None = None
-    gpu_flops: float | None = None
-    network_bandwidth: float | None = None
+    gpus: int | None = None  # number of GPUs of the whole run; None for the recipe's ranks
+    gpu: str | None = None  # a name in `planning.hardware.GPUS`, or a YAML file
+    gpus_per_node: int | None = None  # GPUs of one machine; None for the vendor's usual number, or 8
+    price: float | None = None  # of one GPU-hour
+    efficiency: float | None = None  # fraction of the peak that a step achieves; if None, measured or assumed
+    host_memory: float | None = None  # bytes of one machine
+    benchmarks: Path | None = None  # a folder of results of `tools/bench_distil.py`
+    gpu_memory: float | None = None  # bytes of one GPU, instead of the published value
+    gpu_flops: float | None = None  # FLOP/s in bfloat16, instead of the published value
+    network_bandwidth: float | None = None  # bytes/s from one GPU to other machines, instead of the published value
 
 
 def gpus_for(recipe: Recipe, recipe_path: Path, options: PlanOptions) -> PlannedGpus:
