@@ -2,7 +2,6 @@
 
 from bisect import bisect_left, insort
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -71,10 +70,8 @@ class PackedWriter:
         self._store.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._store.__exit__(kind, error, trace)
+    def __exit__(self, *failure: Any) -> None:
+        self._store.__exit__(*failure)
 
     @property
     def tokens(self) -> int:

@@ -25,13 +25,7 @@ from minima.data.piece_training import train_sentencepiece
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.template_choice import set_template
-from minima.data.tokenizer import (
-    ends_added,
-    is_lone,
-    load_tokenizer,
-    save_tokenizer,
-    write_tokenizer,
-)
+from minima.data.tokenizer import ends_added, is_lone, load_tokenizer, save_tokenizer, write_tokenizer
 from minima.disk import disk_full_named, write_json
 from minima.errors import DataError
 from minima.recipe.data import TokenizerTraining
@@ -86,7 +80,8 @@ def build(
         earlier_seconds = parts.seconds if parts is not None else 0.0
         report["seconds"] = round(earlier_seconds + time.monotonic() - started, 3)
         with disk_full_named(folder):
-            _replace(unfinished, folder / "tokenizer")
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            os.replace(unfinished, folder / "tokenizer")
             write_json(folder / "report.json", report)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -276,8 +271,3 @@ class _Progress:
         rate = sum(stream.bytes for stream in streams) / (now - self._started) / 1e6
         documents = sum(stream.documents for stream in streams)
         logger.info("%.1f M tokens, %d documents, %.1f MB of text per second", tokens / 1e6, documents, rate)
-
-
-def _replace(partial: Path, final: Path) -> None:
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)

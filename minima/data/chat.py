@@ -120,12 +120,8 @@ class ChatTokenizer:
         marks += [added[number].content for number in self.end_ids()]  # may be an added token that is not special
         self._forged = re.compile("|".join(re.escape(mark) for mark in sorted({*special, *marks})) or r"(?!)")
 
-    def forges(self, turns: list[Turn]) -> bool:
-        """Whether a text contains the name of a special token or marker, with which it could open or end a turn."""
-        return self.forged(turns) is not None
-
     def forged(self, turns: list[Turn]) -> str | None:
-        """The first such name in a text; None if there is none."""
+        """The first name of a special token or marker in a text, with which it could open or end a turn, if any."""
         found = (self._forged.search(text) for _, text in turns)
         return next((match[0] for match in found if match is not None), None)
 

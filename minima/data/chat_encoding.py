@@ -10,7 +10,7 @@ from minima.data.conversations import Conversation, unpack
 from minima.data.encoding import Encoded, EncodingTask, Result
 from minima.data.preferences import Pair
 from minima.data.store import token_dtype
-from minima.data.turns import ASSISTANT, SYSTEM, Turn, Unfit
+from minima.data.turns import ASSISTANT, SYSTEM, Unfit
 
 _AT_ONCE = 64  # conversations given to the tokenizer in one call
 
@@ -65,20 +65,14 @@ class ChatEncoder:
         return Result(self._columns(units), np.array(aside, dtype=bool), rejected)
 
     def _encode(self, records: list[Conversation | Pair]) -> list[_Unit | Unfit]:
-        documents: list[list[Turn]] = []
-        for record in records:
-            documents += record.documents
-        chats = iter(self._chat.encode(documents))
+        chats = iter(self._chat.encode([turns for record in records for turns in record.documents]))
         units: list[_Unit | Unfit] = []
         for record in records:
             found = [next(chats) for _ in record.documents]
             try:
-                if any(self._chat.forges(turns) for turns in record.documents):
+                if any(self._chat.forged(turns) for turns in record.documents):
                     raise Unfit("forged_marker")
-                fit = [chat for chat in found if isinstance(chat, TokenizedChat)]
-                for chat in found:
-                    if isinstance(chat, Unfit):
-                        raise chat
+                fit = [_fitting(chat) for chat in found]
                 if isinstance(record, Conversation):
                     units.append(self._conversation(record, fit[0]))
                 else:
@@ -96,10 +90,7 @@ class ChatEncoder:
             if not exchanges:
                 raise Unfit("too_long")
             turns = turns[: 2 * exchanges + (turns[0][0] == SYSTEM)]
-            (shorter,) = self._chat.encode([turns])
-            if isinstance(shorter, Unfit):
-                raise shorter
-            chat = shorter
+            chat = _fitting(*self._chat.encode([turns]))
         replies = [text for role, text in turns if role == ASSISTANT]
         kept = [number for number in range(len(replies)) if number not in record.unlearnt]
         if not kept:
@@ -125,6 +116,12 @@ class ChatEncoder:
         numbers = [(len(u.ids), u.size, u.characters, u.first, u.cut, u.unanswered) for u in units]
         lengths, sizes, characters, *others = np.array(numbers, dtype=np.int64).reshape(-1, 6).T
         return Encoded(np.concatenate(ids), lengths, sizes, characters, np.concatenate(learnt), *others)
+
+
+def _fitting(chat: TokenizedChat | Unfit) -> TokenizedChat:
+    if isinstance(chat, Unfit):
+        raise chat
+    return chat
 
 
 def _learnt(chat: TokenizedChat, replies: list[tuple[int, int]]) -> np.ndarray:

@@ -37,7 +37,7 @@ def training_texts(
         max_characters: the limit; the last document is cut there.
         rejected: collects records that are not text.
     """
-    rejected = Rejected() if rejected is None else rejected
+    rejected = rejected or Rejected()
     readers = [read_shuffled(source, number, held_out.seed, rejected) for number, source in sources]
     taken = [0.0] * len(readers)
     active, left = list(range(len(readers))), max_characters

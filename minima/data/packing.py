@@ -6,7 +6,6 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -101,9 +100,7 @@ class StoreWriter:
             self._partial.mkdir(parents=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: Any) -> None:
         for file in (self._file, self._learnt_file):
             if file is not None:
                 file.abandon()
@@ -184,7 +181,11 @@ class StoreWriter:
             piece = stream[written : min(whole, written + room)]
             self._file.write(np.ascontiguousarray(piece).view(np.uint8).data)
             if learnt is not None:
-                self._write_learnt(learnt[written : written + len(piece)])
+                if self._learnt_file is None:
+                    self._learnt_file = HashedFile(self._partial / f"learnt-{len(self._shards):05d}.bin")
+                mask = learnt[written : written + len(piece)]
+                self._learnt_file.write(mask.data)
+                self._learnt_tokens += int(mask.sum())
             written += len(piece)
             self._flushed += len(piece)
             split = int(np.searchsorted(pending, self._flushed))
@@ -195,12 +196,6 @@ class StoreWriter:
         self._held, self._open = stream[whole:].copy(), documents[:, documents[1] > self._flushed]
         if learnt is not None:
             self._held_learnt = learnt[whole:].copy()
-
-    def _write_learnt(self, learnt: np.ndarray) -> None:
-        if self._learnt_file is None:
-            self._learnt_file = HashedFile(self._partial / f"learnt-{len(self._shards):05d}.bin")
-        self._learnt_file.write(learnt.data)
-        self._learnt_tokens += int(learnt.sum())
 
     def _close_shard(self) -> None:
         assert self._file is not None

@@ -88,14 +88,9 @@ def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
     for file in entry["files"].values():
         check_file(folder, file, verify)
     files = {kind: folder / file["file"] for kind, file in entry["files"].items()}
-    arrays: dict[str, Any] = {
-        kind: np.load(path, mmap_mode="r", allow_pickle=False)
-        for kind, path in files.items()
-        if kind != "rejected" and entry["tokens"]
-    }
-    if not entry["tokens"]:  # an empty array cannot be memory-mapped
-        arrays = {kind: np.load(path, allow_pickle=False) for kind, path in files.items() if kind != "rejected"}
-    notes = json.loads(files["rejected"].read_text(encoding="utf-8"))
+    notes = json.loads(files.pop("rejected").read_text(encoding="utf-8"))
+    mode: Any = "r" if entry["tokens"] else None  # an empty array cannot be memory-mapped
+    arrays = {kind: np.load(path, mmap_mode=mode, allow_pickle=False) for kind, path in files.items()}
     return Piece(
         np.asarray(arrays["tokens"]),
         np.asarray(arrays["learnt"]) if "learnt" in arrays else None,

@@ -4,7 +4,6 @@ import heapq
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -146,11 +145,9 @@ class RecordedParts:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: Any) -> None:
         if self._pool is not None:
-            self._pool.__exit__(kind, error, trace)
+            self._pool.__exit__(*failure)
 
     def prepare(self, sha256: str, read: Reader, make: Callable[[], Encode], held_out: HeldOut) -> None:
         """Refuse parts that were encoded with a different tokenizer, and set how to read and encode the rest.

@@ -60,18 +60,15 @@ def other_format(data: Path, own: Path) -> str | None:
         The two texts where they start to differ; None if they are equal, or if one of the tokenizers has no template.
     """
     try:
-        templates = [
-            None if tokenizer.chat_template is None else template_of(tokenizer)
-            for tokenizer in map(load_tokenizer, (data, own))
-        ]
+        tokenizers = [load_tokenizer(folder) for folder in (data, own)]
+        if any(tokenizer.chat_template is None for tokenizer in tokenizers):
+            return None
+        templates = [template_of(tokenizer) for tokenizer in tokenizers]
     except DataError as error:  # a model may have a tokenizer of an unsupported kind
         logger.warning("cannot tell whether %s and %s format conversations alike: %s", data, own, error.what)
         return None
-    theirs, ours = templates
-    if theirs is None or ours is None:
-        return None
     for turns in (PROBE, [(SYSTEM, "quartz"), *PROBE], PROBE[:1], PROBE[:3]):
-        texts = [_rendered_text(template, turns) for template in (theirs, ours)]
+        texts = [_rendered_text(template, turns) for template in templates]
         if texts[0] != texts[1]:
             parted = (n for n, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1])
             begin = max(0, next(parted, min(map(len, texts))) - 20)

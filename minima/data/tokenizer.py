@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +72,15 @@ def write_tokenizer(model: bytes, folder: Path) -> None:
 def _merges(pieces: Any, learnt: list[str]) -> list[tuple[str, str]]:
     """Pairs whose concatenation is a piece, best score first: the order in which SentencePiece merges."""
     known = {piece: i for i, piece in enumerate(learnt)}
-    merges = []
-    for piece in sorted(learnt, key=lambda piece: -pieces.get_score(pieces.piece_to_id(piece))):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known_pairs = [pair for pair in pairs if pair[0] in known and pair[1] in known]
-        merges += sorted(known_pairs, key=lambda pair: (known[pair[0]], known[pair[1]]))
-    return merges
+    by_score = sorted(learnt, key=lambda piece: -pieces.get_score(pieces.piece_to_id(piece)))
+    return [pair for piece in by_score for pair in pairs_of(piece, known)]
+
+
+def pairs_of(piece: str, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs of pieces that make a piece, in the order in which transformers' converter lists them."""
+    cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+    pairs = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
+    return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
 
 
 def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
@@ -183,15 +187,13 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
     files = [folder / "tokenizer.json" for folder in (data, own)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
-    vocabularies = []
-    for folder in (data, own):
-        try:
-            vocabularies.append(_load(folder).get_vocab())
-        except DataError as error:  # a model may have a tokenizer of an unsupported kind, and the data has only ids
-            logger.warning("cannot tell whether the data and %s have the same tokens: %s", model, error.what)
-            return
-    pieces = {index: piece for piece, index in vocabularies[1].items()}
-    for piece, index in sorted(vocabularies[0].items(), key=lambda item: item[1]):
+    try:
+        theirs, ours = (_load(folder).get_vocab() for folder in (data, own))
+    except DataError as error:  # a model may have a tokenizer of an unsupported kind, and the data has only ids
+        logger.warning("cannot tell whether the data and %s have the same tokens: %s", model, error.what)
+        return
+    pieces = {index: piece for piece, index in ours.items()}
+    for piece, index in sorted(theirs.items(), key=lambda item: item[1]):
         if pieces.get(index) != piece:
             raise TokenizerMismatch(
                 f"id {index} is {piece!r} in the data's tokenizer {data} and {pieces.get(index)!r} in that of {model}",

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from minima.data.documents import batched
 from minima.data.piece_training import train_sentencepiece
-from minima.data.tokenizer import SPACE, load_tokenizer, save_tokenizer
+from minima.data.tokenizer import SPACE, load_tokenizer, pairs_of, save_tokenizer
 from minima.data.vocabulary_selection import has_script
 from minima.errors import DataError
 
@@ -220,7 +220,7 @@ class SentencePieceVocabulary:
         places: dict[int, list[tuple[str, ...]]] = {}
         own: dict[str, int] = {}
         for piece, score in self._scores.items():
-            pairs = [pair for pair in _pairs(piece, vocabulary) if new.intersection(pair)]
+            pairs = [pair for pair in pairs_of(piece, vocabulary) if new.intersection(pair)]
             if pairs:
                 own = own or {left + right: at for at, (left, right) in enumerate(merges)}
                 later = (at for at, merge in enumerate(merges) if self._scores.get("".join(merge), score) < score)
@@ -230,14 +230,7 @@ class SentencePieceVocabulary:
         for at, merge in enumerate(merges):
             grown += [*places.get(at, []), merge]
         grown += places.get(len(merges), [])
-        return grown + [pair for piece in added for pair in _pairs(piece, vocabulary)]
-
-
-def _pairs(piece: str, vocabulary: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """The pairs of pieces that make a piece, in the order in which transformers' converter lists them."""
-    cuts: Iterator[tuple[str, ...]] = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-    pairs = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
-    return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        return grown + [pair for piece in added for pair in pairs_of(piece, vocabulary)]
 
 
 def _as_it_stands(model: Any) -> Any:

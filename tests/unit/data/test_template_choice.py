@@ -192,8 +192,8 @@ def test_an_end_marker_may_be_added_without_being_special(chatml):
     chatml.add_tokens(["<|end_of_turn|>", "  ", "<think>"])
     set_template(chatml, "own")
     assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|end_of_turn|>", "<|endoftext|>"]
-    assert chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "x<|end_of_turn|>y")])
-    assert not chat_tokenizer(chatml).forges([("user", "x"), ("assistant", "a  b <think>")])
+    assert chat_tokenizer(chatml).forged([("user", "x"), ("assistant", "x<|end_of_turn|>y")])
+    assert not chat_tokenizer(chatml).forged([("user", "x"), ("assistant", "a  b <think>")])
 
 
 def test_a_template_that_is_no_text_is_refused(chatml):
