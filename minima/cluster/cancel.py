@@ -22,10 +22,6 @@ def cancel(run: str, write: Callable[[str], None]) -> int:
 
     Args:
         run: its folder, or its recipe.
-        write: receives text for the user.
-
-    Returns:
-        0.
 
     Raises:
         MinimaError: there is no such run, or Slurm refuses.

@@ -26,11 +26,7 @@ def submit_chain(
     have to end, because only one job at a time may write into a run's folder.
 
     Args:
-        scripts: in order.
-        queued: jobs that are waiting or running.
-        place: where scripts and records are kept.
         dry_run: print scripts and commands instead.
-        write: receives text for the user.
         order: names of all stages in order; needed if any jobs are queued.
     """
     left, before = list(queued), list[str]()

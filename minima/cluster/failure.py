@@ -20,8 +20,6 @@ def failure(run_folder: Path, stage: str, job: str | None) -> list[str]:
     """The lines of the logs that tell a user why a stage failed; empty if there are none.
 
     Args:
-        run_folder: contains `logs/`.
-        stage: its name.
         job: id of its last job; None for a run without jobs.
     """
     logs = run_folder / "logs"
@@ -38,8 +36,6 @@ def cell_failure(run_folder: Path, cell: str, task: str) -> list[str]:
     """Like `failure`, for a cell of a grid, whose stages share the log of their job's script.
 
     Args:
-        run_folder: of the grid; contains `logs/` and `cells/`.
-        cell: its name.
         task: the task of the job array: `JOB_INDEX`.
     """
     ranks = (run_folder / "cells" / cell / "logs").glob(f"*-{task}-rank*.log")

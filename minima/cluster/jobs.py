@@ -67,7 +67,6 @@ def note_cancelled(run_folder: Path, cancelled: Sequence[Job], when: str) -> Non
     """Record that jobs were cancelled, so that nothing counts on them though they may still be saving.
 
     Args:
-        run_folder: of the run.
         cancelled: the jobs; one that is not recorded yet is now.
         when: in ISO 8601.
     """

@@ -73,10 +73,7 @@ def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], pl
     """Refuse, before anything is queued, whatever is certain to fail later.
 
     Args:
-        recipe: the whole run.
-        recipe_path: its file.
         stages: the stages that will run, or whose jobs are queued.
-        place: gives the resources of each.
 
     Returns:
         What may fail later, one line each.
@@ -107,11 +104,7 @@ def stage_scripts(
     """The scripts of one stage's jobs: a single one, or an array and a job that merges its results.
 
     Args:
-        recipe: the whole run.
         recipe_file: the file that the jobs read.
-        overrides: for every job.
-        stage: the stage to run.
-        place: where the jobs run.
     """
     resources = place.cluster.resources(stage)
     if resources.array is None:
@@ -150,9 +143,6 @@ def run_stage(place: Place, stage: AnyStage, command: Sequence[str], folder: Pat
     """The line of a script that runs a stage's command, on the job's ranks or in a single process.
 
     Args:
-        place: where the job runs.
-        stage: the stage to run.
-        command: program and arguments.
         folder: the run's folder, if it is not the place's but a cell's.
     """
     function = "run_stage" if uses_ranks(stage) else "run_alone"
@@ -167,10 +157,7 @@ def summary(
     It names the last stage, which is already finished when this line runs, so it runs no stage.
 
     Args:
-        place: where the job runs.
-        recipe: the whole run.
         recipe_file: the file that the jobs read.
-        overrides: of the recipe.
         folder: the run's folder, if it is not the place's but a cell's.
     """
     command = [*python(place, place.cluster.merged("export")), "-m", "minima", "run", str(recipe_file)]

@@ -24,9 +24,7 @@ def queued_tasks(run_folder: Path, dry_run: bool, write: Callable[[str], None]) 
     """The run's waiting and running tasks, each with its job, without jobs that will never start.
 
     Args:
-        run_folder: contains the record of jobs.
         dry_run: return nothing, with a warning, if Slurm does not answer.
-        write: receives warnings.
 
     Raises:
         ClusterError: Slurm does not answer, so that a job might be submitted twice.
@@ -54,7 +52,6 @@ def ending_jobs(run_folder: Path, dry_run: bool) -> list[str]:
     """Ids of jobs that were cancelled and have not ended: they may still save, so what is submitted waits for them.
 
     Args:
-        run_folder: with the records of jobs.
         dry_run: do without where Slurm does not answer.
 
     Raises:
@@ -120,11 +117,6 @@ def check_stage(
     """Refuse a stage whose queued job does not match the current recipe.
 
     Args:
-        job: the stage's.
-        state: Slurm's name for its state.
-        recipe: the current recipe.
-        recipe_path: its file.
-        run_folder: contains what the job reads.
         planned: identities of unfinished stages by name, filled in as needed; shared by all stages of a run.
         write: receives a warning if only values differ that do not change the result.
 
@@ -149,12 +141,8 @@ def check_asked(
     """Refuse a stage, or a cell of a grid, whose queued job reads other values than the current recipe's.
 
     Args:
-        job: the queued job.
         key: name of the stage or the cell.
         who: that name and the job, for the message.
-        recipe: the current recipe; for a cell, the cell's.
-        recipe_path: its file.
-        run_folder: contains what the job reads.
         write: receives a warning if only values differ that do not change the result.
 
     Raises:
@@ -193,10 +181,8 @@ def warn_asked(job: Job, who: str, asked: dict[str, Any], write: Callable[[str],
     It is not an error, because only the recipe determines the result.
 
     Args:
-        job: the queued job.
         who: the name of its stage or cell and the job, for the message.
         asked: the current settings; see `asked_of`.
-        write: receives the warnings.
     """
     for keys, (old, new) in _differences((), job.asked, asked) if job.asked else ():
         write(f"warning: {who} keeps {'.'.join(keys)} {_two_values(old, new)}: it was submitted with that")

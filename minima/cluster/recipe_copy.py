@@ -15,8 +15,6 @@ def copy_recipe(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) ->
     Each version has its own folder, so submitting an edited recipe does not change what waiting jobs read.
 
     Args:
-        recipe: as loaded.
-        recipe_path: its file.
         folder: for all copies.
         write: make the copy; otherwise only return its path.
 

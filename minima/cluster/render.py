@@ -99,11 +99,8 @@ def render(
     """Render a job's script.
 
     Args:
-        place: where it runs.
         name: of the job: letters, digits, `_`, `.` and `-`.
-        stage: the stage that it runs.
         role: see `jobs.Job`.
-        resources: the resources that it requests.
         work: its last lines, already quoted.
         note: one line that says what it does; names in it have only letters, digits, `_`, `.` and `-`.
     """

@@ -54,7 +54,6 @@ def newest_jobs(folder: Path, lost: Sequence[Job] = ()) -> dict[str, list[Job]]:
     The key `cells` has all submissions of a grid's cells, oldest first.
 
     Args:
-        folder: the run's folder.
         lost: jobs that are not recorded there; see `queued.lost_jobs`.
     """
     found: dict[str, list[Job]] = {}

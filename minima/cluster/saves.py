@@ -18,8 +18,6 @@ def save_warnings(stages: Sequence[AnyStage], place: Place, dry_run: bool) -> li
     """Warnings about stages whose save, as last measured, may take longer than the job has left for it.
 
     Args:
-        stages: the stages to submit.
-        place: gives their cluster file.
         dry_run: do not query Slurm.
     """
     warnings = []

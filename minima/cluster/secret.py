@@ -43,7 +43,6 @@ def check_lines(key: str, lines: Sequence[str], shell: bool) -> None:
 
     Args:
         key: the cluster file's key.
-        lines: the key's values.
         shell: whether a shell runs the lines, so that they may read a token from a file or another variable.
 
     Raises:
@@ -65,7 +64,6 @@ def check_values(key: str, texts: Sequence[str], shell: bool = False) -> None:
 
     Args:
         key: their name in an error.
-        texts: the texts to check.
         shell: whether a shell runs them, so that a password may come from a file or a variable.
 
     Raises:

@@ -46,7 +46,6 @@ def call(command: Sequence[str], doing: str) -> str:
     """Run one of Slurm's commands and return its output.
 
     Args:
-        command: program and arguments, run without a shell.
         doing: what the command is for, as a participle for error messages: `submitting a job`.
 
     Raises:

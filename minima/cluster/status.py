@@ -28,7 +28,6 @@ def status(run: str, write: Callable[[str], None]) -> int:
 
     Args:
         run: its folder, or its recipe.
-        write: receives text for the user.
 
     Returns:
         0, or 1 if a stage has failed.

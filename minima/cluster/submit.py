@@ -39,17 +39,11 @@ def submit(
     The jobs read a copy of the recipe in its current state, with these overrides.
 
     Args:
-        recipe_path: the recipe's file.
         overrides: `key.path=value`, for every job.
-        cluster_path: the cluster file.
         names: only these stages; None for all.
         grid: a file that lists cells: the whole recipe runs once for each.
         dry_run: print scripts and commands, without submitting or writing anything; needs no Slurm.
-        write: receives text for the user.
         allow_code_execution: let benchmarks execute code that a model wrote; passed on to the stages.
-
-    Returns:
-        0.
 
     Raises:
         MinimaError: the run is certain to fail, or Slurm refuses; already submitted jobs stay, and submitting again

@@ -19,7 +19,6 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
     Args:
         lengths: int array [n], none above `capacity`.
-        capacity: of a block.
 
     Returns:
         int64 array [n]: the block number of each item, counted from 0.
@@ -48,7 +47,6 @@ class PackedWriter:
     last window takes units in order as long as they fit.
 
     Args:
-        folder: where the store will be.
         settings: as for `StoreWriter`.
 
     Attributes:

@@ -26,12 +26,8 @@ def build_report(
     """The content of the report, without the time and the stage's settings.
 
     Args:
-        format: of the stage.
-        streams: the sources, after they were read.
-        labels: their names.
         written: the counts that the training store's writer returned.
         set_aside: the same for the held-out store.
-        beyond_tokens: number of tokens beyond the stage's `tokens`.
     """
     bytes_, characters = sum(s.bytes for s in streams), sum(s.characters for s in streams)
     tokens, learnt_tokens = sum(s.tokens for s in streams), sum(s.learnt_tokens for s in streams)
@@ -102,10 +98,8 @@ def check_enough(
     """Refuse a store without blocks; an empty held-out store is only a warning if nobody asked for one.
 
     Args:
-        stage: what was built.
         written: counts of the training store.
         set_aside: counts of the held-out store.
-        held_out_documents: number of documents chosen as held out.
         evaluated: whether a stage of the run evaluates on held-out text.
 
     Raises:

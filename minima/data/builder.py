@@ -53,7 +53,6 @@ def build(
     temporary names and renamed at the end; a failure before that leaves nothing behind.
 
     Args:
-        stage: what to build.
         folder: must exist; an earlier result in it is replaced.
         tokenizer: the folder or Hub id of a tokenizer, or how to train one.
         parts: take documents already encoded from these parts instead; the result is byte-identical.

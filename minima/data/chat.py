@@ -43,7 +43,6 @@ class ChatTemplate(NamedTuple):
         """The text of a conversation.
 
         Args:
-            turns: role and text of each.
             prompt: end with the header of an assistant's answer.
 
         Raises:
@@ -102,7 +101,6 @@ class ChatTokenizer:
 
     Args:
         tokenizer: the fast tokenizer; names of special tokens in the template's text are encoded as these tokens.
-        template: the chat template.
 
     Attributes:
         marker_ids: ids of the special and added tokens that can end a turn, except added tokens of white space.

@@ -32,7 +32,6 @@ class ChatEncoder:
 
     Args:
         folder: holds `tokenizer.json`.
-        template: the chat template.
         vocabulary_size: decides between two and four bytes per id.
         sequence_length: the maximum length of a conversation or pair in tokens.
         pairs: the texts are preference pairs.

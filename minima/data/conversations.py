@@ -51,7 +51,6 @@ def read_conversations(
     Args:
         source: gives location and format; the layout is recognised record by record.
         rejected: collects the records that are not conversations or pairs.
-        pairs: read preference pairs.
         share: read only the records of this share; all if not given.
 
     Raises:

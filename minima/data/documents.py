@@ -93,8 +93,6 @@ def shuffled(texts: Iterable[T], seed: str, window_characters: int = SHUFFLE_CHA
     """Texts in a seeded random order.
 
     Args:
-        texts: any number of them.
-        seed: of the order.
         window_characters: size of the buffer to draw from. If all texts fit, the order is a uniformly random
             permutation; otherwise a text can be drawn earlier than its place by at most the window.
     """

@@ -35,7 +35,6 @@ def training_texts(
         sources: each with its index among the stage's sources.
         held_out: the rule for held-out documents; its seed also determines the order.
         max_characters: the limit; the last document is cut there.
-        rejected: collects records that are not text.
     """
     rejected = rejected or Rejected()
     readers = [read_shuffled(source, number, held_out.seed, rejected) for number, source in sources]
@@ -187,7 +186,6 @@ def mix(streams: list[SourceStream], *, endless: bool) -> Iterator[tuple[SourceS
     runs out starts again at once, so that the proportions hold.
 
     Args:
-        streams: the sources.
         endless: continue until the caller stops; else until each source has been read once (with weights, until the
             slowest one has been).
 

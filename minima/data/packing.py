@@ -48,7 +48,6 @@ class StoreWriter:
     removes it. It holds at most one shard's document starts and one block of tokens in memory.
 
     Args:
-        folder: where the store will be.
         sequence_length: tokens per block.
         vocabulary_size: every id is below it.
         end_token: closes each document.

@@ -34,12 +34,7 @@ MARGIN = 1.05  # parts of a few hundred batches each differ by less than this
 
 
 def is_recorded(folder: Path, identity: str) -> bool:
-    """Whether a part is finished, undamaged and made from this stage; otherwise it has to be made again.
-
-    Args:
-        folder: the part's.
-        identity: of the stage.
-    """
+    """Whether a part is finished, undamaged and made from this stage; otherwise it has to be made again."""
     if not (folder / INDEX).is_file():
         return False
     try:
@@ -62,12 +57,9 @@ def build_part(
     `part_recording.PIECE_TOKENS` and the batches in flight in memory.
 
     Args:
-        stage: what to build.
         folder: of all parts; must exist.
         tokenizer: the folder or Hub id of a tokenizer, or how to train one. Each part trains it by itself: the same
             texts give the same tokenizer, and the merge compares them.
-        part: which part.
-        identity: of the stage.
 
     Returns:
         `documents`, `tokens` and `seconds`.

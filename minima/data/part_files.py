@@ -78,8 +78,6 @@ def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
     """Open a piece; its ids stay on disk until they are needed.
 
     Args:
-        folder: the part's.
-        entry: the piece's index entry.
         verify: compare checksums, not only sizes.
 
     Raises:

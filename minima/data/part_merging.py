@@ -65,7 +65,6 @@ def check_counts(folder: Path, count: int | None = None) -> int:
     """The number of parts that this folder's build is divided into.
 
     Args:
-        folder: of all parts.
         count: the number requested now; derived from the existing parts if not given.
 
     Raises:
@@ -104,9 +103,7 @@ class RecordedParts:
 
         Args:
             folder: of all parts.
-            identity: of the stage.
             command: the command that runs a part, without its number; for messages.
-            processes: as for an undivided build.
 
         Raises:
             DataError: parts are missing; the message names them and the command.
@@ -155,8 +152,6 @@ class RecordedParts:
         Args:
             sha256: of the tokenizer's folder.
             read: reads a source, for documents that the parts have left to the merge.
-            make: makes an encoder.
-            held_out: the rule for held-out documents.
 
         Raises:
             StageError: a part has a different tokenizer; the message names the first one.
@@ -173,11 +168,6 @@ class RecordedParts:
 
     def read(self, number: int, source: Source, rejected: Rejected) -> Iterator[RecordedDocument]:
         """The documents of the stage's `number`-th source, in the order in which an undivided build reads them.
-
-        Args:
-            number: index of the source.
-            source: the source.
-            rejected: collects the records that gave no document.
 
         Raises:
             StoreCorrupted: a file is damaged; the message names it.

@@ -22,10 +22,6 @@ class BlockSampler:
     at any sample, on any number of ranks, with no state but the index, and memory does not grow with the store. The
     permutation is a Feistel network over the next power of four, applied repeatedly until it lands on a block (Black
     and Rogaway, 2002: "cycle walking"), which takes fewer than four steps on average.
-
-    Args:
-        num_blocks: blocks of the store.
-        seed: of the order.
     """
 
     def __init__(self, num_blocks: int, seed: int) -> None:
@@ -39,7 +35,6 @@ class BlockSampler:
 
         Args:
             start: first global sample index; the epoch is `index // num_blocks`.
-            stop: one past the last.
 
         Returns:
             int64 array [stop - start].

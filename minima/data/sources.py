@@ -44,7 +44,6 @@ def read_source(source: Source, rejected: Rejected, *, share: Share | None = Non
     """The texts of a source, always in the same order.
 
     Args:
-        source: gives location and format.
         rejected: counts the records that are not text, which are left out.
         share: read only the records of this share; all if not given.
 

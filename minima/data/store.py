@@ -195,7 +195,6 @@ class TokenStore:
         """Where documents start in a range of blocks.
 
         Args:
-            first_block: the first block.
             last_block: one past the last; the end of the store if not given.
 
         Returns:

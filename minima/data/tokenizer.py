@@ -179,7 +179,6 @@ def check_same_tokens(data: Path, own: Path, model: str) -> None:
     Args:
         data: folder of the tokenizer that the data was made with.
         own: folder of the model's own tokenizer.
-        model: the model's name in errors.
 
     Raises:
         TokenizerMismatch: the tokenizers differ; the message names the first id that does.
@@ -224,8 +223,6 @@ def check_vocabulary(tokenizer_size: int, model_size: int, tokenizer: str, model
     Args:
         tokenizer_size: one more than the tokenizer's highest id; `len(tokenizer)`.
         model_size: rows of the model's embedding.
-        tokenizer: the tokenizer's name in errors.
-        model: the model's name in errors.
 
     Raises:
         TokenizerMismatch: the tokenizer has more ids than the model has rows.

@@ -83,11 +83,8 @@ def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, row
     by mistake, and tokens that are added later (`add_tokens`, for roles) use these rows.
 
     Args:
-        stage: the settings.
-        base: the tokenizer to grow.
         donor: a tokenizer's file or a folder that holds one, or how to train one.
         rows: number of rows of the model's embedding; those that no old id uses are given to new pieces.
-        folder: is created.
 
     Raises:
         DataError: a tokenizer cannot be read, no piece passes the filters, or a source holds no text.

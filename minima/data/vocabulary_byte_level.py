@@ -30,10 +30,6 @@ _BYTES = _bytes_by_letter()
 def read_content(text: str, name: str) -> dict[str, Any]:
     """The `model` part of a byte-level BPE's tokenizer.json.
 
-    Args:
-        text: content of the file.
-        name: its name in errors.
-
     Raises:
         DataError: it is another kind of tokenizer or damaged, or a piece is empty or shares its id with another.
     """
@@ -127,9 +123,6 @@ class ByteLevelDonor:
 
 class ByteLevelVocabulary:
     """The base: a byte-level BPE that transformers loads.
-
-    Args:
-        folder: of the tokenizer.
 
     Raises:
         DataError: it is of another kind, or a piece is empty or shares its name or its id with another.

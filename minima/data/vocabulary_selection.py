@@ -81,8 +81,6 @@ class Mergeable(Protocol):
         """The merge rank of two adjacent pieces, lowest first; None if they do not merge.
 
         Args:
-            left: the first.
-            right: the second.
             added: added pieces and their places in merge order.
         """
         ...
@@ -126,7 +124,6 @@ def select(
 
     Args:
         donor: its pieces, without duplicates, in merge order.
-        base: the vocabulary that they are added to.
         script: use only pieces that occur in no text without a character of this script; all if not given.
         counts: how often each piece occurs in a corpus; if not given, the donor's own order decides.
         minimum_count: rarer pieces are added only to fill remaining room.

@@ -102,9 +102,6 @@ class SentencePieceVocabulary:
     Tokens that transformers adds to the model's own (`<pad>`, roles) become pieces of the grown model: control pieces
     if they are special, else user-defined pieces, which are matched as a whole. So both files keep the same ids.
 
-    Args:
-        folder: of the tokenizer.
-
     Raises:
         DataError: it is not a SentencePiece BPE, transformers does not load it as a BPE, or the two have different ids.
     """

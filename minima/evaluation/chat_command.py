@@ -10,11 +10,7 @@ INTERRUPTED = 130  # a shell's exit code for a program ended by Ctrl-C
 
 
 def add_chat(commands: Any) -> None:
-    """Add `minima chat` to the command's parser.
-
-    Args:
-        commands: the parser's sub-commands.
-    """
+    """Add `minima chat` to the command's parser."""
     chat = commands.add_parser("chat", help="talk to an exported model in the terminal")
     chat.add_argument("folder", metavar="DIR", help="an export stage's folder, or any in Hugging Face's layout")
     chat.add_argument("--system", metavar="TEXT", help="message that opens the conversation")

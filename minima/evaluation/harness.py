@@ -93,13 +93,7 @@ def _refusal(tasks: Sequence[str]) -> StageError:
 
 
 def configuration(call: Call, settings: Settings, output: Path) -> dict[str, Any]:
-    """The content of lm-eval's configuration file.
-
-    Args:
-        call: the tasks.
-        settings: how to run them.
-        output: folder for results and samples.
-    """
+    """The content of lm-eval's configuration file."""
     return {
         "model": "hf",
         "model_args": {"pretrained": str(settings.model.resolve()), "dtype": settings.dtype or "auto"},
@@ -131,8 +125,6 @@ def ask(call: Call, settings: Settings, folder: Path) -> dict[str, Any]:
     """Run one call, or return its results from an earlier start of the stage.
 
     Args:
-        call: the tasks.
-        settings: how to run them.
         folder: of all calls; this one's subfolder (results, samples, configuration and log) is written atomically.
 
     Returns:

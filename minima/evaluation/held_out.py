@@ -91,13 +91,10 @@ def evaluate(
     Apart from the order of float32 sums, the result depends neither on the number of ranks nor on the micro-batch.
 
     Args:
-        host: the model.
-        store: held-out blocks.
         sequences: at most this many blocks; all if not given.
         micro_batch_sequences: blocks per forward pass on one rank.
         teacher: a model with the same tokenizer to compare with.
         shared_rows: vocabulary rows to compare if one of the models has further rows that are padding.
-        name: the model's name in errors.
 
     Raises:
         DataError: the store is empty.
@@ -147,12 +144,6 @@ def _score(host: Host, teacher: Host | None, batch: Batch, rows: int | None) -> 
 
 def check_store(host: Host, store: TokenStore, num_blocks: int, name: str) -> None:
     """Refuse held-out blocks that a model cannot be scored on.
-
-    Args:
-        host: the model.
-        store: holds the blocks.
-        num_blocks: how many to score.
-        name: the model's name in errors.
 
     Raises:
         DataError: there are no blocks.

@@ -86,13 +86,10 @@ def write_answers(
     after the last one; the judge's file is written once all answers exist.
 
     Args:
-        answers: format and length.
-        questions: from `read_questions`.
         load: returns the generator; called only if there is something left to answer.
         path: the judge's file.
         name: of the model, as the judge's tables show it.
         seed: of the sampling, combined with the question.
-        progress: called with the number of answered questions.
 
     Returns:
         `questions`, `resumed` (answered by an earlier start) and `unanswered` (turns with an empty answer: the question

@@ -58,11 +58,9 @@ def keep_references(
         stores: of preferences.
         build_host: builds the frozen model; called at most once, if something must be computed. It is closed here.
         model: its identity (`models.weights.model_identity`).
-        precision: of its weights.
         micro_batch_sequences: blocks per forward pass on one rank.
         chunk_tokens: number of tokens whose logits exist at one time.
         limits: for each store, the number of its first blocks that are needed; None for all blocks, or for no limits.
-        name: the reference's name in progress and errors.
 
     Returns:
         One reference per store.

@@ -45,12 +45,10 @@ def evaluate_preference(
     Apart from the order of float32 sums, the result depends neither on the number of ranks nor on the micro-batch.
 
     Args:
-        host: the model.
         store: held-out blocks of preferences.
         objective: the loss, with a reference for this store.
         sequences: at most this many blocks; all if not given.
         micro_batch_sequences: blocks per forward pass on one rank.
-        name: the model's name in errors.
 
     Raises:
         DataError: the store is empty, or holds no pair.

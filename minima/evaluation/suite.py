@@ -79,7 +79,6 @@ def plan_suite(data_folder: Path | None, allow_code_execution: bool) -> tuple[li
 
     Args:
         data_folder: holds the items; the Hub is used if not given.
-        allow_code_execution: include tasks that execute code.
 
     Raises:
         StageError: a file is missing from the data folder.

@@ -152,9 +152,7 @@ def talk(conversation: Conversation, read: Callable[[str], str], prompt: str = "
     """Run the conversation until the person ends it.
 
     Args:
-        conversation: with a model.
         read: returns the next line, given the prompt to show (like `input`).
-        prompt: to show before each line.
     """
     conversation.note("/help shows the commands")
     while True:

@@ -50,7 +50,6 @@ def check_rows(rows: Sequence[Row], sizes: Sizes) -> tuple[list[Run], list[Exclu
     """Split a table into the runs that can be fitted and the rows that are left out.
 
     Args:
-        rows: the rows of one table, in its order.
         sizes: which parameters count as size: those without embeddings, or all.
 
     Raises:

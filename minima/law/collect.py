@@ -14,12 +14,7 @@ CSV, PARQUET, OVERVIEW = "results.csv", "results.parquet", "overview.txt"
 
 
 def collect(study: Study, units: Sequence[Unit]) -> list[Row]:
-    """Write the table of the finished cells, as CSV and as Parquet, and return its rows.
-
-    Args:
-        study: the grid.
-        units: its runs.
-    """
+    """Write the table of the finished cells, as CSV and as Parquet, and return its rows."""
     rows = [_row(study, units, unit) for unit in units if unit.level == CELLS and unit.is_done()]
     if rows:
         write_table(rows, study.folder / CSV, study.folder / PARQUET)

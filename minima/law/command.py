@@ -11,12 +11,7 @@ Write = Callable[[str], None]
 
 
 def add_law(commands: argparse._SubParsersAction, write: Write) -> None:
-    """Add `minima law` to the command's parser.
-
-    Args:
-        commands: where sub-commands are added.
-        write: shows text to the person.
-    """
+    """Add `minima law` to the command's parser."""
     law = commands.add_parser("law", help="the law of capacity gap: measure it, fit it, choose a teacher with it")
     parts = law.add_subparsers(required=True, metavar="COMMAND")
 

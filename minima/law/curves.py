@@ -115,7 +115,6 @@ def curves_of(runs: Sequence[Run], budget: Budget) -> dict[Condition, list[Curve
     """The curves of a table by condition, students from the smallest to the largest.
 
     Args:
-        runs: runs that passed the checks.
         budget: when two students have the same token budget: with equal tokens, or equal tokens per parameter.
     """
     cells: dict[Condition, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -172,10 +171,6 @@ def describe(condition: Condition, budget: Budget) -> str:
 def gaps(conditions: dict[Condition, list[Curve]], budget: Budget) -> list[str]:
     """What a grid lacks, one line each: seeds, teachers and students that others of the same budget have, single seeds,
     direct runs, and runs that are separated by a budget that is nearly the same.
-
-    Args:
-        conditions: the curves of a table.
-        budget: the one that they were made with.
     """
     notes: list[str] = []
     for condition, curves in conditions.items():

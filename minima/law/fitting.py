@@ -84,11 +84,8 @@ def fit_table(
 
     Args:
         path: CSV or Parquet.
-        sizes: which parameters count as size.
         budget: when two students have the same token budget.
         seed: seed of the draws; the same seed and table give the same fit.
-        num_draws: draws over seeds.
-        descents: starts from which the scaling law is optimised.
 
     Raises:
         TableError: the table cannot be read, or cannot be fitted as it is.

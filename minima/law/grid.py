@@ -86,7 +86,6 @@ def expand(study: Study, path: Path) -> list[Unit]:
     """All runs of a study, in the order in which a single process would make them.
 
     Args:
-        study: the grid.
         path: its file, which errors name.
 
     Raises:

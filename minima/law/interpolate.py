@@ -102,7 +102,6 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
     """The best teacher of one student, and the draws of its size for the line.
 
     Args:
-        curve: the student's losses.
         means_BT: draws of its means over seeds; None with one seed.
 
     Returns:

@@ -77,7 +77,6 @@ def fit_line(minima: Sequence[Minimum], sizes_SB: Sequence[np.ndarray | None]) -
     """Fit the line through the bracketed minima of one condition.
 
     Args:
-        minima: those of all students of the condition.
         sizes_SB: draws of each best teacher's size in parameters, from `minimum_of`.
     """
     taken = [index for index, minimum in enumerate(minima) if minimum.status == MINIMUM]

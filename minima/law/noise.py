@@ -48,8 +48,6 @@ def draw_means(curves: Sequence[Curve], num_draws: int, seed: int) -> list[np.nd
     """Draw mean losses of every curve of one condition, as other seeds might have given them.
 
     Args:
-        curves: those of one condition.
-        num_draws: B.
         seed: seed of the draws; the same seed and curves give the same draws, whatever else is in the table.
 
     Returns:

@@ -53,7 +53,6 @@ def plot_fit(fit: Fit, output: Path) -> list[Path]:
     """Draw a fit.
 
     Args:
-        fit: what `minima law fit` found.
         output: path without a suffix.
 
     Returns:

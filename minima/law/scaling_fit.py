@@ -61,7 +61,6 @@ def fit_supervised(runs: Sequence[Run], descents: int = DESCENTS) -> Fitted:
 
     Args:
         runs: runs of one study and family; those that are not `direct` are left out.
-        descents: number of starts to minimise from.
     """
     alone = [run for run in runs if run.initialisation == DIRECT]
     cells = {(run.student_size, run.tokens) for run in alone}
@@ -90,7 +89,6 @@ def fit_distilled(runs: Sequence[Run], supervised: Supervised | None, descents: 
     Args:
         runs: runs of one study and family, with one initialisation and the `direct` ones.
         supervised: predicts what each student reaches alone; None: the mean of its own direct runs on the same tokens.
-        descents: number of starts to minimise from.
     """
     taken, alone = with_alone(runs, supervised)
     cells = {(run.student_size, run.tokens, run.teacher) for run in taken}
@@ -155,7 +153,6 @@ def descend(model: Callable, log_loss_M: np.ndarray, starts_GP: np.ndarray, name
     Args:
         model: returns loss_M and jacobian_PM at a vector of coefficients.
         log_loss_M: logarithm of the measured losses.
-        starts_GP: starting points.
         names: names of the coefficients, for their bounds.
     """
     bounds = [_FLOORS.get(name, (0.0, 20.0)) for name in names]

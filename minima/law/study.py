@@ -35,9 +35,6 @@ def study(
     """Run what is left of a study, and write its table.
 
     Args:
-        path: the study's YAML.
-        overrides: `key.path=value`.
-        write: shows text to the user.
         workers: number of parallel processes; the study's own, or one per GPU or core, when not given.
         collect_only: run nothing, and write the table of what is finished.
         dry_run: show the grid and its cost, and with `cluster` the scripts; run and write nothing.

@@ -30,11 +30,7 @@ def submit(
     process. Submitting again, once nothing of the study is queued, continues with what is left.
 
     Args:
-        study: the grid.
-        units: its runs.
-        cluster: the cluster file.
         dry_run: print the scripts and the sbatch commands.
-        write: shows text to the user.
 
     Raises:
         ClusterError: jobs of the study are queued, a job would get several ranks, or Slurm refuses.

@@ -39,11 +39,6 @@ def main(arguments: list[str]) -> int:
 def make(units: dict[str, Unit], path: Path, names: Iterable[str]) -> int:
     """Make runs in this process, on one rank, until one fails or a signal ends it.
 
-    Args:
-        units: the study's runs, by name.
-        path: the study's file.
-        names: names of the runs to make, in order.
-
     Returns:
         0; 2 after a user's mistake, 1 after one of our own, 128 plus the signal's number after a signal.
     """

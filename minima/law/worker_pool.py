@@ -133,9 +133,6 @@ class Pool:
     """Workers, and the queue that feeds them.
 
     Args:
-        units: all runs of the study.
-        command: command that starts a worker.
-        workers: number of parallel workers.
         logs: folder of the runs' logs.
         lock: descriptor of the study's lock, which the workers inherit.
         show: called with the tally after each event.

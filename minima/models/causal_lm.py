@@ -28,7 +28,6 @@ def load_folder(folder: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> 
     """Load a folder's model onto the CPU with plain transformers, without executing code from the folder.
 
     Args:
-        folder: in Hugging Face's layout.
         dtype: of the weights; `auto` keeps the stored one.
     """
     bars = transformers_logging.is_progress_bar_enabled()
@@ -57,7 +56,6 @@ def hidden_states(model: PreTrainedModel, batch: Batch, embeddings_BTD: Tensor |
     """Final hidden states after the last norm, [B, T, D]: the input of the head.
 
     Args:
-        model: a stock model.
         batch: if it has `documents_BT`, no document sees another.
         embeddings_BTD: used in place of the tokens' embeddings if given.
     """

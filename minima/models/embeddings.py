@@ -34,12 +34,7 @@ class _ResizedSource:
 
 
 class CutSource(_ResizedSource):
-    """A `WeightSource` of a model without its last vocabulary rows, which belong to no token.
-
-    Args:
-        source: the model.
-        size: number of rows to keep.
-    """
+    """A `WeightSource` of a model without its last vocabulary rows, which belong to no token."""
 
     def __init__(self, source: WeightSource, size: int) -> None:
         assert size <= source.config["vocab_size"]
@@ -61,7 +56,6 @@ class GrownSource(_ResizedSource):
     no token and are the mean of all old rows. All other tensors are passed through.
 
     Args:
-        source: the model to grow.
         size: rows of the grown model, V'.
         first: the id of the first new piece. The model's own rows from there on belong to no token and are replaced.
         origins: for each new piece, in the order of ids, the old ids whose rows are averaged.

@@ -18,8 +18,6 @@ def layer_saved_bytes(shape: ModelShape, precision: str, checkpointing: str) -> 
     """Bytes per token that one layer keeps for the backward pass.
 
     Args:
-        shape: the model's.
-        precision: `float32` or `bfloat16`.
         checkpointing: `none`; `selective`, the layer's input and the outputs of matrix products and attention; `full`,
             the input.
     """
@@ -48,9 +46,6 @@ def saved_bytes(shape: ModelShape, precision: str, checkpointing: str, tokens: i
     """Bytes that the whole model keeps for the backward pass of one micro-batch, without the final hidden states.
 
     Args:
-        shape: the model's.
-        precision: `float32` or `bfloat16`.
-        checkpointing: `none`, `selective` or `full`.
         tokens: tokens in the micro-batch.
         sequence_length: tokens per sequence.
     """
@@ -76,8 +71,6 @@ def forward_bytes(shape: ModelShape, precision: str, tokens: int, ranks: int = 1
     """Temporary bytes while one layer runs without gradients, its input not counted.
 
     Args:
-        shape: the model's.
-        precision: `float32` or `bfloat16`.
         tokens: tokens that run together.
         ranks: number of ranks that each matrix is split over.
     """

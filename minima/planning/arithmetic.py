@@ -38,7 +38,6 @@ def plan_training(training: Training, sequence_length: int, blocks: int | None) 
     """Steps and tokens of a training stage.
 
     Args:
-        training: the stage.
         sequence_length: tokens per block of its data.
         blocks: training blocks of its data; None if not known yet.
 
@@ -66,8 +65,6 @@ def training_flops(
     """FLOPs of the whole stage: forward and backward of the student, forward of the frozen model.
 
     Args:
-        plan: how many tokens.
-        student: the trained model.
         teacher: the frozen model, a teacher or a reference; None if none runs.
         teacher_sequences: sequences that the frozen model reads; those that are trained on if not given.
     """
@@ -82,8 +79,6 @@ def checkpoint_bytes(training: Training, parameters: int, steps: int | None, nam
     """The most bytes that a training stage's checkpoints take at any one time.
 
     Args:
-        training: the stage.
-        parameters: number of parameters of the trained model.
         steps: steps of the whole stage; None if not known yet.
         named: steps whose checkpoints stay because other stages read them.
 

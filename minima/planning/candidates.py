@@ -111,10 +111,7 @@ def trained_stage(
     """What a stage of a recipe trains, for its run and for its plan alike.
 
     Args:
-        stage: its settings.
-        student: shape of the trained model.
         teacher_shape: shape of the teacher or the reference; None if the stage has no frozen model.
-        sequence_length: tokens per block.
         sharding: returns the sizes in the DeepSpeed JSON of a given name.
     """
     teacher = None

@@ -81,12 +81,8 @@ def trained_memory(
     """Bytes on one rank of a model that is trained under ZeRO-3 over all ranks.
 
     Args:
-        shape: the model's.
         precision: `float32` or `bfloat16`, of weights and activations.
-        checkpointing: `none`, `selective` or `full`.
-        work: what a rank processes at once.
         ranks: number of ranks that share the model.
-        sharding: sizes in its DeepSpeed JSON.
         taught: whether the loss also holds a teacher's logits.
     """
     size, shard = BYTES[precision], shard_elements(shape, ranks)
@@ -143,13 +139,8 @@ def frozen_memory(
     """Bytes on one rank of a frozen model that computes final hidden states.
 
     Args:
-        shape: the model's.
-        precision: `float32` or `bfloat16`.
-        placement: where its weights are.
         offload: where its shards lie: `none` for the device, `cpu` or `nvme`.
-        work: what a rank processes at once.
         group: number of ranks that share one copy.
-        sharding: sizes in its DeepSpeed JSON.
         window: micro-batches that one traversal of the layers serves.
     """
     size, tokens = BYTES[precision], work.tokens
@@ -183,13 +174,6 @@ def scored_memory(shape: ModelShape, precision: str, work: Work, ranks: int, sha
     """Bytes on one rank of a frozen model whose importance is measured.
 
     No weight has a gradient, but the loss's gradient flows through all layers.
-
-    Args:
-        shape: the model's.
-        precision: `float32` or `bfloat16`, of weights and activations.
-        work: what a rank processes at once.
-        ranks: number of ranks that share the model.
-        sharding: sizes in its DeepSpeed JSON.
     """
     size, tokens = BYTES[precision], work.tokens
     on_host = sharding.offload_weights != "none"
@@ -234,8 +218,6 @@ def trained_gathered(shape: ModelShape, sharding: Sharding, *, layers: bool = Tr
     forward pass; the embeddings' is 0.
 
     Args:
-        shape: the model's.
-        sharding: sizes in its DeepSpeed JSON.
         layers: whether a layer is gathered as a whole, and so kept.
     """
     table, layer = shape.vocabulary_size * shape.hidden_size, shape.layer_parameters

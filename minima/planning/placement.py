@@ -39,7 +39,6 @@ def choose(stage: TrainedStage, devices: Devices) -> Choice:
     the devices is tried first, and only then host memory.
 
     Args:
-        stage: what is trained, and the frozen model if there is one.
         devices: what it runs on; `device_bytes` must be known.
 
     Raises:
@@ -148,12 +147,7 @@ def render(choice: Choice) -> str:
 
 
 def unchosen(stage: TrainedStage, ranks: int) -> list[str]:
-    """The memory table of a stage where the devices that it will run on are not known: everything that could be.
-
-    Args:
-        stage: what is trained, and its teacher.
-        ranks: ranks on one machine.
-    """
+    """The memory table of a stage where the devices that it will run on are not known: everything that could be."""
     devices = Devices(ranks, ranks)
     tables = {level: candidates(stage, devices, level)[0] for level in stage.levels}
     students = [f"{size_text(rows[0].student.device_bytes)} with {level}" for level, rows in tables.items()]

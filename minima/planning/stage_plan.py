@@ -22,8 +22,6 @@ def place(plan: StagePlan, stage: TrainedStage, gpus: PlannedGpus) -> None:
 
     Args:
         plan: the stage's plan; its hours follow from `steps`.
-        stage: what is trained, and its teacher as the recipe asks for it.
-        gpus: what it is planned for.
     """
     devices, levels = gpus.devices, stage.levels
     level, chosen = levels[-1], None
@@ -73,10 +71,7 @@ def frozen(plan: StagePlan, models: list[Memory], precision: str, gpus: PlannedG
     """Fill in memory and time of a stage that runs frozen models and trains nothing.
 
     Args:
-        plan: the stage's plan.
         models: memory of the models that are loaded at the same time; their forward passes run one after another.
-        precision: precision of the matrix products.
-        gpus: what it is planned for.
         rank_flops: FLOPs that the busiest rank executes in the whole stage.
     """
     busiest = max(models, key=lambda memory: memory.passing_bytes)

@@ -84,8 +84,6 @@ def step_time(
         precision: precision in which it executes them.
         traffic: one rank's traffic: the student's, and the teacher's if there is one.
         updated: parameters of one rank's shard that the device updates.
-        gpu: the device.
-        efficiency: the share of its peak.
 
     Returns:
         The time; None if a number of the GPU that it needs is not known (`unknown_rates`).
@@ -114,7 +112,6 @@ def measured_efficiency(gpu: Gpu, files: Iterable[Path]) -> Efficiency | None:
     counts; within a file, the step as shipped (`b:minima`) before the one with a fixed micro-batch (`a:minima`).
 
     Args:
-        gpu: the device.
         files: what `tools/bench_distil.py` wrote.
 
     Returns:

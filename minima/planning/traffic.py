@@ -78,14 +78,7 @@ def frozen_traffic(
     all-reduced over the group twice per layer, for the sequences of all its ranks.
 
     Args:
-        shape: the model's.
-        precision: `float32` or `bfloat16`.
-        placement: where its weights are.
-        offload: where its shards lie.
-        work: what a rank processes at once.
         group: number of ranks that share one copy.
-        ranks_per_node: ranks on one machine.
-        sharding: sizes in its DeepSpeed JSON.
         window: micro-batches that one traversal of the layers serves.
     """
     size = BYTES[precision]

@@ -23,7 +23,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load the recipe in `path`, changed by `overrides`.
 
     Args:
-        path: a YAML file.
         overrides: `key.path=value`, applied in order.
 
     Raises:
@@ -49,7 +48,6 @@ def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
     """Make a checked recipe from the content of its YAML file.
 
     Args:
-        raw: keys and values.
         path: the file that errors name.
 
     Raises:

@@ -36,8 +36,6 @@ def nearest(name: str, known: list[str], likeness: float = 0.6) -> str:
     """`; did you mean 'x'?` for the known name that is closest to `name`; empty if none is close.
 
     Args:
-        name: as written.
-        known: names that may have been meant.
         likeness: the least similarity, from 0 to 1, that counts as close.
     """
     close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)

@@ -44,7 +44,6 @@ def with_benchmarks(card: str, name: str, scores: Sequence[BenchmarkScore]) -> s
 
     Args:
         card: a model card with front matter that is a YAML mapping.
-        name: of the model.
         scores: if empty, the card is returned unchanged.
     """
     if not scores:

@@ -15,11 +15,8 @@ class Progress:
     """Prints a new line for each update in a log, and redraws a single line on a terminal.
 
     Args:
-        label: the stage's name.
-        total_steps: steps of the whole stage.
         first_step: finished steps at the (re)start.
         columns: width of the terminal; 0 if the output is not a terminal.
-        stream: the output stream; standard output by default.
     """
 
     def __init__(
@@ -35,7 +32,6 @@ class Progress:
         """Show that `step` steps are done.
 
         Args:
-            step: finished steps.
             facts: formatted values to show on the line, by name.
         """
         shown = "  ".join(f"{name} {value}" for name, value in facts.items())

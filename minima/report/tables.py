@@ -9,7 +9,6 @@ def text_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
 
     Args:
         rows: cells; None is shown as `-`, integers with thousands separators, other numbers with four decimals.
-        headers: one for each column.
     """
     cells = [[str(header) for header in headers], *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]

@@ -31,7 +31,6 @@ def gather_card(
     """The model card of one export.
 
     Args:
-        context: of the export stage.
         config: content of its config.json.
         metrics: what the export measured: parameters, dtype and the checks.
         chat_template: whether its tokenizer has one.

@@ -33,11 +33,6 @@ def check_stages(
     """Refuse, before anything starts, whatever is certain to fail later.
 
     Args:
-        recipe: the whole run.
-        recipe_path: its file.
-        stages: the stages to run.
-        folder: of the run.
-        ranks: the number of ranks for each stage.
         to_come: folders of other runs that will exist by then.
         elsewhere: the run is on other machines, or later, so a folder missing here is a warning and not an error.
 

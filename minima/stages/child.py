@@ -99,7 +99,6 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Log, 
     blocks nothing before the command's end.
 
     Args:
-        command: what to run.
         environment: its whole environment.
         log: receives the same output as the terminal.
         lock: file descriptor of the run's lock, which the command inherits.

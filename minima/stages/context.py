@@ -131,8 +131,6 @@ def missing_checkpoint_advice(stage: AnyStage, folder: Path, there: Sequence[int
     """What to do about a checkpoint that a training stage has not saved.
 
     Args:
-        stage: the training stage.
-        folder: its folder.
         there: steps of the checkpoints in it.
     """
     steps = f"choose among {', '.join(map(str, there))}, or " if there else ""

@@ -263,8 +263,6 @@ def dry_run_text(recipe: Recipe, recipe_path: Path, stages: list[AnyStage]) -> s
 
     Args:
         recipe: the whole run; stages that are not shown are still walked, for their shapes.
-        recipe_path: its file.
-        stages: the stages to show.
 
     Raises:
         StageError: the run's folder belongs to another recipe, or cannot be used as one.

@@ -158,7 +158,6 @@ def check_hashes(trained: dict[str, str], written: dict[str, str], folder: Path)
     Args:
         trained: SHA-256 by name, of the source's tensors in the written dtype.
         written: the same as returned by `write_folder`.
-        folder: the folder that it wrote.
 
     Raises:
         CheckpointError: a tensor is missing or its bytes differ; names it.

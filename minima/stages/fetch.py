@@ -45,10 +45,7 @@ def fetch(
     The commit of each model is recorded in the run's folder, as in a run, so that jobs use the same one.
 
     Args:
-        recipe_path: the recipe's file.
-        overrides: `key.path=value`.
         names: only what these stages read; None for all.
-        write: receives a line for each input.
 
     Returns:
         0 if jobs will find everything without a network, otherwise 1.

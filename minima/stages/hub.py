@@ -19,7 +19,6 @@ def snapshot(name: str, revision: str | None, run_folder: Path, *, keep: bool, w
     run is never resumed with another teacher.
 
     Args:
-        name: Hub id.
         revision: branch, tag or commit; None for the default branch.
         run_folder: where the commits are recorded.
         keep: whether this process records them; only rank 0 does.
@@ -46,7 +45,6 @@ def check_there(name: str, revision: str | None, run_folder: Path, field: str) -
     """Check that a model's configuration is in the cache or on the Hub; nothing is downloaded.
 
     Args:
-        name: Hub id.
         revision: branch, tag or commit, as in the recipe.
         run_folder: where the commits are recorded.
         field: the recipe's field that names it: `stages.student.teacher`.
@@ -88,7 +86,6 @@ def kept_commit(name: str, revision: str | None, run_folder: Path) -> str | None
     """The commit of a Hub model that a run has recorded; None if it has recorded none.
 
     Args:
-        name: Hub id.
         revision: branch, tag or commit, as in the recipe.
         run_folder: where the commits are recorded.
     """

@@ -132,8 +132,6 @@ def _refusals(repo: str, revision: str | None, token: str | None, created: bool 
     """Turn errors of the Hub or the network into a `StageError` that says what to do and does not show the token.
 
     Args:
-        repo: the repository of the request.
-        revision: the branch of the request.
         token: the secret to hide.
         created: whether the repository was newly created, and so stays there without the files.
     """

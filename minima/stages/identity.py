@@ -51,9 +51,6 @@ def describe(
     """The content of `started.json`: the resolved stage, its inputs' hashes, and the identity derived from both.
 
     Args:
-        recipe: the whole run.
-        stage: the one to describe.
-        run_folder: contains the earlier stages.
         planned: identities that unfinished stages will have, by name; filled in as needed. An identity depends only on
             the recipe and the inputs, so no stage has to run for it. If None, an unfinished input is an error.
 
@@ -125,7 +122,6 @@ def check_unchanged(description: dict[str, Any], folder: Path, recipe: Recipe) -
 
     Args:
         description: what the recipe asks for now, from `describe`.
-        folder: the stage's folder; may be missing or empty.
         recipe: the whole run, so that the error can name the later stages that read this one.
 
     Raises:
@@ -221,11 +217,6 @@ def check_read(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> 
 
     Otherwise, what is made from them would be recorded as coming from the current recipe.
 
-    Args:
-        recipe: the whole run.
-        stages: the selected stages.
-        run_folder: contains the stages' folders.
-
     Raises:
         StageError: names the first such stage and what has changed.
     """
@@ -252,9 +243,7 @@ def check_run(recipe: Recipe, stages: Sequence[AnyStage], run_folder: Path) -> N
     A finished stage whose input is about to be made again is accepted if the new input will be the same.
 
     Args:
-        recipe: the whole run.
         stages: those about to run, or to be skipped as finished.
-        run_folder: contains the stages' folders.
 
     Raises:
         StageError: names the first such stage and what has changed.

@@ -30,11 +30,6 @@ def check_known_tokens(recipe: Recipe, stage: AnyStage, folder: Path) -> None:
     If this cannot be decided here, because a tokenizer is not on this machine or has no tokenizer.json, the stage
     itself checks it.
 
-    Args:
-        recipe: the whole run.
-        stage: may read data and models.
-        folder: of the run.
-
     Raises:
         TokenizerMismatch: the recipe trains a tokenizer of another size than the model's own, or an id stands for
             different pieces in the two; names both.

@@ -34,7 +34,6 @@ def machine_errors_named(stage: AnyStage, ranks: int = 1) -> Iterator[None]:
     """Wrap a stage to translate errors of the machine.
 
     Args:
-        stage: the stage inside the block.
         ranks: how many ranks it runs on; a single one cannot lose another.
 
     Raises:

@@ -36,7 +36,6 @@ def wait_finished(folder: Path, seconds: float) -> bool:
     """Whether a stage is finished; waits up to `seconds` for another machine's result to become visible here.
 
     Args:
-        folder: the stage's.
         seconds: how long to wait; 0 checks once.
     """
     until = time.monotonic() + seconds
@@ -118,7 +117,6 @@ def write_manifest(folder: Path, metrics: dict[str, Any], seconds: float) -> Non
 
     Args:
         folder: the stage's folder, with its `started.json`.
-        metrics: what the stage measured.
         seconds: duration of work since the stage was last started.
     """
     started = read_manifest(folder, STARTED)

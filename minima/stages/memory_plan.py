@@ -48,10 +48,6 @@ def plan_memory(
     """Choose the frozen model's placement and what the student recomputes; rank 0 logs it if there was a choice.
 
     Args:
-        context: of the stage.
-        stage: its settings.
-        student: shape of the trained model.
-        sequence_length: tokens of one block.
         teacher_shape: of the frozen model, if one runs beside the student.
 
     Raises:
@@ -74,12 +70,6 @@ def log_scoring(context: StageContext, stage: Prune, shape: ModelShape, sequence
     """Log the memory that measuring importance takes on each rank, with a warning if it does not seem to fit.
 
     Every rank calls it; rank 0 logs.
-
-    Args:
-        context: of the stage.
-        stage: its settings.
-        shape: of the model to measure.
-        sequence_length: tokens of one block.
     """
     devices = these_devices()
     if not distributed.is_main():

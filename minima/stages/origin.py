@@ -98,7 +98,6 @@ def check_tokens(data: Path, own: Path | None, model: str) -> None:
     Args:
         data: a build_data stage's folder.
         own: folder of the model's tokenizer; if None, nothing is refused.
-        model: the model's name for the error message.
 
     Raises:
         TokenizerMismatch: names the first id that differs.
@@ -112,7 +111,6 @@ def check_template(context: StageContext, data: Path, model: ModelInput, *, refu
     """Compare a store's conversation format with the chat template of the model's tokenizer; every rank calls it.
 
     Args:
-        context: of the stage.
         data: a build_data stage's folder; if its format is text, nothing is compared.
         model: if its tokenizer has no chat template, nothing is compared.
         refuse: whether a difference is an error. Otherwise it is a warning, because a tokenizer can have a template
@@ -154,9 +152,6 @@ def check_fit(shape: ModelShape, store: TokenStore, model: str, sequence_length:
     """Refuse data that the model cannot read.
 
     Args:
-        shape: of the model.
-        store: the data.
-        model: the model's name for the error message.
         sequence_length: how many tokens of a block are used; None for all.
 
     Raises:

@@ -50,12 +50,9 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
     starts during a run in that folder. Each part has its own lock.
 
     Args:
-        recipe: the whole run.
-        recipe_path: its file.
         names: of the stage; None for the recipe's only build_data stage.
         part: `I/N`.
         launch: this process's place; it must be alone.
-        write: receives lines of text for the user.
 
     Raises:
         MinimaError: the part cannot be encoded; other parts are not touched.

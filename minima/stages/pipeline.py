@@ -47,10 +47,8 @@ def run(
     """Run the unfinished stages of a recipe in order, each in its own process group (short neighbours share one).
 
     Args:
-        recipe_path: the recipe's file.
         overrides: `key.path=value`; passed on to the ranks.
         names: only these stages; None for all.
-        write: receives text for the user.
         allow_code_execution: let a benchmark execute code that a model wrote; passed on to the stages.
 
     Returns:

@@ -37,11 +37,6 @@ class PlanOptions:
 def gpus_for(recipe: Recipe, recipe_path: Path, options: PlanOptions) -> PlannedGpus:
     """The GPUs that the command line asks to plan for.
 
-    Args:
-        recipe: the run; gives the number of ranks if `options.gpus` is None.
-        recipe_path: its file.
-        options: of the command line.
-
     Raises:
         RecipeError: there is no such GPU, no GPU at all, or a number is impossible.
     """
@@ -97,8 +92,6 @@ def plan_command(
 
     Args:
         name: of the recipe, or its path.
-        overrides: of the recipe.
-        options: what to plan for.
         stages: the stages to show and to add up; None for all.
         as_json: return all numbers as JSON instead of text.
 

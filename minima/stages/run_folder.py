@@ -44,10 +44,6 @@ def access_named(folder: Path) -> Iterator[None]:
 def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     """Create the folder and save the resolved recipe in it as `recipe.yaml`.
 
-    Args:
-        folder: the run's.
-        recipe: of the run.
-
     Raises:
         StageError: the folder belongs to another recipe, or contains something else.
     """

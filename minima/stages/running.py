@@ -64,10 +64,7 @@ def run_stages(
     """Run the unfinished ones of `stages` in this process, which is one rank of `launch`.
 
     Args:
-        recipe: the whole run.
-        recipe_path: its file.
         stages: in the recipe's order.
-        launch: this rank's place.
         write: receives a line of text for the user; called on rank 0 only.
         allow_code_execution: let a benchmark execute code that a model wrote.
         keep_group: keep the process group for another run in this process.

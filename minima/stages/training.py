@@ -54,8 +54,6 @@ def run_training(
     """Train a stage's model, or resume from its newest checkpoint.
 
     Args:
-        context: of the stage.
-        stage: a training stage.
         make_objective: builds the objective from the data stage's folder, the student's shape and the memory plan; a
             teacher's engine is built in it, before the student's.
         identities: facts about frozen models to record in checkpoints.

@@ -40,10 +40,7 @@ def held_out_loss(
     """Loss and perplexity of the student in its current state; every rank calls it.
 
     Args:
-        view: of the student.
-        store: held-out blocks.
         sequences: use at most this many of them.
-        micro_batch_sequences: blocks of one forward pass on one rank.
     """
     scores = evaluate(view, store, sequences=sequences, micro_batch_sequences=micro_batch_sequences, name="the student")
     return {"held_out_loss": scores.loss, "held_out_perplexity": scores.perplexity}
