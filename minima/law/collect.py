@@ -1,6 +1,8 @@
 """The results of a study: its table of finished cells, and an overview of what is done, running and left."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from minima.law.grid import CELLS, CORPUS, DATA, QUALITY, STUDENT, TEACHER, Unit, sequence_length, teacher_name
@@ -29,7 +31,7 @@ def _row(study: Study, units: Sequence[Unit], unit: Unit) -> Row:
     shape, scores = study.shape_of(cell.student), quality["metrics"][STUDENT]
     tokens, unique = trained["metrics"]["tokens"], corpus["metrics"]["tokens"]
     flops = shape.training_flops_per_token(length) * tokens
-    own: dict = {}
+    own: dict = {"teacher_parameters": None, "teacher_non_embedding_parameters": None}
     if cell.teacher is not None:
         teacher, folder = study.shape_of(cell.teacher), study.folder / teacher_name(cell.teacher, cell.seed)
         scored = read_manifest(folder / QUALITY)["metrics"][TEACHER]
@@ -51,8 +53,6 @@ def _row(study: Study, units: Sequence[Unit], unit: Unit) -> Row:
         student_parameters=shape.parameters,
         student_non_embedding_parameters=shape.non_embedding_parameters,
         teacher=cell.teacher or "",
-        teacher_parameters=own.pop("teacher_parameters", None),
-        teacher_non_embedding_parameters=own.pop("teacher_non_embedding_parameters", None),
         initialisation=cell.initialisation,
         tokens=tokens,
         unique_tokens=min(tokens, unique),
@@ -79,20 +79,14 @@ def overview(study: Study, units: Sequence[Unit], tally: Tally) -> str:
         _loss_text([unit for unit in units if unit.teacher and unit.teacher[0] == t], tally) for t in study.teachers
     ]
     rows: list[list[str]] = [["(teachers' own)", "", "", *teachers, ""]]
-    for student in study.students:
-        for start in study.initialisations:
-            for tokens in study.tokens:
-                own = [
-                    unit
-                    for unit in units
-                    if unit.cell is not None
-                    and (unit.cell.student, unit.cell.initialisation, unit.cell.tokens) == (student, start, tokens)
-                ]
-                by_teacher = [[unit for unit in own if unit.cell and unit.cell.teacher == t] for t in study.teachers]
-                alone = [unit for unit in own if unit.cell and unit.cell.teacher is None]
-                shown = [_loss_text(cells, tally) for cells in (*by_teacher, alone)]
-                if any(shown):
-                    rows.append([student, start, f"{tokens:,}", *shown])
+    cells: dict[tuple, list[Unit]] = defaultdict(list)
+    for unit in units:
+        if (cell := unit.cell) is not None:
+            cells[cell.student, cell.initialisation, cell.tokens, cell.teacher].append(unit)
+    for student, start, tokens in product(study.students, study.initialisations, study.tokens):
+        shown = [_loss_text(cells[student, start, tokens, t], tally) for t in (*study.teachers, None)]
+        if any(shown):
+            rows.append([student, start, f"{tokens:,}", *shown])
     lines += ["", text_table(rows, headers), "", tally.startup_line()]
     lines += [f"failed: {name}: {reason}" for name, reason in tally.failed.items()]
     return "\n".join(lines) + "\n"

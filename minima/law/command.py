@@ -144,7 +144,7 @@ def _recommend(options: argparse.Namespace, write: Write) -> int:
 
     from minima.law.fitting import read_fit
     from minima.law.recommend import Question, Recommendation, recommend
-    from minima.law.recommend_text import render_recommendation
+    from minima.law.report import render_recommendation
     from minima.law.sizes_text import parse_number
 
     teachers = [text for text in (options.teachers or "").split(",") if text.strip()]

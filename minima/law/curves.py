@@ -164,8 +164,13 @@ def describe(condition: Condition, budget: Budget) -> str:
     amount = f"{short(condition.budget)} tokens" if budget == "tokens" else f"{condition.budget:g} tokens per parameter"
     count = condition.epochs
     epochs = "" if count is None else f", {count:g} epoch{'' if count == 1 else 's'}"
-    names = " ".join(name for name in (condition.study, condition.family) if name)
-    return f"{names + ': ' if names else ''}{condition.initialisation}, {amount}{epochs}"
+    return with_names(condition.study, condition.family, f"{condition.initialisation}, {amount}{epochs}")
+
+
+def with_names(study: str, family: str, text: str) -> str:
+    """A text about runs after the names of their study and family, which a table may leave empty."""
+    names = " ".join(name for name in (study, family) if name)
+    return f"{names}: {text}" if names else text
 
 
 def gaps(conditions: dict[Condition, list[Curve]], budget: Budget) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from minima.disk import disk_full_named, write_whole
 from minima.errors import TableError, first_line
 from minima.law.checks import Excluded, Run, Sizes, check_rows
-from minima.law.curves import Budget, Condition, Curve, condition_of, curves_of, describe, gaps
+from minima.law.curves import Budget, Condition, Curve, condition_of, curves_of, describe, gaps, with_names
 from minima.law.interpolate import Minimum, minimum_of
 from minima.law.line import FEWEST_STUDENTS, Line, fit_line
 from minima.law.noise import draw_means
@@ -46,6 +46,11 @@ class ScalingFit:
     published_error: float | None  # median relative error of the published coefficients on the same runs
 
     @property
+    def name(self) -> str:
+        """Which runs it is fitted to."""
+        return with_names(self.study, self.family, self.initialisation)
+
+    @property
     def law(self) -> ScalingLaw | None:
         """The fitted law; None unless both of its parts were fitted."""
         supervised, distilled = self.supervised.coefficients, self.distilled.coefficients
@@ -71,6 +76,11 @@ class Fit:
     notes: tuple[str, ...]  # what the table lacks
     conditions: tuple[ConditionFit, ...]  # the law of capacity gap
     scaling: tuple[ScalingFit, ...]  # the distillation scaling law
+
+    @property
+    def kind(self) -> str:
+        """The kind of sizes, in words."""
+        return "without embeddings" if self.sizes == "non_embedding" else "with embeddings"
 
 
 _ADAPTER = TypeAdapter(Fit)

@@ -141,7 +141,7 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
         reason="",
         used=used,
         teacher_size=float(np.exp(lowest.log_size_B[0])),
-        teacher_interval=None if sizes_B is None else _positive(interval(sizes_B)),
+        teacher_interval=None if sizes_B is None else _sizes_interval(sizes_B),
         loss=loss,
         loss_interval=interval(losses_B) if losses_B is not None and losses_B.size else None,
         bracketed_share=share,
@@ -151,8 +151,8 @@ def minimum_of(curve: Curve, means_BT: np.ndarray | None) -> tuple[Minimum, np.n
     return found, sizes_B
 
 
-def _positive(ends: Interval) -> Interval:
-    low, high = ends
+def _sizes_interval(sizes_B: np.ndarray) -> Interval:
+    low, high = interval(sizes_B)
     return (low or None), high  # a size of 0 is exp(-inf): beyond the smallest teacher
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minima.disk import disk_full_named
-from minima.law.curves import Condition, Curve, describe
+from minima.law.curves import Curve, describe
 from minima.law.fitting import ConditionFit, Fit
 from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Interval, Minimum, window
 from minima.law.line import MILLION, PAPER_INTERCEPT, PAPER_SLOPE, SMALLEST_PAPER_STUDENT, paper_teacher
@@ -92,7 +92,7 @@ def _group(axes: np.ndarray, group: Sequence[ConditionFit], fit: Fit) -> None:
         above.set_title(TITLES.get(one.condition.initialisation, one.condition.initialisation))
         _teacher_axis(above, one.curves)
         _teacher_axis(below, one.curves)
-        below.set_xlabel(f"teacher, parameters\n{_kind(fit)}")
+        below.set_xlabel(f"teacher, parameters\n{fit.kind}")
     _share_y(loss_axes)
     _share_y(above_axes, from_zero=True)
     loss_axes[0].set_ylabel("held-out loss, nats per token")
@@ -204,7 +204,7 @@ def _law(axis: Any, group: Sequence[ConditionFit], fit: Fit) -> None:
     axis.set_yticks(teachers, [short(size) for size in teachers])
     axis.minorticks_off()
     axis.set_title("best teacher T* over student S")
-    axis.set_xlabel(f"student, parameters {_kind(fit)}")
+    axis.set_xlabel(f"student, parameters {fit.kind}")
 
 
 def _legend(axis: Any, group: Sequence[ConditionFit], styles: dict[str, dict], students: Sequence, fit: Fit) -> None:
@@ -224,17 +224,11 @@ def _legend(axis: Any, group: Sequence[ConditionFit], styles: dict[str, dict], s
         label = f"{TITLES.get(one.condition.initialisation, '')}: {said}"
         handles.append(Line2D([], [], label=label, **_style(index + _STARTS)))
     handles.append(Line2D([], [], label=f"the paper: {_equation(PAPER_SLOPE, PAPER_INTERCEPT)}", **_PAPER_STYLE))
-    axis.legend(handles=handles, loc="upper left", frameon=False, title=_without_start(group[0].condition, fit),
+    condition = group[0].condition
+    title = describe(condition, fit.budget).replace(f"{condition.initialisation}, ", "")
+    axis.legend(handles=handles, loc="upper left", frameon=False, title=title,
                 alignment="left", borderaxespad=0, handlelength=3)  # fmt: skip
 
 
 def _equation(slope: float, intercept: float) -> str:
     return f"{slope:.4g} S {'-' if intercept < 0 else '+'} {abs(intercept):.3g}"
-
-
-def _without_start(condition: Condition, fit: Fit) -> str:
-    return describe(condition, fit.budget).replace(f"{condition.initialisation}, ", "")
-
-
-def _kind(fit: Fit) -> str:
-    return "without embeddings" if fit.sizes == "non_embedding" else "with embeddings"

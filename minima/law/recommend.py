@@ -63,8 +63,7 @@ def recommend(question: Question, fit: Fit | None = None) -> Recommendation:
         for one in fit.conditions if fit else ():
             answers.append(_fitted_gap(question, question.tokens, one, fit))
         if fit is not None:
-            kind = "without embeddings" if fit.sizes == "non_embedding" else "with embeddings"
-            warnings.append(f"the fit counts sizes {kind}, so --student and --teachers must, too")
+            warnings.append(f"the fit counts sizes {fit.kind}, so --student and --teachers must, too")
         for scaling in fit.scaling if fit else ():
             answers.append(_fitted_scaling(question, question.tokens, scaling))
     warnings += [f"{answer.law}: {note}" for answer in answers for note in answer.notes]
@@ -183,8 +182,7 @@ def _own_scaling(fit: Fit | None, one: ConditionFit) -> tuple[str, ScalingLaw, f
 
 
 def _scaling_name(scaling: ScalingFit) -> str:
-    names = " ".join(name for name in (scaling.study, scaling.family) if name)
-    return f"distillation scaling, fitted: {names + ': ' if names else ''}{scaling.initialisation}"
+    return f"distillation scaling, fitted: {scaling.name}"
 
 
 def _published_scaling(question: Question, tokens: float) -> Answer:

@@ -1,7 +1,8 @@
-"""A fit as text for a terminal or a log."""
+"""A fit, and a recommendation, as text for a terminal or a log."""
 
 from collections.abc import Sequence
 
+from minima.law.answers import Answer, Recommendation
 from minima.law.curves import describe
 from minima.law.fitting import ConditionFit, Fit, ScalingFit
 from minima.law.interpolate import MINIMUM, Interval, Minimum
@@ -13,6 +14,7 @@ from minima.law.line import (
     LineFit,
     paper_teacher,
 )
+from minima.law.recommend import FLAT_NATS
 from minima.law.scaling_fit import Fitted
 from minima.law.sizes_text import short
 from minima.report.tables import text_table
@@ -20,9 +22,8 @@ from minima.report.tables import text_table
 
 def render_fit(fit: Fit) -> str:
     """The whole report: rows left out, minima and line of each condition, and the scaling law."""
-    kind = "without embeddings" if fit.sizes == "non_embedding" else "with embeddings"
     lines = [
-        f"{fit.table}: {fit.num_runs} of {fit.num_rows} rows fitted; sizes {kind}; "
+        f"{fit.table}: {fit.num_runs} of {fit.num_rows} rows fitted; sizes {fit.kind}; "
         f"95 % intervals over seeds from {fit.num_draws:,} draws (seed {fit.seed})"
     ]
     lines += [f"left out: row {one.row} ({one.run}): {one.reason}" for one in fit.excluded]
@@ -53,7 +54,7 @@ def _minimum(minimum: Minimum) -> list[str]:
     if minimum.status != MINIMUM or minimum.teacher_size is None:
         return [name, minimum.status, "-", "-", "-", "-", share]
     return [
-        name, short(minimum.teacher_size), sizes_interval(minimum.teacher_interval),
+        name, short(minimum.teacher_size), _sizes_interval(minimum.teacher_interval),
         f"{minimum.teacher_size / minimum.student_size:.2f}", f"{minimum.loss:.4f}",
         _interval(minimum.loss_interval), share,
     ]  # fmt: skip
@@ -108,7 +109,7 @@ def _line(one: ConditionFit) -> list[str]:
     agreement = line.agreement
     if agreement is not None:
         verdict = {True: "rejected", False: "not rejected", None: "cannot be tested"}[agreement.rejected]
-        seeds, scatter = (_p(value) for value in (agreement.seeds_p, agreement.scatter_p))
+        seeds, scatter = ("-" if p is None else f"{p:.2g}" for p in (agreement.seeds_p, agreement.scatter_p))
         lines.append(
             f"  the paper's T* = {PAPER_SLOPE} S - {-PAPER_INTERCEPT}: {verdict} (tested: {agreement.test}; p over "
             f"seeds {seeds}, p from the scatter around the line {scatter}; rejected below 0.025 in one of them)"
@@ -133,8 +134,7 @@ def _two_intervals(seeds: Interval | None, scatter: Interval | None) -> str:
 
 
 def _scaling(scaling: ScalingFit) -> list[str]:
-    where = " ".join(name for name in (scaling.study, scaling.family) if name)
-    lines = [f"  {where + ': ' if where else ''}{scaling.initialisation}"]
+    lines = [f"  {scaling.name}"]
     for name, part in (("supervised", scaling.supervised), ("distilled", scaling.distilled)):
         lines.append(f"    {name}: {_fitted_text(part)}")
     if scaling.published_error is not None:
@@ -155,8 +155,7 @@ def _fitted_text(part: Fitted) -> str:
     )
 
 
-def sizes_interval(ends: Interval | None) -> str:
-    """An interval of teacher sizes as text; an open end lies beyond the grid."""
+def _sizes_interval(ends: Interval | None) -> str:
     if ends is None:
         return "-"
     low, high = (None if end is None else short(end) for end in ends)
@@ -169,5 +168,58 @@ def _interval(ends: Sequence[float | None] | None, digits: int = 4) -> str:
     return " to ".join("open" if end is None else f"{end:.{digits}f}" for end in ends)
 
 
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
+def render_recommendation(found: Recommendation) -> str:
+    """The text: a table of answers, one of the teachers that were asked for, and the warnings."""
+    question = found.question
+    tokens = "an unknown number of" if question.tokens is None else short(question.tokens)
+    lines = [f"student of {short(question.student)}, {tokens} tokens"]
+    per_token = question.tokens is None
+    flops = "FLOPs per token" if per_token else "FLOPs"
+    headers = ["law", "teacher", "interval", "T/S", "expected loss", "interval", flops, "pruning"]
+    rows = [_answer(answer, per_token) for answer in found.answers]
+    lines += text_table(rows, headers).splitlines()
+    others = {answer.loss_law for answer in found.answers if answer.loss_law not in ("", answer.law)}
+    lines += [f"* by the law of {name}; a line says nothing about losses" for name in sorted(others)] + [""]
+    for answer in found.answers:
+        if answer.teacher is not None:
+            lines.append(f"{answer.law}: measured on {answer.measured}")
+        if question.teachers and answer.ideal is not None:
+            lines.append(f"{answer.law}: the best of all sizes would be {short(answer.ideal)}")
+        if answer.alone is not None:
+            lines.append(f"{answer.law}: the student without a teacher, from random weights: {answer.alone:.3f}")
+        if answer.flat is not None:
+            low, high = (short(end) for end in answer.flat)
+            lines.append(f"{answer.law}: within {FLAT_NATS} nats of the lowest loss from {low} to {high}")
+    if found.costs:
+        priced = [answer for answer in found.answers if answer.losses]
+        lines += ["", *_costs(found, priced)]
+    lines += ["", *(f"warning: {warning}" for warning in found.warnings)] if found.warnings else []
+    return "\n".join(lines)
+
+
+def _answer(answer: Answer, per_token: bool) -> list[str]:
+    cost = answer.cost
+    if answer.teacher is None or cost is None:
+        return [answer.law, "no answer", "-", "-", "-", "-", "-", "-"]
+    flops = cost.flops_per_token if per_token or cost.flops is None else cost.flops
+    loss = "-" if answer.loss is None else f"{answer.loss:.3f}{'' if answer.loss_law == answer.law else '*'}"
+    return [
+        answer.law, short(answer.teacher), _sizes_interval(answer.teacher_interval), f"{cost.ratio:.2f}", loss,
+        _interval(answer.loss_interval, 3), f"{flops:.3g}", _pruning(cost.sparsity_percent, cost.width_percent),
+    ]  # fmt: skip
+
+
+def _costs(found: Recommendation, priced: list[Answer]) -> list[str]:
+    flops = "FLOPs per token" if found.question.tokens is None else "FLOPs"
+    headers = ["teacher", "T/S", flops, "pruning", *(f"loss: {one.law}" for one in priced)]
+    rows = []
+    for index, cost in enumerate(found.costs):
+        number = cost.flops_per_token if cost.flops is None else cost.flops
+        losses = [f"{one.losses[index]:.3f}" for one in priced]
+        pruning = _pruning(cost.sparsity_percent, cost.width_percent)
+        rows.append([short(cost.teacher), f"{cost.ratio:.2f}", f"{number:.3g}", pruning, *losses])
+    return text_table(rows, headers).splitlines()
+
+
+def _pruning(sparsity: float, width: int) -> str:
+    return f"{sparsity:.0f} % ({width} % of widths)"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from minima.disk import disk_full_named
 from minima.errors import RecipeError, StageError
+from minima.launcher import num_accelerators, num_cores
 from minima.law.collect import CSV, OVERVIEW, PARQUET, collect, overview
 from minima.law.grid import Unit, expand
 from minima.law.study_recipe import Study, load_study, resolved_yaml, warnings
-from minima.law.worker_pool import Pool, Tally, default_workers
+from minima.law.worker_pool import Pool, Tally
 from minima.recipe.loading import read_yaml
 from minima.recipe.overrides import nearest
 from minima.report.tables import text_table
@@ -68,9 +69,10 @@ def study(
         from minima.law.study_jobs import submit
 
         return submit(own, units, cluster, dry_run, write)
-    return (
-        0 if dry_run else _run(own, units, [str(path), *overrides], workers or own.workers or default_workers(), write)
-    )
+    if dry_run:
+        return 0
+    workers = workers or own.workers or num_accelerators() or num_cores()
+    return _run(own, units, [str(path), *overrides], workers, write)
 
 
 def _check_asked(workers: int | None, asked: Mapping[str, object]) -> None:

@@ -78,7 +78,7 @@ def _script(study: Study, place: Place, recipe: Path, level: str, units: Sequenc
         command += ["--runs", ",".join(unit.name for unit in task)]
         lines += [f"{index})", f"  run_alone {quoted([str(place.run_folder), level, *command])}", "  ;;"]
     lines.append("esac")
-    made = render(
+    return render(
         place,
         name=f"{study.name}.{level}",
         stage=level,
@@ -87,4 +87,3 @@ def _script(study: Study, place: Place, recipe: Path, level: str, units: Sequenc
         work=lines,
         note=f"{len(units)} runs of a study ({level}), at most {size} per process.",
     )
-    return made

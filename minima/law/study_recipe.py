@@ -135,14 +135,11 @@ class Study(Strict):
             "evaluation": ("name", "kind", "models", "data", "teacher"),
         }
         blocks = [(block, getattr(self, block), block) for block in owned]
-        blocks += [
-            (f"teachers.{name}.training", own.get("training", {}), "teacher_training")
-            for name, own in self.teachers.items()
-        ]
-        blocks += [
-            (f"students.{name}.training", own.get("training", {}), "student_training")
-            for name, own in self.students.items()
-        ]
+        for kind, members in (("teacher", self.teachers), ("student", self.students)):
+            blocks += [
+                (f"{kind}s.{name}.training", own.get("training", {}), f"{kind}_training")
+                for name, own in members.items()
+            ]
         for place, settings, kind in blocks:
             for key in settings:
                 if key in owned[kind]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from minima.law.checks import Run
+from minima.law.curves import with_names
 
 DEVIATIONS = 2.0  # between neighbours; closer ones could swap places with another seed
 
@@ -25,7 +26,6 @@ def order_notes(runs: Sequence[Run]) -> list[str]:
             sizes[run.study, run.family, run.teacher] = run.teacher_size
     notes = []
     for (study, family), teachers in sorted(families.items()):
-        where = " ".join(name for name in (study, family) if name)
         ordered = sorted(teachers, key=lambda name: sizes[study, family, name])
         means = {name: float(np.mean(list(teachers[name].values()))) for name in ordered}
         squares = [(loss - means[name]) ** 2 for name in ordered for loss in teachers[name].values()]
@@ -34,8 +34,6 @@ def order_notes(runs: Sequence[Run]) -> list[str]:
         for smaller, larger in pairwise(ordered):
             if means[smaller] - means[larger] <= DEVIATIONS * deviation:
                 losses = f"{means[smaller]:.4f} and {means[larger]:.4f}"
-                notes.append(
-                    f"{where}: the losses of teachers {smaller} and {larger}, {losses}, do not fall by more than two "
-                    f"seed deviations ({deviation:.4f})"
-                )
+                note = f"the losses of teachers {smaller} and {larger}, {losses}, do not fall by more than two seed "
+                notes.append(with_names(study, family, f"{note}deviations ({deviation:.4f})"))
     return notes

@@ -7,13 +7,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from minima.console import taking_signals
-from minima.launcher import child_environment, num_accelerators, num_cores
+from minima.launcher import child_environment, num_accelerators
 from minima.law.grid import Unit
 from minima.law.worker import BEGUN, DONE, EVENT, READY
 
@@ -42,11 +42,6 @@ class Tally:
             f"starting workers took {self.startup_seconds:.1f} s of their {self.worker_seconds:.1f} s: "
             f"{100 * share:.1f} %, over {self.made} runs"
         )
-
-
-def default_workers() -> int:
-    """One worker per GPU, or one per core without GPUs."""
-    return num_accelerators() or num_cores()
 
 
 def ready_units(units: Sequence[Unit], tally: Tally) -> list[Unit]:
@@ -110,23 +105,15 @@ class _Worker:
         """Give the worker a run to make."""
         assert self.process.stdin is not None
         self.unit = unit
-        self._say(unit.name + "\n")
+        with suppress(BrokenPipeError, ValueError):  # it has ended, which its reader reports; or a signal has closed it
+            self.process.stdin.write(unit.name + "\n")
+            self.process.stdin.flush()
 
     def close(self) -> None:
         """Tell the worker that no more runs will come."""
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError, RuntimeError):  # it has ended, or a signal came while it was given a run
             self.process.stdin.close()
-        except (BrokenPipeError, RuntimeError):  # it has ended, or a signal came while it was given a run
-            return
-
-    def _say(self, text: str) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(text)
-            self.process.stdin.flush()
-        except (BrokenPipeError, ValueError):  # it has ended, which its reader reports; or a signal has closed it
-            return
 
 
 class Pool:

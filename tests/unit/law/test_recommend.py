@@ -6,7 +6,7 @@ import pytest
 from minima.errors import TableError
 from minima.law.fitting import fit_table
 from minima.law.recommend import PUBLISHED_GAP, PUBLISHED_SCALING, Question, recommend
-from minima.law.recommend_text import render_recommendation
+from minima.law.report import render_recommendation
 from minima.law.scaling import PUBLISHED
 from minima.law.sizes_text import parse_number, short
 from minima.law.table import write_table
