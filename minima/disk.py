@@ -114,6 +114,16 @@ def json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def last_bytes(path: Path, count: int) -> bytes:
+    """The last `count` bytes of a file; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+            return file.read()
+    except OSError:
+        return b""
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: the whole file or nothing."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

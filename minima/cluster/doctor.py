@@ -109,8 +109,7 @@ def _different(gathered: dict[int, list[Finding]]) -> list[tuple[Finding, str]]:
             if finding.check == check
         }
         if len(versions) > 1:
-            finding = Finding(
-                f"same {check}", "FAILED", " and ".join(sorted(versions)), "install the same version on every machine"
-            )
+            do = "install the same version on every machine"
+            finding = Finding(f"same {check}", "FAILED", " and ".join(sorted(versions)), do)
             rows.append((finding, finding.found))
     return rows

@@ -74,12 +74,8 @@ def _package(check: str, name: str) -> Finding:
     try:
         return Finding(check, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(
-            check,
-            "FAILED",
-            "not installed",
-            "install minima with its dependencies into this Python's environment: see its README",
-        )
+        do = "install minima with its dependencies into this Python's environment: see its README"
+        return Finding(check, "FAILED", "not installed", do)
 
 
 def _torch() -> Finding:
@@ -172,19 +168,14 @@ def _slurm() -> Finding:
     if shutil.which("scontrol") is None:
         if job is None:
             return Finding("Slurm", "ok", "not installed on this machine")
-        return Finding(
-            "Slurm",
-            "warning",
-            f"job {job.job_id}, but no scontrol",
-            "jobs are requeued with scontrol: put it on PATH",
-        )
+        do = "jobs are requeued with scontrol: put it on PATH"
+        return Finding("Slurm", "warning", f"job {job.job_id}, but no scontrol", do)
     code, said = _ask(["scontrol", "--version"])
     if code:
         do = "set SLURM_CONF if its configuration is elsewhere; without Slurm, use another launcher"
         return Finding("Slurm", "warning", f"installed, but finds no cluster: {said}", do)
-    return Finding(
-        "Slurm", "ok", f"{said.removeprefix('slurm ')}{f', job {job.job_id} on {job.nodelist}' if job else ''}"
-    )
+    where = f", job {job.job_id} on {job.nodelist}" if job else ""
+    return Finding("Slurm", "ok", f"{said.removeprefix('slurm ')}{where}")
 
 
 def _mpi() -> Finding:
@@ -196,9 +187,8 @@ def _mpi() -> Finding:
         return Finding("MPI", "ok", "no mpirun on this machine")
     code, said = _ask(["mpirun", "--version"])
     if code:
-        return Finding(
-            "MPI", "warning", f"mpirun does not run: {said}", "load its module again, or use another launcher"
-        )
+        do = "load its module again, or use another launcher"
+        return Finding("MPI", "warning", f"mpirun does not run: {said}", do)
     if "Open MPI" not in said:
         return Finding("MPI", "warning", f"{said}", "launch/mpirun.sh needs Open MPI: load its module")
     version = said.removeprefix("mpirun (Open MPI) ")

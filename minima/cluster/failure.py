@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from minima.disk import last_bytes
 from minima.errors import ADVICE
 from minima.stages.running import ERROR, HEADER
 
@@ -57,14 +58,13 @@ def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
     last_start = batch[start:]
     said = [line for line in last_start if _OWN.search(line)][-2:]
     errors = [line for line in last_start if _SLURM_ERROR.search(line) and not _FAILED_TASK.search(line)][-3:]
-    rank = _first_failed(last_start)
-    if rank is not None:
-        number, line = rank
-        lines = _rank_lines(ranks.with_name(f"{ranks.name}-rank{number}.log"))
-        return [line, *errors, *said, f"the last lines of rank {number}:", *(f"  {each}" for each in lines)]
-    if found := _with_error(ranks):
-        name, lines = found
-        return [*errors, *said, f"the last lines of {name}:", *(f"  {each}" for each in lines)]
+    if (match := _first_failed(last_start)) is not None:
+        lines = _from_error(_tail(ranks.with_name(f"{ranks.name}-rank{match[2]}.log")))
+        return [match[0], *errors, *said, f"the last lines of rank {match[2]}:", *(f"  {each}" for each in lines)]
+    for path in sorted(ranks.parent.glob(f"{ranks.name}-rank*.log")):
+        tail = _tail(path)
+        if any(ERROR in line for line in tail):
+            return [*errors, *said, f"the last lines of {path.name}:", *(f"  {each}" for each in _from_error(tail))]
     if any("exit code" in line for line in said) or errors:
         return [*errors, *said, *(f"  {line}" for line in last_start[-_SHOWN_LINES:] if line not in said)]
     if last_start and not any(_START.search(line) for line in last_start):  # the job ended in its preamble
@@ -72,23 +72,10 @@ def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
     return []
 
 
-def _first_failed(lines: list[str]) -> tuple[int, str] | None:
-    """Rank and line of the first failure that srun reports; ranks that ended with a save count only if all did."""
+def _first_failed(lines: list[str]) -> re.Match[str] | None:
+    """The first failure that srun reports; ranks that ended with a save count only if all did."""
     matches = [match for match in map(_FAILED_TASK.search, lines) if match]
-    for match in [*(match for match in matches if _SAVED not in match[3]), *matches]:
-        return int(match[2]), match[0]
-    return None
-
-
-def _with_error(ranks: Path) -> tuple[str, list[str]] | None:
-    for path in sorted(ranks.parent.glob(f"{ranks.name}-rank*.log")):
-        if any(ERROR in line for line in _tail(path)):
-            return path.name, _rank_lines(path)
-    return None
-
-
-def _rank_lines(path: Path) -> list[str]:
-    return _from_error(_tail(path))
+    return next((match for match in matches if _SAVED not in match[3]), matches[0] if matches else None)
 
 
 def _from_error(lines: list[str], searched: int = 4 * _SHOWN_LINES) -> list[str]:
@@ -105,12 +92,6 @@ def _from_error(lines: list[str], searched: int = 4 * _SHOWN_LINES) -> list[str]
 
 def _tail(path: Path) -> list[str]:
     """The last lines of a log, each as a terminal would show it in the end."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
+    text = last_bytes(path, _TAIL_BYTES).decode("utf-8", errors="replace")
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return ["".join(letter for letter in line if letter.isprintable() or letter == "\t") for line in lines if line]

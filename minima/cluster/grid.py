@@ -67,9 +67,10 @@ def submit_grid(
         warnings: dict[str, None] = {}
         for number, (name, own) in enumerate(cells.items(), 1):
             check_values(f"cell {number}", own)
-            changes = [*overrides, *own, _output(place.run_folder / "cells" / name)]
-            cell = load_recipe(recipe_path, changes)
             folder = place.run_folder / "cells" / name
+            output = json.dumps(str(folder), ensure_ascii=False)  # YAML reads this back, whatever the path
+            changes = [*overrides, *own, f"output={output}"]
+            cell = load_recipe(recipe_path, changes)
             if all(is_finished(folder / stage.name) for stage in cell.select(names)):
                 write(f"{name}: finished")
             elif name in waiting:
@@ -172,10 +173,6 @@ def _products(path: Path, raw: Any) -> list[tuple[str, list[str]]]:
 
 def _short(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value))
-
-
-def _output(folder: Path) -> str:
-    return f"output={json.dumps(str(folder), ensure_ascii=False)}"  # YAML reads this back, whatever the path
 
 
 def _check(

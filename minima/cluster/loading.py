@@ -39,9 +39,7 @@ def load_cluster(path: Path) -> Cluster:
         ) from None
     if not isinstance(raw, dict):
         raise ClusterError(
-            f"{path} contains no keys and values",
-            "it says which resources jobs get",
-            "see slurm/cluster.example.yaml",
+            f"{path} contains no keys and values", "it says which resources jobs get", "see slurm/cluster.example.yaml"
         )
     try:
         return Cluster.model_validate(raw)

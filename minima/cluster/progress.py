@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minima.disk import last_bytes
 from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.planning.arithmetic import plan_training
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
@@ -61,14 +62,7 @@ def newest_checkpoint(stage_folder: Path) -> dict[str, Any] | None:
 
 def last_record(path: Path) -> dict[str, Any]:
     """The last complete record of a training step; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
+    for line in reversed(last_bytes(path, _TAIL_BYTES).splitlines()):
         try:
             record = json.loads(line)
         except ValueError:  # still being written, or truncated

@@ -7,7 +7,6 @@ from pathlib import Path
 from minima.cluster import slurm
 from minima.cluster.progress import last_record, newest_checkpoint
 from minima.cluster.render import Place
-from minima.errors import ClusterError
 from minima.recipe.schema import AnyStage
 
 _MARGIN = 1.5  # a save to a busy file system may take longer than the last one
@@ -52,12 +51,8 @@ def _step_seconds(stage_folder: Path) -> float:
 @functools.cache  # a grid calls this for each of its cells
 def _grace_seconds(partition: str | None) -> int | None:
     """GraceTime of a partition whose jobs can be preempted; None if they cannot, or if Slurm does not say."""
-    if partition is None:
-        return None
-    try:
-        text = slurm.call(["scontrol", "show", "partition", "--oneliner", partition], "asking for its grace time")
-    except ClusterError:
-        return None
-    fields = dict(part.split("=", 1) for part in text.split() if "=" in part)
-    grace = fields.get("GraceTime", "")
-    return int(grace) if fields.get("PreemptMode", "OFF") != "OFF" and grace.isdigit() else None
+    for fields in slurm.shown("partition", partition) if partition is not None else ():
+        grace = fields.get("GraceTime", "")
+        if fields.get("PreemptMode", "OFF") != "OFF" and grace.isdigit():
+            return int(grace)
+    return None

@@ -152,28 +152,21 @@ def accounted(jobs: Sequence[tuple[str, str]]) -> list[Task]:
                 found.append(Task(job, int(index) if index.isdigit() else None, fields[1].split()[0], fields[2]))
     for job, name in jobs:
         if not any(task.job == job for task in found):
-            found += [Task(job, None, state, name, reason) for state, reason in _states_and_reasons(job, name)]
-    return found
-
-
-def _states_and_reasons(job: str, name: str) -> list[tuple[str, str]]:
-    try:
-        lines = call(["scontrol", "show", "job", "--oneliner", job], "looking up a job that ended").splitlines()
-    except ClusterError:
-        return []
-    found = []
-    for line in lines:
-        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
-        if fields.get("JobName") == name and "JobState" in fields:
-            found.append((fields["JobState"], fields.get("Reason", "")))
+            own = [fields for fields in shown("job", job) if fields.get("JobName") == name and "JobState" in fields]
+            found += [Task(job, None, fields["JobState"], name, fields.get("Reason", "")) for fields in own]
     return found
 
 
 def restarts(job: str) -> int:
     """How often Slurm has restarted a job; 0 if it does not say."""
-    try:
-        text = call(["scontrol", "show", "job", "--oneliner", job], "looking up a job's restarts")
-    except ClusterError:
-        return 0
-    counts = [part.removeprefix("Restarts=") for part in text.split() if part.startswith("Restarts=")]
+    counts = [fields.get("Restarts", "") for fields in shown("job", job)]
     return max((int(count) for count in counts if count.isdigit()), default=0)
+
+
+def shown(kind: str, name: str) -> list[dict[str, str]]:
+    """The fields that scontrol shows of a job's tasks or of a partition; empty if it does not answer."""
+    try:
+        lines = call(["scontrol", "show", kind, "--oneliner", name], f"looking up the {kind} {name}").splitlines()
+    except ClusterError:
+        return []
+    return [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in lines]

@@ -73,9 +73,8 @@ def submit(
                 ids = ", ".join(job.id for job in queued if job.stage == stage.name)
                 write(f"{stage.name}: job {ids} is in the queue")
         _check_queued(tasks, recipe, recipe_path, place, write)
-        for line in check_jobs(
-            recipe, recipe_path, [s for s in recipe.stages if s in stages or s.name in waiting], place
-        ):
+        asked = [stage for stage in recipe.stages if stage in stages or stage.name in waiting]
+        for line in check_jobs(recipe, recipe_path, asked, place):
             write(f"warning: {line}")
         copy = copy_recipe(recipe, recipe_path, folder / "cluster" / "recipes", write=not dry_run)
         scripts = [script for stage in missing for script in stage_scripts(recipe, copy, overrides, stage, place)]
@@ -93,11 +92,7 @@ def submit(
 
 
 def _check_queued(
-    tasks: Sequence[tuple[Job, Task]],
-    recipe: Recipe,
-    recipe_path: Path,
-    place: Place,
-    write: Callable[[str], None],
+    tasks: Sequence[tuple[Job, Task]], recipe: Recipe, recipe_path: Path, place: Place, write: Callable[[str], None]
 ) -> None:
     """Refuse or warn about queued jobs that do not match the current recipe and cluster file."""
     unfinished = {stage.name for stage in recipe.stages if not is_finished(place.run_folder / stage.name)}
