@@ -98,18 +98,9 @@ class Generator:
             ) from error
         return cls(model.to(device), load_tokenizer(folder))
 
-    def reply(
-        self,
-        messages: list[Message],
-        *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> str:
-        """The assistant's complete answer; arguments and errors as for `stream`."""
-        pieces = self.stream(messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return "".join(pieces)
+    def reply(self, messages: list[Message], **options: Any) -> str:
+        """The assistant's complete answer; options and errors as for `stream`."""
+        return "".join(self.stream(messages, **options))
 
     def stream(
         self,

@@ -5,7 +5,6 @@ through its own launcher, accelerate, on several GPUs.
 """
 
 import codecs
-import importlib.util
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from minima.errors import StageError
+from minima.evaluation.task_names import installed_lm_eval
 from minima.launcher import cleaned_environment, free_port, num_accelerators
 
 RESULTS = "results.json"
@@ -64,14 +64,14 @@ def lm_eval_folder() -> Path:
     Raises:
         StageError: lm-eval is not installed.
     """
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    folder = installed_lm_eval()
+    if folder is None:
         raise StageError(
             "lm-eval is not installed",
             "a benchmark stage gets all its scores from it",
             "pip install lm-eval accelerate",
         )
-    return Path(next(iter(found.submodule_search_locations)))
+    return folder
 
 
 def check_code_execution(tasks: Sequence[str], allowed: bool) -> None:

@@ -112,12 +112,7 @@ def evaluate(
             sums += _score(host, teacher, batch, shared_rows)
     loss_sum, tokens, kl_sum, same = distributed.all_reduce_sum(sums).tolist()
     loss = loss_sum / tokens
-    if not math.isfinite(loss):
-        raise NotFinite(
-            f"{name} has a held-out loss of {loss}",
-            "a model whose loss is not finite is broken",
-            "find the step in its training metrics at which they went wrong, and use an earlier checkpoint",
-        )
+    check_finite(loss, f"{name} has a held-out loss")
     return HeldOut(
         loss=loss,
         perplexity=math.exp(min(loss, _LARGEST_EXPONENT)),
@@ -126,6 +121,16 @@ def evaluate(
         kl=None if teacher is None else kl_sum / tokens,
         top1_agreement=None if teacher is None else same / tokens,
     )
+
+
+def check_finite(loss: float, what: str) -> None:
+    """Refuse a loss that is not finite; `what` begins the error's text."""
+    if not math.isfinite(loss):
+        raise NotFinite(
+            f"{what} of {loss}",
+            "a model whose loss is not finite is broken",
+            "find the step in its training metrics at which they went wrong, and use an earlier checkpoint",
+        )
 
 
 def _score(host: Host, teacher: Host | None, batch: Batch, rows: int | None) -> Tensor:

@@ -76,15 +76,12 @@ def keep_references(
     ]
     kept = [_find_together(folder, facts) for _, facts in wanted]
     if any(values_LS is None for values_LS in kept):
-        host = build_host()
-        try:
+        with closing(build_host()) as host:
             reference = HostReference(host, chunk_tokens)
             for number, (store, facts) in enumerate(wanted):
                 if kept[number] is None:
                     kept[number] = values_LS = _measure(reference, store, facts["blocks"], micro_batch_sequences, name)
                     _write(kept_path(folder, facts), values_LS, facts)
-        finally:
-            host.close()
     return [KeptReference(values_LS) for values_LS in kept if values_LS is not None]
 
 

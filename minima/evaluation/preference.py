@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens, D width, V vocabulary.
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,8 +10,8 @@ import torch
 from minima.data.store import TokenStore
 from minima.engine import distributed
 from minima.engine.objectives.preference import Preference
-from minima.errors import DataError, NotFinite
-from minima.evaluation.held_out import Host, check_store, held_out_batch, rank_blocks
+from minima.errors import DataError
+from minima.evaluation.held_out import Host, check_finite, check_store, held_out_batch, rank_blocks
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,7 @@ def evaluate_preference(
             "raise held_out_fraction of the build_data stage, or check what that stage rejected",
         )
     mean = loss_sum / pairs
-    if not math.isfinite(mean):
-        raise NotFinite(
-            f"{name} has a held-out preference loss of {mean}",
-            "a model whose loss is not finite is broken",
-            "find the step in its training metrics at which they went wrong, and use an earlier checkpoint",
-        )
+    check_finite(mean, f"{name} has a held-out preference loss")
     return HeldOutPreference(
         loss=mean,
         accuracy=accuracy / pairs,

@@ -143,18 +143,14 @@ def write_tasks(folder: Path, data_folder: Path | None) -> Path:
         if not asset.is_file() or (asset.name.startswith("local_") and data_folder is None):
             continue
         text = asset.read_text(encoding="utf-8")
+        filled = {asset.name: text}
         if asset.name == "_local_mmlu_subject":
-            for subject in subjects:
-                filled = _filled_text(text, paths | {"SUBJECT": subject})
-                (folder / f"local_mmlu_{subject}.yaml").write_text(filled, encoding="utf-8")
-        else:
-            template = asset.name.endswith(".yaml") or "." not in asset.name
-            (folder / asset.name).write_text(_filled_text(text, paths) if template else text, encoding="utf-8")
+            filled = {f"local_mmlu_{one}.yaml": Template(text).safe_substitute(paths, SUBJECT=one) for one in subjects}
+        elif asset.name.endswith(".yaml") or "." not in asset.name:
+            filled = {asset.name: Template(text).safe_substitute(paths)}
+        for name, content in filled.items():
+            (folder / name).write_text(content, encoding="utf-8")
     return folder
-
-
-def _filled_text(text: str, paths: Mapping[str, str]) -> str:
-    return Template(text).safe_substitute(paths)
 
 
 def score(asked: Asked, results: Mapping[str, Any], limit: int | None) -> dict[str, Any]:

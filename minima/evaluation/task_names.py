@@ -13,6 +13,12 @@ _NAMES = re.compile(r"""(?m)^(?:- )?["']?(?:task|group|tag)s?["']?: *(\S*) *((?:
 _PATTERN = re.compile(r"[*?\[/]|\.ya?ml$")  # a pattern for several tasks, or a path
 
 
+def installed_lm_eval() -> Path | None:
+    """The folder where lm-eval is installed; None if it is not."""
+    found = importlib.util.find_spec("lm_eval")
+    return Path(next(iter(found.submodule_search_locations))) if found and found.submodule_search_locations else None
+
+
 def unknown_tasks(tasks: Sequence[str], folder: Path | None) -> dict[str, list[str]]:
     """Tasks that no task file defines, each with the names that exist.
 
@@ -23,10 +29,10 @@ def unknown_tasks(tasks: Sequence[str], folder: Path | None) -> dict[str, list[s
     Returns:
         Empty if lm-eval is not installed.
     """
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
+    harness = installed_lm_eval()
+    if harness is None:
         return {}
-    folders = [Path(next(iter(spec.submodule_search_locations))) / "tasks", *([folder] if folder is not None else [])]
+    folders = [harness / "tasks", *([folder] if folder is not None else [])]
     with resources.as_file(resources.files("minima.assets") / "tasks") as shipped:
         known = frozenset().union(*(_names_in(place) for place in (*folders, shipped)))
     return {task: sorted(known) for task in tasks if task not in known and not _PATTERN.search(task)}

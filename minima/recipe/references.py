@@ -24,23 +24,14 @@ def uses_ranks(stage: AnyStage) -> bool:
 
 @dataclass(frozen=True)
 class Reference:
-    """One input of a stage, as the recipe writes it.
+    """One input of a stage, as the recipe writes it."""
 
-    Attributes:
-        field: the key of the stage that holds it: `model`, `teacher`, `data`, `models.0`.
-        text: as written.
-        stage: the earlier stage that it names; None for a path or a Hub id.
-        step: the checkpoint of `name@step`; None for the newest.
-        what: `model`, `exported`, `data`, `scores` or `tokenizer`.
-        revision: revision on the Hub.
-    """
-
-    field: str
-    text: str
-    stage: str | None
-    step: int | None
-    what: str
-    revision: str | None = None
+    field: str  # the key of the stage that holds it: `model`, `teacher`, `data`, `models.0`
+    text: str  # as written
+    stage: str | None  # the earlier stage that it names; None for a path or a Hub id
+    step: int | None  # the checkpoint of `name@step`; None for the newest
+    what: str  # `model`, `exported`, `data`, `scores` or `tokenizer`
+    revision: str | None = None  # revision on the Hub
 
 
 def stage_and_step(recipe: Recipe, text: str) -> tuple[AnyStage | None, int | None]:
@@ -71,15 +62,10 @@ def references(recipe: Recipe, stage: AnyStage) -> list[Reference]:
 
 
 class Ancestor(NamedTuple):
-    """A stage that a model came through.
+    """A stage that a model came through."""
 
-    Attributes:
-        stage: the stage of the recipe.
-        step: the checkpoint that was used; None for the newest, or if the stage has no checkpoints.
-    """
-
-    stage: AnyStage
-    step: int | None
+    stage: AnyStage  # the stage of the recipe
+    step: int | None  # the checkpoint that was used; None for the newest, or if the stage has no checkpoints
 
 
 def lineage(recipe: Recipe, name: str) -> tuple[list[Ancestor], str | None]:

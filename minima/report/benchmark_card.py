@@ -80,14 +80,7 @@ def split(card: str) -> tuple[dict[str, Any], str]:
 
 def _section(scores: Sequence[BenchmarkScore]) -> str:
     rows = [
-        (
-            score.task + score.mark,
-            score.metric,
-            score.shots,
-            score.value,
-            score.stderr,
-            score.version,
-        )
+        (score.task + score.mark, score.metric, score.shots, score.value, score.stderr, score.version)
         for score in scores
     ]
     table = markdown_table(rows, ("task", "metric", "shots", "value", "standard error", "task version"))

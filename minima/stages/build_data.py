@@ -11,7 +11,7 @@ from typing import Any
 from minima.data.builder import build, processes_of
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import PARTS, Part
-from minima.data.part_merging import RecordedParts, check_counts
+from minima.data.part_merging import RecordedParts
 from minima.disk import write_json
 from minima.models.checksums import verify_tokenizer
 from minima.models.layout import VOCABULARY_FILES
@@ -83,11 +83,6 @@ def encode_part(context: StageContext, part: tuple[int, int]) -> str:
 def lock_folder(folder: Path, part: tuple[int, int]) -> Path:
     """The path of one part's lock in a stage's folder."""
     return folder / PARTS / "locks" / Part(*part).name
-
-
-def check_total(folder: Path, total: int) -> None:
-    """Refuse a number of parts that differs from the one in the stage's folder; the `StageError` names both."""
-    check_counts(folder / PARTS, total)
 
 
 def _tokenizer(context: StageContext, stage: BuildData) -> str | Path | TokenizerTraining:

@@ -54,11 +54,7 @@ def check_stages(
     _check_inputs(recipe, stages, folder)
     missing = _missing_folders(recipe, left, [folder, *to_come])
     if missing and not elsewhere:
-        raise StageError(
-            missing[0],
-            _TOO_LATE,
-            "correct it, or copy the folder to this machine",
-        )
+        raise StageError(missing[0], _TOO_LATE, "correct it, or copy the folder to this machine")
     check_run(recipe, stages, folder)
     if not elsewhere:
         _check_models(recipe, left, folder, [folder, *to_come])

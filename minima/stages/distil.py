@@ -1,5 +1,6 @@
 """The distil stage: a student learns from text and from a frozen teacher."""
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,17 @@ def run(context: StageContext) -> dict[str, Any]:
     rows = shared_rows(student, teacher)
     student, teacher = cut(student, rows), cut(teacher, rows)
     shape = ModelShape.from_config(teacher.source.config)
-    hosts: list[FrozenHost] = []
+    opened = ExitStack()
 
     def objective(data: Path, _student: ModelShape, choice: Choice) -> Objective:
         check_fit(shape, TokenStore.open(data / "train"), teacher.identity)
         check_tokens(data, teacher.tokenizer, teacher.identity)
         check_template(context, data, stage.teacher, refuse=True)
         check_template(context, data, stage.model, refuse=False)  # the student may be learning the teacher's format
-        hosts.append(_host(context, stage, teacher.source, choice, TokenStore.open(data / "train").document_mask))
+        documents = TokenStore.open(data / "train").document_mask
+        host = opened.enter_context(closing(_host(context, stage, teacher.source, choice, documents)))
         return Distillation(
-            hosts[0],
+            host,
             hard_weight=stage.hard_weight,
             soft_weight=stage.soft_weight,
             temperature=stage.temperature,
@@ -56,18 +58,9 @@ def run(context: StageContext) -> dict[str, Any]:
             **stage.soft_options(),
         )
 
-    try:
-        return run_training(
-            context,
-            stage,
-            objective,
-            _teacher_facts(context, stage.teacher, teacher.identity),
-            teacher_shape=shape,
-            origin=student,
-        )
-    finally:
-        for host in hosts:
-            host.close()
+    facts = _teacher_facts(context, stage.teacher, teacher.identity)
+    with opened:
+        return run_training(context, stage, objective, facts, teacher_shape=shape, origin=student)
 
 
 def _teacher_facts(context: StageContext, teacher: ModelInput, identity: str) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The evaluate stage: scores models in turn on the same held-out blocks, comparing each with one teacher."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
 from typing import Any
 
 from minima.data.store import TokenStore
@@ -42,9 +41,18 @@ def run(context: StageContext) -> dict[str, Any]:
     check_format(store, stage.kind, LEARNABLE)
     scores: dict[str, Any] = {}
     progress = Progress(stage.name, len(stage.models))
-    with _teacher(context, stage, store) as teacher:
+    with ExitStack() as whole:
+        teacher = None
+        if stage.teacher is not None:
+            teacher = _build(context, stage, stage.teacher, store)
+            whole.enter_context(closing(teacher[1]))
         for name in stage.models:
-            with _host(context, stage, name, teacher, store) as (model, host):
+            with ExitStack() as own:  # each model is closed before the next one is built
+                if teacher is not None and name == stage.teacher:
+                    model, host = teacher
+                else:
+                    model, host = _build(context, stage, name, store)
+                    own.enter_context(closing(host))
                 held_out = evaluate(
                     host,
                     store,
@@ -84,29 +92,3 @@ def _build(context: StageContext, stage: Evaluate, name: str, store: TokenStore)
         micro_batch_sequences=stage.micro_batch_sequences,
     )
     return model, FrozenHost(model.source, config, precision=stage.precision)
-
-
-@contextmanager
-def _teacher(context: StageContext, stage: Evaluate, store: TokenStore) -> Iterator[tuple[Origin, FrozenHost] | None]:
-    """The teacher, shared by all models of the stage and closed at its end."""
-    teacher = None if stage.teacher is None else _build(context, stage, stage.teacher, store)
-    try:
-        yield teacher
-    finally:
-        if teacher is not None:
-            teacher[1].close()
-
-
-@contextmanager
-def _host(
-    context: StageContext, stage: Evaluate, name: str, teacher: tuple[Origin, FrozenHost] | None, store: TokenStore
-) -> Iterator[tuple[Origin, FrozenHost]]:
-    """One model, closed before the next is built; the teacher itself is not built a second time."""
-    if teacher is not None and name == stage.teacher:
-        yield teacher
-        return
-    model, host = _build(context, stage, name, store)
-    try:
-        yield model, host
-    finally:
-        host.close()

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +212,8 @@ def _compare_logits(
     config = frozen_config(context.deepspeed_json(stage.deepspeed), precision=precision)
     logits = []
     for model in (Cast(source, dtype), FolderSource(partial)):
-        host = FrozenHost(model, config, precision=precision)
-        try:
+        with closing(FrozenHost(model, config, precision=precision)) as host:
             logits.append(host_logits(host, batch))
-        finally:
-            host.close()
 
     def compare() -> dict[str, float]:
         differences = {"zero3": check_same_logits(logits[0], logits[1], "the ZeRO-3 host")}

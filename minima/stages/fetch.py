@@ -13,7 +13,7 @@ from minima.launcher import cleaned_environment
 from minima.recipe.data import Source
 from minima.recipe.loading import load_recipe
 from minima.recipe.references import Reference, references, sources
-from minima.recipe.schema import AnyStage, Benchmark, BuildData, ModelInput, Publish, Recipe
+from minima.recipe.schema import AnyStage, Benchmark, BuildData, Publish, Recipe
 from minima.stages.hub import snapshot
 from minima.stages.run_folder import check_run_folder, claim_run_folder, has_recipe
 
@@ -105,14 +105,8 @@ def _reference(recipe: Recipe, stage: AnyStage, reference: Reference, cache: Pat
     else:
         claim_run_folder(folder, recipe)
     before = _files(cache, "models", reference.text)
-    revision = _revision(stage, reference)
-    found = snapshot(reference.text, revision, folder, keep=True, weights=reference.what != "tokenizer")
+    found = snapshot(reference.text, reference.revision, folder, keep=True, weights=reference.what != "tokenizer")
     return _got(f"{what}, commit {found.name[:12]}", before, _files(cache, "models", reference.text))
-
-
-def _revision(stage: AnyStage, reference: Reference) -> str | None:
-    value = getattr(stage, reference.field, None)
-    return value.revision if isinstance(value, ModelInput) else reference.revision
 
 
 def _source(source: Source, field: str | None, cache: Path) -> Got:

@@ -16,27 +16,12 @@ from minima.stages.manifest import FINISHED, STARTED, is_begun, is_finished, rea
 # starts of a stage. `micro_batch_sequences` of a prune stage is not one: its score depends on it.
 FREE_KEYS = frozenset(
     {
-        "log_every_steps",
-        "keep_checkpoints",
-        "keep_every_steps",
-        "watchdog_seconds",
-        "checkpoint_every_steps",
-        "evaluate_every_steps",
-        "evaluate_sequences",
-        "tensorboard",
-        "wandb_project",
-        "deepspeed",
-        "reference_deepspeed",
-        "precompute_reference",
-        "activation_checkpointing",
-        "compile",
-        "kernels",
-        "chunk_tokens",
-        "processes",
-        "batch_size",
-        "deterministic",
+        "log_every_steps", "keep_checkpoints", "keep_every_steps", "watchdog_seconds", "checkpoint_every_steps",
+        "evaluate_every_steps", "evaluate_sequences", "tensorboard", "wandb_project", "deepspeed",
+        "reference_deepspeed", "precompute_reference", "activation_checkpointing", "compile", "kernels",
+        "chunk_tokens", "processes", "batch_size", "deterministic",
     }
-)
+)  # fmt: skip
 
 _DECIDING = frozenset({"evaluate_every_steps", "evaluate_sequences"})  # with patience, they decide when a run ends
 

@@ -121,10 +121,8 @@ def write_manifest(folder: Path, metrics: dict[str, Any], seconds: float) -> Non
     """
     started = read_manifest(folder, STARTED)
     seconds = round(started.get("earlier_seconds", 0.0) + seconds, 3)
-    write_json(
-        folder / FINISHED,
-        started | {"versions": versions(), "metrics": metrics, "seconds": seconds, "finished": _now()},
-    )
+    result = {"versions": versions(), "metrics": metrics, "seconds": seconds, "finished": _now()}
+    write_json(folder / FINISHED, started | result)
 
 
 def versions() -> dict[str, str]:

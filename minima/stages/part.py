@@ -96,10 +96,11 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
 
 def _begin(folder: Path, description: dict[str, Any], total: int) -> None:
     """Record what is being made, once for all parts, and refuse a different number of parts."""
-    from minima.stages import build_data
+    from minima.data.part_files import PARTS
+    from minima.data.part_merging import check_counts
 
     folder.mkdir(parents=True, exist_ok=True)
-    build_data.check_total(folder, total)
+    check_counts(folder / PARTS, total)
     same = (folder / STARTED).is_file() and read_manifest(folder, STARTED).get("identity") == description["identity"]
     if not (same and is_begun(folder)):
         write_started(folder, description)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -151,31 +152,26 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
         precision=stage.precision,
         micro_batch_sequences=stage.micro_batch_sequences,
     )
-    host = FrozenHost(source, config, precision=stage.precision, activation_checkpointing=True)
-    try:
+    with closing(FrozenHost(source, config, precision=stage.precision, activation_checkpointing=True)) as host:
+        micro_batches = batches(
+            store,
+            seed=stage.seed,
+            sequences=stage.sequences,
+            micro_batch_sequences=stage.micro_batch_sequences,
+            sequence_length=length,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            device=host.device,
+        )
         return importance(
             host.run,
             host.model,
-            _shown(
-                stage,
-                batches(
-                    store,
-                    seed=stage.seed,
-                    sequences=stage.sequences,
-                    micro_batch_sequences=stage.micro_batch_sequences,
-                    sequence_length=length,
-                    rank=distributed.rank(),
-                    world_size=distributed.world_size(),
-                    device=host.device,
-                ),
-            ),
+            _shown(stage, micro_batches),
             shape,
             identity=model_identity(source),
             all_reduce_sum=distributed.all_reduce_sum,
             device=host.device,
         )
-    finally:
-        host.close()
 
 
 def _shown(stage: Prune, micro_batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -107,13 +107,8 @@ def run_training(
         world_size=distributed.world_size(),
         device=student.device,
     )
-    schedule = Schedule(
-        total_steps,
-        stage.learning_rate,
-        stage.warmup(total_steps),
-        stage.schedule,
-        stage.final_learning_rate_fraction,
-    )
+    warmup, end = stage.warmup(total_steps), stage.final_learning_rate_fraction
+    schedule = Schedule(total_steps, stage.learning_rate, warmup, stage.schedule, end)
     if distributed.is_main():
         copy_content(data / "tokenizer", context.folder / "tokenizer")
     try:

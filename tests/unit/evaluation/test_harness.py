@@ -146,7 +146,7 @@ def test_accelerate_understands_the_line(monkeypatch, tmp_path):
 
 
 def test_lm_eval_that_is_not_installed(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StageError, match=r"pip install lm-eval accelerate"):
         ask(CALL, settings(tmp_path), tmp_path / "lm_eval")
 
