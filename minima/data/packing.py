@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 
 from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, token_dtype
-from minima.disk import disk_full_named, json_sha256
+from minima.disk import disk_full_named, json_sha256, write_whole
 
 if TYPE_CHECKING:
     from minima.data.encoding import Encoded
@@ -234,10 +234,7 @@ class StoreWriter:
                 **counts,
                 "shards": self._shards,
             }
-            with (self._partial / INDEX).open("w", encoding="utf-8") as file:
-                json.dump(index | {"index_sha256": json_sha256(index)}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            write_whole(self._partial / INDEX, json.dumps(index | {"index_sha256": json_sha256(index)}, indent=1))
         blocks = self._flushed // self._sequence_length
         return {"blocks": blocks, **counts, "dropped_tokens": len(self._held)}
 

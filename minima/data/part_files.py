@@ -1,7 +1,6 @@
 """The files of one part of a divided build: pieces of encoded documents, and an index with their checksums."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from minima.data.packing import HashedFile
-from minima.disk import file_sha256, inside, json_sha256
+from minima.disk import file_sha256, inside, json_sha256, write_whole
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
@@ -116,10 +115,8 @@ def check_file(folder: Path, file: dict[str, Any], verify: bool) -> None:
 
 def write_index(folder: Path, content: dict[str, Any]) -> None:
     """Write a part's index, the last of its files, with a checksum of its own."""
-    with (folder / INDEX).open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "sha256": json_sha256(content), "content": content}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    index = {"format": FORMAT, "sha256": json_sha256(content), "content": content}
+    write_whole(folder / INDEX, json.dumps(index, indent=1))
 
 
 def read_index(folder: Path) -> dict[str, Any]:

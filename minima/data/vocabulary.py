@@ -1,17 +1,17 @@
 """Growing a tokenizer's vocabulary by the pieces of another, and measuring its effect on tokens per character."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from minima.data.documents import HeldOut, Rejected, batched
 from minima.data.encoding import Encoder, EncodingTask
 from minima.data.mixture import read_shuffled, source_labels, training_texts
-from minima.data.vocabulary_byte_level import ByteLevelVocabulary
-from minima.data.vocabulary_selection import Mergeable, Selection, select
-from minima.data.vocabulary_sentencepiece import SentencePieceVocabulary
+from minima.data.vocabulary_byte_level import ByteLevelDonor, ByteLevelVocabulary
+from minima.data.vocabulary_selection import Selection, select
+from minima.data.vocabulary_sentencepiece import SentencePieceDonor, SentencePieceVocabulary
 from minima.errors import DataError, ShapeError, TokenizerMismatch
 from minima.recipe.data import Source
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
@@ -19,38 +19,8 @@ from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 logger = logging.getLogger("minima.data")
 
 
-class Donor(Protocol):
-    """The tokenizer that pieces are taken from; `pieces` are in merge order."""
-
-    pieces: list[str]
-
-    def count(self, texts: Iterable[str]) -> Mapping[str, int]:
-        """How often the donor gives each piece when it reads the texts."""
-        ...
-
-
-class Base(Mergeable, Protocol):
-    """The tokenizer to grow; `size` is one more than its highest id."""
-
-    kind: str
-    folder: Path
-    size: int
-
-    def split(self, pieces: Iterable[str]) -> list[list[int]]:
-        """The base's own ids for each piece's text inside a line."""
-        ...
-
-    def read_donor(self, path: Path) -> Donor:
-        """Read a donor of this kind from a file."""
-        ...
-
-    def train_donor(self, texts: Iterable[str], vocabulary_size: int) -> Donor:
-        """Train a donor of this kind on texts."""
-        ...
-
-    def write(self, folder: Path, added: Sequence[str]) -> None:
-        """Write the grown tokenizer; new ids follow the old ones."""
-        ...
+Base = SentencePieceVocabulary | ByteLevelVocabulary  # the tokenizer to grow
+Donor = SentencePieceDonor | ByteLevelDonor  # the one that pieces are taken from
 
 
 @dataclass(frozen=True)
@@ -69,8 +39,7 @@ def open_base(folder: Path) -> Base:
     Raises:
         DataError: there is none, or it is of an unsupported kind.
     """
-    base: Base = (SentencePieceVocabulary if (folder / "tokenizer.model").is_file() else ByteLevelVocabulary)(folder)
-    return base
+    return (SentencePieceVocabulary if (folder / "tokenizer.model").is_file() else ByteLevelVocabulary)(folder)
 
 
 def expand(stage: ExpandVocabulary, base: Base, donor: Path | DonorTraining, rows: int, folder: Path) -> Expansion:

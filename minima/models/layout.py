@@ -6,14 +6,9 @@ import re
 from pathlib import Path
 
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "spiece.model",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
+    "tokenizer*", "spiece.model", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.*",
-)
+)  # fmt: skip
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")  # a tokenizer has one of them
 
 _STEP = re.compile(r"step-([0-9]{8,})(\.partial)?")  # a name from `step_folder`; `.partial` marks an incomplete save

@@ -111,7 +111,9 @@ class FolderSource:
         self.config: dict[str, Any] = read_config(folder)
         self._shapes = parameter_shapes(self.config)
         stored = self._stored_files()
-        prefix = self._prefix(set(stored))
+        # Checkpoints of a bare backbone lack the base model's prefix.
+        prefix = next(iter(self._shapes)).split(".")[0] + "."
+        prefix = "" if any(name.startswith(prefix) for name in stored) else prefix
         self._where: dict[str, tuple[Path, str]] = {}
         for name in self._shapes:
             names = (stored_name(self.config["model_type"], name), name, name.removeprefix(prefix))
@@ -138,9 +140,7 @@ class FolderSource:
                 ) from error
             return {name: inside(self.folder, file) for name, file in weight_map.items()}
         if not single.is_file():
-            pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
-                path.name for path in self.folder.glob("*.pt*")
-            )
+            pickles = [path.name for kind in ("*.bin", "*.pt*") for path in sorted(self.folder.glob(kind))]
             raise CheckpointError(
                 f"no safetensors file in {self.folder}" + (f", only {', '.join(pickles)}" if pickles else ""),
                 "loading a pickle executes code" if pickles else "there are no weights to load",
@@ -148,11 +148,6 @@ class FolderSource:
             )
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
-
-    def _prefix(self, stored: set[str]) -> str:
-        """The base model's prefix if the stored names lack it, as in checkpoints of a bare backbone; else empty."""
-        prefix = next(iter(self._shapes)).split(".")[0] + "."
-        return prefix if not any(name.startswith(prefix) for name in stored) else ""
 
     def _check_shapes(self) -> None:
         by_file: dict[Path, list[str]] = {}
@@ -183,9 +178,7 @@ class FolderSource:
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         path, key = self._where[name]
         shape = self._shapes[name]
-        row = 1
-        for size in shape[1:]:
-            row *= size
+        row = math.prod(shape[1:])
         first, last = start // row, -(-stop // row)  # read only the rows that contain the elements
         with _open(path) as file:
             rows = file.get_slice(key)[first:last]

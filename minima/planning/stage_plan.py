@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from minima.errors import RecipeError
+from minima.planning.arithmetic import executed_flops_per_token
 from minima.planning.candidates import Checkpointing, Devices, Row, TrainedStage, candidates
-from minima.planning.floor import executed_flops_per_token
 from minima.planning.memory import Memory
 from minima.planning.placement import choose
 from minima.planning.run_plan import Placed, PlannedGpus, StagePlan, cost_of

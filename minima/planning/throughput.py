@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minima.models.shape import ModelShape
-from minima.planning.floor import executed_flops_per_token
+from minima.planning.arithmetic import executed_flops_per_token
 from minima.planning.hardware import Gpu
 from minima.planning.traffic import Traffic
 

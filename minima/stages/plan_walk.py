@@ -4,10 +4,15 @@ from pathlib import Path
 
 from minima.errors import stage_named
 from minima.models.shape import ModelShape
-from minima.planning.arithmetic import CHECKPOINT_BYTES, checkpoint_bytes, plan_training, training_flops
+from minima.planning.arithmetic import (
+    CHECKPOINT_BYTES,
+    checkpoint_bytes,
+    model_flops_per_token,
+    plan_training,
+    training_flops,
+)
 from minima.planning.candidates import trained_stage
 from minima.planning.dry_run import training_facts
-from minima.planning.floor import model_flops_per_token
 from minima.planning.memory import Memory, Work, frozen_memory, scored_memory
 from minima.planning.run_plan import PlannedGpus, StagePlan
 from minima.planning.stage_plan import frozen, place

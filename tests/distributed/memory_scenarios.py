@@ -25,12 +25,12 @@ from minima.engine.meters import Meters
 from minima.engine.objectives.language_modelling import LanguageModelling
 from minima.engine.student import Student
 from minima.engine.teacher.host import FrozenHost
-from minima.engine.traffic import TrafficCounter
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
 from minima.pruning.importance import importance
 from tests.distributed.scenarios import CONFIGS
 from tests.distributed.tiny import training
+from tools.bench.traffic import TrafficCounter
 
 # Large enough for its tensors to outweigh all else that a process keeps, small enough to be made in a second.
 MIDDLING = ModelShape(

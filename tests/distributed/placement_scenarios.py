@@ -9,7 +9,6 @@ from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.objectives.distillation import Distillation
 from minima.engine.teacher.host import FrozenHost
-from minima.engine.traffic import TrafficCounter
 from minima.errors import RecipeError
 from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource
@@ -17,6 +16,7 @@ from minima.recipe.distillation import Teacher
 from tests.distributed.memory_scenarios import live_bytes
 from tests.distributed.scenarios import CONFIGS, new_feed, new_student, run_training
 from tests.distributed.tiny import VOCABULARY, config_of, training
+from tools.bench.traffic import TrafficCounter
 
 # A layer's three large matrices and neither embedding nor norms reach the megabyte per rank, of four ranks too, from
 # which on DeepSpeed writes a shard to NVMe: some of every kind.

@@ -125,11 +125,11 @@ def _synchronize(device: torch.device) -> None:
 
 def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = "") -> dict[str, Any]:
     from minima.engine import distributed
-    from minima.engine.traffic import TrafficCounter
 
     from .losses import LOSS_MAKERS
     from .models import make_batches
     from .steps import build_step
+    from .traffic import TrafficCounter
 
     if row.what in LOSS_MAKERS:
         LOSS_MAKERS[row.what]()  # the peer's imports are part of the idle process

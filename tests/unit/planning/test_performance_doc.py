@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from minima.planning.arithmetic import executed_flops_per_token, model_flops_per_token
 from minima.planning.candidates import Devices, TrainedStage, candidates
-from minima.planning.floor import executed_flops_per_token, model_flops_per_token
 from minima.planning.hardware import GPUS
 from minima.planning.memory import Work, frozen_memory, trained_memory
 from minima.planning.sharding import STUDENT, TEACHER
