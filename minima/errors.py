@@ -92,7 +92,7 @@ class UnsupportedFamily(MinimaError):
 
 
 class DeepSpeedConfigError(MinimaError):
-    """A DeepSpeed JSON that sets what the recipe owns, or a batch that cannot be divided among the ranks."""
+    """A DeepSpeed JSON that sets what the recipe owns, or that does not fit."""
 
 
 class LauncherError(MinimaError):

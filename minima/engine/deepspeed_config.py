@@ -203,23 +203,6 @@ def _block(config: dict[str, Any], key: str) -> dict[str, Any]:
     return config.get(key) or {}
 
 
-def accumulation_steps(training: Training, world_size: int) -> int:
-    """The number of micro-batches that each rank runs for one optimiser step.
-
-    Raises:
-        DeepSpeedConfigError: the batch is not divisible by the number of ranks.
-    """
-    batch = training.batch_sequences
-    if batch % world_size:
-        counts = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
-        raise DeepSpeedConfigError(
-            f"a batch of {batch} sequences is not divisible by {world_size} ranks",
-            "every rank must do the same work, or the others wait and collectives no longer match",
-            f"use one of {counts} ranks, or change batch_sequences",
-        )
-    return batch // (world_size * training.micro_batch_on(world_size))
-
-
 def training_config(path: Path, training: Training, world_size: int, shape: ModelShape | None = None) -> dict[str, Any]:
     """The complete configuration of a trainable engine.
 
@@ -230,7 +213,7 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
         shape: the model's, so that at least one layer is prefetched; if not given, the JSON decides.
 
     Raises:
-        DeepSpeedConfigError: the JSON sets what the recipe owns, or the batch is not divisible by the number of ranks.
+        DeepSpeedConfigError: the JSON sets what the recipe owns.
     """
     config = read_deepspeed_json(path)
     _check_monitors(path, config)
@@ -239,18 +222,16 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
     if shape is not None:
         ahead = gathered_ahead(Sharding.from_json(config), shape).prefetch_elements
         config["zero_optimization"] |= {"stage3_prefetch_bucket_size": ahead}
-    return (
-        _DEFAULTS
-        | config
-        | {
-            "train_batch_size": training.batch_sequences,
-            "gradient_accumulation_steps": accumulation_steps(training, world_size),
-            "train_micro_batch_size_per_gpu": training.micro_batch_on(world_size),
-            "gradient_clipping": training.gradient_clip,
-            "bf16": {"enabled": training.precision == "bfloat16"},
-            "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3's default is bf16
-        }
-    )
+    micro_batch = training.micro_batch_on(world_size)
+    own = {
+        "train_batch_size": training.batch_sequences,
+        "gradient_accumulation_steps": training.batch_sequences // (world_size * micro_batch),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": training.gradient_clip,
+        "bf16": {"enabled": training.precision == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # ZeRO-3's default is bf16
+    }
+    return _DEFAULTS | config | own
 
 
 def frozen_config(
@@ -286,12 +267,9 @@ def frozen_config(
         config["zero_optimization"] = zero | {"offload_param": zero["offload_param"] | {"nvme_path": str(nvme_path)}}
     if placement == "tensor_parallel":
         config["tensor_parallel"] = config["tensor_parallel"] | {"autotp_size": tensor_parallel_ranks}
-    return (
-        _DEFAULTS
-        | config
-        | {
-            "train_micro_batch_size_per_gpu": micro_batch_sequences,
-            "gradient_accumulation_steps": 1,
-            "bf16": {"enabled": precision == "bfloat16"},
-        }
-    )
+    own = {
+        "train_micro_batch_size_per_gpu": micro_batch_sequences,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": precision == "bfloat16"},
+    }
+    return _DEFAULTS | config | own

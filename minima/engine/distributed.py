@@ -216,15 +216,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def raise_together(error: MinimaError | None) -> None:
-    """Raise one rank's error on every rank: a rank that raised alone would leave the others waiting.
-
-    Args:
-        error: this rank's error, or None.
-    """
-    if not _together():
-        if error is not None:
-            raise error
-        return
+    """Raise one rank's error on every rank: a rank that raised alone would leave the others waiting."""
     for met in gather_objects(error):
         if met is not None:
             raise met

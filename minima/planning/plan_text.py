@@ -7,7 +7,7 @@ from minima.planning.candidates import MARGIN
 from minima.planning.hardware import GPUS, Gpu
 from minima.planning.run_plan import PARTS, Placed, PlannedGpus, StagePlan, known_cost, total_cost, untimed
 from minima.planning.throughput import ASSUMED_FRACTION, LINK_FRACTION
-from minima.planning.units import size_text
+from minima.planning.units import scaled, size_text
 
 WIDTH, _LABEL, _COLUMN = 100, 20, 10
 _HEADS = {
@@ -38,11 +38,7 @@ def hours(value: float | None) -> str:
 
 def flops(value: float) -> str:
     """FLOPs in a readable unit."""
-    units = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
+    return scaled(value, "FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 
 
 def _size(value: float) -> str:
@@ -153,7 +149,11 @@ def _line(label: str, cells: list[str]) -> str:
 
 
 def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10,
+    return _filled(text, f"  {label:<8}", " " * 10)
+
+
+def _filled(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others,
                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
@@ -263,6 +263,5 @@ def render(plans: list[StagePlan], gpus: PlannedGpus, notes: list[str]) -> str:
         lines += ["", *stage_lines(plan, gpus)]
     lines += ["", *summary_lines(plans, gpus), "", "assumed"]
     for note in notes:
-        lines += textwrap.wrap(note, WIDTH, initial_indent="  - ", subsequent_indent="    ",
-                               break_long_words=False, break_on_hyphens=False)  # fmt: skip
+        lines += _filled(note, "  - ", "    ")
     return "\n".join(lines)

@@ -8,8 +8,11 @@ def flops_text(flops: float) -> str:
 
 def size_text(size_bytes: int) -> str:
     """Bytes in a readable unit; units are powers of 1,000, as for disks."""
-    size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
+    return scaled(size_bytes, "bytes", "kB", "MB", "GB", "TB", "PB")
+
+
+def scaled(value: float, *units: str) -> str:
+    """Three digits and one of the units, each of which is 1,000 times the one before it."""
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minima.engine import deepspeed_config
-from minima.engine.deepspeed_config import accumulation_steps, frozen_config, read_deepspeed_json, training_config
+from minima.engine.deepspeed_config import frozen_config, read_deepspeed_json, training_config
 from minima.engine.deepspeed_keys import OFFLOAD, RECIPE_OWNS, TOP, ZERO
 from minima.errors import DeepSpeedConfigError
 from minima.models.shape import ModelShape
@@ -160,12 +160,6 @@ def test_offload_to_the_cpu_is_the_jsons_own(write):
 def test_gradients_are_summed_in_float32(write):
     path = write({"zero_optimization": {"stage": 3}})
     assert training_config(path, training(precision="bfloat16"), 1)["communication_data_type"] == "fp32"
-
-
-def test_a_batch_that_does_not_divide_names_the_counts_that_do():
-    assert accumulation_steps(training(), 4) == 3
-    with pytest.raises(DeepSpeedConfigError, match=r"(?s)24 sequences.*5 ranks.*1, 2, 3, 4, 6, 8, 12, 24 ranks"):
-        accumulation_steps(training(), 5)
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 6), (3, 8), (4, 6), (6, 4), (8, 3), (12, 2), (24, 1)])
