@@ -109,6 +109,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_fault(path: Path, size: int, sha256: str | None = None) -> str:
+    """How a file differs from what was written; empty if it does not. Content is compared only if `sha256` is given."""
+    if not path.is_file():
+        return "is missing"
+    if (found_size := path.stat().st_size) != size:
+        return f"has {found_size} bytes, but {size} were written"
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        return f"has sha256 {found}, but {sha256} was written"
+    return ""
+
+
 def json_sha256(content: Any) -> str:
     """SHA-256 of content as JSON, whatever the order of its keys. Files contain such hashes, so it must not change."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -130,12 +141,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: the whole file or nothing, even after a power cut.
-
-    Args:
-        path: must be in an existing folder; an existing file is replaced.
-        content: bytes, or text that is encoded as UTF-8.
-    """
+    """Write a file atomically, in UTF-8 if it is text: the whole file or nothing, even after a power cut."""
     # unique to this process on this machine, because another one may write the same file
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:

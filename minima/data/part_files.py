@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from minima.data.packing import HashedFile
-from minima.disk import file_sha256, inside, json_sha256, write_whole
+from minima.disk import file_fault, file_sha256, inside, json_sha256, write_whole
 from minima.errors import StoreCorrupted
 
 INDEX = "index.json"
@@ -105,12 +105,8 @@ def check_file(folder: Path, file: dict[str, Any], verify: bool) -> None:
         StoreCorrupted: it is missing, or its size or checksum is wrong.
     """
     path = inside(folder, file["file"])
-    if not path.is_file():
-        raise _damaged(path, "is missing")
-    if path.stat().st_size != file["bytes"]:
-        raise _damaged(path, f"has {path.stat().st_size} bytes, but {file['bytes']} were written")
-    if verify and (actual := file_sha256(path)) != file["sha256"]:
-        raise _damaged(path, f"has sha256 {actual}, but {file['sha256']} was written")
+    if fault := file_fault(path, file["bytes"], file["sha256"] if verify else None):
+        raise _damaged(path, fault)
 
 
 def write_index(folder: Path, content: dict[str, Any]) -> None:

@@ -76,11 +76,11 @@ def _load_dataset(source: Source) -> Any:
         if source.split not in splits:
             raise ValueError(f"it has no split {source.split!r} but {', '.join(map(str, splits))}")
         saved = splits[source.split]
-        return saved.to_iterable_dataset() if source.streaming else saved
-    if (folder / "state.json").is_file():
+    elif (folder / "state.json").is_file():
         saved = datasets.load_from_disk(str(folder))
-        return saved.to_iterable_dataset() if source.streaming else saved
-    name = str(folder) if folder.is_dir() else source.hub
-    return datasets.load_dataset(
-        name, source.config, split=source.split, revision=source.revision, streaming=source.streaming
-    )
+    else:
+        name = str(folder) if folder.is_dir() else source.hub
+        return datasets.load_dataset(
+            name, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    return saved.to_iterable_dataset() if source.streaming else saved

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import file_sha256, inside, is_damage, json_sha256
+from minima.disk import file_fault, file_sha256, inside, is_damage, json_sha256
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"
@@ -105,10 +105,8 @@ class TokenStore:
             raise _damaged(folder / INDEX, f"is incomplete ({type(error).__name__}: {error})") from None
         for name, size, _ in files:
             path = inside(folder, name)
-            if not path.exists():
-                raise _damaged(path, "is missing")
-            if path.stat().st_size != size:
-                raise _damaged(path, f"has {path.stat().st_size} bytes, but {size} were written")
+            if fault := file_fault(path, size):
+                raise _damaged(path, fault)
         return store
 
     def __len__(self) -> int:
@@ -226,14 +224,15 @@ class TokenStore:
                 expected and its actual sha256 or the disk's error.
         """
         for file in list(self._files())[part::parts]:
+            path = self.folder / file["file"]
             try:
-                actual = file_sha256(self.folder / file["file"])
+                fault = file_fault(path, file["bytes"], file["sha256"])
             except OSError as error:
                 if not is_damage(error):
                     raise
-                raise _damaged(self.folder / file["file"], f"cannot be read: {error.strerror}") from error
-            if actual != file["sha256"]:
-                raise _damaged(self.folder / file["file"], f"has sha256 {actual}, but {file['sha256']} was written")
+                raise _damaged(path, f"cannot be read: {error.strerror}") from error
+            if fault:
+                raise _damaged(path, fault)
 
     def sha256(self) -> str:
         """A checksum for the whole store: that of its index, which contains those of all files."""

@@ -148,7 +148,7 @@ class Conversation:
         return speaker.continue_text(text, **options) if settings.plain else speaker.stream(messages, **options)
 
 
-def talk(conversation: Conversation, read: Callable[[str], str], prompt: str = "> ") -> None:
+def talk(conversation: Conversation, read: Callable[[str], str]) -> None:
     """Run the conversation until the person ends it.
 
     Args:
@@ -157,7 +157,7 @@ def talk(conversation: Conversation, read: Callable[[str], str], prompt: str = "
     conversation.note("/help shows the commands")
     while True:
         try:
-            text = read(prompt).strip()
+            text = read("> ").strip()
             if text.startswith("/"):
                 if not conversation.command(text):
                     return

@@ -91,9 +91,9 @@ def lowest_points(sizes: Sequence[float], means_BT: np.ndarray) -> Lowest:
     return Lowest(log_size_B, loss_B)
 
 
-def interval(values_B: np.ndarray, level: float = LEVEL) -> Interval:
+def interval(values_B: np.ndarray) -> Interval:
     """The central interval of draws; an infinite end becomes None."""
-    ends = np.quantile(values_B, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    ends = np.quantile(values_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     low, high = (float(end) if np.isfinite(end) else None for end in ends)
     return low, high
 

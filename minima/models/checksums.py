@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minima.disk import file_sha256, inside, write_json
+from minima.disk import file_fault, file_sha256, inside, write_json
 from minima.errors import StoreCorrupted
 from minima.models.layout import MARKER, TOKENIZER_FILES, complete_steps, step_folder, step_of
 
@@ -110,10 +110,8 @@ def _verify(folder: Path, wanted: list[tuple[str, _Facts]]) -> None:
         if facts is None:  # may be edited by hand
             continue
         path = inside(folder, name)
-        if not path.is_file():
-            raise _damaged(folder, path, "is missing")
-        if (size := path.stat().st_size) != facts["bytes"]:
-            raise _damaged(folder, path, f"has {size} bytes, but {facts['bytes']} were written")
+        if fault := file_fault(path, facts["bytes"]):
+            raise _damaged(folder, path, fault)
         if (found := file_sha256(path)) != facts["sha256"]:
             raise _damaged(folder, path, f"is damaged: its SHA-256 is {found}, but {facts['sha256']} was written")
 

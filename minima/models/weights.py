@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,7 +68,19 @@ class MemorySource:
         return self._tensors[name].reshape(-1)[start:stop]
 
 
-class RandomSource:
+class ShapedSource:
+    """The part of a `WeightSource` that follows from the shapes of all its tensors."""
+
+    _shapes: Mapping[str, tuple[int, ...]]
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+
+class RandomSource(ShapedSource):
     """Randomly initialised weights that depend only on the seed and each tensor's name, not on the number of ranks.
 
     Matrices are normally distributed with the configuration's `initializer_range` (0.02 if it has none), norm weights
@@ -79,12 +91,6 @@ class RandomSource:
         self.config = config
         self.seed = seed
         self._shapes = parameter_shapes(config)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -98,7 +104,7 @@ class RandomSource:
         return self.read(name).reshape(-1)[start:stop]
 
 
-class FolderSource:
+class FolderSource(ShapedSource):
     """Weights from a folder in Hugging Face's layout, with one or many safetensors files.
 
     Raises:
@@ -163,12 +169,6 @@ class FolderSource:
                             "weights and configuration belong to different models",
                             "download or write the folder again",
                         )
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         path, key = self._where[name]

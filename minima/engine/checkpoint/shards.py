@@ -27,11 +27,12 @@ from minima.engine.sharded import read_shard, shard_range, sharded_parameters
 from minima.engine.student import Student
 from minima.errors import CheckpointError
 from minima.models.tensor_file import save_tensors
+from minima.models.weights import ShapedSource
 
 WEIGHTS, FIRST_MOMENTS, SECOND_MOMENTS = "weights", "exp_avg", "exp_avg_sq"
 
 
-class CheckpointSource:
+class CheckpointSource(ShapedSource):
     """Master weights (float32), or another kind of per-parameter state, of a complete checkpoint.
 
     A `WeightSource`, so that a checkpoint starts another stage, is evaluated and is exported like any folder.
@@ -50,12 +51,6 @@ class CheckpointSource:
         self.folder, self.kind = checkpoint, kind
         self._shapes = {name: tuple(shape) for name, shape in self.facts["shapes"].items()}
         self._ranks: int = self.facts["ranks"]
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         shape = self._shapes[name]

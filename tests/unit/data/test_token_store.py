@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minima.data import store as hashes
+from minima import disk
 from minima.data.packing import HashedFile, StoreWriter
 from minima.data.store import TokenStore
 from minima.errors import DataError, DiskFull, StoreCorrupted
@@ -119,10 +119,10 @@ def test_a_file_that_the_disk_cannot_read_is_named(store, monkeypatch):
     def refuse(path, number):
         raise OSError(number, os.strerror(number), str(path))
 
-    digest = hashes.file_sha256
+    digest = disk.file_sha256
     for number, kind in ((errno.EBADMSG, StoreCorrupted), (errno.EIO, OSError), (errno.ESTALE, OSError)):
         monkeypatch.setattr(
-            hashes, "file_sha256", lambda path, number=number: refuse(path, number) if path == bad else digest(path)
+            disk, "file_sha256", lambda path, number=number: refuse(path, number) if path == bad else digest(path)
         )
         with pytest.raises(kind, match=f"{bad.name}.*{os.strerror(number)}|{os.strerror(number)}.*{bad.name}"):
             store.verify()
