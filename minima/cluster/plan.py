@@ -19,6 +19,7 @@ from minima.stages.manifest import is_finished
 _KINDS = [
     typing.get_args(kind.model_fields["kind"].annotation)[0] for kind in typing.get_args(typing.get_args(AnyStage)[0])
 ]
+_NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that use no GPU
 
 
 def make_place(recipe: Recipe, cluster_path: Path, flags: tuple[str, ...] = ()) -> Place:
@@ -64,9 +65,6 @@ def warn(place: Place, recipe: Recipe, write: Callable[[str], None]) -> None:
             f"warning: the run's folder {folder} is neither below the working directory nor among the container's "
             "mounts: what the jobs write there will be lost with the container"
         )
-
-
-_NO_GPU = ("build_data", "expand_vocabulary", "publish")  # kinds of stages that use no GPU
 
 
 def check_jobs(recipe: Recipe, recipe_path: Path, stages: Sequence[AnyStage], place: Place) -> list[str]:

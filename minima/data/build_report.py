@@ -1,6 +1,7 @@
 """The report of a build: its numbers, what was left out, and whether there is enough data."""
 
 import logging
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,7 @@ def build_report(
     """
     bytes_, characters = sum(s.bytes for s in streams), sum(s.characters for s in streams)
     tokens, learnt_tokens = sum(s.tokens for s in streams), sum(s.learnt_tokens for s in streams)
-    rejected: dict[str, int] = {}
-    for stream in streams:
-        for reason, count in stream.rejected.counts.items():
-            rejected[reason] = rejected.get(reason, 0) + count
+    rejected = dict(sum((s.rejected.counts for s in streams), Counter[str]()))
     chat = _chat_report(format, streams, written, set_aside) if format != "text" else {}
     return chat | {
         "documents": written["documents"],

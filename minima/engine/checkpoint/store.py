@@ -36,21 +36,13 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
         if facts.get("format") == FORMAT:
             _check_facts(facts)
     except (ValueError, AttributeError, TypeError) as error:  # not text, not JSON, not an object, or altered
-        raise StoreCorrupted(
-            f"{checkpoint / MARKER} is damaged: {error}",
-            "it lists the checkpoint's files and their checksums",
-            f"remove {checkpoint} to continue from the checkpoint before it",
-        ) from error
+        raise _damaged_marker(checkpoint, f"is damaged: {error}") from error
     except PermissionError:  # unreadable is not incomplete
         raise
     except OSError as error:
         if isinstance(error, IsADirectoryError) or is_damage(error):
             how = "is a folder" if isinstance(error, IsADirectoryError) else f"is damaged: {error.strerror}"
-            raise StoreCorrupted(
-                f"{checkpoint / MARKER} {how}",
-                "it lists the checkpoint's files and their checksums",
-                f"remove {checkpoint} to continue from the checkpoint before it",
-            ) from error
+            raise _damaged_marker(checkpoint, how) from error
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise _unread(checkpoint, checkpoint / MARKER, error) from error
         raise CheckpointError(
@@ -186,6 +178,14 @@ def _unread(checkpoint: Path, path: Path, error: OSError) -> FileFailed:
         "its checkpoint may be intact, and readable from another node, so it is neither skipped nor set aside",
         "check the file system that it is on, then run the same command again; if the file stays unreadable, remove "
         f"{checkpoint} to continue from the checkpoint before it",
+    )
+
+
+def _damaged_marker(checkpoint: Path, how: str) -> StoreCorrupted:
+    return StoreCorrupted(
+        f"{checkpoint / MARKER} {how}",
+        "it lists the checkpoint's files and their checksums",
+        f"remove {checkpoint} to continue from the checkpoint before it",
     )
 
 
