@@ -125,6 +125,7 @@ def test_every_conversation_is_there_once_whole_with_transformers_mask(
     said = sum(len(turn["Assistant"].strip()) for number in range(200) for turn in turns_of(number))
     assert train.bytes + held_out.bytes == said
     assert train.bytes_per_token == train.bytes / sum(sum(mask) for _, mask in documents[0])
+    assert metrics["bytes_per_token"] == train.bytes_per_token
     assert metrics["cut_conversations"] == 0
     assert sorted(file.name for file in folder.iterdir()) == ["held_out", "report.json", "tokenizer", "train"]
 
