@@ -1,0 +1,57 @@
+"""Parts of the memory plan by hand; `tests/distributed/test_memory_plan.py` compares it with real ranks."""
+
+from dataclasses import replace
+
+import pytest
+
+from minima.models.shape import ModelShape
+from minima.planning.memory import Work, frozen_memory, trained_memory
+from minima.planning.sharding import STUDENT, TEACHER
+
+DEEP = ModelShape(vocabulary_size=100, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=4)
+WIDE = ModelShape(vocabulary_size=32_000, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4)
+LARGEST = 256 * 1024  # tensor of DEEP
+
+
+@pytest.mark.parametrize(
+    ("precision", "taught", "chunks"),
+    [("float32", True, 2), ("float32", False, 1), ("bfloat16", True, 2.5), ("bfloat16", False, 1.5)],
+)
+@pytest.mark.parametrize("tokens", [256, 512, 4096])
+def test_a_loss_holds_a_few_chunks_of_float32_logits(precision, taught, chunks, tokens):
+    """As many as `tests/unit/losses/test_loss_memory.py` measures."""
+    work = Work(micro_batch_sequences=1, sequence_length=tokens, chunk_tokens=512)
+    memory = trained_memory(WIDE, precision, "full", work, 1, STUDENT, taught=taught)
+    assert memory.passing["loss or layer"] == chunks * 4 * min(tokens, 512) * 32_000
+
+
+@pytest.mark.parametrize("at_once", [10**9, 10**6])
+def test_an_update_needs_a_second_copy_of_the_gradients_that_it_takes_at_once(at_once):
+    """Here that is more than the backward pass takes, which is over by then."""
+    sharding = replace(STUDENT, reduce_bucket_elements=1000, sub_group_elements=at_once)
+    memory = trained_memory(DEEP, "bfloat16", "full", Work(1, 16), 1, sharding)
+    assert memory.passing_bytes == 4 * min(DEEP.parameters, at_once + LARGEST)
+
+
+def test_page_locked_gradients_take_powers_of_two():
+    sharding = replace(STUDENT, offload_optimizer=True, pinned=True, sub_group_elements=3_000_000)
+    memory = trained_memory(DEEP, "bfloat16", "full", Work(1, 16), 1, sharding)
+    assert 2**25 < 4 * DEEP.parameters < 2**26 and 2**23 < 4 * DEEP.parameters / 3 < 2**24
+    assert memory.host["gradients"] == 2**26 + 3 * 2**24, "where they add up, and where three groups read them"
+
+
+def test_a_split_teacher_reads_the_sequences_of_all_its_ranks():
+    work = Work(micro_batch_sequences=2, sequence_length=128)
+    memory = frozen_memory(DEEP, "bfloat16", "tensor_parallel", "none", work, 4, TEACHER)
+    norm = 256 * (4 + 4 + 2)  # a float32 copy and its product, and the output: per token more than a fourth of an MLP
+    assert memory.passing["activations"] == 4 * work.tokens * (2 * 256 + norm)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_a_single_rank_gathers_what_it_fetches_from_its_host(offload):
+    one, two = (frozen_memory(DEEP, "bfloat16", "zero3_node", offload, Work(1, 16), group, TEACHER) for group in (1, 2))
+    assert one.passing["gathered"] == two.passing["gathered"] > 0
+    alone = frozen_memory(DEEP, "bfloat16", "zero3_node", "none", Work(1, 16), 1, TEACHER)
+    assert alone.passing["gathered"] == 0
+    if offload == "nvme":
+        assert one.host_bytes == 2 * 5 * 100_000_000, "DeepSpeed's five buffers, whatever the model's size"
