@@ -1,6 +1,7 @@
 """A divided build, merged: the same bytes as the undivided one, whatever the sources, weights, passes and formats."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow
@@ -88,12 +89,16 @@ def test_parts_encode_what_the_mixture_takes_and_the_merge_what_is_short(
     tmp_path, stage, jsonl, addresses, tokenizer, monkeypatch, caplog, margin, weight
 ):
     monkeypatch.setattr(part_building, "MARGIN", margin)
-    path, small = jsonl(addresses * 5), jsonl(addresses[:40])
-    chosen = stage({"name": "large", "path": path, "weight": weight}, {"path": small, "weight": weight}, tokens=40_000)
+    small, large = jsonl(addresses[:40]), tmp_path / "large"
+    large.mkdir()
+    for number in range(8):
+        shutil.copy(jsonl(addresses[:250]), large / f"{number}.jsonl")
+    sources = [{"path": small, "weight": weight}, {"name": "large", "path": str(large), "weight": weight}]
+    chosen = stage(*sources, tokens=40_000)
     report = assert_same(tmp_path, chosen, tokenizer, 3)
     assert report["tokens"] == 40_000 // 32 * 32
     indices = [read_index(folder) for folder in (tmp_path / "parts").iterdir()]
-    recorded = sum(piece["documents"] for index in indices for piece in index["sources"][0])
+    recorded = sum(piece["documents"] for index in indices for piece in index["sources"][1])
     assert recorded < (600 if weight else 1000), "of 2000"
     assert ("source large: part" in caplog.text) is (margin < 1)
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from minima.models.shape import ModelShape
-from minima.planning.memory import Work, frozen_memory, trained_memory
-from minima.planning.sharding import STUDENT, TEACHER
+from minima.planning.memory import Work, frozen_memory, scored_memory, trained_memory
+from minima.planning.sharding import STUDENT, TEACHER, shard_elements
 
 DEEP = ModelShape(vocabulary_size=100, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=4)
 WIDE = ModelShape(vocabulary_size=32_000, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4)
@@ -45,6 +45,31 @@ def test_a_split_teacher_reads_the_sequences_of_all_its_ranks():
     memory = frozen_memory(DEEP, "bfloat16", "tensor_parallel", "none", work, 4, TEACHER)
     norm = 256 * (4 + 4 + 2)  # a float32 copy and its product, and the output: per token more than a fourth of an MLP
     assert memory.passing["activations"] == 4 * work.tokens * (2 * 256 + norm)
+
+
+def test_small_tensors_lie_whole_on_every_rank_beside_their_shards():
+    for threshold, elements in ((256, 17 * 256), (10**9, DEEP.parameters)):  # two norms in each layer, and the last one
+        sharding = replace(STUDENT, persistence_elements=threshold)
+        for ranks, times in ((1, 0), (2, 1)):
+            trained = trained_memory(DEEP, "float32", "full", Work(1, 16), ranks, sharding)
+            frozen = frozen_memory(DEEP, "bfloat16", "zero3", "none", Work(1, 16), ranks, sharding)
+            assert trained.device["persistent"] == 4 * elements * times
+            assert frozen.device["persistent"] == 2 * elements * times
+
+
+def test_a_rank_holds_a_part_of_every_tensor_rounded_up():
+    assert shard_elements(DEEP, 2) == DEEP.parameters / 2
+    assert shard_elements(DEEP, 10**9) == 8 * (4 + 3 + 2) + 3, "one element of each"
+
+
+def test_a_scored_model_on_the_host_takes_no_device_but_what_is_gathered():
+    work = Work(micro_batch_sequences=1, sequence_length=512)
+    one, two = (scored_memory(WIDE, "bfloat16", work, ranks, STUDENT) for ranks in (1, 2))
+    head = 2 * 32_000 * 64  # gathered while the loss runs, which here takes more than the layers
+    assert two.passing["activations"] - one.passing["activations"] == head
+    there = scored_memory(WIDE, "bfloat16", work, 1, replace(STUDENT, offload_weights="cpu"))
+    assert there.passing == two.passing and there.resident_bytes == 0
+    assert there.host_bytes == one.resident_bytes == 2 * WIDE.parameters
 
 
 @pytest.mark.parametrize("offload", ["cpu", "nvme"])
