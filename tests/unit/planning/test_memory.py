@@ -6,7 +6,7 @@ import pytest
 
 from minima.models.shape import ModelShape
 from minima.planning.memory import Work, frozen_memory, scored_memory, trained_memory
-from minima.planning.sharding import STUDENT, TEACHER, shard_elements
+from minima.planning.sharding import STUDENT, TEACHER, gathered_ahead, shard_elements
 
 DEEP = ModelShape(vocabulary_size=100, hidden_size=256, intermediate_size=1024, num_layers=8, num_heads=4)
 WIDE = ModelShape(vocabulary_size=32_000, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4)
@@ -38,6 +38,20 @@ def test_page_locked_gradients_take_powers_of_two():
     memory = trained_memory(DEEP, "bfloat16", "full", Work(1, 16), 1, sharding)
     assert 2**25 < 4 * DEEP.parameters < 2**26 and 2**23 < 4 * DEEP.parameters / 3 < 2**24
     assert memory.host["gradients"] == 2**26 + 3 * 2**24, "where they add up, and where three groups read them"
+
+
+def test_a_frozen_layer_holds_the_gate_the_output_and_the_product_of_its_mlp():
+    work = Work(micro_batch_sequences=2, sequence_length=128)
+    memory = frozen_memory(DEEP, "bfloat16", "replica", "none", work, 1, TEACHER)
+    assert memory.passing["activations"] == 2 * work.tokens * (2 * 256 + 3 * 1024)
+
+
+def test_at_least_a_layer_of_a_trained_model_is_gathered_ahead():
+    large = DEEP.model_copy(update={"intermediate_size": 100_000})
+    assert gathered_ahead(STUDENT, DEEP).prefetch_elements == 50_000_000
+    assert gathered_ahead(STUDENT, large).prefetch_elements == large.layer_parameters > 50_000_000
+    none = replace(STUDENT, prefetch_elements=0)
+    assert gathered_ahead(none, large) == none
 
 
 def test_a_split_teacher_reads_the_sequences_of_all_its_ranks():

@@ -157,6 +157,12 @@ def test_what_is_named_is_taken_with_a_warning():
     assert "warning: replica needs" in render(choice)
 
 
+def test_a_teacher_may_have_a_precision_of_its_own():
+    choice = chosen(stage_of(teacher={"placement": "replica", "precision": "float32"}), NODE)
+    assert choice.chosen.teacher.device["weights"] == 4 * TEACHER_7B.parameters
+    assert choice.chosen.student.device["weights"] == pytest.approx(2 * STUDENT_3B.parameters / 8, rel=1e-3)
+
+
 def test_a_window_wider_than_a_step_is_told():
     wide = stage_of(teacher={"placement": "zero3_node", "window_micro_batches": 1000})
     choice = chosen(wide, NODE)
@@ -192,6 +198,11 @@ def test_on_a_cpu_the_hosts_memory_is_the_device():
     )
     assert not [row for row in rows if row.offload == "cpu"]
     assert "zero3_node+cpu is impossible: host and device share one memory" in excluded
+    offloaded = TrainedStage(
+        "s", stage, STUDENT_3B, 4096, replace(STUDENT, offload_optimizer=True), stage.teacher, TEACHER_7B
+    )
+    for here, there in zip(rows, candidates(offloaded, devices, "full")[0], strict=True):
+        assert there.host_bytes == 0 and there.peak_bytes > here.peak_bytes, "what is offloaded lies there all the same"
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 32])

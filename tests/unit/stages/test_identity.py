@@ -6,12 +6,9 @@ import pytest
 
 from minima.disk import write_json
 from minima.errors import StageError
-from minima.recipe.chat import Align, Instruct
-from minima.recipe.distillation import Distil
 from minima.recipe.loading import load_recipe
-from minima.recipe.schema import Adapt
 from minima.stages.digests import former_source_digest, source_digest
-from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences, free_keys
+from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences
 from minima.stages.manifest import read_manifest, write_manifest, write_started
 
 RECIPE = """
@@ -287,28 +284,13 @@ def test_of_a_long_value_only_what_differs_is_told():
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": [2]}}) == ["a.c is [2] and was null"]
 
 
-FREE = {  # what may be changed between two starts; whoever adds a key to a recipe says here which it is
-    "micro_batch_sequences", "activation_checkpointing", "compile", "kernels", "deterministic", "chunk_tokens",
-    "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps", "watchdog_seconds", "log_every_steps",
-    "evaluate_every_steps", "evaluate_sequences", "tensorboard", "wandb_project", "deepspeed", "reference_deepspeed",
-    "precompute_reference",
-}  # fmt: skip
-DECIDING = {
-    "name", "kind", "model", "data", "batch_sequences", "steps", "tokens", "epochs", "learning_rate", "warmup_steps",
-    "warmup_fraction", "schedule", "final_learning_rate_fraction", "weight_decay", "betas", "epsilon", "gradient_clip",
-    "precision", "patience", "seed", "teacher", "hard_weight", "soft_weight", "temperature", "divergence", "beta",
-    "alpha", "top_k", "top_p", "neftune_alpha", "reference", "loss", "label_smoothing", "length_normalised",
-    "reference_precision",
-}  # fmt: skip
-
-
-def test_every_key_of_a_training_stage_is_known_to_decide_its_result_or_not():
-    keys = {}
-    for stage in (Adapt, Distil, Instruct, Align):
-        free = free_keys(stage.model_construct(kind=stage.__name__.lower(), patience=None))
-        keys |= {key: key in free for key in stage.model_fields}
-    assert {key for key, is_free in keys.items() if is_free} == FREE
-    assert {key for key, is_free in keys.items() if not is_free} == DECIDING
+@pytest.mark.parametrize("key", ["evaluate_every_steps=4", "evaluate_sequences=8"])
+def test_what_decides_when_a_run_ends_early_may_not_change(run, key):
+    publish(run, "corpus")
+    often, patient = "stages.teacher.evaluate_every_steps=2", "stages.teacher.patience=3"
+    for overrides, same in (([often], True), ([often, patient], False)):
+        before, now = (description(run, "teacher", *overrides, *more) for more in ([], [f"stages.teacher.{key}"]))
+        assert (before["identity"] == now["identity"]) is same
 
 
 FILES = """
