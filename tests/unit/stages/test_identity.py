@@ -144,6 +144,13 @@ def test_changed_blocks_of_a_data_folder_given_by_path_are_named(run):
         check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher", recipe)
 
 
+def test_a_finished_stage_of_another_run_counts_by_its_identity(run):
+    publish(run, "corpus")
+    shutil.copytree(run / "corpus", run / "other")
+    inputs = description(run, "teacher", "stages.teacher.data=./other")["inputs"]
+    assert inputs["data (./other)"] == read_manifest(run / "other")["identity"]
+
+
 def test_half_written_names_beside_started_are_no_content(run):
     publish(run, "corpus")
     publish(run, "teacher", finished=False)
