@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -10,7 +11,7 @@ from pyarrow import parquet
 
 from minima.data import part_building, part_merging, part_recording, share
 from minima.data.builder import build
-from minima.data.documents import Rejected, shortened, shuffled
+from minima.data.documents import HeldOut, Rejected, shortened, shuffled
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import Part, read_index
 from minima.data.part_merging import RecordedParts
@@ -173,6 +174,22 @@ def test_several_processes_give_the_same_part(tmp_path, stage, jsonl, addresses,
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.npy")} for name in ("1", "2"))
     assert one == two
     assert len(one) > 6
+
+
+def test_documents_are_read_only_a_little_ahead_of_their_encoding():
+    """Or a part would hold its whole share of a source in memory."""
+    read = []
+
+    def runs():
+        for number in range(100):
+            read.append(number)
+            yield part_recording.Run((0, number), [str(number)], [])
+
+    pool = SimpleNamespace(processes=2, submit=lambda task: task, result=lambda task: task.texts)
+    for number, (run, texts) in enumerate(part_recording.encoded(runs(), pool, HeldOut(0.0, 0))):
+        assert texts == run.texts == [str(number)]
+        assert len(read) - number <= 2 * 2 + 2
+    assert number == 99
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path, stage, jsonl, addresses, tokenizer):

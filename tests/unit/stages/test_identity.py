@@ -93,12 +93,29 @@ def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
 
 @pytest.mark.parametrize(
     "override",
-    ["log_every_steps=1", "keep_checkpoints=9", "micro_batch_sequences=2", "wandb_project=w", "deepspeed=other.json"],
+    [
+        "log_every_steps=1",
+        "keep_checkpoints=9",
+        "micro_batch_sequences=2",
+        "wandb_project=w",
+        "deepspeed=other.json",
+        "seed=776",
+    ],
 )
 def test_what_does_not_change_the_result_may_change(run, override):
     publish(run, "corpus")
     publish(run, "teacher")
     check_stage(run, "teacher", f"stages.teacher.{override}")
+
+
+def test_a_teacher_may_move_but_not_change(run):
+    whole_run(run)
+    distil = "{name: student, kind: distil, model: pruned, teacher: {source: teacher}, data: corpus, <<: *t}"
+    (run / "x.yaml").write_text(f"{RECIPE}  - {distil}\n")
+    before = description(run, "student")["identity"]
+    for override, same in (("placement=replica", True), ("window_micro_batches=2", True), ("source=base", False)):
+        now = description(run, "student", f"stages.student.teacher.{override}")["identity"]
+        assert (now == before) is same
 
 
 def test_the_micro_batch_of_a_prune_stage_may_not(run):
@@ -263,6 +280,14 @@ def test_what_a_chosen_stage_reads_has_to_be_what_the_recipe_says(run):
             continue
         with pytest.raises(StageError, match=refused):
             check_run(recipe, [recipe.stage("pruned")], run)
+
+
+def test_what_is_read_through_other_stages_has_to_be_what_the_recipe_says_too(run):
+    whole_run(run)
+    (run / "x.yaml").write_text(RECIPE + "  - {name: release, kind: export, model: pruned}\n")
+    check(run, names=("release",))
+    with pytest.raises(StageError, match=r"'teacher' is finished in .*learning_rate is 0.002 and was 0.001"):
+        check(run, CHANGED, names=("release",))
 
 
 def test_a_key_of_another_version_is_no_change(run):
