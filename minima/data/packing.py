@@ -86,7 +86,6 @@ class StoreWriter:
         self._learnt_file: HashedFile | None = None
         self._starts: list[np.ndarray] = []
         self._held = np.empty(0, dtype=self._dtype)  # tokens of the unfinished block
-        self._held_learnt = np.empty(0, dtype=np.uint8)
         self._flushed = 0  # tokens in all shards
         self._learnt_tokens = self._longest = 0
         self._open = np.empty((3, 0), dtype=np.int64)  # start, end, bytes of documents that end in that block or later
@@ -135,7 +134,8 @@ class StoreWriter:
             tokens: concatenated ids of the documents, each already closed by the end token.
             lengths: int array; tokens of each document, its end token included.
             sizes: int array; UTF-8 bytes of each document's text, or of its trainable part.
-            learnt: uint8 array like `tokens`; 1 for trainable tokens. For conversations and preferences only.
+            learnt: uint8 array like `tokens`; 1 for trainable tokens. For conversations and preferences only, of which
+                each call adds whole blocks.
             filling: bool array; marks documents that are padding and not counted. None if there is no padding.
 
         Returns:
@@ -158,7 +158,8 @@ class StoreWriter:
         self._bytes += _bytes_between(documents, begins, begins + taken)
         self.documents += documents.shape[1] - (0 if filling is None else int(filling[inside].sum()))
         if learnt is not None:
-            learnt = np.concatenate([self._held_learnt, learnt[:taken].astype(np.uint8)])
+            assert not len(self._held) and not len(tokens) % self._sequence_length, "whole blocks"
+            learnt = learnt[:taken].astype(np.uint8)
             real = lengths if filling is None else lengths[~filling]
             self._longest = max(self._longest, int(real.max(initial=0)))
         with disk_full_named(self.folder):
@@ -167,7 +168,7 @@ class StoreWriter:
         return taken
 
     def _take(self, tokens: np.ndarray, learnt: np.ndarray | None, documents: np.ndarray) -> None:
-        """Write whole blocks, shard by shard, and hold the rest; `learnt` includes the mask of the held tokens."""
+        """Write whole blocks, shard by shard, and hold the rest."""
         stream = np.concatenate([self._held, tokens]) if len(self._held) else tokens
         pending = documents[0, documents[0] >= self._flushed]
         whole = len(stream) // self._sequence_length * self._sequence_length
@@ -193,8 +194,6 @@ class StoreWriter:
             if self._flushed == self._shard_begin + self._shard_tokens:
                 self._close_shard()
         self._held, self._open = stream[whole:].copy(), documents[:, documents[1] > self._flushed]
-        if learnt is not None:
-            self._held_learnt = learnt[whole:].copy()
 
     def _close_shard(self) -> None:
         assert self._file is not None

@@ -113,6 +113,8 @@ class ByteLevelDonor:
     def count(self, texts: Iterable[str]) -> Counter[str]:
         """How often the donor gives each piece when it reads the texts."""
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         counts: Counter[int] = Counter()
         for batch in batched(texts):
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):

@@ -142,7 +142,7 @@ def _line_without_intercept(student_S: np.ndarray, best_S: np.ndarray, ratios_B:
     )  # fmt: skip
 
 
-def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], size: float) -> Interval:
+def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], size: float) -> tuple[float, float]:
     """Prediction interval of another student's best teacher, from the scatter around the line, in parameters.
 
     Args:
@@ -151,7 +151,7 @@ def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], 
         size: size of the student that is asked about, parameters.
 
     Returns:
-        Its ends; None for a lower end that is not above 0.
+        Its ends; the lower one may lie below 0.
     """
     student_S, best_S = (np.array(values) / MILLION for values in zip(*students, strict=True))
     spare, at = len(student_S) - 2, size / MILLION
@@ -160,8 +160,7 @@ def prediction_interval(line: LineFit, students: Sequence[tuple[float, float]], 
     reach = t_distribution.ppf((1 + LEVEL) / 2, spare) * error
     reach *= np.sqrt(1 + 1 / len(student_S) + (at - student_S.mean()) ** 2 / _squares(away))
     middle = line.slope * at + line.intercept
-    low, high = float(middle - reach) * MILLION, float(middle + reach) * MILLION
-    return (low if low > 0 else None), high
+    return float(middle - reach) * MILLION, float(middle + reach) * MILLION
 
 
 def _agreement(

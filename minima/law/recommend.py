@@ -160,7 +160,7 @@ def _fitted_gap(question: Question, tokens: float, one: ConditionFit, fit: Fit |
         if minimum.student in line.students and minimum.teacher_size is not None
     ]
     low_end, high_end = prediction_interval(line.with_intercept, through, question.student)
-    ends: Interval = (max(low_end or 0.0, question.student), high_end)  # no teacher is smaller than its student
+    ends: Interval = (max(low_end, question.student), high_end)  # no teacher is smaller than its student
     if len(draws_B):
         ends = _hull(ends, interval(draws_B))
     return _gap_answer(question, law, ideal, ends, measured, notes, _own_scaling(fit, one))

@@ -68,7 +68,7 @@ def recomputed_bytes(shape: ModelShape, precision: str, checkpointing: str, toke
 
 
 def forward_bytes(shape: ModelShape, precision: str, tokens: int, ranks: int = 1) -> int:
-    """Temporary bytes while one layer runs without gradients, its input not counted.
+    """Temporary bytes while one layer runs without gradients, its input not counted. The final norm takes less.
 
     Args:
         tokens: tokens that run together.
@@ -81,9 +81,3 @@ def forward_bytes(shape: ModelShape, precision: str, tokens: int, ranks: int = 1
     attention = size * (2 * width + 3 * query + 3 * key_value)  # queries and keys before and after their rotation
     mlp = size * (2 * width + 3 * neurons)
     return tokens * max(norm + size * width, attention, mlp)
-
-
-def norm_bytes(shape: ModelShape, precision: str, tokens: int) -> int:
-    """Temporary bytes in the final norm over `tokens` tokens without gradients, its output included."""
-    rms = shape.family not in ("gpt_neox", "gpt2")
-    return tokens * shape.hidden_size * (8 if rms else BYTES[precision])

@@ -188,7 +188,7 @@ def _places(teacher: Teacher, shape: ModelShape, devices: Devices) -> Iterator[t
     yield "replica", "none", 1, ""
     yield "zero3_node", "none", node, uneven or (alone if node == 1 else "")
     yield "zero3", "none", devices.ranks, same if node > 1 else (alone if nodes == 1 else "")
-    yield "tensor_parallel", "none", split, unsplittable
+    yield "tensor_parallel", "none", split, unsplittable or uneven
     both = "host and device share one memory" if devices.host_is_device else ""
     missing = "" if teacher.nvme_path is not None else "no nvme_path is given"
     for offload, problem in (("cpu", both), ("nvme", missing)):

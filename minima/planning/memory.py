@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from minima.models.shape import ModelShape
-from minima.planning.activations import forward_bytes, norm_bytes, recomputed_bytes, saved_bytes
+from minima.planning.activations import forward_bytes, recomputed_bytes, saved_bytes
 from minima.planning.sharding import (
     BYTES,
     Sharding,
@@ -147,19 +147,16 @@ def frozen_memory(
     hidden = size * shape.hidden_size * tokens * window
     head = size * shape.vocabulary_size * shape.hidden_size
     if placement == "replica":
-        layer = max(forward_bytes(shape, precision, tokens), norm_bytes(shape, precision, tokens))
+        layer = forward_bytes(shape, precision, tokens)
         return Memory({"weights": size * shape.parameters}, {"activations": layer, "hidden": hidden})
     if placement == "tensor_parallel":
         inputs = size * shape.hidden_size * tokens * group
-        layer = inputs + max(
-            forward_bytes(shape, precision, tokens * group, group), norm_bytes(shape, precision, tokens * group)
-        )
+        layer = inputs + forward_bytes(shape, precision, tokens * group, group)
         weights = {"weights": size * split_elements(shape, group), "head": head}
         return Memory(weights, {"activations": layer, "hidden": hidden})
     gathered = size * frozen_gathered(shape, sharding) if group > 1 or offload != "none" else 0
-    norm = norm_bytes(shape, precision, tokens) - gathered  # the final norm runs when no layer is gathered any more
     device = {"head": head, "persistent": _persistent(shape, precision, group, sharding)}
-    passing = {"activations": max(forward_bytes(shape, precision, tokens), norm), "hidden": hidden}
+    passing = {"activations": forward_bytes(shape, precision, tokens), "hidden": hidden}
     passing["gathered"] = gathered
     shard = size * shard_elements(shape, group)
     if offload == "none":

@@ -29,10 +29,10 @@ def units_of(spec, first_id=3):
     )  # fmt: skip
 
 
-def write(folder, pieces, *, max_blocks=None, shard_tokens=48, format="conversations"):
+def write(folder, pieces, *, max_blocks=None, shard_tokens=48, format="conversations", mask=True):
     with PackedWriter(
         folder, sequence_length=LENGTH, vocabulary_size=1000, end_token=END, shard_tokens=shard_tokens,
-        max_blocks=max_blocks, format=format, document_mask=True,
+        max_blocks=max_blocks, format=format, document_mask=mask,
     ) as writer:  # fmt: skip
         for piece in pieces:
             writer.add(piece)
@@ -131,6 +131,13 @@ def test_a_budget_takes_units_in_their_order_until_it_is_full(tmp_path, max_bloc
     assert finished["padding_tokens"] < LENGTH * max_blocks * 0.5
 
 
+def test_units_of_a_block_keep_their_order(tmp_path):
+    rng = np.random.default_rng(0)
+    write(tmp_path / "train", [units_of([(int(size), 0) for size in rng.integers(1, 4, 900)])])
+    kept = [(block, ids[0]) for block, ids, _ in contents(TokenStore.open(tmp_path / "train")) if ids[0] != END]
+    assert len(kept) == 900 and kept == sorted(kept)
+
+
 def test_padding_is_little(tmp_path):
     rng = np.random.default_rng(0)
     spec = [(int(size), 0) for size in rng.integers(1, LENGTH // 2, 3000)]
@@ -142,6 +149,8 @@ def test_what_fills_a_block_is_no_document_and_no_position_is_beyond_the_longest
     write(tmp_path / "train", [units_of([(3, 0), (2, 0)])])
     store = TokenStore.open(tmp_path / "train")
     assert store.longest == 3 and store.num_documents == 2
+    write(tmp_path / "unmasked", [units_of([(3, 0), (2, 0)])], mask=False)
+    assert TokenStore.open(tmp_path / "unmasked").longest == LENGTH, "attention and positions cross documents"
     batch = read_batch(store, np.array([0]))
     assert batch.documents_BT.max() == 2, "the rest of the block is one more document"
     assert batch.positions_BT.max() == 2 < LENGTH - 5

@@ -135,6 +135,13 @@ def test_a_prompt_is_how_the_answered_conversation_begins(minichat, chatml, name
             assert asked["input_ids"] == whole.ids[:begin]
 
 
+def test_a_tokenizer_that_cuts_and_fills_texts_for_its_model_does_neither_to_conversations(minichat):
+    plain = encode(minichat, CHATS["several turns"])
+    minichat.backend_tokenizer.enable_truncation(8)
+    minichat.backend_tokenizer.enable_padding(length=200)
+    assert encode(minichat, CHATS["several turns"]) == plain and 8 < len(plain.ids) < 200
+
+
 def test_a_begin_token_comes_first_only_where_the_tokenizer_adds_one(tokenizer, tmp_path):
     from tokenizers import processors
 

@@ -124,6 +124,11 @@ def test_every_conversation_is_there_once_whole_with_transformers_mask(
     assert metrics["padding_share"] == metrics["padding_tokens"] / metrics["tokens"] < 0.1
     said = sum(len(turn["Assistant"].strip()) for number in range(200) for turn in turns_of(number))
     assert train.bytes + held_out.bytes == said
+    assert train.bytes_per_token == train.bytes / sum(sum(mask) for _, mask in documents[0])
+    assert metrics["bytes_per_token"] == train.bytes_per_token
+    answered = [token for ids, mask in documents[1] for token, one in zip(ids, mask, strict=True) if one]
+    shares = np.unique(answered, return_counts=True)[1] / len(answered)
+    assert metrics["unigram_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
     assert metrics["cut_conversations"] == 0
     assert sorted(file.name for file in folder.iterdir()) == ["held_out", "report.json", "tokenizer", "train"]
 

@@ -1,6 +1,8 @@
 """A divided build, merged: the same bytes as the undivided one, whatever the sources, weights, passes and formats."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -9,7 +11,7 @@ from pyarrow import parquet
 
 from minima.data import part_building, part_merging, part_recording, share
 from minima.data.builder import build
-from minima.data.documents import Rejected, shortened, shuffled
+from minima.data.documents import HeldOut, Rejected, shortened, shuffled
 from minima.data.part_building import build_part, is_recorded
 from minima.data.part_files import Part, read_index
 from minima.data.part_merging import RecordedParts
@@ -88,12 +90,16 @@ def test_parts_encode_what_the_mixture_takes_and_the_merge_what_is_short(
     tmp_path, stage, jsonl, addresses, tokenizer, monkeypatch, caplog, margin, weight
 ):
     monkeypatch.setattr(part_building, "MARGIN", margin)
-    path, small = jsonl(addresses * 5), jsonl(addresses[:40])
-    chosen = stage({"name": "large", "path": path, "weight": weight}, {"path": small, "weight": weight}, tokens=40_000)
+    small, large = jsonl(addresses[:40]), tmp_path / "large"
+    large.mkdir()
+    for number in range(8):
+        shutil.copy(jsonl(addresses[:250]), large / f"{number}.jsonl")
+    sources = [{"path": small, "weight": weight}, {"name": "large", "path": str(large), "weight": weight}]
+    chosen = stage(*sources, tokens=40_000)
     report = assert_same(tmp_path, chosen, tokenizer, 3)
     assert report["tokens"] == 40_000 // 32 * 32
     indices = [read_index(folder) for folder in (tmp_path / "parts").iterdir()]
-    recorded = sum(piece["documents"] for index in indices for piece in index["sources"][0])
+    recorded = sum(piece["documents"] for index in indices for piece in index["sources"][1])
     assert recorded < (600 if weight else 1000), "of 2000"
     assert ("source large: part" in caplog.text) is (margin < 1)
 
@@ -168,6 +174,22 @@ def test_several_processes_give_the_same_part(tmp_path, stage, jsonl, addresses,
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.npy")} for name in ("1", "2"))
     assert one == two
     assert len(one) > 6
+
+
+def test_documents_are_read_only_a_little_ahead_of_their_encoding():
+    """Or a part would hold its whole share of a source in memory."""
+    read = []
+
+    def runs():
+        for number in range(100):
+            read.append(number)
+            yield part_recording.Run((0, number), [str(number)], [])
+
+    pool = SimpleNamespace(processes=2, submit=lambda task: task, result=lambda task: task.texts)
+    for number, (run, texts) in enumerate(part_recording.encoded(runs(), pool, HeldOut(0.0, 0))):
+        assert texts == run.texts == [str(number)]
+        assert len(read) - number <= 2 * 2 + 2
+    assert number == 99
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path, stage, jsonl, addresses, tokenizer):

@@ -48,3 +48,6 @@ def test_the_order_never_changes():
     assert BlockSampler(10, 776).indices(0, 20).tolist() == [
         9, 2, 4, 3, 0, 8, 7, 1, 6, 5, 8, 3, 4, 1, 2, 6, 7, 9, 0, 5,
     ]  # fmt: skip
+    assert BlockSampler(16, 2**40).indices(0, 16).tolist() == [
+        13, 5, 15, 1, 2, 4, 6, 14, 8, 0, 3, 7, 12, 10, 9, 11,
+    ]  # fmt: skip

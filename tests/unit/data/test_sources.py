@@ -10,12 +10,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minima.data.documents import Rejected
+from minima.data.documents import HeldOut, Rejected
+from minima.data.mixture import read_shuffled, training_texts
 from minima.data.sources import read_source
 from minima.errors import DataError
 from minima.recipe.data import Source
 
 TEXTS = ["one", "zwei\nlines", "三 🙂", "four"]
+MANY = [f"{number:09d}" for number in range(300)]
 
 
 def read(**source):
@@ -196,3 +198,25 @@ def test_a_dataset_card_is_no_document(tmp_path):
     (tmp_path / "part" / "README.md").write_text("a text")
     (tmp_path / "train.jsonl").write_bytes(lines(TEXTS))
     assert read(path=str(tmp_path))[0] == ["a text", *TEXTS]
+
+
+# -- several sources ---------------------------------------------------------------------------------------------
+
+
+def test_an_order_depends_on_the_seed_the_sources_place_and_the_pass(tmp_path):
+    """Else the n-th documents of two translations, say, would always come together."""
+    (tmp_path / "a.jsonl").write_bytes(lines(MANY))
+    source = Source(path=str(tmp_path))
+    orders = [list(read_shuffled(source, *key, Rejected(), 0)) for key in ((0, 776), (0, 776), (1, 776), (0, 777))]
+    orders.append(list(read_shuffled(source, 0, 776, Rejected(), 1)))
+    assert all(sorted(order) == MANY for order in orders) and orders[0] == orders[1]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_tokenizer_is_trained_on_sources_by_their_weights(tmp_path):
+    sources = []
+    for number, (letter, weight) in enumerate((("a", 3.0), ("b", 1.0))):
+        (tmp_path / f"{letter}.jsonl").write_bytes(lines([letter + text for text in MANY]))
+        sources.append((number, Source(path=str(tmp_path / f"{letter}.jsonl"), weight=weight)))
+    texts = list(training_texts(sources, HeldOut(0.0, 776), 2000))
+    assert [sum(text[0] == letter for text in texts) for letter in "ab"] == [150, 50]

@@ -101,6 +101,16 @@ def test_a_text_cannot_forge_the_end_of_a_document(tokenizer, pieces):
     assert encoded.characters.tolist() == [len(text) for text in ODD]
 
 
+def test_a_tokenizer_that_cuts_and_fills_texts_for_its_model_does_neither_to_documents(tokenizer, tmp_path, addresses):
+    fast = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    fast.enable_truncation(8)
+    fast.enable_padding(length=1000)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    task = EncodingTask(addresses[:3], HeldOut(0.0, 0))
+    own, plain = (Encoder(folder, 2, 512)(task).documents for folder in (tmp_path, tokenizer))
+    assert own.ids.tolist() == plain.ids.tolist() and own.lengths.min() > 8
+
+
 def test_each_document_begins_with_the_begin_token(tokenizer):
     plain, *_ = Encoder(tokenizer, 2, 512)(EncodingTask(ODD, HeldOut(0.0, 0)))
     begun, *_ = Encoder(tokenizer, 2, 512, begin_token=1)(EncodingTask(ODD, HeldOut(0.0, 0)))

@@ -139,6 +139,16 @@ def test_a_donor_is_trained_as_the_base_cuts_text(base, jsonl, poems, tmp_path):
         expand(asked, open_base(base), asked.donor, 502, tmp_path / "other")
 
 
+def test_a_donor_that_cuts_and_fills_texts_for_its_model_counts_whole_ones(base, donor, poems, tmp_path):
+    fast = Tokenizer.from_file(str(donor))
+    fast.enable_truncation(8)
+    fast.enable_padding(length=1000)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = ByteLevelVocabulary(base)
+    own, plain = (vocabulary.read_donor(path).count(poems) for path in (tmp_path / "tokenizer.json", donor))
+    assert own == plain and sum(plain.values()) > 8 * len(poems)
+
+
 def test_other_kinds_are_refused(base, tokenizer, donor, tmp_path):
     wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     wordpiece.save(str(tmp_path / "tokenizer.json"))

@@ -50,6 +50,10 @@ def test_a_good_table_is_taken_whole():
             {"teacher": "t90M", "teacher_parameters": 91_000_000, "teacher_non_embedding_parameters": 90_000_000},
             r"the student \(100,000,000 parameters\) is not smaller than its teacher \(90,000,000\)",
         ),
+        (
+            {"teacher": "t100M", "teacher_parameters": 101_000_000, "teacher_non_embedding_parameters": 100_000_000},
+            "the student .* is not smaller than its teacher",
+        ),
     ],
 )
 def test_a_row_at_fault_is_left_out_by_name(changes, reason):
@@ -182,8 +186,10 @@ def test_budgets_that_are_nearly_the_same_are_said_to_be_fitted_apart(tmp_path, 
 
 
 def test_repeated_data_on_purpose_is_another_budget(tmp_path):
-    repeated = [replace(one, unique_tokens=one.tokens // 4, epochs=4.0) for one in noisy()]
+    repeated = [replace(one, unique_tokens=one.tokens // 4, epochs=None, student_loss=3.5) for one in noisy()]
     assert "fitted separately" not in notes_of(noisy() + repeated, tmp_path)
+    runs, excluded = check_rows(noisy() + repeated, "non_embedding")
+    assert not excluded and [run.epochs for run in runs] == [1.0] * 16 + [4.0] * 16
 
 
 def test_two_seeds_with_one_loss_are_said(tmp_path):

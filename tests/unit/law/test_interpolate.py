@@ -1,13 +1,16 @@
 """The best teacher of one student: found where it is known, with intervals that hold it as often as they say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import f
 
 from minima.law.checks import check_rows
 from minima.law.curves import curves_of
-from minima.law.interpolate import MINIMUM, NOISE, NOT_BRACKETED, TOO_FEW, minimum_of
+from minima.law.interpolate import MINIMUM, NOISE, NOT_BRACKETED, TOO_FEW, lowest_points, minimum_of
 from minima.law.line import fit_line
 from minima.law.noise import draw_means, noise_of
 from tests.law_tables import row, valley
@@ -62,10 +65,36 @@ def test_a_parabola_that_opens_downwards_is_not_bracketed():
     assert "opens downwards" in found.reason
 
 
+def test_a_lowest_point_beyond_the_grid_lies_on_its_side():
+    tilted = [3.5, 3.5, 1.0, 1.4, 1.1]  # lowest in the middle, but their parabola is lowest beyond the last one
+    hill = [2.0, 3.0, 1.9, 3.0, 2.1]
+    rows = [[1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0], tilted, tilted[::-1], hill, hill[::-1]]
+    found = lowest_points(TEACHERS[:5], np.array(rows))
+    assert found.log_size_B.tolist() == [-np.inf, np.inf, np.inf, -np.inf, -np.inf, np.inf]
+    assert np.isnan(found.loss_B).all()
+    losses = [row(100e6, size, 0, loss) for size, loss in zip(TEACHERS, tilted, strict=False)]
+    assert minima(losses)[0][0].status == NOT_BRACKETED
+
+
+def test_an_interval_is_open_where_draws_leave_the_grid():
+    (curve,) = curves(valley([100e6], TEACHERS, 2, lambda _: 600e6, noise=1e-4))
+    means_BT = np.tile(curve.means_T, (1000, 1))
+    means_BT[:50, 0] = 1.0
+    found, sizes_B = minimum_of(curve, means_BT)
+    assert found.teacher_interval == (None, pytest.approx(600e6, rel=0.01))
+    assert (sizes_B[:50] == 0).all() and found.bracketed_share == 0.95
+    means_BT[:50, 0], means_BT[:50, -1] = 4.0, 1.0
+    assert minimum_of(curve, means_BT)[0].teacher_interval == (pytest.approx(600e6, rel=0.01), None)
+
+
 def test_two_teachers_are_too_few():
     (found, _), = minima(valley([100e6], TEACHERS[:2], 2, lambda _: 200e6))  # fmt: skip
     assert found.status == TOO_FEW
     assert found.reason == "2 teachers; a parabola needs three sizes"
+    rows = valley([100e6], TEACHERS[:2], 2, lambda _: 200e6)
+    twice = [replace(one, teacher="another") for one in rows if one.teacher == "t300M"]
+    (found, _), = minima(rows + twice)  # fmt: skip
+    assert found.status == TOO_FEW
 
 
 def test_two_neighbours_on_each_side_take_part():
@@ -73,6 +102,7 @@ def test_two_neighbours_on_each_side_take_part():
     assert found.used == ("t150M", "t300M", "t600M", "t1200M", "t2400M")
     (found, _), = minima(valley([100e6], TEACHERS, 1, lambda _: 310e6))  # fmt: skip
     assert found.used == ("t150M", "t300M", "t600M", "t1200M")
+    assert found.rises == pytest.approx((0.05 * np.log(150 / 310) ** 2, 0.05 * np.log(4800 / 310) ** 2))
 
 
 def test_an_unbalanced_grid_raises_no_more_alarms():
@@ -129,6 +159,22 @@ def test_teachers_that_differ_no_more_than_seeds_have_no_best_one():
     assert statuses.count(NOISE) >= 87  # of Binomial(100, 0.95), fewer come once in a thousand
 
 
+def test_its_two_f_tests_are_the_textbooks():
+    """Of teachers and seeds, each pair once: two-way analysis of variance."""
+    rng = np.random.default_rng(3)
+    rows = valley([100e6], TEACHERS[:5], 3, lambda _: 500e6, noise=0.02, rng=rng)
+    (found, _), = minima(rows)  # fmt: skip
+    losses_TS = np.array([one.student_loss for one in rows]).reshape(3, 5).T
+    teachers_T, seeds_S = losses_TS.mean(axis=1), losses_TS.mean(axis=0)
+    rests_TS = losses_TS - teachers_T[:, None] - seeds_S + losses_TS.mean()
+    noise = (rests_TS**2).sum() / 8
+    ratio = 3 * ((teachers_T - losses_TS.mean()) ** 2).sum() / 4 / noise
+    assert found.flat_p == pytest.approx(f.sf(ratio, 4, 8))
+    sizes = np.log(TEACHERS[:5])
+    missed_T = teachers_T - np.polyval(np.polyfit(sizes, teachers_T, 2), sizes)
+    assert found.misfit_p == pytest.approx(f.sf(3 * (missed_T**2).sum() / 2 / noise, 2, 8))
+
+
 def test_draws_depend_on_their_seed_and_condition_alone():
     rows = valley([100e6, 200e6], TEACHERS, 2, lambda size: 3 * size, noise=0.002)
     other = valley([100e6, 200e6], TEACHERS, 2, lambda size: 3 * size, noise=0.002, initialisation="random")
@@ -137,6 +183,7 @@ def test_draws_depend_on_their_seed_and_condition_alone():
     again = next(draw_means(own, 50, 7) for key, own in among.items() if key.initialisation == "pruned_from_teacher")
     assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
     assert not np.array_equal(first[0], draw_means(curves(rows), 50, 8)[0])
+    assert not np.array_equal(first[0], draw_means(curves(other), 50, 7)[0])
 
 
 def test_a_shared_teacher_moves_its_students_together():

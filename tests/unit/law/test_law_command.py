@@ -1,5 +1,6 @@
 """`minima law fit`, `recommend` and `plot` as commands."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def test_the_same_seed_gives_the_same_fit_and_another_does_not(place):
     again = fit_table(place / "table.csv")
     other = fit_table(place / "table.csv", seed=1, descents=1)
     assert again == kept
+    assert kept.sha256 == hashlib.sha256((place / "table.csv").read_bytes()).hexdigest()
     assert other.conditions[0].line.draws != kept.conditions[0].line.draws
     assert other.conditions[0].line.with_intercept.slope == kept.conditions[0].line.with_intercept.slope
 

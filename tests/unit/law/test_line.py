@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import linregress, t
+from scipy.stats import f, linregress, t
 
 from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Minimum
 from minima.law.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher, prediction_interval
@@ -100,11 +100,31 @@ def test_the_papers_line_is_rejected_where_it_is_wrong_and_not_where_it_is_right
     assert wrong.scatter_p < 0.01
 
 
-def test_small_students_are_compared_by_the_slope_alone():
-    agreement = noisy(2.498, 0.0, (50e3, 100e3, 200e3, 400e3)).agreement
+def test_one_of_the_two_tests_rejects_the_papers_line():
+    """Minima that scatter by more than seeds move them: the draws alone tell the line from the paper's."""
+    students, rng = (100e6, 200e6, 300e6, 500e6, 800e6), np.random.default_rng(0)
+    means = [paper_teacher(size) * np.exp(0.2 * rng.standard_normal()) for size in students]
+    draws = [size * np.exp(0.001 * rng.standard_normal(1000)) for size in means]
+    found = fit_line([minimum(size, mean) for size, mean in zip(students, means, strict=True)], draws).agreement
+    assert found.seeds_p < 0.01 < 0.1 < found.scatter_p
+    assert found.rejected is True
+
+
+def test_the_test_by_scatter_is_the_textbooks():
+    students, best = np.array([100.0, 200, 300, 500]), np.array([260.0, 470, 800, 1240])
+    found = fit_line([minimum(1e6 * s, 1e6 * b) for s, b in zip(students, best, strict=True)], [None] * 4)
+    slope, intercept = np.polyfit(students, best, 1)
+    left, papers = (((best - a * students - b) ** 2).sum() for a, b in ((slope, intercept), (2.498, -11.498)))
+    assert found.agreement.scatter_p == pytest.approx(f.sf((papers - left) / 2 / (left / 2), 2, 2))
+    assert found.agreement.seeds_p is None
+
+
+@pytest.mark.parametrize("students", [(50e3, 100e3, 200e3, 400e3), (5e6, 100e6, 200e6, 400e6)])
+def test_small_students_are_compared_by_the_slope_alone(students):
+    agreement = noisy(2.498, 0.0, students).agreement
     assert agreement.rejected is False
     assert "only the slope without intercept" in agreement.test
-    assert noisy(9.0, 0.0, (50e3, 100e3, 200e3, 400e3)).agreement.rejected is True
+    assert noisy(9.0, 0.0, students).agreement.rejected is True
 
 
 def test_draws_beyond_the_grid_are_left_out_and_counted():
@@ -121,6 +141,16 @@ def test_draws_beyond_the_grid_are_left_out_and_counted():
     assert found.with_intercept.slope_interval is None
     assert found.agreement.seeds_p is None
     assert found.draws == ()
+
+
+def test_a_draw_without_one_students_minimum_is_a_line_through_the_others():
+    students = (100e6, 200e6, 300e6, 500e6)
+    draws = [np.full(1000, 2.5 * size + 10e6) for size in students]
+    draws[0][:300], draws[3][300:700] = 0.0, np.inf  # beyond the smallest teacher, and beyond the largest
+    found = fit_line([minimum(size, 2.5 * size + 10e6) for size in students], draws)
+    assert found.used_share == 1.0
+    for ends, value in ((found.with_intercept.slope_interval, 2.5), (found.with_intercept.intercept_interval, 10.0)):
+        assert ends == pytest.approx((value, value))
 
 
 def test_students_of_one_size_make_no_line():

@@ -1,5 +1,7 @@
 """Which teacher to take: each law's answer, its price, and the warnings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -143,6 +145,7 @@ def test_a_fitted_scaling_law_answers_as_the_law_that_made_its_table(scaling_fit
     assert answer.law.startswith("distillation scaling, fitted")
     assert answer.teacher == pytest.approx(PUBLISHED.best_teacher(300e6, 64e9), rel=0.1)
     assert answer.loss == pytest.approx(PUBLISHED.loss_under(300e6, 64e9, answer.teacher, 20), rel=2e-3)
+    assert not answer.notes
     beyond = " ".join(recommend(Question(3e9, 1e12, (20e9,)), scaling_fit).answers[-1].notes)
     assert "a student of 3.00B extrapolates: the measured range is 143M to 700M" in beyond
     assert "training tokens of 1.00T extrapolates: the measured range is 4.00B to 64.0B" in beyond
@@ -206,6 +209,18 @@ def test_a_fitted_line_says_no_loss_of_somebody_elses_law(fit):
     own = next(one for one in answers if one.law.startswith("capacity gap, fitted") and one.teacher is not None)
     assert own.loss is None
     assert next(one for one in answers if one.law == PUBLISHED_GAP).loss_law == PUBLISHED_SCALING
+
+
+def test_each_start_has_a_scaling_law_of_its_own(fit):
+    runs = {one.initialisation: one.distilled.num_runs for one in fit.scaling}
+    assert runs == {"pruned_from_teacher": 3 * (6 + 5 + 4), "random": 3 * (6 + 5 + 4)}
+
+
+def test_each_family_has_a_scaling_law_of_its_own(tmp_path):
+    rows = valley(STUDENTS, TEACHERS, 1, lambda size: 4 * size, direct=True)
+    write_table(rows + [replace(one, family="qwen2") for one in rows], tmp_path / "table.csv")
+    found = fit_table(tmp_path / "table.csv", num_draws=10, descents=1).scaling
+    assert [(one.family, one.distilled.num_runs) for one in found] == [("llama", 15), ("qwen2", 15)]
 
 
 def test_a_fit_says_how_it_counts_sizes(fit):

@@ -40,6 +40,15 @@ def test_a_row_says_what_its_cell_was(place):
         assert row.flops == 81_920 * (shape.training_flops_per_token(32) + teacher.forward_flops_per_token(32))
         assert row.teacher_flops == 81_920 * teacher.training_flops_per_token(32)
         assert row.seconds == 7.5 and row.vocabulary_size == 512
+        assert row.family == "llama, corpus identity-of-", "losses on another corpus are not compared with its own"
+
+
+def test_a_cell_has_the_teacher_of_its_seed(place):
+    study, units, by_name = place
+    finished(by_name, "teachers/small-seed2", "cells/a-small-random-163840-seed2")
+    finish(by_name["teachers/small-seed1"], loss=2.9)
+    (row,) = collect(study, units)
+    assert (row.seed, row.teacher_loss) == (2, 2.5)
 
 
 def test_tokens_that_come_again_are_not_unique(place):

@@ -8,7 +8,7 @@ from minima.errors import RecipeError
 from minima.law.grid import DATA, TEACHERS, expand
 from minima.law.study_recipe import load_study, warnings
 from minima.recipe.loading import load_recipe, resolved_yaml
-from tests.unit.law.study_grid import TRAINING, study_file, study_of
+from tests.unit.law.study_grid import GRID, TRAINING, study_file, study_of
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_teachers_are_trained_with_every_seed_and_shared(units):
             assert f"{TEACHERS}/{unit.cell.teacher}-seed{unit.cell.seed}" in unit.needs
             assert unit.recipe.stage("student").seed == unit.cell.seed
         if unit.teacher:
-            assert unit.recipe.stages[0].seed == unit.teacher[1]
+            assert {stage.seed for stage in unit.recipe.stages if stage.kind != "evaluate"} == {unit.teacher[1]}
 
 
 def test_a_cell_reads_teacher_data_and_scores_by_their_paths(units, tmp_path):
@@ -58,9 +58,14 @@ def test_the_starts(units):
     assert "small-seed1" in own.stages[0].model.source
 
 
-def test_a_member_has_training_of_its_own(units):
+def test_a_member_has_training_of_its_own(units, tmp_path):
     rates = {unit.teacher[0]: unit.recipe.stages[0].learning_rate for unit in units.values() if unit.teacher}
     assert rates == {"small": 1e-2, "large": 5e-3}
+    own = {name: dict(shape) for name, shape in GRID["students"].items()}
+    own["b"]["training"] = {"learning_rate": 2e-3}
+    cells = [unit for unit in study_of(tmp_path, students=own)[1] if unit.cell]
+    rates = {(unit.cell.student, unit.recipe.stage("student").learning_rate) for unit in cells}
+    assert rates == {("a", 1e-2), ("b", 2e-3)}
 
 
 def test_scores_are_measured_only_where_something_is_cut(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minima.law import worker_pool
 from minima.law.worker_pool import Pool, Tally, ready_units
 from tests.unit.law.study_grid import study_of
 
@@ -24,6 +25,7 @@ folder = Path({folder!r})
 units = {{unit.name: unit for unit in expand(load_study(folder / "tiny.yaml"), folder / "tiny.yaml")}}
 if (folder / "broken").exists():
     sys.exit("minima: RecipeError: this worker cannot start")
+(folder / f"gpu-{{os.getpid()}}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 print("== run ready", flush=True)
 for line in sys.stdin:
     name = line.strip()
@@ -89,12 +91,15 @@ def test_the_cheapest_run_whose_inputs_are_there_comes_first(place):
     assert [unit.name for unit in ready_units(place.units, tally)] == names[2:]
 
 
-def test_every_run_is_made_once_by_few_processes(place):
+def test_every_run_is_made_once_by_few_processes(place, monkeypatch):
+    monkeypatch.setattr(worker_pool, "num_accelerators", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
     tally = place.run()
     made = place.made()
     assert sorted(name for _, name in made) == sorted(unit.name for unit in place.units)
     assert tally.done == {unit.name for unit in place.units} and not tally.failed and tally.made == len(made)
     assert len({process for process, _ in made}) <= 2
+    assert sorted(path.read_text() for path in place.folder.glob("gpu-*")) == ["4", "7"], "each has one of its own"
     order = [name for _, name in made]
     for unit in place.units:
         assert all(order.index(need) < order.index(unit.name) for need in unit.needs)

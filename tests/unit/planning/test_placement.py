@@ -157,6 +157,31 @@ def test_what_is_named_is_taken_with_a_warning():
     assert "warning: replica needs" in render(choice)
 
 
+def test_a_teacher_may_have_a_precision_of_its_own():
+    choice = chosen(stage_of(teacher={"placement": "replica", "precision": "float32"}), NODE)
+    assert choice.chosen.teacher.device["weights"] == 4 * TEACHER_7B.parameters
+    assert choice.chosen.student.device["weights"] == pytest.approx(2 * STUDENT_3B.parameters / 8, rel=1e-3)
+
+
+def test_a_loss_with_a_teacher_holds_both_models_logits():
+    wide = {"vocabulary_size": 400_000, "hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "num_heads": 1}
+    stage, shape = stage_of(teacher={"placement": "replica"}), ModelShape(**wide)
+    alone = candidates(TrainedStage("s", stage, shape, 4096, STUDENT), NODE, "full")[0][0].student
+    taught = chosen(stage, NODE, student=shape, teacher_shape=shape).chosen.student
+    more = taught.passing["loss or layer"] - alone.passing["loss or layer"]
+    assert more == 4 * stage.chunk_tokens * 400_000
+
+
+def test_machines_of_unequal_size_share_no_copy_on_each():
+    stage = stage_of(batch_sequences=1536)
+    devices = replace(NODE, ranks=12)
+    planned = TrainedStage("s", stage, STUDENT_3B, 4096, STUDENT, stage.teacher, TEACHER_7B)
+    rows, excluded = candidates(planned, devices, "full")
+    assert [row.name for row in rows] == ["replica", "zero3", "zero3+cpu"]
+    for name in ("zero3_node", "tensor_parallel", "zero3_node+cpu"):
+        assert f"{name} is impossible: the machines have different numbers of ranks" in excluded
+
+
 def test_a_window_wider_than_a_step_is_told():
     wide = stage_of(teacher={"placement": "zero3_node", "window_micro_batches": 1000})
     choice = chosen(wide, NODE)
@@ -192,6 +217,11 @@ def test_on_a_cpu_the_hosts_memory_is_the_device():
     )
     assert not [row for row in rows if row.offload == "cpu"]
     assert "zero3_node+cpu is impossible: host and device share one memory" in excluded
+    offloaded = TrainedStage(
+        "s", stage, STUDENT_3B, 4096, replace(STUDENT, offload_optimizer=True), stage.teacher, TEACHER_7B
+    )
+    for here, there in zip(rows, candidates(offloaded, devices, "full")[0], strict=True):
+        assert there.host_bytes == 0 and there.peak_bytes > here.peak_bytes, "what is offloaded lies there all the same"
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 32])

@@ -42,6 +42,17 @@ def test_epochs_need_the_number_of_blocks():
     assert (plan.sequences, plan.steps) == (16, 2)
 
 
+@pytest.mark.parametrize(("ranks", "sequences"), [(1, 4), (2, 3), (3, 4), (4, 3), (6, 2), (12, 1)])
+def test_a_micro_batch_divides_a_ranks_share(ranks, sequences):
+    assert training(steps=1, batch_sequences=12, micro_batch_sequences=4).micro_batch_on(ranks) == sequences
+
+
+def test_the_warm_up_is_a_rounded_share_of_the_steps():
+    for steps, warmup in ((149, 1), (160, 2), (1000, 10)):
+        plan = plan_training(training(steps=steps), 32, None)
+        assert plan is not None and plan.warmup_steps == warmup
+
+
 def test_distillation_adds_the_teachers_forward():
     plan = plan_training(training(steps=3), 32, None)
     assert plan is not None

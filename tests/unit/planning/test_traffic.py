@@ -55,3 +55,4 @@ def test_a_student_gathers_twice_what_it_cannot_keep_and_scatters_float32():
     assert trained_traffic(SHAPE, "bfloat16", WORK, 1, 1, sharding).received == 0
     offloaded = trained_traffic(SHAPE, "bfloat16", WORK, 8, 4, replace(sharding, offload_optimizer=True))
     assert offloaded.to_host == 4 * SHAPE.parameters / 8 * 9
+    assert offloaded.from_host == (4 * 8 + 2) * SHAPE.parameters / 8, "gradients, and at the end the new weights"

@@ -4,7 +4,11 @@ import pytest
 
 from minima.recipe.data import Source
 from minima.stages import digests
-from minima.stages.digests import file_digest, folder_digest, is_gone, source_digest
+from minima.stages.digests import digest, file_digest, folder_digest, is_gone, source_digest
+
+
+def test_the_order_of_keys_does_not_count():
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1})
 
 
 def test_a_large_file_counts_by_its_ends_and_size(tmp_path, monkeypatch):

@@ -6,12 +6,9 @@ import pytest
 
 from minima.disk import write_json
 from minima.errors import StageError
-from minima.recipe.chat import Align, Instruct
-from minima.recipe.distillation import Distil
 from minima.recipe.loading import load_recipe
-from minima.recipe.schema import Adapt
 from minima.stages.digests import former_source_digest, source_digest
-from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences, free_keys
+from minima.stages.identity import changed_settings, check_run, check_unchanged, describe, differences
 from minima.stages.manifest import read_manifest, write_manifest, write_started
 
 RECIPE = """
@@ -96,12 +93,29 @@ def test_a_mistake_mended_before_anything_was_made_is_no_change(run):
 
 @pytest.mark.parametrize(
     "override",
-    ["log_every_steps=1", "keep_checkpoints=9", "micro_batch_sequences=2", "wandb_project=w", "deepspeed=other.json"],
+    [
+        "log_every_steps=1",
+        "keep_checkpoints=9",
+        "micro_batch_sequences=2",
+        "wandb_project=w",
+        "deepspeed=other.json",
+        "seed=776",
+    ],
 )
 def test_what_does_not_change_the_result_may_change(run, override):
     publish(run, "corpus")
     publish(run, "teacher")
     check_stage(run, "teacher", f"stages.teacher.{override}")
+
+
+def test_a_teacher_may_move_but_not_change(run):
+    whole_run(run)
+    distil = "{name: student, kind: distil, model: pruned, teacher: {source: teacher}, data: corpus, <<: *t}"
+    (run / "x.yaml").write_text(f"{RECIPE}  - {distil}\n")
+    before = description(run, "student")["identity"]
+    for override, same in (("placement=replica", True), ("window_micro_batches=2", True), ("source=base", False)):
+        now = description(run, "student", f"stages.student.teacher.{override}")["identity"]
+        assert (now == before) is same
 
 
 def test_the_micro_batch_of_a_prune_stage_may_not(run):
@@ -145,6 +159,13 @@ def test_changed_blocks_of_a_data_folder_given_by_path_are_named(run):
     (run / "copy" / "train" / "index.json").write_text("[2]")
     with pytest.raises(StageError, match=r"its input data \(copy\) has changed"):
         check_unchanged(describe(recipe, recipe.stage("teacher"), run), run / "teacher", recipe)
+
+
+def test_a_finished_stage_of_another_run_counts_by_its_identity(run):
+    publish(run, "corpus")
+    shutil.copytree(run / "corpus", run / "other")
+    inputs = description(run, "teacher", "stages.teacher.data=./other")["inputs"]
+    assert inputs["data (./other)"] == read_manifest(run / "other")["identity"]
 
 
 def test_half_written_names_beside_started_are_no_content(run):
@@ -261,6 +282,14 @@ def test_what_a_chosen_stage_reads_has_to_be_what_the_recipe_says(run):
             check_run(recipe, [recipe.stage("pruned")], run)
 
 
+def test_what_is_read_through_other_stages_has_to_be_what_the_recipe_says_too(run):
+    whole_run(run)
+    (run / "x.yaml").write_text(RECIPE + "  - {name: release, kind: export, model: pruned}\n")
+    check(run, names=("release",))
+    with pytest.raises(StageError, match=r"'teacher' is finished in .*learning_rate is 0.002 and was 0.001"):
+        check(run, CHANGED, names=("release",))
+
+
 def test_a_key_of_another_version_is_no_change(run):
     publish(run, "corpus")
     publish(run, "teacher")
@@ -287,28 +316,13 @@ def test_of_a_long_value_only_what_differs_is_told():
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": [2]}}) == ["a.c is [2] and was null"]
 
 
-FREE = {  # what may be changed between two starts; whoever adds a key to a recipe says here which it is
-    "micro_batch_sequences", "activation_checkpointing", "compile", "kernels", "deterministic", "chunk_tokens",
-    "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps", "watchdog_seconds", "log_every_steps",
-    "evaluate_every_steps", "evaluate_sequences", "tensorboard", "wandb_project", "deepspeed", "reference_deepspeed",
-    "precompute_reference",
-}  # fmt: skip
-DECIDING = {
-    "name", "kind", "model", "data", "batch_sequences", "steps", "tokens", "epochs", "learning_rate", "warmup_steps",
-    "warmup_fraction", "schedule", "final_learning_rate_fraction", "weight_decay", "betas", "epsilon", "gradient_clip",
-    "precision", "patience", "seed", "teacher", "hard_weight", "soft_weight", "temperature", "divergence", "beta",
-    "alpha", "top_k", "top_p", "neftune_alpha", "reference", "loss", "label_smoothing", "length_normalised",
-    "reference_precision",
-}  # fmt: skip
-
-
-def test_every_key_of_a_training_stage_is_known_to_decide_its_result_or_not():
-    keys = {}
-    for stage in (Adapt, Distil, Instruct, Align):
-        free = free_keys(stage.model_construct(kind=stage.__name__.lower(), patience=None))
-        keys |= {key: key in free for key in stage.model_fields}
-    assert {key for key, is_free in keys.items() if is_free} == FREE
-    assert {key for key, is_free in keys.items() if not is_free} == DECIDING
+@pytest.mark.parametrize("key", ["evaluate_every_steps=4", "evaluate_sequences=8"])
+def test_what_decides_when_a_run_ends_early_may_not_change(run, key):
+    publish(run, "corpus")
+    often, patient = "stages.teacher.evaluate_every_steps=2", "stages.teacher.patience=3"
+    for overrides, same in (([often], True), ([often, patient], False)):
+        before, now = (description(run, "teacher", *overrides, *more) for more in ([], [f"stages.teacher.{key}"]))
+        assert (before["identity"] == now["identity"]) is same
 
 
 FILES = """
