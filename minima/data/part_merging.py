@@ -2,6 +2,7 @@
 
 import heapq
 import logging
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -144,6 +145,10 @@ class RecordedParts:
         self._pool: EncodingPool | None = None
 
     def __enter__(self) -> Self:
+        # Each part has a piece of each source open, that is, two or three mapped files: 64 parts of 30 sources have
+        # thousands, and a process may often open only 1,024 unless it asks for more.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         return self
 
     def __exit__(
