@@ -2,7 +2,6 @@
 
 import heapq
 import logging
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +34,7 @@ from minima.data.part_files import (
 from minima.data.part_recording import Reader, Waiting, encoded, runs
 from minima.data.share import Share
 from minima.data.sources import read_source, some
+from minima.disk import raise_file_limit
 from minima.errors import DataError, StageError
 from minima.recipe.data import Source
 
@@ -145,10 +145,7 @@ class RecordedParts:
         self._pool: EncodingPool | None = None
 
     def __enter__(self) -> Self:
-        # Each part has a piece of each source open, that is, two or three mapped files: 64 parts of 30 sources have
-        # thousands, and a process may often open only 1,024 unless it asks for more.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        raise_file_limit()
         return self
 
     def __exit__(
