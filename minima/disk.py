@@ -7,6 +7,7 @@ import os
 import platform
 import pwd
 import re
+import resource
 import shutil
 import socket
 import ssl
@@ -28,6 +29,18 @@ _FAILING = (*_DAMAGED, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno
 _MOVED = (errno.ENOENT, errno.ESTALE)
 _OTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP)
 _OF_FILES = (*_FAILING, *_MOVED, *_OTHER_KIND)
+# The most that a process may need: a rank has a connection to every other one for each of several groups, and a merge
+# two or three files for each part of each source.
+OPEN_FILES = 1 << 16
+
+
+def raise_file_limit() -> None:
+    """Raise the limit on open files, usually 1,024 by default, as far as the system allows (at most OPEN_FILES)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems enforce a lower limit than they report
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def is_no_space(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from minima.data import long_texts
 from minima.data.documents import HeldOut
 from minima.data.store import token_dtype
 from minima.errors import DataError
@@ -119,17 +120,33 @@ class Encoder:
             keep = np.flatnonzero(~held_out).tolist()
             texts, contents = [texts[i] for i in keep], [contents[i] for i in keep]
             held_out = np.zeros(len(texts), dtype=bool)
-        pieces, lengths = [np.empty(0, dtype=self._dtype)], []
+        ids, lengths = [np.empty(0, dtype=self._dtype)], []
         for begin in range(0, len(texts), _AT_ONCE):
             stream: list[int] = []
-            for document in self._encode(texts[begin : begin + _AT_ONCE]):
+            for document in self._ids(texts[begin : begin + _AT_ONCE]):
                 stream += self._begin
-                stream += document
+                length = len(self._begin) + 1
+                for part in document:
+                    length += len(part)
+                    stream += part
+                    if len(stream) > long_texts.PIECE_CHARACTERS:  # a list takes ten times the memory of an array
+                        ids.append(np.array(stream, dtype=self._dtype))
+                        stream = []
                 stream.append(self._end_token)
-                lengths.append(len(self._begin) + len(document) + 1)
-            pieces.append(np.array(stream, dtype=self._dtype))
+                lengths.append(length)
+            ids.append(np.array(stream, dtype=self._dtype))
         counts = np.array(lengths, dtype=np.int64)
-        return Result(Encoded(np.concatenate(pieces), counts, _lengths(contents), _lengths(texts)), held_out, [])
+        return Result(Encoded(np.concatenate(ids), counts, _lengths(contents), _lengths(texts)), held_out, [])
+
+    def _ids(self, texts: list[str]) -> Iterator[Iterable[list[int]]]:
+        """The ids of each text; those of a very long one in several parts."""
+        long = [len(text) > long_texts.PIECE_CHARACTERS for text in texts]
+        short = iter(self._encode([text for text, is_long in zip(texts, long, strict=True) if not is_long]))
+        for text, is_long in zip(texts, long, strict=True):
+            if is_long:
+                yield (self._encode([piece])[0] for piece in long_texts.pieces(text, self._encode))
+            else:
+                yield [next(short)]
 
 
 def _lengths(items: list[Any]) -> np.ndarray:

@@ -74,7 +74,7 @@ def write_piece(folder: Path, name: str, piece: Piece) -> dict[str, Any]:
 
 
 def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
-    """Open a piece; its ids stay on disk until they are needed.
+    """Open a piece; its ids and its table stay on disk until they are needed, since a merge opens many pieces at once.
 
     Args:
         verify: compare checksums, not only sizes.
@@ -91,7 +91,7 @@ def read_piece(folder: Path, entry: dict[str, Any], verify: bool) -> Piece:
     return Piece(
         np.asarray(arrays["tokens"]),
         np.asarray(arrays["learnt"]) if "learnt" in arrays else None,
-        np.array(arrays["table"]),
+        np.asarray(arrays["table"]),
         np.array(arrays["runs"]),
         [tuple(record) for record in notes["rejected"]],
         {row: tuple(record) for row, record in notes["refused"]},

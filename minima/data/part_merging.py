@@ -33,6 +33,7 @@ from minima.data.part_files import (
 from minima.data.part_recording import Reader, Waiting, encoded, runs
 from minima.data.share import Share
 from minima.data.sources import read_source, some
+from minima.disk import raise_file_limit
 from minima.errors import DataError, StageError
 from minima.recipe.data import Source
 
@@ -140,6 +141,7 @@ class RecordedParts:
         self._pool: EncodingPool | None = None
 
     def __enter__(self) -> Self:
+        raise_file_limit()
         return self
 
     def __exit__(self, *failure: Any) -> None:

@@ -25,7 +25,7 @@ _FORMATS = {
     ".parquet": "parquet",
 }  # fmt: skip
 _OF_RECORDS = ("jsonl", "json", "parquet")
-_PARQUET_ROWS = 1024
+_PARQUET_ROWS, _PARQUET_BYTES = 1024, 1 << 24  # read at once, whichever is less; rows may be whole books
 _UNPACKED_BYTES = 1 << 20
 _SNIFF_BYTES = 1 << 12
 T = TypeVar("T")
@@ -258,7 +258,10 @@ def _read_parquet(path: Path, field: str | None, rejected: Rejected, share: Shar
                 raise no_column(str(path), field, file.schema_arrow.names)
             row = 0
             columns = None if field is None else [field]
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            facts = file.metadata
+            size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
+            at_once = min(_PARQUET_ROWS, max(1, _PARQUET_BYTES * facts.num_rows // max(1, size)))
+            for batch in file.iter_batches(batch_size=at_once, columns=columns):
                 rows = range(row, row + batch.num_rows)
                 row += batch.num_rows
                 if any(share.mine(number) for number in rows):  # converting rows to Python objects is slow

@@ -1,6 +1,7 @@
 """Token blocks on disk: memory-mapped shards, an index, and a checksum for every file."""
 
 import json
+import mmap
 import resource
 from functools import lru_cache
 from pathlib import Path
@@ -202,9 +203,11 @@ class TokenStore:
         last_block = len(self) if last_block is None else last_block
         low, high = first_block * self.sequence_length, last_block * self.sequence_length
         found = [np.empty(0, dtype=np.int64)]
-        for number, shard in enumerate(self._shards):
-            first = int(self._first_block[number]) * self.sequence_length
-            if first < high and low < first + shard["tokens"] and shard["starts"]["bytes"]:
+        first_shard = max(0, int(np.searchsorted(self._first_block, first_block, side="right")) - 1)
+        last_shard = int(np.searchsorted(self._first_block[:-1], last_block))
+        for number in range(first_shard, last_shard):
+            shard, first = self._shards[number], int(self._first_block[number]) * self.sequence_length
+            if shard["starts"]["bytes"]:
                 starts = self._map_starts(number)
                 # In the array's own dtype: for any other, numpy would copy the whole array, for every block.
                 ends = np.array([max(0, low - first), min(high - first, shard["tokens"]) - 1], dtype=STARTS_DTYPE)
@@ -216,14 +219,15 @@ class TokenStore:
         """Read every file and compare its checksum.
 
         Args:
-            part: check only files whose index modulo `parts` is this, so that ranks can share the reading.
+            part: check only files whose place modulo `parts` is this, the largest file first, so that ranks can share
+                the reading evenly.
             parts: the number of ranks that share it.
 
         Raises:
             StoreCorrupted: a file is damaged, or the disk cannot read it; the message names the first one, with its
                 expected and its actual sha256 or the disk's error.
         """
-        for file in list(self._files())[part::parts]:
+        for file in sorted(self._files(), key=lambda file: -file["bytes"])[part::parts]:
             path = self.folder / file["file"]
             try:
                 fault = file_fault(path, file["bytes"], file["sha256"])
@@ -243,14 +247,26 @@ class TokenStore:
 
     def _open_shard(self, number: int) -> np.ndarray:
         path = self.folder / self._shards[number]["file"]
-        return np.memmap(path, dtype=self._dtype, mode="r").reshape(-1, self.sequence_length)
+        return _scattered(path, self._dtype).reshape(-1, self.sequence_length)
 
     def _open_starts(self, number: int) -> np.ndarray:
         return np.memmap(self.folder / self._shards[number]["starts"]["file"], dtype=STARTS_DTYPE, mode="r")
 
     def _open_learnt(self, number: int) -> np.ndarray:
         path = self.folder / self._shards[number]["learnt"]["file"]
-        return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, self.sequence_length)
+        return _scattered(path, np.dtype(np.uint8)).reshape(-1, self.sequence_length)
+
+
+def _scattered(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file that is read in random order.
+
+    The system is told so, since otherwise it reads far beyond each block: 128 kB by default, and some file systems
+    megabytes, for blocks of a few kilobytes.
+    """
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype=dtype)
 
 
 def _damaged(path: Path, how: str) -> StoreCorrupted:

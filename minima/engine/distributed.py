@@ -3,12 +3,11 @@
 import dataclasses
 import datetime
 import os
-import resource
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import deepspeed
@@ -18,12 +17,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
+from minima.disk import raise_file_limit
 from minima.errors import LauncherError, MinimaError
 from minima.launcher import Launch, export_launch, num_accelerators
 
 # Rank 0 may write a long export while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 TIMEOUT = datetime.timedelta(hours=2)
-OPEN_FILES = 1 << 16  # the most that a rank may need: a connection to every other rank, for each of several groups
 R = TypeVar("R")
 _without_others = False
 _joined: Launch | None = None
@@ -49,7 +48,7 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     # On GPUs a barrier warns that it uses the current device. That is intended: it is set for this rank below.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     _joined = launch
-    _raise_file_limit()
+    raise_file_limit()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     _check_usable(0 if on_cpu else accelerator.device_count(), num_accelerators() or int(not on_cpu))
@@ -71,15 +70,6 @@ def start(launch: Launch, timeout: datetime.timedelta = TIMEOUT) -> None:
     # DeepSpeed would create this group of all ranks itself, with the backend's own timeout (NCCL: 10 minutes), in which
     # it waits for the last rank that still reads its whole copy of a teacher.
     deepspeed_groups._WORLD_GROUP = dist.new_group(timeout=timeout)
-
-
-def _raise_file_limit() -> None:
-    """Raise the limit on open files, usually 1,024 by default, as far as the system allows (at most OPEN_FILES)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # some systems enforce a lower limit than they report
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_usable(usable: int, here: int) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minima.recipe.data import Source, files_below
 # trained further differs everywhere; a change of a few bytes in the middle of a large file can go unnoticed.
 _EDGE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_AT_ONCE = 16  # files read at the same time: a corpus may have ten thousand, on a disk that takes its time for each
 
 
 def digest(content: Any) -> str:
@@ -76,4 +78,8 @@ def is_gone(source: Source) -> bool:
 def _files_digest(paths: Iterable[Path], base: Path | None = None) -> str:
     """Hash of files by content and name: the bare file name, or the path relative to `base` if given."""
     named = {file: file.name if base is None else str(file.relative_to(base)) for file in paths if file.is_file()}
-    return digest([(named[file], file_digest(file)) for file in sorted(named)])
+    files = sorted(named)
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return digest(
+            [(named[file], found) for file, found in zip(files, threads.map(file_digest, files), strict=True)]
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from minima import disk
 from minima.data.store import TokenStore
 from minima.disk import (
     access_refused_named,
@@ -219,3 +220,16 @@ def test_a_read_that_fails_says_of_which_file(tmp_path, monkeypatch):
             work(tmp_path / "a")
     with pytest.raises(OSError, match=r"^not the system's$"), file_named(tmp_path):
         raise OSError("not the system's")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "set_to"),
+    [(1024, 4096, 4096), (1024, 2**20, 2**16), (1024, -1, 2**16), (-1, -1, None), (4096, 4096, None)],
+)
+def test_a_process_may_open_as_many_files_as_the_system_lets_it(monkeypatch, soft, hard, set_to):
+    """Linux gives a process 1,024 at first; connections among hundreds of ranks or the files of a merge are more."""
+    found = []
+    monkeypatch.setattr(disk.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(disk.resource, "setrlimit", lambda which, limits: found.append(limits))
+    disk.raise_file_limit()
+    assert found == ([] if set_to is None else [(set_to, hard)])

@@ -1,6 +1,8 @@
 """A divided build, merged: the same bytes as the undivided one, whatever the sources, weights, passes and formats."""
 
 import json
+import os
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from minima.data import part_building, part_merging, part_recording, share
 from minima.data.builder import build
 from minima.data.documents import HeldOut, Rejected, shortened, shuffled
 from minima.data.part_building import build_part, is_recorded
-from minima.data.part_files import Part, read_index
+from minima.data.part_files import Part, read_index, read_piece
 from minima.data.part_merging import RecordedParts
 from minima.data.share import Share
 from minima.data.sources import read_source
@@ -292,3 +294,25 @@ def test_shortened_content_gives_the_same_excerpt(content):
     whole.add("empty", "here", content)
     short.add("empty", "here", json.loads(json.dumps(shortened(content))))
     assert whole.report() == short.report()
+
+
+def test_a_merge_opens_more_files_than_a_process_may_at_first(tmp_path, stage, jsonl, addresses, tokenizer):
+    """With 64 parts and 30 sources, a merge met the usual limit of 1,024 files."""
+    sources = [{"name": str(number), "path": jsonl(addresses[:100]), "weight": 1.0} for number in range(4)]
+    chosen = stage(*sources)
+    encode(tmp_path / "parts", chosen, tokenizer, 5)
+    (tmp_path / "merged").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 15, before[1]))
+    try:
+        build(chosen, tmp_path / "merged", tokenizer, opened(tmp_path / "parts", chosen))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_piece_leaves_its_numbers_on_disk(tmp_path, stage, jsonl, addresses, tokenizer):
+    chosen = stage({"path": jsonl(addresses[:100])})
+    encode(tmp_path / "parts", chosen, tokenizer, 1)
+    folder = tmp_path / "parts" / Part(0, 1).name
+    piece = read_piece(folder, read_index(folder)["sources"][0][0], verify=True)
+    assert all(isinstance(array.base, np.memmap) for array in (piece.tokens, piece.table))

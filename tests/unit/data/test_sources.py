@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from minima.data import sources
 from minima.data.documents import HeldOut, Rejected
 from minima.data.mixture import read_shuffled, training_texts
 from minima.data.sources import read_source
@@ -70,6 +71,23 @@ def test_parquet(tmp_path):
     assert texts == TEXTS
     assert rejected.counts == {"not_text": 1}
     assert rejected.examples["not_text"][0]["where"].endswith("a.parquet:5")
+
+
+def test_few_large_parquet_rows_are_read_at_once(tmp_path, monkeypatch):
+    """A thousand books would take gigabytes."""
+    books = [f"book {number} " * 5000 for number in range(40)]
+    parquet.write_table(pyarrow.table({"text": books}), tmp_path / "a.parquet", use_dictionary=False)
+    monkeypatch.setattr(sources, "_PARQUET_BYTES", 200_000)
+    sizes, whole = [], parquet.ParquetFile.iter_batches
+
+    def watched(*args, **settings):
+        for batch in whole(*args, **settings):
+            sizes.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", watched)
+    assert read(path=str(tmp_path / "a.parquet"))[0] == books
+    assert max(sizes) <= 5
 
 
 @pytest.mark.parametrize("streaming", [False, True])

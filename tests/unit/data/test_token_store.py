@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,44 @@ def test_a_store_of_many_shards_does_not_use_up_a_process_files(tmp_path, monkey
     every = np.arange(400)
     assert store.blocks(every).shape == store.documents(every).shape == (400, 8)
     assert len(os.listdir("/proc/self/fd")) - before < 2 * 70
+
+
+def test_a_block_is_read_without_what_lies_around_it(store):
+    """Reading ahead of blocks in random order reads 16 times too much at the usual 128 kB, or hundreds of times."""
+    store.blocks(np.array([0]))
+    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    mapped = smaps[smaps.index(str(store.folder / "tokens-00000.bin")) :]
+    assert "rr" in re.search("VmFlags:(.*)", mapped)[1].split()  # proc(5): random read advise
+
+
+def test_documents_look_only_at_the_shards_of_their_blocks(tmp_path):
+    class Counted(list):
+        def __getitem__(self, number):
+            looked_at.append(number)
+            return super().__getitem__(number)
+
+        def __iter__(self):
+            return (self[number] for number in range(len(self)))
+
+    write(tmp_path / "store", [[3] * 7] * 40, shard_tokens=16)
+    store, looked_at = TokenStore.open(tmp_path / "store"), []
+    store._shards = Counted(store._shards)
+    assert store.document_starts(5, 8).tolist() == [40, 48, 56]
+    assert set(looked_at) == {2, 3}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_the_bytes_to_verify(tmp_path, monkeypatch, ranks):
+    """Each shard has one large and one small file: with every other file, half of the ranks would read next to none."""
+    write(tmp_path / "store", [[3] * 15] * 48, shard_tokens=64)
+    store, read = TokenStore.open(tmp_path / "store"), [0] * ranks
+    for rank in range(ranks):
+
+        def counted(path, rank=rank, digest=hashes.file_sha256):
+            read[rank] += path.stat().st_size
+            return digest(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hashes, "file_sha256", counted)
+            store.verify(rank, ranks)
+    assert read == [store.file_bytes // ranks] * ranks

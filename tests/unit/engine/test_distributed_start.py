@@ -46,19 +46,6 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_take_the_processor(monkeypatc
         assert distributed.deepspeed_groups._WORLD_GROUP == "all ranks, 2:00:00"
 
 
-@pytest.mark.parametrize(
-    ("soft", "hard", "set_to"),
-    [(1024, 4096, 4096), (1024, 2**20, 2**16), (1024, -1, 2**16), (-1, -1, None), (4096, 4096, None)],
-)
-def test_a_rank_may_open_as_many_files_as_the_system_lets_it(monkeypatch, soft, hard, set_to):
-    """Linux gives a process 1,024 at first; connections among hundreds of ranks are more."""
-    found = []
-    monkeypatch.setattr(distributed.resource, "getrlimit", lambda which: (soft, hard))
-    monkeypatch.setattr(distributed.resource, "setrlimit", lambda which, limits: found.append(limits))
-    distributed._raise_file_limit()
-    assert found == ([] if set_to is None else [(set_to, hard)])
-
-
 @pytest.mark.parametrize(("ranks", "waits"), [(1, 0), (2, 1)])
 def test_a_lone_rank_waits_for_nobody(monkeypatch, ranks, waits):
     """NCCL would warn that it guesses its device, which DeepSpeed tells it only where there are more."""
