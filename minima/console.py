@@ -17,12 +17,18 @@ from minima.errors import LostRank, MinimaError
 
 _LOOK_SECONDS, _MOMENT_SECONDS = 0.2, 1.0
 UNREAD = 128 + signal.SIGPIPE  # a shell's exit code for a program that wrote to a pipe without a reader
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # all but tab and line break
+
+
+def plain(text: str) -> str:
+    """The text without control characters, with which a model or a stranger's file could command the terminal."""
+    return text.translate(_CONTROLS)
 
 
 def write(text: str) -> None:
     """Print one or more lines and flush; does nothing if the terminal is gone."""
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(plain(text) + "\n")
         sys.stdout.flush()
     except OSError as error:
         if error.errno != errno.EIO or not silenced():
@@ -171,7 +177,8 @@ def _write_through(chunk: bytes) -> None:
 def show(error: MinimaError) -> None:
     """Print an error that the user can fix."""
     sys.stdout.flush()
-    sys.stderr.write(f"minima: {type(error).__name__}: {error}\n")  # running.ERROR, which the driver searches for
+    said = plain(str(error))
+    sys.stderr.write(f"minima: {type(error).__name__}: {said}\n")  # running.ERROR, which the driver searches for
     sys.stderr.flush()
 
 

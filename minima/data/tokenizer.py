@@ -106,12 +106,12 @@ def is_lone(source: str | Path) -> bool:
 
 
 def _load(source: str | Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     try:
         # From a lone tokenizer.model, AutoTokenizer makes a tokenizer that puts no space before the text: wrong ids,
         # but no error.
-        tokenizer = (LlamaTokenizer if is_lone(source) else AutoTokenizer).from_pretrained(str(source))
+        tokenizer = LlamaTokenizer.from_pretrained(str(source)) if is_lone(source) else _load_auto(source)
         if _overruled(source, tokenizer):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
     except Exception as error:  # for a damaged file tokenizers raises this very class, and transformers any other
@@ -124,16 +124,25 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def _load_auto(source: str | Path) -> "PreTrainedTokenizerBase":
+    """What AutoTokenizer loads, without executing code from the folder.
+
+    Unless told so, it would ask on standard input whether to run that code, and take a message to `minima chat` that
+    happens to be `y` or `1` for a yes.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+
+
 def misread_as(folder: Path) -> str | None:
     """The class that `AutoTokenizer` uses for a model's folder in place of the declared one; None if it does not.
 
     For some families (qwen2) transformers 5 uses the family's own class, which splits text in its own way, whatever
     tokenizer the folder declares. Other programs that load the folder would get different ids, or none for a space.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = _load_auto(folder)
         if not _overruled(folder, tokenizer) or tokenizer(_PROBE)["input_ids"] == _load(folder)(_PROBE)["input_ids"]:
             return None
     except Exception:  # any class, as in `_load`; a tokenizer that does not load is refused where it is needed

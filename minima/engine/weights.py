@@ -23,7 +23,7 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
             patience, the best one), and otherwise the newest complete checkpoint.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or no weights at all.
+        CheckpointError: there is no such checkpoint, or no weights at all, or they are quantised.
         StoreCorrupted: a file of the checkpoint, or of the stage's model, is missing or damaged.
     """
     checkpoints = folder / "checkpoints"
@@ -56,7 +56,14 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
             "remove `@STEP`",
         )
     _verify_together(folder, checksums.WEIGHTS)
-    return FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
+    source = FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
+    if source.config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{source.folder} holds quantised weights (quantization_config in its config.json)",
+            "they are scaled or packed, and would be read as if they were the weights themselves",
+            "use the model's version that is not quantised",
+        )
+    return source
 
 
 def _result(folder: Path, step: int, steps: list[int]) -> WeightSource:

@@ -90,7 +90,7 @@ class Generator:
             model: Any = load_folder(folder, DTYPES[dtype] if dtype else "auto")
         except MinimaError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise CheckpointError(
                 f"{folder} cannot be loaded by transformers: {first_line(error)}",
                 "there is no model to talk to",

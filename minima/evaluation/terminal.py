@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
+from minima.console import plain
 from minima.errors import DataError, MinimaError
 
 HELP = """/reset  forget the conversation (a system message is kept)
@@ -20,7 +21,6 @@ HELP = """/reset  forget the conversation (a system message is kept)
 Ctrl-C  end the answer; the part already written stays in the conversation"""
 _COMMANDS = ("/reset", "/exit", "/quit", "/help")
 Message = dict[str, str]
-_UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # a model may spell out terminal controls
 
 
 class Speaker(Protocol):
@@ -73,7 +73,7 @@ class Conversation:
 
     def note(self, text: str) -> None:
         """Show the person a note that is not part of an answer."""
-        self._notes.write(f"[{text}]\n")
+        self._notes.write(f"[{plain(text)}]\n")
         self._notes.flush()
 
     def command(self, text: str) -> bool:
@@ -109,7 +109,7 @@ class Conversation:
         with closing(self._answer(messages, text)) as answer:  # closing it also stops the model
             try:
                 for piece in answer:
-                    pieces.append(piece.translate(_UNPRINTABLE))
+                    pieces.append(plain(piece))
                     if not whole:
                         self._out.write(pieces[-1])
                         self._out.flush()

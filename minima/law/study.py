@@ -142,7 +142,9 @@ class _Live:
         text = overview(self.own, self.units, tally)
         (self.own.folder / OVERVIEW).write_text(text, encoding="utf-8")
         if sys.stdout.isatty():
-            self.write(f"\x1b[{self.lines}F\x1b[J{text}" if self.lines else text)  # go up to its first line, and clear
+            if self.lines:
+                sys.stdout.write(f"\x1b[{self.lines}F\x1b[J")  # go up to its first line, and clear
+            self.write(text)
             self.lines = text.count("\n") + 1
         else:
             left = len(self.units) - now[0] - len(now[1]) - len(now[2])

@@ -9,6 +9,8 @@ _ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 _STORED_NAMES = {("gpt_neox", "lm_head.weight"): "embed_out.weight"}
 # What transformers 5 writes into a tokenizer_config.json about how the tokenizer was loaded, not about the tokenizer.
 LOADING_KEYS = ("backend", "is_local", "local_files_only")
+# Names code outside the folder. What minima writes needs none, and whoever trusts it must not execute another's.
+CODE_KEY = "auto_map"
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")  # 4.x keeps these two outside its `rope_scaling`
 
 
@@ -23,9 +25,9 @@ def with_4x_names(config: dict[str, Any]) -> dict[str, Any]:
         config: the content of a config.json, with either version's names.
 
     Returns:
-        A new dict; `config` itself is not changed.
+        A new dict, without the names of a model's own code; `config` itself is not changed.
     """
-    both = dict(config)
+    both = {name: value for name, value in config.items() if name != CODE_KEY}
     dtype = both.get("dtype") or both.get("torch_dtype")
     if dtype is not None:
         both["dtype"] = both["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -78,9 +80,9 @@ def tokenizer_with_4x_names(config: dict[str, Any]) -> dict[str, Any]:
         config: the content of a tokenizer_config.json.
 
     Returns:
-        A new dict; both versions load the same tokenizer from it.
+        A new dict; both versions load the same tokenizer from it, without its own code.
     """
-    both = {name: value for name, value in config.items() if name not in LOADING_KEYS}
+    both = {name: value for name, value in config.items() if name not in (*LOADING_KEYS, CODE_KEY)}
     if both.get("tokenizer_class") == "TokenizersBackend":
         both["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(both.get("extra_special_tokens"), list):

@@ -278,7 +278,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(config, dict):
             return config
         problem = "it is not a JSON object"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     raise CheckpointError(
         f"{path} cannot be read: {problem}",

@@ -108,15 +108,15 @@ class FolderSource(ShapedSource):
     """Weights from a folder in Hugging Face's layout, with one or many safetensors files.
 
     Raises:
-        CheckpointError: there is no config or no safetensors file, a tensor is missing or has the wrong shape, or a
-            file is truncated.
+        CheckpointError: the config, a safetensors file or a tensor is missing, damaged or does not fit the others.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_config(folder)
-        self._shapes = parameter_shapes(self.config)
         stored = self._stored_files()
+        self._check_layers(len(stored))  # before a model of so many is built
+        self._shapes = parameter_shapes(self.config)
         # Checkpoints of a bare backbone lack the base model's prefix.
         prefix = next(iter(self._shapes)).split(".")[0] + "."
         prefix = "" if any(name.startswith(prefix) for name in stored) else prefix
@@ -137,14 +137,14 @@ class FolderSource(ShapedSource):
         index, single = self.folder / INDEX_NAME, self.folder / "model.safetensors"
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(
                     f"{index} cannot be read: {error!r}",
                     "it says which file holds which tensor",
                     "download or write the folder again",
                 ) from error
-            return {name: inside(self.folder, file) for name, file in weight_map.items()}
+            return {name: inside(self.folder, file) for name, file in weight_map}
         if not single.is_file():
             pickles = [path.name for kind in ("*.bin", "*.pt*") for path in sorted(self.folder.glob(kind))]
             raise CheckpointError(
@@ -154,6 +154,15 @@ class FolderSource(ShapedSource):
             )
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
+
+    def _check_layers(self, num_tensors: int) -> None:
+        layers = self.config.get("num_hidden_layers", self.config.get("n_layer"))
+        if layers is not None and not (isinstance(layers, int) and 0 < layers <= num_tensors):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} says {layers!r} layers, but the files hold {num_tensors:,} tensors",
+                "every layer has tensors of its own, so weights and configuration belong to different models",
+                "download or write the folder again",
+            )
 
     def _check_shapes(self) -> None:
         by_file: dict[Path, list[str]] = {}
@@ -187,6 +196,8 @@ class FolderSource(ShapedSource):
 
 def _open(path: Path) -> Any:
     try:
+        if path.is_fifo():  # opening it would wait for ever
+            raise OSError("it is a named pipe")
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

@@ -8,9 +8,23 @@ import yaml
 
 from minima.errors import RecipeError
 
+_MOST_KEYS = 100_000  # of one block, merges (`<<`) included
+
 
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML that reads `3e-4` and `126e9` as numbers and refuses a key that is given twice."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a date that does not exist, or a number of thousands of digits
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:  # merges of merges can stand for any number of keys
+            problem = f"with its merges (`<<`) it has more than {_MOST_KEYS:,} keys"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from minima import cli, console
+from minima.errors import CheckpointError
 
 
 def unread(arguments: list[str], root, both: bool = False) -> tuple[int, str]:
@@ -39,6 +40,14 @@ def test_a_command_ends_without_a_word_once_nobody_reads_on(arguments, root):
 
 def test_a_mistake_that_nobody_reads_ends_it_as_quietly(root):
     assert unread(["plan", "no-such-recipe"], root, both=True)[0] == console.UNREAD
+
+
+def test_names_in_files_of_others_do_not_command_the_terminal(capsys):
+    console.show(CheckpointError("only a\x1b]0;owned\x07.bin", "why\x9b2J", "do"))
+    console.write("reads\t\x1b[2Jcorpus\r\nand more")
+    said, told = capsys.readouterr()
+    assert said == "reads\t[2Jcorpus\nand more\n"
+    assert told.startswith("minima: CheckpointError: only a]0;owned.bin\n  why it matters: why2J\n")
 
 
 def test_a_pipe_that_is_not_the_output_is_an_error_of_our_own(monkeypatch):

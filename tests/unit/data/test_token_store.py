@@ -269,11 +269,11 @@ def test_ranks_share_the_bytes_to_verify(tmp_path, monkeypatch, ranks):
     store, read = TokenStore.open(tmp_path / "store"), [0] * ranks
     for rank in range(ranks):
 
-        def counted(path, rank=rank, digest=hashes.file_sha256):
-            read[rank] += path.stat().st_size
-            return digest(path)
+        def counted(path, size, sha256, rank=rank):
+            read[rank] += size
+            return ""
 
         with monkeypatch.context() as patch:
-            patch.setattr(hashes, "file_sha256", counted)
+            patch.setattr("minima.data.store.file_fault", counted)
             store.verify(rank, ranks)
     assert read == [store.file_bytes // ranks] * ranks

@@ -172,6 +172,20 @@ def test_a_damaged_tokenizer_is_said(tokenizer, tmp_path, name, content):
         load_tokenizer(tmp_path / "damaged")
 
 
+def test_a_tokenizers_own_code_is_not_executed_whatever_standard_input_says(tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, folder)
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own), encoding="utf-8")
+    executed = tmp_path / "executed"
+    (folder / "own.py").write_text(f"open({str(executed)!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(DataError, match="custom code"):
+        load_tokenizer(folder)
+    assert misread_as(folder) is None
+    assert not executed.exists()
+
+
 def test_a_tokenizer_without_end_token_is_refused(tokenizer, tmp_path):
     Tokenizer.from_file(str(tokenizer / "tokenizer.json")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

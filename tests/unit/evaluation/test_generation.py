@@ -193,11 +193,18 @@ def test_stop_ids_and_sampling_are_the_folders(changed):
 def test_folders_that_hold_no_model(changed, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         Generator.load(tmp_path / "nothing")
+    (changed / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(CheckpointError, match="nonsense"):
+        Generator.load(changed)
     (changed / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         Generator.load(changed)
-    (changed / "config.json").write_text('{"model_type": "nonsense"}')
-    with pytest.raises(CheckpointError, match="nonsense"):
+
+
+def test_a_package_that_the_folder_needs_is_named(changed):
+    config = json.loads((changed / "config.json").read_text(encoding="utf-8"))
+    (changed / "config.json").write_text(json.dumps(config | {"attn_implementation": "somebody/kernel"}))
+    with pytest.raises(CheckpointError, match="kernels` is either not installed"):
         Generator.load(changed)
 
 

@@ -41,6 +41,11 @@ class Echo:
             self.closed += 1
 
 
+class Refusing(Echo):
+    def fit(self, messages, max_new_tokens):
+        raise DataError("the template says \x1b]0;owned\x07", "why", "fix it")
+
+
 def typed(*lines):
     """What a person types, one after another; an exception is what a key does."""
     left = iter(lines)
@@ -169,6 +174,7 @@ def test_a_reader_that_goes_away_ends_it():
 
 def test_terminal_controls_are_not_passed_on():
     assert script(Echo(), "a\x1b[2Jb\x07")[0] == "1 a[2Jb\n\n"
+    assert "\n[the template says ]0;owned; fix it]\n" in person(Refusing(), "hello")
 
 
 def test_plain_lets_the_model_go_on_and_remembers_nothing():

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from minima import cli
+from minima import cli, console
 from minima.law import study as driver
+from minima.law.study_recipe import load_study
 from minima.law.worker_pool import Tally
 from tests.unit.law.study_grid import finish, study_file
 
@@ -32,6 +33,17 @@ def test_runs_that_are_left_undone_are_no_success(tmp_path, monkeypatch, left, c
     path = study_file(tmp_path, output=str(tmp_path / "runs"))
     assert driver.study(path, [], said.append, workers=1) == code
     assert ("left undone: cells/" in said[-1]) == (left > 0)
+
+
+def test_on_a_terminal_the_overview_is_redrawn_in_its_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr(driver, "overview", lambda own, units, tally: f"{len(tally.done)} done\nof 2")
+    own = load_study(study_file(tmp_path, output=str(tmp_path)))
+    live = driver._Live(own, [], console.write)
+    for done in (set[str](), {"a"}, {"a", "b"}):
+        live.show(Tally(done=done))
+    again = "\x1b[2F\x1b[J"
+    assert capsys.readouterr().out == f"0 done\nof 2\n{again}1 done\nof 2\n{again}2 done\nof 2\n"
 
 
 @pytest.mark.parametrize(

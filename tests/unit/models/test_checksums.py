@@ -101,6 +101,14 @@ def test_a_file_of_this_name_from_elsewhere_is_none_of_ours(tmp_path):
         assert open_weights(tmp_path).names()
 
 
+def test_quantised_weights_are_not_read_as_if_they_were_none(stage):
+    config = RandomSource(SHAPE.to_config(), seed=1).config | {"quantization_config": {"quant_method": "fp8"}}
+    (stage / "model" / "config.json").write_text(json.dumps(config))
+    (stage / CHECKSUMS).unlink()
+    with pytest.raises(CheckpointError, match="holds quantised weights"):
+        open_weights(stage)
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{", '{"files": {"model/a": {"bytes": 1}}}', '{"files": {"a": 3}}', '{"files": 3}',

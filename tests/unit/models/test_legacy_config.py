@@ -61,6 +61,12 @@ def test_transformers_5_reads_the_same_model(family):
     assert again == with_4x_names(config)
 
 
+def test_no_code_of_others_is_named():
+    code = {"auto_map": {"AutoModelForCausalLM": "somebody/model--modeling.Model"}}
+    assert "auto_map" not in with_4x_names({"model_type": "gpt2"} | code)
+    assert "auto_map" not in tokenizer_with_4x_names({"tokenizer_class": "Own"} | code)
+
+
 def test_tokenizer_class_that_4x_knows():
     config = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": ["<a>"]}
     expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}

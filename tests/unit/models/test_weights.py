@@ -1,12 +1,14 @@
 """Weights by name: any layout on disk, any part of a tensor, and no pickle."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from minima.errors import CheckpointError
+from minima.models import weights
 from minima.models.causal_lm import load_plain
 from minima.models.shape import ModelShape
 from minima.models.weights import FolderSource, MemorySource, RandomSource, model_identity, tensor_sha256, write_folder
@@ -83,10 +85,37 @@ def test_what_is_missing_or_of_another_shape_is_named(source, tmp_path):
         FolderSource(tmp_path)
 
 
-def test_a_broken_index_is_named(source, tmp_path):
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": ' + "[" * 100_000])
+def test_a_broken_index_is_named(source, tmp_path, content):
     write(tmp_path, source, shard_bytes=2_000)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [10**9, -2, 2.5])
+def test_layers_that_the_files_cannot_have_are_refused_before_they_fill_the_memory(
+    source, tmp_path, monkeypatch, layers
+):
+    write(tmp_path, source)
+    (tmp_path / "config.json").write_text(json.dumps(source.config | {"num_hidden_layers": layers}))
+    monkeypatch.setattr(weights, "parameter_shapes", lambda config: pytest.fail("the model would be built"))
+    with pytest.raises(CheckpointError, match=rf"says {layers} layers, but the files hold 20 tensors"):
+        FolderSource(tmp_path)
+
+
+def test_a_named_pipe_is_not_waited_for(source, tmp_path):
+    write(tmp_path, source)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    index = {"weight_map": dict.fromkeys(source.names(), "pipe.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="it is a named pipe"):
+        FolderSource(tmp_path)
+
+
+def test_a_configuration_of_too_many_brackets_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: maximum recursion"):
         FolderSource(tmp_path)
 
 
