@@ -10,7 +10,7 @@ from pathlib import Path
 
 import minima
 from minima.console import UNREAD, quietly, show, show_own, silenced, write, write_to_end
-from minima.disk import file_errors_named
+from minima.disk_errors import file_errors_named
 from minima.errors import FileFailed, MinimaError, Stopped
 from minima.evaluation.chat_command import add_chat
 from minima.law.command import add_law

@@ -26,7 +26,8 @@ from minima.data.sources import read_source
 from minima.data.store import TokenStore
 from minima.data.template_choice import set_template
 from minima.data.tokenizer import ends_added, is_lone, load_tokenizer, save_tokenizer, write_tokenizer
-from minima.disk import disk_full_named, write_json
+from minima.disk import write_json
+from minima.disk_errors import disk_full_named
 from minima.errors import DataError
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData

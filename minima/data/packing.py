@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 
 from minima.data.store import FORMAT, FORMATS, INDEX, STARTS_DTYPE, token_dtype
-from minima.disk import disk_full_named, json_sha256, write_whole
+from minima.disk import json_sha256, write_whole
+from minima.disk_errors import disk_full_named
 
 if TYPE_CHECKING:
     from minima.data.encoding import Encoded

@@ -23,7 +23,8 @@ from minima.data.part_files import (
 )
 from minima.data.part_recording import Run, Waiting, encoded, runs
 from minima.data.share import Share
-from minima.disk import disk_full_named, sync
+from minima.disk import sync
+from minima.disk_errors import disk_full_named
 from minima.errors import StoreCorrupted
 from minima.recipe.data import TokenizerTraining
 from minima.recipe.schema import BuildData

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import file_fault, file_sha256, inside, is_damage, json_sha256
+from minima.disk import file_fault, file_sha256, inside, json_sha256
+from minima.disk_errors import is_damage
 from minima.errors import DataError, StoreCorrupted
 
 FORMAT = "minima-tokens-1"

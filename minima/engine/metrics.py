@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from minima.disk import file_named, write_whole
+from minima.disk import write_whole
+from minima.disk_errors import file_named
 from minima.errors import RecipeError, first_line
 
 logger = logging.getLogger("minima.metrics")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minima.disk import access_refused_named
+from minima.disk_errors import access_refused_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import verify_together

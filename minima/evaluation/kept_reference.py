@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minima.data.store import TokenStore
-from minima.disk import disk_full_named, json_sha256
+from minima.disk import json_sha256
+from minima.disk_errors import disk_full_named
 from minima.engine import distributed
 from minima.engine.reference import HostReference, KeptReference
 from minima.engine.teacher.host import FrozenHost

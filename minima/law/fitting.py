@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from minima.disk import disk_full_named, write_whole
+from minima.disk import write_whole
+from minima.disk_errors import disk_full_named
 from minima.errors import TableError, first_line
 from minima.law.checks import Excluded, Run, Sizes, check_rows
 from minima.law.curves import Budget, Condition, Curve, condition_of, curves_of, describe, gaps, with_names

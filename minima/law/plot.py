@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minima.disk import disk_full_named
+from minima.disk_errors import disk_full_named
 from minima.law.curves import Curve, describe
 from minima.law.fitting import ConditionFit, Fit
 from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Interval, Minimum, window

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from minima.disk import disk_full_named
+from minima.disk_errors import disk_full_named
 from minima.errors import RecipeError, StageError
 from minima.launcher import num_accelerators, num_cores
 from minima.law.collect import CSV, OVERVIEW, PARQUET, collect, overview

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from minima.disk import disk_full_named, write_whole
+from minima.disk import write_whole
+from minima.disk_errors import disk_full_named
 from minima.errors import TableError
 
 INITIALISATIONS = ("pruned_from_teacher", "pruned_from_fixed", "random", "direct")

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from minima.disk import disk_full_named
+from minima.disk_errors import disk_full_named
 from minima.errors import MinimaError, Stopped
 from minima.launcher import Launch, read_launch
 from minima.law.grid import Unit, expand

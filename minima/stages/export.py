@@ -13,7 +13,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from minima.data.tokenizer import ends_added, load_tokenizer, misread_as
-from minima.disk import disk_full_named, write_json
+from minima.disk import write_json
+from minima.disk_errors import disk_full_named
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minima.disk import disk_full_named
+from minima.disk_errors import disk_full_named
 from minima.errors import StageError
 from minima.launcher import cleaned_environment
 from minima.recipe.data import Source

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minima.disk import is_refused_file, refused_file_advice
+from minima.disk_errors import is_refused_file, refused_file_advice
 from minima.errors import FileFailed, LostRank, OutOfMemory
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import minima
-from minima.disk import is_failing, write_json
+from minima.disk import write_json
+from minima.disk_errors import is_failing
 from minima.errors import FileFailed, StageError
 
 FINISHED, STARTED = "manifest.json", "started.json"

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minima.disk import disk_full_named, file_errors_named, write_json
+from minima.disk import write_json
+from minima.disk_errors import disk_full_named, file_errors_named
 from minima.errors import LauncherError, RecipeError
 from minima.launcher import Launch
 from minima.recipe.schema import BuildData, Recipe

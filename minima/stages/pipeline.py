@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minima.disk import disk_full_named
+from minima.disk_errors import disk_full_named
 from minima.errors import LauncherError, StoreCorrupted
 from minima.launcher import child_environment, read_launch
 from minima.models.checksums import missing_files

@@ -13,7 +13,8 @@ from minima.batch import Batch
 from minima.data.batches import read_batch
 from minima.data.sampler import BlockSampler
 from minima.data.store import TokenStore
-from minima.disk import disk_full_named, whole_or_gone
+from minima.disk import whole_or_gone
+from minima.disk_errors import disk_full_named
 from minima.engine import distributed
 from minima.engine.deepspeed_config import frozen_config
 from minima.engine.teacher.host import FrozenHost

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from minima.disk import disk_full_named, is_failing, write_whole
+from minima.disk import write_whole
+from minima.disk_errors import disk_full_named, is_failing
 from minima.errors import FileFailed, MinimaError, StageError
 from minima.recipe.loading import resolved_yaml
 from minima.recipe.overrides import RecipeLoader

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from minima.disk import disk_full_named, file_errors_named
+from minima.disk_errors import disk_full_named, file_errors_named
 from minima.errors import MinimaError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
 from minima.models.checksums import write_checksums

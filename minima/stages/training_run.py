@@ -8,7 +8,8 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from minima.data.store import TokenStore
-from minima.disk import disk_full_named, write_json
+from minima.disk import write_json
+from minima.disk_errors import disk_full_named
 from minima.engine import distributed
 from minima.engine.checkpoint.shards import shapes, snapshot_shards
 from minima.engine.checkpoint.store import drop_after, read_marker

@@ -13,17 +13,8 @@ from safetensors import SafetensorError
 
 from minima import disk
 from minima.data.store import TokenStore
-from minima.disk import (
-    access_refused_named,
-    copy_content,
-    file_errors_named,
-    file_named,
-    file_sha256,
-    inside,
-    json_sha256,
-    sync,
-    write_json,
-)
+from minima.disk import copy_content, file_sha256, inside, json_sha256, sync, write_json
+from minima.disk_errors import access_refused_named, file_errors_named, file_named
 from minima.engine.checkpoint.store import verify_checkpoint
 from minima.errors import AccessRefused, FileFailed, MinimaError, StoreCorrupted
 from minima.models.layout import MARKER

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from minima.disk import access_refused_named, file_sha256, inside, is_damage, json_sha256
+from minima.disk import file_sha256, inside, json_sha256
+from minima.disk_errors import access_refused_named, is_damage
 from minima.engine import distributed
 from minima.errors import CheckpointError, FileFailed, StoreCorrupted
 from minima.models.layout import MARKER, complete_steps, step_folder, step_of

@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minima.disk import file_sha256, is_no_space, json_sha256, sync
+from minima.disk import file_sha256, json_sha256, sync
+from minima.disk_errors import is_no_space
 from minima.engine import distributed
 from minima.engine.checkpoint.store import FORMAT, remove, remove_old
 from minima.errors import CheckpointError, DiskFull, MinimaError
