@@ -13,7 +13,7 @@ from minima.errors import DataError
 from minima.recipe.schema import BuildData
 
 logger = logging.getLogger("minima.data")
-_ENTROPY_BLOCKS = 4096  # blocks read at once
+_ENTROPY_TOKENS = 1 << 24  # read at once, in eight bytes each
 
 
 def build_report(
@@ -133,8 +133,9 @@ def unigram_entropy(store: TokenStore) -> float | None:
     if not len(store):
         return None
     counts = np.zeros(store.vocabulary_size, dtype=np.int64)
-    for begin in range(0, len(store), _ENTROPY_BLOCKS):
-        numbers = np.arange(begin, min(len(store), begin + _ENTROPY_BLOCKS))
+    at_once = max(1, _ENTROPY_TOKENS // store.sequence_length)
+    for begin in range(0, len(store), at_once):
+        numbers = np.arange(begin, min(len(store), begin + at_once))
         tokens, learnt = store.blocks(numbers), store.learnt(numbers)
         tokens = tokens.reshape(-1) if learnt is None else tokens[learnt]
         counts += np.bincount(tokens, minlength=store.vocabulary_size)

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 # At 80 bytes for each byte of text, a piece takes some 100 MB. A text that is no longer stays whole.
 PIECE_CHARACTERS = 1 << 20
 _CHECKED_CHARACTERS = 256  # on each side of a cut
-_TRIES = 64  # spaces to try for one cut
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_TRIES = 64  # places to try for one cut
+_PLACES = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\S)\n(?=[^\W\d_])")  # between words, or before a line
 
 
 def pieces(text: str, encode: Callable[[list[str]], list[list[int]]]) -> Iterator[str]:
     """Divide a long text so that its pieces together have the ids of the whole.
 
-    It is cut at spaces between two words, where no usual tokenizer has a token that reaches across. Each cut is checked
-    on the text around it. A text without such a place, for example of Chinese characters alone, stays whole.
+    It is cut between two words or before a line, where no usual tokenizer has a token that reaches across. Each cut is
+    checked on the text around it. A text without a suitable place stays whole, for example one without spaces for a
+    tokenizer that itself puts a space before each text.
 
     Args:
         text: of any length.
@@ -32,15 +33,14 @@ def pieces(text: str, encode: Callable[[list[str]], list[list[int]]]) -> Iterato
 
 
 def _cut(text: str, start: int, encode: Callable[[list[str]], list[list[int]]]) -> tuple[int, int] | None:
-    """Where one piece ends and the next begins: at a space, or after it if the tokenizer itself puts one before texts.
+    """Where one piece ends and the next begins; None if none of the first places after `start` is suitable.
 
-    None if there is no such place among the first spaces after `start`.
+    The space itself is left out if the tokenizer puts one before each text.
     """
-    spaces = _BETWEEN_WORDS.finditer(text, start)
-    for _, found in zip(range(_TRIES), spaces, strict=False):
-        end = found.start()
-        low, high = max(0, end - _CHECKED_CHARACTERS), end + _CHECKED_CHARACTERS
-        for following in (end, end + 1):
+    for _, found in zip(range(_TRIES), _PLACES.finditer(text, start), strict=False):
+        at = found.start()
+        low, high = max(0, at - _CHECKED_CHARACTERS), at + _CHECKED_CHARACTERS
+        for end, following in ((at, at), (at, at + 1)) if text[at] == " " else ((at + 1, at + 1),):
             whole, left, right = encode([text[low:high], text[low:end], text[following:high]])
             if left + right == whole:
                 return end, following

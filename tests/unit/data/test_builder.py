@@ -113,8 +113,12 @@ def test_a_begin_token_that_would_not_be_read_is_refused(stage, settings, words)
         stage({"path": "x"}, **settings)
 
 
-def test_unigram_entropy_is_that_of_the_held_out_tokens(tmp_path, stage, jsonl, addresses, tokenizer):
+def test_unigram_entropy_is_that_of_the_held_out_tokens(tmp_path, stage, jsonl, addresses, tokenizer, monkeypatch):
+    monkeypatch.setattr("minima.data.build_report._ENTROPY_TOKENS", 100)
+    read, blocks = [], TokenStore.blocks
+    monkeypatch.setattr(TokenStore, "blocks", lambda *args: read.append(blocks(*args)) or read[-1])
     metrics = build(stage({"path": jsonl(addresses)}), tmp_path, tokenizer)
+    assert max(array.size for array in read) <= 100, "tokens, however long a block is"
     store = stores(tmp_path)[1]
     stream = store.blocks(np.arange(len(store))).reshape(-1).tolist()
     shares = [stream.count(token) / len(stream) for token in stream]

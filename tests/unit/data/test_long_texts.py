@@ -49,6 +49,14 @@ def test_a_text_without_a_safe_place_stays_whole(encode, text, kind):
     assert encode(kind, [text], 1000)[:2] == encode(kind, [text], 1 << 20)[:2]
 
 
+def test_a_text_without_spaces_is_cut_before_a_line(byte_level, monkeypatch):
+    encode, text = Encoder(byte_level, 2, 600)._encode, "春眠不覺曉，\n處處聞啼鳥。\n\n" * 200
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 300)
+    pieces = list(long_texts.pieces(text, encode))
+    assert max(map(len, pieces)) < 400
+    assert [number for piece in pieces for number in encode([piece])[0]] == encode([text])[0]
+
+
 def test_no_cut_through_a_token_with_a_space(byte_level, tmp_path, monkeypatch):
     """A token that was added to a tokenizer may contain one."""
     loaded = AutoTokenizer.from_pretrained(byte_level)
