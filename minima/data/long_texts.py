@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 # At 80 bytes for each byte of text, a piece takes some 100 MB. A text that is no longer stays whole.
 PIECE_CHARACTERS = 1 << 20
 _CHECKED_CHARACTERS = 256  # on each side of a cut
-_TRIES = 64  # places to try for one cut
+_TRIES = 1024  # places to try for one cut: a tokenizer may accept only spaces, and they may be rare
 _PLACES = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\S)\n(?=[^\W\d_])")  # between words, or before a line
 
 
