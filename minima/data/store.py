@@ -188,7 +188,7 @@ class TokenStore:
         shards = np.searchsorted(self._first_block, indices, side="right") - 1
         for shard in np.unique(shards):
             rows = shards == shard
-            out[rows] = shard_of(int(shard))[indices[rows] - self._first_block[shard]]
+            out[rows] = shard_of(int(shard)).read(indices[rows] - self._first_block[shard])
         return out
 
     def document_starts(self, first_block: int = 0, last_block: int | None = None) -> np.ndarray:
@@ -246,28 +246,37 @@ class TokenStore:
     def _files(self) -> list[dict[str, Any]]:
         return [file for shard in self._shards for file in (shard, shard["starts"], shard.get("learnt")) if file]
 
-    def _open_shard(self, number: int) -> np.ndarray:
-        path = self.folder / self._shards[number]["file"]
-        return _scattered(path, self._dtype).reshape(-1, self.sequence_length)
+    def _open_shard(self, number: int) -> "_Rows":
+        return _Rows(self.folder / self._shards[number]["file"], self._dtype, self.sequence_length)
 
     def _open_starts(self, number: int) -> np.ndarray:
         return np.memmap(self.folder / self._shards[number]["starts"]["file"], dtype=STARTS_DTYPE, mode="r")
 
-    def _open_learnt(self, number: int) -> np.ndarray:
+    def _open_learnt(self, number: int) -> "_Rows":
         path = self.folder / self._shards[number]["learnt"]["file"]
-        return _scattered(path, np.dtype(np.uint8)).reshape(-1, self.sequence_length)
+        return _Rows(path, np.dtype(np.uint8), self.sequence_length)
 
 
-def _scattered(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Map a file that is read in random order.
+class _Rows:
+    """A mapped file whose rows are read in random order.
 
-    The system is told so, since otherwise it reads far beyond each block: 128 kB by default, and some file systems
-    megabytes, for blocks of a few kilobytes.
+    The system is told so, since otherwise it reads far beyond each row: 128 kB by default, and some file systems
+    megabytes, for rows of a few kilobytes. It is also told which rows come next, since otherwise it would read them one
+    after another, and page by page.
     """
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype=dtype)
+
+    def __init__(self, path: Path, dtype: np.dtype, length: int) -> None:
+        with path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mapped.madvise(mmap.MADV_RANDOM)
+        self._rows = np.frombuffer(self._mapped, dtype=dtype).reshape(-1, length)
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        size = self._rows[:1].nbytes
+        for first in (numbers * size).tolist():
+            page = first - first % mmap.PAGESIZE
+            self._mapped.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+        return self._rows[numbers]
 
 
 def _damaged(path: Path, how: str) -> StoreCorrupted:

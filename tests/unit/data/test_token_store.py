@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import pickle
 import re
@@ -244,6 +245,23 @@ def test_a_block_is_read_without_what_lies_around_it(store):
     smaps = Path("/proc/self/smaps").read_text(encoding="utf-8")
     mapped = smaps[smaps.index(str(store.folder / "tokens-00000.bin")) :]
     assert "rr" in re.search("VmFlags:(.*)", mapped)[1].split()  # proc(5): random read advise
+
+
+def test_the_system_is_told_which_blocks_come_next(tmp_path, monkeypatch):
+    """Without reading ahead, it would otherwise wait for each page of each block in turn."""
+    told = []
+
+    class Recorded(mmap.mmap):
+        def madvise(self, option, *where):
+            told.append((option, *where))
+            super().madvise(option, *where)
+
+    monkeypatch.setattr("minima.data.store.mmap.mmap", Recorded)
+    length = mmap.PAGESIZE // 2 * 3 // 2  # of two bytes each: every second block begins within a page
+    write(tmp_path / "store", [[3] * (4 * length - 1)], sequence_length=length, shard_tokens=4 * length)
+    TokenStore.open(tmp_path / "store").blocks(np.array([2, 1]))
+    page, block = mmap.PAGESIZE, 2 * length
+    assert told[1:] == [(mmap.MADV_WILLNEED, 3 * page, block), (mmap.MADV_WILLNEED, page, block + page // 2)]
 
 
 def test_documents_look_only_at_the_shards_of_their_blocks(tmp_path):
