@@ -7,6 +7,8 @@ import os
 import platform
 import resource
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -88,7 +90,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     # unique to this process on this machine, because another one may write the same file
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with file_named(path), temporary.open("wb") as file:
+        with file_named(path), open(temporary, "wb", opener=_no_link) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -97,6 +99,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _no_link(name: str, flags: int) -> int:
+    """Open a file, but no symbolic link, with which another user of the folder could choose what is overwritten."""
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+
+def own_temporary_folder(name: str) -> Path:
+    """A temporary folder that only this user can write to: of this name, unless another user has taken it."""
+    folder = Path(tempfile.gettempdir(), name)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    return folder if own else Path(tempfile.mkdtemp(prefix=f"{name}-"))
 
 
 def sync(path: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from minima.disk import own_temporary_folder
 from minima.errors import LauncherError
 from minima.nodes import (
     SlurmJob,
@@ -276,11 +276,11 @@ def export_launch(launch: Launch) -> None:
 
 def _keep_caches_apart(environment: MutableMapping[str, str]) -> None:
     """Set folders for compiled kernels if this user has no name or no home: PyTorch up to 2.12 asks for the name, and
-    Triton would create a folder called `~` in the working directory."""
-    folder = f"{tempfile.gettempdir()}/minima-{os.getuid()}"
+    Triton would create a folder called `~` in the working directory. Kernels are code: nobody else may add any."""
+    name = f"minima-{os.getuid()}"
     try:
         getpass.getuser()
     except (KeyError, OSError):
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/torchinductor")
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{own_temporary_folder(name)}/torchinductor")
     if not os.path.isabs(os.path.expanduser("~")):
-        environment.setdefault("TRITON_CACHE_DIR", f"{folder}/triton")
+        environment.setdefault("TRITON_CACHE_DIR", f"{own_temporary_folder(name)}/triton")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import socket
 import ssl
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from minima import disk
 from minima.data.store import TokenStore
-from minima.disk import copy_content, file_sha256, inside, json_sha256, sync, write_json
+from minima.disk import copy_content, file_sha256, inside, json_sha256, own_temporary_folder, sync, write_json
 from minima.disk_errors import access_refused_named, file_errors_named, file_named
 from minima.engine.checkpoint.store import verify_checkpoint
 from minima.errors import AccessRefused, FileFailed, MinimaError, StoreCorrupted
@@ -191,6 +192,30 @@ def test_what_cannot_be_written_leaves_what_was_there_and_nothing_else(tmp_path,
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("untouched")
+    (tmp_path / f".a.json.{platform.node()}.{os.getpid()}").symlink_to(mine)
+    with pytest.raises(FileFailed, match=r"Too many levels of symbolic links: .*\.a\.json"), file_errors_named():
+        write_json(tmp_path / "a.json", {})
+    assert mine.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("taken", ["link", "writable", "file"])
+def test_a_temporary_folder_that_others_can_fill_is_not_used(tmp_path, monkeypatch, taken):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = own_temporary_folder("caches")
+    assert own_temporary_folder("caches") == folder == tmp_path / "caches"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if taken == "writable":
+        folder.chmod(0o777)
+    else:
+        folder.rmdir()
+        folder.symlink_to(tmp_path) if taken == "link" else folder.touch()
+    other = own_temporary_folder("caches")
+    assert other != folder and other.is_dir() and other.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_checksum_that_files_carry_of_their_json_stays_what_it_is():

@@ -22,6 +22,7 @@ BESIDE = {
     ("disk", "errors"),
     ("disk", "disk_errors"),
     ("disk_errors", "errors"),
+    ("launcher", "disk"),
     ("console", "errors"),
     ("losses", "batch"),
     ("models", "batch"),
