@@ -167,12 +167,16 @@ def cleaned_environment() -> dict[str, str]:
     environment = defaults | without_launcher(os.environ)
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch and transformers warn about each other
     environment["PATH"] = _own_programs_first(environment)
+    if not {"", os.getcwd()} & set(sys.path):  # a `yaml.py` in a folder of somebody's model is not for `python -m`
+        environment.setdefault("PYTHONSAFEPATH", "1")
     return environment
 
 
 def submitting_environment() -> dict[str, str]:
     """The environment for Slurm's commands, inherited by the jobs that they submit: see `nodes.without_job`."""
-    return without_job(cleaned_environment())
+    told = without_job(cleaned_environment())
+    # a job may run in a container that has its minima in the working directory
+    return {name: value for name, value in told.items() if name != "PYTHONSAFEPATH" or name in os.environ}
 
 
 def _own_programs_first(environment: Mapping[str, str]) -> str:

@@ -223,13 +223,6 @@ def test_kernels_are_kept_in_a_folder_of_a_user_without_a_name_or_a_home(monkeyp
     assert set(kept.values()) <= {"mine"}, "what the user has set stays"
 
 
-def test_a_child_reads_files_as_utf_8_unless_it_is_told_otherwise(monkeypatch):
-    monkeypatch.delenv("PYTHONUTF8", raising=False)
-    assert child_environment(1)["PYTHONUTF8"] == launcher.cleaned_environment()["PYTHONUTF8"] == "1"
-    monkeypatch.setenv("PYTHONUTF8", "0")
-    assert child_environment(1)["PYTHONUTF8"] == "0"
-
-
 @pytest.mark.parametrize(
     ("visible", "count"), [(None, 4), ("", 0), ("0,2", 2), ("1,-1,2", 1), ("0,4,1", 1), ("7", 0), ("MIG-1", 1)]
 )
