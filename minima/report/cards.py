@@ -1,5 +1,6 @@
 """The model card of an exported folder: what the model is, how it was made, what it scores. No torch."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,8 @@ def model_card(card: Card) -> str:
     if card.checked:
         sections.append("## Checked before it was published\n\n" + "\n".join(f"- {line}" for line in card.checked))
     sections.append(f"## Limits\n\n{_limits(card)}")
-    sections.append(f"## Licence\n\n{card.licence or 'None was stated. Ask the publisher of this folder.'}")
+    licence = " ".join((card.licence or "None was stated. Ask the publisher of this folder.").split())
+    sections.append(f"## Licence\n\n{licence}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -87,6 +89,11 @@ def _front_matter(card: Card) -> str:
         # The Hub knows adapter, merge, quantized and finetune; the last fits pruned and distilled weights best.
         fields |= {"base_model": card.base_model, "base_model_relation": "finetune"}
     return front_matter(fields)
+
+
+def code_span(text: str) -> str:
+    """A text as it is, on one line: a path may have `*` and `_`, which Markdown would read as emphasis."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
@@ -153,7 +160,8 @@ def _stages(card: Card) -> str:
     blocks = []
     for name, kind, settings in card.stages:
         lines = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
-        blocks.append(f"**{name}** ({kind})\n\n```yaml\n{lines}```")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))  # a setting must not close it
+        blocks.append(f"**{name}** ({kind})\n\n{fence}yaml\n{lines}{fence}")
     return "\n\n".join([f"With the recipe `{card.recipe}`, stage by stage:", *blocks])
 
 

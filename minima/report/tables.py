@@ -21,7 +21,7 @@ def markdown_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str
     """The same table in Markdown, as rendered by GitHub and the Hub."""
     right = [_is_numeric([row[column] for row in rows]) for column in range(len(headers))]
     lines = [[str(header) for header in headers], ["---:" if number else "---" for number in right]]
-    lines += [[_cell(value).replace("|", "\\|") for value in row] for row in rows]
+    lines += [[" ".join(_cell(value).split()).replace("|", "\\|") for value in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

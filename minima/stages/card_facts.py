@@ -9,7 +9,7 @@ from minima.engine.metrics import read_records
 from minima.models.shape import ModelShape
 from minima.recipe.references import STEPPED, Ancestor, lineage, stage_and_step
 from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export
-from minima.report.cards import TRAINING, Card
+from minima.report.cards import TRAINING, Card, code_span
 from minima.stages.context import StageContext
 from minima.stages.manifest import is_finished, read_manifest
 
@@ -123,12 +123,12 @@ def _data_lines(built: list[BuildData | str]) -> list[str]:
     lines: list[str] = []
     for stage in built:
         if isinstance(stage, str):
-            lines.append(f"`{_without_folders(stage)}`")
+            lines.append(code_span(_without_folders(stage)))
             continue
         what = "" if stage.format == "text" else f" of {stage.format}"
         for source in stage.sources:
             weight = "" if source.weight is None else f", weight {source.weight:g}"
-            lines.append(f"{_without_folders(source.label)} (stage `{stage.name}`{what}{weight})")
+            lines.append(f"{code_span(_without_folders(source.label))} (stage `{stage.name}`{what}{weight})")
     return list(dict.fromkeys(lines))
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from minima.report.cards import Card, model_card
+from minima.report.cards import Card, code_span, model_card
 
 CARD = Card(
     name="student",
@@ -16,7 +16,7 @@ CARD = Card(
     shape={"width": 384, "layers": 26},
     stages=[("cut", "prune", {"score": "gradient"}), ("student", "distil", {"steps": 200, "teacher": "teacher"})],
     training={"student": {"steps": 200, "tokens": 409600, "held_out_loss": 4.1}},
-    data=["sotu (stage `corpus`)"],
+    data=["`sotu` (stage `corpus`)"],
     scores={"teacher": {"loss": 3.0, "perplexity": 20.0}, "student": {"loss": 4.0, "perplexity": 54.0, "kl": 1.0}},
     max_positions=8192,
     licence="apache-2.0",
@@ -113,3 +113,11 @@ def test_a_tokenizer_that_would_be_misread_is_loaded_by_its_class(chat):
     assert "PreTrainedTokenizerFast.from_pretrained(" in code and "AutoTokenizer" not in code
     compile(code, "card", "exec")
     assert "`AutoTokenizer` uses `Qwen2Tokenizer`" in text
+
+
+def test_text_from_a_recipe_cannot_add_a_section():
+    text = "a\n```\n## Added\n| x"
+    stages = [("corpus", "build_data", {"sources": [{"path": text}, {"field": "````"}]})]
+    card = model_card(replace(CARD, stages=stages, data=[code_span(text)], licence=text, scores={text: {"loss": 1.0}}))
+    assert "\n`````yaml\nsources:" in card and "\n`````\n\n## Data\n\n- `a ''' ## Added | x`\n" in card
+    assert "| a ``` ## Added \\| x | 1.0000 |" in card and card.endswith("## Licence\n\na ``` ## Added | x\n")

@@ -120,10 +120,10 @@ def test_the_way_of_a_chat_model_is_told_from_its_first_stage_on(card):
         "aligned": {"steps": 9, "tokens": 8, "held_out_loss": 0.6, "held_out_accuracy": 0.7, "held_out_margin": 0.1},
     }
     assert made.data == [
-        "org/text (stage `text`)",
-        "x.txt (stage `text`)",
-        "org/talks (stage `talks` of conversations)",
-        "preferences (stage `pairs` of preferences)",
+        "`org/text` (stage `text`)",
+        "`x.txt` (stage `text`)",
+        "`org/talks` (stage `talks` of conversations)",
+        "`preferences` (stage `pairs` of preferences)",
     ]
     assert "over 488 tokens in 3 training stages" in model_card(made)
 
@@ -181,7 +181,7 @@ def test_nothing_on_a_card_tells_where_files_lay(tmp_path):
     assert not re.findall(r"(?<![\w.])~?/\w.*", text), "an absolute path"
     assert "~/" not in text
     assert not re.search("secret|/me|home", text)
-    assert made.data == ["`data`", "c.jsonl (stage `c`)", "own (stage `c`)"]
+    assert made.data == ["`data`", "`c.jsonl` (stage `c`)", "`own` (stage `c`)"]
     assert {name: row["loss"] for name, row in made.scores.items()} == {
         "student": 0.0, "base": 1.0, "base (3)": 2.0, "base (4)": 3.0,
     }, "models whose folders have the same name keep a row each"  # fmt: skip
