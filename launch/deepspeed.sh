@@ -11,6 +11,16 @@ export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads its own source files in the 
 
 fail() { printf '%s\n' "$*" >&2; exit 2; }
 
+refuse_for_shells() { # deepspeed gives its folder and arguments to the machines' shells, and quotes only spaces, by "
+  local word
+  [[ $PWD != *' '* ]] || fail "$PWD: pdsh would split this folder's name at its spaces: $1"
+  for word in "$PWD" "${@:2}"; do
+    if [[ $word == *[\$\`\\$'\n']* || ($word != *' '* && $word == *[\;\&\|\<\>\(\)\'\"]*) ]]; then
+      fail "$word: the shells that pdsh starts would read more than text in it: $1"
+    fi
+  done
+}
+
 over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
   local by=${MINIMA_DEEPSPEED_LAUNCHER:-pdsh} more=${MINIMA_DEEPSPEED_LAUNCHER_ARGS:-} hosts other program names name own file
   # If the file could not be read, deepspeed would run on this machine only.
@@ -19,10 +29,15 @@ over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
   [[ $hosts =~ ^([^[:space:]]+)[[:space:]]+slots=[0-9]+ ]] ||
     fail "MINIMA_HOSTFILE=$MINIMA_HOSTFILE has no line like \`HOST slots=8\`"
   address=${MASTER_ADDR:-${BASH_REMATCH[1]}} port=${MASTER_PORT:-$port}
+  # pdsh's shells on the machines read it
+  [[ $address =~ ^[A-Za-z0-9_][A-Za-z0-9_.:%-]*$ ]] || fail "$address is not the name or address of a machine"
   other=$(grep -vE "slots=${MINIMA_RANKS:-[0-9]+}([[:space:]]|\$)" <<<"$hosts" || true)
   [ -z "$other" ] || fail "MINIMA_RANKS=${MINIMA_RANKS:-}, but $MINIMA_HOSTFILE says otherwise: ${other//$'\n'/, }"
   case $by in
-    pdsh) program=pdsh ;;
+    pdsh)
+      program=pdsh
+      refuse_for_shells "rename it, or set MINIMA_DEEPSPEED_LAUNCHER=openmpi" "$@"
+      ;;
     openmpi) program=mpirun ;;
     slurm) program=srun ;;
     *) fail "MINIMA_DEEPSPEED_LAUNCHER=$by: it must be pdsh, openmpi or slurm" ;;
@@ -64,7 +79,7 @@ over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
 [[ ${MINIMA_RANKS:-1} =~ ^[1-9][0-9]*$ ]] || fail "MINIMA_RANKS=$MINIMA_RANKS is not a number of ranks"
 port=$(python -c 'from minima.launcher import free_port; print(free_port())')
 if [ -n "${MINIMA_HOSTFILE:-}" ]; then
-  over_hosts
+  over_hosts "$@"
 else
   [ -z "${MINIMA_DEEPSPEED_LAUNCHER:-}" ] || fail "MINIMA_DEEPSPEED_LAUNCHER=$MINIMA_DEEPSPEED_LAUNCHER without" \
     "MINIMA_HOSTFILE: it says how other machines are reached, and the file says which"

@@ -250,11 +250,17 @@ def test_deepspeed_reaches_machines_through_slurm(start, hosts):
         ({"MINIMA_HOSTFILE": "/no/such"}, "cannot be read"),
         ({"MINIMA_HOSTFILE": ""}, "without MINIMA_HOSTFILE"),
         ({"MINIMA_HOSTFILE": "/dev/null"}, "no line like"),
+        ({"MASTER_ADDR": "$(id)"}, "$(id) is not the name or address of a machine"),
     ],
 )
 def test_deepspeed_refuses(start, hosts, variables, said):
     chosen = {"MINIMA_HOSTFILE": str(hosts), "MINIMA_DEEPSPEED_LAUNCHER": "pdsh"}
     assert said in start("deepspeed", **chosen | variables)
+
+
+@pytest.mark.parametrize("argument", ["output=$(id)", "a`id`", "x=a b\\", "output=a;id", "it's.yaml", "a\nb"])
+def test_deepspeed_gives_pdsh_nothing_that_a_shell_would_execute(start, hosts, argument):
+    assert "would read more than text in it" in start("deepspeed", argument, MINIMA_HOSTFILE=str(hosts))
 
 
 def test_deepspeed_without_pdsh_is_refused(start, hosts):
