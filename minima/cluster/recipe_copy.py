@@ -4,8 +4,10 @@ import hashlib
 from pathlib import Path
 
 from minima.disk import write_whole
+from minima.errors import ClusterError
 from minima.recipe.references import deepspeed_jsons
 from minima.recipe.schema import AnyStage, Recipe
+from minima.recipe.secret import secret_place
 from minima.stages.shipped import find_deepspeed_json, shipped_folder
 
 
@@ -20,12 +22,21 @@ def copy_recipe(recipe: Recipe, recipe_path: Path, folder: Path, write: bool) ->
 
     Returns:
         The copy's path.
+
+    Raises:
+        ClusterError: a file has a token or a password, for example in a comment.
     """
     files = {recipe_path.name: recipe_path.read_bytes()}
     for stage in recipe.stages:
         files |= own_jsons(stage, recipe_path)
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
+        if secret_place(content.decode("utf-8", "replace")) is not None:
+            raise ClusterError(
+                f"{name} has what looks like a token or a password, perhaps in a comment",
+                "it is copied into the run's folder, where others may read it",
+                "remove it, and export it instead in the shell that submits: HF_TOKEN, HTTPS_PROXY",
+            )
         digest.update(f"{len(name)} {name} {len(content)} ".encode() + content)
     target = folder / digest.hexdigest()[:12]
     for name, content in files.items() if write else ():

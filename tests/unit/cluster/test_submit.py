@@ -381,6 +381,15 @@ def test_a_folder_that_only_looks_like_a_token(slurm, project, name):
     assert len(slurm.calls("sbatch")) == 3
 
 
+def test_a_token_in_a_comment_is_not_copied_into_the_runs_folder(slurm, project):
+    with open("recipe.yaml", "a", encoding="utf-8") as file:
+        file.write("\n# export HF_TOKEN=hf_VerySecret0VerySecret1VerySecret2VS\n")
+    with pytest.raises(ClusterError, match=r"recipe\.yaml has what looks like a token .*in a comment") as refused:
+        send()
+    assert "VerySecret" not in str(refused.value) and not slurm.calls("sbatch")
+    assert not (RUN / "cluster" / "recipes").exists()
+
+
 def test_a_job_that_is_held_since_its_reservation_is_gone_is_in_the_queue(slurm, project):
     send()
     answer_queue(slurm, "101 RESV_DEL_HOLD corpus ReservationDeleted", "102 PENDING base Dependency",
