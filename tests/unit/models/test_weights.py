@@ -40,6 +40,7 @@ def test_random_weights_follow_from_seed_and_name_alone(source):
 def test_a_written_folder_reads_back_whole_and_in_parts(source, tmp_path, shard_bytes):
     hashes = write(tmp_path, source, shard_bytes=shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 2_000)
+    assert all(load_file(path) for path in tmp_path.glob("*.safetensors")), "none is empty"
     found = FolderSource(tmp_path)
     assert found.names() == source.names()
     for name in source.names():
