@@ -57,6 +57,14 @@ def test_a_written_folder_reads_back_whole_and_in_parts(source, tmp_path, shard_
     torch.testing.assert_close(stock(tokens).logits, load_plain(source)(tokens).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_folder_says_which_dtype_it_holds(source, tmp_path, dtype):
+    write(tmp_path, source, dtype=dtype)
+    stored = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
+    said = json.loads((tmp_path / "config.json").read_text())["dtype"]
+    assert stored == {dtype or torch.float32} and said == str(dtype or torch.float32).removeprefix("torch.")
+
+
 def test_a_view_does_not_drag_its_base_into_the_file(tmp_path, source):
     name = source.names()[0]
     base = torch.zeros(1000, 16)
