@@ -82,6 +82,14 @@ def test_old_text_keeps_its_ids(tokenizer, grown):
     assert ids == new(texts)["input_ids"] == spm.encode(texts)
 
 
+def test_pairs_of_new_pieces_come_after_all_old_ones(tokenizer):
+    base = SentencePieceVocabulary(tokenizer)
+    pairs = [(piece[:1], piece[1:]) for piece in list(base.known)[259:] if len(piece) > 1]
+    old = [base.order(left, right, {}) for left, right in pairs]
+    new = [base.order("太", right, {"太宗": 0, "太祖": 1}) for right in ("宗", "祖")]
+    assert max(old) < new[0] < new[1] and base.order("太", "太", {"太宗": 0}) is None
+
+
 def test_both_files_and_all_loaders_agree_and_text_comes_back(grown, poems, addresses):
     fast, raw = load_tokenizer(grown[1]), Tokenizer.from_file(str(grown[1] / "tokenizer.json"))
     spm = sentencepiece.SentencePieceProcessor(model_file=str(grown[1] / "tokenizer.model"))

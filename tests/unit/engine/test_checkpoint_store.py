@@ -72,6 +72,24 @@ def test_every_file_is_checked_by_one_of_the_ranks(tmp_path, monkeypatch):
     assert finders("") == []
 
 
+def test_the_marker_has_the_checksums_of_all_ranks(tmp_path, monkeypatch):
+    other = writing._Report(sha256={"of-rank-1": "1"}, num_bytes=5, seconds=1000.0)
+    gathered = {writing._Report: [other]}
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, *gathered.get(type(own), [])])
+    facts = read_marker(write_checkpoint(tmp_path, 3, files(b"12"), {"step": 3}, keep=0))
+    assert set(facts["sha256"]) == {"weights", "of-rank-1"}
+    assert (facts["save_bytes"], facts["save_seconds"]) == (7, 1000.0)
+
+
+def test_any_failure_of_the_writing_thread_is_told(tmp_path):
+    def fail(folder):
+        raise RuntimeError("no memory for a copy")
+
+    with pytest.raises(CheckpointError, match="rank 0: RuntimeError: no memory for a copy"):
+        write_checkpoint(tmp_path, 3, fail, {"step": 3}, keep=0)
+    assert complete_steps(tmp_path) == []
+
+
 def test_what_a_cut_off_save_or_removal_left_goes_too(tmp_path):
     write_checkpoint(tmp_path, 3, files(b"3"), {"step": 3}, keep=0)
     for name in ("step-00000001", "step-00000004.partial", "other"):
