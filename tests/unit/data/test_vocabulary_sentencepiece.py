@@ -90,6 +90,15 @@ def test_pairs_of_new_pieces_come_after_all_old_ones(tokenizer):
     assert max(old) < new[0] < new[1] and base.order("太", "太", {"太宗": 0}) is None
 
 
+def test_a_donors_pieces_are_in_merge_order_and_have_no_space_inside(tokenizer, tmp_path):
+    model = read_model(tokenizer / "tokenizer.model")
+    model.pieces.add(piece="▁of▁the", score=2.0, type=NORMAL)
+    model.pieces.add(piece="last, but merged first", score=1.0, type=NORMAL)
+    (tmp_path / "donor.model").write_bytes(model.SerializeToString())
+    found = SentencePieceVocabulary(tokenizer).read_donor(tmp_path / "donor.model").pieces
+    assert found[0] == "last, but merged first" and "▁of▁the" not in found and len(found) == 512 - 259 + 1
+
+
 def test_both_files_and_all_loaders_agree_and_text_comes_back(grown, poems, addresses):
     fast, raw = load_tokenizer(grown[1]), Tokenizer.from_file(str(grown[1] / "tokenizer.json"))
     spm = sentencepiece.SentencePieceProcessor(model_file=str(grown[1] / "tokenizer.model"))
