@@ -181,6 +181,36 @@ def test_a_template_without_marks_is_split_by_its_beginnings(chatml):
     assert stop_ids(chatml) == [2, 0]
 
 
+def test_a_token_that_reaches_into_a_reply_is_learnt(chatml):
+    """A byte-level piece holds the space before its word, which here lies before the mark."""
+    chatml.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n{% else %}A: "
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A: {% endif %}"
+    )
+    turns = CHATS["several turns"]
+    theirs = chatml.apply_chat_template(messages(turns), return_assistant_tokens_mask=True, return_dict=True)
+    chat = encode(chatml, turns)
+    assert (chat.ids, learnt(chat)) == (theirs["input_ids"], theirs["assistant_masks"])
+    assert [chatml.decode(chat.ids[begin:end])[:3] for begin, end in chat.replies] == [" Hi", " By"]
+
+
+def test_a_template_that_changes_earlier_turns_cannot_be_split(chatml):
+    """As some do that leave out what earlier replies thought: the text of a part is not that of the whole."""
+    chatml.chat_template = CHATML.replace(
+        "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    )
+    several, one = chat_tokenizer(chatml).encode([CHATS["several turns"], CHATS["english"]])
+    assert isinstance(several, Unfit) and str(several) == "not_splittable"
+    assert not isinstance(one, Unfit)
+
+
+def test_added_white_space_ends_no_turn(chatml):
+    chatml.add_tokens(["\n\n"])
+    chatml.chat_template = CHATML.replace("<|im_end|>", "\n\n<|im_end|>")
+    assert stop_ids(chatml) == [2, 0]
+
+
 def test_stop_ids(minichat, chatml, byte_level):
     assert stop_ids(minichat) == [minichat.eos_token_id]
     assert chatml.convert_ids_to_tokens(stop_ids(chatml)) == ["<|im_end|>", "<|endoftext|>"]

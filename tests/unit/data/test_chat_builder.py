@@ -24,7 +24,7 @@ LENGTH = 192
 
 def turns_of(number):
     """A conversation of one to three exchanges, its own."""
-    exchanges = [(f"ask {number} {n}", f"say {number} " + "more " * (number % 5)) for n in range(1 + number % 3)]
+    exchanges = [(f"ask {number} {n}", f"say {number} " + "möre " * (number % 5)) for n in range(1 + number % 3)]
     return [{"User": one, "Assistant": two} for one, two in exchanges]
 
 
@@ -108,12 +108,9 @@ def test_every_conversation_is_there_once_whole_with_transformers_mask(
         expected.append((ids, mask))
     documents = [documents_of(store) for store in (train, held_out)]
     assert sorted(documents[0] + documents[1]) == sorted(expected)
-    aside = HeldOut(0.1, 776).mask(
-        [
-            json.dumps([[m["role"], m["content"]] for m in messages_of(n)], separators=(",", ":")).encode()
-            for n in range(200)
-        ]
-    )
+    turns = [[[message["role"], message["content"]] for message in messages_of(number)] for number in range(200)]
+    packed = [json.dumps(one, separators=(",", ":"), ensure_ascii=False).encode() for one in turns]
+    aside = HeldOut(0.1, 776).mask(packed)
     assert sorted(documents[1]) == sorted(one for one, out in zip(expected, aside, strict=True) if out)
     assert train.format == "conversations"
     assert train.document_mask
@@ -122,7 +119,7 @@ def test_every_conversation_is_there_once_whole_with_transformers_mask(
     assert metrics["learnt_tokens"] == train.learnt_tokens == sum(sum(mask) for _, mask in documents[0])
     assert metrics["padding_tokens"] == metrics["tokens"] - sum(len(ids) for ids, _ in documents[0])
     assert metrics["padding_share"] == metrics["padding_tokens"] / metrics["tokens"] < 0.1
-    said = sum(len(turn["Assistant"].strip()) for number in range(200) for turn in turns_of(number))
+    said = sum(len(turn["Assistant"].strip().encode()) for number in range(200) for turn in turns_of(number))
     assert train.bytes + held_out.bytes == said
     assert train.bytes_per_token == train.bytes / sum(sum(mask) for _, mask in documents[0])
     assert metrics["bytes_per_token"] == train.bytes_per_token
@@ -233,6 +230,18 @@ def test_a_long_conversation_is_cut_where_an_exchange_ends(folder, records, chat
     assert f"{path}:3" in caplog.text
 
 
+def test_a_conversation_that_just_fits_is_whole(folder, records, chat_stage, tokenizer):
+    exchanges = [{"User": f"q{n}", "Assistant": f"a{n}"} for n in range(12)]
+    path = records([exchanges[:5]] * 20)
+    build(chat_stage({"path": path}, held_out_fraction=0.0), folder, tokenizer)
+    five = documents_of(stores(folder)[0])[0]
+    settings = {"sequence_length": len(five[0]), "held_out_fraction": 0.0}
+    for some, cut in ((exchanges[:5], 0), (exchanges, 20)):
+        metrics = build(chat_stage({"path": records([some] * 20)}, **settings), folder, tokenizer)
+        assert documents_of(stores(folder)[0]) == [five] * 20
+        assert metrics["cut_conversations"] == cut and metrics["padding_tokens"] == 0
+
+
 def test_rejections_of_the_tokenizer_are_counted_once_with_their_place(folder, records, chat_stage, tokenizer, caplog):
     path = records(
         [
@@ -245,6 +254,8 @@ def test_rejections_of_the_tokenizer_are_counted_once_with_their_place(folder, r
     caplog.set_level(logging.WARNING)
     metrics = build(chat_stage({"name": "mine", "path": path, "weight": 1.0}, tokens=90 * LENGTH), folder, tokenizer)
     assert metrics["sources"]["mine"]["epochs"] > 2
+    aside = [tuple(ids) for ids, _ in documents_of(stores(folder)[1])]
+    assert len(aside) == len(set(aside)) == metrics["held_out_conversations"] > 0, "held out once"
     assert metrics["rejected"] == {"empty_user_turn": 1, "forged_marker": 2}
     report = json.loads((folder / "report.json").read_text())
     example = report["sources"]["mine"]["rejected"]["examples"]["forged_marker"]

@@ -18,6 +18,7 @@ from minima.data.piece_training import train_sentencepiece
 from minima.data.tokenizer import (
     check_same_tokens,
     check_vocabulary,
+    count_ids,
     load_tokenizer,
     misread_as,
     save_tokenizer,
@@ -211,6 +212,26 @@ def test_another_tokenizer_of_the_same_size_is_told_by_its_first_other_id(tokeni
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     with pytest.raises(TokenizerMismatch, match=r"id 400 is .+ and .+ in that of the model"):
         check_same_tokens(tokenizer, tmp_path / "other", "the model")
+
+
+def test_data_with_a_token_that_the_model_does_not_know_is_told(tokenizer, tmp_path):
+    more = load_tokenizer(tokenizer)
+    more.add_tokens(["<new>"])
+    save_tokenizer(more, tokenizer, tmp_path)
+    check_same_tokens(tokenizer, tmp_path, "the model")
+    with pytest.raises(TokenizerMismatch, match=r"id 512 is '<new>' in .* and None in that of"):
+        check_same_tokens(tmp_path, tokenizer, "the model")
+
+
+def test_ids_are_counted_by_the_highest(tokenizer, tmp_path):
+    assert count_ids(tokenizer) == 512
+    shutil.copytree(tokenizer, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary[next(piece for piece, index in vocabulary.items() if index == 511)] = 700
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    assert count_ids(tmp_path / "other") == 701
 
 
 def test_a_models_tokenizer_that_cannot_be_told_is_no_obstacle(tokenizer, tmp_path, caplog):

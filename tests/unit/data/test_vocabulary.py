@@ -7,6 +7,7 @@ import pytest
 from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
 from minima.data.piece_training import train_sentencepiece
+from minima.data.tokenizer import load_tokenizer
 from minima.data.vocabulary import expand, open_base
 from minima.data.vocabulary_sentencepiece import SentencePieceDonor, read_model
 from minima.errors import DataError, ShapeError
@@ -70,6 +71,13 @@ def test_rows_that_no_old_id_uses_are_given_to_new_pieces(grow):
     metrics = grow(rows=640, size=640)
     assert (metrics["vocabulary_before"], metrics["vocabulary"], metrics["pieces_added"]) == (640, 640, 128)
     assert grow(rows=6400)["vocabulary"] == 6400  # a model does not lose rows
+
+
+def test_new_ids_begin_where_the_old_ones_end_whatever_rows_the_model_has(donor, tokenizer, tmp_path):
+    found = expand(stage(size=640), open_base(tokenizer), donor, 600, tmp_path / "grown")
+    ids = set(load_tokenizer(tmp_path / "grown").get_vocab().values())
+    assert ids - set(load_tokenizer(tokenizer).get_vocab().values()) == set(range(512, 640))
+    assert found.first == 512 and len(found.origins) == 128
 
 
 @pytest.mark.parametrize(("rows", "size"), [(512, 448), (512, 512), (640, 576)])

@@ -82,6 +82,28 @@ def test_old_text_keeps_its_ids(base, grown):
     texts = [record["text"] for record in read_text_asset("sotu")][::16]
     texts += ["naïve – “quoted” … €5 ‘x’ 3×4 ½ ☃ жук αβγ עברית カナ 한글 🙂\u200b"]
     assert old(texts)["input_ids"] == new(texts)["input_ids"]
+    merges = [json.loads((folder / "tokenizer.json").read_text())["model"]["merges"] for folder in (base, grown[1])]
+    assert merges[1][: len(merges[0])] == merges[0], "text of any script: old pieces are merged first"
+
+
+def test_pairs_of_new_pieces_come_after_all_old_ones_in_the_order_of_the_file(base):
+    vocabulary, (left, right) = ByteLevelVocabulary(base), ("é¡", "æ°´")
+    added = {left + right + left: 0, left + right: 1}
+    parts = [(left, right + left), (left + right, left), (left, right)]
+    ranks = [vocabulary.order(*pair, added) for pair in parts]
+    assert 500 - 256 - 2 <= len(json.loads((base / "tokenizer.json").read_text())["model"]["merges"]) <= ranks[0]
+    assert ranks == sorted(ranks) and len(set(ranks)) == 3
+    assert vocabulary.order(right, right, added) is None
+
+
+def test_new_ids_come_after_the_highest_old_one(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[next(piece for piece, index in vocabulary.items() if index == 499)] = 700
+    path.write_text(json.dumps(content))
+    assert open_base(tmp_path / "base").size == 701
 
 
 def test_text_comes_back_and_is_shorter(grown, poems):

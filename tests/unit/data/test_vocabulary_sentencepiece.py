@@ -82,6 +82,23 @@ def test_old_text_keeps_its_ids(tokenizer, grown):
     assert ids == new(texts)["input_ids"] == spm.encode(texts)
 
 
+def test_pairs_of_new_pieces_come_after_all_old_ones(tokenizer):
+    base = SentencePieceVocabulary(tokenizer)
+    pairs = [(piece[:1], piece[1:]) for piece in list(base.known)[259:] if len(piece) > 1]
+    old = [base.order(left, right, {}) for left, right in pairs]
+    new = [base.order("太", right, {"太宗": 0, "太祖": 1}) for right in ("宗", "祖")]
+    assert max(old) < new[0] < new[1] and base.order("太", "太", {"太宗": 0}) is None
+
+
+def test_a_donors_pieces_are_in_merge_order_and_have_no_space_inside(tokenizer, tmp_path):
+    model = read_model(tokenizer / "tokenizer.model")
+    model.pieces.add(piece="▁of▁the", score=2.0, type=NORMAL)
+    model.pieces.add(piece="last, but merged first", score=1.0, type=NORMAL)
+    (tmp_path / "donor.model").write_bytes(model.SerializeToString())
+    found = SentencePieceVocabulary(tokenizer).read_donor(tmp_path / "donor.model").pieces
+    assert found[0] == "last, but merged first" and "▁of▁the" not in found and len(found) == 512 - 259 + 1
+
+
 def test_both_files_and_all_loaders_agree_and_text_comes_back(grown, poems, addresses):
     fast, raw = load_tokenizer(grown[1]), Tokenizer.from_file(str(grown[1] / "tokenizer.json"))
     spm = sentencepiece.SentencePieceProcessor(model_file=str(grown[1] / "tokenizer.model"))

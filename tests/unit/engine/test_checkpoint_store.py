@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from minima.engine import distributed
 from minima.engine.checkpoint import writer as writing
-from minima.engine.checkpoint.store import FORMAT, drop_after, read_marker, verify_checkpoint
+from minima.engine.checkpoint.store import FORMAT, drop_after, read_marker, verify_checkpoint, verify_together
 from minima.engine.checkpoint.writer import CheckpointWriter
 from minima.errors import CheckpointError, DiskFull, StoreCorrupted
 from minima.models.layout import complete_steps, step_folder
@@ -43,6 +43,51 @@ def test_the_newest_stay(tmp_path):
     verify_checkpoint(step_folder(tmp_path, 9))
     write_checkpoint(tmp_path, 9, files(b"again"), {"step": 9}, keep=0)
     assert (step_folder(tmp_path, 9) / "weights").read_bytes() == b"again"
+
+
+def several(folder):
+    names = [folder / name for name in ("a-0", "a-1", "b-0", "b-1", "b-2")]
+    for path in names:
+        path.write_bytes(path.name.encode())
+    return names
+
+
+def test_every_file_is_checked_by_one_of_the_ranks(tmp_path, monkeypatch):
+    checkpoint = write_checkpoint(tmp_path, 3, several, {"step": 3}, keep=0)
+
+    def finders(prefix):
+        found = []
+        for rank in range(2):
+            monkeypatch.setattr(distributed, "share", lambda rank=rank: (rank, 2))
+            try:
+                verify_together(checkpoint, prefix)
+            except StoreCorrupted:
+                found.append(rank)
+        return found
+
+    for path in several(checkpoint):
+        path.write_bytes(b"other")
+        assert len(finders("")) == 1 and len(finders("b")) == (path.name[0] == "b"), path.name
+        several(checkpoint)
+    assert finders("") == []
+
+
+def test_the_marker_has_the_checksums_of_all_ranks(tmp_path, monkeypatch):
+    other = writing._Report(sha256={"of-rank-1": "1"}, num_bytes=5, seconds=1000.0)
+    gathered = {writing._Report: [other]}
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, *gathered.get(type(own), [])])
+    facts = read_marker(write_checkpoint(tmp_path, 3, files(b"12"), {"step": 3}, keep=0))
+    assert set(facts["sha256"]) == {"weights", "of-rank-1"}
+    assert (facts["save_bytes"], facts["save_seconds"]) == (7, 1000.0)
+
+
+def test_any_failure_of_the_writing_thread_is_told(tmp_path):
+    def fail(folder):
+        raise RuntimeError("no memory for a copy")
+
+    with pytest.raises(CheckpointError, match="rank 0: RuntimeError: no memory for a copy"):
+        write_checkpoint(tmp_path, 3, fail, {"step": 3}, keep=0)
+    assert complete_steps(tmp_path) == []
 
 
 def test_what_a_cut_off_save_or_removal_left_goes_too(tmp_path):

@@ -40,6 +40,7 @@ def test_random_weights_follow_from_seed_and_name_alone(source):
 def test_a_written_folder_reads_back_whole_and_in_parts(source, tmp_path, shard_bytes):
     hashes = write(tmp_path, source, shard_bytes=shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 2_000)
+    assert all(load_file(path) for path in tmp_path.glob("*.safetensors")), "none is empty"
     found = FolderSource(tmp_path)
     assert found.names() == source.names()
     for name in source.names():
@@ -54,6 +55,14 @@ def test_a_written_folder_reads_back_whole_and_in_parts(source, tmp_path, shard_
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = torch.arange(8)[None]
     torch.testing.assert_close(stock(tokens).logits, load_plain(source)(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_folder_says_which_dtype_it_holds(source, tmp_path, dtype):
+    write(tmp_path, source, dtype=dtype)
+    stored = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
+    said = json.loads((tmp_path / "config.json").read_text())["dtype"]
+    assert stored == {dtype or torch.float32} and said == str(dtype or torch.float32).removeprefix("torch.")
 
 
 def test_a_view_does_not_drag_its_base_into_the_file(tmp_path, source):

@@ -56,7 +56,8 @@ def test_at_least_a_layer_of_a_trained_model_is_gathered_ahead():
 
 def test_a_split_teacher_reads_the_sequences_of_all_its_ranks():
     work = Work(micro_batch_sequences=2, sequence_length=128)
-    memory = frozen_memory(DEEP, "bfloat16", "tensor_parallel", "none", work, 4, TEACHER)
+    shape = DEEP.model_copy(update={"intermediate_size": 512})
+    memory = frozen_memory(shape, "bfloat16", "tensor_parallel", "none", work, 4, TEACHER)
     norm = 256 * (4 + 4 + 2)  # a float32 copy and its product, and the output: per token more than a fourth of an MLP
     assert memory.passing["activations"] == 4 * work.tokens * (2 * 256 + norm)
 

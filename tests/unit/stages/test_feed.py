@@ -24,9 +24,9 @@ class Store(TextStore):
         return np.repeat(np.asarray(indices)[:, None], self.sequence_length, axis=1)
 
 
-def feed(rank=0, world_size=1, micro=2, total=44) -> Feed:
+def feed(rank=0, world_size=1, micro=2, total=44, seed=5) -> Feed:
     return Feed(
-        Store(22), seed=5, batch_sequences=12, micro_batch_sequences=micro, total_sequences=total, rank=rank,
+        Store(22), seed=seed, batch_sequences=12, micro_batch_sequences=micro, total_sequences=total, rank=rank,
         world_size=world_size, device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -49,6 +49,11 @@ def test_two_epochs_see_each_block_twice_and_the_last_step_is_filled_with_masked
     last = [feed(rank, 2).step(3) for rank in range(2)]
     assert [len(batches) for batches in last] == [3, 3], "no rank does less"
     assert sum(len(trained(batches)) for batches in last) == 44 - 3 * 12
+
+
+def test_the_seed_sets_the_order():
+    orders = [trained(feed(seed=seed).step(0)) for seed in (5, 5, 6)]
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_ranks_that_change_in_mid_epoch_see_each_sample_once():
