@@ -140,7 +140,7 @@ def _may_execute(command: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from minima.stages import pipeline
+    from minima.stages.driver import pipeline
     from minima.stages.shipped import find_launcher, find_recipe
 
     overrides = list(options.overrides)
@@ -149,10 +149,10 @@ def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     if options.dry_run:
         from minima.recipe.loading import is_study, load_recipe
-        from minima.stages.dry_run import dry_run_text
+        from minima.stages.preview.dry_run import dry_run_text
 
         if is_study(path):
-            from minima.law.study import study
+            from minima.law.study.running import study
 
             return study(path, overrides, write, dry_run=True)
         recipe = load_recipe(path, overrides)
@@ -231,14 +231,14 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from minima.stages.fetch import fetch
+    from minima.stages.driver.fetch import fetch
     from minima.stages.shipped import find_recipe
 
     return fetch(find_recipe(options.recipe), options.overrides, _names(options.stages), write)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from minima.stages.plan_command import PlanOptions, plan_command
+    from minima.stages.preview.plan_command import PlanOptions, plan_command
 
     asked = PlanOptions(**{name: getattr(options, name) for name in _PLANNED_FOR})
     write(plan_command(options.recipe, options.overrides, asked, _names(options.stages), options.json))
@@ -246,7 +246,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from minima.stages.hub_push import publish
+    from minima.stages.release.hub_push import publish
 
     pushed = publish(
         Path(options.folder).expanduser(),

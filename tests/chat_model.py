@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from minima.data.chats.template_choice import set_template
 from minima.data.piece_training import train_sentencepiece
-from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer, write_tokenizer
 from minima.models.causal_lm import load_plain
 from minima.models.shape import ModelShape

@@ -26,9 +26,9 @@ from minima.errors import ClusterError
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.overrides import RecipeLoader, nearest
 from minima.recipe.schema import Recipe
+from minima.stages.driver.pipeline import ALLOW_CODE_EXECUTION, group_stages
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
-from minima.stages.pipeline import ALLOW_CODE_EXECUTION, group_stages
 from minima.stages.run_folder import check_run_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,-]*")

@@ -13,7 +13,7 @@ from minima.planning.arithmetic import check_batch
 from minima.recipe.overrides import nearest
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
-from minima.stages.checks import check_stages
+from minima.stages.driver.checks import check_stages
 from minima.stages.manifest import is_finished
 
 _KINDS = [

@@ -10,7 +10,7 @@ from minima.disk import last_bytes
 from minima.models.layout import MARKER, complete_steps, step_folder
 from minima.planning.arithmetic import plan_training
 from minima.recipe.schema import AnyStage, AnyTraining, Recipe
-from minima.stages.known_inputs import KnownInputs
+from minima.stages.preview.known_inputs import KnownInputs
 
 _SHOWN = (("step", None), ("loss", None), ("tokens_per_second", None), ("tokens", 0))  # a number, or the default
 _TAIL_BYTES = 65536  # of metrics.jsonl: some hundred records

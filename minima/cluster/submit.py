@@ -18,9 +18,9 @@ from minima.cluster.slurm import Task
 from minima.disk import write_whole
 from minima.recipe.loading import load_recipe, resolved_yaml
 from minima.recipe.schema import Recipe
+from minima.stages.driver.pipeline import ALLOW_CODE_EXECUTION
 from minima.stages.lock import run_lock
 from minima.stages.manifest import is_finished
-from minima.stages.pipeline import ALLOW_CODE_EXECUTION
 from minima.stages.run_folder import check_run_folder
 
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minima.data.block_packing import PackedWriter
 from minima.data.build_report import build_report, check_enough, show_rejected, unigram_entropy
-from minima.data.chat import template_of
-from minima.data.chat_encoding import ChatEncoder
-from minima.data.conversations import read_conversations
+from minima.data.chats.conversations import read_conversations
+from minima.data.chats.encoding import ChatEncoder
+from minima.data.chats.template_choice import set_template
+from minima.data.chats.templates import template_of
 from minima.data.documents import HeldOut
 from minima.data.encoding import Encoded, Encoder, EncodingPool, EncodingTask, Result
 from minima.data.mixture import SourceStream, mix, source_labels, training_texts
 from minima.data.packing import StoreWriter
-from minima.data.part_files import folder_sha256
-from minima.data.part_merging import RecordedParts
+from minima.data.parts.files import folder_sha256
+from minima.data.parts.merging import RecordedParts
 from minima.data.piece_training import train_sentencepiece
 from minima.data.sources import read_source
 from minima.data.store import TokenStore
-from minima.data.template_choice import set_template
 from minima.data.tokenizer import ends_added, is_lone, load_tokenizer, save_tokenizer, write_tokenizer
 from minima.disk import write_json
 from minima.disk_errors import disk_full_named

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minima.data.documents import Rejected
-from minima.data.share import Share
+from minima.data.parts.share import Share
 from minima.errors import DataError, first_line
 from minima.recipe.data import Source
 

@@ -14,8 +14,8 @@ from typing import IO, Any, TypeVar, cast
 
 from minima.assets import CHATS, read_chat_asset, read_text_asset
 from minima.data.documents import Rejected
+from minima.data.parts.share import Share
 from minima.data.records import field_of, no_column, read_dataset
-from minima.data.share import Share
 from minima.errors import DataError
 from minima.recipe.data import Source
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from minima.data.chat import ChatTokenizer, chat_tokenizer
+from minima.data.chats.templates import ChatTokenizer, chat_tokenizer
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import CheckpointError, DataError, MinimaError, first_line
 from minima.evaluation.streaming import stream

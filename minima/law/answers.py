@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minima.law.interpolate import Interval
+from minima.law.fit.interpolate import Interval
 
 
 @dataclass(frozen=True)

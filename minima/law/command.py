@@ -106,7 +106,7 @@ def _check_output(path: Path) -> None:
 
 
 def _study(options: argparse.Namespace, write: Write) -> int:
-    from minima.law.study import study
+    from minima.law.study.running import study
     from minima.stages.shipped import find_recipe
 
     return study(
@@ -123,7 +123,7 @@ def _study(options: argparse.Namespace, write: Write) -> int:
 
 def _fit(options: argparse.Namespace, write: Write) -> int:
     _needs("scipy")
-    from minima.law.fitting import fit_table, to_json, write_fit
+    from minima.law.fit.fitting import fit_table, to_json, write_fit
     from minima.law.report import render_fit
 
     table = Path(options.table).expanduser()
@@ -142,7 +142,7 @@ def _recommend(options: argparse.Namespace, write: Write) -> int:
     _needs("scipy")
     from pydantic import TypeAdapter
 
-    from minima.law.fitting import read_fit
+    from minima.law.fit.fitting import read_fit
     from minima.law.recommend import Question, Recommendation, recommend
     from minima.law.report import render_recommendation
     from minima.law.sizes_text import parse_number
@@ -162,7 +162,7 @@ def _recommend(options: argparse.Namespace, write: Write) -> int:
 
 def _plot(options: argparse.Namespace, write: Write) -> int:
     _needs("scipy", "matplotlib")
-    from minima.law.fitting import fit_table, read_fit
+    from minima.law.fit.fitting import fit_table, read_fit
     from minima.law.plot import figure_paths, plot_fit
 
     source = Path(options.source).expanduser()

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from minima.disk_errors import disk_full_named
-from minima.law.curves import Curve, describe
-from minima.law.fitting import ConditionFit, Fit
-from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Interval, Minimum, window
-from minima.law.line import MILLION, PAPER_INTERCEPT, PAPER_SLOPE, SMALLEST_PAPER_STUDENT, paper_teacher
+from minima.law.fit.curves import Curve, describe
+from minima.law.fit.fitting import ConditionFit, Fit
+from minima.law.fit.interpolate import MINIMUM, NOT_BRACKETED, Interval, Minimum, window
+from minima.law.fit.line import MILLION, PAPER_INTERCEPT, PAPER_SLOPE, SMALLEST_PAPER_STUDENT, paper_teacher
 from minima.law.sizes_text import short
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, not yellow

@@ -11,10 +11,10 @@ import numpy as np
 
 from minima.errors import TableError
 from minima.law.answers import Answer, Cost, Question, Recommendation
-from minima.law.curves import describe
-from minima.law.fitting import ConditionFit, Fit, ScalingFit
-from minima.law.interpolate import Interval, interval
-from minima.law.line import (
+from minima.law.fit.curves import describe
+from minima.law.fit.fitting import ConditionFit, Fit, ScalingFit
+from minima.law.fit.interpolate import Interval, interval
+from minima.law.fit.line import (
     ENOUGH_DRAWS,
     MILLION,
     PAPER_TEACHERS,
@@ -22,7 +22,7 @@ from minima.law.line import (
     paper_teacher,
     prediction_interval,
 )
-from minima.law.scaling import (
+from minima.law.fit.scaling import (
     LARGEST_RATIO,
     PUBLISHED,
     PUBLISHED_ERROR,

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from minima.law.answers import Answer, Recommendation
-from minima.law.curves import describe
-from minima.law.fitting import ConditionFit, Fit, ScalingFit
-from minima.law.interpolate import MINIMUM, Interval, Minimum
-from minima.law.line import (
+from minima.law.fit.curves import describe
+from minima.law.fit.fitting import ConditionFit, Fit, ScalingFit
+from minima.law.fit.interpolate import MINIMUM, Interval, Minimum
+from minima.law.fit.line import (
     ENOUGH_DRAWS,
     PAPER_INTERCEPT,
     PAPER_SLOPE,
@@ -14,8 +14,8 @@ from minima.law.line import (
     LineFit,
     paper_teacher,
 )
+from minima.law.fit.scaling_fit import Fitted
 from minima.law.recommend import FLAT_NATS
-from minima.law.scaling_fit import Fitted
 from minima.law.sizes_text import short
 from minima.report.tables import text_table
 

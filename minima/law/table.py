@@ -1,7 +1,7 @@
 """The table of a study: one row per finished student run, as CSV and as Parquet.
 
 Both files hold the same columns in the same order. A cell without a value is empty (null in Parquet). Reading checks
-single cells; whether rows belong together is checked when they are fitted (`minima/law/checks.py`).
+single cells; whether rows belong together is checked when they are fitted (`minima/law/fit/checks.py`).
 """
 
 import csv

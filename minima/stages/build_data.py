@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from minima.data.builder import build, processes_of
-from minima.data.part_building import build_part, is_recorded
-from minima.data.part_files import PARTS, Part
-from minima.data.part_merging import RecordedParts
+from minima.data.parts.building import build_part, is_recorded
+from minima.data.parts.files import PARTS, Part
+from minima.data.parts.merging import RecordedParts
 from minima.disk import write_json
 from minima.models.checksums import verify_tokenizer
 from minima.models.layout import VOCABULARY_FILES

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minima.data.tokenizer import check_vocabulary
-from minima.data.vocabulary import expand, open_base
+from minima.data.vocabularies.growing import expand, open_base
 from minima.disk import whole_or_gone, write_json
 from minima.errors import DataError, TokenizerMismatch
 from minima.models.embeddings import GrownSource

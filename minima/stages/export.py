@@ -28,11 +28,11 @@ from minima.models.weights import FolderSource, WeightSource, tensor_sha256, wri
 from minima.recipe.references import trained_precision
 from minima.recipe.schema import Export
 from minima.report.cards import model_card
-from minima.stages.card_facts import gather_card, taught_to_chat
 from minima.stages.context import ResolvedModel, StageContext
 from minima.stages.evaluate import count_parameters
-from minima.stages.generation_settings import generation_settings
 from minima.stages.host_memory import host_memory_bytes
+from minima.stages.release.card_facts import gather_card, taught_to_chat
+from minima.stages.release.generation_settings import generation_settings
 
 _HOST_SHARE = 0.5  # plain transformers loads the model too, if it needs at most this share of the host's memory
 logger = logging.getLogger(__name__)

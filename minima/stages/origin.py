@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from minima.data.chats.template_choice import other_format
 from minima.data.store import TokenStore
-from minima.data.template_choice import other_format
 from minima.data.tokenizer import check_same_tokens, check_vocabulary
 from minima.engine import distributed
 from minima.engine.weights import open_weights

@@ -97,8 +97,8 @@ def run_part(recipe: Recipe, recipe_path: Path, names: Sequence[str] | None, par
 
 def _begin(folder: Path, description: dict[str, Any], total: int) -> None:
     """Record what is being made, once for all parts, and refuse a different number of parts."""
-    from minima.data.part_files import PARTS
-    from minima.data.part_merging import check_counts
+    from minima.data.parts.files import PARTS
+    from minima.data.parts.merging import check_counts
 
     folder.mkdir(parents=True, exist_ok=True)
     check_counts(folder / PARTS, total)

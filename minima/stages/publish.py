@@ -7,7 +7,7 @@ from typing import Any
 
 from minima.recipe.schema import Publish
 from minima.stages.context import StageContext
-from minima.stages.hub_push import publish
+from minima.stages.release.hub_push import publish
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minima.data.chat import chat_tokenizer
+from minima.data.chats.template_choice import set_template
+from minima.data.chats.templates import chat_tokenizer
 from minima.data.piece_training import train_sentencepiece
-from minima.data.template_choice import set_template
 from minima.data.tokenizer import load_tokenizer, save_tokenizer, write_tokenizer
 from minima.models.weights import RandomSource, write_folder
 from minima.stages.export import copy_tokenizer

@@ -30,8 +30,8 @@ BESIDE = {
 NO_TORCH = [
     "minima.cli", "minima.errors", "minima.launcher", "minima.models.shape", "minima.recipe.loading",
     "minima.planning.arithmetic", "minima.planning.dry_run", "minima.report.run_table", "minima.stages.lock",
-    "minima.stages.manifest", "minima.stages.pipeline", "minima.stages.context", "minima.stages.dry_run",
-    "minima.stages.running", "minima.stages.plan_command", "minima.pruning.target",
+    "minima.stages.manifest", "minima.stages.driver.pipeline", "minima.stages.context", "minima.stages.preview.dry_run",
+    "minima.stages.running", "minima.stages.preview.plan_command", "minima.pruning.target",
 ]  # fmt: skip
 
 

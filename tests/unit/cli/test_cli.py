@@ -32,7 +32,7 @@ def test_help_and_version_need_no_torch(tmp_path):
 def test_run_takes_options_and_overrides_in_any_order(monkeypatch, tmp_path, arguments, names, overrides):
     seen = []
     monkeypatch.setattr("minima.stages.shipped.find_recipe", Path)
-    monkeypatch.setattr("minima.stages.pipeline.run", lambda *given: seen.append(given) or 5)
+    monkeypatch.setattr("minima.stages.driver.pipeline.run", lambda *given: seen.append(given) or 5)
     assert cli.main(["run", *arguments]) == 5
     assert seen[0][:3] == (Path("r"), overrides, names)
 

@@ -4,10 +4,10 @@ import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from minima.data.chat import chat_tokenizer, stop_ids, template_of
-from minima.data.template_choice import set_template
+from minima.data.chats.template_choice import set_template
+from minima.data.chats.templates import chat_tokenizer, stop_ids, template_of
+from minima.data.chats.turns import Unfit
 from minima.data.tokenizer import load_tokenizer
-from minima.data.turns import Unfit
 from minima.stages.export import copy_tokenizer
 
 CHATML = (

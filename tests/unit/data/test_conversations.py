@@ -6,9 +6,9 @@ import json
 import pytest
 
 from minima.assets import read_chat_asset
-from minima.data.conversations import Conversation, conversation_of, read_conversations, unpack
+from minima.data.chats.conversations import Conversation, conversation_of, read_conversations, unpack
+from minima.data.chats.turns import Unfit
 from minima.data.documents import Rejected
-from minima.data.turns import Unfit
 from minima.errors import DataError
 from minima.recipe.data import Source
 

@@ -11,13 +11,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from minima.data import part_building, part_merging, part_recording, share
 from minima.data.builder import build
 from minima.data.documents import HeldOut, Rejected, shortened, shuffled
-from minima.data.part_building import build_part, is_recorded
-from minima.data.part_files import Part, read_index, read_piece
-from minima.data.part_merging import RecordedParts
-from minima.data.share import Share
+from minima.data.parts import building as part_building
+from minima.data.parts import merging as part_merging
+from minima.data.parts import recording as part_recording
+from minima.data.parts import share
+from minima.data.parts.building import build_part, is_recorded
+from minima.data.parts.files import Part, read_index, read_piece
+from minima.data.parts.merging import RecordedParts
+from minima.data.parts.share import Share
 from minima.data.sources import read_source
 from minima.errors import DataError, StageError, StoreCorrupted
 from minima.recipe.data import Source, TokenizerTraining

@@ -2,8 +2,8 @@
 
 import pytest
 
-from minima.data.preferences import Pair, pair_of
-from minima.data.turns import Unfit
+from minima.data.chats.preferences import Pair, pair_of
+from minima.data.chats.turns import Unfit
 
 TWO = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
 MESSAGES = [{"role": role, "content": text} for role, text in TWO]

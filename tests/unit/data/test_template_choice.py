@@ -2,8 +2,8 @@
 
 import pytest
 
-from minima.data.chat import chat_tokenizer, stop_ids, template_of
-from minima.data.template_choice import other_format, set_template
+from minima.data.chats.template_choice import other_format, set_template
+from minima.data.chats.templates import chat_tokenizer, stop_ids, template_of
 from minima.data.tokenizer import load_tokenizer
 from minima.errors import DataError
 

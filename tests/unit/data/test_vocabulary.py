@@ -8,8 +8,8 @@ from minima.assets import read_text_asset
 from minima.data.documents import HeldOut
 from minima.data.piece_training import train_sentencepiece
 from minima.data.tokenizer import load_tokenizer
-from minima.data.vocabulary import expand, open_base
-from minima.data.vocabulary_sentencepiece import SentencePieceDonor, read_model
+from minima.data.vocabularies.growing import expand, open_base
+from minima.data.vocabularies.sentencepiece import SentencePieceDonor, read_model
 from minima.errors import DataError, ShapeError
 from minima.recipe.vocabulary import ExpandVocabulary
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from minima.assets import read_text_asset
 from minima.data.tokenizer import load_tokenizer
-from minima.data.vocabulary import expand, open_base
-from minima.data.vocabulary_byte_level import ByteLevelVocabulary, read_content
+from minima.data.vocabularies.byte_level import ByteLevelVocabulary, read_content
+from minima.data.vocabularies.growing import expand, open_base
 from minima.errors import DataError, TokenizerMismatch
 from minima.recipe.vocabulary import ExpandVocabulary
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from minima.assets import read_text_asset
 from minima.data.tokenizer import load_tokenizer
-from minima.data.vocabulary import expand, open_base
+from minima.data.vocabularies.growing import expand, open_base
 from minima.recipe.vocabulary import ExpandVocabulary
 
 pytestmark = pytest.mark.network

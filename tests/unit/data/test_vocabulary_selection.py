@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from minima.data.vocabulary_selection import derive, has_script, select
+from minima.data.vocabularies.selection import derive, has_script, select
 
 
 class Base:

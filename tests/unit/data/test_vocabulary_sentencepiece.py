@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from minima.assets import read_text_asset
 from minima.data.tokenizer import ends_added, load_tokenizer
-from minima.data.vocabulary import expand, open_base
-from minima.data.vocabulary_sentencepiece import SentencePieceVocabulary, read_model
+from minima.data.vocabularies.growing import expand, open_base
+from minima.data.vocabularies.sentencepiece import SentencePieceVocabulary, read_model
 from minima.errors import DataError
 from minima.recipe.vocabulary import ExpandVocabulary
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from minima.law.grid import CORPUS, QUALITY, STUDENT, TEACHER, Unit, expand
-from minima.law.study_recipe import Study, load_study
+from minima.law.study.grid import CORPUS, QUALITY, STUDENT, TEACHER, Unit, expand
+from minima.law.study.recipe import Study, load_study
 
 TRAINING = {"batch_sequences": 8, "micro_batch_sequences": 8, "learning_rate": 1e-2, "precision": "float32"}
 GRID: dict[str, Any] = {

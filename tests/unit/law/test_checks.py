@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from minima.errors import TableError
-from minima.law.checks import check_rows
-from minima.law.fitting import fit_table
+from minima.law.fit.checks import check_rows
+from minima.law.fit.fitting import fit_table
 from minima.law.table import write_table
 from tests.law_tables import row, valley
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import f
 
-from minima.law.checks import check_rows
-from minima.law.curves import curves_of
-from minima.law.interpolate import MINIMUM, NOISE, NOT_BRACKETED, TOO_FEW, lowest_points, minimum_of
-from minima.law.line import fit_line
-from minima.law.noise import draw_means, noise_of
+from minima.law.fit.checks import check_rows
+from minima.law.fit.curves import curves_of
+from minima.law.fit.interpolate import MINIMUM, NOISE, NOT_BRACKETED, TOO_FEW, lowest_points, minimum_of
+from minima.law.fit.line import fit_line
+from minima.law.fit.noise import draw_means, noise_of
 from tests.law_tables import row, valley
 
 TEACHERS = [150e6 * 2**step for step in range(6)]

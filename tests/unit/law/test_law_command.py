@@ -10,7 +10,7 @@ import pytest
 
 from minima import cli
 from minima.errors import TableError
-from minima.law.fitting import fit_table, read_fit
+from minima.law.fit.fitting import fit_table, read_fit
 from minima.law.table import write_table
 from tests.law_tables import valley
 

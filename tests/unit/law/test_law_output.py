@@ -3,8 +3,8 @@
 import pytest
 
 from minima import cli
-from minima.law import fitting
-from minima.law.fitting import fit_table, write_fit
+from minima.law.fit import fitting
+from minima.law.fit.fitting import fit_table, write_fit
 from minima.law.table import write_table
 from tests.law_tables import valley
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import f, linregress, t
 
-from minima.law.interpolate import MINIMUM, NOT_BRACKETED, Minimum
-from minima.law.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher, prediction_interval
-from minima.law.noise import Noise
+from minima.law.fit.interpolate import MINIMUM, NOT_BRACKETED, Minimum
+from minima.law.fit.line import SMALLEST_PAPER_STUDENT, fit_line, paper_teacher, prediction_interval
+from minima.law.fit.noise import Noise
 
 
 def minimum(student, teacher):

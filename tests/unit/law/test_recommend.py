@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from minima.errors import TableError
-from minima.law.fitting import fit_table
+from minima.law.fit.fitting import fit_table
+from minima.law.fit.scaling import PUBLISHED
 from minima.law.recommend import PUBLISHED_GAP, PUBLISHED_SCALING, Question, recommend
 from minima.law.report import render_recommendation
-from minima.law.scaling import PUBLISHED
 from minima.law.sizes_text import parse_number, short
 from minima.law.table import write_table
 from tests.law_tables import row, valley

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minima.law.checks import check_rows
-from minima.law.scaling import (
+from minima.law.fit.checks import check_rows
+from minima.law.fit.scaling import (
     PUBLISHED,
     ScalingLaw,
     distilled_gradient,
@@ -16,7 +16,7 @@ from minima.law.scaling import (
     supervised_gradient,
     supervised_of,
 )
-from minima.law.scaling_fit import fit_distilled, fit_supervised, huber, published_error, with_alone
+from minima.law.fit.scaling_fit import fit_distilled, fit_supervised, huber, published_error, with_alone
 from tests.law_tables import row
 
 SIZES, TOKENS, TEACHERS = (143e6, 300e6, 700e6, 1.8e9), (4e9, 16e9, 64e9, 256e9), (300e6, 700e6, 1.8e9, 4.8e9, 12e9)

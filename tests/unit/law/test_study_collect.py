@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from minima.law.collect import CSV, PARQUET, collect, overview
-from minima.law.study import study as run_study
-from minima.law.study_recipe import load_study
+from minima.law.study.collect import CSV, PARQUET, collect, overview
+from minima.law.study.recipe import load_study
+from minima.law.study.running import study as run_study
+from minima.law.study.worker_pool import Tally
 from minima.law.table import read_table
-from minima.law.worker_pool import Tally
 from tests.unit.law.study_grid import finish, study_file, study_of
 
 

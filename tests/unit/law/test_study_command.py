@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from minima import cli, console
-from minima.law import study as driver
-from minima.law.study_recipe import load_study
-from minima.law.worker_pool import Tally
+from minima.law.study import running as driver
+from minima.law.study.recipe import load_study
+from minima.law.study.worker_pool import Tally
 from tests.unit.law.study_grid import finish, study_file
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from minima.errors import RecipeError
-from minima.law.grid import DATA, TEACHERS, expand
-from minima.law.study_recipe import load_study, warnings
+from minima.law.study.grid import DATA, TEACHERS, expand
+from minima.law.study.recipe import load_study, warnings
 from minima.recipe.loading import load_recipe, resolved_yaml
 from tests.unit.law.study_grid import GRID, TRAINING, study_file, study_of
 

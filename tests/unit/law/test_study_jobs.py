@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from minima.errors import ClusterError
-from minima.law.grid import CELLS
-from minima.law.study import study as run_study
-from minima.law.study_jobs import submit
+from minima.law.study.grid import CELLS
+from minima.law.study.jobs import submit
+from minima.law.study.running import study as run_study
 from tests.unit.law.study_grid import finish, study_file, study_of
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from minima.errors import RecipeError
-from minima.law.study_recipe import load_study, resolved_yaml, warnings
+from minima.law.study.recipe import load_study, resolved_yaml, warnings
 from tests.unit.law.study_grid import GRID, TRAINING, study_file
 
 HUGE = {"hidden_size": 96, "num_heads": 12, "intermediate_size": 256}

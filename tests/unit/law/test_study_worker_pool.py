@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minima.law import worker_pool
-from minima.law.worker_pool import Pool, Tally, ready_units
+from minima.law.study import worker_pool
+from minima.law.study.worker_pool import Pool, Tally, ready_units
 from tests.unit.law.study_grid import study_of
 
 # Makes a run by writing its manifests: at once, after a while, or not at all, as a file of its folder says.
@@ -19,8 +19,8 @@ import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.unit.law.study_grid import finish
-from minima.law.grid import expand
-from minima.law.study_recipe import load_study
+from minima.law.study.grid import expand
+from minima.law.study.recipe import load_study
 folder = Path({folder!r})
 units = {{unit.name: unit for unit in expand(load_study(folder / "tiny.yaml"), folder / "tiny.yaml")}}
 if (folder / "broken").exists():

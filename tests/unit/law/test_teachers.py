@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from minima.law.checks import check_rows
-from minima.law.teachers import order_notes
+from minima.law.fit.checks import check_rows
+from minima.law.fit.teachers import order_notes
 from tests.law_tables import row
 
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from minima.recipe.loading import load_recipe
-from minima.stages.plan_command import PlanOptions, gpus_for
-from minima.stages.plan_walk import plan_run
+from minima.stages.preview.plan_command import PlanOptions, gpus_for
+from minima.stages.preview.plan_walk import plan_run
 from tests.unit.planning.runs import RUNS
 
 

@@ -13,7 +13,7 @@ from minima.planning.arithmetic import check_batch, checkpoint_bytes, plan_train
 from minima.planning.units import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.training import Training
-from minima.stages.dry_run import dry_run_text
+from minima.stages.preview.dry_run import dry_run_text
 
 
 def training(**changes) -> Training:

@@ -11,8 +11,8 @@ from minima.launcher import Launch
 from minima.models.shape import ModelShape
 from minima.recipe.schema import Recipe
 from minima.report.cards import model_card
-from minima.stages.card_facts import _scores, _settings, gather_card, taught_to_chat
 from minima.stages.context import StageContext
+from minima.stages.release.card_facts import _scores, _settings, gather_card, taught_to_chat
 
 TRAINING = {"data": "c", "batch_sequences": 4, "micro_batch_sequences": 2, "steps": 10, "learning_rate": 1e-3}
 

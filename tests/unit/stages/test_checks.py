@@ -8,7 +8,7 @@ import pytest
 from minima.errors import DeepSpeedConfigError, RecipeError, StageError
 from minima.recipe.references import references
 from minima.recipe.schema import Recipe
-from minima.stages import checks
+from minima.stages.driver import checks
 
 PUBLISH = {"name": "push", "kind": "publish", "model": "some/model", "repo": "somebody/model"}
 BENCHMARK = {"name": "scores", "kind": "benchmark", "model": "some/model", "tasks": ["minima_continuation"]}

@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from minima import console
-from minima.stages.child import Log, signal_ranks
+from minima.stages.driver.child import Log, signal_ranks
 
 # Starts a program as `minima run` does; tells a file its exit code. In a session of its own its output is its terminal.
 DRIVER = """
 import fcntl, os, sys, termios
 from pathlib import Path
-from minima.stages.child import Log, run_child
+from minima.stages.driver.child import Log, run_child
 if os.isatty(1):
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 with Log(Path("logs"), "stage") as log:

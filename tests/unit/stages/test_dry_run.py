@@ -14,8 +14,8 @@ from minima.planning.dry_run import render
 from minima.planning.units import flops_text, size_text
 from minima.recipe.loading import load_recipe
 from minima.recipe.schema import Align, BuildData, Recipe
-from minima.stages.dry_run import dry_run_text, walk
 from minima.stages.origin import check_fit
+from minima.stages.preview.dry_run import dry_run_text, walk
 
 SMALL = {"vocabulary_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1}
 LENGTH = 256
@@ -201,7 +201,7 @@ def test_a_deepspeed_json_that_a_run_would_refuse_is_told(show, tmp_path, zero):
 
 
 def test_a_hub_model_that_a_benchmark_measures_is_looked_for_in_the_cache(show, monkeypatch, tmp_path):
-    monkeypatch.setattr("minima.stages.known_inputs.cached_config", lambda *_: tmp_path / "config.json")
+    monkeypatch.setattr("minima.stages.preview.known_inputs.cached_config", lambda *_: tmp_path / "config.json")
     answers = [{"format": "mt_bench", "questions": "q.jsonl"}]
     _, missing = show({"name": "b", "kind": "benchmark", "model": "org/model", "answers": answers})
     assert missing == ["q.jsonl is not on this machine"]

@@ -27,7 +27,7 @@ from minima.recipe.schema import Recipe
 from minima.stages import evaluate as evaluate_stage
 from minima.stages import export as export_stage
 from minima.stages.context import StageContext
-from minima.stages.generation_settings import CHAT_SAMPLING
+from minima.stages.release.generation_settings import CHAT_SAMPLING
 from tests.chat_model import ANSWER, QUESTION, WINDOW
 from tests.fakes import TextStore
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import GenerationConfig
 
 from minima.data.tokenizer import load_tokenizer
-from minima.stages.generation_settings import CHAT_SAMPLING, generation_settings
+from minima.stages.release.generation_settings import CHAT_SAMPLING, generation_settings
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,7 @@ from minima.planning.run_plan import PlannedGpus
 from minima.recipe.schema import Recipe
 from minima.stages import memory_plan
 from minima.stages.context import StageContext
-from minima.stages.plan_walk import plan_run
+from minima.stages.preview.plan_walk import plan_run
 
 LLAMA2_7B = ModelShape(
     vocabulary_size=49216, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, max_positions=4096

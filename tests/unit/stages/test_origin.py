@@ -9,8 +9,8 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from minima.data.chats.template_choice import set_template
 from minima.data.packing import StoreWriter
-from minima.data.template_choice import set_template
 from minima.errors import ShapeError, StoreCorrupted, TokenizerMismatch
 from minima.launcher import Launch
 from minima.models.shape import ModelShape

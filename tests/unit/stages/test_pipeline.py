@@ -13,8 +13,8 @@ import pytest
 from minima.errors import DeepSpeedConfigError, DiskFull, LauncherError, RecipeError, StageError, Stopped
 from minima.models.checksums import write_checksums
 from minima.recipe.loading import load_recipe, resolved_yaml
-from minima.stages import checks, pipeline
-from minima.stages.child import Log
+from minima.stages.driver import checks, pipeline
+from minima.stages.driver.child import Log
 from minima.stages.manifest import write_manifest, write_started
 from minima.stages.run_folder import claim_run_folder
 
@@ -434,7 +434,7 @@ def test_groups():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_ranks_and_ends_the_run(run, tmp_path, number):
     (tmp_path / "wait-teacher").touch()
-    code = "import signal\nimport sys\nfrom pathlib import Path\nfrom minima.stages import pipeline\n"
+    code = "import signal\nimport sys\nfrom pathlib import Path\nfrom minima.stages.driver import pipeline\n"
     # A shell lets what it runs in the background ignore Ctrl-C, and so would the driver if these tests run there.
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "pipeline.find_launcher = lambda name, recipe_path: Path('fake.sh')\n"

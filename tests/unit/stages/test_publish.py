@@ -18,7 +18,7 @@ from minima.models.weights import RandomSource, write_folder
 from minima.recipe.schema import Recipe
 from minima.stages import publish as publish_stage
 from minima.stages.context import StageContext
-from minima.stages.hub_push import publish
+from minima.stages.release.hub_push import publish
 from tests.hub import TOKEN, Hub, serve
 
 SHAPE = ModelShape(vocabulary_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)

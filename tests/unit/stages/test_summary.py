@@ -7,7 +7,7 @@ import yaml
 
 from minima.errors import RecipeError
 from minima.recipe.loading import load_recipe
-from minima.stages.summary import write_summary
+from minima.stages.driver.summary import write_summary
 
 STAGES = [
     {"name": "c", "kind": "build_data", "sources": [{"embedded": "sotu"}], "tokenizer": "t", "sequence_length": 64},
