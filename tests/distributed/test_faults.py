@@ -119,11 +119,14 @@ def run(tmp_path_factory):
 
     ranks = run.start("disturbed", step_seconds=0.05)
     run.wait_for_step(ranks, 12)
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)  # however long the second job takes, the first makes no step meanwhile
     second = [sys.executable, "-m", "minima", "stage", "faults.yaml", "--stages", "disturbed"]
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name}
     run.facts["second_job"] = subprocess.run(second, cwd=run.folder, env=environment, capture_output=True, text=True)
     run.facts["holder"] = ranks[0].pid
     ranks[1].kill()
+    ranks[0].send_signal(signal.SIGCONT)
     end("killed_in_a_step", ranks)
     run.facts["steps_killed_in_a_step"] = complete_steps(run.checkpoints())
 
