@@ -11,11 +11,13 @@ export PYTHONUTF8=${PYTHONUTF8:-1}  # PyTorch reads its own source files in the 
 
 fail() { printf '%s\n' "$*" >&2; exit 2; }
 
-refuse_for_shells() { # deepspeed gives its folder and arguments to the machines' shells, and quotes only spaces, by "
-  local word
-  [[ $PWD != *' '* ]] || fail "$PWD: pdsh would split this folder's name at its spaces: $1"
-  for word in "$PWD" "${@:2}"; do
-    if [[ $word == *[\$\`\\$'\n']* || ($word != *' '* && $word == *[\;\&\|\<\>\(\)\'\"]*) ]]; then
+refuse_for_shells() { # deepspeed gives its folder and arguments to the machines' shells, and quotes only words with spaces
+  local word here
+  here=$(pwd -P)
+  [[ $here != *' '* ]] || fail "$here: pdsh would split this folder's name at its spaces: $1"
+  for word in "$here" "${@:2}"; do
+    if [[ $word == *[\$\`\\$'\n\t']* || ($word != *' '* && $word == *[\;\&\|\<\>\(\)\'\"]*) ||
+      ($word != *' '* && $word == *\{*,*\}*) ]]; then
       fail "$word: the shells that pdsh starts would read more than text in it: $1"
     fi
   done
@@ -36,7 +38,7 @@ over_hosts() { # sets `command` for the machines of MINIMA_HOSTFILE
   case $by in
     pdsh)
       program=pdsh
-      refuse_for_shells "rename it, or set MINIMA_DEEPSPEED_LAUNCHER=openmpi" "$@"
+      refuse_for_shells "change it, or set MINIMA_DEEPSPEED_LAUNCHER=openmpi" "$@"
       ;;
     openmpi) program=mpirun ;;
     slurm) program=srun ;;

@@ -231,7 +231,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from minima.stages.driver.fetch import fetch
+    from minima.stages.fetch import fetch
     from minima.stages.shipped import find_recipe
 
     return fetch(find_recipe(options.recipe), options.overrides, _names(options.stages), write)

@@ -107,7 +107,7 @@ def _no_link(name: str, flags: int) -> int:
 
 
 def own_temporary_folder(name: str) -> Path:
-    """A temporary folder that only this user can write to: of this name, unless another user has taken it."""
+    """A temporary folder that only this user can write to: of this name, or, if that is another's, new at each call."""
     folder = Path(tempfile.gettempdir(), name)
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)

@@ -56,7 +56,7 @@ def refused_file_advice(error: BaseException) -> str:
     if number in _MOVED:
         return "put back what was moved or removed, or mount its file system again"
     if number in _OTHER_KIND:
-        return "move away what lies there: a file is in a folder's place, or a folder in a file's"
+        return "move away what lies there: a file in a folder's place, a folder in a file's, or somebody's link"
     return "check the disk or the file server that it is on (`dmesg` may say more)"
 
 

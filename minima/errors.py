@@ -92,7 +92,7 @@ class UnsupportedFamily(MinimaError):
 
 
 class DeepSpeedConfigError(MinimaError):
-    """A DeepSpeed JSON that sets what the recipe owns, or that does not fit."""
+    """A DeepSpeed JSON that cannot be read, sets what the recipe owns, or asks for what minima does not support."""
 
 
 class LauncherError(MinimaError):

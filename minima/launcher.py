@@ -7,6 +7,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,8 +168,9 @@ def cleaned_environment() -> dict[str, str]:
     environment = defaults | without_launcher(os.environ)
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # torch and transformers warn about each other
     environment["PATH"] = _own_programs_first(environment)
-    if not {"", os.getcwd()} & set(sys.path):  # a `yaml.py` in a folder of somebody's model is not for `python -m`
-        environment.setdefault("PYTHONSAFEPATH", "1")
+    with suppress(FileNotFoundError):  # the working directory is gone
+        if not {"", os.getcwd()} & set(sys.path):  # a `yaml.py` in a folder of somebody's model is not for `python -m`
+            environment.setdefault("PYTHONSAFEPATH", "1")
     return environment
 
 
@@ -281,7 +283,7 @@ def export_launch(launch: Launch) -> None:
 def _keep_caches_apart(environment: MutableMapping[str, str]) -> None:
     """Set folders for compiled kernels if this user has no name or no home: PyTorch up to 2.12 asks for the name, and
     Triton would create a folder called `~` in the working directory. Kernels are code: nobody else may add any."""
-    name = f"minima-{os.getuid()}"
+    name = f"minima-kernels-{os.getuid()}"  # earlier versions let a group write into minima-UID
     try:
         getpass.getuser()
     except (KeyError, OSError):

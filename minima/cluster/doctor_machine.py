@@ -53,7 +53,7 @@ def check_programs() -> list[Finding]:
 
 
 def check_machine(folder: Path) -> list[Finding]:
-    """Check everything that concerns the machine as a whole and not a single rank."""
+    """Check everything that concerns the machine as a whole, with `folder` for runs, and not a single rank."""
     look_again(folder)  # it may just have been created on another machine
     disk = guarded("disk", lambda: _disk(folder))
     checks = {

@@ -3,6 +3,7 @@
 import json
 import mmap
 import resource
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -268,15 +269,19 @@ class _Rows:
     def __init__(self, path: Path, dtype: np.dtype, length: int) -> None:
         with path.open("rb") as file:
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._mapped.madvise(mmap.MADV_RANDOM)
+        self._advise(mmap.MADV_RANDOM)
         self._rows = np.frombuffer(self._mapped, dtype=dtype).reshape(-1, length)
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         size = self._rows[:1].nbytes
         for first in (numbers * size).tolist():
             page = first - first % mmap.PAGESIZE
-            self._mapped.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+            self._advise(mmap.MADV_WILLNEED, page, first + size - page)
         return self._rows[numbers]
+
+    def _advise(self, *advice: int) -> None:
+        with suppress(OSError):  # a sandbox may not know it
+            self._mapped.madvise(*advice)
 
 
 def _damaged(path: Path, how: str) -> StoreCorrupted:

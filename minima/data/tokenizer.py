@@ -127,7 +127,7 @@ def _load(source: str | Path) -> "PreTrainedTokenizerBase":
 def _load_auto(source: str | Path) -> "PreTrainedTokenizerBase":
     """What AutoTokenizer loads, without executing code from the folder.
 
-    Unless told so, it would ask on standard input whether to run that code, and take a message to `minima chat` that
+    Unless told not to, it asks on standard input whether to run that code, and take a message to `minima chat` that
     happens to be `y` or `1` for a yes.
     """
     from transformers import AutoTokenizer

@@ -209,7 +209,7 @@ def training_config(path: Path, training: Training, world_size: int, shape: Mode
     Args:
         path: a DeepSpeed JSON.
         training: the stage's settings.
-        world_size: number of ranks.
+        world_size: number of ranks; has to divide the batch, which is checked before a run.
         shape: the model's, so that at least one layer is prefetched; if not given, the JSON decides.
 
     Raises:

@@ -8,6 +8,7 @@ from minima.engine.checkpoint.shards import WEIGHTS, CheckpointSource
 from minima.engine.checkpoint.store import verify_together
 from minima.errors import CheckpointError, StoreCorrupted
 from minima.models import checksums
+from minima.models.config_file import check_unquantised
 from minima.models.layout import complete_steps, step_folder
 from minima.models.weights import FolderSource, WeightSource
 
@@ -57,12 +58,7 @@ def open_weights(folder: Path, step: int | None = None) -> WeightSource:
         )
     _verify_together(folder, checksums.WEIGHTS)
     source = FolderSource(folder / "model" if (folder / "model").is_dir() else folder)
-    if source.config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{source.folder} holds quantised weights (quantization_config in its config.json)",
-            "they are scaled or packed, and would be read as if they were the weights themselves",
-            "use the model's version that is not quantised",
-        )
+    check_unquantised(source.config)
     return source
 
 

@@ -1,12 +1,12 @@
 """The shape of a decoder-only model: parameters, FLOPs and bytes from a few integers, without torch."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minima.errors import CheckpointError, ShapeError, UnsupportedFamily
+from minima.errors import ShapeError, UnsupportedFamily
+from minima.models.config_file import check_unquantised, read_config
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
@@ -220,6 +220,7 @@ class ModelShape(BaseModel):
         Raises:
             UnsupportedFamily: the `model_type` is not supported.
             ShapeError: fields are missing, or the shape is impossible.
+            CheckpointError: the weights are quantised.
         """
         family = config.get("model_type")
         if family not in FAMILIES:
@@ -228,6 +229,7 @@ class ModelShape(BaseModel):
                 "it is not known which of its tensors are heads, neurons and norms, so it cannot be sized or pruned",
                 f"use one of {', '.join(FAMILIES)}",
             )
+        check_unquantised(config)
         names = _NAMES.get(family, _LLAMA_NAMES)
         values = {field: value for field, value in _ABSENT[family].items() if names[field] not in config}
         values |= {field: config[name] for field, name in names.items() if config.get(name) is not None}
@@ -264,24 +266,3 @@ class ModelShape(BaseModel):
             ShapeError: it does not describe a valid model.
         """
         return cls.from_config(read_config(folder))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `folder/config.json`.
-
-    Raises:
-        CheckpointError: it is missing, or not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(config, dict):
-            return config
-        problem = "it is not a JSON object"
-    except (OSError, ValueError, RecursionError) as error:
-        problem = str(error)
-    raise CheckpointError(
-        f"{path} cannot be read: {problem}",
-        "without it the model's shape is not known",
-        "give a folder in Hugging Face's layout, the name of a stage, or a Hub id",
-    )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from minima.disk import inside
 from minima.errors import CheckpointError
+from minima.models.config_file import read_config
 from minima.models.legacy_config import stored_name, with_4x_names
-from minima.models.shape import read_config
 from minima.models.stock import architecture, parameter_shapes
 from minima.models.tensor_file import save_tensors
 

@@ -4,6 +4,8 @@ The parts of the trained model are those that DeepSpeed 0.19.8 allocates in `run
 `_create_fp16_partitions_with_defragmentation` (weights), `_create_fp32_partitions` (master weights),
 `_setup_for_real_optimizer` (reduce bucket, gradients) and `_prepare_fp32_grad_for_sub_group` (a second copy of one
 sub-group's gradients). `tests/distributed/test_memory_plan.py` compares them with the tensors of two real ranks.
+
+`precision` is `float32` or `bfloat16`, of weights and activations; `checkpointing` is `none`, `selective` or `full`.
 """
 
 from collections.abc import Mapping

@@ -2,6 +2,7 @@
 
 Collectives are counted as NCCL's rings: to gather a tensor, each rank receives all of it but its own part from its
 neighbour; a reduce-scatter moves as much. One rank of each node has its neighbour on another node.
+`precision` is that of the weights that travel: `float32` or `bfloat16`.
 """
 
 from dataclasses import dataclass, fields

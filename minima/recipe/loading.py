@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from minima.errors import MinimaError, RecipeError
-from minima.recipe.overrides import RecipeLoader, apply_override
+from minima.recipe.overrides import RecipeDumper, RecipeLoader, apply_override
 from minima.recipe.problems import problem
 from minima.recipe.references import check_references
 from minima.recipe.schema import Recipe
@@ -76,7 +76,9 @@ def make_recipe(raw: dict[str, Any], path: Path) -> Recipe:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; loads again to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,14 +11,17 @@ from minima.errors import RecipeError
 _MOST_KEYS = 100_000  # of one block, merges (`<<`) included
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads `3e-4` and `126e9` as numbers and refuses a key that is given twice."""
+class BoundedLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that is given twice, and merges that would fill the memory."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except ValueError as error:  # a date that does not exist, or a number of thousands of digits
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+        except (LookupError, AttributeError):
+            problem = f"{node.value!r} does not fit its tag {node.tag}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
@@ -38,12 +41,21 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
 
+class RecipeLoader(BoundedLoader):
+    """`BoundedLoader` that reads `3e-4` and `126e9` as numbers."""
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Safe YAML in which text that `RecipeLoader` would read as a number is quoted."""
+
+
 # YAML 1.1 requires a point and a signed exponent in a float; YAML 1.2 (core schema, section 10.3.2) does not.
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
-    list("-+.0123456789"),
-)
+for _class in (RecipeLoader, RecipeDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
+        list("-+.0123456789"),
+    )
 
 
 def nearest(name: str, known: list[str], likeness: float = 0.6) -> str:

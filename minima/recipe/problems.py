@@ -59,18 +59,17 @@ _ELSEWHERE = {  # our names, and those that other trainers and configurations us
 }
 
 
-def problem(detail: Any, root: type[BaseModel], also_known: Sequence[str] = ()) -> str:
+def problem(detail: Any, root: type[BaseModel]) -> str:
     """What is wrong with one value, without its place.
 
     Args:
         detail: one of the errors of a pydantic `ValidationError`.
         root: the class that the whole file was read as.
-        also_known: further names that an unknown key may have meant.
     """
     value = detail["input"]
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
-        known = [*_known_names(root, detail["loc"][:-1]), *also_known]
+        known = _known_names(root, detail["loc"][:-1])
         meant = [name for name, others in _ELSEWHERE.items() if key in others.split() and name in known]
         close = f"; did you mean {meant[0]!r}?" if meant else nearest(key, known)
         return f"no such key{close or '; known keys are ' + ', '.join(known)}"
@@ -95,15 +94,19 @@ def problem(detail: Any, root: type[BaseModel], also_known: Sequence[str] = ()) 
 def _known_names(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The fields of the block at a pydantic location in a file that was read as `root`."""
     blocks: list[type[BaseModel]] = [root]
+    keyed = False  # whether this part is a key that the user chose, of a dict of blocks
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or keyed:
+            keyed = False
             continue
         holders = [block for block in blocks if part in block.model_fields]
         tagged = [block for block in blocks if _kind(block) == part or block.__name__ == part]
         if tagged:
             blocks = tagged
         elif holders:
-            blocks = [inner for block in holders for inner in _models(block.model_fields[part].annotation)]
+            annotations = [block.model_fields[part].annotation for block in holders]
+            blocks = [inner for annotation in annotations for inner in _models(annotation)]
+            keyed = any(typing.get_origin(annotation) is dict for annotation in annotations)
     return sorted({name for block in blocks for name in block.model_fields})
 
 

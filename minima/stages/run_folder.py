@@ -14,7 +14,7 @@ from minima.disk import write_whole
 from minima.disk_errors import disk_full_named, is_failing
 from minima.errors import FileFailed, MinimaError, StageError
 from minima.recipe.loading import resolved_yaml
-from minima.recipe.overrides import RecipeLoader
+from minima.recipe.overrides import BoundedLoader
 from minima.recipe.schema import Recipe
 from minima.stages.identity import describe
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
@@ -90,7 +90,8 @@ def check_run_folder(folder: Path, recipe: Recipe) -> str | None:
         path = folder / "recipe.yaml"
         text = path.read_bytes() if path.is_file() else b""
     try:
-        kept: Any = yaml.load(text.decode("utf-8"), Loader=RecipeLoader)
+        # Earlier versions wrote the name `1e5` without quotes, so here no text is a number that YAML 1.1 has not.
+        kept: Any = yaml.load(text.decode("utf-8"), Loader=BoundedLoader)
         other, other_stages = kept["name"], [str(stage["name"]) for stage in kept["stages"]]
     except (ValueError, yaml.YAMLError, KeyError, TypeError):  # bytes that are not UTF-8 raise a ValueError
         if known_by := _stage_made_by(recipe, folder):

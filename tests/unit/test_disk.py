@@ -203,7 +203,7 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
     assert mine.read_text() == "untouched"
 
 
-@pytest.mark.parametrize("taken", ["link", "writable", "file"])
+@pytest.mark.parametrize("taken", ["link", "writable", "file", "stranger"])
 def test_a_temporary_folder_that_others_can_fill_is_not_used(tmp_path, monkeypatch, taken):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = own_temporary_folder("caches")
@@ -211,6 +211,8 @@ def test_a_temporary_folder_that_others_can_fill_is_not_used(tmp_path, monkeypat
     assert folder.stat().st_mode & 0o777 == 0o700
     if taken == "writable":
         folder.chmod(0o777)
+    elif taken == "stranger":
+        monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     else:
         folder.rmdir()
         folder.symlink_to(tmp_path) if taken == "link" else folder.touch()

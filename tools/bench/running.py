@@ -69,6 +69,9 @@ def start(
         environment = child_environment(ranks) | {name: str(value) for name, value in place.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TRL_EXPERIMENTAL_SILENCE": "1"}
         environment |= {"OMP_NUM_THREADS": str(threads)}
+        # with PYTHONSAFEPATH, a script does not find what lies beside it
+        found = [str(script.parent), environment.get("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, found))
         log = scratch / f"rank-{rank}.log"
         with open(log, "wb") as output:
             command = [sys.executable, str(script), "--worker", str(task)]

@@ -35,7 +35,7 @@ MARGIN = 1.05  # parts of a few hundred batches each differ by less than this
 
 
 def is_recorded(folder: Path, identity: str) -> bool:
-    """Whether a part is finished, undamaged and made from this stage; otherwise it has to be made again."""
+    """Whether the part in `folder` is finished, undamaged and made from this stage; if not, it has to be made again."""
     if not (folder / INDEX).is_file():
         return False
     try:
@@ -55,7 +55,7 @@ def build_part(
     """Encode a part's share of every source.
 
     It is written under a temporary name, synced and renamed at the end; an interrupted part starts over. It holds about
-    `part_recording.PIECE_TOKENS` and the batches in flight in memory.
+    `parts.recording.PIECE_TOKENS` and the batches in flight in memory.
 
     Args:
         folder: of all parts; must exist.

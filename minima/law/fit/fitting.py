@@ -97,6 +97,8 @@ def fit_table(
         path: CSV or Parquet.
         budget: when two students have the same token budget.
         seed: seed of the draws; the same seed and table give the same fit.
+        num_draws: draws over seeds.
+        descents: number of starts from which a scaling law is minimised.
 
     Raises:
         TableError: the table cannot be read, or cannot be fitted as it is.

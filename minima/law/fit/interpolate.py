@@ -92,7 +92,7 @@ def lowest_points(sizes: Sequence[float], means_BT: np.ndarray) -> Lowest:
 
 
 def interval(values_B: np.ndarray) -> Interval:
-    """The central interval of draws; an infinite end becomes None."""
+    """The central interval of draws that holds a share of LEVEL; an infinite end becomes None."""
     ends = np.quantile(values_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     low, high = (float(end) if np.isfinite(end) else None for end in ends)
     return low, high

@@ -61,6 +61,7 @@ def fit_supervised(runs: Sequence[Run], descents: int = DESCENTS) -> Fitted:
 
     Args:
         runs: runs of one study and family; those that are not `direct` are left out.
+        descents: number of starts to minimise from.
     """
     alone = [run for run in runs if run.initialisation == DIRECT]
     cells = {(run.student_size, run.tokens) for run in alone}
@@ -89,6 +90,7 @@ def fit_distilled(runs: Sequence[Run], supervised: Supervised | None, descents: 
     Args:
         runs: runs of one study and family, with one initialisation and the `direct` ones.
         supervised: predicts what each student reaches alone; None: the mean of its own direct runs on the same tokens.
+        descents: number of starts to minimise from.
     """
     taken, alone = with_alone(runs, supervised)
     cells = {(run.student_size, run.tokens, run.teacher) for run in taken}

@@ -11,7 +11,7 @@ from minima.models.shape import ModelShape
 from minima.pruning.target import plan_target
 from minima.recipe.base import Strict
 from minima.recipe.loading import read_yaml
-from minima.recipe.overrides import apply_override, nearest
+from minima.recipe.overrides import RecipeDumper, apply_override, nearest
 from minima.recipe.problems import CELL_NAME, NAME, problem
 from minima.recipe.pruning import PruneTarget
 
@@ -267,7 +267,7 @@ def prune_target(shape: ModelShape) -> PruneTarget:
 
 def resolved_yaml(study: Study) -> str:
     """The study with its defaults written out; loads again to an equal one."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(study.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _problems(error: ValidationError, root: type[BaseModel]) -> str:

@@ -73,6 +73,7 @@ def test_resources_that_nothing_would_use(tmp_path, text, message):
         ("partitoin: gpu", "did you mean 'partition'"),
         ("defaults: {node: 3}", "did you mean 'nodes'"),
         ("stages: {base: {gpus: 3}}", r"stages.base.gpus: no such key"),
+        ("stages: {time: {partiton: x}}", "stages.time.partiton: no such key; did you mean 'partition'"),
         ("container: {img: x}", r"container.img"),
         ("partition: gpu\npartition: cpu", "given twice"),
         ("- a", "no keys and values"),

@@ -15,7 +15,8 @@ def test_a_child_reads_files_as_utf_8_unless_it_is_told_otherwise(monkeypatch):
 
 
 def test_a_child_imports_from_the_working_directory_only_if_this_process_does(monkeypatch, tmp_path):
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "yaml.py").write_text("raise SystemExit(3)")
 
@@ -26,3 +27,7 @@ def test_a_child_imports_from_the_working_directory_only_if_this_process_does(mo
     assert "PYTHONSAFEPATH" not in submitting_environment(), "a job may run in a container"
     monkeypatch.syspath_prepend(str(tmp_path))
     assert code(child_environment(1)) == 3
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert child_environment(1)["PATH"]

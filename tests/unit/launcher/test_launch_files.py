@@ -28,7 +28,7 @@ def start(tmp_path):
         (programs / name).write_text(f"#!{sys.executable}\n{TOLD}")
         (programs / name).chmod(0o755)
 
-    def go(name, *arguments, without=(), **variables):
+    def go(name, *arguments, without=(), folder=tmp_path, **variables):
         for program in without:
             (programs / program).unlink()
         told = tmp_path / "told.json"
@@ -37,7 +37,7 @@ def start(tmp_path):
             path = os.pathsep.join([str(programs), str(plain_tools(tmp_path))])
         environment = {"PATH": path, "HOME": str(tmp_path), "TOLD": str(told), "PYTHONPATH": str(ROOT)} | variables
         command = ["/bin/bash", str(ROOT / "launch" / f"{name}.sh"), *(arguments or ["a recipe.yaml"])]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             assert done.returncode == 2 and not told.exists(), done.stderr
             return done.stderr
@@ -258,9 +258,20 @@ def test_deepspeed_refuses(start, hosts, variables, said):
     assert said in start("deepspeed", **chosen | variables)
 
 
-@pytest.mark.parametrize("argument", ["output=$(id)", "a`id`", "x=a b\\", "output=a;id", "it's.yaml", "a\nb"])
-def test_deepspeed_gives_pdsh_nothing_that_a_shell_would_execute(start, hosts, argument):
+@pytest.mark.parametrize("argument", ["x=$(id)", "a`id`", "x=a b\\", "x=a;id", "it's.yaml", "a\nb", "x={a,b}"])
+def test_deepspeed_gives_pdsh_nothing_that_a_shell_would_read(start, hosts, argument):
     assert "would read more than text in it" in start("deepspeed", argument, MINIMA_HOSTFILE=str(hosts))
+
+
+def test_deepspeed_gives_pdsh_what_it_quotes(start, hosts):
+    argument = "stages.t.target={layers: 2, note: it's; (a) <b>}"
+    assert start("deepspeed", argument, MINIMA_HOSTFILE=str(hosts))["argv"][-1] == argument
+
+
+@pytest.mark.parametrize(("name", "said"), [("two words", "at its spaces"), ("a$b", "more than text in it")])
+def test_deepspeed_with_pdsh_refuses_a_folder_that_a_shell_would_not_reach(start, hosts, tmp_path, name, said):
+    (tmp_path / name).mkdir()
+    assert said in start("deepspeed", MINIMA_HOSTFILE=str(hosts), folder=tmp_path / name)
 
 
 def test_deepspeed_without_pdsh_is_refused(start, hosts):

@@ -205,12 +205,13 @@ def test_child_environment_with_gpus_shares_the_cores_of_an_optimiser_on_the_hos
 
 
 @pytest.mark.parametrize(("named", "home"), [(True, True), (False, True), (True, False), (False, False)])
-def test_kernels_are_kept_in_a_folder_of_a_user_without_a_name_or_a_home(monkeypatch, named, home):
+def test_kernels_are_kept_in_a_folder_of_a_user_without_a_name_or_a_home(monkeypatch, tmp_path, named, home):
     def getuser() -> str:
         if named:
             return "somebody"
         raise KeyError("getpwuid(): uid not found: 54321")
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(launcher.getpass, "getuser", getuser)
     monkeypatch.setattr(launcher.os.path, "expanduser", lambda path: "/home/somebody" if home else path)
     environment = {}

@@ -13,7 +13,7 @@ from minima.law.study import worker_pool
 from minima.law.study.worker_pool import Pool, Tally, ready_units
 from tests.unit.law.study_grid import study_of
 
-pytestmark = pytest.mark.slow  # each starts processes
+pytestmark = pytest.mark.slow  # most start processes
 
 # Makes a run by writing its manifests: at once, after a while, or not at all, as a file of its folder says.
 WORKER = """

@@ -105,7 +105,7 @@ def test_quantised_weights_are_not_read_as_if_they_were_none(stage):
     config = RandomSource(SHAPE.to_config(), seed=1).config | {"quantization_config": {"quant_method": "fp8"}}
     (stage / "model" / "config.json").write_text(json.dumps(config))
     (stage / CHECKSUMS).unlink()
-    with pytest.raises(CheckpointError, match="holds quantised weights"):
+    with pytest.raises(CheckpointError, match="its weights are quantised"):
         open_weights(stage)
 
 

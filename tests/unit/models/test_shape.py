@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minima.errors import MinimaError, ShapeError, UnsupportedFamily
+from minima.errors import CheckpointError, MinimaError, ShapeError, UnsupportedFamily
 from minima.models.shape import ModelShape
 from minima.models.stock import build_empty, parameter_shapes, stock_config
 
@@ -118,6 +118,15 @@ def test_a_field_that_is_no_number_is_named(family, wrong, named):
     config = ModelShape(**(SMALL | {"family": family, "num_key_value_heads": SMALL["num_heads"]})).to_config() | wrong
     with pytest.raises(ShapeError, match=f"{named} is missing or impossible"):
         ModelShape.from_config(config)
+
+
+def test_quantised_weights_are_refused_before_anything_runs():
+    config = ModelShape(**SMALL).to_config()
+    with pytest.raises(CheckpointError, match="its weights are quantised"):
+        ModelShape.from_config(config | {"quantization_config": {"quant_method": "fp8"}})
+    idle = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    for unquantised in (None, {}, idle):
+        ModelShape.from_config(config | {"quantization_config": unquantised})
 
 
 def test_an_impossible_configuration_says_why():

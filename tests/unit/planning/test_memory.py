@@ -19,7 +19,7 @@ LARGEST = 256 * 1024  # tensor of DEEP
 )
 @pytest.mark.parametrize("tokens", [256, 512, 4096])
 def test_a_loss_holds_a_few_chunks_of_float32_logits(precision, taught, chunks, tokens):
-    """As many as `tests/unit/losses/test_loss_memory.py` measures."""
+    """With a teacher, as many as `tests/unit/losses/test_loss_memory.py` measures."""
     work = Work(micro_batch_sequences=1, sequence_length=tokens, chunk_tokens=512)
     memory = trained_memory(WIDE, precision, "full", work, 1, STUDENT, taught=taught)
     assert memory.passing["loss or layer"] == chunks * 4 * min(tokens, 512) * 32_000

@@ -27,7 +27,10 @@ def test_a_block_may_merge_others(read):
     assert read("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}")["b"] == {"x": 1, "y": 3}
 
 
-@pytest.mark.parametrize(("value", "problem"), [("2026-13-01", "month must be in"), ("9" * 5000, "4300 digits")])
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("2026-13-01", "month must be in"), ("9" * 5000, "4300 digits"), ("!!bool x", "line 1"), ("!!float ''", "line 1")],
+)
 def test_a_value_that_python_cannot_hold_is_named_by_its_line(read, value, problem):
     with pytest.raises(RecipeError, match=f"line 2, column 9: .*{problem}"):
         read(f"name: a\noutput: {value}")

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import constants
 
 from minima.errors import StageError
-from minima.stages.driver import fetch as module
-from minima.stages.driver.fetch import FETCHED, LEFT, LOCAL, MISSING, THERE, fetch
+from minima.stages import fetch as module
+from minima.stages.fetch import FETCHED, LEFT, LOCAL, MISSING, THERE, fetch
 from tests.hub_downloads import COMMIT, Downloads, serve
 
 ROOT = Path(__file__).parents[3]
@@ -125,7 +125,7 @@ def test_a_model_that_there_is_not_ends_it(place):
 def test_what_a_login_node_downloads_needs_no_torch(place):
     place.recipe(corpus({"embedded": "sotu"}), TEACHER)
     code = (
-        "import sys; from pathlib import Path; from minima.stages.driver.fetch import fetch\n"
+        "import sys; from pathlib import Path; from minima.stages.fetch import fetch\n"
         "assert fetch(Path('x.yaml'), [], None, print) == 0; assert 'torch' not in sys.modules"
     )
     done = place.python("-c", code)

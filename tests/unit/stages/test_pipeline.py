@@ -325,6 +325,16 @@ def test_the_folder_of_another_recipe_is_refused(run, tmp_path):
     assert (tmp_path / "out" / "recipe.yaml").read_text() == kept
 
 
+@pytest.mark.parametrize("written", [None, "name: 1e5\nstages: [{name: teacher}]\n"])  # the latter: earlier versions
+def test_a_run_whose_name_looks_like_a_number_goes_on(run, tmp_path, written):
+    assert run("name='1e5'", names=["teacher"])[0] == 0
+    kept = tmp_path / "out" / "recipe.yaml"
+    assert load_recipe(kept, []).name == "1e5"
+    if written is not None:
+        kept.write_text(written)
+    assert run("name='1e5'", names=["teacher"])[0] == 0
+
+
 def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
