@@ -29,7 +29,12 @@ def test_a_block_may_merge_others(read):
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [("2026-13-01", "month must be in"), ("9" * 5000, "4300 digits"), ("!!bool x", "line 1"), ("!!float ''", "line 1")],
+    [
+        ("2026-13-01", "month must be in"),
+        ("9" * 5000, "4300 digits"),
+        ("!!bool x", "'x' does not fit its tag"),
+        ("!!float ''", "'' does not fit its tag"),
+    ],
 )
 def test_a_value_that_python_cannot_hold_is_named_by_its_line(read, value, problem):
     with pytest.raises(RecipeError, match=f"line 2, column 9: .*{problem}"):
