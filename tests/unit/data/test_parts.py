@@ -22,6 +22,7 @@ from minima.data.parts.files import Part, read_index, read_piece
 from minima.data.parts.merging import RecordedParts
 from minima.data.parts.share import Share
 from minima.data.sources import read_source
+from minima.data.store import TokenStore
 from minima.errors import DataError, StageError, StoreCorrupted
 from minima.recipe.data import Source, TokenizerTraining
 
@@ -311,9 +312,10 @@ def test_a_merge_opens_more_files_than_a_process_may_at_first(tmp_path, stage, j
         build(chosen, tmp_path / "merged", tokenizer, opened(tmp_path / "parts", chosen))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(TokenStore.open(tmp_path / "merged" / "train")) > 0
 
 
-def test_a_piece_leaves_its_numbers_on_disk(tmp_path, stage, jsonl, addresses, tokenizer):
+def test_a_piece_leaves_its_ids_and_table_on_disk(tmp_path, stage, jsonl, addresses, tokenizer):
     chosen = stage({"path": jsonl(addresses[:100])})
     encode(tmp_path / "parts", chosen, tokenizer, 1)
     folder = tmp_path / "parts" / Part(0, 1).name
