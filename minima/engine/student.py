@@ -20,6 +20,7 @@ from minima.engine.objectives.objective import Objective
 from minima.engine.sharded import build_sharded, read_shard, release, sharded_parameters
 from minima.losses import LossSum
 from minima.models.causal_lm import head_weight, hidden_states
+from minima.models.linear_layers import use_cpu_products
 from minima.models.weights import WeightSource
 from minima.recipe.training import Training
 
@@ -73,6 +74,7 @@ class Student:
         self.device = distributed.device()
         self.model = build_sharded(source, deepspeed_config, training.precision)
         assert training.activation_checkpointing != "auto", "the stage replaces `auto` by its memory plan's choice"
+        use_cpu_products(self.model)
         prepare_layers(
             self.model,
             activation_checkpointing=training.activation_checkpointing,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from minima import cpu_products
 from minima.errors import MinimaError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -103,7 +104,11 @@ def float_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor | None = Non
     """
     head_VD = logits_head(head_VD, hidden_CD.dtype)
     if head_VD.dtype == torch.float32:
-        return torch.mm(hidden_CD.float(), head_VD.t(), out=out_CV)
+        hidden_CD = hidden_CD.float()
+        if not cpu_products.is_faster(hidden_CD, head_VD):
+            return torch.mm(hidden_CD, head_VD.t(), out=out_CV)
+        out_CV = hidden_CD.new_empty(len(hidden_CD), len(head_VD)) if out_CV is None else out_CV
+        return cpu_products.product_into(out_CV, hidden_CD, head_VD)
     if out_CV is None:
         return torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32)
     return torch.mm(hidden_CD, head_VD.t(), out_dtype=torch.float32, out=out_CV)
@@ -111,7 +116,9 @@ def float_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor | None = Non
 
 def add_outer(sum_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
     """sum_VD += gradient_CV^T hidden_CD, accumulated in float32."""
-    if gradient_CV.dtype == torch.float32:
+    if cpu_products.is_faster(gradient_CV, hidden_CD):
+        cpu_products.add_transposed_product(sum_VD, gradient_CV, hidden_CD)
+    elif gradient_CV.dtype == torch.float32:
         sum_VD.addmm_(gradient_CV.t(), hidden_CD)
     elif gradient_CV.is_cuda and gradient_CV.dtype in _NARROW:
         try:  # one pass over the sum, and no second matrix of its size
@@ -169,6 +176,10 @@ def add_gradients(
         grad_head_VD: float32; is added to.
     """
     if grad_hidden_CD is not None:
-        torch.mm(gradient_CV, head_VD.to(hidden_CD.dtype), out=grad_hidden_CD)
+        head_VD = head_VD.to(hidden_CD.dtype)
+        if cpu_products.is_faster(gradient_CV, head_VD):
+            grad_hidden_CD.copy_(cpu_products.product(gradient_CV, head_VD.t()))
+        else:
+            torch.mm(gradient_CV, head_VD, out=grad_hidden_CD)
     if grad_head_VD is not None:
         add_outer(grad_head_VD, gradient_CV, hidden_CD.masked_fill(~keep_C.unsqueeze(1), 0.0))

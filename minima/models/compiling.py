@@ -16,6 +16,8 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minima.cpu_products import PRODUCT
+
 Recomputation = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
@@ -31,6 +33,7 @@ _KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_attention_math_for_mps.default,
     torch.ops.higher_order.flex_attention,
+    PRODUCT,
 }
 if hasattr(torch.ops.higher_order, "inductor_compiled_code"):  # flex attention in a layer that is not compiled
     _KEPT.add(torch.ops.higher_order.inductor_compiled_code)

@@ -65,7 +65,10 @@ def run_once(host: FrozenHost, **changes: Any) -> dict[str, Any]:
     batch = feed.step(0)[0]
     with student.measured() as view:
         found["held_out"] = view.hidden_states(batch).float().square().sum().item()
-    found["outlive"] = _outliving(student, objective, batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found["outlive"] = _outliving(student, objective, batch)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    found["stock_products"] = calls.get("aten::mm", 0)
     student.close()
     return found
 

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from minima import cpu_products
 from minima.planning.memory import Work, frozen_memory, scored_memory, trained_memory
 from minima.planning.sharding import BYTES, TEACHER, Sharding, gathered_ahead
 from minima.planning.traffic import frozen_traffic, trained_traffic
@@ -99,12 +101,17 @@ def test_a_teacher_on_two_nodes_keeps_and_moves_what_the_plan_says(two_nodes, pl
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("live", LIVE)
 def test_what_a_model_needs_whose_importance_is_measured_is_what_the_plan_says(two_ranks, live, precision):
-    """CPUs turn the head into float32 for bfloat16 products, which is not planned."""
+    """CPUs turn the head into float32 for bfloat16 products, which is not planned. Where `cpu_products` are used,
+    there is also a tile of results, and in float32 the inputs of frozen linear layers are not kept."""
     sharding = Sharding.from_json({"zero_optimization": SIZES | {"stage3_max_live_parameters": live}})
     work = replace(WORK, micro_batch_sequences=16)
     memory = scored_memory(MIDDLING, precision, work, 2, sharding)
     found = two_ranks["memory_scored"][f"{live}-{precision}"]
     head = 0 if precision == "float32" else 4 * MIDDLING.vocabulary_size * MIDDLING.hidden_size
+    most = 1.12
+    if cpu_products.is_faster(torch.ones(1)):
+        head += 0 if precision == "float32" else 4 * cpu_products._TILE_ELEMENTS
+        most = 1.25 if precision == "float32" else most
     planned, peak = memory.passing_bytes + head, found["peak"]
-    assert 0.98 * peak <= planned <= 1.12 * peak
+    assert 0.98 * peak <= planned <= most * peak
     assert memory.resident_bytes == pytest.approx(found["built"], rel=0.02)

@@ -1,7 +1,9 @@
 """How a step is computed changes no number: recomputation, compiled layers, an optimiser on the host."""
 
 import pytest
+import torch
 
+from minima import cpu_products
 from tests.distributed.test_engine import expect_same
 
 
@@ -30,6 +32,15 @@ def test_compiled_layers_have_no_graph_break_and_one_graph_serves_them_all(two_r
     # a later run may take what an earlier one has compiled.
     assert runs["none"]["graphs"] >= 1
     assert all(runs[what]["graphs"] <= most for what, most in (("none", 3), ("selective", 2), ("full", 2)))
+
+
+def test_sharded_models_and_the_loss_multiply_float32_with_the_faster_library(two_ranks):
+    runs = {what: two_ranks["compiled"][what]["stock_products"] for what in ("eager", "none", "selective", "full")}
+    linears = 14  # of the student, each with three products
+    if cpu_products.is_faster(torch.ones(1)):
+        assert runs == dict.fromkeys(runs, 0)
+    else:
+        assert all(count >= 3 * linears for count in runs.values())
 
 
 @pytest.mark.parametrize("scenario", ["recomputation", "compiled"])

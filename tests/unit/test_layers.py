@@ -12,7 +12,7 @@ FLOORS = {
     "cli": 9, "__main__": 9, "law": 8, "cluster": 7, "stages": 6, "evaluation": 5, "engine": 4, "pruning": 4,
     "data": 4, "planning": 3, "report": 3, "recipe": 2, "models": 1, "losses": 1, "assets": 1, "batch": 1,
     "errors": 0, "console": 0, "disk": 0, "disk_errors": 0, "launcher": 0, "nodes": 0, "triton_driver": 0,
-    "__init__": -1,
+    "cpu_products": 0, "__init__": -1,
 }  # fmt: skip
 BESIDE = {
     ("__main__", "cli"),

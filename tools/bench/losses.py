@@ -120,6 +120,7 @@ def liger_jsd(hard: float, soft: float):
 
 LOSS_MAKERS: dict[str, Callable[[], Loss]] = {
     "minima": _minima,
+    "minima_stock": _minima,
     "dense": _dense,
     "trl": _trl,
     "trl_chunked": _trl_chunked,

@@ -152,6 +152,8 @@ _CPU = Profile(
     rows=(
         *_more_turns(3, _rows("float32", 4, 4), ("a:minima", "b:original")),
         Row("b", "minima_compiled", turns=2),
+        Row("b", "minima_stock", turns=2),
+        Row("loss", "minima_stock", turns=2),
         Row("b", "original_recomputing", turns=1),
         Row("a", "minima", "bfloat16", turns=1),
         Row("b", "original", "bfloat16", turns=1),

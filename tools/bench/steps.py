@@ -40,7 +40,7 @@ class MinimaStep:
     """minima's step, with its own loss or another one."""
 
     def __init__(self, profile: Profile, row: Row) -> None:
-        loss = None if row.what in ("minima", "minima_compiled") else LOSS_MAKERS[row.what]()
+        loss = None if row.what.startswith("minima") else LOSS_MAKERS[row.what]()
         self._disk = tempfile.TemporaryDirectory() if row.offload == "nvme" else None
         self.teacher = minima_teacher(profile, row, Path(self._disk.name) if self._disk else None)
         self.student = minima_student(profile, row)
@@ -203,6 +203,7 @@ def _final_states(model, tokens_BT: Tensor) -> Tensor:
 STEPS: dict[str, Callable[[Profile, Row], Step]] = {
     "minima": MinimaStep,
     "minima_compiled": MinimaStep,
+    "minima_stock": MinimaStep,
     "original": OriginalStep,
     "original_recomputing": RecomputingOriginalStep,
     "trl": TrlStep,

@@ -13,6 +13,7 @@ from minima.engine import distributed
 from minima.engine.sharded import restore_rotary
 from minima.engine.teacher.root import FrozenRoot
 from minima.models.causal_lm import head_weight, hidden_states
+from minima.models.linear_layers import use_cpu_products
 from minima.models.stock import DTYPES, build_empty
 from minima.models.weights import WeightSource
 
@@ -36,6 +37,7 @@ class Replica:
         layers: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> None:
         self.model = build_whole(source, precision, distributed.device())
+        use_cpu_products(self.model)
         layers(self.model)
         self._engine = deepspeed.initialize(model=FrozenRoot(self.model), config=config)[0]
         self._root = self._engine.module

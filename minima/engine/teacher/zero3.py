@@ -29,6 +29,7 @@ from minima.engine.teacher.window import LayerWindow
 from minima.errors import RecipeError
 from minima.launcher import node_name
 from minima.models.causal_lm import head_weight, hidden_states
+from minima.models.linear_layers import use_cpu_products
 from minima.models.weights import WeightSource
 
 
@@ -63,6 +64,7 @@ class Zero3:
         self.model.requires_grad_(False)
         self.model.eval()
         self._window: LayerWindow | None = None
+        use_cpu_products(self.model)
         layers(self.model)
         if windows:
             gather_whole_layers(self.model)
