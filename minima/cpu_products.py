@@ -19,10 +19,10 @@ _TILE_ELEMENTS = 2**18  # 1 MB of results, which stay in the cache; large ones w
 
 
 def is_faster(*factors: Tensor) -> bool:
-    """Whether `product` is faster than `torch.mm` for these factors, by their dtype and the processor they are on.
+    """Whether `product` beats `torch.mm` for large factors of this dtype, on this processor.
 
-    Not decided by a timing, so all runs on a machine use the same kernels and give the same bits. With
-    `torch.backends.mkldnn.enabled = False` it is never so.
+    Not decided by a timing, so all runs on a machine use the same kernels and give the same bits. False while
+    `torch.backends.mkldnn.enabled` is.
     """
     suitable = all(one.dtype == torch.float32 and one.device.type == "cpu" for one in factors)
     return suitable and bool(torch.backends.mkldnn.enabled) and _mkl_lacks_avx512()
@@ -48,8 +48,8 @@ def _maker() -> str:
 def product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`left right^T + bias` [M, N] by oneDNN, without autograd; dimensions may precede M.
 
-    Either factor may be the transpose of a contiguous matrix: the left one is then copied, the right one is not.
-    K is at least 1.
+    A left factor that is not contiguous is copied; a right one is not if it is contiguous or the transpose of such a
+    matrix.
     """
     return torch.ops.minima.product(left_MK, right_NK, bias_N)
 
@@ -62,6 +62,10 @@ PRODUCT = torch.ops.minima.product.default
 
 @torch.library.impl(_library, "product", "CPU")
 def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    bias_N = None if bias_N is None else bias_N.contiguous()  # oneDNN ignores its stride
+    if not right_NK.shape[1]:  # oneDNN refuses what has no columns
+        zeros_MN = left_MK.new_zeros((*left_MK.shape[:-1], right_NK.shape[0]))
+        return zeros_MN if bias_N is None else zeros_MN + bias_N
     if not (right_NK.is_contiguous() or right_NK.t().is_contiguous()):
         right_NK = right_NK.contiguous()  # for other strides oneDNN has only its reference kernel
     return torch.ops.mkldnn._linear_pointwise(left_MK.contiguous(), right_NK, bias_N, "none", [], "")
@@ -74,6 +78,7 @@ def _shape_of_product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None) 
 
 def product_into(out_MN: Tensor, left_MK: Tensor, right_NK: Tensor) -> Tensor:
     """Write `left right^T` to `out_MN`, which may be large, and return it."""
+    left_MK = left_MK.contiguous()
     for tile in _tiles(right_NK.shape[0], left_MK.shape[0]):
         out_MN[:, tile].copy_(product(left_MK, right_NK[tile]))
     return out_MN
@@ -82,11 +87,11 @@ def product_into(out_MN: Tensor, left_MK: Tensor, right_NK: Tensor) -> Tensor:
 def add_transposed_product(sum_NK: Tensor, left_MN: Tensor, right_MK: Tensor) -> None:
     """`sum_NK += left^T right`, where N may be large."""
     right_KM = right_MK.t().contiguous()
-    for tile in _tiles(left_MN.shape[1], left_MN.shape[0]):
+    for tile in _tiles(left_MN.shape[1], max(right_KM.shape)):
         sum_NK[tile].add_(product(right_KM, left_MN[:, tile].contiguous().t()).t())
 
 
 def _tiles(columns: int, rows: int) -> list[slice]:
-    """Columns of a matrix with so many rows, divided into tiles that stay in the cache."""
+    """The columns of a matrix with `rows` rows, divided into tiles that stay in the cache."""
     width = max(64, _TILE_ELEMENTS // max(rows, 1))
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]

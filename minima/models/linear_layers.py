@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from minima import cpu_products
@@ -25,9 +24,16 @@ def use_cpu_products(model: PreTrainedModel) -> None:
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return cpu_products.product(input, self.weight, self.bias)
-        return _Product.apply(input, self.weight, self.bias)
+        if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        return _product(input, self.weight, self.bias)
+
+
+def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`cpu_products.product` with autograd."""
+    if not torch.is_grad_enabled():
+        return cpu_products.product(left_MK, right_NK, bias_N)
+    return _Product.apply(left_MK, right_NK, bias_N)
 
 
 class _Product(torch.autograd.Function):
@@ -44,20 +50,22 @@ class _Product(torch.autograd.Function):
         return cpu_products.product(inputs, weight_NK, bias_N)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs, weight_NK = ctx.saved_tensors
         need_inputs, need_weight, need_bias = ctx.needs_input_grad
         grad_inputs = grad_weight_NK = grad_bias_N = None
         grad_MN = grad.reshape(-1, grad.shape[-1])
         if need_inputs:
-            grad_inputs = cpu_products.product(grad, weight_NK.t())
+            grad_inputs = _product(grad, weight_NK.t())
         if need_weight:
             inputs_MK = inputs.reshape(-1, inputs.shape[-1])
-            if grad_MN.shape[1] <= inputs_MK.shape[1]:  # the left factor is copied: the smaller one
-                grad_weight_NK = cpu_products.product(grad_MN.t(), inputs_MK.t())
+            (tokens, rows), columns = grad_MN.shape, inputs_MK.shape[1]
+            if tokens * rows <= columns * (
+                tokens + rows
+            ):  # what is copied, elements: the left factor, or also the result
+                grad_weight_NK = _product(grad_MN.t(), inputs_MK.t())
             else:
-                grad_weight_NK = cpu_products.product(inputs_MK.t(), grad_MN.t()).t().contiguous()
+                grad_weight_NK = _product(inputs_MK.t(), grad_MN.t()).t().contiguous()
         if need_bias:
             grad_bias_N = grad_MN.sum(0)
         return grad_inputs, grad_weight_NK, grad_bias_N

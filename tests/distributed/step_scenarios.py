@@ -95,12 +95,13 @@ def _outliving(student: Student, objective: Distillation, batch: Batch) -> int:
 
 def recomputation(folder: Path) -> Any:
     """The same steps with nothing, cheap parts, and whole layers recomputed."""
-    host = new_host("bfloat16")
-    found = {
-        what: run_once(host, precision="bfloat16", activation_checkpointing=what)
-        for what in ("none", "selective", "full")
-    }
-    host.close()
+    found = {}
+    for precision in ("bfloat16", "float32"):
+        host = new_host(precision)
+        for what in ("none", "selective", "full"):
+            run = run_once(host, precision=precision, activation_checkpointing=what)
+            found[f"{what}-{precision}"] = run
+        host.close()
     return found
 
 

@@ -11,9 +11,11 @@ def without_time(records: list[dict]) -> list[dict]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("what", ["selective", "full"])
-def test_recomputation_changes_no_bit_under_zero3(two_ranks, what):
-    found, wanted = two_ranks["recomputation"][what], two_ranks["recomputation"]["none"]
+def test_recomputation_changes_no_bit_under_zero3(two_ranks, what, precision):
+    runs = two_ranks["recomputation"]
+    found, wanted = runs[f"{what}-{precision}"], runs[f"none-{precision}"]
     assert without_time(found["records"]) == without_time(wanted["records"])
     assert found["weights"] == wanted["weights"] and found["held_out"] == wanted["held_out"]
 

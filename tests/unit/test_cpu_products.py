@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minima import cpu_products
 from minima.batch import make_batch
@@ -83,6 +84,9 @@ def test_a_product_is_right_for_every_layout(left, right, rows, columns, inner):
     wanted = (given[0].double() @ given[1].double().t()).float()
     torch.testing.assert_close(cpu_products.product(*given), wanted)
     torch.testing.assert_close(cpu_products.product(*given, bias), wanted + bias)
+    torch.testing.assert_close(
+        cpu_products.product(*given, numbers(columns, 2)[:, 0]), wanted + numbers(columns, 2)[:, 0]
+    )
     batched = cpu_products.product(given[0].expand(2, 3, rows, inner), given[1])
     torch.testing.assert_close(batched, wanted.expand(2, 3, rows, columns))
 
@@ -137,7 +141,7 @@ def check_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recomputing", ["none", "selective"])
+@pytest.mark.parametrize("recomputing", ["none", "selective", "full"])
 def test_a_model_with_them_is_the_stock_model(used, family, recomputing):
     model = model_of(family)
     use_cpu_products(model)
@@ -178,12 +182,78 @@ def test_frozen_weights_get_no_gradient_and_keep_no_inputs(monkeypatch):
 
 
 @needs_operator
-def test_a_second_derivative_is_refused(monkeypatch):
+def test_second_derivatives_are_those_of_a_stock_layer(monkeypatch):
+    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+    found = []
+    for use in (use_cpu_products, lambda model: None):
+        model = model_of("gpt_neox")
+        use(model)
+        layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        inputs = numbers(3, 32).requires_grad_()
+        output = layer(inputs)
+        wanted = [inputs, layer.weight]
+        first = torch.autograd.grad(output.sum() + output.square().sum(), wanted, create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(one.square().sum() for one in first), wanted)))
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-3)
+
+
+@needs_operator
+def test_other_dtypes_and_autocast_are_a_stock_layers(monkeypatch):
     monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
     model = model_of()
     use_cpu_products(model)
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    inputs = numbers(3, 32).requires_grad_()
-    (first,) = torch.autograd.grad(layer(inputs).square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(numbers(3, 32)).dtype == torch.bfloat16
+    assert layer.double()(numbers(3, 32).double()).dtype == torch.float64
+
+
+@needs_operator
+def test_no_rows_give_no_gradient(monkeypatch):
+    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+    model = model_of()
+    use_cpu_products(model)
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    layer(torch.ones(0, 32, requires_grad=True)).sum().backward()
+    assert not layer.weight.grad.any()
+
+
+class Counted(TorchDispatchMode):
+    """Counts calls of `cpu_products`' operator, and the largest of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is cpu_products.PRODUCT:
+            self.calls, self.largest = self.calls + 1, max(self.largest, found.numel())
+        return found
+
+
+@needs_operator
+def test_selective_recomputation_runs_no_product_twice(monkeypatch):
+    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+    calls = {}
+    for recomputing in ("none", "selective", "full"):
+        model = model_of()
+        use_cpu_products(model)
+        recompute(model, recomputing)
+        with Counted() as counted:
+            states_and_gradients(model)
+        calls[recomputing] = counted.calls
+    assert calls["none"] == calls["selective"] < calls["full"]
+
+
+@needs_operator
+@pytest.mark.parametrize("tokens", [1, 40, 65])
+def test_no_result_of_the_loss_is_larger_than_a_tile(monkeypatch, tokens):
+    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(cpu_products, "_TILE_ELEMENTS", 64 * 64)
+    hidden, head = numbers(tokens, 24).requires_grad_(), numbers(5000, 24).requires_grad_()
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    with Counted() as counted:
+        linear_cross_entropy(hidden, head, labels, chunk_tokens=64).total.backward()
+    assert counted.calls and counted.largest <= 64 * 64

@@ -45,7 +45,7 @@ def work(task: dict[str, Any]) -> None:
     found: dict[str, Any] = {"ceiling": _ceiling(profile) if task["ceiling"] else {}, "rows": []}
     _write(found, task["result"], main)
     for row in rows:
-        torch.backends.mkldnn.enabled = not row.what.endswith("_stock")  # what `cpu_products` goes by
+        choose_products(row)
         if task["sizes"]:
             one = _guarded(functools.partial(_search, sizes=task["sizes"]), profile, row)
         elif row.group == "loss":
@@ -58,6 +58,11 @@ def work(task: dict[str, Any]) -> None:
     if not task["alone"]:
         distributed.barrier()
         distributed.leave()
+
+
+def choose_products(row: Row) -> None:
+    """Make minima's float32 products on a CPU PyTorch's own in a row whose name says so."""
+    torch.backends.mkldnn.enabled = not row.what.endswith("_stock")
 
 
 def _write(found: dict[str, Any], path: str, main: bool) -> None:
@@ -266,8 +271,8 @@ def _ceiling(profile: Profile) -> dict[str, float]:
     """The machine's peak rates with all ranks working at once: the best of a few tries, summed over the ranks.
 
     `float32` and `bfloat16`: FLOP/s of a square matmul. Where minima's float32 products are not PyTorch's, PyTorch's
-    are `float32 stock`. `memory`: bytes/s, read plus written, of a copy that is far
-    larger than any cache; this rate bounds passes over dense logits.
+    are `float32 stock`. `memory`: bytes/s, read plus written, of a copy that is far larger than any cache; this rate
+    bounds passes over dense logits.
     """
     from minima import cpu_products
     from minima.engine import distributed

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minima import cpu_products
 from minima.losses import linear_distillation_loss
 from tests.unit.tools.bench_turns import turn
-from tools.bench import report
+from tools.bench import report, worker
 from tools.bench.losses import LOSS_MAKERS, Missing
 from tools.bench.profiles import PROFILES, SHOWN, Row
 
@@ -256,3 +257,14 @@ def test_own_rows_without_the_kernels_that_they_take_are_missing(monkeypatch):
     assert models.settings(profile, alone).kernels == "stock"
     compiled = models.settings(profile, replace(own, what="minima_compiled", micro_batch=1))
     assert (compiled.compile, compiled.kernels) == (True, "stock"), "not both"
+
+
+def test_rows_of_stock_products_use_pytorchs(monkeypatch):
+    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+    stock = [row for row in PROFILES["cpu"].rows if row.what == "minima_stock"]
+    assert {row.group for row in stock} == {"b", "loss"}
+    for row in stock:
+        worker.choose_products(row)
+        assert not cpu_products.is_faster(torch.ones(1))
+        worker.choose_products(Row("a", "minima"))
+        assert cpu_products.is_faster(torch.ones(1))
