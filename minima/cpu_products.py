@@ -1,6 +1,6 @@
 """Float32 matrix products on CPUs whose AVX-512 PyTorch leaves unused: its MKL uses it on Intel's processors only.
 
-PyTorch multiplies bfloat16 with oneDNN, which uses AVX-512 on every processor that has it. Its float32 kernels are
+PyTorch multiplies bfloat16 with oneDNN, which uses AVX-512 on every processor that has it. oneDNN's float32 kernels are
 reached here through the operator that `torch.compile` calls for linear layers. `tools/bench_distil.py` measures both
 libraries as its ceilings.
 
@@ -22,7 +22,7 @@ def is_faster(*factors: Tensor) -> bool:
     """Whether `product` beats `torch.mm` for large factors of this dtype, on this processor.
 
     Not decided by a timing, so all runs on a machine use the same kernels and give the same bits. False while
-    `torch.backends.mkldnn.enabled` is.
+    `torch.backends.mkldnn.enabled` is False.
     """
     suitable = all(one.dtype == torch.float32 and one.device.type == "cpu" for one in factors)
     return suitable and bool(torch.backends.mkldnn.enabled) and _mkl_lacks_avx512()
@@ -48,8 +48,7 @@ def _maker() -> str:
 def product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`left right^T + bias` [M, N] by oneDNN, without autograd; dimensions may precede M.
 
-    A left factor that is not contiguous is copied; a right one is not if it is contiguous or the transpose of such a
-    matrix.
+    The left factor is copied unless it is contiguous; the right one unless it or its transpose is.
     """
     return torch.ops.minima.product(left_MK, right_NK, bias_N)
 

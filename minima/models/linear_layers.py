@@ -24,7 +24,7 @@ def use_cpu_products(model: PreTrainedModel) -> None:
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") or not input.dtype == self.weight.dtype == torch.float32:
             return super().forward(input)
         return _product(input, self.weight, self.bias)
 
@@ -60,9 +60,8 @@ class _Product(torch.autograd.Function):
         if need_weight:
             inputs_MK = inputs.reshape(-1, inputs.shape[-1])
             (tokens, rows), columns = grad_MN.shape, inputs_MK.shape[1]
-            if tokens * rows <= columns * (
-                tokens + rows
-            ):  # what is copied, elements: the left factor, or also the result
+            first, second = tokens * rows, columns * (tokens + rows)  # elements that each way copies
+            if first <= second:
                 grad_weight_NK = _product(grad_MN.t(), inputs_MK.t())
             else:
                 grad_weight_NK = _product(inputs_MK.t(), grad_MN.t()).t().contiguous()

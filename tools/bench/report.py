@@ -115,7 +115,7 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         speed = _over(ours, row, "tokens_per_second")
         memory = _over(ours, row, "peak_above_idle_bytes")
         if ours is not None and speed is not None:
-            # Two medians, each uncertain by its spread, which is not known for a single time.
+            # Two medians, each uncertain by its share, the spread, which is not known for a single time.
             spreads = (ours["spread"], row["spread"])
             uncertain = None if None in spreads else sum(spreads)
             found.append(
@@ -247,7 +247,7 @@ def table(found: dict[str, Any]) -> str:
     for one in found["comparisons"]:
         if "memory" in one:
             memory = "" if one["memory"] is None else f", memory {one['memory']:.2f}"
-            uncertain = "" if one["uncertainty"] is None else f" ± {one['uncertainty']:.2f}"
+            uncertain = "" if one["uncertainty"] is None else f" ± {one['speed'] * one['uncertainty']:.2f}"
             lines.append(f"- {one['against']}: speed {one['speed']:.2f}{uncertain}{memory}")
         else:
             moved = (

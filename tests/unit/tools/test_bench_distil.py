@@ -101,6 +101,10 @@ class TestReport:
         assert one["uncertainty"] == pytest.approx(0.01 / 1.01)
         assert not one["no_slower_beyond_spread"]
 
+    def test_the_uncertainty_is_shown_in_the_unit_of_the_ratio(self):
+        rows = rows_of({Row("a", "minima"): [turn([1.0]), turn([1.0])], Row("a", "dense"): [turn([2.0]), turn([2.2])]})
+        assert "- a:dense: speed 2.10 ± 0.10" in report.table(found_of(rows)), "5 % of 2.1"
+
     def test_a_window_is_compared_with_the_same_place_without_one(self):
         window = {"placement": "zero3", "micro_batches": 8}
         rows = rows_of(
@@ -261,6 +265,7 @@ def test_own_rows_without_the_kernels_that_they_take_are_missing(monkeypatch):
 
 def test_rows_of_stock_products_use_pytorchs(monkeypatch):
     monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
     stock = [row for row in PROFILES["cpu"].rows if row.what == "minima_stock"]
     assert {row.group for row in stock} == {"b", "loss"}
     for row in stock:
