@@ -30,6 +30,22 @@ def used(request, monkeypatch) -> bool:
     return request.param
 
 
+@pytest.fixture
+def forced(monkeypatch) -> None:
+    """oneDNN's products, whatever the processor."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no such operator")
+    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+
+
+@pytest.fixture
+def linear(forced) -> torch.nn.Linear:
+    """A linear layer with oneDNN's products: of 32 inputs and 96 outputs, with a bias."""
+    model = model_of("gpt_neox")
+    use_cpu_products(model)
+    return next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+
+
 def numbers(*size: int) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
 
@@ -164,60 +180,39 @@ def test_no_linear_layer_is_left_out(used, compiled):
     assert (ours, stock) == ((3 * linears, 0) if used else (0, 3 * linears)), "forward, and both gradients"
 
 
-@needs_operator
-def test_frozen_weights_get_no_gradient_and_keep_no_inputs(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
-    model = model_of().requires_grad_(False)
-    use_cpu_products(model)
-    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+def test_frozen_weights_get_no_gradient_and_keep_no_inputs(linear):
+    linear.requires_grad_(False)
     inputs = numbers(2, 3, 32).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda shape: shape):
-        output = layer(inputs)
-    assert kept == [layer.weight.shape]
-    layer(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, layer.weight.sum(0).expand(2, 3, 32))
+        output = linear(inputs)
+    assert kept == [linear.weight.shape]
+    linear(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad, linear.weight.sum(0).expand(2, 3, 32))
     with torch.no_grad():
-        torch.testing.assert_close(layer(inputs), output.detach())
+        torch.testing.assert_close(linear(inputs), output.detach())
 
 
-@needs_operator
-def test_second_derivatives_are_those_of_a_stock_layer(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
-    found = []
-    for use in (use_cpu_products, lambda model: None):
-        model = model_of("gpt_neox")
-        use(model)
-        layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
-        assert (type(layer) is torch.nn.Linear) == bool(found), "ours first"
-        inputs = numbers(3, 32).requires_grad_()
-        output = layer(inputs)
-        wanted = [inputs, layer.weight]
+def test_second_derivatives_are_those_of_a_stock_layer(linear):
+    stock, inputs, found = torch.nn.Linear(32, 96), numbers(3, 32).requires_grad_(), []
+    stock.load_state_dict(linear.state_dict())
+    for layer in (linear, stock):
+        output, wanted = layer(inputs), [inputs, layer.weight]
         first = torch.autograd.grad(output.sum() + output.square().sum(), wanted, create_graph=True)
         found.append((*first, *torch.autograd.grad(sum(one.square().sum() for one in first), wanted)))
-    for ours, stock in zip(*found, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-3)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-@needs_operator
-def test_other_dtypes_and_autocast_are_a_stock_layers(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
-    model = model_of()
-    use_cpu_products(model)
-    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+def test_other_dtypes_and_autocast_are_a_stock_layers(linear):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(numbers(3, 32)).dtype == torch.bfloat16
-    assert layer.double()(numbers(3, 32).double()).dtype == torch.float64
+        assert linear(numbers(3, 32)).dtype == torch.bfloat16
+    assert linear.double()(numbers(3, 32).double()).dtype == torch.float64
 
 
-@needs_operator
-def test_no_rows_give_a_gradient_of_zeros(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
-    model = model_of()
-    use_cpu_products(model)
-    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    layer(torch.ones(0, 32, requires_grad=True)).sum().backward()
-    assert not layer.weight.grad.any()
+def test_no_rows_give_a_gradient_of_zeros(linear):
+    linear(torch.ones(0, 32, requires_grad=True)).sum().backward()
+    assert not linear.weight.grad.any()
 
 
 class Counted(TorchDispatchMode):
@@ -234,9 +229,7 @@ class Counted(TorchDispatchMode):
         return found
 
 
-@needs_operator
-def test_selective_recomputation_runs_no_product_twice(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+def test_selective_recomputation_runs_no_product_twice(forced):
     calls = {}
     for recomputing in ("none", "selective", "full"):
         model = model_of()
@@ -248,10 +241,8 @@ def test_selective_recomputation_runs_no_product_twice(monkeypatch):
     assert calls["none"] == calls["selective"] < calls["full"]
 
 
-@needs_operator
 @pytest.mark.parametrize("tokens", [1, 40, 65])
-def test_no_result_of_the_loss_is_larger_than_a_tile(monkeypatch, tokens):
-    monkeypatch.setattr(cpu_products, "_mkl_lacks_avx512", lambda: True)
+def test_no_result_of_the_loss_is_larger_than_a_tile(forced, monkeypatch, tokens):
     monkeypatch.setattr(cpu_products, "_TILE_ELEMENTS", 64 * 64)
     hidden, head = numbers(tokens, 24).requires_grad_(), numbers(5000, 24).requires_grad_()
     labels = torch.zeros(tokens, dtype=torch.int64)
