@@ -39,8 +39,8 @@ class Training(Strict):
             takes minutes longer.
         kernels: `liger` replaces norms, SwiGLUs and rotary embeddings of student and teacher by liger-kernel's fused
             versions (needs a GPU and the `liger` extra); `stock` leaves the models as they are.
-        deterministic: on a GPU, make runs bit-identical, at some cost in speed. On a CPU of one
-            kind, they always are.
+        deterministic: on a GPU, make runs bit-identical, at some cost in speed. On the same
+            kind of CPU, they always are.
         checkpoint_every_steps: steps between checkpoints; one is always written at the end.
         keep_checkpoints: how many of the newest checkpoints are kept, besides those that another stage of the recipe
             reads as `NAME@STEP`; 0 keeps all.
