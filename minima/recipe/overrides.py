@@ -8,11 +8,11 @@ import yaml
 
 from minima.errors import RecipeError
 
-_MOST_KEYS = 100_000  # of one block, merges (`<<`) included
+_TAG = "tag:yaml.org,2002:"
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that is given twice, and merges that would fill the memory."""
+    """Safe YAML that refuses a key that is given twice. Of merges of merges it keeps each key once."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -24,10 +24,26 @@ class BoundedLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > _MOST_KEYS:  # merges of merges can stand for any number of keys
-            problem = f"with its merges (`<<`) it has more than {_MOST_KEYS:,} keys"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        """Apply merges (`<<`): a block's own keys win, then those of the block that is named first (YAML's merge type).
+
+        PyYAML's own keeps all pairs up to 6.0.3, which merges of merges multiply; in 6.0.4 the block named last wins.
+        """
+        merges = [value for key, value in node.value if key.tag == f"{_TAG}merge"]
+        node.value = [pair for pair in node.value if pair[0].tag != f"{_TAG}merge"]  # first: a block may name itself
+        for key, _ in node.value:
+            if key.tag == f"{_TAG}value":
+                key.tag = f"{_TAG}str"
+        pairs: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for merge in merges:
+            for block in merge.value if isinstance(merge, yaml.SequenceNode) else [merge]:
+                if not isinstance(block, yaml.MappingNode):
+                    problem = f"only blocks of keys can be merged (`<<`), and this is a {block.id}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, block.start_mark)
+                self.flatten_mapping(block)
+                for pair in block.value:
+                    pairs.setdefault(_identity(pair[0]), pair)
+        pairs |= {_identity(pair[0]): pair for pair in node.value}
+        node.value = list(pairs.values())
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -39,6 +55,10 @@ class BoundedLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return node
+
+
+def _identity(key: yaml.Node) -> Any:
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 class RecipeLoader(BoundedLoader):

@@ -17,14 +17,33 @@ def read(tmp_path):
     return read
 
 
-def test_merges_of_merges_are_refused_before_they_fill_the_memory(read):
-    levels = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60)]
-    with pytest.raises(RecipeError, match=r"line 18, .*: with its merges \(`<<`\) it has more than 100,000 keys"):
-        read("\n".join(["a0: &a0 {x: 1}", *levels]))
+def test_merges_of_merges_do_not_fill_the_memory(read):
+    levels = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], key_{i}: 1}}" for i in range(1, 60)]
+    assert read("\n".join(["a0: &a0 {x: 1}", *levels]))["a59"] == {"x": 1, **{f"key_{i}": 1 for i in range(1, 60)}}
 
 
-def test_a_block_may_merge_others(read):
-    assert read("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}")["b"] == {"x": 1, "y": 3}
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ("{<<: *a, rate: 3}", {"rate": 3, "size": 1}),
+        ("{rate: 3, <<: *a}", {"rate": 3, "size": 1}),
+        ("{<<: [*a, *b]}", {"rate": 1, "size": 1, "tokens": 2}),
+        ("{<<: [*b, *a]}", {"rate": 2, "size": 1, "tokens": 2}),
+        ("{<<: [*c, *b]}", {"rate": 1, "size": 1, "tokens": 4}),
+        ("{<<: *e}", {"rate": 1, "size": 5}),
+        ("&d {<<: *d, rate: 3}", {"rate": 3}),
+    ],
+)
+def test_a_block_has_its_own_keys_then_those_of_the_block_that_is_merged_first(read, block, expected):
+    blocks = (
+        "a: &a {rate: 1, size: 1}\nb: &b {rate: 2, tokens: 2}\nc: &c {<<: *a, tokens: 4}\ne: &e {<<: *a, size: 5}\n"
+    )
+    assert read(f"{blocks}it: {block}")["it"] == expected
+
+
+def test_only_blocks_can_be_merged(read):
+    with pytest.raises(RecipeError, match=r"line 1, column 10: only blocks of keys .* this is a scalar"):
+        read("a: {<<: [3]}")
 
 
 @pytest.mark.parametrize(
