@@ -78,6 +78,9 @@ class Log:
                 self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
             self._put(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+        # A bar may rewrite its line for weeks. A carriage return at the end is kept: it may be half of a line's end.
+        drawn = self._rest.rstrip(b"\r")
+        self._rest = drawn.rpartition(b"\r")[2] + self._rest[len(drawn) :][:1]
 
     def __enter__(self) -> Self:
         return self

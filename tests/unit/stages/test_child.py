@@ -256,6 +256,19 @@ def test_a_stage_outlives_its_log(tmp_path):
     tmp_path.with_name("elsewhere").rename(tmp_path)
 
 
+def test_of_a_bar_that_is_rewritten_for_weeks_only_the_last_state_is_held(tmp_path):
+    with Log(tmp_path, "stage") as log:
+        for step in range(1000):
+            log.write(b"\rstep %d of 1000" % step + b" " * 100)
+        assert len(log._rest) < 200
+        log.write(b"\rstep 1000 of 1000\r")
+        log.write(b"\nminima: Error: told\none\r")
+        log.write(b"\n\r\rhalf")
+        log.write(b" a line\r\r")
+    assert (tmp_path / "stage.log").read_text() == "step 1000 of 1000\nminima: Error: told\none\nhalf a line\n"
+    assert log.error == "Error: told"
+
+
 def test_a_log_on_a_full_disk_ends_no_stage(tmp_path):
     (tmp_path / "stage.log").symlink_to("/dev/full")
     with Log(tmp_path, "stage") as log:
