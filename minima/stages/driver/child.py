@@ -18,7 +18,7 @@ from minima.stages.running import ERROR, HEADER
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
 _STOPPED = re.compile(rb"stopped by signal (\d+): ")  # `errors.Stopped`, as rank 0 prints it
 _CRASHED = re.compile(rb"\[rank \d+\] an internal error of minima")  # `console.show_own`
-_TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
+_TOLD = re.compile(rb"(\[rank \d+\] )?" + ERROR.encode() + rb"(.*)")
 # Accepts only a stage's name, so that text from a model or a file cannot choose the path of a log.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
