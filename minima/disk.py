@@ -90,7 +90,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     # unique to this process on this machine, because another one may write the same file
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with file_named(path), open(temporary, "wb", opener=_no_link) as file:
+        with file_named(path), open(temporary, "wb", opener=no_link) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +101,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
-def _no_link(name: str, flags: int) -> int:
+def no_link(name: str, flags: int) -> int:
     """Open a file, but no symbolic link, with which another user of the folder could choose what is overwritten."""
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 

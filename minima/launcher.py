@@ -270,6 +270,8 @@ def export_launch(launch: Launch) -> None:
         "WORLD_SIZE": str(launch.world_size),
         "LOCAL_RANK": str(launch.local_rank),
         "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+        # Without it, DeepSpeed on CPUs starts `numactl` for every bucket of gradients, to count the ranks of a machine.
+        "LOCAL_SIZE": str(launch.local_world_size),
         "MASTER_ADDR": launch.master_address,
         "MASTER_PORT": str(launch.master_port),
     }

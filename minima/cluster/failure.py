@@ -63,7 +63,7 @@ def _failure_lines(batch_log: Path, ranks: Path) -> list[str]:
         return [match[0], *errors, *said, f"the last lines of rank {match[2]}:", *(f"  {each}" for each in lines)]
     for path in sorted(ranks.parent.glob(f"{ranks.name}-rank*.log")):
         tail = _tail(path)
-        if any(ERROR in line for line in tail):
+        if any(map(_ERROR.search, tail)):
             return [*errors, *said, f"the last lines of {path.name}:", *(f"  {each}" for each in _from_error(tail))]
     if any("exit code" in line for line in said) or errors:
         return [*errors, *said, *(f"  {line}" for line in last_start[-_SHOWN_LINES:] if line not in said)]

@@ -4,13 +4,15 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minima.disk import write_whole
+from minima.disk import no_link, write_whole
 from minima.disk_errors import file_named
 from minima.errors import RecipeError, first_line
 
+_CHUNK_BYTES = 1 << 16  # some hundred records
 logger = logging.getLogger("minima.metrics")
 
 
@@ -41,15 +43,20 @@ class MetricsLog:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self.run_id = _run_id(folder / "run_id")
-        kept = [record for record in read_records(self.path) if record["step"] <= first_step]
-        last = max((record["step"] for record in kept), default=0)
+        # The file of a long run has hundreds of megabytes, so a start reads only its end, and rewrites nothing.
+        ends = ((record["step"], end) for record, end in records_from_end(self.path) if record["step"] <= first_step)
+        last, end = next(ends, (0, 0))
         if last < first_step:  # a checkpoint is written after the record of its step
             logger.warning(
                 "%s: the records of steps %d to %d are lost; the training itself continues after step %d",
                 self.path, last + 1, first_step, first_step,
             )  # fmt: skip
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8", opener=no_link)  # noqa: SIM115
+        with file_named(self.path):
+            self._file.truncate(end)
+            self._file.write("\n" if end else "")  # a killed run may have written a record without its end
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._tensorboard = self._wandb = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -116,18 +123,38 @@ def _run_id(path: Path) -> str:
     return kept
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a `metrics.jsonl`; lines that a killed run or a power cut has damaged are skipped."""
-    records = []
-    with file_named(path):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        else:
-            logger.warning("%s: skipped a truncated line", path)
-    return records
+def records_from_end(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of a `metrics.jsonl`, the last one first, each with the position of its end in the file.
+
+    Lines that a killed run or a power cut has damaged are skipped.
+    """
+    if not path.is_file():
+        return
+    with file_named(path), path.open("rb") as file:
+        start = end = file.seek(0, os.SEEK_END)
+        rest = b""
+        while start:
+            size = min(_CHUNK_BYTES, start)
+            start -= size
+            file.seek(start)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            for line in reversed(lines if start else [rest, *lines]):  # before the file's start, `rest` is incomplete
+                if (record := _record(line)) is not None:
+                    yield record, end
+                elif line:
+                    logger.warning("%s: skipped a truncated line", path)
+                end -= len(line) + 1
+
+
+def last_record(path: Path, name: str, step: int | None = None) -> dict[str, Any] | None:
+    """The last record of a `metrics.jsonl` that has a value of this name, of any step or of the given one."""
+    named = (record for record, _ in records_from_end(path) if name in record)
+    return next((record for record in named if step in (None, record["step"])), None)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

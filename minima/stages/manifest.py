@@ -138,9 +138,15 @@ def versions() -> dict[str, str]:
 
 
 def _last_write(folder: Path, default: float) -> float:
-    """Modification time of the newest file in a stage's folder, other than its `started.json`."""
-    files = (path for path in folder.rglob("*") if path.name != STARTED and path.is_file())
-    return max((path.stat().st_mtime for path in files), default=default)
+    """Modification time of the newest file in a stage's folder, other than its `started.json`.
+
+    For a checkpoint, that of its folder: a long run may keep hundreds of them, with files of every rank.
+    """
+    checkpoints, paths = folder / "checkpoints", list[Path]()
+    for path in folder.iterdir():
+        paths += path.iterdir() if path == checkpoints else path.rglob("*") if path.is_dir() else [path]
+    kept = (path for path in paths if path.name != STARTED and (path.parent == checkpoints or path.is_file()))
+    return max((path.stat().st_mtime for path in kept), default=default)
 
 
 def _now() -> str:

@@ -30,7 +30,8 @@ from minima.stages.manifest import (
 from minima.stages.run_folder import access_named, check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # starts the line that rank 0 prints when it starts a stage; the driver splits its logs there
-ERROR = "minima: "  # starts the line that reports a user's mistake
+# Matches the start of the line that reports a user's mistake, but no progress line of a stage called `minima`.
+ERROR = r"minima: (?=[A-Z]\w*: )"
 # A file server keeps the locks of a machine that it has lost, by default for 90 s (Linux nfsd, nfsv4leasetime).
 _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # how often other ranks check a stage that rank 0 runs alone

@@ -15,7 +15,7 @@ from minima.engine.checkpoint.shards import shapes, snapshot_shards
 from minima.engine.checkpoint.store import drop_after, read_marker
 from minima.engine.checkpoint.writer import CheckpointWriter
 from minima.engine.loop import Events
-from minima.engine.metrics import MetricsLog, read_records
+from minima.engine.metrics import MetricsLog, last_record
 from minima.engine.patience import Patience
 from minima.engine.student import Student, StudentView
 from minima.engine.watchdog import Watchdog
@@ -203,9 +203,8 @@ class TrainingRun:
         every = self.stage.evaluate_every_steps
         if not step or not every:
             return False
-        records = read_records(self.context.folder / "metrics.jsonl") if distributed.is_main() else []
-        made = [record for record in records if "held_out_loss" in record]
-        last = distributed.broadcast_object(made[-1] if made else None)
+        path = self.context.folder / "metrics.jsonl"
+        last = distributed.broadcast_object(last_record(path, "held_out_loss") if distributed.is_main() else None)
         if last is not None:
             self.evaluated = {name: value for name, value in last.items() if name != "step"}
         if step % every and step != total_steps:
@@ -255,15 +254,14 @@ class TrainingRun:
         """The stage's metrics for the manifest."""
         if self.ended is not None:
             return self.ended["metrics"]
-        records = read_records(self.context.folder / "metrics.jsonl")
+        path = self.context.folder / "metrics.jsonl"
         best = self.patience.best_step if self.stage.patience is not None else None
         last, evaluated = self.last, self.evaluated
         if best is not None:  # an earlier step may be the result
             last = read_marker(step_folder(self.checkpoints, best))["record"]
-            made = [record for record in records if record["step"] == best and "held_out_loss" in record]
-            evaluated = made[-1] if made else {"held_out_loss": self.patience.best}
+            evaluated = last_record(path, "held_out_loss", best) or {"held_out_loss": self.patience.best}
         elif not last:  # all steps were done in earlier starts
-            last = next((record for record in reversed(records) if "loss" in record), last)
+            last = last_record(path, "loss") or last
         kept = ("step", "sequences", "tokens", self.counted, "loss", *PARTS, "tokens_per_second", "memory_bytes")
         final = {name: last[name] for name in kept if name in last}
         found = {name: value for name, value in evaluated.items() if name != "step"}

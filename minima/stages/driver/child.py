@@ -18,7 +18,7 @@ from minima.stages.running import ERROR, HEADER
 _KILLED = re.compile(rb"exits with return code = -9$|Signal 9 \(SIGKILL\) received")
 _STOPPED = re.compile(rb"stopped by signal (\d+): ")  # `errors.Stopped`, as rank 0 prints it
 _CRASHED = re.compile(rb"\[rank \d+\] an internal error of minima")  # `console.show_own`
-_TOLD = re.compile(rb"(\[rank \d+\] )?" + re.escape(ERROR).encode() + rb"(.*)")
+_TOLD = re.compile(rb"(\[rank \d+\] )?" + ERROR.encode() + rb"(.*)")
 # Accepts only a stage's name, so that text from a model or a file cannot choose the path of a log.
 _STARTED = re.compile(re.escape(HEADER).encode() + rb"([A-Za-z0-9][A-Za-z0-9_.-]*) \(")
 
@@ -78,6 +78,9 @@ class Log:
                 self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
             self._put(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+        # A bar may rewrite its line for weeks. A carriage return at the end is kept: it may be half of a line's end.
+        drawn = self._rest.rstrip(b"\r")
+        self._rest = drawn.rpartition(b"\r")[2] + self._rest[len(drawn) :][:1]
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minima.engine.metrics import read_records
+from minima.engine.metrics import records_from_end
 from minima.models.shape import ModelShape
 from minima.recipe.references import STEPPED, Ancestor, lineage, stage_and_step
 from minima.recipe.schema import AnyStage, BuildData, Evaluate, Export
@@ -148,8 +148,8 @@ def _trained(context: StageContext, stage: AnyStage, step: int | None) -> dict[s
     metrics: dict[str, Any] = (read_manifest(folder).get("metrics") or {}) if is_finished(folder) else {}
     if step is not None and metrics.get("step") != step:
         metrics = {}
-        for record in read_records(folder / "metrics.jsonl"):
-            metrics |= record if record.get("step") == step else {}
+        for record, _ in records_from_end(folder / "metrics.jsonl"):
+            metrics |= record if record["step"] == step else {}
     metrics = metrics | ({"steps": metrics["step"]} if "step" in metrics else {})
     return {name: metrics[name] for name in TRAINING if metrics.get(name) is not None}
 

@@ -1,12 +1,15 @@
 """What keeps a rank from joining before it has tried, and what one does that is alone."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.utils import numa
 
 from minima.engine import distributed
 from minima.errors import LauncherError
-from minima.launcher import Launch
+from minima.launcher import Launch, export_launch
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,13 @@ def test_gpus_that_cannot_be_used_are_no_reason_to_take_the_processor(monkeypatc
         distributed.start(Launch())
         assert joined == ["gloo" if name == "cpu" else "nccl"]
         assert distributed.deepspeed_groups._WORLD_GROUP == "all ranks, 2:00:00"
+
+
+def test_deepspeed_starts_no_program_at_every_step_to_count_a_machine_s_ranks(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr(numa, "get_numa_cores", lambda: pytest.fail("numactl would run for every bucket of gradients"))
+    export_launch(Launch(rank=1, world_size=4, local_rank=1, local_world_size=2))
+    assert CPU_Accelerator().device_count() == 2
 
 
 @pytest.mark.parametrize(("ranks", "waits"), [(1, 0), (2, 1)])

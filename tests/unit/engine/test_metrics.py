@@ -1,14 +1,20 @@
 """Metrics survive restarts: one file, one run id, no record of an update that was lost."""
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from minima.engine.metrics import MetricsLog, read_records
+from minima.engine.metrics import MetricsLog, last_record, records_from_end
 from minima.errors import RecipeError
+
+
+def read_records(path: Path) -> list[dict]:
+    """In the file's order."""
+    return [record for record, _ in records_from_end(path)][::-1]
 
 
 def test_a_restart_keeps_what_stands_and_drops_what_was_lost(tmp_path):
@@ -41,13 +47,48 @@ def test_a_whole_history_is_no_reason_to_warn(tmp_path, caplog, first_step):
     assert not caplog.text and len(read_records(tmp_path / "metrics.jsonl")) == first_step
 
 
-def test_what_a_start_rewrites_is_on_disk_before_it_replaces_the_history(tmp_path, monkeypatch):
-    order: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: order.append("sync") or fsync(number))
-    monkeypatch.setattr(os, "replace", lambda old, new: order.append(Path(new).name) or replace(old, new))
-    MetricsLog(tmp_path, 0).close()
-    assert order == ["sync", "run_id", "sync", "metrics.jsonl"]
+def test_what_a_start_removes_is_gone_on_disk_before_the_next_record(tmp_path, monkeypatch):
+    path, sizes = tmp_path / "metrics.jsonl", []
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 5)))
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size) or fsync(number))
+    MetricsLog(tmp_path, 2).close()
+    assert sizes[-1] == path.stat().st_size == len('{"step": 1}\n{"step": 2}\n')
+
+
+def test_a_start_truncates_no_file_that_a_link_leads_to(tmp_path):
+    other = tmp_path / "other"
+    other.write_text('{"step": 5}\n')
+    (tmp_path / "metrics.jsonl").symlink_to(other)
+    with pytest.raises(OSError, match=r"symbolic links: '.*metrics\.jsonl'"):
+        MetricsLog(tmp_path, 0)
+    assert other.read_text() == '{"step": 5}\n'
+
+
+@pytest.mark.parametrize("left", ["\n", "", '\n{"step": 3, "lo'])
+def test_a_record_that_lost_its_line_end_is_not_joined_to_the_next_one(tmp_path, left):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}' + left)
+    log = MetricsLog(tmp_path, 2)
+    log.write({"step": 3})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_start_reads_the_end_of_a_long_history_only_and_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 30001)]
+    lines[24999:24999] = ['{"step": 24990, "held_out_loss": 2.0}', "\0\0\0"]
+    path.write_text("\n".join(lines) + "\n")
+    before, inode, read = path.read_bytes(), path.stat().st_ino, []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: read.append(line) or loads(line))
+    MetricsLog(tmp_path, 29990).close()
+    assert len(read) < 20 and path.stat().st_ino == inode
+    assert path.read_bytes() == before[: before.index(b'{"step": 29991')]
+    assert last_record(path, "held_out_loss") == {"step": 24990, "held_out_loss": 2.0}
+    assert last_record(path, "loss", 7) == {"step": 7, "loss": 1 / 7} and last_record(path, "held_out_loss", 7) is None
+    assert [record["step"] for record in read_records(path) if "loss" in record] == list(range(1, 29991))
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

@@ -251,9 +251,30 @@ def test_a_stage_outlives_its_log(tmp_path):
         assert log.lacks and "third.log" in log.lacks
         shutil.rmtree(tmp_path / "logs")
         tmp_path.rename(tmp_path.with_name("elsewhere"))
-        log.write(b"== stage fifth (kind)\nminima: told\nsix")
-    assert log.error == "told" and not tmp_path.exists(), "no second run folder with nothing but logs in it"
+        log.write(b"== stage fifth (kind)\nminima: Error: told\nsix")
+    assert log.error == "Error: told" and not tmp_path.exists(), "no second run folder with nothing but logs in it"
     tmp_path.with_name("elsewhere").rename(tmp_path)
+
+
+def test_of_a_bar_that_is_rewritten_for_weeks_only_the_last_state_is_held(tmp_path):
+    with Log(tmp_path, "stage") as log:
+        for step in range(1000):
+            log.write(b"\rstep %d of 1000" % step + b" " * 100)
+        assert len(log._rest) < 200
+        log.write(b"\rstep 1000 of 1000\r")
+        log.write(b"\nminima: Error: told\none\r")
+        log.write(b"\n\r\rhalf")
+        log.write(b" a line\r\r")
+    assert (tmp_path / "stage.log").read_text() == "step 1000 of 1000\nminima: Error: told\none\nhalf a line\n"
+    assert log.error == "Error: told"
+
+
+@pytest.mark.parametrize("error", [None, "StoreCorrupted: a is damaged"])
+def test_what_a_stage_called_minima_prints_is_no_error(tmp_path, error):
+    with Log(tmp_path, "minima") as log:
+        log.write(b"== stage minima (distil)\nminima: memory of one rank\nminima: step 10/50  loss 6.2281\n")
+        log.write(f"minima: {error}\n".encode() if error else b"stopped by signal 15: step 20 of 50 is saved\n")
+    assert (log.error, log.stopped) == (error, None if error else 15)
 
 
 def test_a_log_on_a_full_disk_ends_no_stage(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -136,3 +137,21 @@ def test_what_another_machine_finished_is_looked_for_in_a_fresh_listing(tmp_path
     assert not wait_finished(folder, 0)
     assert wait_finished(folder, 5)
     assert listed == [tmp_path, folder] * 2
+
+
+def test_a_start_looks_at_each_checkpoint_that_was_kept_and_not_at_all_their_files(tmp_path, monkeypatch):
+    write_started(tmp_path, DESCRIPTION)
+    began = read_manifest(tmp_path, STARTED)["began"]
+    for step in range(1, 41):
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        for rank in range(8):
+            (checkpoint / f"weights-{rank:05d}").touch()
+        os.utime(checkpoint, (began + step, began + step))
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()
+    looked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **given: looked.append(path) or stat(path, **given))
+    write_started(tmp_path, DESCRIPTION)
+    assert read_manifest(tmp_path, STARTED)["earlier_seconds"] == pytest.approx(40, abs=1)
+    assert len(looked) < 100
