@@ -92,6 +92,8 @@ def _bench(options: argparse.Namespace) -> int:
         print(f"The profile {profile.name} needs a GPU, but this machine has none, so nothing was measured. "
               "Run it on a machine with a GPU, or use --profile cpu.", file=sys.stderr)  # fmt: skip
         return 2
+    if profile.device == "cuda":
+        import torch  # noqa: F401  # the report needs it; a run that is stopped may have only seconds left for one
     wanted = options.only.split(",")
     rows = tuple(row for row in profile.rows if any(part in row.name for part in wanted))
     if options.turns:

@@ -22,7 +22,8 @@ _NUMBERS = {
     "forward_kl": 0, "reverse_kl": 1, "jensen_shannon": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4,
     "total_variation": 5,
 }  # fmt: skip
-# Columns that a program holds at once: 8 per thread, at which no divergence spills registers.
+# Columns that a program holds at once: 8 per thread, at which no divergence spills more than four registers (Triton 3.5
+# to 3.7, from sm_80 to sm_100).
 _BLOCK_COLUMNS = 2048
 # One column per thread of a small program's four warps. With fewer, two threads would hold the same column, and since
 # the gradient may overwrite the logits, one thread could write before the other reads.
@@ -195,7 +196,9 @@ def _rows(
             if NEED_GRADIENT:
                 if HAS_HARD:
                     own = tl.where(start + columns == label, 1.0, 0.0)
-                    gradient += hard_weight * (tl.exp(s - s_log) - own)
+                    # At a temperature of 1 the teacher's part has computed the same probabilities.
+                    probability = q if HAS_TEACHER and PLAIN_TEMPERATURE else tl.exp(s - s_log)
+                    gradient += hard_weight * (probability - own)
                 out = gradient.to(gradient_ptr.dtype.element_ty)
                 tl.store(gradient_ptr + start + columns, out, mask=inside)
     tl.store(losses_ptr, hard)

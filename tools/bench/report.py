@@ -207,7 +207,11 @@ def environment(profile: Profile) -> dict[str, Any]:
     if profile.device == "cuda":
         import torch
 
-        facts |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}
+        try:
+            gpu = torch.cuda.get_device_name(0)
+        except (RuntimeError, AssertionError) as error:  # a row may have left it unusable, which must cost no other
+            gpu = f"unknown: {' '.join(str(error).split())[:100]}"
+        facts |= {"gpu": gpu, "cuda": torch.version.cuda}
     return facts
 
 

@@ -17,6 +17,7 @@ from .profiles import Profile, Row
 
 Found = dict[str, Any]
 _FAILED: Found = {"status": "failed", "reason": "its process group failed; see its output"}
+_NOT_REACHED: Found = {"status": "failed", "reason": "its process group failed in an earlier row"}
 
 
 def turn_order(rows: tuple[Row, ...]) -> list[Row]:
@@ -54,7 +55,7 @@ def start(
 
     Returns:
         `rows`, rank 0's result for each, and `ceiling`. If a rank failed, the end of every rank's output is printed to
-        standard error, and unfinished rows are marked as failed.
+        standard error, and unfinished rows are marked as failed, those after the first of them as not reached.
     """
     ranks = 1 if alone else profile.ranks
     threads = threads_of(profile.ranks)
@@ -81,7 +82,8 @@ def start(
         for log in logs:
             print(log.read_text(errors="replace")[-1500:], file=sys.stderr)
     found = _read(scratch)
-    found["rows"] += [_FAILED] * (len(rows) - len(found["rows"]))
+    missing = len(rows) - len(found["rows"])
+    found["rows"] += [_FAILED, *[_NOT_REACHED] * (missing - 1)] if missing else []
     return found
 
 
@@ -238,7 +240,10 @@ class Run:
         return start(self.script, self.profile, rows, self.scratch, alone=alone, **options)
 
     def _turn(self, rows: list[Row], num_turns: int, *, ceiling: bool) -> None:
-        """Time rows in one process group; rows whose last turn failed are skipped."""
+        """Time rows in one process group, and in another those that its failure left out.
+
+        Rows whose last turn failed are skipped.
+        """
         due = [row for row in rows if not self.turns[row.name] or self.turns[row.name][-1]["status"] == "measured"]
         due = [sized for row in due if (sized := self._sized(row)).micro_batch]
         if not due:
@@ -251,11 +256,14 @@ class Run:
                 self._keep(row, one)
             raise
         self._keep_ceiling(found["ceiling"])
-        for row, one in zip(due, found["rows"], strict=True):
+        left_out = [row for row, one in zip(due, found["rows"], strict=True) if one is _NOT_REACHED]
+        for row, one in zip(due[: len(due) - len(left_out)], found["rows"], strict=False):
             while one["status"] == "out of memory" and (row := self._smaller(row)).micro_batch:
                 one = self._start([row], **options)["rows"][0]
             self._num_done += 1
             self._keep(row, one, f"[{self._num_done}/{num_turns}] ")
+        if left_out:
+            self._turn(left_out, num_turns, ceiling=ceiling and not found["ceiling"])
 
     def _smaller(self, row: Row) -> Row:
         """The row with the next smaller micro-batch if its size was searched for: many steps may need more than two."""

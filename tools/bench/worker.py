@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,12 +165,14 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
         batches = make_batches(profile, row, device, profile.steps + 1, short=True)
         moved: dict[str, Any] = {"collective_bytes": None, "host_to_device_bytes": None}
         if row.what != "minima_compiled":  # compiled code bypasses dispatch modes; its traffic is that of `a:minima`
-            with (traffic := TrafficCounter()):
+            with _without_costing_the_row("traffic"), TrafficCounter() as traffic:
                 built.step(batches)
-            moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
+                moved = {"collective_bytes": traffic.collective_bytes, "host_to_device_bytes": traffic.host_to_device}
         if num_kernels and device.type == "cuda" and "minima" in row.what:
             trace = Path(traces, f"{row.name.replace(':', '-').replace(' ', '-')}.json.gz") if traces else None
-            moved["kernels"] = _kernels(lambda: built.step(make_batches(profile, row, device, 1)), num_kernels, trace)
+            with _without_costing_the_row("kernels"):
+                again = make_batches(profile, row, device, 1)
+                moved["kernels"] = _kernels(lambda: built.step(again), num_kernels, trace)
     finally:
         with contextlib.suppress(Exception):
             built.close()
@@ -186,6 +188,20 @@ def _time_row(profile: Profile, row: Row, num_kernels: int = 0, traces: str = ""
         "peak_bytes": max(peaks),
         "peak_above_idle_bytes": above,
     } | moved
+
+
+@contextlib.contextmanager
+def _without_costing_the_row(what: str) -> Iterator[None]:
+    """Let a single rank keep the times that it has taken if a step beside them fails; several may wait for it."""
+    from minima.engine import distributed
+
+    try:
+        yield
+    except Exception:
+        if distributed.world_size() > 1:
+            raise
+        traceback.print_exc()
+        print(f"the row's {what} could not be measured", file=sys.stderr)
 
 
 def _kernels(step: Callable[[], object], most: int, trace: Path | None) -> list[dict[str, Any]]:

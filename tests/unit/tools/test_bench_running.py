@@ -62,6 +62,27 @@ def test_rows_that_had_ended_keep_what_they_found_when_a_rank_dies(tmp_path):
     assert [row["status"] for row in found["rows"]] == ["measured", "failed"]
 
 
+def test_a_row_that_ends_its_process_group_does_not_cost_the_rows_after_it(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, sys\n"
+        "task = json.load(open(sys.argv[2]))\n"
+        "found = {'ceiling': {'bfloat16': 1e12} if task['ceiling'] else {}, 'rows': []}\n"
+        "for row in task['rows']:\n"
+        "    open(task['result'], 'w').write(json.dumps(found))\n"
+        "    assert row['what'] != 'trl', 'its library has changed'\n"
+        f"    found['rows'].append({turn([1.0])})\n"
+        "open(task['result'], 'w').write(json.dumps(found))\n"
+    )
+    rows = tuple(Row("a", what, "bfloat16") for what in ("minima", "trl", "dense", "liger"))
+    run = running.Run(replace(PROFILES["gpu-7b-3b"], rows=rows), script, tmp_path, say=lambda _: None)
+    run.run()
+    states = {row.what: [found["status"] for found in run.turns[row.name]] for row in rows}
+    twice = ["measured", "measured"]
+    assert states == {"minima": twice, "trl": ["failed"], "dense": twice, "liger": twice}
+    assert run.ceilings == {"bfloat16": [1e12, 1e12]}, "once in each turn"
+
+
 @pytest.mark.parametrize(
     ("tried", "status", "reason"),
     [
@@ -152,6 +173,51 @@ def test_the_same_engines_try_every_size_two_steps_each(monkeypatch, error, stat
     found = worker._search(PROFILES["host"], Row("b", "trl"), [1, 2, 3, 4, 6])
     assert (found["status"], found["micro_batch"]) == (status, 3)
     assert built.sizes == [1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_beside_the_timed_ones_costs_a_row_of_one_rank_nothing(monkeypatch, ranks):
+    """With several ranks, the others would wait for the one that failed."""
+    from minima.engine import distributed
+
+    profile, done = PROFILES["host"], []
+
+    class Step:
+        def step(self, micro_batches):
+            done.append(micro_batches)
+            if len(done) > 1 + profile.steps:
+                raise RuntimeError("no operator for a counted step")
+            return 1.0
+
+        def close(self):
+            done.append("closed")
+
+    monkeypatch.setattr(steps, "build_step", lambda profile, row: Step())
+    monkeypatch.setattr(models, "make_batches", lambda *_, **__: [4])
+    for name, given in {"world_size": ranks, "device": torch.device("cpu"), "barrier": None}.items():
+        monkeypatch.setattr(distributed, name, lambda given=given: given)
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value])
+    if ranks > 1:
+        with pytest.raises(RuntimeError, match="no operator"):
+            worker._time_row(profile, Row("b", "trl"))
+    else:
+        found = worker._time_row(profile, Row("b", "trl"))
+        assert len(found["seconds"]) == profile.steps
+        assert (found["collective_bytes"], found["host_to_device_bytes"]) == (None, None)
+    assert done[-1] == "closed"
+
+
+def test_a_gpu_that_a_row_left_unusable_costs_no_other_row(monkeypatch):
+    def broken(_device):
+        raise RuntimeError("CUDA error:\nunspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    row = Row("a", "minima", "bfloat16")
+    profile = replace(PROFILES["gpu-7b-3b"], rows=(row,))
+    found = report.report(profile, {row.name: [turn([1.0])]}, {})
+    assert found["rows"][0]["status"] == "measured"
+    assert found["environment"]["gpu"] == "unknown: CUDA error: unspecified launch failure"
 
 
 def test_a_tool_that_is_missing_is_told_by_the_search(monkeypatch):
