@@ -154,7 +154,7 @@ def train_step(
     """One optimiser step over this rank's micro-batches.
 
     The ranks' votes travel with the count of valid tokens, in the one small collective that a step needs anyway, and
-    are read after the update: they cost no collective of their own, and the host waits for the GPU only at a step's end.
+    are read after the update: they cost no collective of their own, and no wait before the step's end.
     """
     mark("counting the step's valid tokens")
     counts = torch.stack([objective.count(batch) for batch in micro_batches])
