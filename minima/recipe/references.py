@@ -15,6 +15,13 @@ WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose fold
 ALWAYS_SUMMED = ("tokens", "seconds", "export")  # always in summary.json; the last only if a stage exports
 SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that run in one process
 EXPORTED = ("benchmark", "publish")  # kinds that read only models in Hugging Face's layout
+LEARNABLE = ("text", "conversations")  # data formats with a loss for each token
+# The formats of data that each kind of stage reads.
+FORMATS = {
+    **dict.fromkeys(("adapt", "distil", "prune", "evaluate"), LEARNABLE),
+    "instruct": ("conversations",),
+    "align": ("preferences",),
+}
 
 
 def uses_ranks(stage: AnyStage) -> bool:

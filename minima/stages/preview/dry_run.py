@@ -7,7 +7,7 @@ from minima.errors import MinimaError, RecipeError, StageError, stage_named
 from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
-from minima.planning.candidates import trained_stage
+from minima.planning.candidates import impossible, trained_stage
 from minima.planning.dry_run import StagePreview, render, training_facts
 from minima.planning.placement import unchosen
 from minima.planning.units import flops_text, size_text
@@ -33,6 +33,14 @@ from minima.recipe.schema import (
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
+from minima.stages.preview.known_fit import (
+    check_kernels,
+    check_known_format,
+    check_known_scores,
+    check_known_split,
+    check_positions,
+    measures,
+)
 from minima.stages.preview.known_inputs import KnownInputs
 from minima.stages.preview.known_tokens import check_known_tokens, check_rows, check_trained_tokenizer, with_shared_rows
 from minima.stages.run_folder import check_run_folder
@@ -75,6 +83,7 @@ class Walk(KnownInputs):
             except MinimaError as error:
                 preview.refused.append(error.what)
         check_known_tokens(self.recipe, stage, self.folder)
+        check_known_format(self, stage)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)
@@ -86,6 +95,8 @@ class Walk(KnownInputs):
             self._training(stage, preview)
         elif isinstance(stage, Evaluate):
             self._check_held_out(stage, "evaluates", "let the stage read other data, or remove the stage")
+            for model in filter(None, (*stage.models, stage.teacher)):
+                check_positions(self, stage.name, stage.data, self.shape(ModelInput(source=model)))
         elif isinstance(stage, Export):
             self._export(stage, preview)
         elif isinstance(stage, Benchmark):
@@ -151,6 +162,9 @@ class Walk(KnownInputs):
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
         shape = self.shape(stage.model)
+        check_known_scores(self.recipe, stage, self.length(stage.data))
+        if stage.data is not None and measures(stage):
+            check_positions(self, stage.name, stage.data, shape, stage.sequence_length)
         if shape is not None:
             pruned: ModelShape | None = plan_target(shape, stage.target, selection=stage.selection).student
             check_norm_compensation(shape, stage.norm_compensation)
@@ -167,7 +181,7 @@ class Walk(KnownInputs):
             share = f"{widest}{pruned.parameters / shape.parameters:.4f} of the parameters are kept"
             preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
         preview.facts.append(("disk", _model_size(pruned, None)))
-        if stage.score == "gradient" and stage.scores is None:
+        if measures(stage):
             length = stage.sequence_length or self.length(stage.data)
             tokens = f", {stage.sequences * length:,} tokens" if length else ""
             preview.facts.append(("importance", f"{stage.sequences:,} sequences{tokens}"))
@@ -191,19 +205,17 @@ class Walk(KnownInputs):
             who = "teacher" if isinstance(stage, Distil) else "reference"
             preview.facts.append((who, describe_shape(teacher)))
             check_trained_tokenizer(self.recipe, stage.name, stage.data, teacher, who)
-        length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
+        blocks = self.blocks(stage.data)
         plan = self.training_plan(stage)
         if shape is not None:
             check_trained_tokenizer(self.recipe, stage.name, stage.data, shape)
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
-        if longest and shape and longest > shape.max_positions:
-            what = "blocks" if longest == length else "documents"
-            raise RecipeError(
-                f"stages.{stage.name}: {what} of {longest:,} tokens for a model of {shape.max_positions:,} positions",
-                "it has no positions for the rest of the tokens",
-                f"build the data with a sequence_length of at most {shape.max_positions:,}",
-            )
+        for model in (shape, teacher):
+            check_positions(self, stage.name, stage.data, model)
+        check_kernels(stage, shape, teacher)
+        if isinstance(stage, Distil):
+            check_known_split(stage, teacher)
         named = named_steps(self.recipe, stage.name)
         disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None, named) if shape else None
         if disk is not None:
@@ -226,6 +238,7 @@ class Walk(KnownInputs):
     def _memory(
         self, stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape | None, length: int
     ) -> None:
+        preview.unplaced = "" if teacher is None else impossible(stage.teacher, teacher, self.ranks)
         try:
             preview.memory = unchosen(trained_stage(stage, student, teacher, length, self.sharding), self.ranks)
         except RecipeError as error:

@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from minima.data.store import FORMAT, TokenStore
-from minima.errors import MinimaError, RecipeError, ShapeError, StageError, TokenizerMismatch, VocabularyMismatch
+from minima.errors import (
+    DataError,
+    MinimaError,
+    RecipeError,
+    ShapeError,
+    StageError,
+    TokenizerMismatch,
+    UnsupportedFamily,
+    VocabularyMismatch,
+)
 from minima.models.layout import MARKER, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
@@ -583,3 +592,86 @@ def test_a_chat_template_that_is_not_there_is_told_beforehand(show, tmp_path):
     (tmp_path / "mine.jinja").touch()
     for there in ("mine.jinja", "own", "minichat"):
         assert not any("chat_template" in note for note in show(data_stage("conversations", chat_template=there))[1])
+
+
+WIDE = {"random": SMALL | {"max_positions": LENGTH}}
+EVALUATE = {"name": "t", "kind": "evaluate", "models": ["b"], "data": "c"}
+
+
+@pytest.mark.parametrize(
+    ("format", "stage", "reads"),
+    [
+        ("text", training("instruct", model=WIDE), "conversations"),
+        ("preferences", training("instruct", model=WIDE), "conversations"),
+        ("conversations", training("align", model=WIDE), "preferences"),
+        ("preferences", training("adapt", model=WIDE), "text or conversations"),
+        ("preferences", training("distil", model=WIDE, teacher=WIDE), "text or conversations"),
+        ("preferences", EVALUATE, "text or conversations"),
+        (
+            "preferences",
+            {"name": "t", "kind": "prune", "model": WIDE, "data": "c", "target": {"num_layers": 1}},
+            "text",
+        ),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_data_of_a_kind_that_the_stage_does_not_read(show, built, tmp_path, format, stage, reads, elsewhere):
+    data = data_stage(format) if not elsewhere else built("other/c", 7, format=format)
+    before = [data, training("adapt", name="b", model=WIDE, data="d"), data_stage(name="d")]
+    stage = stage | ({"data": str(tmp_path / "other/c")} if elsewhere else {})
+    with pytest.raises(DataError, match=rf"stages\.t\.data: '.*c' contains {format}, but .* reads {reads}"):
+        show(before[2], *before[:2], stage)
+
+
+def test_only_a_pass_over_data_needs_data_of_its_kind(show):
+    prune = {"name": "t", "kind": "prune", "model": WIDE, "data": "c", "target": {"num_layers": 1}}
+    show(data_stage("preferences"), prune | {"score": "magnitude"})
+
+
+@pytest.mark.parametrize("who", ["teacher", "evaluated", "pruned"])
+def test_text_longer_than_the_positions_of_any_model_that_reads_it(show, who):
+    short = {"random": SMALL | {"max_positions": 128}}
+    prune = {"name": "b", "kind": "prune", "model": short, "target": {"num_layers": 1}, "score": "magnitude"}
+    stages = {
+        "teacher": [training("distil", steps=1, model=WIDE, teacher=short)],
+        "evaluated": [prune, EVALUATE],
+        "pruned": [prune | {"name": "t", "score": "gradient", "data": "c"}],
+    }[who]
+    with pytest.raises(RecipeError, match=r"stages\.t: blocks of 256 tokens for a model of 128 positions"):
+        show(data_stage(), *stages)
+    if who == "pruned":
+        show(data_stage(), stages[0] | {"sequence_length": 128})
+        with pytest.raises(ShapeError, match="sequence_length 257 from blocks of 256 tokens"):
+            show(data_stage(), stages[0] | {"model": WIDE, "sequence_length": 257})
+
+
+def test_a_teacher_that_no_machine_can_split(show):
+    def split(family="llama", **keys):
+        shape = SMALL | {"family": family, "hidden_size": 16, "num_heads": 4, "num_key_value_heads": keys.pop("kv", 4)}
+        teacher = {"random": shape, "placement": "tensor_parallel", **keys}
+        show(data_stage(), training("distil", steps=1, model={"random": SMALL}, teacher=teacher))
+
+    split(tensor_parallel_ranks=4)
+    split(kv=1)  # how many ranks share a machine is not known
+    with pytest.raises(ShapeError, match=r"stages\.t\.teacher: .* AutoTP cannot split a gpt2"):
+        split("gpt2")
+    with pytest.raises(ShapeError, match="2 key-value heads are not divisible by 4 ranks"):
+        split(kv=2, tensor_parallel_ranks=4)
+    with pytest.raises(ShapeError, match="a single rank has no other to share it with"):
+        split(tensor_parallel_ranks=1)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("gpt2", "llama"), ("llama", "gpt_neox")])
+def test_fused_kernels_of_a_family_that_has_none(show, student, teacher):
+    models = {who: {"random": SMALL | {"family": name}} for who, name in (("model", student), ("teacher", teacher))}
+    show(data_stage(), training("distil", steps=1, **models))
+    family = "gpt2" if student == "gpt2" else "gpt_neox"
+    with pytest.raises(UnsupportedFamily, match=rf"stages\.t: kernels: liger for a {family} model"):
+        show(data_stage(), training("distil", steps=1, kernels="liger", **models))
+
+
+def test_scores_of_another_kind(show):
+    prune = {"name": "b", "kind": "prune", "model": WIDE, "target": {"num_layers": 1}, "score": "magnitude"}
+    show(prune, prune | {"name": "t", "scores": "b"})
+    with pytest.raises(StageError, match="score is gradient, but the scores of 'b' are of kind magnitude"):
+        show(prune, prune | {"name": "t", "scores": "b", "score": "gradient"})
