@@ -7,7 +7,7 @@ from minima.errors import MinimaError, RecipeError, StageError, stage_named
 from minima.evaluation.task_names import unknown_tasks
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import check_batch, checkpoint_bytes, describe_shape, training_flops
-from minima.planning.candidates import impossible, trained_stage
+from minima.planning.candidates import trained_stage
 from minima.planning.dry_run import StagePreview, render, training_facts
 from minima.planning.placement import unchosen
 from minima.planning.units import flops_text, size_text
@@ -34,10 +34,9 @@ from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
 from minima.stages.preview.known_fit import (
-    check_kernels,
     check_known_format,
     check_known_scores,
-    check_known_split,
+    check_models,
     check_positions,
     measures,
 )
@@ -96,7 +95,7 @@ class Walk(KnownInputs):
         elif isinstance(stage, Evaluate):
             self._check_held_out(stage, "evaluates", "let the stage read other data, or remove the stage")
             for model in filter(None, (*stage.models, stage.teacher)):
-                check_positions(self, stage.name, stage.data, self.shape(ModelInput(source=model)))
+                check_positions(self, stage.name, stage.data, self.structure(ModelInput(source=model)))
         elif isinstance(stage, Export):
             self._export(stage, preview)
         elif isinstance(stage, Benchmark):
@@ -143,6 +142,7 @@ class Walk(KnownInputs):
             if grown is None and stage.size is not None:
                 grown = shape.model_copy(update={"vocabulary_size": stage.size})
         if grown is None:
+            self._remember(stage.name, self.structure(stage.model))
             preview.notes.append("the extended vocabulary's size is unknown until the stage has run")
             return
         self.shapes[stage.name] = grown
@@ -161,16 +161,17 @@ class Walk(KnownInputs):
             preview.missing.append(f"no task file on this machine defines {task!r}{nearest(task, known)}")
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
-        shape = self.shape(stage.model)
+        shape, known, pruned = self.shape(stage.model), self.structure(stage.model), self.made(stage.name)
         check_known_scores(self.recipe, stage, self.length(stage.data))
         if stage.data is not None and measures(stage):
-            check_positions(self, stage.name, stage.data, shape, stage.sequence_length)
+            check_positions(self, stage.name, stage.data, known, stage.sequence_length)
+        if known is not None:
+            left = plan_target(known, stage.target, selection=stage.selection).student
+            check_norm_compensation(known, stage.norm_compensation)
+            self._remember(stage.name, left)
+            pruned = left if shape is not None else pruned
         if shape is not None:
-            pruned: ModelShape | None = plan_target(shape, stage.target, selection=stage.selection).student
-            check_norm_compensation(shape, stage.norm_compensation)
             preview.facts.append(("from", describe_shape(shape)))
-        else:
-            pruned = self.made(stage.name)
         if pruned is None:
             preview.notes.append("the model's shape is unknown on this machine, and so is the pruned one's")
             return
@@ -195,6 +196,7 @@ class Walk(KnownInputs):
             preview.notes += [note] if note is not None else []
             shape, teacher = with_shared_rows(shape, teacher)
         if shape is None:
+            self._remember(stage.name, self.structure(stage.model))
             preview.notes.append(
                 "the model's config.json is not on this machine, and the recipe has no `shape:` for it"
             )
@@ -211,11 +213,7 @@ class Walk(KnownInputs):
             check_trained_tokenizer(self.recipe, stage.name, stage.data, shape)
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
-        for model in (shape, teacher):
-            check_positions(self, stage.name, stage.data, model)
-        check_kernels(stage, shape, teacher)
-        if isinstance(stage, Distil):
-            check_known_split(stage, teacher)
+        preview.unplaced = check_models(self, stage)
         named = named_steps(self.recipe, stage.name)
         disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None, named) if shape else None
         if disk is not None:
@@ -235,10 +233,13 @@ class Walk(KnownInputs):
             return
         preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
 
+    def _remember(self, name: str, structure: ModelShape | None) -> None:
+        if structure is not None:
+            self.structures[name] = structure
+
     def _memory(
         self, stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape | None, length: int
     ) -> None:
-        preview.unplaced = "" if teacher is None else impossible(stage.teacher, teacher, self.ranks)
         try:
             preview.memory = unchosen(trained_stage(stage, student, teacher, length, self.sharding), self.ranks)
         except RecipeError as error:

@@ -2,7 +2,7 @@
 
 from minima.errors import DataError, RecipeError, ShapeError, StageError, UnsupportedFamily
 from minima.models.shape import ModelShape
-from minima.planning.candidates import never_splits
+from minima.planning.candidates import impossible, never_splits
 from minima.recipe.references import FORMATS
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune, Recipe
 from minima.stages.preview.known_inputs import KnownInputs
@@ -58,32 +58,29 @@ def check_positions(
     )
 
 
-def check_kernels(stage: AnyTraining, *shapes: ModelShape | None) -> None:
-    """Refuse `kernels: liger` for a family that has nothing for it to replace.
+def check_models(known: KnownInputs, stage: AnyTraining) -> str:
+    """Refuse what the stage's models, the trained and the frozen one, are known to be unable to do.
 
-    Args:
-        shapes: of the trained and of the frozen model; None for one that is not known.
+    Returns:
+        Why the teacher's placement is impossible on one machine of the planned ranks; empty if it is possible, or if
+        there is no teacher or its shape is not known.
 
     Raises:
-        UnsupportedFamily: names the family.
+        RecipeError: the data is longer than a model's positions.
+        UnsupportedFamily: `kernels: liger` would replace nothing.
+        ShapeError: the teacher cannot be split as the recipe asks for, on any machine.
     """
-    for shape in shapes if stage.kernels == "liger" else ():
-        if shape is not None and shape.family in ("gpt_neox", "gpt2"):
+    shape, teacher = (None if model is None else known.structure(model) for model in (stage.model, stage.frozen_model))
+    for model in filter(None, (shape, teacher)):
+        check_positions(known, stage.name, stage.data, model)
+        if stage.kernels == "liger" and model.family in ("gpt_neox", "gpt2"):
             raise UnsupportedFamily(
-                f"stages.{stage.name}: kernels: liger for a {shape.family} model",
+                f"stages.{stage.name}: kernels: liger for a {model.family} model",
                 "it has neither RMSNorms nor SwiGLUs, so the key would change nothing",
                 "set kernels: stock; with compile: true its norms and activations are fused as well",
             )
-
-
-def check_known_split(stage: Distil, teacher: ModelShape | None) -> None:
-    """Refuse a teacher that cannot be split on any machine in the way that the recipe asks for.
-
-    Raises:
-        ShapeError: says why.
-    """
-    if teacher is None or stage.teacher.placement != "tensor_parallel":
-        return
+    if not isinstance(stage, Distil) or teacher is None or stage.teacher.placement != "tensor_parallel":
+        return ""
     if problem := never_splits(teacher, stage.teacher.tensor_parallel_ranks):
         raise ShapeError(
             f"stages.{stage.name}.teacher: placement tensor_parallel is impossible: {problem}",
@@ -91,6 +88,7 @@ def check_known_split(stage: Distil, teacher: ModelShape | None) -> None:
             "use placement zero3_node, which needs as little memory, or set tensor_parallel_ranks to a number that "
             "divides the heads",
         )
+    return impossible(stage.teacher, teacher, known.ranks)
 
 
 def check_known_scores(recipe: Recipe, stage: Prune, length: int | None) -> None:

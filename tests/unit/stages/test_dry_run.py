@@ -675,3 +675,22 @@ def test_scores_of_another_kind(show):
     show(prune, prune | {"name": "t", "scores": "b"})
     with pytest.raises(StageError, match="score is gradient, but the scores of 'b' are of kind magnitude"):
         show(prune, prune | {"name": "t", "scores": "b", "score": "gradient"})
+
+
+def test_a_vocabulary_of_unknown_size_hides_no_other_mistake(show):
+    """Only the number of rows is unknown until the tokens are added; heads, width, family and positions are not."""
+    shape = SMALL | {"hidden_size": 16, "num_heads": 4, "num_key_value_heads": 2, "max_positions": LENGTH}
+    grown = {"name": "v", "kind": "expand_vocabulary", "model": {"random": shape}, "tokenizer": "tok", "donor": "donor"}
+    adapted = training("adapt", name="a", model="v", steps=1)
+    cut = {"name": "t", "kind": "prune", "model": "a", "score": "magnitude", "target": {"num_heads": 2}}
+    stages = [data_stage(), grown, adapted]
+    assert "the model's shape is unknown on this machine, and so is the pruned one's" in show(*stages, cut)[1]
+    with pytest.raises(ShapeError, match="a target of 1 query heads, but 2 share each key-value head"):
+        show(*stages, cut | {"target": {"num_heads": 1}})
+    student = training("distil", name="t", steps=1, model="p", teacher="a")
+    show(*stages, cut | {"name": "p"}, student)
+    split = {"source": "a", "placement": "tensor_parallel", "tensor_parallel_ranks": 4}
+    with pytest.raises(ShapeError, match="2 key-value heads are not divisible by 4 ranks"):
+        show(*stages, cut | {"name": "p"}, student | {"teacher": split})
+    with pytest.raises(RecipeError, match=r"stages\.a: blocks of 256 tokens for a model of 255 positions"):
+        show(data_stage(), grown | {"model": {"random": shape | {"max_positions": 255}}}, adapted)
