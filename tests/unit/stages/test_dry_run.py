@@ -694,3 +694,33 @@ def test_a_vocabulary_of_unknown_size_hides_no_other_mistake(show):
         show(*stages, cut | {"name": "p"}, student | {"teacher": split})
     with pytest.raises(RecipeError, match=r"stages\.a: blocks of 256 tokens for a model of 255 positions"):
         show(data_stage(), grown | {"model": {"random": shape | {"max_positions": 255}}}, adapted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        ({}, []),
+        ({"score": "random", "seed": 3}, []),
+        ({"score": "magnitude", "seed": 3, "sequences": 4}, ["seed with score magnitude", "sequences with score m"]),
+        ({"scores": "b", "precision": "float32"}, ["precision with scores that are reused"]),
+        ({"depth": "importance", "target": {"num_layers": 1}}, []),
+        ({"depth": "importance", "target": {"intermediate_size": 4}}, ["depth importance with a target that keeps a"]),
+        ({"norm_compensation": "rms", "target": {"sparsity": 20}}, []),
+        ({"norm_compensation": "rms", "target": {"num_layers": 1}}, ["norm_compensation rms with a target that k"]),
+    ],
+)
+def test_a_setting_of_pruning_without_effect_is_told(show, changes, unread):
+    wide = {"random": SMALL | {"max_positions": LENGTH, "hidden_size": 16}}
+    prune = {"name": "t", "kind": "prune", "model": wide, "data": "c", "target": {"num_layers": 1}}
+    before = [data_stage(), prune | {"name": "b"}]
+    notes = [note for note in show(*before, prune | changes)[1] if note.startswith("not used: ")]
+    assert len(notes) == len(unread)
+    assert all(note.startswith(f"not used: {start}") for note, start in zip(notes, unread, strict=True))
+
+
+@pytest.mark.parametrize(("kept", "told"), [(0, True), (2, False)])
+def test_keeping_some_of_all_checkpoints_is_told(show, kept, told):
+    model = {"random": SMALL | {"max_positions": LENGTH}}
+    stage = training("adapt", model=model, keep_checkpoints=kept, keep_every_steps=2)
+    note = "not used: keep_every_steps 2 with keep_checkpoints 0, which keeps all"
+    assert (note in show(data_stage(), stage)[1]) == told
