@@ -116,7 +116,9 @@ class Walk(KnownInputs):
             preview.missing.append(f"the chat_template {template} is not on this machine")
         blocks = self.blocks(stage.name)
         if blocks is None:
-            preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))
+            mixed = len(stage.sources) > 1 and any(source.weight is not None for source in stage.sources)
+            read = "until each source has been read once, others again by weight" if mixed else "every token once"
+            preview.facts.append(("tokens", f"{read}, in blocks of {stage.sequence_length:,}"))
             return
         total = stage.tokens or blocks * stage.sequence_length
         left = total - blocks * stage.sequence_length

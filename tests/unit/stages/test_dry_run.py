@@ -724,3 +724,16 @@ def test_keeping_some_of_all_checkpoints_is_told(show, kept, told):
     stage = training("adapt", model=model, keep_checkpoints=kept, keep_every_steps=2)
     note = "not used: keep_every_steps 2 with keep_checkpoints 0, which keeps all"
     assert (note in show(data_stage(), stage)[1]) == told
+
+
+@pytest.mark.parametrize(
+    ("weights", "read"),
+    [
+        ((None, None), "every token once"),
+        ((3.0,), "every token once"),
+        ((None, 3.0), "until each source has been read once, others again by weight"),
+    ],
+)
+def test_how_much_is_read_without_a_budget(show, weights, read):
+    sources = [{"embedded": name, "weight": weight} for name, weight in zip(("sotu", "poems"), weights, strict=False)]
+    assert show(data_stage(sources=sources))[0]["tokens"] == f"{read}, in blocks of 256"
