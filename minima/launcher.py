@@ -161,6 +161,11 @@ def default_ranks(at_most: int | None = None) -> int:
     return ranks if at_most is None else min(ranks, at_most)
 
 
+def has_host_file() -> bool:
+    """Whether MINIMA_HOSTFILE says which machines, and how many ranks on each."""
+    return bool(os.environ.get("MINIMA_HOSTFILE"))
+
+
 def cleaned_environment() -> dict[str, str]:
     """This process's environment without launchers' variables, for a program with a launcher of its own."""
     # UTF-8, because PyTorch reads its own source files in the locale's encoding, and GB18030 cannot decode them.

@@ -23,6 +23,7 @@ LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 MARGIN = 0.1
 # Share of a node's memory that is left for the processes, data and the page cache that feeds them. Also a choice.
 HOST_MARGIN = 0.2
+_ALONE = "a single rank has no other to share it with"
 LARGEST_WINDOW = 8  # micro-batches: traffic is then an eighth, and a wider window would save little more
 
 
@@ -177,17 +178,16 @@ def _places(teacher: Teacher, shape: ModelShape, devices: Devices) -> Iterator[t
     nodes = -(-devices.ranks // node)
     split = teacher.tensor_parallel_ranks or node
     groups: dict[Placement, int] = {"replica": 1, "zero3_node": node, "zero3": devices.ranks, "tensor_parallel": split}
-    alone = "a single rank has no other to share it with"
-    unsplittable = alone if split == 1 else _unsplittable(shape, split, node)
+    unsplittable = _unsplittable(shape, split, node)
     if teacher.placement != "auto":
-        problem = unsplittable if teacher.placement == "tensor_parallel" and split > 1 else ""
+        problem = unsplittable if teacher.placement == "tensor_parallel" else ""
         yield teacher.placement, teacher.offload, groups[teacher.placement], problem
         return
     uneven = "the machines have different numbers of ranks" if devices.ranks % node else ""
     same = "on one machine it is the same as zero3_node" if nodes == 1 else ""
     yield "replica", "none", 1, ""
-    yield "zero3_node", "none", node, uneven or (alone if node == 1 else "")
-    yield "zero3", "none", devices.ranks, same if node > 1 else (alone if nodes == 1 else "")
+    yield "zero3_node", "none", node, uneven or (_ALONE if node == 1 else "")
+    yield "zero3", "none", devices.ranks, same if node > 1 else (_ALONE if nodes == 1 else "")
     yield "tensor_parallel", "none", split, unsplittable or uneven
     both = "host and device share one memory" if devices.host_is_device else ""
     missing = "" if teacher.nvme_path is not None else "no nvme_path is given"
@@ -197,11 +197,30 @@ def _places(teacher: Teacher, shape: ModelShape, devices: Devices) -> Iterator[t
             yield "zero3", offload, devices.ranks, problem  # type: ignore[misc]
 
 
+def impossible(teacher: Teacher, shape: ModelShape, ranks: int) -> str:
+    """Why the placement that a recipe names is impossible on machines of `ranks` ranks; empty if it is possible."""
+    named = teacher.placement != "auto"
+    return next(_places(teacher, shape, Devices(ranks, ranks)))[-1] if named else ""
+
+
 def _unsplittable(shape: ModelShape, split: int, node: int) -> str:
+    if node % split and shape.family != "gpt2":
+        return f"groups of {split} ranks do not fill a machine of {node}"
+    return never_splits(shape, split)
+
+
+def never_splits(shape: ModelShape, split: int | None) -> str:
+    """Why no machine can split a model of this shape; empty if one may.
+
+    Args:
+        split: number of ranks that one copy is split over; None if that depends on the machine.
+    """
     if shape.family == "gpt2":
         return "DeepSpeed's AutoTP cannot split a gpt2"
-    if node % split:
-        return f"groups of {split} ranks do not fill a machine of {node}"
+    if split is None:
+        return ""
+    if split == 1:
+        return _ALONE
     for count, what in ((shape.num_heads, "heads"), (shape.num_key_value_heads, "key-value heads")):
         if count % split:
             return f"{count} {what} are not divisible by {split} ranks"

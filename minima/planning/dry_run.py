@@ -21,6 +21,7 @@ class StagePreview:
     notes: list[str] = field(default_factory=list)  # what is not known yet, and why
     missing: list[str] = field(default_factory=list)  # inputs that are not on this machine
     refused: list[str] = field(default_factory=list)  # why the run would stop at this stage
+    unplaced: str = ""  # why its teacher's placement is impossible on one machine of the planned ranks
 
 
 def training_facts(plan: TrainingPlan, ranks: int, micro_batch_sequences: int) -> list[tuple[str, str]]:

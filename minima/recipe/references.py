@@ -7,7 +7,7 @@ from minima.errors import RecipeError
 from minima.recipe.data import Source
 from minima.recipe.distillation import PLACING
 from minima.recipe.overrides import nearest
-from minima.recipe.schema import AnyStage, AnyTraining, BuildData, Distil, Evaluate, ModelInput, Recipe
+from minima.recipe.schema import AnyStage, AnyTraining, BuildData, Distil, Evaluate, ModelInput, Prune, Recipe
 from minima.recipe.vocabulary import DonorTraining, ExpandVocabulary
 
 STEPPED = ("adapt", "distil", "instruct", "align")  # kinds that leave checkpoints, so that `name@step` means something
@@ -15,6 +15,13 @@ WEIGHTS = (*STEPPED, "expand_vocabulary", "prune", "export")  # kinds whose fold
 ALWAYS_SUMMED = ("tokens", "seconds", "export")  # always in summary.json; the last only if a stage exports
 SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # kinds that run in one process
 EXPORTED = ("benchmark", "publish")  # kinds that read only models in Hugging Face's layout
+LEARNABLE = ("text", "conversations")  # data formats with a loss for each token
+# The formats of data that each kind of stage reads.
+FORMATS = {
+    **dict.fromkeys(("adapt", "distil", "prune", "evaluate"), LEARNABLE),
+    "instruct": ("conversations",),
+    "align": ("preferences",),
+}
 
 
 def uses_ranks(stage: AnyStage) -> bool:
@@ -197,6 +204,10 @@ def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
         placed = sorted(key for key in stage.teacher.model_fields_set if key in (*PLACING, "precision"))
         idle = [key for key in placed if getattr(stage.teacher, key) not in (None, "auto", "none")]
         found += [f"teacher.{key} with soft_weight 0, which loads no teacher" for key in idle]
+    if isinstance(stage, AnyTraining) and stage.keep_every_steps and not stage.keep_checkpoints:
+        found.append(f"keep_every_steps {stage.keep_every_steps} with keep_checkpoints 0, which keeps all")
+    if isinstance(stage, Prune):
+        found += _unread_by_pruning(stage)
     for field, value in stage:
         if not isinstance(value, ModelInput):
             continue
@@ -205,6 +216,23 @@ def unread(recipe: Recipe, stage: AnyStage) -> list[str]:
         if value.random is not None:
             idle = [key for key in ("revision", "shape") if getattr(value, key) is not None]
             found += [f"{field}.{key} with random weights" for key in idle]
+    return found
+
+
+def _unread_by_pruning(stage: Prune) -> list[str]:
+    """Settings of a prune stage that its kind of score, or its target, leaves without effect."""
+    fields = type(stage).model_fields  # a run's saved recipe spells out the defaults, so these count as not given
+    given = {name for name in fields if getattr(stage, name) != fields[name].default}
+    why = "scores that are reused" if stage.scores is not None else f"score {stage.score}"
+    idle = {"seed"} if stage.scores is not None or stage.score == "magnitude" else set()
+    if stage.scores is not None or stage.score != "gradient":
+        idle |= {"sequences", "micro_batch_sequences", "sequence_length", "precision", "deepspeed"}
+    found = [f"{name} with {why}" for name in sorted(idle & given)]
+    target = stage.target
+    if stage.depth == "importance" and target.num_layers is None:
+        found.append("depth importance with a target that keeps all layers")
+    if stage.norm_compensation == "rms" and target.hidden_size is None and target.sparsity is None:
+        found.append("norm_compensation rms with a target that keeps the whole width")
     return found
 
 

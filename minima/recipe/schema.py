@@ -41,7 +41,8 @@ class BuildData(Stage):
             conversations and preferences, the chat template decides.
         document_mask: tokens attend only within their own document, in every stage that reads the blocks, and positions
             restart at each document. False is the published behaviour. Always true for conversations and preferences.
-        tokens: how many training tokens to write, over all sources; when not given, every token once.
+        tokens: how many training tokens to write, over all sources; when not given, every token once or, if a source
+            has a weight, until each source has been read at least once.
         held_out_fraction: fraction of documents that are held out, chosen by a hash of their text. Sources are mixed in
             the held-out text as in the training text. If the held-out documents amount to less than a block, a
             fraction given in the recipe is refused; with the default, nothing is held out, with a warning.

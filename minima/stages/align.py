@@ -22,14 +22,12 @@ from minima.stages.context import StageContext
 from minima.stages.origin import Origin, check_fit, check_format, check_template, check_tokens, open_origin
 from minima.stages.training import run_training
 
-FORMATS = ("preferences",)
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the stage's model on preferences; returns the stage's metrics."""
     stage = context.stage
     assert isinstance(stage, Align)
-    check_format(TokenStore.open(context.data(stage.data) / "train"), stage.kind, FORMATS)  # before any model is opened
+    check_format(TokenStore.open(context.data(stage.data) / "train"), stage.kind)  # before any model is opened
     origin = open_origin(context, stage.reference or stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
     references = _References(context, stage, origin)
@@ -69,7 +67,6 @@ def run(context: StageContext) -> dict[str, Any]:
             stage,
             objective,
             {"reference": origin.identity},
-            formats=FORMATS,
             measure=measure,
             counted="pairs",
             teacher_shape=None if stage.precompute_reference else shape,

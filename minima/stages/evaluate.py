@@ -17,7 +17,7 @@ from minima.recipe.schema import Evaluate
 from minima.report.progress import Progress
 from minima.report.tables import text_table
 from minima.stages.context import StageContext
-from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
+from minima.stages.origin import Origin, check_fit, check_format, check_tokens, open_origin, open_store
 from minima.stages.vocabularies import shared_rows
 
 _WITHOUT = "omit `teacher` (loss and bits per byte need none), or compare models that share a tokenizer"
@@ -38,7 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
     stage = context.stage
     assert isinstance(stage, Evaluate)
     store = open_store(context.data(stage.data) / "held_out")
-    check_format(store, stage.kind, LEARNABLE)
+    check_format(store, stage.kind)
     scores: dict[str, Any] = {}
     progress = Progress(stage.name, len(stage.models))
     with ExitStack() as whole:

@@ -22,4 +22,4 @@ def run(context: StageContext) -> dict[str, Any]:
         check_template(context, data, stage.model, refuse=False)
         return LanguageModelling(stage.chunk_tokens, neftune_alpha=stage.neftune_alpha, seed=stage.seed)
 
-    return run_training(context, stage, objective, formats=("conversations",), counted="learnt_tokens")
+    return run_training(context, stage, objective, counted="learnt_tokens")

@@ -14,13 +14,12 @@ from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.planning.units import size_text
 from minima.recipe.base import ModelInput
-from minima.recipe.references import references
+from minima.recipe.references import FORMATS, references
 from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 
 logger = logging.getLogger(__name__)
 _TOLD_BYTES = 4e9  # reading this much takes one rank some seconds, so it is logged
-LEARNABLE = ("text", "conversations")  # data formats with a loss for each token
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,13 @@ def check_template(context: StageContext, data: Path, model: ModelInput, *, refu
         logger.warning("%s; %s. Set `chat_template: own` if that is not what you want", what, why)
 
 
-def check_format(store: TokenStore, kind: str, accepted: tuple[str, ...]) -> None:
-    """Refuse data in a format that the stage does not read.
+def check_format(store: TokenStore, kind: str) -> None:
+    """Refuse data in a format that a stage of this kind does not read.
 
     Raises:
         DataError: names the store and its format.
     """
-    if store.format not in accepted:
+    if store.format not in (accepted := FORMATS[kind]):
         raise DataError(
             f"{store.folder} contains {store.format}, but a stage of kind {kind} reads {' or '.join(accepted)}",
             "its loss is not defined for this format",

@@ -33,7 +33,7 @@ from minima.report.progress import Progress
 from minima.stages.context import StageContext
 from minima.stages.export import copy_tokenizer
 from minima.stages.memory_plan import log_scoring
-from minima.stages.origin import LEARNABLE, Origin, check_fit, check_format, check_tokens, open_origin, open_store
+from minima.stages.origin import Origin, check_fit, check_format, check_tokens, open_origin, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _measure(context: StageContext, stage: Prune, origin: Origin, shape: ModelSh
     assert stage.data is not None
     source, data = origin.source, context.data(stage.data)
     store = open_store(data / "train")
-    check_format(store, stage.kind, LEARNABLE)
+    check_format(store, stage.kind)
     check_fit(shape, store, stage.model.source or "random weights", stage.sequence_length)
     length = stage.sequence_length or store.sequence_length
     if length > store.sequence_length:

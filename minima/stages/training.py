@@ -26,7 +26,6 @@ from minima.stages.context import StageContext
 from minima.stages.feed import Feed
 from minima.stages.memory_plan import choice_metrics, plan_memory
 from minima.stages.origin import (
-    LEARNABLE,
     Origin,
     check_fit,
     check_format,
@@ -45,7 +44,6 @@ def run_training(
     make_objective: Callable[[Path, ModelShape, Choice], Objective],
     identities: dict[str, Any] | None = None,
     *,
-    formats: tuple[str, ...] = LEARNABLE,
     measure: Measure = held_out_loss,
     counted: str = "valid_tokens",
     teacher_shape: ModelShape | None = None,
@@ -57,7 +55,6 @@ def run_training(
         make_objective: builds the objective from the data stage's folder, the student's shape and the memory plan; a
             teacher's engine is built in it, before the student's.
         identities: facts about frozen models to record in checkpoints.
-        formats: data formats that the objective can learn from.
         measure: returns at least `held_out_loss`; every rank calls it.
         counted: the metrics' name for what the objective's `count` counts.
         teacher_shape: of the frozen model that runs beside the student, if any.
@@ -68,7 +65,7 @@ def run_training(
     """
     data = context.data(stage.data)
     store, held_out = open_store(data / "train"), open_store(data / "held_out")
-    check_format(store, stage.kind, formats)
+    check_format(store, stage.kind)
     origin = origin or open_origin(context, stage.model, stage.seed)
     shape = ModelShape.from_config(origin.source.config)
     check_has_tokenizer(data)

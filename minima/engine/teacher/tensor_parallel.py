@@ -160,7 +160,14 @@ def check_split(shape: ModelShape, ranks: int) -> None:
 
     Raises:
         ShapeError: the heads are not divisible by the ranks, or AutoTP does not know the family.
+        RecipeError: a single rank, for which AutoTP makes no group.
     """
+    if ranks == 1:
+        raise RecipeError(
+            "placement tensor_parallel over a single rank",
+            "it has no other rank to share the matrices with",
+            "use placement replica, or start more ranks",
+        )
     if shape.family == "gpt2":
         raise ShapeError(
             "placement tensor_parallel for a gpt2",

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minima.errors import RecipeError, StageError
-from minima.launcher import num_accelerators
+from minima.launcher import has_host_file, num_accelerators
 from minima.models.layout import complete_steps
+from minima.planning.dry_run import StagePreview
 from minima.recipe.references import Reference, deepspeed_jsons, references, uses_ranks
 from minima.recipe.schema import AnyStage, Benchmark, Distil, Publish, Recipe
 from minima.stages.context import missing_checkpoint_advice
@@ -56,12 +57,17 @@ def check_stages(
     if missing and not elsewhere:
         raise StageError(missing[0], _TOO_LATE, "correct it, or copy the folder to this machine")
     check_run(recipe, stages, folder)
+    here = not elsewhere and recipe.launcher in _ONE_MACHINE
+    if here and (recipe.ranks is not None or not has_host_file()):
+        _check_placed([found for found in previews if found.name in {stage.name for stage in left}], ranks)
     if not elsewhere:
         _check_models(recipe, left, folder, [folder, *to_come])
     for stage in left:
         for name in deepspeed_jsons(stage):
             check_deepspeed_json(stage, name, recipe_path)
         _check_installed(stage)
+        if here:
+            _check_gpu(stage)
     names = {stage.name for stage in left}
     return [f"stages.{found.name}: {text}" for found in previews if found.name in names for text in found.missing]
 
@@ -80,12 +86,39 @@ def _check_installed(stage: AnyStage) -> None:
             _TOO_LATE,
             "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
         )
+    if getattr(stage, "kernels", "stock") == "liger" and find_spec("liger_kernel") is None:
+        raise RecipeError(
+            f"stages.{stage.name}: kernels: liger, but liger-kernel is not installed",
+            _TOO_LATE,
+            "pip install liger-kernel on every machine, or set kernels: stock",
+        )
     project = getattr(stage, "wandb_project", None)
     if project is not None and find_spec("wandb") is None:
         raise RecipeError(
             f"stages.{stage.name}: wandb_project is {project!r}, but wandb is not installed",
             "the run would not be logged where you look for it",
             "pip install wandb, or remove the key",
+        )
+
+
+def _check_placed(previews: Sequence[StagePreview], ranks: int) -> None:
+    for found in previews:
+        if found.unplaced:
+            raise RecipeError(
+                f"stages.{found.name}.teacher: placement tensor_parallel is impossible on {ranks} "
+                f"rank{'s' if ranks > 1 else ''} of a machine: {found.unplaced}",
+                _TOO_LATE,
+                "use another number of ranks or another tensor_parallel_ranks, or placement zero3_node, or replica for "
+                "a single rank",
+            )
+
+
+def _check_gpu(stage: AnyStage) -> None:
+    if getattr(stage, "kernels", "stock") == "liger" and not num_accelerators():
+        raise RecipeError(
+            f"stages.{stage.name}: kernels: liger, but there is no GPU on this machine",
+            _TOO_LATE,
+            "set kernels: stock, or run this stage on a machine with a GPU",
         )
 
 

@@ -33,6 +33,13 @@ from minima.recipe.schema import (
 from minima.stages.digests import is_gone
 from minima.stages.identity import changed_settings, made_from, read_and_changed
 from minima.stages.manifest import FINISHED, STARTED, is_finished, read_manifest
+from minima.stages.preview.known_fit import (
+    check_known_format,
+    check_known_scores,
+    check_models,
+    check_positions,
+    measures,
+)
 from minima.stages.preview.known_inputs import KnownInputs
 from minima.stages.preview.known_tokens import check_known_tokens, check_rows, check_trained_tokenizer, with_shared_rows
 from minima.stages.run_folder import check_run_folder
@@ -75,6 +82,7 @@ class Walk(KnownInputs):
             except MinimaError as error:
                 preview.refused.append(error.what)
         check_known_tokens(self.recipe, stage, self.folder)
+        check_known_format(self, stage)
         self._sources(stage, preview)
         if isinstance(stage, BuildData):
             self._build_data(stage, preview)
@@ -86,6 +94,8 @@ class Walk(KnownInputs):
             self._training(stage, preview)
         elif isinstance(stage, Evaluate):
             self._check_held_out(stage, "evaluates", "let the stage read other data, or remove the stage")
+            for model in filter(None, (*stage.models, stage.teacher)):
+                check_positions(self, stage.name, stage.data, self.structure(ModelInput(source=model)))
         elif isinstance(stage, Export):
             self._export(stage, preview)
         elif isinstance(stage, Benchmark):
@@ -106,7 +116,9 @@ class Walk(KnownInputs):
             preview.missing.append(f"the chat_template {template} is not on this machine")
         blocks = self.blocks(stage.name)
         if blocks is None:
-            preview.facts.append(("tokens", f"every token once, in blocks of {stage.sequence_length:,}"))
+            mixed = len(stage.sources) > 1 and any(source.weight is not None for source in stage.sources)
+            read = "until each source has been read once, others again by weight" if mixed else "every token once"
+            preview.facts.append(("tokens", f"{read}, in blocks of {stage.sequence_length:,}"))
             return
         total = stage.tokens or blocks * stage.sequence_length
         left = total - blocks * stage.sequence_length
@@ -132,6 +144,7 @@ class Walk(KnownInputs):
             if grown is None and stage.size is not None:
                 grown = shape.model_copy(update={"vocabulary_size": stage.size})
         if grown is None:
+            self._remember(stage.name, self.structure(stage.model))
             preview.notes.append("the extended vocabulary's size is unknown until the stage has run")
             return
         self.shapes[stage.name] = grown
@@ -150,13 +163,17 @@ class Walk(KnownInputs):
             preview.missing.append(f"no task file on this machine defines {task!r}{nearest(task, known)}")
 
     def _prune(self, stage: Prune, preview: StagePreview) -> None:
-        shape = self.shape(stage.model)
+        shape, known, pruned = self.shape(stage.model), self.structure(stage.model), self.made(stage.name)
+        check_known_scores(self.recipe, stage, self.length(stage.data))
+        if stage.data is not None and measures(stage):
+            check_positions(self, stage.name, stage.data, known, stage.sequence_length)
+        if known is not None:
+            left = plan_target(known, stage.target, selection=stage.selection).student
+            check_norm_compensation(known, stage.norm_compensation)
+            self._remember(stage.name, left)
+            pruned = left if shape is not None else pruned
         if shape is not None:
-            pruned: ModelShape | None = plan_target(shape, stage.target, selection=stage.selection).student
-            check_norm_compensation(shape, stage.norm_compensation)
             preview.facts.append(("from", describe_shape(shape)))
-        else:
-            pruned = self.made(stage.name)
         if pruned is None:
             preview.notes.append("the model's shape is unknown on this machine, and so is the pruned one's")
             return
@@ -167,7 +184,7 @@ class Walk(KnownInputs):
             share = f"{widest}{pruned.parameters / shape.parameters:.4f} of the parameters are kept"
             preview.facts.append(("share", f"{share}; {pruned.num_layers} of {shape.num_layers} layers"))
         preview.facts.append(("disk", _model_size(pruned, None)))
-        if stage.score == "gradient" and stage.scores is None:
+        if measures(stage):
             length = stage.sequence_length or self.length(stage.data)
             tokens = f", {stage.sequences * length:,} tokens" if length else ""
             preview.facts.append(("importance", f"{stage.sequences:,} sequences{tokens}"))
@@ -181,6 +198,7 @@ class Walk(KnownInputs):
             preview.notes += [note] if note is not None else []
             shape, teacher = with_shared_rows(shape, teacher)
         if shape is None:
+            self._remember(stage.name, self.structure(stage.model))
             preview.notes.append(
                 "the model's config.json is not on this machine, and the recipe has no `shape:` for it"
             )
@@ -191,19 +209,13 @@ class Walk(KnownInputs):
             who = "teacher" if isinstance(stage, Distil) else "reference"
             preview.facts.append((who, describe_shape(teacher)))
             check_trained_tokenizer(self.recipe, stage.name, stage.data, teacher, who)
-        length, blocks, longest = self.length(stage.data), self.blocks(stage.data), self.longest(stage.data)
+        blocks = self.blocks(stage.data)
         plan = self.training_plan(stage)
         if shape is not None:
             check_trained_tokenizer(self.recipe, stage.name, stage.data, shape)
         if stage.evaluate_every_steps:
             self._check_held_out(stage, "evaluates while it trains", "or set evaluate_every_steps: 0")
-        if longest and shape and longest > shape.max_positions:
-            what = "blocks" if longest == length else "documents"
-            raise RecipeError(
-                f"stages.{stage.name}: {what} of {longest:,} tokens for a model of {shape.max_positions:,} positions",
-                "it has no positions for the rest of the tokens",
-                f"build the data with a sequence_length of at most {shape.max_positions:,}",
-            )
+        preview.unplaced = check_models(self, stage)
         named = named_steps(self.recipe, stage.name)
         disk = checkpoint_bytes(stage, shape.parameters, plan.steps if plan else None, named) if shape else None
         if disk is not None:
@@ -222,6 +234,10 @@ class Walk(KnownInputs):
             preview.facts.append(("FLOPs", flops_text(flops) + late))
             return
         preview.facts.append(("FLOPs", flops_text(training_flops(plan, shape, teacher))))
+
+    def _remember(self, name: str, structure: ModelShape | None) -> None:
+        if structure is not None:
+            self.structures[name] = structure
 
     def _memory(
         self, stage: Distil, preview: StagePreview, student: ModelShape, teacher: ModelShape | None, length: int

@@ -32,6 +32,7 @@ class KnownInputs:
         self.recipe, self.recipe_path, self.folder = recipe, recipe_path, recipe.folder
         self.ranks = planned_ranks(recipe)
         self.shapes: dict[str, ModelShape] = {}
+        self.structures: dict[str, ModelShape] = {}  # of models whose vocabulary is not known before a stage has run
         inputs = [value for stage in self.recipe.stages for _, value in stage if isinstance(value, ModelInput)]
         self._given = {model.source: model.shape for model in inputs if model.source and model.shape}
         self.steps: dict[str, int] = {}
@@ -115,6 +116,11 @@ class KnownInputs:
         if found is not None and model.random is None:
             model.check_shape(found, str(model.source))
         return found or model.shape or self._given.get(model.source or "")
+
+    def structure(self, model: ModelInput) -> ModelShape | None:
+        """A model's shape, with another number of vocabulary rows if only that is unknown; None if more is unknown."""
+        stage, _ = stage_and_step(self.recipe, model.source or "")
+        return self.shape(model) or (self.structures.get(stage.name) if stage is not None else None)
 
     def _shape_here(self, model: ModelInput) -> ModelShape | None:
         assert model.source is not None

@@ -35,3 +35,5 @@ def test_heads_divide_and_the_family_is_known():
         check_split(ModelShape(**SHAPE, num_key_value_heads=4), 8)
     with pytest.raises(ShapeError, match="gpt2"):
         check_split(ModelShape(**SHAPE, family="gpt2"), 2)
+    with pytest.raises(RecipeError, match="over a single rank"):
+        check_split(ModelShape(**SHAPE), 1)

@@ -63,6 +63,40 @@ def test_a_benchmark_without_its_harness(tmp_path, monkeypatch):
         check(BENCHMARK, tmp_path)
 
 
+def test_fused_kernels_without_what_they_need(tmp_path, monkeypatch):
+    stage = DISTIL | {"data": str(tmp_path), "kernels": "liger"}
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 1)
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    check(stage, tmp_path)
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 0)
+    recipe = Recipe(name="test", stages=[stage], launcher="local")
+    checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, 1, elsewhere=True)
+    with pytest.raises(RecipeError, match=r"stages\.student: kernels: liger, but there is no GPU"):
+        check(stage, tmp_path)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install liger-kernel"):
+        check(stage, tmp_path)
+
+
+def test_a_teacher_that_these_ranks_cannot_share(tmp_path, monkeypatch):
+    corpus = {"name": "corpus", "kind": "build_data", "sources": [{"embedded": "sotu"}], "sequence_length": 64,
+              "tokenizer": "some/model"}  # fmt: skip
+    shape = {"vocabulary_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_layers": 1, "num_heads": 4}
+    teacher = {"random": shape | {"num_key_value_heads": 2}, "placement": "tensor_parallel"}
+    student = DISTIL | {"data": "corpus", "model": {"random": shape}, "teacher": teacher, "batch_sequences": 4}
+
+    def check_on(ranks: int, **keys) -> None:
+        recipe = Recipe(name="test", stages=[corpus, student], ranks=ranks, launcher="torchrun")
+        checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, ranks, **keys)
+
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 0)
+    check_on(2)
+    for ranks, why in ((1, "a single rank has no other"), (4, "2 key-value heads are not divisible by 4")):
+        with pytest.raises(RecipeError, match=rf"stages\.student\.teacher: .* on {ranks} ranks? of a machine: {why}"):
+            check_on(ranks)
+        check_on(ranks, elsewhere=True)
+
+
 def test_a_teachers_json_is_checked_for_its_own_placement(tmp_path):
     def with_teacher(placement: str, file: str, offload: str = "none"):
         teacher = {"source": "some/teacher", "placement": placement, "offload": offload, "deepspeed": file}

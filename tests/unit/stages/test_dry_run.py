@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from minima.data.store import FORMAT, TokenStore
-from minima.errors import MinimaError, RecipeError, ShapeError, StageError, TokenizerMismatch, VocabularyMismatch
+from minima.errors import (
+    DataError,
+    MinimaError,
+    RecipeError,
+    ShapeError,
+    StageError,
+    TokenizerMismatch,
+    UnsupportedFamily,
+    VocabularyMismatch,
+)
 from minima.models.layout import MARKER, step_folder
 from minima.models.shape import ModelShape
 from minima.planning.arithmetic import plan_training, training_flops
@@ -583,3 +592,148 @@ def test_a_chat_template_that_is_not_there_is_told_beforehand(show, tmp_path):
     (tmp_path / "mine.jinja").touch()
     for there in ("mine.jinja", "own", "minichat"):
         assert not any("chat_template" in note for note in show(data_stage("conversations", chat_template=there))[1])
+
+
+WIDE = {"random": SMALL | {"max_positions": LENGTH}}
+EVALUATE = {"name": "t", "kind": "evaluate", "models": ["b"], "data": "c"}
+
+
+@pytest.mark.parametrize(
+    ("format", "stage", "reads"),
+    [
+        ("text", training("instruct", model=WIDE), "conversations"),
+        ("preferences", training("instruct", model=WIDE), "conversations"),
+        ("conversations", training("align", model=WIDE), "preferences"),
+        ("preferences", training("adapt", model=WIDE), "text or conversations"),
+        ("preferences", training("distil", model=WIDE, teacher=WIDE), "text or conversations"),
+        ("preferences", EVALUATE, "text or conversations"),
+        (
+            "preferences",
+            {"name": "t", "kind": "prune", "model": WIDE, "data": "c", "target": {"num_layers": 1}},
+            "text",
+        ),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_data_of_a_kind_that_the_stage_does_not_read(show, built, tmp_path, format, stage, reads, elsewhere):
+    data = data_stage(format) if not elsewhere else built("other/c", 7, format=format)
+    before = [data, training("adapt", name="b", model=WIDE, data="d"), data_stage(name="d")]
+    stage = stage | ({"data": str(tmp_path / "other/c")} if elsewhere else {})
+    with pytest.raises(DataError, match=rf"stages\.t\.data: '.*c' contains {format}, but .* reads {reads}"):
+        show(before[2], *before[:2], stage)
+
+
+def test_only_a_pass_over_data_needs_data_of_its_kind(show):
+    prune = {"name": "t", "kind": "prune", "model": WIDE, "data": "c", "target": {"num_layers": 1}}
+    show(data_stage("preferences"), prune | {"score": "magnitude"})
+
+
+@pytest.mark.parametrize("who", ["teacher", "evaluated", "pruned"])
+def test_text_longer_than_the_positions_of_any_model_that_reads_it(show, who):
+    short = {"random": SMALL | {"max_positions": 128}}
+    prune = {"name": "b", "kind": "prune", "model": short, "target": {"num_layers": 1}, "score": "magnitude"}
+    stages = {
+        "teacher": [training("distil", steps=1, model=WIDE, teacher=short)],
+        "evaluated": [prune, EVALUATE],
+        "pruned": [prune | {"name": "t", "score": "gradient", "data": "c"}],
+    }[who]
+    with pytest.raises(RecipeError, match=r"stages\.t: blocks of 256 tokens for a model of 128 positions"):
+        show(data_stage(), *stages)
+    if who == "pruned":
+        show(data_stage(), stages[0] | {"sequence_length": 128})
+        with pytest.raises(ShapeError, match="sequence_length 257 from blocks of 256 tokens"):
+            show(data_stage(), stages[0] | {"model": WIDE, "sequence_length": 257})
+
+
+def test_a_teacher_that_no_machine_can_split(show):
+    def split(family="llama", **keys):
+        shape = SMALL | {"family": family, "hidden_size": 16, "num_heads": 4, "num_key_value_heads": keys.pop("kv", 4)}
+        teacher = {"random": shape, "placement": "tensor_parallel", **keys}
+        show(data_stage(), training("distil", steps=1, model={"random": SMALL}, teacher=teacher))
+
+    split(tensor_parallel_ranks=4)
+    split(kv=1)  # how many ranks share a machine is not known
+    with pytest.raises(ShapeError, match=r"stages\.t\.teacher: .* AutoTP cannot split a gpt2"):
+        split("gpt2")
+    with pytest.raises(ShapeError, match="2 key-value heads are not divisible by 4 ranks"):
+        split(kv=2, tensor_parallel_ranks=4)
+    with pytest.raises(ShapeError, match="a single rank has no other to share it with"):
+        split(tensor_parallel_ranks=1)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("gpt2", "llama"), ("llama", "gpt_neox")])
+def test_fused_kernels_of_a_family_that_has_none(show, student, teacher):
+    models = {who: {"random": SMALL | {"family": name}} for who, name in (("model", student), ("teacher", teacher))}
+    show(data_stage(), training("distil", steps=1, **models))
+    family = "gpt2" if student == "gpt2" else "gpt_neox"
+    with pytest.raises(UnsupportedFamily, match=rf"stages\.t: kernels: liger for a {family} model"):
+        show(data_stage(), training("distil", steps=1, kernels="liger", **models))
+
+
+def test_scores_of_another_kind(show):
+    prune = {"name": "b", "kind": "prune", "model": WIDE, "target": {"num_layers": 1}, "score": "magnitude"}
+    show(prune, prune | {"name": "t", "scores": "b"})
+    with pytest.raises(StageError, match="score is gradient, but the scores of 'b' are of kind magnitude"):
+        show(prune, prune | {"name": "t", "scores": "b", "score": "gradient"})
+
+
+def test_a_vocabulary_of_unknown_size_hides_no_other_mistake(show):
+    """Only the number of rows is unknown until the tokens are added; heads, width, family and positions are not."""
+    shape = SMALL | {"hidden_size": 16, "num_heads": 4, "num_key_value_heads": 2, "max_positions": LENGTH}
+    grown = {"name": "v", "kind": "expand_vocabulary", "model": {"random": shape}, "tokenizer": "tok", "donor": "donor"}
+    adapted = training("adapt", name="a", model="v", steps=1)
+    cut = {"name": "t", "kind": "prune", "model": "a", "score": "magnitude", "target": {"num_heads": 2}}
+    stages = [data_stage(), grown, adapted]
+    assert "the model's shape is unknown on this machine, and so is the pruned one's" in show(*stages, cut)[1]
+    with pytest.raises(ShapeError, match="a target of 1 query heads, but 2 share each key-value head"):
+        show(*stages, cut | {"target": {"num_heads": 1}})
+    student = training("distil", name="t", steps=1, model="p", teacher="a")
+    show(*stages, cut | {"name": "p"}, student)
+    split = {"source": "a", "placement": "tensor_parallel", "tensor_parallel_ranks": 4}
+    with pytest.raises(ShapeError, match="2 key-value heads are not divisible by 4 ranks"):
+        show(*stages, cut | {"name": "p"}, student | {"teacher": split})
+    with pytest.raises(RecipeError, match=r"stages\.a: blocks of 256 tokens for a model of 255 positions"):
+        show(data_stage(), grown | {"model": {"random": shape | {"max_positions": 255}}}, adapted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        ({}, []),
+        ({"score": "random", "seed": 3}, []),
+        ({"score": "magnitude", "seed": 3, "sequences": 4}, ["seed with score magnitude", "sequences with score m"]),
+        ({"scores": "b", "precision": "float32"}, ["precision with scores that are reused"]),
+        ({"depth": "importance", "target": {"num_layers": 1}}, []),
+        ({"depth": "importance", "target": {"intermediate_size": 4}}, ["depth importance with a target that keeps a"]),
+        ({"norm_compensation": "rms", "target": {"sparsity": 20}}, []),
+        ({"norm_compensation": "rms", "target": {"num_layers": 1}}, ["norm_compensation rms with a target that k"]),
+    ],
+)
+def test_a_setting_of_pruning_without_effect_is_told(show, changes, unread):
+    wide = {"random": SMALL | {"max_positions": LENGTH, "hidden_size": 16}}
+    prune = {"name": "t", "kind": "prune", "model": wide, "data": "c", "target": {"num_layers": 1}}
+    before = [data_stage(), prune | {"name": "b"}]
+    notes = [note for note in show(*before, prune | changes)[1] if note.startswith("not used: ")]
+    assert len(notes) == len(unread)
+    assert all(note.startswith(f"not used: {start}") for note, start in zip(notes, unread, strict=True))
+
+
+@pytest.mark.parametrize(("kept", "told"), [(0, True), (2, False)])
+def test_keeping_some_of_all_checkpoints_is_told(show, kept, told):
+    model = {"random": SMALL | {"max_positions": LENGTH}}
+    stage = training("adapt", model=model, keep_checkpoints=kept, keep_every_steps=2)
+    note = "not used: keep_every_steps 2 with keep_checkpoints 0, which keeps all"
+    assert (note in show(data_stage(), stage)[1]) == told
+
+
+@pytest.mark.parametrize(
+    ("weights", "read"),
+    [
+        ((None, None), "every token once"),
+        ((3.0,), "every token once"),
+        ((None, 3.0), "until each source has been read once, others again by weight"),
+    ],
+)
+def test_how_much_is_read_without_a_budget(show, weights, read):
+    sources = [{"embedded": name, "weight": weight} for name, weight in zip(("sotu", "poems"), weights, strict=False)]
+    assert show(data_stage(sources=sources))[0]["tokens"] == f"{read}, in blocks of 256"
