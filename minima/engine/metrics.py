@@ -51,8 +51,9 @@ class MetricsLog:
                 "%s: the records of steps %d to %d are lost; the training itself continues after step %d",
                 self.path, last + 1, first_step, first_step,
             )  # fmt: skip
-        self._file = open(self.path, "a", encoding="utf-8", opener=no_link)  # noqa: SIM115
         with file_named(self.path):
+            _make_own(self.path)
+            self._file = open(self.path, "a", encoding="utf-8", opener=no_link)  # noqa: SIM115
             self._file.truncate(end)
             self._file.write("\n" if end else "")  # a killed run may have written a record without its end
             self._file.flush()
@@ -121,6 +122,12 @@ def _run_id(path: Path) -> str:
         kept = uuid.uuid4().hex
         write_whole(path, kept)
     return kept
+
+
+def _make_own(path: Path) -> None:
+    """Replace a file that others may read by a link to it, or that cannot be written to, by a copy."""
+    if path.is_symlink() or (path.exists() and (path.stat().st_nlink > 1 or not os.access(path, os.W_OK))):
+        write_whole(path, path.read_bytes() if path.is_file() else b"")
 
 
 def records_from_end(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

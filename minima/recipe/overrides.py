@@ -8,11 +8,16 @@ import yaml
 
 from minima.errors import RecipeError
 
+_MOST_MERGED = 100_000  # keys that the merges (`<<`) of a file may copy
 _TAG = "tag:yaml.org,2002:"
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that is given twice. Of merges of merges it keeps each key once."""
+    """Safe YAML that refuses a key that is given twice, and merges that would fill the memory."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._num_merged = 0
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -26,7 +31,8 @@ class BoundedLoader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Apply merges (`<<`): a block's own keys win, then those of the block that is named first (YAML's merge type).
 
-        PyYAML's own keeps all pairs up to 6.0.3, which merges of merges multiply; in 6.0.4 the block named last wins.
+        Keys are compared as they are written. PyYAML's own way keeps every pair up to 6.0.3, which merges of merges
+        multiply; in 6.0.4 the block that is named last wins.
         """
         merges = [value for key, value in node.value if key.tag == f"{_TAG}merge"]
         node.value = [pair for pair in node.value if pair[0].tag != f"{_TAG}merge"]  # first: a block may name itself
@@ -40,6 +46,10 @@ class BoundedLoader(yaml.SafeLoader):
                     problem = f"only blocks of keys can be merged (`<<`), and this is a {block.id}"
                     raise yaml.constructor.ConstructorError(None, None, problem, block.start_mark)
                 self.flatten_mapping(block)
+                self._num_merged += len(block.value)
+                if self._num_merged > _MOST_MERGED:
+                    problem = f"up to here its merges (`<<`) copy more than {_MOST_MERGED:,} keys"
+                    raise yaml.constructor.ConstructorError(None, None, problem, block.start_mark)
                 for pair in block.value:
                     pairs.setdefault(_identity(pair[0]), pair)
         pairs |= {_identity(pair[0]): pair for pair in node.value}

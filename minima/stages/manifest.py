@@ -138,15 +138,18 @@ def versions() -> dict[str, str]:
 
 
 def _last_write(folder: Path, default: float) -> float:
-    """Modification time of the newest file in a stage's folder, other than its `started.json`.
+    """Modification time of the newest file or folder in a stage's folder, other than its `started.json`.
 
-    For a checkpoint, that of its folder: a long run may keep hundreds of them, with files of every rank.
+    Of checkpoints only the newest is searched: a long run may keep hundreds of them, with files of every rank.
     """
-    checkpoints, paths = folder / "checkpoints", list[Path]()
+    checkpoints, files = folder / "checkpoints", list[Path]()
     for path in folder.iterdir():
-        paths += path.iterdir() if path == checkpoints else path.rglob("*") if path.is_dir() else [path]
-    kept = (path for path in paths if path.name != STARTED and (path.parent == checkpoints or path.is_file()))
-    return max((path.stat().st_mtime for path in kept), default=default)
+        if path == checkpoints:
+            newest = max(path.iterdir(), key=lambda each: each.stat().st_mtime, default=path)
+            files += [newest, *newest.rglob("*")]
+        else:
+            files += path.rglob("*") if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.name != STARTED), default=default)
 
 
 def _now() -> str:

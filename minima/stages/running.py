@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from minima import errors
 from minima.disk_errors import disk_full_named, file_errors_named
 from minima.errors import MinimaError, StageError
 from minima.launcher import Launch, slurm_job, started_by_driver
@@ -30,8 +31,9 @@ from minima.stages.manifest import (
 from minima.stages.run_folder import access_named, check_run_folder, claim_run_folder
 
 HEADER = "== stage "  # starts the line that rank 0 prints when it starts a stage; the driver splits its logs there
+_KINDS = [name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, MinimaError)]
 # Matches the start of the line that reports a user's mistake, but no progress line of a stage called `minima`.
-ERROR = r"minima: (?=[A-Z]\w*: )"
+ERROR = rf"minima: (?=(?:{'|'.join(_KINDS)}): )"
 # A file server keeps the locks of a machine that it has lost, by default for 90 s (Linux nfsd, nfsv4leasetime).
 _REQUEUED_SECONDS = 120.0
 _POLL_SECONDS = 0.5  # how often other ranks check a stage that rank 0 runs alone

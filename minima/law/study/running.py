@@ -62,7 +62,10 @@ def study(
     folders = [unit.folder for unit in units]
     for unit in units:
         check_run_folder(unit.folder, unit.recipe)
-        check_stages(unit.recipe, path, unit.recipe.stages, unit.folder, 1, to_come=folders)
+        check_stages(
+            unit.recipe, path, unit.recipe.stages, unit.folder, 1, to_come=folders,
+            ranks_elsewhere=dry_run or cluster is not None,
+        )  # fmt: skip
     if dry_run:
         write(_plan(own, units))
     if cluster is not None:

@@ -19,6 +19,7 @@ from minima.stages.shipped import check_deepspeed_json, find_launcher
 
 _TOO_LATE = "the run would fail at this stage, after running all stages before it"
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
+BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE, if it is set
 
 
 def check_stages(
@@ -30,12 +31,14 @@ def check_stages(
     *,
     to_come: Sequence[Path] = (),
     elsewhere: bool = False,
+    ranks_elsewhere: bool = False,
 ) -> list[str]:
     """Refuse, before anything starts, whatever is certain to fail later.
 
     Args:
         to_come: folders of other runs that will exist by then.
         elsewhere: the run is on other machines, or later, so a folder missing here is a warning and not an error.
+        ranks_elsewhere: this machine has the folders, but the GPUs and packages of the ranks are another one's.
 
     Returns:
         What may fail later, one line each: inputs that are not on this machine.
@@ -44,8 +47,8 @@ def check_stages(
         StageError: an input stage is neither finished nor among `stages`, or an input folder is missing; or a finished
             stage does not, or will not, match the recipe and its inputs.
         DeepSpeedConfigError: a DeepSpeed JSON sets what the recipe owns, or cannot be used.
-        RecipeError: a DeepSpeed JSON, a launcher, a GPU or wandb is missing, or a batch cannot be divided among the
-            ranks.
+        RecipeError: a DeepSpeed JSON, a launcher, a GPU or a package is missing, a teacher cannot be placed, or a
+            batch cannot be divided among the ranks.
         MinimaError: the dry run shows a shape, a length or a vocabulary to be impossible.
     """
     previews = walk(recipe, recipe_path)
@@ -57,8 +60,9 @@ def check_stages(
     if missing and not elsewhere:
         raise StageError(missing[0], _TOO_LATE, "correct it, or copy the folder to this machine")
     check_run(recipe, stages, folder)
-    here = not elsewhere and recipe.launcher in _ONE_MACHINE
-    if here and (recipe.ranks is not None or not has_host_file()):
+    by_file = recipe.launcher in BY_HOST_FILE and recipe.ranks is None and has_host_file()
+    here = recipe.launcher in _ONE_MACHINE and not (elsewhere or ranks_elsewhere or by_file)
+    if here:
         _check_placed([found for found in previews if found.name in {stage.name for stage in left}], ranks)
     if not elsewhere:
         _check_models(recipe, left, folder, [folder, *to_come])
@@ -67,7 +71,7 @@ def check_stages(
             check_deepspeed_json(stage, name, recipe_path)
         _check_installed(stage)
         if here:
-            _check_gpu(stage)
+            _check_liger(stage)
     names = {stage.name for stage in left}
     return [f"stages.{found.name}: {text}" for found in previews if found.name in names for text in found.missing]
 
@@ -85,12 +89,6 @@ def _check_installed(stage: AnyStage) -> None:
             f"stages.{stage.name}: there is no token for the Hub",
             _TOO_LATE,
             "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
-        )
-    if getattr(stage, "kernels", "stock") == "liger" and find_spec("liger_kernel") is None:
-        raise RecipeError(
-            f"stages.{stage.name}: kernels: liger, but liger-kernel is not installed",
-            _TOO_LATE,
-            "pip install liger-kernel on every machine, or set kernels: stock",
         )
     project = getattr(stage, "wandb_project", None)
     if project is not None and find_spec("wandb") is None:
@@ -113,8 +111,16 @@ def _check_placed(previews: Sequence[StagePreview], ranks: int) -> None:
             )
 
 
-def _check_gpu(stage: AnyStage) -> None:
-    if getattr(stage, "kernels", "stock") == "liger" and not num_accelerators():
+def _check_liger(stage: AnyStage) -> None:
+    if getattr(stage, "kernels", "stock") != "liger":
+        return
+    if find_spec("liger_kernel") is None:
+        raise RecipeError(
+            f"stages.{stage.name}: kernels: liger, but liger-kernel is not installed",
+            _TOO_LATE,
+            "pip install liger-kernel, or set kernels: stock",
+        )
+    if not num_accelerators():
         raise RecipeError(
             f"stages.{stage.name}: kernels: liger, but there is no GPU on this machine",
             _TOO_LATE,

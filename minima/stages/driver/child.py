@@ -68,7 +68,8 @@ class Log:
     def write(self, chunk: bytes) -> None:
         """Process the next bytes of the stream."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
+        for whole in lines:
+            line = whole.rstrip(b"\r").rpartition(b"\r")[2]  # what a terminal shows of it in the end
             if started := _STARTED.match(line):
                 self._change(started[1].decode())
             if (told := _TOLD.match(line)) and self.error is None:
@@ -77,7 +78,7 @@ class Log:
             if stopped := _STOPPED.match(line):
                 self.stopped = int(stopped[1])
             self.killed |= _KILLED.search(line) is not None
-            self._put(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+            self._put(line + b"\n")
         # A bar may rewrite its line for weeks. A carriage return at the end is kept: it may be half of a line's end.
         drawn = self._rest.rstrip(b"\r")
         self._rest = drawn.rpartition(b"\r")[2] + self._rest[len(drawn) :][:1]
@@ -87,7 +88,7 @@ class Log:
 
     def __exit__(self, *failure: object) -> None:
         if self._rest:
-            self._put(self._rest + b"\n")
+            self._put(self._rest.rstrip(b"\r") + b"\n")
         with suppress(OSError):
             self._file.close()
 

@@ -14,7 +14,7 @@ from minima.recipe.loading import load_recipe
 from minima.recipe.references import uses_ranks
 from minima.recipe.schema import AnyStage, Recipe
 from minima.report.run_table import run_table
-from minima.stages.driver.checks import check_stages
+from minima.stages.driver.checks import BY_HOST_FILE, check_stages
 from minima.stages.driver.child import Log, run_child
 from minima.stages.driver.summary import stage_rows, write_summary
 from minima.stages.identity import check_run
@@ -26,7 +26,6 @@ from minima.stages.shipped import find_launcher
 
 # Neighbours of these kinds share a process group, because starting one costs 10 s.
 SHORT_KINDS = ("prune", "evaluate", "export")
-BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE
 KILLED = 128 + signal.SIGKILL
 _WANT_OF_MEMORY = (
     ": a process was killed (SIGKILL); if nobody did that by hand, the machine has probably run out of memory: smaller "

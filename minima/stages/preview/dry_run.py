@@ -95,7 +95,7 @@ class Walk(KnownInputs):
         elif isinstance(stage, Evaluate):
             self._check_held_out(stage, "evaluates", "let the stage read other data, or remove the stage")
             for model in filter(None, (*stage.models, stage.teacher)):
-                check_positions(self, stage.name, stage.data, self.structure(ModelInput(source=model)))
+                check_positions(self, stage.name, stage.data, self.structure(ModelInput(source=model)), part="held_out")
         elif isinstance(stage, Export):
             self._export(stage, preview)
         elif isinstance(stage, Benchmark):

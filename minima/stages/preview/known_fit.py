@@ -35,18 +35,19 @@ def check_known_format(known: KnownInputs, stage: AnyStage) -> None:
 
 
 def check_positions(
-    known: KnownInputs, stage: str, data: str, shape: ModelShape | None, limit: int | None = None
+    known: KnownInputs, stage: str, data: str, shape: ModelShape | None, limit: int | None = None, part: str = "train"
 ) -> None:
     """Refuse data that is longer than a model's maximum number of positions.
 
     Args:
         shape: the model's; None if it is not known.
         limit: how many tokens of a block are used; None for all.
+        part: of the data, which the stage reads: `train` or `held_out`.
 
     Raises:
         RecipeError: says how long they are.
     """
-    longest, length = known.longest(data), known.length(data)
+    longest, length = known.longest(data, part), known.length(data)
     if not longest or shape is None or min(limit or longest, longest) <= shape.max_positions:
         return
     what = "blocks" if longest == length else "documents"

@@ -188,8 +188,12 @@ class KnownInputs:
             self.steps[stage.name] = plan.steps
         return plan
 
-    def longest(self, reference: str) -> int | None:
-        """The number of positions that a model needs; None if unknown, as for chat until its data is built."""
+    def longest(self, reference: str, part: str = "train") -> int | None:
+        """The number of positions that a model needs; None if unknown, as for chat until its data is built.
+
+        Args:
+            part: `train` or `held_out`.
+        """
         data = self.data_stage(reference)
         if data is None or data.format == "text":
             return data.sequence_length if data else None
@@ -199,7 +203,7 @@ class KnownInputs:
         from minima.data.store import TokenStore  # imports numpy, which is slow
 
         try:
-            return TokenStore.open(folder / "train").longest
+            return TokenStore.open(folder / part).longest
         except MinimaError:  # damaged or deleted: the stage that reads it reports it
             return None
 

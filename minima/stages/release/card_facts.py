@@ -149,7 +149,7 @@ def _trained(context: StageContext, stage: AnyStage, step: int | None) -> dict[s
     if step is not None and metrics.get("step") != step:
         metrics = {}
         for record, _ in records_from_end(folder / "metrics.jsonl"):
-            metrics |= record if record["step"] == step else {}
+            metrics = (record if record["step"] == step else {}) | metrics  # the last one comes first
     metrics = metrics | ({"steps": metrics["step"]} if "step" in metrics else {})
     return {name: metrics[name] for name in TRAINING if metrics.get(name) is not None}
 

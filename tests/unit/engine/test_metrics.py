@@ -56,13 +56,14 @@ def test_what_a_start_removes_is_gone_on_disk_before_the_next_record(tmp_path, m
     assert sizes[-1] == path.stat().st_size == len('{"step": 1}\n{"step": 2}\n')
 
 
-def test_a_start_truncates_no_file_that_a_link_leads_to(tmp_path):
-    other = tmp_path / "other"
-    other.write_text('{"step": 5}\n')
-    (tmp_path / "metrics.jsonl").symlink_to(other)
-    with pytest.raises(OSError, match=r"symbolic links: '.*metrics\.jsonl'"):
-        MetricsLog(tmp_path, 0)
-    assert other.read_text() == '{"step": 5}\n'
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_start_changes_no_file_that_a_link_leads_to(tmp_path, link):
+    other, path = tmp_path / "a_snapshot", tmp_path / "metrics.jsonl"
+    other.write_text('{"step": 5}\n{"step": 6}\n')
+    link(path, other)
+    MetricsLog(tmp_path, 5).close()
+    assert other.read_text() == '{"step": 5}\n{"step": 6}\n'
+    assert path.read_text() == '{"step": 5}\n' and not path.is_symlink()
 
 
 @pytest.mark.parametrize("left", ["\n", "", '\n{"step": 3, "lo'])

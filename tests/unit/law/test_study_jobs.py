@@ -8,7 +8,7 @@ from minima.errors import ClusterError
 from minima.law.study.grid import CELLS
 from minima.law.study.jobs import submit
 from minima.law.study.running import study as run_study
-from tests.unit.law.study_grid import finish, study_file, study_of
+from tests.unit.law.study_grid import TRAINING, finish, study_file, study_of
 
 
 @pytest.fixture
@@ -61,8 +61,9 @@ def test_several_ranks_are_refused(here):
         sent(here)
 
 
-def test_through_the_study_s_own_command(here):
-    path = study_file(here, output=str(here / "runs"))
+def test_through_the_study_s_own_command(here, monkeypatch):
+    monkeypatch.setattr("minima.stages.driver.checks.num_accelerators", lambda: 0)  # on the login node
+    path = study_file(here, output=str(here / "runs"), student_training=TRAINING | {"kernels": "liger"})
     said: list[str] = []
     assert run_study(path, [], said.append, dry_run=True, cluster=Path("cluster.yaml")) == 0
     assert "cells.sbatch" in "\n".join(said)

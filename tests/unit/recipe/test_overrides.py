@@ -22,6 +22,12 @@ def test_merges_of_merges_do_not_fill_the_memory(read):
     assert read("\n".join(["a0: &a0 {x: 1}", *levels]))["a59"] == {"x": 1, **{f"key_{i}": 1 for i in range(1, 60)}}
 
 
+def test_merges_that_copy_too_much_are_refused(read):
+    chain = [f"a{i}: &a{i} {{<<: *a{i - 1}, key_{i}: 1}}" for i in range(1, 600)]
+    with pytest.raises(RecipeError, match=r"line 447, .*: up to here its merges \(`<<`\) copy more than 100,000 keys"):
+        read("\n".join(["a0: &a0 {x: 1}", *chain]))
+
+
 @pytest.mark.parametrize(
     ("block", "expected"),
     [

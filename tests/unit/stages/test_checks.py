@@ -69,13 +69,33 @@ def test_fused_kernels_without_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: object())
     check(stage, tmp_path)
     monkeypatch.setattr(checks, "num_accelerators", lambda: 0)
-    recipe = Recipe(name="test", stages=[stage], launcher="local")
-    checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, 1, elsewhere=True)
     with pytest.raises(RecipeError, match=r"stages\.student: kernels: liger, but there is no GPU"):
         check(stage, tmp_path)
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install liger-kernel"):
         check(stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "host_file", "where"),
+    [
+        ("local", False, {"elsewhere": True}),
+        ("local", False, {"ranks_elsewhere": True}),
+        ("deepspeed", True, {}),
+        ("mpirun", True, {}),
+        ("srun", False, {}),
+    ],
+)
+def test_what_the_machines_of_the_ranks_have_is_not_judged_by_this_one(
+    tmp_path, monkeypatch, launcher, host_file, where
+):
+    monkeypatch.setattr(checks, "find_launcher", lambda *given: None)
+    monkeypatch.setattr(checks, "num_accelerators", lambda: 0)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "has_host_file", lambda: host_file)
+    stage = DISTIL | {"data": str(tmp_path), "kernels": "liger"}
+    recipe = Recipe(name="test", stages=[stage], launcher=launcher)
+    checks.check_stages(recipe, Path("test.yaml"), recipe.stages, tmp_path, 1, **where)
 
 
 def test_a_teacher_that_these_ranks_cannot_share(tmp_path, monkeypatch):

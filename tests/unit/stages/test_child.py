@@ -251,8 +251,8 @@ def test_a_stage_outlives_its_log(tmp_path):
         assert log.lacks and "third.log" in log.lacks
         shutil.rmtree(tmp_path / "logs")
         tmp_path.rename(tmp_path.with_name("elsewhere"))
-        log.write(b"== stage fifth (kind)\nminima: Error: told\nsix")
-    assert log.error == "Error: told" and not tmp_path.exists(), "no second run folder with nothing but logs in it"
+        log.write(b"== stage fifth (kind)\nminima: DataError: told\nsix")
+    assert log.error == "DataError: told" and not tmp_path.exists(), "no second run folder with nothing but logs in it"
     tmp_path.with_name("elsewhere").rename(tmp_path)
 
 
@@ -262,17 +262,28 @@ def test_of_a_bar_that_is_rewritten_for_weeks_only_the_last_state_is_held(tmp_pa
             log.write(b"\rstep %d of 1000" % step + b" " * 100)
         assert len(log._rest) < 200
         log.write(b"\rstep 1000 of 1000\r")
-        log.write(b"\nminima: Error: told\none\r")
+        log.write(b"\nminima: DataError: told\none\r")
         log.write(b"\n\r\rhalf")
         log.write(b" a line\r\r")
-    assert (tmp_path / "stage.log").read_text() == "step 1000 of 1000\nminima: Error: told\none\nhalf a line\n"
-    assert log.error == "Error: told"
+    assert (tmp_path / "stage.log").read_text() == "step 1000 of 1000\nminima: DataError: told\none\nhalf a line\n"
+    assert log.error == "DataError: told"
+
+
+def test_what_is_found_in_a_log_does_not_depend_on_where_the_pipe_cuts_it(tmp_path):
+    whole = b"\rstep 1\rstep 2\r\nbar\rminima: DataError: bad\n\rstopped by signal 15: step 3\r\nend"
+    found = set()
+    for cut in range(len(whole)):
+        with Log(tmp_path, f"cut{cut}") as log:
+            log.write(whole[:cut])
+            log.write(whole[cut:])
+        found.add((log.error, log.stopped, (tmp_path / f"cut{cut}.log").read_text()))
+    assert found == {("DataError: bad", 15, "step 2\nminima: DataError: bad\nstopped by signal 15: step 3\nend\n")}
 
 
 @pytest.mark.parametrize("error", [None, "StoreCorrupted: a is damaged"])
 def test_what_a_stage_called_minima_prints_is_no_error(tmp_path, error):
     with Log(tmp_path, "minima") as log:
-        log.write(b"== stage minima (distil)\nminima: memory of one rank\nminima: step 10/50  loss 6.2281\n")
+        log.write(b"== stage minima (distil)\nminima: memory of one rank\nminima: MiniMA: held-out loss 2\n")
         log.write(f"minima: {error}\n".encode() if error else b"stopped by signal 15: step 20 of 50 is saved\n")
     assert (log.error, log.stopped) == (error, None if error else 15)
 

@@ -645,6 +645,20 @@ def test_text_longer_than_the_positions_of_any_model_that_reads_it(show, who):
             show(data_stage(), stages[0] | {"model": WIDE, "sequence_length": 257})
 
 
+@pytest.mark.parametrize("longest", [256, 257])
+def test_what_an_evaluation_reads_is_as_long_as_its_held_out_documents(show, built, tmp_path, longest):
+    data, part = built("out/c", 7, longest=300, format="conversations"), tmp_path / "out/c/held_out"
+    index = json.loads((tmp_path / "out/c/train/index.json").read_text()) | {"longest": longest}
+    part.mkdir()
+    (part / "index.json").write_text(json.dumps(index))
+    model = {"name": "b", "kind": "prune", "model": WIDE, "target": {"num_layers": 1}, "score": "magnitude"}
+    if longest == 256:
+        show(data, model, EVALUATE)
+        return
+    with pytest.raises(RecipeError, match=r"stages\.t: documents of 257 tokens for a model of 256 positions"):
+        show(data, model, EVALUATE)
+
+
 def test_a_teacher_that_no_machine_can_split(show):
     def split(family="llama", **keys):
         shape = SMALL | {"family": family, "hidden_size": 16, "num_heads": 4, "num_key_value_heads": keys.pop("kv", 4)}
