@@ -153,7 +153,7 @@ def records_from_end(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 end -= len(line) + 1
 
 
-def last_record(path: Path, name: str, step: int | None = None) -> dict[str, Any] | None:
+def last_with(path: Path, name: str, step: int | None = None) -> dict[str, Any] | None:
     """The last record of a `metrics.jsonl` that has a value of this name, of any step or of the given one."""
     named = (record for record, _ in records_from_end(path) if name in record)
     return next((record for record in named if step in (None, record["step"])), None)

@@ -17,7 +17,7 @@ SINGLE_PROCESS = ("build_data", "expand_vocabulary", "benchmark", "publish")  # 
 EXPORTED = ("benchmark", "publish")  # kinds that read only models in Hugging Face's layout
 LEARNABLE = ("text", "conversations")  # data formats with a loss for each token
 # The formats of data that each kind of stage reads.
-FORMATS = {
+FORMATS_READ = {
     **dict.fromkeys(("adapt", "distil", "prune", "evaluate"), LEARNABLE),
     "instruct": ("conversations",),
     "align": ("preferences",),

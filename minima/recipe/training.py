@@ -38,7 +38,8 @@ class Training(Strict):
         compile: compile each decoder layer of student and frozen teacher with `torch.compile`. The first step then
             takes minutes longer.
         kernels: `liger` replaces norms, SwiGLUs and rotary embeddings of student and teacher by liger-kernel's fused
-            versions (needs a GPU and the `liger` extra); `stock` leaves the models as they are.
+            versions (needs a GPU and the `liger` extra; not for GPT-NeoX and GPT-2, which have neither RMSNorms nor
+            SwiGLUs); `stock` leaves the models as they are.
         deterministic: on a GPU, make runs bit-identical, at some cost in speed. On the same
             kind of CPU, they always are.
         checkpoint_every_steps: steps between checkpoints; one is always written at the end.

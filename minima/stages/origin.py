@@ -14,7 +14,7 @@ from minima.models.shape import ModelShape
 from minima.models.weights import RandomSource, WeightSource
 from minima.planning.units import size_text
 from minima.recipe.base import ModelInput
-from minima.recipe.references import FORMATS, references
+from minima.recipe.references import FORMATS_READ, references
 from minima.recipe.schema import AnyTraining
 from minima.stages.context import StageContext
 
@@ -139,7 +139,7 @@ def check_format(store: TokenStore, kind: str) -> None:
     Raises:
         DataError: names the store and its format.
     """
-    if store.format not in (accepted := FORMATS[kind]):
+    if store.format not in (accepted := FORMATS_READ[kind]):
         raise DataError(
             f"{store.folder} contains {store.format}, but a stage of kind {kind} reads {' or '.join(accepted)}",
             "its loss is not defined for this format",

@@ -15,7 +15,7 @@ from minima.engine.checkpoint.shards import shapes, snapshot_shards
 from minima.engine.checkpoint.store import drop_after, read_marker
 from minima.engine.checkpoint.writer import CheckpointWriter
 from minima.engine.loop import Events
-from minima.engine.metrics import MetricsLog, last_record
+from minima.engine.metrics import MetricsLog, last_with
 from minima.engine.patience import Patience
 from minima.engine.student import Student, StudentView
 from minima.engine.watchdog import Watchdog
@@ -204,7 +204,7 @@ class TrainingRun:
         if not step or not every:
             return False
         path = self.context.folder / "metrics.jsonl"
-        last = distributed.broadcast_object(last_record(path, "held_out_loss") if distributed.is_main() else None)
+        last = distributed.broadcast_object(last_with(path, "held_out_loss") if distributed.is_main() else None)
         if last is not None:
             self.evaluated = {name: value for name, value in last.items() if name != "step"}
         if step % every and step != total_steps:
@@ -259,9 +259,9 @@ class TrainingRun:
         last, evaluated = self.last, self.evaluated
         if best is not None:  # an earlier step may be the result
             last = read_marker(step_folder(self.checkpoints, best))["record"]
-            evaluated = last_record(path, "held_out_loss", best) or {"held_out_loss": self.patience.best}
+            evaluated = last_with(path, "held_out_loss", best) or {"held_out_loss": self.patience.best}
         elif not last:  # all steps were done in earlier starts
-            last = last_record(path, "loss") or last
+            last = last_with(path, "loss") or last
         kept = ("step", "sequences", "tokens", self.counted, "loss", *PARTS, "tokens_per_second", "memory_bytes")
         final = {name: last[name] for name in kept if name in last}
         found = {name: value for name, value in evaluated.items() if name != "step"}

@@ -3,7 +3,7 @@
 `FakeTensorMode` computes devices, dtypes and shapes, and runs no kernel. So it raises where a tensor was made on the
 wrong device, where a product does not take a dtype, and where the host would need a value that the GPU has not computed
 yet. Prints a line of JSON for each case: its `name`, the places where the host waits (`waits`: function and operator),
-and an `error`, or null.
+and an `error`, or null; one is that a fused kernel was not used where it should be, or was where it should not.
 
 Shapes: N tokens, V vocabulary, D student width, E teacher width, B sequences, T positions.
 """
@@ -16,9 +16,12 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import os
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import minima
 import minima.engine.loop as loop
 import minima.losses.triton_kernels as triton_kernels
 import minima.losses.way as way
@@ -42,7 +46,10 @@ from minima.models.shape import ModelShape
 from minima.models.stock import build_empty
 
 CUDA = torch.device("cuda:0")
-Case = tuple[str, Callable[[], object]]
+FUSED: dict[str, set[str]] = {"auto": {"loss"}, "eager": set()}
+OURS = f"{Path(minima.__file__).parent}{os.sep}"
+USED: Counter[str] = Counter()  # calls of the two fused kernels by a case
+Case = tuple[str, Callable[[], object], set[str]]  # name, what it runs, and the fused kernels that it has to use
 
 
 class Waits(TorchDispatchMode):
@@ -71,7 +78,7 @@ class Waits(TorchDispatchMode):
             self._note(f"a copy from {source.type} to {torch.device(target).type}")
 
     def _note(self, what: str) -> None:
-        ours = [frame for frame in traceback.extract_stack() if "/minima/" in frame.filename]
+        ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OURS)]
         self.found.append(f"{ours[-1].name if ours else 'elsewhere'}: {what}")
 
 
@@ -80,6 +87,7 @@ class KernelCheck:
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*args: Any, **_: Any) -> None:
+            USED["loss"] += 1
             student, teacher, gradient, labels, keep, losses = args[:6]
             for tensor in (student, teacher, gradient, labels, keep, losses):
                 assert tensor.device == CUDA and tensor.is_contiguous(), (tensor.device, tensor.stride())
@@ -92,6 +100,7 @@ class KernelCheck:
 
 def flex_check(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, **_: Any) -> Tensor:
     """Stands for the compiled flex attention: checks what it is given, and returns what has its shape and dtype."""
+    USED["attention"] += 1
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
         table = getattr(block_mask, name)
         assert table.device == CUDA and table.dtype == torch.int32, (name, table.device, table.dtype)
@@ -108,7 +117,7 @@ def made(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
 def losses() -> Iterator[Case]:
     """Every loss in every dtype, with the gradients' dtypes and devices checked."""
     num_tokens, vocabulary, student_width, teacher_width = 1300, 1008, 64, 96
-    cuts: tuple[dict[str, Any], ...] = ({}, {"top_k": 8}, {"top_p": 0.9}, {"top_k": 64, "top_p": 0.9})
+    cuts: tuple[dict[str, Any], ...] = ({"top_k": 8}, {"top_p": 0.9}, {"top_k": 64, "top_p": 0.9})
 
     def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         student = made(num_tokens, student_width, dtype=dtype, grad=True)
@@ -135,14 +144,18 @@ def losses() -> Iterator[Case]:
         check(linear_token_log_probs(student, student_head, labels).sum(), student, student_head)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield f"{dtype} others", lambda dtype=dtype: others(dtype)
+        yield f"{dtype} others", lambda dtype=dtype: others(dtype), {"loss"}
         for divergence, kernel in product(triton_kernels._NUMBERS, ("auto", "eager")):
             options = {"divergence": divergence, "kernel": kernel, "temperature": 2.0 if kernel == "eager" else 1.0}
-            yield f"{dtype} {options}", lambda dtype=dtype, options=options: distillation(dtype, **options)
-        for cut in cuts[1:]:
-            yield f"{dtype} {cut}", lambda dtype=dtype, cut=cut: distillation(dtype, **cut)
+            yield (
+                f"{dtype} {options}",
+                lambda dtype=dtype, options=options: distillation(dtype, **options),
+                FUSED[kernel],
+            )
+        for cut in cuts:
+            yield f"{dtype} {cut}", lambda dtype=dtype, cut=cut: distillation(dtype, **cut), set()
     only_labels = {"soft_weight": 0.0, "zero_parts": True}
-    yield f"{only_labels}", lambda: distillation(torch.bfloat16, **only_labels)
+    yield f"{only_labels}", lambda: distillation(torch.bfloat16, **only_labels), {"loss"}
 
 
 class Student:
@@ -210,7 +223,10 @@ def steps() -> Iterator[Case]:
             (True, "preference"),
         ):
             name = f"{family} {dtype} {kind}{' with documents' if documents else ''}"
-            yield name, lambda given=(family, dtype, documents, kind): step(*given)
+            used = ({"loss"} if kind != "preference" else set()) | (
+                {"attention"} if documents and family != "gpt2" else set()
+            )
+            yield name, lambda given=(family, dtype, documents, kind): step(*given), used
 
 
 def _on_cuda(model: torch.nn.Module) -> torch.nn.Module:
@@ -232,15 +248,20 @@ def main() -> None:
     triton_kernels._rows = KernelCheck()  # type: ignore[assignment]
     attention.compiled_flex_attention = lambda: flex_check
     loop.all_reduce_sum = lambda tensor: tensor
-    for name, run in {"losses": losses, "steps": steps}[sys.argv[2]]():
+    for name, run, expected in {"losses": losses, "steps": steps}[sys.argv[2]]():
         error = None
+        USED.clear()
         with FakeTensorMode(), Waits() as waits:
             try:
                 run()
             except Exception:
                 error = traceback.format_exc()
+        if error is None and set(USED) != expected:
+            error = f"it has to use the fused kernels {sorted(expected)}, and has used {dict(USED)}"
         print(json.dumps({"name": name, "waits": waits.found, "error": error}), flush=True)
 
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # autograd's thread for the device may abort an interpreter that is being finalised

@@ -1,4 +1,4 @@
-// Makes a CPU build of PyTorch believe that there is one CUDA device, whose kernels nobody calls: with FakeTensorMode,
+// Makes a CPU build of PyTorch (one for CUDA has such hooks of its own) believe that there is one CUDA device, whose kernels nobody calls: with FakeTensorMode,
 // tensors "on" it have shapes, dtypes and gradients, but no storage. To be loaded before torch is imported.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

@@ -15,9 +15,9 @@ from minima.stages.hub import check_there
 from minima.stages.identity import check_run
 from minima.stages.manifest import is_finished
 from minima.stages.preview.dry_run import walk
+from minima.stages.preview.known_fit import TOO_LATE
 from minima.stages.shipped import check_deepspeed_json, find_launcher
 
-_TOO_LATE = "the run would fail at this stage, after running all stages before it"
 _ONE_MACHINE = ("local", "deepspeed", "torchrun")  # launchers that start every rank on this machine
 BY_HOST_FILE = ("deepspeed", "mpirun")  # launchers that start ranks on the machines of MINIMA_HOSTFILE, if it is set
 
@@ -58,7 +58,7 @@ def check_stages(
     _check_inputs(recipe, stages, folder)
     missing = _missing_folders(recipe, left, [folder, *to_come])
     if missing and not elsewhere:
-        raise StageError(missing[0], _TOO_LATE, "correct it, or copy the folder to this machine")
+        raise StageError(missing[0], TOO_LATE, "correct it, or copy the folder to this machine")
     check_run(recipe, stages, folder)
     by_file = recipe.launcher in BY_HOST_FILE and recipe.ranks is None and has_host_file()
     here = recipe.launcher in _ONE_MACHINE and not (elsewhere or ranks_elsewhere or by_file)
@@ -81,13 +81,13 @@ def _check_installed(stage: AnyStage) -> None:
     if isinstance(stage, Benchmark) and (stage.suite or stage.tasks) and find_spec("lm_eval") is None:
         raise RecipeError(
             f"stages.{stage.name}: lm-eval is not installed",
-            _TOO_LATE,
+            TOO_LATE,
             "pip install lm-eval accelerate, or run the other stages with --stages",
         )
     if isinstance(stage, Publish) and _has_no_token():
         raise RecipeError(
             f"stages.{stage.name}: there is no token for the Hub",
-            _TOO_LATE,
+            TOO_LATE,
             "log in with `hf auth login` or set HF_TOKEN, or run the other stages with --stages",
         )
     project = getattr(stage, "wandb_project", None)
@@ -105,7 +105,7 @@ def _check_placed(previews: Sequence[StagePreview], ranks: int) -> None:
             raise RecipeError(
                 f"stages.{found.name}.teacher: placement tensor_parallel is impossible on {ranks} "
                 f"rank{'s' if ranks > 1 else ''} of a machine: {found.unplaced}",
-                _TOO_LATE,
+                TOO_LATE,
                 "use another number of ranks or another tensor_parallel_ranks, or placement zero3_node, or replica for "
                 "a single rank",
             )
@@ -117,14 +117,15 @@ def _check_liger(stage: AnyStage) -> None:
     if find_spec("liger_kernel") is None:
         raise RecipeError(
             f"stages.{stage.name}: kernels: liger, but liger-kernel is not installed",
-            _TOO_LATE,
+            TOO_LATE,
             "pip install liger-kernel, or set kernels: stock",
         )
     if not num_accelerators():
         raise RecipeError(
-            f"stages.{stage.name}: kernels: liger, but there is no GPU on this machine",
-            _TOO_LATE,
-            "set kernels: stock, or run this stage on a machine with a GPU",
+            f"stages.{stage.name}: kernels: liger, but there is no GPU that this run may use",
+            TOO_LATE,
+            "set kernels: stock, or run this stage on a machine with a GPU; DS_ACCELERATOR=cpu and an empty "
+            "CUDA_VISIBLE_DEVICES hide one",
         )
 
 
@@ -190,7 +191,7 @@ def _check_checkpoint(
         return
     raise StageError(
         f"stage {reader!r} reads {reference.text!r}, but {folder} has no checkpoint after step {reference.step:,}",
-        _TOO_LATE,
+        TOO_LATE,
         missing_checkpoint_advice(read, folder, there)
         if there or finished
         else f"add it: --stages {','.join([*_unfinished(recipe, read, folder), reader])}",

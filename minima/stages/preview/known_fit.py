@@ -3,11 +3,11 @@
 from minima.errors import DataError, RecipeError, ShapeError, StageError, UnsupportedFamily
 from minima.models.shape import ModelShape
 from minima.planning.candidates import impossible, never_splits
-from minima.recipe.references import FORMATS
+from minima.recipe.references import FORMATS_READ
 from minima.recipe.schema import AnyStage, AnyTraining, Distil, Prune, Recipe
 from minima.stages.preview.known_inputs import KnownInputs
 
-_TOO_LATE = "the run would fail at this stage, after running all stages before it"
+TOO_LATE = "the run would fail at this stage, after running all stages before it"
 
 
 def measures(stage: Prune) -> bool:
@@ -21,7 +21,7 @@ def check_known_format(known: KnownInputs, stage: AnyStage) -> None:
     Raises:
         DataError: names the data and its format.
     """
-    formats, name = FORMATS.get(stage.kind, ()), getattr(stage, "data", None)
+    formats, name = FORMATS_READ.get(stage.kind, ()), getattr(stage, "data", None)
     tokenizer_only = isinstance(stage, Prune) and not measures(stage)
     data = known.data_stage(name) if name is not None and not tokenizer_only else None
     if data is None or data.format in formats:
@@ -29,7 +29,7 @@ def check_known_format(known: KnownInputs, stage: AnyStage) -> None:
     raise DataError(
         f"stages.{stage.name}.data: {name!r} contains {data.format}, but a stage of kind "
         f"{stage.kind} reads {' or '.join(formats)}",
-        _TOO_LATE,
+        TOO_LATE,
         f"name a build_data stage with `format: {formats[-1]}`",
     )
 
@@ -55,7 +55,7 @@ def check_positions(
         f"stages.{stage}: {what} of {min(limit or longest, longest):,} tokens for a model of {shape.max_positions:,} "
         "positions",
         "it has no positions for the rest of the tokens",
-        f"build the data with a sequence_length of at most {shape.max_positions:,}",
+        f"build the data with a sequence_length of at most {shape.max_positions:,}; a prune stage can have its own",
     )
 
 
@@ -85,7 +85,7 @@ def check_models(known: KnownInputs, stage: AnyTraining) -> str:
     if problem := never_splits(teacher, stage.teacher.tensor_parallel_ranks):
         raise ShapeError(
             f"stages.{stage.name}.teacher: placement tensor_parallel is impossible: {problem}",
-            _TOO_LATE,
+            TOO_LATE,
             "use placement zero3_node, which needs as little memory, or set tensor_parallel_ranks to a number that "
             "divides the heads",
         )

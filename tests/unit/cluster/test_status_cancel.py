@@ -109,6 +109,17 @@ def test_the_rank_that_failed_first(slurm, project):
     assert "DataError: the shard is short" in text and "nothing to see" not in text and "n9" not in text
 
 
+def test_a_rank_that_tells_an_error_is_found_without_srun(slurm, project):
+    """A stage may be called `minima`, whose progress lines begin like an error."""
+    send()
+    slurm.answer(squeue="102|N/A|FAILED|test.base|NonZeroExitCode")
+    (RUN / "logs" / "base-102.log").write_text("2026-01-01 00:00:00 job 102: start 1 on n[1-2]\n")
+    (RUN / "logs" / "base-102-rank0.log").write_text("minima: step 10/50  loss 6.2281\n")
+    assert "the last lines of" not in show()[1]
+    (RUN / "logs" / "base-102-rank1.log").write_text("minima: DataError: the shard is short\n")
+    assert "the last lines of base-102-rank1.log:" in (text := show()[1]) and "DataError: the shard is short" in text
+
+
 def test_ranks_that_had_saved_are_not_blamed(slurm, project):
     send()
     slurm.answer(squeue="101|N/A|FAILED|test.corpus|NonZeroExitCode")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minima.engine.metrics import MetricsLog, last_record, records_from_end
+from minima.engine.metrics import MetricsLog, last_with, records_from_end
 from minima.errors import RecipeError
 
 
@@ -76,7 +76,14 @@ def test_a_record_that_lost_its_line_end_is_not_joined_to_the_next_one(tmp_path,
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
-def test_a_start_reads_the_end_of_a_long_history_only_and_leaves_the_rest_as_it_is(tmp_path, monkeypatch):
+def test_a_new_file_begins_with_its_first_record(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_start_reads_the_end_of_a_long_history_only_and_leaves_the_rest_as_it_is(tmp_path, monkeypatch, caplog):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 30001)]
     lines[24999:24999] = ['{"step": 24990, "held_out_loss": 2.0}', "\0\0\0"]
@@ -87,9 +94,11 @@ def test_a_start_reads_the_end_of_a_long_history_only_and_leaves_the_rest_as_it_
     MetricsLog(tmp_path, 29990).close()
     assert len(read) < 20 and path.stat().st_ino == inode
     assert path.read_bytes() == before[: before.index(b'{"step": 29991')]
-    assert last_record(path, "held_out_loss") == {"step": 24990, "held_out_loss": 2.0}
-    assert last_record(path, "loss", 7) == {"step": 7, "loss": 1 / 7} and last_record(path, "held_out_loss", 7) is None
+    assert last_with(path, "held_out_loss") == {"step": 24990, "held_out_loss": 2.0}
+    assert last_with(path, "loss", 7) == {"step": 7, "loss": 1 / 7} and last_with(path, "held_out_loss", 7) is None
+    caplog.clear()
     assert [record["step"] for record in read_records(path) if "loss" in record] == list(range(1, 29991))
+    assert caplog.text.count("skipped a truncated line") == 1
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

@@ -37,6 +37,7 @@ def test_merges_that_copy_too_much_are_refused(read):
         ("{<<: [*b, *a]}", {"rate": 2, "size": 1, "tokens": 2}),
         ("{<<: [*c, *b]}", {"rate": 1, "size": 1, "tokens": 4}),
         ("{<<: *e}", {"rate": 1, "size": 5}),
+        ("{<<: *a, =: 6}", {"rate": 1, "size": 1, "=": 6}),
         ("&d {<<: *d, rate: 3}", {"rate": 3}),
     ],
 )

@@ -100,7 +100,10 @@ def card(tmp_path):
     for name, found in metrics.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"metrics": found}))
-    records = [{"step": 5, "tokens": 400, "loss": 3.4}, {"step": 5, "held_out_loss": 3.3}, {"step": 10, "tokens": 800}]
+    records = [
+        {"step": 5, "tokens": 400, "loss": 3.4}, {"step": 5, "held_out_loss": 3.9}, {"step": 5, "held_out_loss": 3.3},
+        {"step": 10, "tokens": 800},
+    ]  # fmt: skip
     (tmp_path / "adapted" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def card(**changes):

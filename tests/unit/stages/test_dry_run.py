@@ -628,13 +628,14 @@ def test_only_a_pass_over_data_needs_data_of_its_kind(show):
     show(data_stage("preferences"), prune | {"score": "magnitude"})
 
 
-@pytest.mark.parametrize("who", ["teacher", "evaluated", "pruned"])
+@pytest.mark.parametrize("who", ["teacher", "evaluated", "evaluation's teacher", "pruned"])
 def test_text_longer_than_the_positions_of_any_model_that_reads_it(show, who):
     short = {"random": SMALL | {"max_positions": 128}}
     prune = {"name": "b", "kind": "prune", "model": short, "target": {"num_layers": 1}, "score": "magnitude"}
     stages = {
         "teacher": [training("distil", steps=1, model=WIDE, teacher=short)],
         "evaluated": [prune, EVALUATE],
+        "evaluation's teacher": [prune | {"model": WIDE}, prune | {"name": "a"}, EVALUATE | {"teacher": "a"}],
         "pruned": [prune | {"name": "t", "score": "gradient", "data": "c"}],
     }[who]
     with pytest.raises(RecipeError, match=r"stages\.t: blocks of 256 tokens for a model of 128 positions"):
