@@ -1,4 +1,4 @@
-"""Losses and training steps on CUDA tensors without storage: `python cases.py LIBRARY losses|steps`.
+"""Losses and training steps on CUDA tensors without storage: `python -m tests.fake_cuda.cases LIBRARY losses|steps`.
 
 `FakeTensorMode` computes devices, dtypes and shapes, and runs no kernel. So it raises where a tensor was made on the
 wrong device, where a product does not take a dtype, and where the host would need a value that the GPU has not computed
