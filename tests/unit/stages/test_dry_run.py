@@ -625,7 +625,7 @@ def test_data_of_a_kind_that_the_stage_does_not_read(show, built, tmp_path, form
 
 def test_only_a_pass_over_data_needs_data_of_its_kind(show):
     prune = {"name": "t", "kind": "prune", "model": WIDE, "data": "c", "target": {"num_layers": 1}}
-    show(data_stage("preferences"), prune | {"score": "magnitude"})
+    assert "share" in show(data_stage("preferences"), prune | {"score": "magnitude"})[0]
 
 
 @pytest.mark.parametrize("who", ["teacher", "evaluated", "evaluation's teacher", "pruned"])
