@@ -86,8 +86,9 @@ def _check_usable(usable: int, here: int) -> None:
 def _without_shared_memory() -> None:
     """Keep DeepSpeed from loading its op for all-reduces through shared memory; gloo carries everything.
 
-    Only `inference_all_reduce` uses the op, and nothing here calls that. It would cost each rank 66 MiB in /dev/shm,
-    which DeepSpeed never removes, and the first start would have to compile it.
+    Only `inference_all_reduce` uses the op, and nothing here calls that. Where LOCAL_SIZE is the number of ranks, which
+    `export_launch` makes it, it would cost each rank 66 MiB in /dev/shm, which DeepSpeed never removes, and the first
+    start would have to compile it.
     """
     deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
 
